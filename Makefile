@@ -1,0 +1,84 @@
+# Each target makes the virtual environment it needs, once.
+#
+#   make demo         grow a small model and look at the report
+#   make test         the tests (PYTHON=python3.12 for another Python)
+#   make test-deep    the tests at the deep profile, slow ones included
+#   make lint         ruff and pyright
+#   make docs         the site, into site/
+#   make bench NAME=  one of experiments/bench
+#   make clean        remove what was built; environments and runs/ stay
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+GROWJAX_PROFILE ?= $(if $(filter true,$(CI)),ci,dev)
+export GROWJAX_PROFILE
+
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+WANT := $(call version,$(PYTHON))
+HAVE := $(if $(wildcard $(VENV)),$(call version,$(VENV)/bin/python))
+
+# Another Python than that of .venv gets an environment of its own, unless VENV names one
+ifeq ($(origin VENV),file)
+ifneq ($(HAVE),)
+ifneq ($(HAVE),$(WANT))
+VENV := .venv-$(WANT)
+HAVE := $(if $(wildcard $(VENV)),$(call version,$(VENV)/bin/python))
+endif
+endif
+endif
+
+PY := $(VENV)/bin/python
+BENCHES = $(patsubst experiments/bench/%.py,%,$(wildcard experiments/bench/[a-z]*.py))
+
+.PHONY: help demo test test-deep lint docs bench clean python
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^#   /s/^#   //p' Makefile
+
+demo: $(VENV)/.installed
+	@$(PY) -m growjax demo $(ARGS)
+
+test: $(VENV)/.installed-dev
+	@$(PY) -m pytest tests -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-deep: export GROWJAX_PROFILE = deep
+test-deep: $(VENV)/.installed-dev
+	@$(PY) -m pytest tests -n $(WORKERS) --dist loadfile $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(PY) -m ruff check growjax tests experiments
+	$(PY) -m ruff format --check growjax tests experiments
+	$(PY) -m pyright --pythonpath $(PY)
+
+docs: $(VENV)/.installed-docs
+	$(PY) -m mkdocs build --strict
+
+bench: $(VENV)/.installed-dev
+	@test -f "experiments/bench/$(NAME).py" || { \
+	  echo "make bench NAME=<one of: $(BENCHES)>" >&2; exit 1; }
+	@$(PY) experiments/bench/$(NAME).py $(ARGS)
+
+clean:
+	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
+	find growjax tests experiments -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.installed: EXTRA =
+$(VENV)/.installed-dev: EXTRA = [dev]
+$(VENV)/.installed-docs: EXTRA = [docs]
+
+$(VENV)/.installed $(VENV)/.installed-dev $(VENV)/.installed-docs: pyproject.toml | python
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@echo "Installing growjax$(EXTRA) into $(VENV) (once) ..."
+	@$(PY) -m pip install -q --disable-pip-version-check -e '.$(EXTRA)'
+	@touch $@
+
+# Order-only, so that it is checked every time and yet rebuilds nothing
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "growjax needs Python 3.11 or newer, and PYTHON=$(PYTHON) is $(or $(WANT),not there)." >&2; \
+	  echo "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test ! -e $(VENV) || test "$(HAVE)" = "$(WANT)" || { \
+	  echo "$(VENV) holds Python $(or $(HAVE),none that runs), and PYTHON=$(PYTHON) is $(WANT)." >&2; \
+	  echo "Remove $(VENV) or choose another VENV." >&2; exit 1; }

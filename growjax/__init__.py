@@ -1,0 +1,26 @@
+"""growjax: train a Transformer for less by growing it, or by training part of it, and know it worked."""
+
+from growjax import growth as growth
+from growjax import models as models
+from growjax import nn as nn
+from growjax.annotate import Annotated as Annotated
+from growjax.annotate import annotate as annotate
+from growjax.axes import axes_of as axes_of
+from growjax.axes import buffer as buffer
+from growjax.axes import gate as gate
+from growjax.axes import param as param
+from growjax.axes import partition as partition
+from growjax.axes import sizes as sizes
+from growjax.gates import Gate as Gate
+from growjax.gates import gated as gated
+from growjax.gates import ramp as ramp
+from growjax.gates import settle as settle
+from growjax.growth import Operator as Operator
+from growjax.growth import chain as chain
+from growjax.growth import copy as copy
+from growjax.growth import grow as grow
+from growjax.growth import msg as msg
+from growjax.growth import stack as stack
+from growjax.growth import zeros as zeros
+from growjax.maps import NONE as NONE
+from growjax.maps import AxisMap as AxisMap

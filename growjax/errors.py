@@ -1,0 +1,40 @@
+"""The errors growjax raises. Each is a `ValueError` that lists every fault it found.
+
+Bad input is reported whole: a check gathers its complaints and raises once, naming the argument or
+leaf, what was expected, what came and what to do.
+"""
+
+from collections.abc import Iterable
+
+
+class GrowjaxError(ValueError):
+    """Base class of every error that growjax raises on purpose."""
+
+
+class AxisError(GrowjaxError):
+    """Axes are misdeclared, unmatched, unknown or disagree about a size."""
+
+
+class GrowthError(GrowjaxError):
+    """An operator cannot be applied to this model."""
+
+
+class GateError(GrowjaxError):
+    """A gate is missing, still open, or asked for a level outside [0, 1]."""
+
+
+class SubnetError(GrowjaxError):
+    """A sub-network, or a schedule of them, does not fit the model."""
+
+
+class StateError(GrowjaxError):
+    """Optimizer state cannot be carried through an operator."""
+
+
+def raise_all(
+    error: type[GrowjaxError], headline: str, complaints: Iterable[str]
+) -> None:
+    """Raise `error` with one line per complaint, or do nothing if there is none."""
+    complaints = list(complaints)
+    if complaints:
+        raise error("\n  - ".join([headline, *complaints]))

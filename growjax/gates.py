@@ -1,0 +1,94 @@
+"""Gates: how new coordinates are hidden, ramped open and settled (masked structural growth).
+
+A gate is a vector along one axis: 1 on old coordinates and a level from 0 to 1 on new ones. At 0 the
+grown model computes what the small one did, whatever the new weights hold; at 1 it is the ordinary
+larger model. Where a gate multiplies is written in `growjax.nn`, once for each part.
+Yao et al., "Masked Structural Growth for 2x Faster Language Model Pre-training", ICLR 2024.
+"""
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from growjax.axes import Slot, axes_of, put
+from growjax.errors import GateError, raise_all
+
+
+class Gate(eqx.Module):
+    """Hides the new coordinates of an axis: `value` is 1 on old ones and the level on new ones.
+
+    Never trained. `new` remembers which coordinates the gate was made for, so that any level can
+    follow any other.
+    """
+
+    value: Float[Array, "..."]
+    new: Bool[Array, "..."]
+
+    def at(self, level) -> "Gate":
+        """The same gate at `level` in [0, 1] (a traced scalar does not recompile)."""
+        return Gate(
+            jnp.where(self.new, jnp.asarray(level, self.value.dtype), 1), self.new
+        )
+
+
+def gated(x: Array, gate: Gate | None, dim: int = -1) -> Array:
+    """Multiply dimension `dim` of `x` by a gate's value; `None` is the identity."""
+    if gate is None:
+        return x
+    value = jax.lax.stop_gradient(gate.value).astype(x.dtype)
+    return x * value.reshape(value.shape + (1,) * (-dim - 1))
+
+
+def _gates(model, axes: Sequence[str] | None) -> list[Slot]:
+    found = [
+        slot
+        for slot in axes_of(model).of_kind("gate")
+        if slot.value is not None and (axes is None or slot.own_axis in axes)
+    ]
+    if not found:
+        which = "" if axes is None else f" on {', '.join(axes)}"
+        raise GateError(f"this model has no gate{which}: it was not grown by gates, or is settled")
+    return found
+
+
+def check_level(level) -> None:
+    """Raise `GateError` for a concrete level outside [0, 1]; a traced one cannot be seen."""
+    if not isinstance(level, jax.core.Tracer) and not 0 <= float(level) <= 1:
+        raise GateError(f"level: expected a number in [0, 1], got {level}")
+
+
+def ramp(model, level, *, axes: Sequence[str] | None = None):
+    """Set every gate's new coordinates to `level`, from 0 (hidden) to 1 (ordinary).
+
+    `level` may be a traced scalar, so that a whole ramp is one program. `axes` limits the change to
+    some axes. Raises `GateError` for a concrete level outside [0, 1] or a model without gates.
+
+    **Example**
+
+        model = gj.ramp(model, jnp.minimum(step / 1000, 1.0))
+    """
+    check_level(level)
+    return put(model, {slot.steps: slot.value.at(level) for slot in _gates(model, axes)})
+
+
+def settle(model, *, axes: Sequence[str] | None = None):
+    """Drop gates that are fully open: the same function, and the ungated program from now on.
+
+    Raises `GateError` if one of them is not at 1 yet, or under `jit` (it changes the tree).
+    """
+    held = _gates(model, axes)
+    if any(isinstance(slot.value.value, jax.core.Tracer) for slot in held):
+        raise GateError("settle changes the structure of the model: call it outside jit")
+    raise_all(
+        GateError,
+        "only gates at 1 can be settled; ramp these first:",
+        [
+            f"{slot.path}: level {float(jnp.min(slot.value.value)):g}"
+            for slot in held
+            if not bool(jnp.all(slot.value.value == 1))
+        ],
+    )
+    return put(model, {slot.steps: None for slot in held})

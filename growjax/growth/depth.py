@@ -1,0 +1,174 @@
+"""Depth: lists of source layers, with or without closed branches.
+
+Gradual stacking (Reddi et al. 2023), StackedBERT (Gong et al. 2019), G_stack (Du et al. 2024), MIDAS
+(Saunshi et al. 2024), SOLAR (Kim et al. 2023), LLaMA-Pro block expansion (Wu et al. 2024).
+"""
+
+from typing import ClassVar, Literal
+
+import equinox as eqx
+import numpy as np
+
+from growjax.axes import Axes
+from growjax.errors import GrowthError, raise_all
+from growjax.growth.operator import Exactness, Operator, resolve
+from growjax.maps import AxisMap
+
+
+Order = Literal["top", "repeat", "interleave", "middle", "insert"]
+
+
+def sources(order: Order, old: int, new: int) -> np.ndarray:
+    """`[new]` the source layer of every layer, for growth from `old` to `new` layers.
+
+    - `"top"`: the last `new - old` layers once more on top (gradual stacking).
+    - `"repeat"`: the whole stack again and again, then its last `new % old` layers (G_stack, MSG).
+    - `"interleave"`: every layer repeated in place, `floor(i * old / new)`.
+    - `"middle"`: the middle block of `new - old` layers duplicated after itself (MIDAS).
+    - `"insert"`: a copy after every `old / (new - old)` layers (LLaMA-Pro).
+
+    Raises `GrowthError` where the order cannot reach `new`.
+
+    **Example**
+
+        sources("repeat", 2, 5)        # [0, 1, 0, 1, 1]
+    """
+    extra, layers = new - old, np.arange(old)
+    if order == "top":
+        _require(extra <= old, f"'top' copies the last {extra} layers, but there are {old}")
+        return np.concatenate([layers, layers[old - extra :]])
+    if order == "repeat":
+        return np.concatenate([np.tile(layers, new // old), layers[old - new % old :]])
+    if order == "interleave":
+        return np.arange(new) * old // new
+    if order == "middle":
+        _require(
+            extra <= old and old % extra == 0,
+            f"'middle' duplicates one block of {extra} layers, but {old} layers do not divide into such",
+        )
+        end = -(-(old // extra) // 2) * extra
+        return np.concatenate([layers[:end], layers[end - extra :]])
+    if order == "insert":
+        _require(
+            extra <= old and old % extra == 0,
+            f"'insert' puts one copy after every old/extra layers: {extra} does not divide {old}",
+        )
+        every = old // extra
+        return np.concatenate([[*part, part[-1]] for part in layers.reshape(-1, every)])
+    raise GrowthError(
+        "order: expected 'top', 'repeat', 'interleave', 'middle' or 'insert', got " + repr(order)
+    )
+
+
+def solar(old: int, dropped: int) -> tuple[int, ...]:
+    """SOLAR's depth up-scaling: two copies of the stack, without the `dropped` layers at the seam.
+
+    **Example**
+
+        gj.stack(layers=gj.growth.solar(32, dropped=8))       # 48 layers
+    """
+    _require(0 <= dropped < old, f"dropped: expected 0 to {old - 1}, got {dropped}")
+    return (*range(old - dropped), *range(dropped, old))
+
+
+def _require(ok: bool, complaint: str) -> None:
+    if not ok:
+        raise GrowthError(complaint)
+
+
+class Stack(Operator):
+    """Copy layers; see `stack`."""
+
+    sizes: tuple[tuple[str, int | tuple[int, ...]], ...] = eqx.field(static=True)
+    order: Order = eqx.field(static=True, default="repeat")
+    branch: Literal["copy", "zero", "split"] = eqx.field(static=True, default="copy")
+    stream: str = eqx.field(static=True, default="embed")
+
+    @property
+    def exactness(self) -> Exactness:  # type: ignore[override]
+        """New layers with zeroed branches do nothing; others do."""
+        return "exact-given-init" if self.branch == "zero" else "approximate"
+
+    def maps(self, axes: Axes) -> list[AxisMap]:
+        """Copies along the stack axes; the share closes or splits the residual branches."""
+        lists = {axis: size for axis, size in self.sizes if isinstance(size, tuple)}
+        numbers = {axis: size for axis, size in self.sizes if isinstance(size, int)}
+        raise_all(
+            GrowthError,
+            "only layers can be stacked; these axes are not stacks of blocks:",
+            [axis for axis in {**lists, **numbers} if axes.size(axis) and not _is_stack(axes, axis)],
+        )
+        resolve(axes, {axis: len(source) for axis, source in lists.items()})
+        wanted = resolve(axes, numbers)
+        moves = []
+        for axis in [axis for axis, _ in self.sizes if axis in wanted or axis in lists]:
+            if axis in lists:
+                source = np.asarray(lists[axis])
+            else:
+                source = sources(self.order, axes.size(axis), wanted[axis])
+            moves.append(self._map(axes, axis, source))
+        return moves
+
+    def _map(self, axes: Axes, axis: str, source: np.ndarray) -> AxisMap:
+        move = AxisMap(axis, source, via=self.stream)
+        if self.branch == "copy":
+            return move
+        if self.branch == "zero":
+            raise_all(
+                GrowthError,
+                "a block that ends in a norm (post-LN) is not the identity when its branches are zero; "
+                "use gj.msg(layers=...) or gj.stack without branch='zero':",
+                _closing_norms(axes, axis, self.stream),
+            )
+            share = np.where(move.is_new(), 0.0, 1.0)
+        else:
+            share = 1 / np.bincount(source, minlength=axes.size(axis))[source]
+        return AxisMap(axis, source, share=share, via=self.stream)
+
+
+def _is_stack(axes: Axes, axis: str) -> bool:
+    return "stack" in axes.roles(axis)
+
+
+def _closing_norms(axes: Axes, axis: str, stream: str) -> list[str]:
+    """Norms of the stack whose output is the stream itself: they produce it."""
+    return sorted(
+        {
+            slot.path
+            for slot in axes.having(axis, "param")
+            for dim in slot.dims
+            if dim.axis == stream and dim.normalised and dim.role == "produced"
+        }
+    )
+
+
+def stack(
+    *,
+    order: Order = "repeat",
+    branch: Literal["copy", "zero", "split"] = "copy",
+    stream: str = "embed",
+    **sizes: int | tuple[int, ...],
+) -> Stack:
+    """Grow depth by copying layers: to a number of layers, or by an explicit list of source layers.
+
+    **Arguments**
+
+    - `layers=12` (or the model's own stack axis, such as `encoder_layers`), or a tuple of sources.
+    - `order`: which layers are copied where, see `growjax.growth.sources`.
+    - `branch`: `"copy"` copies whole layers (a jump in loss is expected); `"zero"` closes the new
+      layers' residual branches, so that the function is kept (pre-LN only); `"split"` divides every
+      branch by its number of copies, a refinement of the same depth flow.
+    - `stream`: the axis of the residual stream.
+
+    **Example**
+
+        gj.stack(layers=12)                                  # G_stack from 6 or 4 or 3
+        gj.stack(layers=9, order="top")                      # gradual stacking 6-9
+        gj.stack(layers=8, order="insert", branch="zero")    # block expansion
+    """
+    return Stack(
+        tuple((a, s if isinstance(s, int) else tuple(map(int, s))) for a, s in sizes.items()),
+        order,
+        branch,
+        stream,
+    )

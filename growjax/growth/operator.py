@@ -1,0 +1,197 @@
+"""What a growth operator is: a frozen value that says, as `AxisMap`s, how a model grows."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from growjax import maps
+from growjax.axes import Axes, axes_of
+from growjax.errors import GrowthError, raise_all
+from growjax.maps import AxisMap
+
+
+Exactness = Literal["exact", "exact-given-init", "approximate"]
+_STRENGTH: tuple[Exactness, ...] = ("exact", "exact-given-init", "approximate")
+
+
+class Operator(eqx.Module):
+    """A growth operator. Subclass it, write `maps`, and everything else follows from the axis table.
+
+    `exactness` is what the operator promises: `"exact"` (the same function whatever the new weights
+    hold), `"exact-given-init"` (for the values it chooses itself) or `"approximate"` (expect a jump).
+    Fields must be static and hashable, so that an operator can be compared, printed and saved.
+
+    **Example**
+
+        class Interleave(gj.Operator):
+            factor: int = eqx.field(static=True)
+            exactness = "approximate"
+
+            def maps(self, axes):
+                return [gj.AxisMap("layers", np.repeat(np.arange(axes.size("layers")), self.factor))]
+    """
+
+    exactness: ClassVar[Exactness]
+
+    @abc.abstractmethod
+    def maps(self, axes: Axes) -> Sequence[AxisMap]:
+        """The index maps of this operator on a model with these axes, at most one per axis."""
+
+    def __call__(self, model, *, key: PRNGKeyArray | None = None):
+        """The grown model: pure, and traceable by `jit`, `vmap` and `grad`."""
+        for move in self.maps(axes_of(model)):
+            model = maps.apply(move, model, key)
+        return model
+
+
+class Chain(eqx.Module):
+    """Operators applied one after the other; made by `chain`."""
+
+    operators: tuple[Operator, ...]
+
+    @property
+    def exactness(self) -> Exactness:
+        """The weakest promise of its members."""
+        return max((op.exactness for op in self.operators), key=_STRENGTH.index, default="exact")
+
+    def __call__(self, model, *, key: PRNGKeyArray | None = None):
+        """The model after every operator. All share the key: draws are told apart by leaf and index."""
+        for op in self.operators:
+            model = op(model, key=key)
+        return model
+
+
+def chain(*operators: Operator | Chain) -> Chain:
+    """Compose operators, first to last.
+
+    **Example**
+
+        gj.chain(gj.msg(mlp=2048), gj.stack(layers=12))
+    """
+    return Chain(tuple(atom for op in operators for atom in atoms(op)))
+
+
+def atoms(op: Operator | Chain) -> tuple[Operator, ...]:
+    """The single operators that a chain, or an operator, consists of."""
+    return op.operators if isinstance(op, Chain) else (op,)
+
+
+def grow(op: Operator | Chain, model, *, key: PRNGKeyArray | None = None, donate: bool = False):
+    """Grow a model: one jit-compiled, pure call of the operator.
+
+    **Arguments**
+
+    - `op`: an operator or a chain.
+    - `key`: needed by operators that draw new coordinates.
+    - `donate`: free the old arrays afterwards (shapes change, so they can never be reused).
+
+    Raises `GrowthError` for parameters that are not finite, and whatever the operator's maps raise
+    (`AxisError`, `GateError`, `GrowthError`), always before anything is computed.
+
+    **Example**
+
+        big = gj.grow(gj.msg(mlp=2048), small, key=jax.random.key(0))
+    """
+    if not isinstance(op, Operator | Chain):
+        raise GrowthError(f"op: expected an operator such as gj.msg(mlp=2048), got {op!r}")
+    table = axes_of(model)
+    floating = [s for s in table.values() if s.arrays() and s.kind in ("param", "buffer")]
+    finite = jax.device_get(_finite([slot.value for slot in floating]))
+    raise_all(
+        GrowthError,
+        "these leaves are not finite, and 0 times infinity is not 0:",
+        [slot.path for slot, ok in zip(floating, finite, strict=True) if not ok],
+    )
+    grown = _jitted(op, model, key)
+    if donate:
+        for leaf in jax.tree.leaves(model):
+            if isinstance(leaf, jax.Array):
+                leaf.delete()
+    return grown
+
+
+@eqx.filter_jit
+def _jitted(op, model, key):
+    return op(model, key=key)
+
+
+@jax.jit
+def _finite(arrays):
+    return [jnp.all(jnp.isfinite(a)) for a in arrays]
+
+
+# Requests for sizes --------------------------------------------------------------------------
+
+
+def resolve(axes: Axes, requested: Mapping[str, int], *, shrink: bool = False) -> dict[str, int]:
+    """Turn requested sizes into axis sizes; raises `GrowthError` that lists everything wrong.
+
+    `heads` means query heads: it grows `kv_heads` where every head has its own keys and values, and
+    the `group` inside each of them where they are shared. Equal sizes are left out.
+    """
+    wanted = dict(requested)
+    complaints = []
+    if "heads" in wanted and "heads" not in axes.sizes and "group" in axes.sizes:
+        heads = wanted.pop("heads")
+        shared = axes.size("group") > 1
+        kv_heads = wanted.get("kv_heads", axes.size("kv_heads") if shared else heads)
+        if kv_heads <= 0 or heads % kv_heads:
+            complaints.append(
+                f"heads={heads} cannot be shared evenly by {kv_heads} key/value heads; choose a "
+                "multiple, or set kv_heads as well"
+            )
+        else:
+            wanted |= {"kv_heads": kv_heads, "group": heads // kv_heads}
+    for axis, size in wanted.items():
+        old = axes.size(axis)
+        if not isinstance(size, int) or size <= 0:
+            complaints.append(f"{axis}: expected a positive integer, got {size!r}")
+        elif size < old and not shrink:
+            complaints.append(
+                f"{axis}={size} is smaller than the model's {old}; growth never shrinks (a "
+                "gj.random_path or gj.random_part does, for one step)"
+            )
+    raise_all(GrowthError, "these sizes cannot be reached:", complaints)
+    return {axis: size for axis, size in wanted.items() if size != axes.size(axis)}
+
+
+# Operators as data ---------------------------------------------------------------------------
+
+
+def to_dict(op: Operator | Chain) -> dict[str, Any]:
+    """A plain dict of an operator, ready for JSON; `from_dict` is its inverse.
+
+    Raises `GrowthError` if a field holds a callable, which has no name to be saved under.
+    """
+    if isinstance(op, Chain):
+        return {"op": "Chain", "operators": [to_dict(atom) for atom in op.operators]}
+    fields = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
+    unnamed = [f"{name}: {value}" for name, value in fields.items() if callable(value)]
+    raise_all(GrowthError, "callables cannot be saved; use a named init:", unnamed)
+    return {"op": type(op).__name__} | fields
+
+
+def from_dict(data: Mapping[str, Any]) -> Operator | Chain:
+    """The operator that `to_dict` wrote (also after a trip through JSON)."""
+    fields = dict(data)
+    name = fields.pop("op", None)
+    if name == "Chain":
+        return Chain(tuple(from_dict(atom) for atom in fields["operators"]))  # type: ignore[arg-type]
+    known = {cls.__name__: cls for cls in _subclasses(Operator)}
+    if name not in known:
+        raise GrowthError(f"unknown operator {name!r}; known are {', '.join(sorted(known))}")
+    return known[name](**{field: _tuples(value) for field, value in fields.items()})
+
+
+def _subclasses(cls: type) -> list[type]:
+    return [s for child in cls.__subclasses__() for s in (child, *_subclasses(child))]
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

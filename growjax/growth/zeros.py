@@ -1,0 +1,67 @@
+"""New coordinates closed by zeros on one side: exact, and alive from the first step.
+
+Gesmundo & Maile, "Composable Function-preserving Expansions for Transformer Architectures", 2023.
+"""
+
+from typing import ClassVar
+
+import equinox as eqx
+import numpy as np
+
+from growjax.axes import Axes
+from growjax.errors import GrowthError, raise_all
+from growjax.growth.operator import Exactness, Operator, resolve
+from growjax.maps import NONE, AxisMap, Init
+
+
+class Zeros(Operator):
+    """Fresh coordinates with zeros on one side; see `zeros`."""
+
+    sizes: tuple[tuple[str, int], ...] = eqx.field(static=True)
+    init: Init = eqx.field(static=True, default="normal")
+    exactness: ClassVar[Exactness] = "exact-given-init"
+
+    def maps(self, axes: Axes) -> list[AxisMap]:
+        """Fresh coordinates whose share is zero: in consumers, or in the stream's producers."""
+        wanted = resolve(axes, dict(self.sizes))
+        moves, complaints = [], []
+        for axis, size in wanted.items():
+            new = np.arange(size) >= axes.size(axis)
+            stream = any(
+                dim.axis == axis and dim.role == "produced" and slot.dims[0].role == "lookup"
+                for slot in axes.having(axis, "param")
+                for dim in slot.dims
+            )
+            normalised = bool(axes.normalised(axis))
+            if axes.roles(axis) & {"stack", "lookup"}:
+                complaints.append(f"{axis}: nothing consumes it (see gj.stack with branch='zero')")
+            elif normalised and not stream:
+                complaints.append(
+                    f"{axis}: a norm averages over it, so both sides would have to be zero and could "
+                    "never learn; use gj.msg"
+                )
+            moves.append(
+                AxisMap(
+                    axis,
+                    np.where(new, NONE, np.arange(size)),
+                    share=np.where(new, 0.0, 1.0),
+                    side="produced" if normalised else "consumed",
+                    init=self.init,
+                )
+            )
+        raise_all(GrowthError, "these axes do not grow by zeros:", complaints)
+        return moves
+
+
+def zeros(*, init: Init = "normal", **sizes: int) -> Zeros:
+    """Grow width with fresh coordinates that nothing reads yet.
+
+    For `mlp`, `heads` and `head_dim` what consumes the new coordinates is zero; what produces them is
+    drawn by `init`. For `embed` what produces them is zero, and RMS norms have their gain multiplied by
+    sqrt(old/new) and their epsilon by old/new. LayerNorm cannot be corrected and raises `GrowthError`.
+
+    **Example**
+
+        gj.zeros(mlp=2048, heads=8)
+    """
+    return Zeros(tuple(sizes.items()), init)

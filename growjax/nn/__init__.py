@@ -1,0 +1,14 @@
+"""The parts that the models are built from, each with its axes declared beside its arrays."""
+
+from growjax.nn.attention import Attention as Attention
+from growjax.nn.attention import Rotary as Rotary
+from growjax.nn.attention import rotate as rotate
+from growjax.nn.block import Block as Block
+from growjax.nn.embedding import Embedding as Embedding
+from growjax.nn.embedding import RelativeBias as RelativeBias
+from growjax.nn.linear import affine as affine
+from growjax.nn.linear import normal as normal
+from growjax.nn.mlp import ACTIVATIONS as ACTIVATIONS
+from growjax.nn.mlp import MLP as MLP
+from growjax.nn.norm import Norm as Norm
+from growjax.nn.stacked import Stacked as Stacked

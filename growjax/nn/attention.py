@@ -1,0 +1,148 @@
+"""Attention with grouped queries, and rotary positions.
+
+Heads are factored so that grouped queries come out right by construction: queries are
+`[kv_heads, group, head_dim]`, keys and values `[kv_heads, head_dim]`. Scores contract a key's
+`head_dim` with a query's, so keys *consume* what queries produce, and take the share when `head_dim`
+is copied. The softmax is our own: `jax.nn.dot_product_attention` computes it in float32 even under x64.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from growjax.axes import buffer, gate, param
+from growjax.gates import Gate, gated
+from growjax.nn.linear import affine, normal
+from growjax.nn.norm import Norm
+
+
+class Rotary(eqx.Module):
+    """Rotary position embeddings on neighbouring pairs of coordinates.
+
+    The frequencies are data, one per coordinate: a head that grows keeps those it has, and new pairs,
+    appended at the end, repeat them. (Halves instead of pairs would have to grow in two places.)
+    Su et al., "RoFormer", 2021.
+    """
+
+    freqs: Float[Array, " head_dim"] = buffer("head_dim")
+
+    def __init__(self, head_dim: int, theta: float = 10000.0):
+        pairs = jnp.arange(0, head_dim, 2) / head_dim
+        self.freqs = jnp.repeat(theta**-pairs, 2)
+
+    def __check_init__(self):
+        if self.freqs.shape[-1] % 2:
+            raise ValueError(
+                f"head_dim: rotary positions turn pairs, so it must be even, got {self.freqs.shape[-1]}"
+            )
+
+    def __call__(self, positions: Int[Array, " T"]) -> tuple[Array, Array]:
+        """Cosines and sines `[T, head_dim]`, in float32 at least."""
+        angles = positions[:, None] * jax.lax.stop_gradient(self.freqs)
+        return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "T ... head_dim"], turn: tuple[Array, Array] | None) -> Array:
+    """Turn every pair of coordinates of `x` by its angle at each position."""
+    if turn is None:
+        return x
+    cos, sin = (t.reshape(t.shape[0], *[1] * (x.ndim - 2), -1).astype(x.dtype) for t in turn)
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    quarter = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+    return x * cos + quarter * sin
+
+
+class Attention(eqx.Module):
+    """Multi-head attention; self-attention unless it is given a `memory` to read from.
+
+    Gates follow MSG: a new head's query, key and value are each multiplied by the gate, so its logits
+    scale with the square and its values with the first power. A new query in an old group has no
+    value of its own; its gate multiplies the query and what it read. All act after QK-norm, which
+    would undo them. `scale` (1/sqrt(head_dim) at birth) is kept when `head_dim` grows.
+    """
+
+    q: Float[Array, "embed kv_heads group head_dim"] = param("embed -> kv_heads group head_dim")
+    k: Float[Array, "embed kv_heads head_dim"] = param("embed -> kv_heads {key_side} head_dim")
+    v: Float[Array, "embed kv_heads head_dim"] = param("embed -> kv_heads head_dim")
+    o: Float[Array, "kv_heads group head_dim embed"] = param("kv_heads group head_dim -> embed")
+    q_bias: Float[Array, "kv_heads group head_dim"] | None = param(
+        "-> kv_heads group head_dim", init="zeros"
+    )
+    k_bias: Float[Array, "kv_heads head_dim"] | None = param(
+        "-> kv_heads {key_side} head_dim", init="zeros"
+    )
+    v_bias: Float[Array, "kv_heads head_dim"] | None = param("-> kv_heads head_dim", init="zeros")
+    o_bias: Float[Array, " embed"] | None = param("-> embed")
+    q_norm: Norm | None
+    k_norm: Norm | None
+    gate_kv_heads: Gate | None = gate("kv_heads")
+    gate_group: Gate | None = gate("group")
+    gate_head_dim: Gate | None = gate("head_dim")
+    scale: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        embed: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        bias: bool = True,
+        qk_norm: bool = False,
+        eps: float = 1e-6,
+        scale: float | None = None,
+        key: PRNGKeyArray,
+    ):
+        if heads % kv_heads:
+            raise ValueError(f"heads={heads} must be a multiple of kv_heads={kv_heads}")
+        group = heads // kv_heads
+        k_q, k_k, k_v, k_o = jax.random.split(key, 4)
+        self.q = normal(k_q, (embed, kv_heads, group, head_dim), embed)
+        self.k = normal(k_k, (embed, kv_heads, head_dim), embed)
+        self.v = normal(k_v, (embed, kv_heads, head_dim), embed)
+        self.o = normal(k_o, (kv_heads, group, head_dim, embed), heads * head_dim)
+        self.q_bias = jnp.zeros((kv_heads, group, head_dim)) if bias else None
+        self.k_bias = jnp.zeros((kv_heads, head_dim)) if bias else None
+        self.v_bias = jnp.zeros((kv_heads, head_dim)) if bias else None
+        self.o_bias = jnp.zeros(embed) if bias else None
+        self.q_norm = Norm(head_dim, "rms", eps=eps, axis="head_dim") if qk_norm else None
+        self.k_norm = Norm(head_dim, "rms", eps=eps, axis="head_dim", side="consumed") if qk_norm else None
+        self.scale = head_dim**-0.5 if scale is None else scale
+
+    @property
+    def key_side(self) -> str:
+        """The arrow between `kv_heads` and `head_dim` of a key: under QK-norm its gain consumes."""
+        return "<-" if self.k_norm is None else ""
+
+    def __call__(
+        self,
+        x: Float[Array, "T embed"],
+        memory: Float[Array, "S embed"] | None = None,
+        *,
+        mask: Bool[Array, "#T S"] | None = None,
+        bias: Float[Array, "kv_heads group T S"] | None = None,
+        turn: tuple[Array, Array] | None = None,
+    ) -> Float[Array, "T embed"]:
+        """Attend from `x` to `memory` (or to `x`), where `mask` is True, with `bias` on the logits."""
+        source = x if memory is None else memory
+        q = affine("te,ekgd->tkgd", x, self.q, self.q_bias)
+        k = affine("se,ekd->skd", source, self.k, self.k_bias)
+        v = affine("se,ekd->skd", source, self.v, self.v_bias)
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        q = gated(gated(q, self.gate_kv_heads, -3), self.gate_group, -2)
+        k, v = (gated(h, self.gate_kv_heads, -2) for h in (k, v))
+        q, k, v = (gated(h, self.gate_head_dim) for h in (q, k, v))
+        q, k = rotate(q, turn), rotate(k, turn)
+
+        logits = jnp.einsum("tkgd,skd->kgts", q * self.scale, k)
+        logits = logits.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if bias is not None:
+            logits = logits + bias.astype(logits.dtype)
+        if mask is not None:
+            # Finite, so that a row without any key gives an average instead of NaN.
+            logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min / 2)
+        weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
+        read = gated(jnp.einsum("kgts,skd->tkgd", weights, v), self.gate_group, -2)
+        return affine("tkgd,kgde->te", read, self.o, self.o_bias)

@@ -1,0 +1,64 @@
+"""The feed-forward block, gated (GLU) or not."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from growjax.axes import gate, param
+from growjax.gates import Gate, gated
+from growjax.nn.linear import affine, normal
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+class MLP(eqx.Module):
+    """`down(act(up(x)))`, or `down(act(glu(x)) * up(x))` with a gated linear unit.
+
+    The gate multiplies the pre-activation, as in MSG, so every activation here maps 0 to 0. With a
+    GLU it multiplies the product, which is linear in it.
+    """
+
+    up: Float[Array, "embed mlp"] = param("embed -> mlp")
+    up_bias: Float[Array, " mlp"] | None = param("-> mlp")
+    glu: Float[Array, "embed mlp"] | None = param("embed -> mlp")
+    down: Float[Array, "mlp embed"] = param("mlp -> embed")
+    down_bias: Float[Array, " embed"] | None = param("-> embed")
+    gate: Gate | None = gate("mlp")
+    activation: str = eqx.field(static=True, default="gelu")
+
+    def __init__(
+        self,
+        embed: int,
+        mlp: int,
+        *,
+        activation: str = "gelu",
+        glu: bool = False,
+        bias: bool = True,
+        key: PRNGKeyArray,
+    ):
+        k_up, k_glu, k_down = jax.random.split(key, 3)
+        self.up = normal(k_up, (embed, mlp), embed)
+        self.up_bias = jnp.zeros(mlp) if bias else None
+        self.glu = normal(k_glu, (embed, mlp), embed) if glu else None
+        self.down = normal(k_down, (mlp, embed), mlp)
+        self.down_bias = jnp.zeros(embed) if bias else None
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "T embed"]) -> Float[Array, "T embed"]:
+        act = ACTIVATIONS[self.activation]
+        h = affine("te,em->tm", x, self.up, self.up_bias)
+        if self.glu is None:
+            h = act(gated(h, self.gate))
+        else:
+            h = gated(act(affine("te,em->tm", x, self.glu)) * h, self.gate)
+        return affine("tm,me->te", h, self.down, self.down_bias)

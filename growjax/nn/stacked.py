@@ -1,0 +1,74 @@
+"""A stack of equal blocks, scanned: depth costs one compilation."""
+
+from collections.abc import Callable
+from typing import Any, Generic, Literal, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from growjax.axes import active, branch, gate, stack
+from growjax.gates import Gate
+
+
+Block = TypeVar("Block", bound=eqx.Module)
+
+_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Stacked(eqx.Module, Generic[Block]):
+    """One block whose leaves have a leading `axis`; calling it runs the blocks in turn.
+
+    Three optional vectors along the axis, each None (and free) until something sets it:
+
+    - `gate` (MSG): mixes a block with the identity, `m * block(x) + (1 - m) * x`;
+    - `branch` (RaPTr, PLD): handed to the block, which multiplies its residual branches by it;
+    - `active`: layers marked False are skipped by `lax.cond`, at no cost for their FLOPs.
+
+    `remat="dots"` keeps matrix products and recomputes the rest, the fastest form even on a CPU;
+    "nothing" recomputes everything, "everything" keeps everything.
+    """
+
+    block: Block = stack("{axis}")
+    gate: Gate | None = gate("{axis}")
+    branch: Float[Array, " layers"] | None = branch("{axis}")
+    active: Bool[Array, " layers"] | None = active("{axis}")
+    axis: str = eqx.field(static=True, default="layers")
+    remat: Literal["dots", "nothing", "everything"] = eqx.field(static=True, default="dots")
+
+    def __init__(
+        self,
+        make: Callable[[PRNGKeyArray], Block],
+        length: int,
+        *,
+        axis: str = "layers",
+        remat: Literal["dots", "nothing", "everything"] = "dots",
+        key: PRNGKeyArray,
+    ):
+        self.block = eqx.filter_vmap(make)(jax.random.split(key, length))
+        self.axis, self.remat = axis, remat
+
+    def __call__(self, x: Float[Array, "T embed"], *args: Any, **kwargs: Any) -> Array:
+        """Run `block(x, *args, branch=..., **kwargs)` for each layer; the arguments are shared."""
+        arrays, static = eqx.partition(self.block, eqx.is_array)
+
+        def run(x, layer):
+            weights, gate, scale, on = layer
+            block = eqx.combine(weights, static)
+
+            def mixed(x):
+                y = block(x, *args, branch=scale, **kwargs)
+                if gate is None:
+                    return y
+                m = jax.lax.stop_gradient(gate.value).astype(x.dtype)
+                return m * y + (1 - m) * x
+
+            return (mixed(x) if on is None else jax.lax.cond(on, mixed, lambda x: x, x)), None
+
+        if self.remat != "everything":
+            run = jax.checkpoint(run, prevent_cse=False, policy=_POLICIES[self.remat])
+        return jax.lax.scan(run, x, (arrays, self.gate, self.branch, self.active))[0]
