@@ -80,5 +80,5 @@ python:
 	  echo "growjax needs Python 3.11 or newer, and PYTHON=$(PYTHON) is $(or $(WANT),not there)." >&2; \
 	  echo "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test ! -e $(VENV) || test "$(HAVE)" = "$(WANT)" || { \
-	  echo "$(VENV) holds Python $(or $(HAVE),none that runs), and PYTHON=$(PYTHON) is $(WANT)." >&2; \
+	  echo "$(VENV) holds $(if $(HAVE),Python $(HAVE),no Python that runs), and PYTHON=$(PYTHON) is $(WANT)." >&2; \
 	  echo "Remove $(VENV) or choose another VENV." >&2; exit 1; }

@@ -1,4 +1,4 @@
-"""growjax: train a Transformer for less by growing it, or by training part of it, and know it worked."""
+"""growjax: train a Transformer for less, by growing it or by training part of it, and know why."""
 
 from growjax import growth as growth
 from growjax import models as models
@@ -11,6 +11,8 @@ from growjax.axes import gate as gate
 from growjax.axes import param as param
 from growjax.axes import partition as partition
 from growjax.axes import sizes as sizes
+from growjax.certify import Certificate as Certificate
+from growjax.certify import certify as certify
 from growjax.gates import Gate as Gate
 from growjax.gates import gated as gated
 from growjax.gates import ramp as ramp
@@ -24,3 +26,10 @@ from growjax.growth import stack as stack
 from growjax.growth import zeros as zeros
 from growjax.maps import NONE as NONE
 from growjax.maps import AxisMap as AxisMap
+from growjax.optim import carry as carry
+from growjax.subnet import Subnet as Subnet
+from growjax.subnet import path_schedule as path_schedule
+from growjax.subnet import progressive_layer_drop as progressive_layer_drop
+from growjax.subnet import random_part as random_part
+from growjax.subnet import random_path as random_path
+from growjax.subnet import step_key as step_key

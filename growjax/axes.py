@@ -101,9 +101,7 @@ class Spec:
             elif re.fullmatch(r"\[\w+\]|~?[A-Za-z_]\w*", token):
                 name = token.strip("[]~")
                 looked_up = token.startswith("[")
-                dims.append(
-                    Dim(name, "lookup" if looked_up else role(i), token.startswith("~"))
-                )
+                dims.append(Dim(name, "lookup" if looked_up else role(i), token.startswith("~")))
                 if open_group is None:
                     groups.append(1)
             else:
@@ -232,9 +230,7 @@ class Axes(Mapping[str, Slot]):
     def having(self, axis: str, kind: Kind | None = None) -> list[Slot]:
         """The slots that carry `axis`, in order, of one kind or of any."""
         return [
-            slot
-            for slot in self.values()
-            if slot.positions(axis) and kind in (None, slot.kind)
+            slot for slot in self.values() if slot.positions(axis) and kind in (None, slot.kind)
         ]
 
     def of_kind(self, kind: Kind) -> list[Slot]:

@@ -31,9 +31,7 @@ class StateError(GrowjaxError):
     """Optimizer state cannot be carried through an operator."""
 
 
-def raise_all(
-    error: type[GrowjaxError], headline: str, complaints: Iterable[str]
-) -> None:
+def raise_all(error: type[GrowjaxError], headline: str, complaints: Iterable[str]) -> None:
     """Raise `error` with one line per complaint, or do nothing if there is none."""
     complaints = list(complaints)
     if complaints:

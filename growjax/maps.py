@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from growjax.axes import Axes, DeclaredOutside, Slot, axes_of, get, partition, put
+from growjax.axes import Axes, DeclaredOutside, Slot, axes_of, get, put
 from growjax.errors import AxisError, GateError, GrowthError, StateError, SubnetError, raise_all
 from growjax.gates import Gate
 
@@ -143,15 +143,10 @@ def carry_tree(move: AxisMap, model, tree, moment: Moment, *, copies: bool = Tru
     values = {}
     for slot in table.having(move.axis, "param"):
         old = get(tree, slot.steps)
-        if eqx.is_array_like(old) and hasattr(old, "shape"):
+        if hasattr(old, "shape"):  # not None, nor a placeholder of a masked optimizer
             new = _move(move, table, slot, old, moment)
             values[slot.steps] = new if copies else _blank(move, table, slot, new)
     return put(tree, values)
-
-
-def moment_template(model):
-    """The trained half of a model with every array replaced by None: where moments are put."""
-    return jax.tree.map(lambda _: None, partition(model)[0])
 
 
 # One leaf ------------------------------------------------------------------------------------

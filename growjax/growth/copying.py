@@ -39,11 +39,15 @@ class Copy(Operator):
             else:
                 source = np.concatenate([np.arange(old), rng.integers(0, old, size - old)])
             moves.append(AxisMap(axis, source, share=self._share(rng, source, old)))
-        raise_all(GrowthError, "these copies would change the function:", _refusals(axes, moves, lists))
+        raise_all(
+            GrowthError, "these copies would change the function:", _refusals(axes, moves, lists)
+        )
         return moves
 
     def _share(self, rng: np.random.Generator, source: np.ndarray, old: int) -> np.ndarray:
-        weight = np.ones(len(source)) if self.shares == "equal" else rng.uniform(0.5, 1.5, len(source))
+        weight = (
+            np.ones(len(source)) if self.shares == "equal" else rng.uniform(0.5, 1.5, len(source))
+        )
         return weight / np.bincount(source, weight, minlength=old)[source]
 
 
@@ -54,7 +58,9 @@ def _refusals(axes: Axes, moves: list[AxisMap], lists: dict) -> list[str]:
         counts = np.bincount(move.source, minlength=old)
         norms = [slot.path for slot in axes.normalised(axis) if slot.kind == "param"]
         if axes.roles(axis) & {"stack", "lookup"}:
-            complaints.append(f"{axis}: nothing sums over it, so copies cannot share (see gj.stack)")
+            complaints.append(
+                f"{axis}: nothing sums over it, so copies cannot share (see gj.stack)"
+            )
         elif (counts == 0).any():
             lost = np.flatnonzero(counts == 0).tolist()
             complaints.append(f"{axis}: old coordinates {lost} have no copy and would be lost")

@@ -96,7 +96,11 @@ class Stack(Operator):
         raise_all(
             GrowthError,
             "only layers can be stacked; these axes are not stacks of blocks:",
-            [axis for axis in {**lists, **numbers} if axes.size(axis) and not _is_stack(axes, axis)],
+            [
+                axis
+                for axis in {**lists, **numbers}
+                if axes.size(axis) and not _is_stack(axes, axis)
+            ],
         )
         resolve(axes, {axis: len(source) for axis, source in lists.items()})
         wanted = resolve(axes, numbers)

@@ -49,11 +49,25 @@ class Operator(eqx.Module):
             model = maps.apply(move, model, key)
         return model
 
+    def __repr__(self) -> str:
+        """As it would be written: `msg(mlp=2048, init='zeros')`."""
+        said = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "sizes":
+                said += [f"{axis}={size}" for axis, size in value]
+            elif value != field.default:
+                said.append(f"{field.name}={getattr(value, '__name__', repr(value))}")
+        return f"{type(self).__name__.lower()}({', '.join(said)})"
+
 
 class Chain(eqx.Module):
     """Operators applied one after the other; made by `chain`."""
 
     operators: tuple[Operator, ...]
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.operators))})"
 
     @property
     def exactness(self) -> Exactness:

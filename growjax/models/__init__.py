@@ -1,4 +1,11 @@
 """Models: each file reads from top to bottom."""
 
+from growjax.models.bert import BERT as BERT
+from growjax.models.bert import BERTConfig as BERTConfig
+from growjax.models.bert import BERTOutput as BERTOutput
 from growjax.models.gpt import GPT as GPT
 from growjax.models.gpt import GPTConfig as GPTConfig
+from growjax.models.llama import Llama as Llama
+from growjax.models.llama import LlamaConfig as LlamaConfig
+from growjax.models.t5 import T5 as T5
+from growjax.models.t5 import T5Config as T5Config

@@ -10,13 +10,23 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from growjax.axes import gate, param
 from growjax.gates import Gate, gated
-from growjax.nn import MLP, Attention, Block, Embedding, Norm, Rotary, Stacked, affine, normal
-from growjax.models.config import check_choices
+from growjax.models.config import check_choices, odd_rotary
+from growjax.nn import (
+    Block,
+    Embedding,
+    Norm,
+    Rotary,
+    Stacked,
+    causal,
+    logits,
+    make_block,
+    normal,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """Sizes and choices of a `GPT`. The defaults are GPT-2's; `heads * head_dim` need not be `embed`.
+    """Sizes and choices of a `GPT`, with GPT-2's defaults; `heads * head_dim` need not be `embed`.
 
     `dtype` is that of the activations (None: the parameters'); norms, softmax and logits stay in
     float32 at least.
@@ -43,7 +53,7 @@ class GPTConfig:
     remat: Literal["dots", "nothing", "everything"] = "dots"
 
     def __post_init__(self):
-        check_choices(self)
+        check_choices(self, odd_rotary(self.head_dim) if self.position == "rotary" else ())
 
 
 class GPT(eqx.Module):
@@ -61,11 +71,11 @@ class GPT(eqx.Module):
     embedding: Embedding
     position: Embedding | None
     rotary: Rotary | None
-    gate: Gate | None = gate("embed")
     blocks: Stacked[Block]
     norm: Norm
     head: Float[Array, "embed vocab"] | None = param("embed -> vocab")
-    dtype: str | None = eqx.field(static=True)
+    gate: Gate | None = gate("embed")
+    dtype: str | None = eqx.field(static=True, default=None)
 
     def __init__(self, config: GPTConfig, *, key: PRNGKeyArray):
         c = config
@@ -77,28 +87,21 @@ class GPT(eqx.Module):
         )
         self.rotary = None if learned else Rotary(c.head_dim)
 
-        side = "produced" if c.post_norm else "elementwise"
-
         def block(key):
-            k_attention, k_mlp = jax.random.split(key)
-            return Block(
-                attention=Attention(
-                    c.embed,
-                    c.heads,
-                    c.kv_heads or c.heads,
-                    c.head_dim,
-                    bias=c.bias,
-                    qk_norm=c.qk_norm,
-                    key=k_attention,
-                ),
-                attention_norm=Norm(c.embed, c.norm, bias=c.bias, eps=c.eps, side=side),
-                cross=None,
-                cross_norm=None,
-                mlp=MLP(
-                    c.embed, c.mlp, activation=c.activation, glu=c.glu, bias=c.bias, key=k_mlp
-                ),
-                mlp_norm=Norm(c.embed, c.norm, bias=c.bias, eps=c.eps, side=side),
+            return make_block(
+                c.embed,
+                c.heads,
+                c.head_dim,
+                c.mlp,
+                kv_heads=c.kv_heads,
+                norm=c.norm,
                 post_norm=c.post_norm,
+                bias=c.bias,
+                qk_norm=c.qk_norm,
+                glu=c.glu,
+                activation=c.activation,
+                eps=c.eps,
+                key=key,
             )
 
         self.blocks = Stacked(block, c.layers, remat=c.remat, key=k_blocks)
@@ -123,12 +126,6 @@ class GPT(eqx.Module):
             x = x + self.position(positions)
         x = gated(x if self.dtype is None else x.astype(self.dtype), self.gate)
 
-        sees = jnp.tril(jnp.ones((length, length), bool))
-        if mask is not None:
-            sees = sees & mask[None, :]
         turn = None if self.rotary is None else self.rotary(positions)
-        x = self.norm(self.blocks(x, mask=sees, turn=turn))
-
-        if self.head is None:
-            return self.embedding.attend(x)
-        return affine("te,ev->tv", x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.head)
+        x = self.norm(self.blocks(x, mask=causal(length, mask), turn=turn))
+        return self.embedding.attend(x) if self.head is None else logits(x, self.head)

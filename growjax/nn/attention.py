@@ -107,7 +107,9 @@ class Attention(eqx.Module):
         self.v_bias = jnp.zeros((kv_heads, head_dim)) if bias else None
         self.o_bias = jnp.zeros(embed) if bias else None
         self.q_norm = Norm(head_dim, "rms", eps=eps, axis="head_dim") if qk_norm else None
-        self.k_norm = Norm(head_dim, "rms", eps=eps, axis="head_dim", side="consumed") if qk_norm else None
+        self.k_norm = (
+            Norm(head_dim, "rms", eps=eps, axis="head_dim", side="consumed") if qk_norm else None
+        )
         self.scale = head_dim**-0.5 if scale is None else scale
 
     @property

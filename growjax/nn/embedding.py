@@ -28,9 +28,7 @@ class Embedding(eqx.Module):
     def attend(self, x: Float[Array, "T embed"]) -> Float[Array, "T n"]:
         """Logits against every row, in float32 at least."""
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.einsum(
-            "te,ve->tv", x, self.table.astype(x.dtype), preferred_element_type=wide
-        )
+        return jnp.einsum("te,ve->tv", x, self.table.astype(x.dtype), preferred_element_type=wide)
 
 
 class RelativeBias(eqx.Module):

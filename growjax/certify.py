@@ -1,0 +1,370 @@
+"""Certificates: what an operator did to *this* model on *this* batch, as a printable record.
+
+Four questions, each answered by computation:
+
+- forward: how far did outputs move, in the training dtype and in float64, next to the noise floor of
+  the machine (the same model with its coordinates permuted, which changes only the order of sums)?
+- poison: do outputs stay bitwise the same whatever the new weights hold (0, N(0, 1), 42, 1000)?
+- gradient: for an exact operator G, is the transpose of G, applied to the grown model's gradient, the
+  small model's gradient? This sees wrong scales that no forward pass shows.
+- liveness: which new entries still get no gradient after one and two steps, and which copies move
+  exactly like their source and so will never differ from it?
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from growjax import maps
+from growjax.axes import axes_of, get, partition, put
+from growjax.gates import ramp
+from growjax.growth.operator import Chain, Exactness, Operator, atoms
+from growjax.maps import NONE, AxisMap
+
+
+FILLS: dict[str, Callable] = {
+    "0": lambda key, shape, dtype: jnp.zeros(shape, dtype),
+    "N(0, 1)": lambda key, shape, dtype: jax.random.normal(key, shape, dtype),
+    "42": lambda key, shape, dtype: jnp.full(shape, 42, dtype),
+    "1000": lambda key, shape, dtype: jnp.full(shape, 1000, dtype),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far outputs and loss moved: largest absolute and relative (to the largest output)."""
+
+    dtype: str
+    absolute: float
+    relative: float
+    loss: float
+    floor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """The record that `certify` returns; `str` prints it, `to_dict` stores it.
+
+    - `axes`: axis to (old size, new size).
+    - `forward`: one `Difference` per dtype.
+    - `poison`: fill to whether outputs are bitwise those of the first fill (empty: nothing is drawn).
+    - `gradient`: largest relative error of the transposed gradient, float64 (None: not exact).
+    - `dead`: axis to the share of its new entries without gradient after one and after two steps.
+    - `locked`: axis to the number of copies that moved exactly like their source.
+    """
+
+    operator: str
+    exactness: Exactness
+    axes: dict[str, tuple[int, int]]
+    forward: tuple[Difference, ...]
+    poison: dict[str, bool]
+    gradient: float | None
+    dead: dict[str, tuple[float, float]]
+    locked: dict[str, int]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the operator kept what its exactness class promises (nothing, if approximate)."""
+        if self.exactness == "approximate":
+            return True
+        limits = {"float64": 1e-12}
+        kept = all(d.relative <= max(limits.get(d.dtype, 0), 16 * d.floor) for d in self.forward)
+        grown = self.gradient is None or self.gradient <= 1e-10
+        return kept and grown and all(self.poison.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict, ready for JSON."""
+        return {**dataclasses.asdict(self), "passed": self.passed}
+
+    def __str__(self) -> str:
+        verdict = "keeps its promise" if self.passed else "BREAKS ITS PROMISE"
+        verdict = "a jump is expected" if self.exactness == "approximate" else verdict
+        sizes = ", ".join(f"{axis} {a} -> {b}" for axis, (a, b) in self.axes.items())
+        lines = [f"{self.operator}: {self.exactness}, {verdict}", f"  axes      {sizes or 'none'}"]
+        lines += [
+            f"  forward   {d.dtype}: outputs {d.absolute:.1e} abs, {d.relative:.1e} rel "
+            f"(noise floor {d.floor:.1e}), loss {d.loss:+.1e}"
+            for d in self.forward
+        ]
+        if self.poison:
+            same = [fill for fill, ok in self.poison.items() if ok]
+            other = [fill for fill, ok in self.poison.items() if not ok]
+            text = f"bitwise equal under {', '.join(same)}" if same else "never equal"
+            lines.append(f"  poison    {text}" + (f"; CHANGED by {', '.join(other)}" * bool(other)))
+        if self.gradient is not None:
+            lines.append(f"  gradient  transpose agrees to {self.gradient:.1e}")
+        for axis, (one, two) in self.dead.items():
+            lock = f"; {self.locked[axis]} locked to their source" if self.locked.get(axis) else ""
+            lines.append(
+                f"  liveness  {axis}: {one:.0%} of new entries without gradient after one step, "
+                f"{two:.0%} after two{lock}"
+            )
+        return "\n".join(lines)
+
+
+def certify(
+    op: Operator | Chain,
+    model,
+    batch: Array | tuple[Array, ...],
+    *,
+    key: PRNGKeyArray | None = None,
+    loss: Callable[[Any, Any], Array] | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+    level: float = 0.1,
+) -> Certificate:
+    """Certify an operator on a model and a batch. Neither is changed.
+
+    **Arguments**
+
+    - `op`, `key`: as for `gj.grow`.
+    - `batch`: what the model is called with, with a leading batch dimension (a tuple for several).
+    - `loss`: `(model, batch) -> scalar`; by default a fixed smooth function of all outputs.
+    - `forward`: `(model, batch) -> outputs`; by default the model under `vmap`. Where an output has
+      grown, its old corner is compared.
+    - `level`: where gates stand while liveness is measured.
+
+    **Example**
+
+        print(gj.certify(gj.msg(mlp=2048), small, tokens, key=jax.random.key(0)))
+    """
+    forward = forward or _forward
+    compute = _Compute(forward, loss or _default_loss(forward))
+    with jax.enable_x64(True):
+        wide = _cast(model, jnp.float64)
+        exact = _difference(op, wide, batch, key, compute)
+        poison = _poison(op, model, batch, key, compute)
+        gradient = None if op.exactness == "approximate" else _gradient(op, wide, batch, key, compute)
+        dead, locked = _liveness(op, wide, batch, key, compute, level)
+    native = _difference(op, model, batch, key, compute)
+    old, new = axes_of(model).sizes, axes_of(_shapes(op, model, key)).sizes
+    return Certificate(
+        operator=str(op),
+        exactness=op.exactness,
+        axes={axis: (n, new[axis]) for axis, n in old.items() if new[axis] != n},
+        forward=(native, exact) if native.dtype != "float64" else (exact,),
+        poison=poison,
+        gradient=gradient,
+        dead=dead,
+        locked=locked,
+    )
+
+
+class _Compute(eqx.Module):
+    """Forward pass, loss and gradient, jitted once per structure."""
+
+    forward: Callable = eqx.field(static=True)
+    loss: Callable = eqx.field(static=True)
+
+    @eqx.filter_jit
+    def outputs(self, model, batch):
+        return self.forward(model, batch), self.loss(model, batch)
+
+    @eqx.filter_jit
+    def gradient(self, model, batch):
+        trained, rest = partition(model)
+        return jax.grad(lambda t: self.loss(eqx.combine(t, rest), batch))(trained)
+
+    @eqx.filter_jit
+    def pulled_back(self, op, model, batch, key):
+        """The grown model's gradient, taken back through the operator."""
+        trained, rest = partition(model)
+
+        def grow(trained):
+            return partition(op(eqx.combine(trained, rest), key=key))
+
+        grown, transpose, others = jax.vjp(grow, trained, has_aux=True)
+        gradient = jax.grad(lambda t: self.loss(eqx.combine(t, others), batch))(grown)
+        return transpose(gradient)[0]
+
+
+def _forward(model, batch):
+    return jax.vmap(model)(*batch) if isinstance(batch, tuple) else jax.vmap(model)(batch)
+
+
+def _default_loss(forward: Callable) -> Callable:
+    def loss(model, batch):
+        outputs = [y for y in jax.tree.leaves(forward(model, batch)) if eqx.is_inexact_array(y)]
+        total = jnp.zeros((), jnp.promote_types(outputs[0].dtype, jnp.float32))
+        for y in outputs:
+            y = y.astype(total.dtype)
+            ripple = jnp.cos(jnp.arange(y.shape[-1], dtype=total.dtype))
+            # Weighted sums, so that coordinates that an output gained count for nothing at zero.
+            total = total + jnp.sum(y * ripple) / y[..., 0].size + jnp.sum(jnp.sin(y) * ripple**2)
+        return total
+
+    return loss
+
+
+def _difference(op, model, batch, key, compute: _Compute) -> Difference:
+    before, loss = compute.outputs(model, batch)
+    after, grown_loss = compute.outputs(eqx.filter_jit(op)(model, key=key), batch)
+    floor, _ = compute.outputs(_permuted(model), batch)
+    absolute, relative = _distance(before, after)
+    dtype = jnp.result_type(*[leaf for leaf in jax.tree.leaves(before) if eqx.is_inexact_array(leaf)])
+    return Difference(
+        str(dtype), absolute, relative, float(grown_loss - loss), _distance(before, floor)[1]
+    )
+
+
+def _distance(before, after) -> tuple[float, float]:
+    """Largest absolute and relative difference over all outputs, on their common corner."""
+    worst = (0.0, 0.0)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        b = b[tuple(slice(n) for n in a.shape)]
+        gap = float(jnp.max(jnp.abs(b.astype(a.dtype) - a)))
+        size = float(jnp.max(jnp.abs(a)))
+        gap = gap if np.isfinite(gap) else np.inf
+        worst = (max(worst[0], gap), max(worst[1], gap / size if size else gap))
+    return worst
+
+
+def _permuted(model):
+    """The same function with coordinates in reverse order, wherever their order means nothing."""
+    table = axes_of(model)
+    visible = {dim.axis for dim in _output_dims(table)}
+    for axis, size in table.sizes.items():
+        ordered = table.roles(axis) & {"stack", "lookup"} or table.having(axis, "buffer")
+        if not ordered and axis not in visible:
+            model = maps.apply(AxisMap(axis, np.arange(size)[::-1]), model, None)
+    return model
+
+
+def _output_dims(table):
+    """Axes that some leaf produces and no leaf consumes: the outputs themselves."""
+    dims = [dim for slot in table.values() for dim in slot.dims]
+    consumed = {dim.axis for dim in dims if dim.role == "consumed"}
+    return [dim for dim in dims if dim.role == "produced" and dim.axis not in consumed]
+
+
+def _poison(op, model, batch, key, compute: _Compute) -> dict[str, bool]:
+    """Whether outputs are bitwise the same under every fill of what the operator leaves free."""
+    if not any(_is_closed(m) for atom, before in _steps(op, model, key) for m in atom.maps(before)):
+        return {}
+    outputs = {}
+    for name, fill in FILLS.items():
+        grown = eqx.filter_jit(_filled)(op, model, key, fill)
+        outputs[name] = jax.tree.leaves(compute.outputs(grown, batch)[0])
+    first = next(iter(outputs.values()))
+    return {
+        name: all(bool(jnp.array_equal(a, b)) for a, b in zip(first, ys, strict=True))
+        for name, ys in outputs.items()
+    }
+
+
+def _steps(op, model, key):
+    """Each single operator with the axis table it is applied to."""
+    for atom in atoms(op):
+        yield atom, axes_of(model)
+        model = _shapes(atom, model, key)
+
+
+def _is_closed(move: AxisMap) -> bool:
+    """Whether new coordinates are hidden, so that their content must not matter."""
+    new = move.is_new()
+    shut = move.gated or (move.share is not None and not np.asarray(move.share)[new].any())
+    return bool(new.any()) and shut
+
+
+def _filled(op, model, key, fill: Callable):
+    """The grown model with every closed new coordinate filled by `fill` instead."""
+    for atom in atoms(op):
+        for move in atom.maps(axes_of(model)):
+            if _is_closed(move):
+                source = np.where(move.is_new(), NONE, move.source)
+                move = dataclasses.replace(move, source=source, init=fill)
+            model = maps.apply(move, model, key)
+    return model
+
+
+def _gradient(op, model, batch, key, compute: _Compute) -> float:
+    expected = compute.gradient(model, batch)
+    found = compute.pulled_back(op, model, batch, key)
+    largest = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(expected))
+    gaps = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), expected, found)
+    return max(jax.tree.leaves(gaps)) / largest
+
+
+def _liveness(op, model, batch, key, compute: _Compute, level: float):
+    """Zero gradients and locked copies of new coordinates, over two steps of gradient descent."""
+    new, homes = _new_coordinates(op, model, key)
+    grown = eqx.filter_jit(op)(model, key=key)
+    if any(slot.value is not None for slot in axes_of(grown).of_kind("gate")):
+        grown = ramp(grown, level)
+    start, rest = partition(grown)
+    trained, zero = start, []
+    for _ in range(2):
+        gradient = compute.gradient(eqx.combine(trained, rest), batch)
+        zero.append(_dead(grown, gradient, new))
+        scale = 1e-3 / max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(gradient))
+        trained = jax.tree.map(lambda p, g: p - scale * g, trained, gradient)  # noqa: B023
+    change = jax.tree.map(lambda a, b: a - b, trained, start)
+    locked = {axis: _locked(grown, change, axis, new[axis], homes[axis]) for axis in new}
+    return {axis: (zero[0][axis], zero[1][axis]) for axis in new}, locked
+
+
+def _new_coordinates(op, model, key):
+    """For every grown axis: which coordinates are new, and where the source of each lives now."""
+    new: dict[str, np.ndarray] = {}
+    homes: dict[str, np.ndarray] = {}
+    for atom, table in _steps(op, model, key):
+        for move in atom.maps(table):
+            before = new.get(move.axis, np.zeros(table.size(move.axis), bool))
+            kept = np.append(before, True)[move.source]  # NONE is -1: the appended True
+            new[move.axis] = move.is_new() | kept
+            first = {int(s): i for i, s in reversed(list(enumerate(move.source)))}
+            homes[move.axis] = np.asarray(
+                [first[int(s)] if s != NONE else i for i, s in enumerate(move.source)]
+            )
+    return {axis: mask for axis, mask in new.items() if mask.any()}, homes
+
+
+def _dead(model, gradient, new: dict[str, np.ndarray]) -> dict[str, float]:
+    """Per axis, the share of entries at new coordinates whose gradient is exactly zero."""
+    table, shares = axes_of(model), {}
+    for axis, mask in new.items():
+        zero = total = 0
+        for slot in table.having(axis, "param"):
+            g = get(gradient, slot.steps)
+            if g is None:
+                continue
+            g = slot.split(g, table.sizes)
+            lookups = tuple(i for i, dim in enumerate(slot.dims) if dim.role == "lookup")
+            alive = jnp.any(g != 0, axis=lookups, keepdims=True)  # a row nobody looked up is not dead
+            for dim in slot.positions(axis)[:1]:
+                part = jnp.compress(mask, alive, axis=dim)
+                zero, total = zero + int(jnp.sum(~part)), total + part.size
+        shares[axis] = zero / total
+    return shares
+
+
+def _locked(model, change, axis: str, new: np.ndarray, homes: np.ndarray) -> int:
+    """How many new coordinates changed exactly as the coordinate they were copied from."""
+    table = axes_of(model)
+    same = new & (homes != np.arange(len(homes)))
+    for slot in table.having(axis, "param"):
+        delta = get(change, slot.steps)
+        if delta is None:
+            continue
+        delta = slot.split(delta, table.sizes)
+        for dim in slot.positions(axis):
+            gap = jnp.abs(delta - jnp.take(delta, homes, axis=dim))
+            others = tuple(i for i in range(delta.ndim) if i != dim)
+            limit = 1e-9 * jnp.max(jnp.abs(delta))
+            same = same & np.asarray(jnp.max(gap, axis=others) <= limit)
+    return int(same.sum())
+
+
+def _shapes(op, model, key):
+    return eqx.filter_eval_shape(lambda m, k: op(m, key=k), model, key)
+
+
+def _cast(model, dtype):
+    """The model in another dtype; a static `dtype` that overrides it is dropped."""
+    model = jax.tree.map(lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, model)
+    return put(model, {("dtype",): None}) if getattr(model, "dtype", None) else model

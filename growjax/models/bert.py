@@ -1,0 +1,204 @@
+"""BERT: an encoder, post-LN as published or pre-LN, with its two pre-training heads."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from growjax.axes import gate, param
+from growjax.gates import Gate, gated
+from growjax.models.config import check_choices
+from growjax.nn import (
+    ACTIVATIONS,
+    Block,
+    Embedding,
+    Norm,
+    Stacked,
+    affine,
+    logits,
+    make_block,
+    normal,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BERTConfig:
+    """Sizes and choices of a `BERT`. The defaults are those of the published model.
+
+    `post_norm=False` moves the norm of the embeddings behind the blocks, and each block's norms to
+    the front of their branches. `nsp_head` needs the `pooler`; `tied` is about the masked-language
+    head. `dtype` is that of the activations (None: the parameters'); norms, softmax and logits stay
+    in float32 at least.
+    """
+
+    layers: int
+    embed: int
+    heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    positions: int
+    token_types: int = 2
+    post_norm: bool = True
+    norm: Literal["layer", "rms"] = "layer"
+    bias: bool = True
+    qk_norm: bool = False
+    glu: bool = False
+    activation: str = "gelu"
+    eps: float = 1e-12
+    tied: bool = True
+    dtype: str | None = None
+    remat: Literal["dots", "nothing", "everything"] = "dots"
+    mlm_head: bool = True
+    nsp_head: bool = True
+    pooler: bool = True
+
+    def __post_init__(self):
+        unread = self.nsp_head and not self.pooler
+        check_choices(self, ["nsp_head: it reads the pooler, which is off"] if unread else ())
+
+
+class BERTOutput(NamedTuple):
+    """What a `BERT` returns; None where the head is off."""
+
+    hidden: Float[Array, "T embed"]
+    pooled: Float[Array, " embed"] | None
+    mlm_logits: Float[Array, "T vocab"] | None
+    nsp_logits: Float[Array, " nsp"] | None
+
+
+class Pooler(eqx.Module):
+    """`tanh(W h + b)` of the first token."""
+
+    weight: Float[Array, "embed embed"] = param("embed -> embed")
+    bias: Float[Array, " embed"] | None = param("-> embed")
+    gate: Gate | None = gate("embed")
+
+    def __init__(self, embed: int, *, bias: bool = True, key: PRNGKeyArray):
+        self.weight = normal(key, (embed, embed), embed)
+        self.bias = jnp.zeros(embed) if bias else None
+
+    def __call__(self, hidden: Float[Array, "T embed"]) -> Float[Array, " embed"]:
+        return gated(jnp.tanh(affine("e,ef->f", hidden[0], self.weight, self.bias)), self.gate)
+
+
+class MLMHead(eqx.Module):
+    """`norm(act(W h + b))` against the word table or a decoder of its own, and a bias per word."""
+
+    norm: Norm
+    weight: Float[Array, "embed embed"] = param("embed -> embed")
+    bias: Float[Array, " embed"] | None = param("-> embed")
+    decoder: Float[Array, "embed vocab"] | None = param("embed -> vocab")
+    decoder_bias: Float[Array, " vocab"] | None = param("-> vocab")
+    activation: str = eqx.field(static=True, default="gelu")
+
+    def __init__(self, config: BERTConfig, *, key: PRNGKeyArray):
+        c = config
+        k_transform, k_decoder = jax.random.split(key)
+        self.weight = normal(k_transform, (c.embed, c.embed), c.embed)
+        self.bias = jnp.zeros(c.embed) if c.bias else None
+        side = "consumed" if c.tied else "elementwise"
+        self.norm = Norm(c.embed, c.norm, bias=c.bias, eps=c.eps, side=side)
+        self.decoder = None if c.tied else normal(k_decoder, (c.embed, c.vocab), c.embed)
+        self.decoder_bias = jnp.zeros(c.vocab) if c.bias else None
+        self.activation = c.activation
+
+    def __call__(
+        self, hidden: Float[Array, "T embed"], words: Embedding
+    ) -> Float[Array, "T vocab"]:
+        act = ACTIVATIONS[self.activation]
+        x = self.norm(act(affine("te,ef->tf", hidden, self.weight, self.bias)))
+        scores = words.attend(x) if self.decoder is None else logits(x, self.decoder)
+        return scores if self.decoder_bias is None else scores + self.decoder_bias
+
+
+class BERT(eqx.Module):
+    """A bidirectional encoder on one sequence: `model(tokens) -> BERTOutput`.
+
+    Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", NAACL 2019. Gates stand
+    where MSG has them: on every norm (post-LN), after the pooler's tanh, and on the norm of the
+    masked-language head.
+
+    **Example**
+
+        model = BERT(BERTConfig(layers=6, embed=256, heads=4, head_dim=64, mlp=1024, vocab=384,
+                                positions=256), key=jax.random.key(0))
+        output = jax.vmap(lambda t, m: model(t, mask=m))(tokens, mask)        # both [B, T]
+        output.mlm_logits                                                     # [B, T, vocab]
+    """
+
+    embedding: Embedding
+    token_type: Embedding
+    position: Embedding
+    embedding_norm: Norm | None
+    blocks: Stacked[Block]
+    norm: Norm | None
+    pooler: Pooler | None
+    mlm: MLMHead | None
+    nsp: Float[Array, "embed nsp"] | None = param("embed -> nsp")
+    nsp_bias: Float[Array, " nsp"] | None = param("-> nsp")
+    gate: Gate | None = gate("embed")
+    dtype: str | None = eqx.field(static=True, default=None)
+
+    def __init__(self, config: BERTConfig, *, key: PRNGKeyArray):
+        c = config
+        k_word, k_type, k_position, k_blocks, k_pooler, k_mlm, k_nsp = jax.random.split(key, 7)
+        self.embedding = Embedding(c.vocab, c.embed, key=k_word)
+        self.token_type = Embedding(c.token_types, c.embed, axis="token_types", key=k_type)
+        self.position = Embedding(c.positions, c.embed, axis="positions", key=k_position)
+
+        def block(key):
+            return make_block(
+                c.embed,
+                c.heads,
+                c.head_dim,
+                c.mlp,
+                norm=c.norm,
+                post_norm=c.post_norm,
+                bias=c.bias,
+                qk_norm=c.qk_norm,
+                glu=c.glu,
+                activation=c.activation,
+                eps=c.eps,
+                key=key,
+            )
+
+        self.blocks = Stacked(block, c.layers, remat=c.remat, key=k_blocks)
+        # Post-LN the stream starts as a norm's output; pre-LN it ends in one.
+        side = "produced" if c.post_norm else "elementwise"
+        norm = Norm(c.embed, c.norm, bias=c.bias, eps=c.eps, side=side)
+        self.embedding_norm, self.norm = (norm, None) if c.post_norm else (None, norm)
+        self.pooler = Pooler(c.embed, bias=c.bias, key=k_pooler) if c.pooler else None
+        self.mlm = MLMHead(c, key=k_mlm) if c.mlm_head else None
+        self.nsp = normal(k_nsp, (c.embed, 2), c.embed) if c.nsp_head else None
+        self.nsp_bias = jnp.zeros(2) if c.nsp_head and c.bias else None
+        self.dtype = c.dtype
+
+    def __call__(
+        self,
+        tokens: Int[Array, " T"],
+        *,
+        token_types: Int[Array, " T"] | None = None,
+        mask: Bool[Array, " T"] | None = None,
+    ) -> BERTOutput:
+        """Hidden states and what the heads make of them; `mask` is True at real tokens."""
+        token_types = jnp.zeros_like(tokens) if token_types is None else token_types
+        x = self.embedding(tokens) + self.token_type(token_types)
+        x = x + self.position(jnp.arange(tokens.shape[0]))
+        x = x if self.dtype is None else x.astype(self.dtype)
+        # The norm's own gate hides what it produces; without one the sum is gated here.
+        x = gated(x, self.gate) if self.embedding_norm is None else self.embedding_norm(x)
+
+        x = self.blocks(x, mask=None if mask is None else mask[None, :])
+        hidden = x if self.norm is None else self.norm(x)
+
+        pooled = None if self.pooler is None else self.pooler(hidden)
+        nsp_logits = None
+        if pooled is not None and self.nsp is not None:
+            nsp_logits = logits(pooled, self.nsp)
+            nsp_logits = nsp_logits if self.nsp_bias is None else nsp_logits + self.nsp_bias
+        mlm_logits = None if self.mlm is None else self.mlm(hidden, self.embedding)
+        return BERTOutput(hidden, pooled, mlm_logits, nsp_logits)

@@ -1,0 +1,118 @@
+"""Llama: a decoder with RMS norms, rotary positions, a gated MLP and grouped queries."""
+
+import dataclasses
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from growjax.axes import gate, param
+from growjax.gates import Gate, gated
+from growjax.models.config import check_choices, odd_rotary
+from growjax.nn import (
+    Block,
+    Embedding,
+    Norm,
+    Rotary,
+    Stacked,
+    causal,
+    logits,
+    make_block,
+    normal,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and choices of a `Llama`; `heads` are query heads, `bias` is that of attention alone.
+
+    `dtype` is that of the activations (None: the parameters'); norms, softmax and logits stay in
+    float32 at least.
+    """
+
+    layers: int
+    embed: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    theta: float = 10000.0
+    eps: float = 1e-5
+    tied: bool = False
+    bias: bool = False
+    qk_norm: bool = False
+    activation: str = "silu"
+    dtype: str | None = None
+    remat: Literal["dots", "nothing", "everything"] = "dots"
+
+    def __post_init__(self):
+        check_choices(self, odd_rotary(self.head_dim))
+
+
+class Llama(eqx.Module):
+    """A decoder-only language model on one sequence: `model(tokens) -> logits [T, vocab]`.
+
+    Rotary positions turn neighbouring coordinates (2i, 2i + 1), as in the published weights of
+    Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023.
+
+    **Example**
+
+        model = Llama(LlamaConfig(layers=6, embed=256, heads=8, kv_heads=2, head_dim=32, mlp=688,
+                                  vocab=384), key=jax.random.key(0))
+        logits = jax.vmap(model)(tokens)          # tokens [B, T]
+    """
+
+    embedding: Embedding
+    rotary: Rotary
+    blocks: Stacked[Block]
+    norm: Norm
+    head: Float[Array, "embed vocab"] | None = param("embed -> vocab")
+    gate: Gate | None = gate("embed")
+    dtype: str | None = eqx.field(static=True, default=None)
+
+    def __init__(self, config: LlamaConfig, *, key: PRNGKeyArray):
+        c = config
+        k_embed, k_blocks, k_head = jax.random.split(key, 3)
+        self.embedding = Embedding(c.vocab, c.embed, key=k_embed)
+        self.rotary = Rotary(c.head_dim, c.theta)
+
+        def block(key):
+            return make_block(
+                c.embed,
+                c.heads,
+                c.head_dim,
+                c.mlp,
+                kv_heads=c.kv_heads,
+                norm="rms",
+                bias=c.bias,
+                mlp_bias=False,
+                qk_norm=c.qk_norm,
+                glu=True,
+                activation=c.activation,
+                eps=c.eps,
+                key=key,
+            )
+
+        self.blocks = Stacked(block, c.layers, remat=c.remat, key=k_blocks)
+        side = "consumed" if c.tied else "elementwise"
+        self.norm = Norm(c.embed, "rms", eps=c.eps, side=side)
+        self.head = None if c.tied else normal(k_head, (c.embed, c.vocab), c.embed)
+        self.dtype = c.dtype
+
+    def __call__(
+        self,
+        tokens: Int[Array, " T"],
+        *,
+        positions: Int[Array, " T"] | None = None,
+        mask: Bool[Array, " T"] | None = None,
+    ) -> Float[Array, "T vocab"]:
+        """Next-token logits; `mask` is True at real tokens, `positions` count from 0 by default."""
+        length = tokens.shape[0]
+        positions = jnp.arange(length) if positions is None else positions
+        x = self.embedding(tokens)
+        x = gated(x if self.dtype is None else x.astype(self.dtype), self.gate)
+        x = self.norm(self.blocks(x, mask=causal(length, mask), turn=self.rotary(positions)))
+        return self.embedding.attend(x) if self.head is None else logits(x, self.head)

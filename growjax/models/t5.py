@@ -1,0 +1,192 @@
+"""T5: an encoder and a decoder with relative positions, in the forms of v1.0, v1.1 and UL2."""
+
+import dataclasses
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from growjax.axes import buffer, gate, param
+from growjax.gates import Gate, gated
+from growjax.models.config import check_choices
+from growjax.nn import (
+    Block,
+    Embedding,
+    Norm,
+    RelativeBias,
+    Stacked,
+    causal,
+    logits,
+    make_block,
+    normal,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Sizes and choices of a `T5`. The defaults are v1.0's; see `v1_1` and `ul2`.
+
+    `scale_output` multiplies what the head reads by `embed ** -0.5` (None: if it is `tied`).
+    `dtype` is that of the activations (None: the parameters'); norms, softmax and logits stay in
+    float32 at least.
+
+    **Example**
+
+        T5Config.v1_1(encoder_layers=8, decoder_layers=8, embed=512, heads=6, head_dim=64, mlp=1024,
+                      vocab=384)
+    """
+
+    encoder_layers: int
+    decoder_layers: int
+    embed: int
+    heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    buckets: int = 32
+    max_distance: int = 128
+    activation: str = "relu"
+    glu: bool = False
+    tied: bool = True
+    scale_output: bool | None = None
+    eps: float = 1e-6
+    dtype: str | None = None
+    remat: Literal["dots", "nothing", "everything"] = "dots"
+
+    def __post_init__(self):
+        complaints = []
+        if self.buckets < 4 or self.buckets % 4:
+            complaints.append(
+                "buckets: the encoder halves them by sign, then by near and far; expected a "
+                f"multiple of 4, got {self.buckets}"
+            )
+        if self.max_distance <= self.buckets // 2:
+            complaints.append(
+                f"max_distance: expected more than {self.buckets // 2}, the distances that the "
+                f"decoder counts one by one with {self.buckets} buckets, got {self.max_distance}"
+            )
+        check_choices(self, complaints)
+
+    @classmethod
+    def v1_0(cls, **sizes: Any) -> "T5Config":
+        """ReLU, and a head tied to the embedding whose input is scaled."""
+        return cls(**sizes)
+
+    @classmethod
+    def v1_1(cls, **sizes: Any) -> "T5Config":
+        """A gated GELU and a head of its own, unscaled (also Flan-T5)."""
+        return cls(**{"activation": "gelu_tanh", "glu": True, "tied": False} | sizes)
+
+    @classmethod
+    def ul2(cls, **sizes: Any) -> "T5Config":
+        """A gated SiLU and a head of its own, unscaled (Tay et al., "UL2", ICLR 2023)."""
+        return cls(**{"activation": "silu", "glu": True, "tied": False} | sizes)
+
+
+class T5(eqx.Module):
+    """An encoder-decoder on one pair: `model(encoder_tokens, decoder_tokens) -> logits [T, vocab]`.
+
+    Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+    Transformer", JMLR 2020. No biases, logits of attention unscaled; each stack has one table of
+    relative positions for all its layers, and cross-attention has none.
+
+    **Example**
+
+        model = T5(T5Config(encoder_layers=4, decoder_layers=4, embed=256, heads=4, head_dim=64,
+                            mlp=1024, vocab=384), key=jax.random.key(0))
+        logits = jax.vmap(model)(encoder_tokens, decoder_tokens)      # [B, S], [B, T]
+    """
+
+    embedding: Embedding
+    encoder_bias: RelativeBias
+    encoder: Stacked[Block]
+    encoder_norm: Norm
+    decoder_bias: RelativeBias
+    decoder: Stacked[Block]
+    decoder_norm: Norm
+    head: Float[Array, "embed vocab"] | None = param("embed -> vocab")
+    output_scale: Float[Array, ""] | None = buffer()
+    gate: Gate | None = gate("embed")
+    dtype: str | None = eqx.field(static=True, default=None)
+
+    def __init__(self, config: T5Config, *, key: PRNGKeyArray):
+        c = config
+        k_embed, k_encoder, k_decoder, k_head = jax.random.split(key, 4)
+
+        def stack(layers: int, axis: str, cross: bool, key):
+            def block(key):
+                return make_block(
+                    c.embed,
+                    c.heads,
+                    c.head_dim,
+                    c.mlp,
+                    norm="rms",
+                    bias=False,
+                    glu=c.glu,
+                    activation=c.activation,
+                    eps=c.eps,
+                    scale=1.0,
+                    cross=cross,
+                    key=key,
+                )
+
+            k_bias, k_blocks = jax.random.split(key)
+            bias = RelativeBias(
+                c.buckets,
+                c.heads,
+                1,
+                bidirectional=not cross,
+                max_distance=c.max_distance,
+                key=k_bias,
+            )
+            return bias, Stacked(block, layers, axis=axis, remat=c.remat, key=k_blocks)
+
+        self.embedding = Embedding(c.vocab, c.embed, std=1.0, key=k_embed)
+        self.encoder_bias, self.encoder = stack(
+            c.encoder_layers, "encoder_layers", False, k_encoder
+        )
+        self.decoder_bias, self.decoder = stack(c.decoder_layers, "decoder_layers", True, k_decoder)
+        self.encoder_norm = Norm(c.embed, "rms", eps=c.eps)
+        side = "consumed" if c.tied else "elementwise"
+        self.decoder_norm = Norm(c.embed, "rms", eps=c.eps, side=side)
+        scaled = c.tied if c.scale_output is None else c.scale_output
+        # Data, because it may not change when embed grows.
+        scale = jnp.asarray(c.embed**-0.5, self.embedding.table.dtype)
+        self.output_scale = scale if scaled else None
+        self.head = None if c.tied else normal(k_head, (c.embed, c.vocab), c.embed)
+        self.dtype = c.dtype
+
+    def __call__(
+        self,
+        encoder_tokens: Int[Array, " S"],
+        decoder_tokens: Int[Array, " T"],
+        *,
+        encoder_mask: Bool[Array, " S"] | None = None,
+        decoder_mask: Bool[Array, " T"] | None = None,
+    ) -> Float[Array, "T vocab"]:
+        """Logits of the token after each decoder token; masks are True at real tokens."""
+        sees = None if encoder_mask is None else encoder_mask[None, :]
+        positions = jnp.arange(encoder_tokens.shape[0])
+        memory = self.encoder(
+            self._embed(encoder_tokens), mask=sees, bias=self.encoder_bias(positions, positions)
+        )
+        memory = self.encoder_norm(memory)
+
+        positions = jnp.arange(decoder_tokens.shape[0])
+        x = self.decoder(
+            self._embed(decoder_tokens),
+            memory,
+            mask=causal(decoder_tokens.shape[0], decoder_mask),
+            memory_mask=sees,
+            bias=self.decoder_bias(positions, positions),
+        )
+        x = self.decoder_norm(x)
+        if self.output_scale is not None:
+            x = x * jax.lax.stop_gradient(self.output_scale).astype(x.dtype)
+        return self.embedding.attend(x) if self.head is None else logits(x, self.head)
+
+    def _embed(self, tokens: Int[Array, " n"]) -> Float[Array, "n embed"]:
+        x = self.embedding(tokens)
+        return gated(x if self.dtype is None else x.astype(self.dtype), self.gate)

@@ -1,0 +1,90 @@
+"""What every model does alike around its own forward pass: make a block, mask, read out logits."""
+
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from growjax.nn.attention import Attention
+from growjax.nn.block import Block
+from growjax.nn.mlp import MLP
+from growjax.nn.norm import Norm
+
+
+def make_block(
+    embed: int,
+    heads: int,
+    head_dim: int,
+    mlp: int,
+    *,
+    kv_heads: int | None = None,
+    norm: Literal["layer", "rms"] = "layer",
+    post_norm: bool = False,
+    bias: bool = True,
+    mlp_bias: bool | None = None,
+    qk_norm: bool = False,
+    glu: bool = False,
+    activation: str = "gelu",
+    eps: float = 1e-5,
+    scale: float | None = None,
+    cross: bool = False,
+    key: PRNGKeyArray,
+) -> Block:
+    """A `Block` from sizes and choices; `bias` is also that of the MLP unless `mlp_bias` is given.
+
+    **Example**
+
+        blocks = Stacked(lambda key: make_block(256, 4, 64, 1024, key=key), 6, key=key)
+    """
+    k_attention, k_cross, k_mlp = jax.random.split(key, 3)
+
+    def attention(key):
+        made = Attention(
+            embed,
+            heads,
+            kv_heads or heads,
+            head_dim,
+            bias=bias,
+            qk_norm=qk_norm,
+            eps=eps,
+            scale=scale,
+            key=key,
+        )
+        # Logits start with the same variance whatever the scale (T5 has 1, and small queries).
+        return eqx.tree_at(lambda a: a.q, made, made.q * (head_dim**-0.5 / made.scale))
+
+    def make_norm():
+        # Post-LN, a norm's output is the residual stream itself.
+        side = "produced" if post_norm else "elementwise"
+        return Norm(embed, norm, bias=bias, eps=eps, side=side)
+
+    return Block(
+        attention=attention(k_attention),
+        attention_norm=make_norm(),
+        cross=attention(k_cross) if cross else None,
+        cross_norm=make_norm() if cross else None,
+        mlp=MLP(
+            embed,
+            mlp,
+            activation=activation,
+            glu=glu,
+            bias=bias if mlp_bias is None else mlp_bias,
+            key=k_mlp,
+        ),
+        mlp_norm=make_norm(),
+        post_norm=post_norm,
+    )
+
+
+def causal(length: int, mask: Bool[Array, " T"] | None = None) -> Bool[Array, "T T"]:
+    """Who sees whom in a decoder: True at [t, s] where s is not after t and, given a mask, real."""
+    sees = jnp.tril(jnp.ones((length, length), bool))
+    return sees if mask is None else sees & mask[None, :]
+
+
+def logits(x: Float[Array, "... embed"], head: Float[Array, "embed n"]) -> Float[Array, "... n"]:
+    """Logits of an untied head, in float32 at least (`Embedding.attend` is the tied one)."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("...e,en->...n", x, head.astype(x.dtype), preferred_element_type=wide)
