@@ -249,6 +249,14 @@ class Axes(Mapping[str, Slot]):
             if any(dim.axis == axis and dim.normalised for dim in slot.dims)
         ]
 
+    def is_stream(self, axis: str) -> bool:
+        """Whether lookups produce this axis: it is the residual stream that blocks add to."""
+        return any(
+            dim.axis == axis and dim.role == "produced" and slot.dims[0].role == "lookup"
+            for slot in self.having(axis, "param")
+            for dim in slot.dims
+        )
+
     def size(self, axis: str) -> int:
         """The size of an axis; raises `AxisError` with the known names if there is none."""
         if axis not in self.sizes:

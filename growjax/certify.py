@@ -133,16 +133,19 @@ def certify(
 
         print(gj.certify(gj.msg(mlp=2048), small, tokens, key=jax.random.key(0)))
     """
-    forward = forward or _forward
-    compute = _Compute(forward, loss or _default_loss(forward))
+    forward = forward or call
+    shown = shown_outputs(forward, op, model, batch)
+    compute = _Compute(forward, loss or _Probe(forward, shown))
     with jax.enable_x64(True):
         wide = _cast(model, jnp.float64)
         exact = _difference(op, wide, batch, key, compute)
         poison = _poison(op, model, batch, key, compute)
-        gradient = None if op.exactness == "approximate" else _gradient(op, wide, batch, key, compute)
+        gradient = (
+            None if op.exactness == "approximate" else _gradient(op, wide, batch, key, compute)
+        )
         dead, locked = _liveness(op, wide, batch, key, compute, level)
     native = _difference(op, model, batch, key, compute)
-    old, new = axes_of(model).sizes, axes_of(_shapes(op, model, key)).sizes
+    old, new = axes_of(model).sizes, axes_of(shapes(op, model)).sizes
     return Certificate(
         operator=str(op),
         exactness=op.exactness,
@@ -183,72 +186,91 @@ class _Compute(eqx.Module):
         return transpose(gradient)[0]
 
 
-def _forward(model, batch):
+class _Probe(eqx.Module):
+    forward: Callable = eqx.field(static=True)
+    shown: Any = eqx.field(static=True)
+
+    def __call__(self, model, batch):
+        return probe(self.forward(model, batch), self.shown)
+
+
+def call(model, batch):
+    """The model under `vmap` on a batch: an array, or a tuple of several inputs."""
     return jax.vmap(model)(*batch) if isinstance(batch, tuple) else jax.vmap(model)(batch)
 
 
-def _default_loss(forward: Callable) -> Callable:
-    def loss(model, batch):
-        outputs = [y for y in jax.tree.leaves(forward(model, batch)) if eqx.is_inexact_array(y)]
-        total = jnp.zeros((), jnp.promote_types(outputs[0].dtype, jnp.float32))
-        for y in outputs:
-            y = y.astype(total.dtype)
-            ripple = jnp.cos(jnp.arange(y.shape[-1], dtype=total.dtype))
-            # Weighted sums, so that coordinates that an output gained count for nothing at zero.
-            total = total + jnp.sum(y * ripple) / y[..., 0].size + jnp.sum(jnp.sin(y) * ripple**2)
-        return total
+Shown = tuple[tuple[int, ...] | None, ...]
 
-    return loss
+
+def shown_outputs(forward: Callable, op, model, batch) -> Shown:
+    """What a loss may look at: the shapes of the outputs that `op` leaves as they are.
+
+    An output that grew shows copies one by one, so a loss of it is not symmetric in them. If every
+    output grows, their old corners are used all the same.
+    """
+
+    def of(model):
+        with jax.enable_x64(True):
+            return [y.shape for y in jax.tree.leaves(eqx.filter_eval_shape(forward, model, batch))]
+
+    before, after = of(model), of(shapes(op, model))
+    none = not any(a == b for a, b in zip(before, after, strict=True))
+    return tuple(a if none or a == b else None for a, b in zip(before, after, strict=True))
+
+
+def probe(outputs, shown: Shown) -> Array:
+    """A fixed smooth function of the shown outputs."""
+    total = jnp.zeros(())
+    for y, shape in zip(jax.tree.leaves(outputs), shown, strict=True):
+        if shape is not None:
+            y = y[tuple(map(slice, shape))].astype(jnp.promote_types(y.dtype, jnp.float32))
+            ripple = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+            total = total + jnp.mean(jnp.sin(y) * ripple + y * ripple**2)
+    return total
 
 
 def _difference(op, model, batch, key, compute: _Compute) -> Difference:
     before, loss = compute.outputs(model, batch)
     after, grown_loss = compute.outputs(eqx.filter_jit(op)(model, key=key), batch)
     floor, _ = compute.outputs(_permuted(model), batch)
-    absolute, relative = _distance(before, after)
-    dtype = jnp.result_type(*[leaf for leaf in jax.tree.leaves(before) if eqx.is_inexact_array(leaf)])
+    absolute, relative = distance(before, after)
+    dtype = jnp.result_type(
+        *[leaf for leaf in jax.tree.leaves(before) if eqx.is_inexact_array(leaf)]
+    )
     return Difference(
-        str(dtype), absolute, relative, float(grown_loss - loss), _distance(before, floor)[1]
+        str(dtype), absolute, relative, float(grown_loss - loss), distance(before, floor)[1]
     )
 
 
-def _distance(before, after) -> tuple[float, float]:
-    """Largest absolute and relative difference over all outputs, on their common corner."""
+def distance(before, after) -> tuple[float, float]:
+    """Largest absolute and relative (to the largest entry) difference, on the common corner."""
     worst = (0.0, 0.0)
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        b = b[tuple(slice(n) for n in a.shape)]
-        gap = float(jnp.max(jnp.abs(b.astype(a.dtype) - a)))
-        size = float(jnp.max(jnp.abs(a)))
+        b = np.asarray(b[tuple(map(slice, a.shape))], np.float64)
+        a = np.asarray(a, np.float64)
+        gap, size = float(np.abs(b - a).max()), float(np.abs(a).max())
         gap = gap if np.isfinite(gap) else np.inf
         worst = (max(worst[0], gap), max(worst[1], gap / size if size else gap))
     return worst
 
 
 def _permuted(model):
-    """The same function with coordinates in reverse order, wherever their order means nothing."""
+    """The same function with hidden units and heads in reverse order."""
     table = axes_of(model)
-    visible = {dim.axis for dim in _output_dims(table)}
     for axis, size in table.sizes.items():
-        ordered = table.roles(axis) & {"stack", "lookup"} or table.having(axis, "buffer")
-        if not ordered and axis not in visible:
+        inner = {"consumed", "produced"} <= table.roles(axis) and not table.is_stream(axis)
+        if inner and not table.having(axis, "buffer"):
             model = maps.apply(AxisMap(axis, np.arange(size)[::-1]), model, None)
     return model
 
 
-def _output_dims(table):
-    """Axes that some leaf produces and no leaf consumes: the outputs themselves."""
-    dims = [dim for slot in table.values() for dim in slot.dims]
-    consumed = {dim.axis for dim in dims if dim.role == "consumed"}
-    return [dim for dim in dims if dim.role == "produced" and dim.axis not in consumed]
-
-
 def _poison(op, model, batch, key, compute: _Compute) -> dict[str, bool]:
     """Whether outputs are bitwise the same under every fill of what the operator leaves free."""
-    if not any(_is_closed(m) for atom, before in _steps(op, model, key) for m in atom.maps(before)):
+    if not any(_is_closed(m) for atom, before in steps(op, model) for m in atom.maps(before)):
         return {}
     outputs = {}
     for name, fill in FILLS.items():
-        grown = eqx.filter_jit(_filled)(op, model, key, fill)
+        grown = eqx.filter_jit(filled)(op, model, key, fill)
         outputs[name] = jax.tree.leaves(compute.outputs(grown, batch)[0])
     first = next(iter(outputs.values()))
     return {
@@ -257,11 +279,11 @@ def _poison(op, model, batch, key, compute: _Compute) -> dict[str, bool]:
     }
 
 
-def _steps(op, model, key):
+def steps(op, model):
     """Each single operator with the axis table it is applied to."""
     for atom in atoms(op):
         yield atom, axes_of(model)
-        model = _shapes(atom, model, key)
+        model = shapes(atom, model)
 
 
 def _is_closed(move: AxisMap) -> bool:
@@ -271,7 +293,7 @@ def _is_closed(move: AxisMap) -> bool:
     return bool(new.any()) and shut
 
 
-def _filled(op, model, key, fill: Callable):
+def filled(op, model, key, fill: Callable):
     """The grown model with every closed new coordinate filled by `fill` instead."""
     for atom in atoms(op):
         for move in atom.maps(axes_of(model)):
@@ -292,7 +314,7 @@ def _gradient(op, model, batch, key, compute: _Compute) -> float:
 
 def _liveness(op, model, batch, key, compute: _Compute, level: float):
     """Zero gradients and locked copies of new coordinates, over two steps of gradient descent."""
-    new, homes = _new_coordinates(op, model, key)
+    new, homes = new_coordinates(op, model)
     grown = eqx.filter_jit(op)(model, key=key)
     if any(slot.value is not None for slot in axes_of(grown).of_kind("gate")):
         grown = ramp(grown, level)
@@ -308,11 +330,11 @@ def _liveness(op, model, batch, key, compute: _Compute, level: float):
     return {axis: (zero[0][axis], zero[1][axis]) for axis in new}, locked
 
 
-def _new_coordinates(op, model, key):
+def new_coordinates(op, model):
     """For every grown axis: which coordinates are new, and where the source of each lives now."""
     new: dict[str, np.ndarray] = {}
     homes: dict[str, np.ndarray] = {}
-    for atom, table in _steps(op, model, key):
+    for atom, table in steps(op, model):
         for move in atom.maps(table):
             before = new.get(move.axis, np.zeros(table.size(move.axis), bool))
             kept = np.append(before, True)[move.source]  # NONE is -1: the appended True
@@ -335,7 +357,9 @@ def _dead(model, gradient, new: dict[str, np.ndarray]) -> dict[str, float]:
                 continue
             g = slot.split(g, table.sizes)
             lookups = tuple(i for i, dim in enumerate(slot.dims) if dim.role == "lookup")
-            alive = jnp.any(g != 0, axis=lookups, keepdims=True)  # a row nobody looked up is not dead
+            alive = jnp.any(
+                g != 0, axis=lookups, keepdims=True
+            )  # a row nobody looked up is not dead
             for dim in slot.positions(axis)[:1]:
                 part = jnp.compress(mask, alive, axis=dim)
                 zero, total = zero + int(jnp.sum(~part)), total + part.size
@@ -360,8 +384,10 @@ def _locked(model, change, axis: str, new: np.ndarray, homes: np.ndarray) -> int
     return int(same.sum())
 
 
-def _shapes(op, model, key):
-    return eqx.filter_eval_shape(lambda m, k: op(m, key=k), model, key)
+def shapes(op, model):
+    """The grown model without its numbers."""
+    with jax.enable_x64(True):  # float64 models keep their dtype; others are not widened
+        return eqx.filter_eval_shape(lambda m: op(m, key=jax.random.key(0)), model)
 
 
 def _cast(model, dtype):

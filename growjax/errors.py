@@ -31,6 +31,22 @@ class StateError(GrowjaxError):
     """Optimizer state cannot be carried through an operator."""
 
 
+class CostError(GrowjaxError):
+    """A program holds work that cannot be counted."""
+
+
+class PlanError(GrowjaxError):
+    """A training plan contradicts itself or does not fit the model."""
+
+
+class DataError(GrowjaxError):
+    """There is no text to train on, or too little."""
+
+
+class TrainingError(GrowjaxError):
+    """Training cannot go on: the loss is not finite."""
+
+
 def raise_all(error: type[GrowjaxError], headline: str, complaints: Iterable[str]) -> None:
     """Raise `error` with one line per complaint, or do nothing if there is none."""
     complaints = list(complaints)

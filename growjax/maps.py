@@ -19,6 +19,7 @@ their producers has its gain and epsilon rescaled. Gates, sharding, cost and nam
 Checked in float64 by `tests/test_maps.py`: outputs, the transposed gradient, and the moments.
 """
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -207,7 +208,7 @@ def _along(vector, ndim: int, dim: int):
 def _crosses(move: AxisMap, ndim: int, where: list[int]) -> np.ndarray:
     """Where any of several dimensions is at a NONE coordinate (broadcastable)."""
     fresh = move.source == NONE
-    return np.logical_or.reduce([_along(fresh, ndim, dim) for dim in where])
+    return functools.reduce(np.logical_or, [_along(fresh, ndim, dim) for dim in where])
 
 
 def _power(move: AxisMap, slot: Slot, dim: int, moment: Moment) -> int:

@@ -27,15 +27,10 @@ class Zeros(Operator):
         moves, complaints = [], []
         for axis, size in wanted.items():
             new = np.arange(size) >= axes.size(axis)
-            stream = any(
-                dim.axis == axis and dim.role == "produced" and slot.dims[0].role == "lookup"
-                for slot in axes.having(axis, "param")
-                for dim in slot.dims
-            )
             normalised = bool(axes.normalised(axis))
             if axes.roles(axis) & {"stack", "lookup"}:
                 complaints.append(f"{axis}: nothing consumes it (see gj.stack with branch='zero')")
-            elif normalised and not stream:
+            elif normalised and not axes.is_stream(axis):
                 complaints.append(
                     f"{axis}: a norm averages over it, so both sides would have to be zero and could "
                     "never learn; use gj.msg"

@@ -1,6 +1,7 @@
 """What every model's configuration must satisfy."""
 
 import dataclasses
+import numbers
 from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -19,9 +20,13 @@ def check_choices(config: Any, also: Iterable[str] = ()) -> None:
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
-        if hint in (int, int | None) and value is not None and not _positive(value, int):
+        if (
+            hint in (int, int | None)
+            and value is not None
+            and not _positive(value, numbers.Integral)
+        ):
             complaints.append(f"{field.name}: expected a positive integer, got {value!r}")
-        if hint is float and not _positive(value, (int, float)):
+        if hint is float and not _positive(value, numbers.Real):
             complaints.append(f"{field.name}: expected a positive number, got {value!r}")
         if get_origin(hint) is Literal and value not in get_args(hint):
             complaints.append(f"{field.name}: expected one of {get_args(hint)}, got {value!r}")

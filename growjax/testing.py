@@ -1,0 +1,396 @@
+"""Property tests for operators and models, yours or growjax's own.
+
+Strategies draw *descriptions* (an `Architecture`, an operator that fits it) from short fixed lists, so
+that compiled programs are reused; arrays come from seeds. Assertions take an operator, a model and a
+batch, compile once, and raise `AssertionError` that says what moved and by how much.
+
+    from hypothesis import given
+    from growjax import testing
+
+    @given(testing.cases())
+    def test_operators_keep_their_promises(case):
+        testing.assert_contract(case.operator, case.model(), case.batch())
+
+Needs hypothesis and chex (the `dev` extra).
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+from jaxtyping import Array, PRNGKeyArray
+
+from growjax import growth, models
+from growjax.axes import axes_of, get, partition, put, sizes
+from growjax.certify import (
+    call,
+    distance,
+    filled,
+    new_coordinates,
+    probe,
+    shapes,
+    shown_outputs,
+    steps,
+)
+from growjax.gates import ramp, settle
+from growjax.growth import Chain, Operator, atoms, msg
+
+
+Batch = Array | tuple[Array, ...]
+LENGTH, VOCAB = 5, 11
+TOY = dict(embed=8, heads=2, head_dim=4, mlp=6, vocab=VOCAB)
+
+
+# Architectures -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A small model of one family, described by its options; hashable, and built from a seed."""
+
+    family: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def model(self, seed: int = 0, dtype=jnp.float64):
+        """The model with every trained array random, biases and gains too, in `dtype`."""
+        with jax.enable_x64(True):
+            model = randomise(_skeleton(self), seed)
+            return jax.tree.map(lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, model)
+
+    def batch(self, seed: int = 0, size: int = 2) -> Batch:
+        """Token ids `[size, LENGTH]`: what the model is called with, under `vmap`."""
+        rng = np.random.default_rng(seed)
+        tokens = jnp.asarray(rng.integers(0, VOCAB, (2, size, LENGTH)))
+        return (tokens[0], tokens[1, :, :3]) if self.family == "T5" else tokens[0]
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The names of its stack axes."""
+        return ("encoder_layers", "decoder_layers") if self.family == "T5" else ("layers",)
+
+    def __str__(self) -> str:
+        return f"{self.family}({', '.join(f'{k}={v}' for k, v in self.options)})"
+
+
+@functools.cache
+def _skeleton(architecture: Architecture):
+    depth = dict.fromkeys(architecture.stacks, 2)
+    if architecture.family in ("GPT", "BERT"):
+        depth["positions"] = LENGTH + 3
+    if architecture.family == "Llama":
+        depth["kv_heads"] = 1
+    config = getattr(models, f"{architecture.family}Config")
+    model = getattr(models, architecture.family)
+    options = {**TOY, **depth, **dict(architecture.options)}
+    return model(config(remat="everything", **options), key=jax.random.key(0))
+
+
+def randomise(model, seed: int = 0):
+    """The model with every trained array drawn afresh (by numpy, leaf by leaf, from the seed)."""
+    values = {}
+    for slot in axes_of(model).of_kind("param"):
+        if slot.value is not None:
+            rng = np.random.default_rng([seed, zlib.crc32(slot.path.encode())])
+            noise = 0.4 * rng.standard_normal(slot.value.shape)
+            values[slot.steps] = jnp.asarray(noise + (slot.init == "ones"), slot.value.dtype)
+    return put(model, values)
+
+
+def _architecture(family: str, **options) -> Architecture:
+    return Architecture(family, tuple(options.items()))
+
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    _architecture("GPT"),
+    _architecture("GPT", tied=False, bias=False, qk_norm=True, activation="relu"),
+    _architecture("GPT", norm="rms", glu=True, activation="silu", position="rotary"),
+    _architecture("GPT", heads=4, kv_heads=2, position="rotary", qk_norm=True, norm="rms"),
+    _architecture("GPT", post_norm=True, activation="gelu"),
+    _architecture("BERT"),
+    _architecture("BERT", post_norm=False, glu=True, activation="silu"),
+    _architecture("Llama", heads=2, kv_heads=1),
+    _architecture("Llama", heads=4, kv_heads=2, tied=True, qk_norm=True, bias=True),
+    _architecture("T5"),
+    _architecture("T5", glu=True, activation="gelu_tanh", tied=False),
+)
+"""Every option that decides exactness, each in at least one of them."""
+
+
+# Operators -----------------------------------------------------------------------------------
+
+
+def operators_for(architecture: Architecture) -> tuple[Operator | Chain, ...]:
+    """Operators that fit an architecture: every family, every axis, alone and together."""
+    options = {**TOY, **dict(architecture.options)}
+    heads, first = options["heads"], architecture.stacks[0]
+    kv_heads = options.get("kv_heads", heads)
+    post_norm = options.get("post_norm", architecture.family == "BERT")
+    rms = options.get("norm", "layer") == "rms" or architecture.family in ("Llama", "T5")
+    qk_norm = options.get("qk_norm", False)
+    ops: list[Operator | Chain] = [
+        msg(embed=12),
+        msg(mlp=10),
+        msg(heads=2 * heads),
+        msg(head_dim=6),
+        msg(**{first: 3}),
+        msg(embed=12, mlp=8, heads=2 * heads, kv_heads=2 * kv_heads, **{first: 3}, init="matched"),
+        msg(embed=12, mlp=10, init="copy"),
+        growth.chain(
+            msg(mlp=9, init="zeros"), msg(embed=10), msg(**{first: 4}, order="interleave")
+        ),
+        growth.copy(mlp=15, shares="random"),
+        growth.copy(mlp=9, order="random", kv_heads=kv_heads + 1),
+        growth.copy(embed=16, mlp=12, heads=2 * heads),
+        growth.copy(head_dim=8),
+        growth.zeros(mlp=10, heads=2 * heads),
+        growth.stack(**{first: 3}, order="top"),
+        growth.stack(**{first: 4}, branch="split"),
+    ]
+    if not post_norm:
+        ops.append(growth.stack(**{first: 4}, order="insert", branch="zero"))
+    if not qk_norm:
+        ops.append(growth.zeros(head_dim=6))
+    if rms:
+        ops.append(growth.zeros(embed=12))
+    return tuple(ops)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An operator with an architecture that it fits."""
+
+    architecture: Architecture
+    operator: Operator | Chain
+    seed: int = 0
+
+    def model(self, dtype=jnp.float64):
+        """The architecture's model for this seed."""
+        return self.architecture.model(self.seed, dtype)
+
+    def batch(self) -> Batch:
+        """The architecture's batch for this seed."""
+        return self.architecture.batch(self.seed)
+
+    def __str__(self) -> str:
+        return f"{self.operator} on {self.architecture}"
+
+
+def all_cases() -> tuple[Case, ...]:
+    """Every operator on every architecture that it claims."""
+    return tuple(Case(arch, op) for arch in ARCHITECTURES for op in operators_for(arch))
+
+
+def architectures() -> st.SearchStrategy[Architecture]:
+    """A small model's description."""
+    return st.sampled_from(ARCHITECTURES)
+
+
+def cases(*, exactness: tuple[growth.Exactness, ...] | None = None) -> st.SearchStrategy[Case]:
+    """An architecture, an operator that fits it and a seed; `exactness` keeps some classes only."""
+    fitting = [c for c in all_cases() if exactness is None or c.operator.exactness in exactness]
+    return st.builds(
+        lambda case, seed: dataclasses.replace(case, seed=seed),
+        st.sampled_from(fitting),
+        st.integers(0, 2**16),
+    )
+
+
+# Assertions ----------------------------------------------------------------------------------
+
+
+class _Observation(eqx.Module):
+    """A grown model, its outputs, its gradient, and that gradient taken back through the operator."""
+
+    model: Any
+    outputs: Any
+    gradient: Any
+    pulled_back: Any
+
+
+def _fill(offset, spread) -> Callable:
+    """New entries at `offset`, scattered by `spread` (cheaply: compiling a hash for each leaf is not)."""
+
+    def init(key, shape, dtype):
+        size = int(np.prod(shape))
+        wave = jnp.sin(1.0 + jnp.arange(size, dtype=dtype) ** 2).reshape(shape)
+        return (offset + 1.5 * spread * wave).astype(dtype)
+
+    return init
+
+
+_FILLS = {"zeros": (0.0, 0.0), "scattered": (0.0, 1.0), "42": (42.0, 0.0), "1000": (1000.0, 0.0)}
+
+
+@eqx.filter_jit
+def _observe(op, model, batch, shown, offset, spread) -> _Observation:
+    fill = _fill(offset, spread)
+    trained, rest = partition(model)
+
+    def grow(trained):
+        grown = eqx.combine(trained, rest)
+        grown = grown if op is None else filled(op, grown, jax.random.key(0), fill)
+        return partition(grown)
+
+    grown, transpose, others = jax.vjp(grow, trained, has_aux=True)
+
+    def objective(grown):
+        outputs = call(eqx.combine(grown, others), batch)
+        return probe(outputs, shown), outputs
+
+    gradient, outputs = jax.grad(objective, has_aux=True)(grown)
+    return _Observation(eqx.combine(grown, others), outputs, gradient, transpose(gradient)[0])
+
+
+_outputs = eqx.filter_jit(call)
+
+
+def _observed(op, model, batch, fill: str = "scattered", *, before: Any = None) -> _Observation:
+    """Observe the model grown by `op`, or (`op=None`) as it is before it is grown by `before`."""
+    shown = shown_outputs(call, op or before, model, batch)
+    with jax.enable_x64(True):
+        return _observe(op, model, batch, shown, *map(jnp.asarray, _FILLS[fill]))
+
+
+def assert_preserves(
+    op: Operator | Chain, model, batch: Batch, *, rtol: float | None = None
+) -> None:
+    """The grown model computes the same outputs.
+
+    `rtol` is relative to the largest output: 1e-12 for a float64 model and 2e-5 for float32 by default.
+    Closed new coordinates (behind gates or zeros) are filled with scattered numbers of order one.
+    """
+    small, big = _observed(None, model, batch, before=op), _observed(op, model, batch)
+    _assert_same("outputs", small.outputs, big.outputs, rtol)
+
+
+def assert_independent(op: Operator | Chain, model, batch: Batch) -> None:
+    """Outputs are bitwise the same whatever closed new coordinates hold: 0, order one, 42, 1000."""
+    first = _observed(op, model, batch, fill="zeros").outputs
+    for fill in ("scattered", "42", "1000"):
+        other = _observed(op, model, batch, fill=fill).outputs
+        chex.assert_trees_all_equal(first, other, custom_message=f"filled with {fill}")
+
+
+def assert_gradient(op: Operator | Chain, model, batch: Batch, *, rtol: float = 1e-10) -> None:
+    """The transpose of the operator takes the grown model's gradient to the small model's."""
+    small, big = _observed(None, model, batch, before=op), _observed(op, model, batch)
+    scale = max(float(np.abs(np.asarray(g)).max()) for g in jax.tree.leaves(small.gradient))
+    for slot in axes_of(model).of_kind("param"):
+        expected, found = get(small.gradient, slot.steps), get(big.pulled_back, slot.steps)
+        if expected is not None:
+            gap = float(np.abs(np.asarray(expected) - np.asarray(found)).max()) / scale
+            assert gap <= rtol, (
+                f"{slot.path}: transposed gradient is off by {gap:.1e} (> {rtol:.0e})"
+            )
+
+
+def assert_still(op: Operator | Chain, model, batch: Batch) -> None:
+    """Behind gates at 0 every new entry has a gradient of exactly zero."""
+    gradient = _observed(op, model, batch).gradient
+    new, _ = new_coordinates(op, model)
+    table = axes_of(shapes(op, model))
+    for slot in table.of_kind("param"):
+        g = get(gradient, slot.steps)
+        for i, dim in enumerate(slot.dims):
+            if g is not None and dim.axis in new:
+                part = np.compress(new[dim.axis], slot.split(np.asarray(g), table.sizes), axis=i)
+                assert not part.any(), f"{slot.path}: new {dim.axis} have a gradient"
+
+
+def assert_settles(op: Operator | Chain, model, batch: Batch, *, rtol: float | None = None) -> None:
+    """With every gate at 1 the gated model equals the settled one, whose gates are gone."""
+    with jax.enable_x64(True):
+        opened = ramp(_observed(op, model, batch).model, 1.0)
+        settled = settle(opened)
+        assert all(slot.value is None for slot in axes_of(settled).of_kind("gate"))
+        gated, plain = _outputs(opened, batch), _outputs(settled, batch)
+    _assert_same("outputs at gate 1", plain, gated, rtol)
+
+
+def assert_same_growth(
+    left: Operator | Chain, right: Operator | Chain, model, *, key: PRNGKeyArray
+):
+    """Two ways to grow give bitwise the same parameters (two hops and one, say).
+
+    Gates are opened and settled between the operators of a chain, as a schedule would.
+    """
+    with jax.enable_x64(True):
+        one, two = _settled_growth(left, model, key), _settled_growth(right, model, key)
+    assert sizes(one) == sizes(two), f"{sizes(one)} against {sizes(two)}"
+    chex.assert_trees_all_equal(*(jax.tree.leaves(partition(grown)[0]) for grown in (one, two)))
+
+
+def _settled_growth(op, model, key):
+    for atom in atoms(op):
+        model = eqx.filter_jit(atom)(model, key=key)
+        if any(slot.value is not None for slot in axes_of(model).of_kind("gate")):
+            model = settle(ramp(model, 1.0))
+    return model
+
+
+def assert_carries(op: Operator | Chain, model, batch: Batch, tx, *, rtol: float = 1e-10) -> None:
+    """Optimizer state carried through an exact copy is the state that the grown model would have.
+
+    Takes one step of `tx` (an optax transformation without a global norm) on either side and compares
+    every array: moments that are moved by the wrong power of the share cannot pass.
+    """
+    from growjax.optim import carry
+
+    small, big = _observed(None, model, batch, before=op), _observed(op, model, batch)
+    with jax.enable_x64(True):
+        trained = partition(model)[0]
+        grown = partition(eqx.filter_jit(op)(model, key=jax.random.key(0)))[0]
+        state = tx.update(small.gradient, tx.init(trained), trained)[1]
+        carried = carry(op, state, model, key=jax.random.key(0))
+        direct = tx.update(big.gradient, tx.init(grown), grown)[1]
+    chex.assert_trees_all_equal_structs(carried, direct)
+    # Each moment by its own scale: the gradient of a key's bias is zero but for rounding.
+    parts = [
+        jax.tree_util.tree_leaves_with_path(
+            state, is_leaf=lambda node: isinstance(node, type(grown))
+        )
+        for state in (direct, carried)
+    ]
+    for (path, expected), (_, found) in zip(*parts, strict=True):
+        pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True)
+        pairs = [(np.asarray(a, float), np.asarray(b, float)) for a, b in pairs]
+        scale = max((np.abs(a).max() for a, _ in pairs), default=0) or 1.0
+        gap = max((np.abs(a - b).max() for a, b in pairs), default=0) / scale
+        name = jax.tree_util.keystr(path)
+        assert gap <= rtol, (
+            f"state{name}: carried is off by {gap:.1e} of its largest entry (> {rtol})"
+        )
+
+
+def assert_contract(op: Operator | Chain, model, batch: Batch) -> None:
+    """Everything that an operator's exactness class promises on this model."""
+    if op.exactness == "approximate":
+        outputs = _observed(op, model, batch).outputs
+        assert all(np.isfinite(np.asarray(y)).all() for y in jax.tree.leaves(outputs))
+        return
+    assert_preserves(op, model, batch)
+    assert_gradient(op, model, batch)
+    with jax.enable_x64(True):
+        gated = any(m.gated for atom, axes in steps(op, model) for m in atom.maps(axes))
+    assert_independent(op, model, batch)
+    if op.exactness == "exact" and gated:
+        assert_still(op, model, batch)
+        assert_settles(op, model, batch)
+
+
+def _assert_same(what: str, expected, found, rtol: float | None) -> None:
+    leaves = [x for x in jax.tree.leaves(expected) if eqx.is_inexact_array(x)]
+    wide = all(x.dtype == jnp.float64 for x in leaves)
+    rtol = rtol or (1e-12 if wide else 2e-5)
+    absolute, relative = distance(expected, found)
+    assert relative <= rtol, (
+        f"{what} moved by {absolute:.1e}, {relative:.1e} relative (> {rtol:.0e})"
+    )

@@ -1,0 +1,34 @@
+"""Settings that must be made before JAX is imported, Hypothesis profiles, and bounded memory."""
+
+import gc
+import os
+
+
+DEEP = os.environ.get("GROWJAX_PROFILE") == "deep"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if not DEEP:
+    # Halves the time of thousands of tiny compilations; the deep profile runs what users run.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+common = dict(deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.register_profile("dev", max_examples=8, derandomize=True, **common)
+hypothesis.settings.register_profile("ci", max_examples=8, derandomize=True, **common)
+hypothesis.settings.register_profile("deep", max_examples=200, **common)
+hypothesis.settings.load_profile(os.environ.get("GROWJAX_PROFILE", "dev"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_compiled_programs():
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)

@@ -1,0 +1,371 @@
+"""One index map: what it does to every kind of leaf, against the rule written out in numpy."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jaxtyping import Array
+
+import growjax as gj
+from growjax import testing
+from growjax.axes import axes_of, get, partition
+from growjax.errors import AxisError, GrowthError, StateError, SubnetError
+from growjax.gates import Gate
+from growjax.maps import NONE, AxisMap, apply, carry_tree
+
+
+OLD = 4
+
+
+class Leaves(eqx.Module):
+    """One leaf for every role that an axis can play."""
+
+    reads: Array = gj.param("mlp -> out")
+    makes: Array = gj.param("embed -> mlp")
+    bias: Array = gj.param("-> mlp")
+    gain: Array = gj.param("mlp")
+    rows: Array = gj.param("[mlp] -> out")
+    square: Array = gj.param("mlp -> mlp")
+    other: Array = gj.param("embed -> out")
+    freqs: Array = gj.buffer("mlp")
+    gate: Gate | None = gj.gate("mlp")
+
+
+ROLES = {
+    "reads": {0: "consumed"},
+    "makes": {1: "produced"},
+    "bias": {0: "produced"},
+    "gain": {0: "elementwise"},
+    "rows": {0: "lookup"},
+    "square": {0: "consumed", 1: "produced"},
+    "other": {},
+}
+
+
+def leaves(embed: int = 3):
+    rng = np.random.default_rng(0)
+    shape = [(OLD, 2), (embed, OLD), (OLD,), (OLD,), (OLD, 2), (OLD, OLD), (embed, 2), (OLD,)]
+    return Leaves(*[jnp.asarray(rng.normal(size=s)) for s in shape])
+
+
+def sevens(key, shape, dtype):
+    return jnp.full(shape, 7, dtype)
+
+
+def names(key, shape, dtype):
+    """A draw that shows its key, whatever the shape of the slice."""
+    return jnp.full(shape, jax.random.bits(key), dtype)
+
+
+def rule(x, roles, move: AxisMap, moment="weight"):
+    """The definition: gather, fill what is new, and multiply by the share where it belongs."""
+    x, fresh = np.asarray(x), 7 if moment == "weight" else 0
+    power = {"weight": 1, "first": 1, "second": 2}[moment]
+    for dim in roles:
+        x = np.take(np.append(x, np.full_like(x.take([0], dim), fresh), dim), move.source, dim)
+    for dim, role in roles.items() if move.share is not None else ():
+        takes = (role == move.side) == (moment == "weight")
+        if takes and role != "lookup":
+            x = x * np.expand_dims(move.share**power, [d for d in range(x.ndim) if d != dim])
+    return x
+
+
+SHARES = [0.0, 0.25, 0.5, 1.0, 2.0]
+
+
+@st.composite
+def moves(draw, smallest=NONE):
+    new = draw(st.sampled_from([3, 6]))
+    source = draw(st.lists(st.integers(smallest, OLD - 1), min_size=new, max_size=new))
+    share = draw(st.none() | st.lists(st.sampled_from(SHARES), min_size=new, max_size=new))
+    share = None if share is None else np.asarray(share)
+    side = draw(st.sampled_from(["consumed", "produced"]))
+    return AxisMap("mlp", source, share=share, side=side, init=sevens)
+
+
+@given(moves())
+def test_every_leaf_is_gathered_filled_and_shared_by_the_rule(move):
+    with jax.enable_x64(True):
+        before = leaves()
+        after = apply(move, before, jax.random.key(0))
+    for name, roles in ROLES.items():
+        np.testing.assert_array_equal(
+            getattr(after, name), rule(getattr(before, name), roles, move), name
+        )
+
+
+@given(moves())
+def test_moments_follow_the_dual_of_the_map(move):
+    with jax.enable_x64(True):
+        before = leaves()
+        trained = partition(before)[0]
+        for moment in ("first", "second"):
+            after = carry_tree(move, before, trained, moment)
+            for name, roles in ROLES.items():
+                expected = rule(getattr(before, name), roles, move, moment)
+                np.testing.assert_array_equal(getattr(after, name), expected, f"{moment} {name}")
+
+
+@given(moves(smallest=0), st.lists(st.integers(0, 2), min_size=5, max_size=5))
+def test_two_maps_are_the_map_of_the_composed_index(first, second):
+    share = np.asarray([0.5, 2.0, 1.0, 0.25, 3.0])
+    with jax.enable_x64(True):
+        before = leaves()
+        later = AxisMap("mlp", second, share=share, side=first.side)
+        hops = apply(later, apply(first, before, None), None)
+        both = share if first.share is None else first.share[second] * share
+        once = AxisMap("mlp", first.source[second], share=both, side=first.side)
+        assert eqx.tree_equal(hops, apply(once, before, None), rtol=1e-15)
+
+
+@pytest.mark.parametrize("source", [[0, 1, NONE, 2, 3], [0, 1, 2, 3, NONE], [NONE, 3, 2, 1, 0]])
+def test_new_coordinates_stand_where_the_map_has_them(source):
+    after = apply(AxisMap("mlp", source, init=sevens), leaves(), jax.random.key(0))
+    fresh = np.asarray(source) == NONE
+    assert (np.asarray(after.makes) == 7).all(0).tolist() == fresh.tolist()
+    crossing = fresh[:, None] | fresh[None, :]
+    assert ((np.asarray(after.square) == 7) == crossing).all()
+
+
+def test_a_buffer_is_never_drawn_but_repeats():
+    before = leaves()
+    after = apply(AxisMap("mlp", [0, 1, 2, 3, NONE, NONE], init=sevens), before, jax.random.key(0))
+    np.testing.assert_array_equal(after.freqs, np.asarray(before.freqs)[[0, 1, 2, 3, 0, 1]])
+
+
+def test_a_leaf_without_the_axis_is_left_as_it_is():
+    before = leaves()
+    assert apply(AxisMap("mlp", [0, 0]), before, None).other is before.other
+
+
+# Norms, stacks, gates ------------------------------------------------------------------------
+
+
+class Normed(eqx.Module):
+    weight: Array = gj.param("~mlp")
+    eps: Array = gj.buffer("<mlp>")
+    makes: Array = gj.param("embed -> mlp")
+
+
+def test_a_norm_over_zeros_has_its_gain_and_epsilon_rescaled():
+    move = AxisMap("mlp", [0, 1, 2, 3, NONE, NONE], np.array([1, 1, 1, 1, 0, 0]), side="produced")
+    move = dataclasses.replace(move, init=sevens)
+    with jax.enable_x64(True):
+        model = Normed(jnp.arange(1.0, 5), jnp.asarray(1e-3), jnp.ones((2, OLD)))
+        after = apply(move, model, jax.random.key(0))
+        first, second = (
+            carry_tree(move, model, partition(model)[0], m) for m in ("first", "second")
+        )
+    scale = np.sqrt(4 / 6)
+    np.testing.assert_allclose(after.weight, scale * np.array([1, 2, 3, 4, 7, 7]), rtol=1e-15)
+    np.testing.assert_allclose(after.eps, 1e-3 * scale**2, rtol=1e-15)
+    np.testing.assert_array_equal(after.makes[:, 4:], 0)
+    np.testing.assert_allclose(first.weight[:4], np.arange(1, 5) / scale, rtol=1e-15)
+    np.testing.assert_allclose(second.weight[:4], np.arange(1, 5) / scale**2, rtol=1e-15)
+    assert not first.weight[4:].any() and not second.weight[4:].any()
+
+
+def test_copies_leave_a_norm_as_it_is():
+    model = Normed(jnp.arange(1.0, 5), jnp.asarray(1e-3), jnp.ones((2, OLD)))
+    after = apply(AxisMap("mlp", np.arange(8) % 4, share=np.full(8, 0.5)), model, None)
+    np.testing.assert_array_equal(after.weight, np.tile(model.weight, 2))
+    assert after.eps == model.eps
+
+
+class Deep(eqx.Module):
+    out: Array = gj.param("layers: mlp -> embed")
+    bias: Array = gj.param("layers: -> embed")
+    up: Array = gj.param("layers: embed -> mlp")
+    gain: Array = gj.param("layers: embed")
+    gate: Gate | None = gj.gate("layers: mlp")
+    depth: Gate | None = gj.gate("layers")
+
+
+def deep():
+    rng = np.random.default_rng(1)
+    return Deep(*[jnp.asarray(rng.normal(size=s)) for s in [(2, 4, 3), (2, 3), (2, 3, 4), (2, 3)]])
+
+
+def test_on_a_stack_axis_what_produces_the_stream_takes_the_share():
+    share, source = np.asarray([0.5, 0.0, 2.0]), np.asarray([0, 1, 1])
+    move = AxisMap("layers", source, share=share, via="embed")
+    with jax.enable_x64(True):
+        model = deep()
+        after, dual = (
+            apply(move, model, None),
+            carry_tree(move, model, partition(model)[0], "first"),
+        )
+    for name in ("out", "bias", "up", "gain"):
+        old = np.asarray(getattr(model, name))[source]
+        shared = old * share.reshape(-1, *[1] * (old.ndim - 1))
+        weight, moment = (shared, old) if name in ("out", "bias") else (old, shared)
+        np.testing.assert_array_equal(getattr(after, name), weight, name)
+        np.testing.assert_array_equal(getattr(dual, name), moment, name)
+
+
+def test_a_gate_is_zero_on_what_is_not_the_first_home_of_an_old_coordinate():
+    move = AxisMap("mlp", [0, 0, 1, NONE, 2, 3, 3], gated=True, init=sevens)
+    new = [False, True, False, True, False, False, True]
+    assert move.is_new().tolist() == new
+    gate = apply(move, deep(), jax.random.key(0)).gate
+    np.testing.assert_array_equal(gate.new, [new] * 2)
+    np.testing.assert_array_equal(gate.value, 1.0 - np.asarray([new] * 2))
+
+
+def test_an_open_gate_moves_with_other_axes_and_new_layers_are_not_hidden_by_it():
+    wide = apply(
+        AxisMap("mlp", [0, 1, 2, 3, NONE], gated=True, init=sevens), deep(), jax.random.key(0)
+    )
+    tall = apply(
+        AxisMap("layers", [1, 0, NONE], init=sevens), gj.ramp(wide, 0.25), jax.random.key(0)
+    )
+    np.testing.assert_array_equal(tall.gate.value[:, 4], [0.25, 0.25, 1])
+    assert tall.depth is None
+
+
+# Draws ---------------------------------------------------------------------------------------
+
+
+def grown(source, model, key, axis="mlp", init=names):
+    return apply(AxisMap(axis, source, init=init), model, key)
+
+
+class More(eqx.Module):
+    first: Array = gj.param("-> mlp")
+    makes: Array = gj.param("embed -> mlp")
+
+
+def test_a_draw_depends_on_key_leaf_axis_and_index_and_on_nothing_else(key):
+    four, five = [0, 1, 2, 3, NONE], [0, 1, 2, 3, NONE, NONE]
+    one = grown(five, leaves(), key)
+    assert one.makes[0, 4] == grown(four, leaves(), key).makes[0, 4]  # not on how many are new
+    more = grown(five, More(jnp.ones(OLD), jnp.ones((3, OLD))), key)  # nor on other leaves
+    assert one.makes[0, 4] == more.makes[0, 4]
+    same = grown(five, leaves(embed=OLD), key)  # nor on an axis of equal size
+    assert one.makes[0, 4] == same.makes[0, 4] and same.makes.shape == (OLD, 6)
+    moved = grown([NONE, 0, 1, 2, NONE], leaves(), key)  # nor on where the old ones are
+    assert one.makes[0, 4] == moved.makes[0, 4]
+
+
+def test_draws_differ_between_keys_leaves_axes_and_indices(key):
+    five = [0, 1, 2, 3, NONE, NONE]
+    one, two = grown(five, leaves(), key), grown(five, leaves(), jax.random.key(1))
+    wide = grown(five, leaves(embed=OLD), key, axis="embed")
+    drawn = [
+        *one.makes[0, 4:],
+        *two.makes[0, 4:],
+        *one.reads[4:, 0],
+        *one.bias[4:],
+        *wide.makes[4:, 0],
+    ]
+    drawn += [*one.square[4], *one.square[:4, 4]]
+    assert len(set(map(float, drawn))) == len(drawn)
+
+
+def test_draws_are_the_same_under_jit_and_vmap(key):
+    source, model = [0, 1, 2, 3, NONE], More(jnp.ones(OLD), jnp.zeros((3, OLD)))
+
+    def draw(key):
+        return grown(source, model, key, init="normal").makes
+
+    eager, keys = draw(key), jnp.stack([jax.random.key(1), key])
+    assert 0 < np.abs(eager[:, 4]).max() < 0.2
+    np.testing.assert_array_equal(eager, jax.jit(draw)(key))
+    np.testing.assert_array_equal(eager, jax.vmap(draw)(keys)[1])
+
+
+def test_matched_draws_have_the_mean_and_deviation_of_the_old_tensor_layer_by_layer(key):
+    def normal(key, shape, dtype):
+        return jax.random.normal(key, shape, dtype)
+
+    with jax.enable_x64(True):
+        model, source = deep(), [0, 1, 2, 3, NONE]
+        z = grown(source, model, key, init=normal).up[:, :, 4]
+        drawn = grown(source, model, key, init="matched").up[:, :, 4]
+    up = np.asarray(model.up)
+    mean, std = up.mean((1, 2)), up.std((1, 2))
+    np.testing.assert_allclose(drawn, mean[:, None] + std[:, None] * np.asarray(z), rtol=1e-12)
+
+
+# Sub-networks, transposes, refusals ----------------------------------------------------------
+
+
+def test_coordinates_can_be_chosen_layer_by_layer():
+    source, model = np.asarray([[0, 2], [1, 3]]), deep()
+    after = jax.jit(lambda s: apply(AxisMap("mlp", s), model, None))(jnp.asarray(source))
+    for layer, chosen in enumerate(source):
+        np.testing.assert_array_equal(after.up[layer], model.up[layer][:, chosen])
+        np.testing.assert_array_equal(after.out[layer], model.out[layer][chosen])
+    with pytest.raises(SubnetError, match="reads: coordinates of 'mlp' differ layer by layer"):
+        apply(AxisMap("mlp", jnp.asarray(source)), leaves(), None)
+
+
+def test_the_transpose_of_a_map_is_the_transposed_matrix():
+    move = AxisMap("mlp", [0, 1, 1, NONE, 3], share=np.asarray([1, 0.25, 0.75, 1, 2]), init=sevens)
+    gather = np.eye(OLD + 1)[move.source][:, :OLD]  # NONE is -1: a row of zeros
+    shared = gather * move.share[:, None]
+    with jax.enable_x64(True):
+        model = leaves()
+        rng = np.random.default_rng(2)
+        _, transpose = jax.vjp(lambda m: apply(move, m, jax.random.key(0)).square, model)
+        (back,) = transpose(jnp.asarray(y := rng.normal(size=(5, 5))))
+    np.testing.assert_allclose(back.square, shared.T @ y @ gather, rtol=1e-14, atol=1e-14)
+    assert not back.reads.any()
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (dict(source=[0, 9, -2]), r"source \[-2, 9\] is not among the 4 old coordinates"),
+        (dict(source=[0, 1], share=np.ones(3)), r"share has shape \(3,\), expected \(2,\)"),
+        (dict(source=[0, NONE], init="bogus"), "init must be .* got 'bogus'"),
+    ],
+)
+def test_a_map_that_does_not_fit_says_why(fields, said):
+    with pytest.raises(AxisError, match=f"axis 'mlp': {said}"):
+        apply(AxisMap("mlp", **fields), leaves(), jax.random.key(0))
+
+
+def test_a_fresh_coordinate_needs_a_key_and_an_average_cannot_have_one():
+    move = AxisMap("mlp", [0, 1, 2, 3, NONE])
+    with pytest.raises(GrowthError, match="pass key="):
+        apply(move, leaves(), None)
+    with pytest.raises(StateError, match="'mlp'"):
+        carry_tree(move, leaves(), partition(leaves())[0], "weight")
+    average = carry_tree(AxisMap("mlp", [0, 0, 1]), leaves(), partition(leaves())[0], "weight")
+    assert eqx.tree_equal(average.reads, leaves().reads[jnp.asarray([0, 0, 1])])
+
+
+# Whole models --------------------------------------------------------------------------------
+
+
+def test_a_tied_head_leaves_its_share_to_the_final_norm_whose_moments_stay():
+    with jax.enable_x64(True):
+        model = testing.ARCHITECTURES[0].model()
+        op = gj.copy(embed=16)
+        (move,) = op.maps(axes_of(model))
+        after = jax.jit(lambda m: apply(move, m, None))(model)
+        dual = jax.jit(lambda m: carry_tree(move, m, partition(m)[0], "first"))(model)
+    inner = ("blocks", "block", "mlp_norm", "weight")
+    for steps, weight, moment in [
+        (("norm", "weight"), 0.5, 1),
+        (("norm", "bias"), 0.5, 1),
+        (("embedding", "table"), 1, 0.5),
+        (inner, 1, 0.5),
+    ]:
+        old = np.concatenate([get(model, steps)] * 2, axis=-1)
+        np.testing.assert_array_equal(get(after, steps), weight * old, str(steps))
+        np.testing.assert_array_equal(get(dual, steps), moment * old, str(steps))
+
+
+@pytest.mark.parametrize("op", [gj.copy(embed=16), gj.zeros(embed=12, init=sevens)], ids=str)
+def test_the_scale_before_the_head_of_t5_does_not_follow_embed(op, key):
+    with jax.enable_x64(True):
+        model = testing.Architecture("T5").model()
+        after = eqx.filter_jit(op)(model, key=key)
+        assert after.output_scale == model.output_scale == 8**-0.5

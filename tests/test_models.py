@@ -1,0 +1,371 @@
+"""The models against forward passes written straight from the papers, in numpy and float64."""
+
+import dataclasses
+import functools
+import math
+from unittest import mock
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from growjax.axes import axes_of, put
+from growjax.errors import AxisError
+from growjax.models import (
+    BERT,
+    GPT,
+    T5,
+    BERTConfig,
+    GPTConfig,
+    Llama,
+    LlamaConfig,
+    T5Config,
+)
+from growjax.nn import Block
+
+
+V = 11
+TOKENS = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5])
+OTHERS = np.array([8, 9, 7, 9, 3, 2])
+SIZES = dict(embed=6, heads=4, head_dim=4, mlp=10, vocab=V)
+
+
+def build(model, config):
+    """A model whose parameters, biases and norms too, are all moved off their initial values."""
+    rng = np.random.default_rng(1)
+    # The draws would be drowned, and compiling them takes most of a test's time.
+    with mock.patch("jax.random.normal", lambda key, shape: jnp.zeros(shape)):
+        made = eqx.filter_jit(lambda key: model(config, key=key))(jax.random.key(0))
+    slots = [slot for slot in axes_of(made).of_kind("param") if slot.value is not None]
+    noise = {s.steps: 0.4 * rng.normal(size=s.value.shape) for s in slots}
+    return put(made, {s.steps: s.value + jnp.asarray(noise[s.steps]) for s in slots})
+
+
+def arrays(tree):
+    return jax.tree.map(np.asarray, eqx.filter(tree, eqx.is_array))
+
+
+def layers_of(stack):
+    block = arrays(stack.block)
+    depth = block.mlp.up.shape[0]
+    return [jax.tree.map(lambda a, i=i: a[i], block) for i in range(depth)]
+
+
+def close(ours, reference):
+    assert ours.dtype == np.float64
+    assert np.max(np.abs(ours - reference)) <= 1e-12 * np.max(np.abs(reference))
+
+
+# The formulas ---------------------------------------------------------------------------------
+
+
+def layer_norm(x, p, eps):
+    mean = x.mean(-1, keepdims=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + eps) * p.weight + p.bias
+
+
+def rms_norm(x, p, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * p.weight
+
+
+def plus(x, bias):
+    return x if bias is None else x + bias
+
+
+def softmax(x):
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+ACTS = {
+    "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+}
+
+
+def turned(x, positions, theta):
+    """RoPE as complex numbers: coordinates (2i, 2i + 1) turn by theta^(-2i / head_dim)."""
+    angles = np.outer(positions, theta ** (-np.arange(0, x.shape[-1], 2) / x.shape[-1]))
+    z = (x[:, 0::2] + 1j * x[:, 1::2]) * np.exp(1j * angles)
+    return np.stack([z.real, z.imag], -1).reshape(x.shape)
+
+
+def attend(p, x, memory, sees, scale, *, bias=None, turn=lambda x: x):
+    """Head by head; query head j belongs to key/value head j // group."""
+    out, (_, kv_heads, group, _) = 0, p.q.shape
+    for head in range(kv_heads * group):
+        j, g = divmod(head, group)
+        part = lambda b, *index: None if b is None else b[index]  # noqa: E731
+        q = turn(plus(x @ p.q[:, j, g], part(p.q_bias, j, g)))
+        k = turn(plus(memory @ p.k[:, j], part(p.k_bias, j)))
+        v = plus(memory @ p.v[:, j], part(p.v_bias, j))
+        scores = q @ k.T * scale + (0 if bias is None else bias[head])
+        out = out + softmax(np.where(sees, scores, -np.inf)) @ v @ p.o[j, g]
+    return plus(out, p.o_bias)
+
+
+def feed_forward(p, x, act):
+    h = plus(x @ p.up, p.up_bias)
+    h = ACTS[act](h) if p.glu is None else ACTS[act](x @ p.glu) * h
+    return plus(h @ p.down, p.down_bias)
+
+
+def causal(n):
+    return np.arange(n)[:, None] >= np.arange(n)
+
+
+def bucket(ahead, buckets, furthest, both_ways):
+    """T5's bucket of one relative position, key minus query."""
+    count, first = (buckets // 2, buckets // 2 * (ahead > 0)) if both_ways else (buckets, 0)
+    distance, exact = abs(ahead) if both_ways else max(-ahead, 0), count // 2
+    if distance < exact:
+        return first + distance
+    far = math.log(distance / exact) / math.log(furthest / exact) * (count - exact)
+    return first + min(exact + int(far), count - 1)
+
+
+# The models -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_gpt(post_norm):
+    with jax.enable_x64(True):
+        config = GPTConfig(layers=3, positions=20, post_norm=post_norm, **SIZES)
+        model, positions = build(GPT, config), np.array([4, 3, 7, 0, 1, 2, 11, 19, 6])
+        ours = eqx.filter_jit(model)(TOKENS, positions=positions)
+        p, sees = arrays(model), causal(len(TOKENS))
+        x = p.embedding.table[TOKENS] + p.position.table[positions]
+        for q in layers_of(model.blocks):
+            if post_norm:
+                x = layer_norm(x + attend(q.attention, x, x, sees, 0.5), q.attention_norm, 1e-5)
+                x = layer_norm(x + feed_forward(q.mlp, x, "gelu_tanh"), q.mlp_norm, 1e-5)
+            else:
+                h = layer_norm(x, q.attention_norm, 1e-5)
+                x = x + attend(q.attention, h, h, sees, 0.5)
+                x = x + feed_forward(q.mlp, layer_norm(x, q.mlp_norm, 1e-5), "gelu_tanh")
+        close(ours, layer_norm(x, p.norm, 1e-5) @ p.embedding.table.T)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama(tied):
+    with jax.enable_x64(True):
+        config = LlamaConfig(
+            layers=3, kv_heads=2, theta=500.0, eps=1e-3, tied=tied, bias=tied, **SIZES
+        )
+        model, positions = build(Llama, config), np.array([4, 3, 7, 0, 1, 2, 11, 30, 6])
+        ours = eqx.filter_jit(model)(TOKENS, positions=positions)
+        p, sees = arrays(model), causal(len(TOKENS))
+        x = p.embedding.table[TOKENS]
+        for q in layers_of(model.blocks):
+            h = rms_norm(x, q.attention_norm, 1e-3)
+            turn = lambda h: turned(h, positions, 500.0)  # noqa: E731
+            x = x + attend(q.attention, h, h, sees, 0.5, turn=turn)
+            x = x + feed_forward(q.mlp, rms_norm(x, q.mlp_norm, 1e-3), "silu")
+        head = p.embedding.table.T if tied else p.head
+        close(ours, rms_norm(x, p.norm, 1e-3) @ head)
+
+
+@pytest.mark.parametrize("post_norm", [True, False])
+def test_bert(post_norm):
+    with jax.enable_x64(True):
+        config = BERTConfig(layers=3, positions=20, post_norm=post_norm, tied=post_norm, **SIZES)
+        model, types = build(BERT, config), np.array([0, 0, 1, 1, 1, 0, 1, 0, 0])
+        mask = np.array([1, 1, 0, 1, 1, 1, 1, 0, 1], bool)
+        ours = eqx.filter_jit(model)(TOKENS, token_types=types, mask=mask)
+        p, norm = arrays(model), lambda h, n: layer_norm(h, n, 1e-12)
+        x = p.embedding.table[TOKENS] + p.token_type.table[types] + p.position.table[: len(TOKENS)]
+        x = norm(x, p.embedding_norm) if post_norm else x
+        for q in layers_of(model.blocks):
+            h = x if post_norm else norm(x, q.attention_norm)
+            x = x + attend(q.attention, h, h, mask[None], 0.5)
+            x = norm(x, q.attention_norm) if post_norm else x
+            x = x + feed_forward(q.mlp, x if post_norm else norm(x, q.mlp_norm), "gelu")
+            x = norm(x, q.mlp_norm) if post_norm else x
+        x = x if post_norm else norm(x, p.norm)
+        pooled = np.tanh(x[0] @ p.pooler.weight + p.pooler.bias)
+        decoder = p.embedding.table.T if post_norm else p.mlm.decoder
+        words = norm(ACTS["gelu"](x @ p.mlm.weight + p.mlm.bias), p.mlm.norm)
+        close(ours.hidden, x)
+        close(ours.pooled, pooled)
+        close(ours.nsp_logits, pooled @ p.nsp + p.nsp_bias)
+        close(ours.mlm_logits, words @ decoder + p.mlm.decoder_bias)
+
+
+T5_SIZES = dict(encoder_layers=2, decoder_layers=3, buckets=8, max_distance=20, **SIZES)
+
+
+@pytest.mark.parametrize("form, scaled", [("v1_0", True), ("v1_1", False), ("ul2", False)])
+def test_t5(form, scaled):
+    with jax.enable_x64(True):
+        config = getattr(T5Config, form)(**T5_SIZES)
+        model, source = build(T5, config), np.arange(27) * 7 % V
+        mask = np.arange(27) % 5 != 2
+        ours = eqx.filter_jit(model)(source, OTHERS, encoder_mask=mask)
+        p, act = arrays(model), {"v1_0": "relu", "v1_1": "gelu_tanh", "ul2": "silu"}[form]
+
+        def bias(table, n, both_ways):
+            index = [[bucket(j - i, 8, 20, both_ways) for j in range(n)] for i in range(n)]
+            return table.reshape(8, -1)[np.array(index)].transpose(2, 0, 1)
+
+        def stack(x, blocks, bias, sees, memory):
+            for q in layers_of(blocks):
+                h = rms_norm(x, q.attention_norm, 1e-6)
+                x = x + attend(q.attention, h, h, sees, 1.0, bias=bias)
+                if memory is not None:
+                    h = rms_norm(x, q.cross_norm, 1e-6)
+                    x = x + attend(q.cross, h, memory, mask[None], 1.0)
+                x = x + feed_forward(q.mlp, rms_norm(x, q.mlp_norm, 1e-6), act)
+            return x
+
+        x = p.embedding.table[source]
+        x = stack(x, model.encoder, bias(p.encoder_bias.table, 27, True), mask[None], None)
+        memory = rms_norm(x, p.encoder_norm, 1e-6)
+        x, n = p.embedding.table[OTHERS], len(OTHERS)
+        x = stack(x, model.decoder, bias(p.decoder_bias.table, n, False), causal(n), memory)
+        x = rms_norm(x, p.decoder_norm, 1e-6)
+        close(ours, x / math.sqrt(6) @ p.embedding.table.T if scaled else x @ p.head)
+
+
+def test_t5_scale_and_tying_are_independent():
+    def scaled(**choices):
+        model = eqx.filter_eval_shape(T5, T5Config(**T5_SIZES, **choices), key=jax.random.key(0))
+        return model.output_scale is not None, model.head is None
+
+    assert scaled() == (True, True)
+    assert scaled(scale_output=False) == (False, True)
+    assert scaled(tied=False) == (False, False)
+    assert scaled(tied=False, scale_output=True) == (True, False)
+
+
+def test_bert_heads_can_be_off():
+    config = BERTConfig(
+        layers=1, positions=9, mlm_head=False, nsp_head=False, pooler=False, **SIZES
+    )
+    model = eqx.filter_eval_shape(BERT, config, key=jax.random.key(0))
+    output = eqx.filter_eval_shape(model, TOKENS)
+    assert output.hidden.shape == (9, 6)
+    assert output.pooled is output.mlm_logits is output.nsp_logits is None
+
+
+# What all of them promise ---------------------------------------------------------------------
+
+
+CASES = {
+    "gpt": (GPT, GPTConfig(layers=2, positions=20, **SIZES)),
+    "llama": (Llama, LlamaConfig(layers=2, kv_heads=2, **SIZES)),
+    "bert": (BERT, BERTConfig(layers=2, positions=20, **SIZES)),
+    "t5 encoder": (T5, T5Config(**T5_SIZES)),
+    "t5 decoder": (T5, T5Config.v1_1(**T5_SIZES)),
+}
+
+
+@functools.cache
+def built(name):
+    return build(*CASES[name])
+
+
+def run(name, model, tokens, mask=None):
+    if name == "bert":
+        return model(tokens, mask=mask).mlm_logits
+    if name == "t5 encoder":
+        return model(tokens, OTHERS, encoder_mask=mask)
+    if name == "t5 decoder":
+        return model(OTHERS, tokens, decoder_mask=mask)
+    return model(tokens, mask=mask)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_padding_is_not_seen(name):
+    model = built(name)
+    forward = eqx.filter_jit(lambda tokens, mask: run(name, model, tokens, mask))
+    masks = {"left": np.arange(9) >= 3, "right": np.arange(9) < 6, "inside": np.arange(9) != 4}
+    for where, real in masks.items():
+        changed = np.where(real, TOKENS, (TOKENS + 1) % V)
+        rows = slice(None) if name == "t5 encoder" else real
+        same = [
+            np.array_equal(forward(TOKENS, mask)[rows], forward(changed, mask)[rows])
+            for mask in (real, np.ones(9, bool))
+        ]
+        # Without the mask padding is seen, unless causality hides it already.
+        assert same == [True, where == "right" and name not in ("bert", "t5 encoder")]
+    assert np.all(np.isfinite(forward(TOKENS, np.zeros(9, bool))))
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_positions_undo_padding_on_the_left(name):
+    model = built(name)
+    padded, positions = np.append([7, 7, 7], TOKENS), np.append([0, 0, 0], np.arange(9))
+    ours = eqx.filter_jit(model)(padded, positions=positions, mask=np.arange(12) >= 3)[3:]
+    np.testing.assert_allclose(ours, eqx.filter_jit(model)(TOKENS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_compute(name):
+    """Logits stay float32 and within 5% of the largest: 2 to 5 layers of 8-bit mantissas."""
+    forward = eqx.filter_jit(lambda model: run(name, model, TOKENS))
+    ours = forward(put(built(name), {("dtype",): "bfloat16"}))
+    exact = forward(built(name))
+    error = np.abs(ours - exact).max() / np.abs(exact).max()
+    assert ours.dtype == np.float32
+    assert 1e-4 < error < 0.05
+
+
+def test_remat_changes_nothing():
+    def outcome(remat):
+        model = put(built("t5 encoder"), {("encoder", "remat"): remat, ("decoder", "remat"): remat})
+        loss = lambda model: jnp.sum(run("t5 encoder", model, TOKENS) ** 2)  # noqa: E731
+        value, slope = eqx.filter_jit(eqx.filter_value_and_grad(loss))(model)
+        return jax.tree.leaves((value, slope))
+
+    kept = outcome("everything")
+    for remat in ("dots", "nothing"):
+        for ours, reference in zip(outcome(remat), kept, strict=True):
+            np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-4 * np.abs(kept[0]))
+
+
+@pytest.mark.parametrize("name, stacks", [("gpt", 1), ("llama", 1), ("bert", 1), ("t5 encoder", 2)])
+def test_depth_is_traced_once(name, stacks, monkeypatch):
+    traced, call = [], Block.__call__
+    monkeypatch.setattr(Block, "__call__", lambda *a, **k: traced.append(1) or call(*a, **k))
+    model, config = CASES[name]
+    for depth in (6, 24):
+        depths = {f.name: depth for f in dataclasses.fields(config) if "layers" in f.name}
+        deeper = dataclasses.replace(config, **depths)
+        deep = eqx.filter_eval_shape(model, deeper, key=jax.random.key(0))
+        traced.clear()
+        eqx.filter_eval_shape(run, name, deep, jnp.asarray(TOKENS))
+        assert len(traced) == stacks
+
+
+FAULTS = {
+    GPTConfig: (
+        dict(layers=0, embed=-1, head_dim=3, kv_heads=3, positions=2.5, position="rotary")
+        | dict(norm="batch", activation="swish", dtype="int8", eps=0.0, remat="some"),
+        "layers embed positions norm eps remat activation dtype heads head_dim",
+    ),
+    LlamaConfig: (
+        dict(layers=1, kv_heads=3, head_dim=5, theta=-1.0, dtype="bf17"),
+        "theta dtype heads head_dim",
+    ),
+    BERTConfig: (
+        dict(layers=1, positions=0, token_types=0, pooler=False),
+        "positions token_types nsp_head",
+    ),
+    T5Config: (
+        dict(encoder_layers=0, decoder_layers=1, buckets=6, max_distance=3, activation="swish"),
+        "encoder_layers activation buckets max_distance",
+    ),
+}
+
+
+@pytest.mark.parametrize("config", FAULTS)
+def test_a_wrong_config_is_told_everything(config):
+    choices, complaints = FAULTS[config]
+    listed = "".join(rf"\n  - {name}: .*" for name in complaints.split())
+    with pytest.raises(AxisError, match=f"^{config.__name__} is not a model:{listed}$"):
+        config(**SIZES | choices)
