@@ -58,7 +58,7 @@ docs: $(VENV)/.installed-docs
 bench: $(VENV)/.installed-dev
 	@test -f "experiments/bench/$(NAME).py" || { \
 	  echo "make bench NAME=<one of: $(BENCHES)>" >&2; exit 1; }
-	@$(PY) experiments/bench/$(NAME).py $(ARGS)
+	@$(PY) -m experiments.bench $(NAME)
 
 clean:
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis

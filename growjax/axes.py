@@ -399,14 +399,15 @@ def sizes(model: eqx.Module) -> dict[str, int]:
     return dict(axes_of(model).sizes)
 
 
-def get(model, steps: Sequence[str | int]):
+def get(model: Any, steps: Sequence[str | int]) -> Any:
     """Follow the steps of a slot's path into a model."""
     for step in steps:
-        model = model[step] if isinstance(model, list | tuple | dict) else getattr(model, step)
+        indexed = isinstance(model, list | tuple | dict)
+        model = model[step] if indexed else getattr(model, str(step))
     return model
 
 
-def put(model, values: Mapping[tuple[str | int, ...], Any]):
+def put(model: Any, values: Mapping[tuple[str | int, ...], Any]) -> Any:
     """A copy of the model with new values at some places, given by their steps.
 
     Unlike `eqx.tree_at` it also fills places that hold None and changes static fields.

@@ -7,10 +7,12 @@ Yao et al., "Masked Structural Growth for 2x Faster Language Model Pre-training"
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from growjax.axes import Slot, axes_of, put
@@ -54,11 +56,11 @@ def _gates(model, axes: Sequence[str] | None) -> list[Slot]:
 
 def check_level(level) -> None:
     """Raise `GateError` for a concrete level outside [0, 1]; a traced one cannot be seen."""
-    if not isinstance(level, jax.core.Tracer) and not 0 <= float(level) <= 1:
+    if not isinstance(level, Tracer) and not 0 <= float(level) <= 1:
         raise GateError(f"level: expected a number in [0, 1], got {level}")
 
 
-def ramp(model, level, *, axes: Sequence[str] | None = None):
+def ramp(model: Any, level: Any, *, axes: Sequence[str] | None = None) -> Any:
     """Set every gate's new coordinates to `level`, from 0 (hidden) to 1 (ordinary).
 
     `level` may be a traced scalar, so that a whole ramp is one program. `axes` limits the change to
@@ -72,13 +74,13 @@ def ramp(model, level, *, axes: Sequence[str] | None = None):
     return put(model, {slot.steps: slot.value.at(level) for slot in _gates(model, axes)})
 
 
-def settle(model, *, axes: Sequence[str] | None = None):
+def settle(model: Any, *, axes: Sequence[str] | None = None) -> Any:
     """Drop gates that are fully open: the same function, and the ungated program from now on.
 
     Raises `GateError` if one of them is not at 1 yet, or under `jit` (it changes the tree).
     """
     held = _gates(model, axes)
-    if any(isinstance(slot.value.value, jax.core.Tracer) for slot in held):
+    if any(isinstance(slot.value.value, Tracer) for slot in held):
         raise GateError("settle changes the structure of the model: call it outside jit")
     raise_all(
         GateError,

@@ -130,32 +130,34 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 def operators_for(architecture: Architecture) -> tuple[Operator | Chain, ...]:
     """Operators that fit an architecture: every family, every axis, alone and together."""
     options = {**TOY, **dict(architecture.options)}
-    heads, first = options["heads"], architecture.stacks[0]
+    heads = options["heads"]
     kv_heads = options.get("kv_heads", heads)
     post_norm = options.get("post_norm", architecture.family == "BERT")
     rms = options.get("norm", "layer") == "rms" or architecture.family in ("Llama", "T5")
     qk_norm = options.get("qk_norm", False)
-    ops: list[Operator | Chain] = [
+
+    def deep(layers: int) -> dict[str, Any]:
+        return {architecture.stacks[0]: layers}
+
+    ops: list[Any] = [
         msg(embed=12),
         msg(mlp=10),
         msg(heads=2 * heads),
         msg(head_dim=6),
-        msg(**{first: 3}),
-        msg(embed=12, mlp=8, heads=2 * heads, kv_heads=2 * kv_heads, **{first: 3}, init="matched"),
+        msg(**deep(3)),
+        msg(embed=12, mlp=8, heads=2 * heads, kv_heads=2 * kv_heads, **deep(3), init="matched"),
         msg(embed=12, mlp=10, init="copy"),
-        growth.chain(
-            msg(mlp=9, init="zeros"), msg(embed=10), msg(**{first: 4}, order="interleave")
-        ),
+        growth.chain(msg(mlp=9, init="zeros"), msg(embed=10), msg(**deep(4), order="interleave")),
         growth.copy(mlp=15, shares="random"),
         growth.copy(mlp=9, order="random", kv_heads=kv_heads + 1),
         growth.copy(embed=16, mlp=12, heads=2 * heads),
         growth.copy(head_dim=8),
         growth.zeros(mlp=10, heads=2 * heads),
-        growth.stack(**{first: 3}, order="top"),
-        growth.stack(**{first: 4}, branch="split"),
+        growth.stack(**deep(3), order="top"),
+        growth.stack(**deep(4), branch="split"),
     ]
     if not post_norm:
-        ops.append(growth.stack(**{first: 4}, order="insert", branch="zero"))
+        ops.append(growth.stack(**deep(4), order="insert", branch="zero"))
     if not qk_norm:
         ops.append(growth.zeros(head_dim=6))
     if rms:
@@ -301,7 +303,7 @@ def assert_still(op: Operator | Chain, model, batch: Batch) -> None:
         g = get(gradient, slot.steps)
         for i, dim in enumerate(slot.dims):
             if g is not None and dim.axis in new:
-                part = np.compress(new[dim.axis], slot.split(np.asarray(g), table.sizes), axis=i)
+                part = np.compress(new[dim.axis], slot.split(g, table.sizes), axis=i)
                 assert not part.any(), f"{slot.path}: new {dim.axis} have a gradient"
 
 

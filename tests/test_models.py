@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 from unittest import mock
 
 import equinox as eqx
@@ -29,10 +30,10 @@ from growjax.nn import Block
 V = 11
 TOKENS = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5])
 OTHERS = np.array([8, 9, 7, 9, 3, 2])
-SIZES = dict(embed=6, heads=4, head_dim=4, mlp=10, vocab=V)
+SIZES: dict[str, Any] = dict(embed=6, heads=4, head_dim=4, mlp=10, vocab=V)
 
 
-def build(model, config):
+def build(model, config) -> Any:
     """A model whose parameters, biases and norms too, are all moved off their initial values."""
     rng = np.random.default_rng(1)
     # The draws would be drowned, and compiling them takes most of a test's time.
@@ -43,7 +44,7 @@ def build(model, config):
     return put(made, {s.steps: s.value + jnp.asarray(noise[s.steps]) for s in slots})
 
 
-def arrays(tree):
+def arrays(tree) -> Any:
     return jax.tree.map(np.asarray, eqx.filter(tree, eqx.is_array))
 
 
@@ -160,6 +161,7 @@ def test_llama(tied):
         model, positions = build(Llama, config), np.array([4, 3, 7, 0, 1, 2, 11, 30, 6])
         ours = eqx.filter_jit(model)(TOKENS, positions=positions)
         p, sees = arrays(model), causal(len(TOKENS))
+        assert p.blocks.block.attention.q.shape == (3, 6, 2, 2, 4)  # 2 groups of 2 queries
         x = p.embedding.table[TOKENS]
         for q in layers_of(model.blocks):
             h = rms_norm(x, q.attention_norm, 1e-3)
@@ -196,7 +198,9 @@ def test_bert(post_norm):
         close(ours.mlm_logits, words @ decoder + p.mlm.decoder_bias)
 
 
-T5_SIZES = dict(encoder_layers=2, decoder_layers=3, buckets=8, max_distance=20, **SIZES)
+T5_SIZES: dict[str, Any] = dict(
+    encoder_layers=2, decoder_layers=3, buckets=8, max_distance=20, **SIZES
+)
 
 
 @pytest.mark.parametrize("form, scaled", [("v1_0", True), ("v1_1", False), ("ul2", False)])
@@ -255,7 +259,7 @@ def test_bert_heads_can_be_off():
 # What all of them promise ---------------------------------------------------------------------
 
 
-CASES = {
+CASES: dict[str, Any] = {
     "gpt": (GPT, GPTConfig(layers=2, positions=20, **SIZES)),
     "llama": (Llama, LlamaConfig(layers=2, kv_heads=2, **SIZES)),
     "bert": (BERT, BERTConfig(layers=2, positions=20, **SIZES)),
@@ -342,7 +346,7 @@ def test_depth_is_traced_once(name, stacks, monkeypatch):
         assert len(traced) == stacks
 
 
-FAULTS = {
+FAULTS: dict[Any, Any] = {
     GPTConfig: (
         dict(layers=0, embed=-1, head_dim=3, kv_heads=3, positions=2.5, position="rotary")
         | dict(norm="batch", activation="swish", dtype="int8", eps=0.0, remat="some"),

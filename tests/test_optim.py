@@ -60,11 +60,14 @@ def updates(tx, state, params, steps, gradient=1.0):
 # Adam with ages ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype, rtol", [(jnp.float32, 2e-6), (jnp.float64, 1e-12)])
-def test_adam_is_optax_adam_while_nothing_grows(dtype, rtol):
+# In float32 `1 - b2^t` has lost five digits at b2 = 0.999, in optax too.
+@pytest.mark.parametrize(
+    "dtype, b2, rtol", [(jnp.float32, 0.95, 2e-6), (jnp.float64, 0.999, 1e-12)], ids=["f32", "f64"]
+)
+def test_adam_is_optax_adam_while_nothing_grows(dtype, b2, rtol):
     params = trained(mlp(dtype))
-    ours = optim.adamw(1e-2, weight_decay=0.1)
-    theirs = optax.adamw(1e-2, weight_decay=0.1, mask=optim.matrices)
+    ours = optim.adamw(1e-2, b2=b2, weight_decay=0.1)
+    theirs = optax.adamw(1e-2, b2=b2, weight_decay=0.1, mask=optim.matrices)
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         left, right = ours.init(params), theirs.init(params)
@@ -133,7 +136,8 @@ def test_an_entry_is_as_old_as_the_youngest_of_its_coordinates():
 
 
 def test_weight_decay_is_for_matrices():
-    decayed = optim.matrices(trained(gpt(norm="rms", glu=True, qk_norm=True)))
+    params = trained(gpt(norm="rms", glu=True, qk_norm=True))
+    decayed = optim.matrices(params)
     block = decayed.blocks.block
     matrices = (block.attention.q, block.attention.o, block.mlp.glu, decayed.embedding.table)
     vectors = (
@@ -144,9 +148,7 @@ def test_weight_decay_is_for_matrices():
         decayed.norm.weight,
     )
     assert all(matrices) and not any(vectors)
-    assert jax.tree.structure(decayed) == jax.tree.structure(
-        trained(gpt(norm="rms", glu=True, qk_norm=True))
-    )
+    assert jax.tree.structure(decayed) == jax.tree.structure(params)
 
 
 # Carrying: structure -------------------------------------------------------------------------
@@ -185,16 +187,12 @@ OPTIMIZERS = {
     "masked": optax.masked(optax.adam(1e-3), optim.matrices),
     "labels": optax.partition({"matrix": optax.adam(1e-3), "rest": optax.lion(1e-3)}, labels),
 }
-OPERATORS = [
-    gj.msg(embed=12, mlp=10, heads=4, layers=4),
-    gj.chain(gj.copy(mlp=15, shares="random"), gj.zeros(heads=4), gj.stack(layers=3, order="top")),
-]
 
 
-@pytest.mark.parametrize("op", OPERATORS, ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_carried_state_has_the_structure_of_the_grown_models_own(name, op):
+def test_carried_state_has_the_structure_of_the_grown_models_own(name):
     tx, model = OPTIMIZERS[name], gpt()
+    op = gj.chain(gj.msg(embed=12, heads=4), gj.copy(mlp=15), gj.stack(layers=3, order="top"))
     carried = eqx.filter_eval_shape(
         lambda model: gj.carry(op, tx.init(trained(model)), model, key=KEY), model
     )

@@ -4,7 +4,7 @@ Gradual stacking (Reddi et al. 2023), StackedBERT (Gong et al. 2019), G_stack (D
 (Saunshi et al. 2024), SOLAR (Kim et al. 2023), LLaMA-Pro block expansion (Wu et al. 2024).
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import equinox as eqx
 import numpy as np

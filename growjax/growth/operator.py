@@ -72,7 +72,8 @@ class Chain(eqx.Module):
     @property
     def exactness(self) -> Exactness:
         """The weakest promise of its members."""
-        return max((op.exactness for op in self.operators), key=_STRENGTH.index, default="exact")
+        promises = [_STRENGTH.index(op.exactness) for op in self.operators]
+        return _STRENGTH[max(promises, default=0)]
 
     def __call__(self, model, *, key: PRNGKeyArray | None = None):
         """The model after every operator. All share the key: draws are told apart by leaf and index."""

@@ -80,7 +80,6 @@ class Pooler(eqx.Module):
     def __init__(self, embed: int, *, bias: bool = True, key: PRNGKeyArray):
         self.weight = normal(key, (embed, embed), embed)
         self.bias = jnp.zeros(embed) if bias else None
-        self.gate = None
 
     def __call__(self, hidden: Float[Array, "T embed"]) -> Float[Array, " embed"]:
         return gated(jnp.tanh(affine("e,ef->f", hidden[0], self.weight, self.bias)), self.gate)
@@ -176,7 +175,7 @@ class BERT(eqx.Module):
         self.mlm = MLMHead(c, key=k_mlm) if c.mlm_head else None
         self.nsp = normal(k_nsp, (c.embed, 2), c.embed) if c.nsp_head else None
         self.nsp_bias = jnp.zeros(2) if c.nsp_head and c.bias else None
-        self.gate, self.dtype = None, c.dtype
+        self.dtype = c.dtype
 
     def __call__(
         self,

@@ -20,11 +20,8 @@ def check_choices(config: Any, also: Iterable[str] = ()) -> None:
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
-        if (
-            hint in (int, int | None)
-            and value is not None
-            and not _positive(value, numbers.Integral)
-        ):
+        whole = hint is int or (hint == int | None and value is not None)
+        if whole and not _positive(value, numbers.Integral):
             complaints.append(f"{field.name}: expected a positive integer, got {value!r}")
         if hint is float and not _positive(value, numbers.Real):
             complaints.append(f"{field.name}: expected a positive number, got {value!r}")

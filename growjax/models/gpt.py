@@ -109,7 +109,7 @@ class GPT(eqx.Module):
             c.embed, c.norm, bias=c.bias, eps=c.eps, side="consumed" if c.tied else "elementwise"
         )
         self.head = None if c.tied else normal(k_head, (c.embed, c.vocab), c.embed)
-        self.gate, self.dtype = None, c.dtype
+        self.dtype = c.dtype
 
     def __call__(
         self,

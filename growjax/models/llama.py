@@ -100,7 +100,7 @@ class Llama(eqx.Module):
         side = "consumed" if c.tied else "elementwise"
         self.norm = Norm(c.embed, "rms", eps=c.eps, side=side)
         self.head = None if c.tied else normal(k_head, (c.embed, c.vocab), c.embed)
-        self.gate, self.dtype = None, c.dtype
+        self.dtype = c.dtype
 
     def __call__(
         self,

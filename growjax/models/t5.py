@@ -156,7 +156,7 @@ class T5(eqx.Module):
         scale = jnp.asarray(c.embed**-0.5, self.embedding.table.dtype)
         self.output_scale = scale if scaled else None
         self.head = None if c.tied else normal(k_head, (c.embed, c.vocab), c.embed)
-        self.gate, self.dtype = None, c.dtype
+        self.dtype = c.dtype
 
     def __call__(
         self,

@@ -62,6 +62,9 @@ class Attention(eqx.Module):
     would undo them. `scale` (1/sqrt(head_dim) at birth) is kept when `head_dim` grows.
     """
 
+    scale: float = eqx.field(static=True)
+    q_norm: Norm | None
+    k_norm: Norm | None
     q: Float[Array, "embed kv_heads group head_dim"] = param("embed -> kv_heads group head_dim")
     k: Float[Array, "embed kv_heads head_dim"] = param("embed -> kv_heads {key_side} head_dim")
     v: Float[Array, "embed kv_heads head_dim"] = param("embed -> kv_heads head_dim")
@@ -74,12 +77,9 @@ class Attention(eqx.Module):
     )
     v_bias: Float[Array, "kv_heads head_dim"] | None = param("-> kv_heads head_dim", init="zeros")
     o_bias: Float[Array, " embed"] | None = param("-> embed")
-    q_norm: Norm | None
-    k_norm: Norm | None
     gate_kv_heads: Gate | None = gate("kv_heads")
     gate_group: Gate | None = gate("group")
     gate_head_dim: Gate | None = gate("head_dim")
-    scale: float = eqx.field(static=True)
 
     def __init__(
         self,

@@ -38,8 +38,8 @@ class RelativeBias(eqx.Module):
     Raffel et al., "Exploring the Limits of Transfer Learning", 2020.
     """
 
-    table: Float[Array, "buckets kv_heads group"] = param("[buckets] -> kv_heads group")
     bidirectional: bool = eqx.field(static=True)
+    table: Float[Array, "buckets kv_heads group"] = param("[buckets] -> kv_heads group")
     max_distance: int = eqx.field(static=True, default=128)
 
     def __init__(

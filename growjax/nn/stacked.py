@@ -5,7 +5,6 @@ from typing import Any, Generic, Literal, TypeVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from growjax.axes import active, branch, gate, stack

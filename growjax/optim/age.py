@@ -72,7 +72,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8):
                 out[slot.steps] = m / (jnp.sqrt(v) + eps)
         return put(updates, out), AgedAdamState(mu, nu, Ages(ages))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 
 
 def _debias(slot: Slot, ages: dict[str, Array], sizes: dict[str, int], decay: float) -> Array:

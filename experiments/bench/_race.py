@@ -1,0 +1,83 @@
+"""Timing things against each other in one process, in turn, so that a slow minute slows them all."""
+
+import time
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import growjax as gj
+from growjax.models import GPT, GPTConfig
+
+
+def race(runners: dict[str, Callable[[], object]], rounds: int = 30) -> dict[str, np.ndarray]:
+    """Milliseconds `[rounds]` of each runner; every round runs all of them, in changing order."""
+    for run in runners.values():
+        for _ in range(3):
+            jax.block_until_ready(run())
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    names = list(runners)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = time.perf_counter()
+            jax.block_until_ready(runners[name]())
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: np.array(t) for name, t in times.items()}
+
+
+def ratio(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    """The median of the ratios round by round, with its quartiles."""
+    low, middle, high = np.quantile(a / b, [0.25, 0.5, 0.75])
+    return float(middle), float(low), float(high)
+
+
+def gpt(layers: int, **options) -> GPT:
+    """The benchmarks' decoder: embed 256, 4 heads of 64, mlp 1024, 1024 words."""
+    config = GPTConfig(
+        layers=layers,
+        embed=256,
+        heads=4,
+        head_dim=64,
+        mlp=1024,
+        vocab=1024,
+        positions=128,
+        **options,
+    )
+    return eqx.filter_jit(GPT)(config, key=jax.random.key(0))
+
+
+def loss(model, tokens) -> jax.Array:
+    """Mean next-token cross-entropy, in nats."""
+    logits = jax.vmap(model)(tokens[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def tokens(batch: int = 16, length: int = 128) -> jax.Array:
+    """Random token ids `[batch, length + 1]`."""
+    return jnp.asarray(np.random.default_rng(0).integers(0, 1024, (batch, length + 1)))
+
+
+def trainer(model, objective: Callable, *, donate: bool = True) -> Callable[[], object]:
+    """One AdamW step of `objective(model, i) -> scalar` per call, state kept and donated."""
+    trained, rest = gj.partition(model)
+    trained = jax.tree.map(jnp.copy, trained)
+    tx = optax.adamw(1e-3)
+    state = tx.init(trained)
+
+    def step(trained, state, i):
+        grads = jax.grad(lambda t: objective(eqx.combine(t, rest), i))(trained)
+        updates, state = tx.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state
+
+    step = jax.jit(step, donate_argnums=(0, 1) if donate else ())
+    carry = [trained, state, 0]
+
+    def run():
+        carry[:2] = step(carry[0], carry[1], jnp.asarray(carry[2]))
+        carry[2] += 1
+        return carry[0]
+
+    return run

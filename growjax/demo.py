@@ -1,0 +1,440 @@
+"""The demo: four ways to the same small language model, charged by the same FLOP count.
+
+    scratch   the whole model from its first step
+    control   the same, but at the cost of the grown run, its learning rate decayed within that
+    grown     narrow and shallow first, then wider behind gates (MSG), then deeper by stacking
+    raptr     the whole model, of which every step trains a random path of layers, longer and longer
+
+The text is one that every Python has: the sources and documentation of its own standard library.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+import sys
+import sysconfig
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+
+from growjax.cost import parameters
+from growjax.errors import DataError
+from growjax.growth import stack
+from growjax.growth.msg import msg
+from growjax.models import GPTConfig
+from growjax.report import Plot, Table, arms_figure, cost_figure, write_page
+from growjax.subnet import PathSchedule, path_schedule
+from growjax.train import End, Growth, Plan, Stage, Step, train
+
+
+# Text --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Bytes to train on and bytes held out, from different files."""
+
+    source: str
+    files: int
+    training: Int[np.ndarray, " n"]
+    held_out: Int[np.ndarray, " m"]
+
+    @property
+    def digest(self) -> str:
+        """What tells two texts apart: results on different ones do not compare."""
+        return hashlib.sha256(self.training.tobytes() + self.held_out.tobytes()).hexdigest()[:16]
+
+    def batch(self, seed: int, n: int, rows: int, length: int) -> Int[np.ndarray, "rows length+1"]:
+        """The tokens of training step n: windows drawn by `(seed, n)` and nothing else."""
+        rng = np.random.default_rng([seed, n])
+        return _windows(self.training, rng.integers(0, len(self.training) - length, rows), length)
+
+    def sample(self, rows: int, length: int) -> Int[np.ndarray, "rows length+1"]:
+        """Held-out windows at even distances: the same for every arm and seed."""
+        starts = np.linspace(0, len(self.held_out) - length - 1, rows).astype(int)
+        return _windows(self.held_out, starts, length)
+
+
+def _windows(text, starts, length: int):
+    return text[starts[:, None] + np.arange(length + 1)].astype(np.int32)
+
+
+def load_text(path: Path | None = None) -> Text:
+    """The files under `path`, or the standard library's sources and help topics.
+
+    Files come in the order of their names, and every twentieth (by a checksum of the name) is held out.
+    Raises `DataError` if there are fewer than two files or less than 100 kB.
+    """
+    files = dict(sorted(_library() if path is None else _folder(Path(path))))
+    held = [name for name in files if zlib.crc32(name.encode()) % 20 == 0] or list(files)[-1:]
+    source = f"Python {sys.version.split()[0]} standard library" if path is None else str(path)
+    total = sum(map(len, files.values()))
+    if len(files) < 2 or total < 100_000:
+        raise DataError(
+            f"{source}: expected at least two files and 100 kB of text, found {len(files)} and "
+            f"{total} bytes; name a folder of text files with --data"
+        )
+
+    def joined(names) -> np.ndarray:
+        return np.frombuffer(b"\0".join(files[name] for name in names), np.uint8)
+
+    return Text(source, len(files), joined(n for n in files if n not in held), joined(held))
+
+
+def _folder(path: Path) -> Iterator[tuple[str, bytes]]:
+    for file in path.rglob("*"):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file() and not hidden:
+            yield file.relative_to(path).as_posix(), file.read_bytes()
+
+
+def _library() -> Iterator[tuple[str, bytes]]:
+    # Installed packages and tests differ from machine to machine, and tests are half of the bytes.
+    left_out = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for file in root.rglob("*.py"):
+        name = file.relative_to(root)
+        if not left_out & set(name.parts) and name.parts[0] != "pydoc_data":
+            yield name.as_posix(), file.read_bytes()
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        return
+    for name, text in topics.items():
+        yield f"topics/{name}.txt", text.encode()
+
+
+# Arms --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How large the demo is. `steps` are those of the scratch run; the other arms follow from it."""
+
+    steps: int = 400
+    layers: int = 6
+    embed: int = 192
+    heads: int = 6
+    head_dim: int = 32
+    mlp: int = 768
+    length: int = 128
+    batch: int = 16
+    held_out: int = 128
+    marks: int = 20
+
+
+def arms(size: Size, seed: int = 0) -> list[Plan]:
+    """The plans of the four arms. Control, grown and raptr cost the same, to within a step."""
+    whole = GPTConfig(
+        layers=size.layers,
+        embed=size.embed,
+        heads=size.heads,
+        head_dim=size.head_dim,
+        mlp=size.mlp,
+        vocab=256,
+        positions=size.length,
+    )
+    small = dataclasses.replace(whole, layers=size.layers // 2, mlp=size.mlp // 2)
+    make = functools.partial(Plan, batch=size.batch, length=size.length, peak=2e-3, seed=seed)
+    tokens = size.steps * size.batch * size.length
+
+    scratch = make("scratch", whole, (Stage("whole model", tokens=tokens),))
+    grown = make(
+        "grown",
+        small,
+        (
+            Stage(_sizes(small), share=0.15),
+            Stage(
+                f"mlp {size.mlp}", share=0.35, grow=msg(mlp=size.mlp), ramp=max(size.steps // 10, 1)
+            ),
+            Stage(f"{size.layers} layers", share=0.5, grow=stack(layers=size.layers, order="top")),
+        ),
+        budget=0.75 * scratch.flops,
+    )
+    control = make("control", whole, (Stage("whole model", share=1.0),), budget=grown.flops)
+    return [scratch, control, grown, _raptr(make, whole, grown.flops)]
+
+
+def _raptr(make: Any, whole: GPTConfig, budget: float) -> Plan:
+    """Paths through half of the layers, then more and more; as many steps as the budget pays for."""
+    lengths = range(whole.layers // 2, whole.layers + 1)
+
+    def plan(steps: int) -> Plan:
+        schedule = path_schedule(lengths, layers=whole.layers, steps=steps)
+        return make("raptr", whole, (Stage(subnet=schedule),))
+
+    one_each = plan(len(lengths))
+    return plan(max(round(budget / one_each.flops * one_each.steps), one_each.steps))
+
+
+def _sizes(config: GPTConfig) -> str:
+    return f"{config.layers} layers, mlp {config.mlp}"
+
+
+# Running -----------------------------------------------------------------------------------------
+
+
+def run(
+    data: Path | None = None,
+    seed: int = 0,
+    out: Path = Path("runs/demo"),
+    size: Size = Size(),
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train the four arms, print a table, and write `results.json` and `report.html` into `out`.
+
+    Returns what the JSON holds. Raises `DataError` if there is no text to train on.
+
+    **Example**
+
+        run(out=Path("runs/tiny"), size=Size(steps=40, embed=32, heads=2, head_dim=16, mlp=64))
+    """
+    console, text, plans = console or Console(), load_text(data), arms(size, seed)
+    console.print(
+        f"{text.source}: {text.files} files, {len(text.training):,} bytes to train on, "
+        f"{len(text.held_out):,} held out"
+    )
+    started = time.perf_counter()
+    done = [_run_arm(plan, text, size, console, bar) for plan, bar in _bars(plans, console)]
+    for arm in done:
+        arm["reached"] = reached(arm["held_out"], done[0]["final"], done[0]["flops"])
+    results = {
+        "seed": seed,
+        "size": dataclasses.asdict(size),
+        "text": {
+            "source": text.source,
+            "files": text.files,
+            "training_bytes": len(text.training),
+            "held_out_bytes": len(text.held_out),
+            "digest": text.digest,
+        },
+        "wall_seconds": time.perf_counter() - started,
+        "arms": done,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    page = write_report(out / "report.html", results)
+    _print_table(console, results)
+    console.print(f"{results['wall_seconds']:.0f} s in all. Report: {page}")
+    return results
+
+
+def _bars(plans: Sequence[Plan], console: Console) -> Iterator[tuple[Plan, Any]]:
+    """Every plan with a function that moves its progress bar: all bars stay in sight."""
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        TextColumn(
+            "{task.fields[flops]} TFLOPs  loss {task.fields[loss]}  held-out {task.fields[held_out]}"
+        ),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=60) as progress:
+        tasks = [
+            progress.add_task(
+                plan.name, total=plan.flops, start=False, flops="-", loss="-", held_out="-"
+            )
+            for plan in plans
+        ]
+        for plan, task in zip(plans, tasks, strict=True):
+            progress.start_task(task)
+            yield plan, functools.partial(progress.update, task)
+
+
+def _run_arm(plan: Plan, text: Text, size: Size, console: Console, bar: Any) -> dict[str, Any]:
+    """Train one arm and collect everything that is reported about it, ready for JSON."""
+    losses: list[tuple[int, float]] = []
+    held_out: list[tuple[int, float]] = []
+    growths: list[dict[str, Any]] = []
+    seconds, end = 0.0, None
+    every = arms(size, plan.seed)[0].flops / size.marks
+    records = train(
+        plan,
+        lambda n: text.batch(plan.seed, n, plan.batch, plan.length),
+        text.sample(size.held_out, plan.length),
+        every=every,
+    )
+    for record in records:
+        if isinstance(record, Step):
+            losses.append((record.flops, record.loss))
+            seconds = record.seconds
+            done = f"{record.flops / 1e12:.2f} of {plan.flops / 1e12:.2f}"
+            bar(completed=record.flops, flops=done, loss=f"{record.loss:.3f}")
+            if record.held_out is not None:
+                held_out.append((record.flops, record.held_out))
+                bar(held_out=f"{record.held_out:.3f}")
+        elif isinstance(record, Growth):
+            growths.append(dataclasses.asdict(record))
+            held_out += [(record.flops, record.before), (record.flops, record.after)]
+            grew = ", ".join(f"{axis} {a} -> {b}" for axis, (a, b) in record.grew.items())
+            console.print(
+                f"{plan.name}, before step {record.step}: {grew}; held-out loss {record.before:.4f} "
+                f"-> {record.after:.4f} (jump {record.after - record.before:+.4f})"
+            )
+        else:
+            end = record
+    assert isinstance(end, End)
+    return {
+        "name": plan.name,
+        "final": held_out[-1][1],
+        "flops": plan.flops,
+        "steps": plan.steps,
+        "tokens": plan.steps * plan.batch * plan.length,
+        "seconds": seconds,
+        "compile_seconds": end.compile_seconds,
+        "programs": end.programs,
+        "parameters": parameters(end.model),
+        "stages": stages(plan),
+        "costs": _changes([flops for span in plan.spans for flops in span.flops]),
+        "growths": growths,
+        "held_out": held_out,
+        "loss": losses,
+    }
+
+
+def stages(plan: Plan) -> list[dict[str, Any]]:
+    """Where each stage starts and stops, in FLOPs; a path schedule's stages count one by one."""
+    found, spent = [], 0
+    for span in plan.spans:
+        parts = [(span.stage.name, span.steps)]
+        if isinstance(span.stage.subnet, PathSchedule):
+            layers = span.sizes["layers"]
+            parts = [
+                (f"path {s.path.length}" if s.path.length < layers else "whole model", s.stop)
+                for s in span.stage.subnet.stages
+            ]
+        first = 0
+        for label, stop in parts:
+            start, spent = spent, spent + sum(span.flops[first:stop])
+            found.append({"label": label, "start": start, "stop": spent})
+            first = stop
+    return found
+
+
+def _changes(costs: Sequence[int]) -> list[tuple[int, int]]:
+    """The steps at which the cost of a step changes, and what it changes to."""
+    return [(i, c) for i, c in enumerate(costs) if i == 0 or c != costs[i - 1]]
+
+
+def reached(curve: Sequence[tuple[int, float]], target: float, flops: int) -> float | None:
+    """The share of `flops` at which a held-out curve is first at or below `target`, if it is."""
+    return next((spent / flops for spent, loss in curve if loss <= target), None)
+
+
+# Reporting ---------------------------------------------------------------------------------------
+
+_COLUMNS = (
+    "arm",
+    "held-out loss",
+    "TFLOPs",
+    "tokens",
+    "training s",
+    "compile s",
+    "cost of scratch's final loss",
+)
+_NOTES = (
+    "FLOPs are model FLOPs: the matrix products of a forward pass, counted off the traced program, times "
+    "three. Norms, softmax, the optimizer and recomputation are not counted, for any arm.",
+    "The learning rate is a function of the FLOPs spent: up to 2e-3 over the first 5 % of the arm's "
+    "own cost, then linearly down to 0 at its end. So every arm is fully decayed where its curve ends, "
+    "and only ends compare with ends.",
+    "The control is the from-scratch run at the cost of the grown run. What growing is worth is grown "
+    "against control; scratch shows what a third more compute buys.",
+    "Held-out loss is the mean over fixed windows of files that nobody trained on, of the whole "
+    "model, also while only a path through it is trained. All arms see the same windows.",
+    "The last column is the share of the scratch run's FLOPs at which the arm's held-out loss was first "
+    "seen at or below the scratch run's final one. It is looked at every twentieth of those FLOPs.",
+    "Training seconds leave out compiling, growing and evaluating. On a shared machine they are noisy; "
+    "FLOPs are not.",
+    "One seed: differences of a hundredth of a nat may well change sign with another one.",
+)
+
+
+def _rows(results: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            arm["name"],
+            f"{arm['final']:.3f}",
+            f"{arm['flops'] / 1e12:.2f}",
+            f"{arm['tokens']:,}",
+            f"{arm['seconds']:.0f}",
+            f"{arm['compile_seconds']:.0f}",
+            _saving(arm["reached"]),
+        ]
+        for arm in results["arms"]
+    ]
+
+
+def _saving(reached: float | None) -> str:
+    return "not reached" if reached is None else f"{reached:.0%} ({1 - reached:.0%} saved)"
+
+
+def _print_table(console: Console, results: dict[str, Any]) -> None:
+    table = RichTable()
+    for n, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="right" if n else "left")
+    for row in _rows(results):
+        table.add_row(*row)
+    console.print(table)
+
+
+def write_report(path: Path, results: dict[str, Any]) -> Path:
+    """The HTML page of the results of `run`, which may come from their JSON file."""
+    size, text, done = results["size"], results["text"], results["arms"]
+    jumps = [
+        [
+            ", ".join(f"{axis} {a} to {b}" for axis, (a, b) in growth["grew"].items()),
+            f"{growth['step']}",
+            f"{growth['flops'] / 1e12:.2f}",
+            f"{growth['before']:.4f}",
+            f"{growth['after']:.4f}",
+            f"{growth['after'] - growth['before']:+.4f}",
+        ]
+        for arm in done
+        for growth in arm["growths"]
+    ]
+    data = (
+        f"Text: {text['source']}, {text['files']} files, {text['training_bytes']:,} bytes to train "
+        f"on and {text['held_out_bytes']:,} held out (digest {text['digest']}). "
+        f"Model: {size['layers']} layers, embed {size['embed']}, {size['heads']} heads of {size['head_dim']}, mlp {size['mlp']}, "
+        f"{done[0]['parameters']:,} parameters; batches of {size['batch']} x {size['length']} bytes; "
+        f"seed {results['seed']}."
+    )
+    return write_page(
+        path,
+        "Four ways to the same model",
+        plots=[
+            Plot(
+                "Held-out loss against cost",
+                arms_figure(done, target="scratch"),
+                "Every arm ends fully decayed at its own cost. The strip names its stages; a tick on a "
+                "curve is where one begins. The thin line is the scratch run's final loss.",
+            ),
+            Plot(
+                "Cost of a step",
+                cost_figure(done),
+                "What a smaller model or a shorter path saves at each step, more steps spend.",
+            ),
+        ],
+        tables=[
+            Table("Results", _COLUMNS, _rows(results), "Losses are in nats per byte."),
+            Table(
+                "Growth",
+                ("what grew", "before step", "TFLOPs", "loss before", "loss after", "jump"),
+                jumps,
+                "Held-out loss of the same windows just before and just after. Gates open from 0, "
+                "so growth by msg changes nothing; stacking copies layers, and a jump is expected.",
+            ),
+        ],
+        notes=[*_NOTES, data],
+    )

@@ -1,0 +1,7 @@
+"""Reports: runs to one self-contained HTML page with plots and tables."""
+
+from growjax.report.page import Plot as Plot
+from growjax.report.page import Table as Table
+from growjax.report.page import arms_figure as arms_figure
+from growjax.report.page import cost_figure as cost_figure
+from growjax.report.page import write_page as write_page

@@ -1,0 +1,241 @@
+"""Certificates: honest operators pass, and each way of being wrong is seen by its own line."""
+
+import functools
+import json
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import growjax as gj
+from growjax import models, testing
+from growjax.axes import put
+
+
+KEY = jax.random.key(0)
+TOKENS = testing.Architecture("GPT").batch()
+POINTS = jnp.asarray(np.random.default_rng(0).standard_normal((5, 3)), jnp.float32)
+
+
+def blank(make, *args):
+    """A module without the seconds that drawing it takes."""
+    shapes = eqx.filter_eval_shape(make, *args, key=KEY)
+    return jax.tree.map(lambda s: jnp.full(s.shape, 1e-5, s.dtype), shapes)
+
+
+def transformer(family: str):
+    sizes = testing.TOY | dict(layers=1, positions=testing.LENGTH)
+    config = getattr(models, f"{family}Config")(remat="everything", **sizes)
+    return testing.randomise(blank(getattr(models, family), config))
+
+
+class Net(eqx.Module):
+    """A model that knows nothing of growjax."""
+
+    first: eqx.nn.Linear
+    second: eqx.nn.Linear
+    act: Callable = eqx.field(static=True)
+
+    def __call__(self, x):
+        return self.second(self.act(self.first(x)))
+
+
+def net(act=jnp.tanh, dtype=jnp.float32, hidden=4):
+    model = Net(blank(eqx.nn.Linear, 3, hidden), blank(eqx.nn.Linear, hidden, 2), act)
+    specs = {
+        "first.weight": "hidden <- inputs",
+        "first.bias": "-> hidden",
+        "second.weight": "outputs <- hidden",
+        "second.bias": "-> outputs",
+    }
+    statics = {"first.out_features": "hidden", "second.in_features": "hidden"}
+    model = testing.randomise(gj.annotate(model, specs, statics=statics))
+    return jax.tree.map(lambda x: x.astype(dtype), model)
+
+
+@functools.cache
+def certificate(op, act=jnp.tanh, dtype=jnp.float32):
+    return gj.certify(op, net(act, dtype), POINTS.astype(dtype), key=KEY)
+
+
+# Honest operators ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return gj.certify(gj.msg(mlp=10), transformer("GPT"), TOKENS, key=KEY)
+
+
+@pytest.fixture(scope="module")
+def approximate():
+    return gj.certify(gj.stack(layers=2), transformer("BERT"), TOKENS)
+
+
+def test_an_exact_operator_passes_every_line(exact):
+    single, double = exact.forward
+    assert exact.passed and exact.exactness == "exact"
+    assert exact.axes == {"mlp": (6, 10)}
+    assert (single.dtype, double.dtype) == ("float32", "float64")
+    assert double.relative <= 1e-12 and single.relative <= 16 * single.floor
+    assert 0 < double.floor < 1e-14 and 1e-9 < single.floor < 1e-5
+    assert exact.poison == {"0": True, "N(0, 1)": True, "42": True, "1000": True}
+    assert exact.gradient <= 1e-14
+    assert exact.dead == {"mlp": (0.0, 0.0)} and not any(exact.locked.values())
+
+
+def test_copies_pass_without_gates_and_leave_nothing_to_poison():
+    found = certificate(gj.copy(hidden=8))
+    assert found.passed and found.exactness == "exact-given-init"
+    assert found.poison == {} and found.gradient <= 1e-14
+
+
+def test_an_approximate_operator_reports_its_jump_and_promises_nothing(approximate):
+    assert approximate.passed and approximate.gradient is None and approximate.poison == {}
+    assert all(d.relative > 0.01 and abs(d.loss) > 1e-4 for d in approximate.forward)
+    assert "approximate, a jump is expected" in str(approximate)
+
+
+@pytest.mark.parametrize(
+    "op", [gj.copy(hidden=8), gj.copy(hidden=7, shares="random"), gj.zeros(hidden=8)], ids=str
+)
+def test_half_precision_is_held_to_its_own_noise(op):
+    found = certificate(op, dtype=jnp.bfloat16)
+    half, double = found.forward
+    assert half.dtype == "bfloat16" and double.dtype == "float64"
+    assert double.relative <= 1e-12 and half.relative <= 2**-6
+    assert found.passed, str(found)
+
+
+def test_a_floor_of_zero_is_not_taken_for_exact_arithmetic():
+    """Two units add up to the same in either order: the floor is 0, yet rounding is allowed."""
+    found = gj.certify(gj.copy(hidden=3, shares="random"), net(hidden=2), POINTS, key=KEY)
+    assert found.forward[0].floor == 0 and 0 < found.forward[0].relative < 1e-6
+    assert found.passed, str(found)
+
+
+def test_a_certificate_goes_through_json(exact, approximate):
+    for found in (exact, approximate):
+        stored = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+        assert stored["operator"] == found.operator and stored["passed"] is found.passed
+        assert stored["gradient"] == found.gradient
+        assert stored["forward"][-1]["relative"] == found.forward[-1].relative
+        assert {axis: tuple(n) for axis, n in stored["axes"].items()} == found.axes
+
+
+def test_a_certificate_prints_a_line_for_every_question(exact):
+    lines = str(exact).splitlines()
+    assert lines[0] == "msg(mlp=10): exact, keeps its promise"
+    words = [line.split()[0] for line in lines[1:]]
+    assert words == ["axes", "forward", "forward", "poison", "gradient", "liveness"]
+    assert "mlp 6 -> 10" in lines[1] and "0, N(0, 1), 42, 1000" in lines[4]
+
+
+def test_the_loss_and_the_outputs_may_be_given():
+    def loss(model, batch):
+        return jnp.mean(forward(model, batch) ** 2)
+
+    def forward(model, batch):
+        return jax.vmap(model)(batch)[:, :1]
+
+    model = net()
+    found = gj.certify(Forgotten(), model, POINTS, loss=loss, forward=forward)
+    grown = gj.grow(Forgotten(), model)
+    moved = forward(grown, POINTS) - forward(model, POINTS)
+    assert found.forward[0].absolute == pytest.approx(float(jnp.abs(moved).max()), rel=1e-5)
+    change = loss(grown, POINTS) - loss(model, POINTS)
+    assert found.forward[0].loss == pytest.approx(float(change), rel=1e-4)
+
+
+# Wrong operators -----------------------------------------------------------------------------
+
+
+class Forgotten(gj.Operator):
+    """Copies whose consumers are not divided."""
+
+    exactness = "exact-given-init"
+
+    def maps(self, axes):
+        return [gj.AxisMap("hidden", np.arange(8) % 4)]
+
+
+class WrongSide(gj.Operator):
+    """Copies whose producers are divided."""
+
+    exactness = "exact-given-init"
+
+    def maps(self, axes):
+        return [gj.AxisMap("hidden", np.arange(8) % 4, share=np.full(8, 0.5), side="produced")]
+
+
+class Snapshot(gj.Operator):
+    """Copies that are right in value, but whose map is not: they are constants."""
+
+    exactness = "exact-given-init"
+
+    def maps(self, axes):
+        return [gj.AxisMap("hidden", np.arange(8) % 4, share=np.full(8, 0.5))]
+
+    def __call__(self, model, *, key=None):
+        grown = super().__call__(model, key=key)
+        weight = grown.model.first.weight
+        copies = jax.lax.stop_gradient(weight[4:])
+        return put(grown, {("model", "first", "weight"): jnp.concatenate([weight[:4], copies])})
+
+
+class Ajar(gj.Operator):
+    """Zeros into new units, which does not close them if the activation of zero is not zero."""
+
+    exactness = "exact-given-init"
+
+    def maps(self, axes):
+        source = np.where(np.arange(8) < 4, np.arange(8), gj.NONE)
+        share = np.where(np.arange(8) < 4, 1.0, 0.0)
+        return [gj.AxisMap("hidden", source, share=share, side="produced", init="zeros")]
+
+
+@pytest.mark.parametrize("op", [Forgotten(), WrongSide()], ids=str)
+def test_a_missing_or_misplaced_share_is_seen_by_the_forward_line(op):
+    found = certificate(op)
+    assert not found.passed
+    assert all(d.relative > 0.01 for d in found.forward)
+    assert "BREAKS ITS PROMISE" in str(found)
+
+
+def test_a_wrong_map_behind_right_values_is_seen_by_the_gradient_line_alone():
+    found = certificate(Snapshot())
+    assert all(d.relative < 1e-6 for d in found.forward) and found.forward[-1].relative < 1e-14
+    assert found.gradient > 0.01
+    assert not found.passed
+
+
+def test_an_open_new_coordinate_is_seen_by_the_poison_line_alone():
+    found = certificate(Ajar(), act=jax.nn.sigmoid)
+    assert all(d.relative < 1e-6 for d in found.forward) and found.gradient < 1e-14
+    assert found.poison == {"0": True, "N(0, 1)": False, "42": False, "1000": False}
+    assert not found.passed
+    assert "bitwise equal under 0; CHANGED by N(0, 1), 42, 1000" in str(found)
+    assert certificate(Ajar()).passed  # tanh of zero is zero
+
+
+# Liveness ------------------------------------------------------------------------------------
+
+
+def test_zeros_are_half_dead_after_one_step_and_alive_after_two():
+    found = certificate(gj.zeros(hidden=8))
+    assert found.passed and all(found.poison.values())
+    assert found.dead == {"hidden": (pytest.approx(4 / 6), 0.0)}  # what produces, not what consumes
+
+
+def test_zeros_on_both_sides_are_dead_for_ever():
+    found = certificate(gj.zeros(hidden=8, init="zeros"))
+    assert found.passed and found.dead == {"hidden": (1.0, 1.0)}
+    assert "100% of new entries without gradient after one step, 100% after two" in str(found)
+
+
+def test_equal_copies_are_locked_to_their_source_and_unequal_ones_are_not():
+    equal, unequal = certificate(gj.copy(hidden=8)), certificate(gj.copy(hidden=8, shares="random"))
+    assert equal.locked == {"hidden": 4} and unequal.locked == {"hidden": 0}
+    assert "4 locked to their source" in str(equal) and "locked" not in str(unequal)
