@@ -1,6 +1,7 @@
 """Names: specs as they are read, tables as they are built, and everything wrong said at once."""
 
 from collections import namedtuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,7 +18,7 @@ from growjax.gates import Gate
 from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, Llama, LlamaConfig, T5Config
 
 
-SIZES = dict(embed=8, heads=4, head_dim=2, mlp=6, vocab=11)
+SIZES: dict[str, Any] = dict(embed=8, heads=4, head_dim=2, mlp=6, vocab=11)
 GIVEN = {
     "GPT": (GPT, GPTConfig(layers=3, positions=9, kv_heads=2, **SIZES)),
     "Llama": (Llama, LlamaConfig(layers=3, kv_heads=2, **SIZES)),
@@ -26,7 +27,7 @@ GIVEN = {
 }
 
 
-def shapes(name: str):
+def shapes(name: str) -> Any:
     """A model of which only the shapes exist."""
     model, config = GIVEN[name]
     return eqx.filter_eval_shape(model, config, key=jax.random.key(0))
@@ -157,6 +158,10 @@ def test_a_template_is_filled_in_from_the_module():
     assert axes_of(shapes("BERT"))["token_type.table"].dims[0] == Dim("token_types", L)
 
 
+def ones(*shape: int, dtype: Any = np.float32) -> Any:
+    return np.ones(shape, dtype)
+
+
 class Loose(eqx.Module):
     a: Array
     b: dict
@@ -166,7 +171,7 @@ class Loose(eqx.Module):
 
 def test_every_undeclared_array_is_named_in_one_error():
     with pytest.raises(AxisError, match="param/buffer") as caught:
-        axes_of(Loose(np.ones(2), {"x": np.ones((3, 1))}, [1.0, np.ones(4)], np.ones(5)))
+        axes_of(Loose(ones(2), {"x": ones(3, 1)}, [1.0, ones(4)], ones(5)))
     for said in ("a: shape (2,)", "b.x: shape (3, 1)", "c.1: shape (4,)"):
         assert said in str(caught.value)
     assert "d:" not in str(caught.value)
@@ -184,7 +189,7 @@ class Wrong(eqx.Module):
 def test_every_rank_and_size_that_disagrees_is_named_in_one_error():
     shape = [(2, 3), (4,), (12, 5), (2,), (3,), (2,)]
     with pytest.raises(AxisError) as caught:
-        axes_of(Wrong(*map(np.ones, shape)))
+        axes_of(Wrong(*[ones(*s) for s in shape]))
     for said in (
         "axis 'mlp' has several sizes: 3 at a, 4 at b",
         "axis 'embed' has several sizes: 2 at a, 5 at c",
@@ -200,11 +205,12 @@ class Folded(eqx.Module):
 
 
 def test_a_shared_dimension_is_split_by_the_sizes_that_are_known():
-    assert sizes(Folded(np.ones((6, 2)), np.ones(3))) == dict(heads=3, head_dim=2, embed=2)
-    for heads in (None, np.ones(4)):
+    assert sizes(Folded(ones(6, 2), ones(3))) == dict(heads=3, head_dim=2, embed=2)
+    for heads in (None, ones(4)):
         with pytest.raises(AxisError, match="a: cannot split a dimension of 6"):
-            sizes(Folded(np.ones((6, 2)), heads))
-    slot = axes_of(folded := Folded(np.arange(12.0).reshape(6, 2), np.ones(3)))["a"]
+            sizes(Folded(ones(6, 2), heads))
+    numbers: Any = np.arange(12.0).reshape(6, 2)
+    slot = axes_of(folded := Folded(numbers, ones(3)))["a"]
     apart = slot.split(folded.a, dict(heads=3, head_dim=2, embed=2))
     assert apart.shape == (3, 2, 2) and np.array_equal(slot.join(apart), folded.a)
 
@@ -225,11 +231,11 @@ class Small(eqx.Module):
 
 
 def small(gate=None):
-    return Small(np.ones((2, 3), np.float32), np.ones(3, np.int32), np.ones(3, np.float32), gate)
+    return Small(ones(2, 3), ones(3, dtype=np.int32), ones(3), gate)
 
 
 def test_only_floating_params_are_trained_and_combine_is_the_inverse():
-    gate = Gate(np.ones(3, np.float32), np.zeros(3, bool))
+    gate = Gate(ones(3), ~ones(3, dtype=bool))
     trained, rest = gj.partition(small(gate))
     assert [leaf.shape for leaf in jax.tree.leaves(trained)] == [(2, 3)]
     assert rest.up is None and rest.count is not None and eqx.tree_equal(rest.gate, gate)
@@ -237,7 +243,7 @@ def test_only_floating_params_are_trained_and_combine_is_the_inverse():
 
 
 def test_a_gate_leaves_no_trace_in_what_is_trained():
-    gate = Gate(np.ones(3, np.float32), np.zeros(3, bool))
+    gate = Gate(ones(3), ~ones(3, dtype=bool))
     opened, settled = gj.partition(small(gate))[0], gj.partition(small())[0]
     assert jax.tree.structure(opened) == jax.tree.structure(settled)
 
@@ -247,8 +253,8 @@ def test_a_model_is_partitioned_as_its_constructor_made_it(name):
     """Fields that a constructor leaves at their default must not confuse the tree."""
     trained, rest = gj.partition(model := shapes(name))
     table = axes_of(model)
-    for tree, kind in [(trained, "param"), (rest, "buffer")]:
-        assert len(jax.tree.leaves(tree)) == sum(len(s.arrays()) for s in table.of_kind(kind))
+    for tree, slots in [(trained, table.of_kind("param")), (rest, table.of_kind("buffer"))]:
+        assert len(jax.tree.leaves(tree)) == sum(len(slot.arrays()) for slot in slots)
 
 
 # Places --------------------------------------------------------------------------------------
@@ -260,7 +266,7 @@ class Tree(eqx.Module):
     list: list
     pair: Pair
     dict: dict
-    none: Array | None
+    none: Any
     size: int = eqx.field(static=True)
 
 
@@ -418,7 +424,7 @@ def test_an_annotated_model_grows_exactly_and_its_gradient_with_it():
     )
     with jax.enable_x64(True):
         model = annotated(plain())
-    testing.assert_contract(op, model, np.arange(6).reshape(2, 3))
+    testing.assert_contract(op, model, jnp.arange(6, dtype=jnp.int32).reshape(2, 3))
 
 
 def test_an_annotated_model_without_gates_does_not_grow_by_msg():
@@ -436,6 +442,6 @@ class Held(eqx.Module):
 
 
 def test_arrays_in_a_namedtuple_are_annotated_and_grown():
-    held = Held(Pair(np.ones((2, 3)), np.ones(3)))
+    held = Held(Pair(ones(2, 3), ones(3)))
     model = gj.annotate(held, {"pair.left": "embed -> mlp", "pair.right": "-> mlp"})
     assert sizes(eqx.filter_eval_shape(gj.copy(mlp=6), model)) == dict(embed=2, mlp=6)

@@ -82,14 +82,14 @@ def test_an_exact_operator_passes_every_line(exact):
     assert double.relative <= 1e-12 and single.relative <= 16 * single.floor
     assert 0 < double.floor < 1e-14 and 1e-9 < single.floor < 1e-5
     assert exact.poison == {"0": True, "N(0, 1)": True, "42": True, "1000": True}
-    assert exact.gradient <= 1e-14
+    assert exact.gradient is not None and exact.gradient <= 1e-14
     assert exact.dead == {"mlp": (0.0, 0.0)} and not any(exact.locked.values())
 
 
 def test_copies_pass_without_gates_and_leave_nothing_to_poison():
     found = certificate(gj.copy(hidden=8))
     assert found.passed and found.exactness == "exact-given-init"
-    assert found.poison == {} and found.gradient <= 1e-14
+    assert found.poison == {} and found.gradient is not None and found.gradient <= 1e-14
 
 
 def test_an_approximate_operator_reports_its_jump_and_promises_nothing(approximate):
@@ -207,13 +207,14 @@ def test_a_missing_or_misplaced_share_is_seen_by_the_forward_line(op):
 def test_a_wrong_map_behind_right_values_is_seen_by_the_gradient_line_alone():
     found = certificate(Snapshot())
     assert all(d.relative < 1e-6 for d in found.forward) and found.forward[-1].relative < 1e-14
-    assert found.gradient > 0.01
+    assert found.gradient is not None and found.gradient > 0.01
     assert not found.passed
 
 
 def test_an_open_new_coordinate_is_seen_by_the_poison_line_alone():
     found = certificate(Ajar(), act=jax.nn.sigmoid)
-    assert all(d.relative < 1e-6 for d in found.forward) and found.gradient < 1e-14
+    assert all(d.relative < 1e-6 for d in found.forward)
+    assert found.gradient is not None and found.gradient < 1e-14
     assert found.poison == {"0": True, "N(0, 1)": False, "42": False, "1000": False}
     assert not found.passed
     assert "bitwise equal under 0; CHANGED by N(0, 1), 42, 1000" in str(found)

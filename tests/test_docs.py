@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 import growjax as gj
@@ -23,6 +24,15 @@ def blocks(page: Path) -> list[tuple[str, str, int]]:
     ]
 
 
+@pytest.fixture
+def restored_precision():
+    """A page may turn float64 on for itself."""
+    before = jax.config.read("jax_enable_x64")
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+@pytest.mark.usefixtures("restored_precision")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs(page: Path):
     """All blocks of a page, in order, in one namespace; tracebacks point at lines of the page."""

@@ -1,5 +1,7 @@
 """Gates between 0 and 1, part by part, against the formulas of masked structural growth in numpy."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,7 @@ def level(m: float, old: int, size: int) -> np.ndarray:
 
 def behind(model, **values):
     """The model with gates of these values; `a__b` is the place a.b."""
-    gates = {
+    gates: dict[Any, Gate] = {
         tuple(k.split("__")): Gate(jnp.asarray(v), jnp.asarray(v) < 1) for k, v in values.items()
     }
     return put(model, gates)
@@ -53,7 +55,7 @@ def close(ours, expected):
 # Norms: x has weights c in the statistics, and the output is multiplied by c ------------------
 
 
-def masked_norm(x, c, gain=1.0, bias=0.0, *, centre=True, eps=EPS):
+def masked_norm(x, c, gain: Any = 1.0, bias: Any = 0.0, *, centre=True, eps=EPS):
     S = c.sum()
     mu = (c * x).sum(-1, keepdims=True) / S if centre else 0.0
     var = (c * (x - mu) ** 2).sum(-1, keepdims=True) / S
@@ -123,7 +125,7 @@ def test_hidden_units_are_masked_before_the_activation_or_after_the_product(glu,
             assert np.abs(silu(c * z) - c * silu(z)).max() > 0.05
 
 
-def attend(w, x, kv=1.0, group=1.0, head_dim=1.0):
+def attend(w, x, kv: Any = 1.0, group: Any = 1.0, head_dim: Any = 1.0):
     """Attention where heads have masks `kv`, queries in a group `group`, coordinates `head_dim`."""
     kv = np.broadcast_to(kv, w.k.shape[1])[:, None]
     g = np.broadcast_to(group, w.q.shape[2])[:, None]
@@ -170,7 +172,7 @@ def test_the_stream_is_masked_where_branches_join_it_or_in_the_norm(post_norm, m
         close(out, x)
 
 
-SIZES = dict(layers=2, embed=6, heads=2, head_dim=2, mlp=5, vocab=7, positions=4)
+SIZES: dict[str, Any] = dict(layers=2, embed=6, heads=2, head_dim=2, mlp=5, vocab=7, positions=4)
 TOKENS = np.asarray([3, 1, 4], np.int32)
 
 
@@ -343,7 +345,7 @@ def test_settling_an_open_gate_changes_nothing_but_the_tree():
 
 
 def test_a_settled_model_is_the_program_of_one_that_never_grew():
-    sizes = dict(mlp=8, embed=8, layers=3)
+    sizes: dict[str, Any] = dict(mlp=8, embed=8, layers=3)
     model = gj.ramp(grown(gj.msg(heads=3, **sizes, init=wave), gpt(jnp.float32)), 1.0)
     born = jax.tree.map(lambda x: x, gpt(jnp.float32, heads=3, **sizes))
     text = [jax.jit(Counter()._run).lower(m).as_text() for m in (gj.settle(model), born, model)]

@@ -274,12 +274,13 @@ def built(name):
 
 
 def run(name, model, tokens, mask=None):
+    tokens, others = jnp.asarray(tokens), jnp.asarray(OTHERS)
     if name == "bert":
         return model(tokens, mask=mask).mlm_logits
     if name == "t5 encoder":
-        return model(tokens, OTHERS, encoder_mask=mask)
+        return model(tokens, others, encoder_mask=mask)
     if name == "t5 decoder":
-        return model(OTHERS, tokens, decoder_mask=mask)
+        return model(others, tokens, decoder_mask=mask)
     return model(tokens, mask=mask)
 
 
@@ -337,13 +338,17 @@ def test_depth_is_traced_once(name, stacks, monkeypatch):
     traced, call = [], Block.__call__
     monkeypatch.setattr(Block, "__call__", lambda *a, **k: traced.append(1) or call(*a, **k))
     model, config = CASES[name]
-    for depth in (6, 24):
+
+    def program(depth):
         depths = {f.name: depth for f in dataclasses.fields(config) if "layers" in f.name}
         deeper = dataclasses.replace(config, **depths)
         deep = eqx.filter_eval_shape(model, deeper, key=jax.random.key(0))
         traced.clear()
-        eqx.filter_eval_shape(run, name, deep, jnp.asarray(TOKENS))
-        assert len(traced) == stacks
+        jaxpr = eqx.filter_make_jaxpr(run)(name, deep, TOKENS)[0]
+        return len(traced), len(jaxpr.eqns)
+
+    assert program(24) == program(6)
+    assert len(traced) == stacks
 
 
 FAULTS: dict[Any, Any] = {

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -40,7 +41,7 @@ def gpt(layers: int = LAYERS):
     return made("GPT", layers=layers, positions=testing.LENGTH)
 
 
-TOKENS = testing.Architecture("GPT").batch()
+TOKENS: Any = testing.Architecture("GPT").batch()
 
 
 def outputs(model, tokens=TOKENS):
@@ -143,8 +144,6 @@ def test_a_fractional_length_rounds_by_chance_to_its_mean():
     assert path.at(0) == gj.random_path(path.at(0).length, scale="sqrt_gap")
     coins = gj.random_path(4.25, mode="bernoulli")
     assert coins.at(3) is coins
-    with pytest.raises(SubnetError, match="4.25 is not whole; take path.at"):
-        path(gpt(), key=jax.random.key(0))
 
 
 # Scales --------------------------------------------------------------------------------------
@@ -460,8 +459,6 @@ def test_savings_are_the_published_ones_and_those_of_the_steps_taken(
     assert taken[:warmup] == [layers] * warmup
     assert taken[warmup:] == sorted(taken[warmup:]) and taken[-1] == layers
     assert [s.start for s in schedule.stages[1:]] == [s.stop for s in schedule.stages[:-1]]
-    with pytest.raises(SubnetError, match=f"step {steps} is outside"):
-        schedule.at(steps)
 
 
 def test_a_schedule_shares_out_its_steps():
@@ -475,34 +472,3 @@ def test_a_schedule_shares_out_its_steps():
     assert spans(steps=10) == [(0, 3, 3), (3, 7, 4.5), (7, 10, 6)]
     drawn = {gj.path_schedule((4.5, 6), layers=6, steps=40).at(i).length for i in range(20)}
     assert drawn == {4, 5}
-
-
-WRONG = [
-    (
-        gj.random_path(9, keep=(7,), scale="cube", mode="some"),
-        "[7] are not|between 1|'cube'|'some'",
-    ),
-    (gj.random_path(1), "between 2 (the fixed layers) and 6, got 1"),
-    (
-        gj.random_part(embed=4, layers=2, mlp=7, scale="cube"),
-        "embed: only|layers: only|6, got 7|'cube",
-    ),
-    (
-        gj.progressive_layer_drop(floor=0, rate=-1),
-        "probability above 0, got 0|positive number, got -1",
-    ),
-]
-
-
-@pytest.mark.parametrize("subnet, complaints", WRONG, ids=lambda x: type(x).__name__)
-def test_everything_wrong_with_a_subnet_is_said_at_once(subnet, complaints):
-    with pytest.raises(SubnetError) as error:
-        subnet(gpt(), key=KEYS[0])
-    assert all(complaint in str(error.value) for complaint in complaints.split("|"))
-
-
-def test_everything_wrong_with_a_schedule_is_said_at_once():
-    with pytest.raises(SubnetError, match=r"(?s)rising list.*'some'.*9 of 10 steps"):
-        gj.path_schedule((6, 4), layers=12, steps=10, stages="some", warmup=9)
-    with pytest.raises(SubnetError, match="between 2"):
-        gj.path_schedule((1, 12), layers=12, steps=10)

@@ -5,6 +5,7 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from growjax.axes import param
@@ -22,7 +23,7 @@ class Embedding(eqx.Module):
         self.table = std * jax.random.normal(key, (size, embed))
         self.axis = axis
 
-    def __call__(self, ids: Int[Array, " T"]) -> Float[Array, "T embed"]:
+    def __call__(self, ids: Int[Array | np.ndarray, " T"]) -> Float[Array, "T embed"]:
         return jnp.take(self.table, ids, axis=0, mode="clip")
 
     def attend(self, x: Float[Array, "T embed"]) -> Float[Array, "T n"]:

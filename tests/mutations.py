@@ -1,0 +1,354 @@
+"""Plant realistic bugs, one at a time, and see that the tests notice: `python -m tests.mutations`.
+
+    python -m tests.mutations                  all of them, after the tests have passed without any
+    python -m tests.mutations --only 7 12      these
+    python -m tests.mutations --list
+
+The package and the tests are copied to a temporary folder first; the working tree is never touched.
+A bug that survives, or whose text is no longer there exactly once, makes the exit status 1.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+
+ROOT = Path(__file__).parent.parent
+
+# @ name | file of growjax | file of tests | pytest -k
+# - what stands there, in one or more lines (indentation of the first one left out)
+# + what the bug makes of it
+TABLE = """
+@ share dropped | maps.py | maps | every_leaf or transpose_of
+- x = x * _along(jnp.asarray(move.share, x.dtype) ** power, x.ndim, dim)
++ x = x * 1
+@ share on the other side | maps.py | maps | every_leaf or transpose_of
+- takes = role == move.side
++ takes = role != move.side
+@ lookup axis takes a share | maps.py | maps | every_leaf or moments_follow
+- if slot.kind != "param" or role == "lookup":
++ if slot.kind != "param":
+@ a square matrix grows along one of its two dimensions | maps.py | maps | every_leaf
+- for dim in where:
+-             x = _gather(move.source, x, dim, fresh)
++ for dim in where[:1]:
++             x = _gather(move.source, x, dim, fresh)
+@ biases of copies start at zero | maps.py | maps | every_leaf
+- return jnp.take(x, source, axis=dim, mode="clip")
++ taken = jnp.take(x, source, axis=dim, mode="clip")
++     return taken if x.ndim > 1 else taken.at[x.shape[0] :].set(0)
+@ epsilon not rescaled | maps.py | maps | norm_over_zeros
+- values[slot.steps] = slot.value * (table.size(move.axis) / move.length)
++ values[slot.steps] = slot.value
+@ gain scaled the wrong way | maps.py | maps | norm_over_zeros
+- scale = (table.size(move.axis) / move.length) ** 0.5
++ scale = (move.length / table.size(move.axis)) ** 0.5
+@ moments of a rescaled gain move as the gain | maps.py | maps | norm_over_zeros
+- {"weight": 1, "first": -1, "second": -2}[moment]
++ {"weight": 1, "first": 1, "second": 2}[moment]
+@ first moments unscaled | maps.py | maps | moments_follow
+- (1 if moment == "first" else 2)
++ (0 if moment == "first" else 2)
+@ second moments by the first power | maps.py | optim | would_have and amsgrad
+- (1 if moment == "first" else 2)
++ 1
+@ no dual for elementwise leaves | maps.py | maps | moments_follow
+- (not takes) * (1 if
++ (not takes and role != "elementwise") * (1 if
+@ moments of new coordinates are one | maps.py | maps | moments_follow
+- moment: Moment, fresh: Any = 0):
++ moment: Moment, fresh: Any = 1):
+@ a share of layers on what reads the stream | maps.py | maps | on_a_stack_axis
+- d.axis == move.via and d.role == "produced"
++ d.axis == move.via and d.role == "consumed"
+@ draws without the leaf's path | maps.py | maps | draws_differ
+- f"{self.slot.path}:{self.move.axis}"
++ f"{self.move.axis}"
+@ draws without the axis | maps.py | maps | draws_differ
+- f"{self.slot.path}:{self.move.axis}"
++ f"{self.slot.path}"
+@ draws without the index | maps.py | maps | draws_differ
+- key = jax.random.fold_in(key, i)
++ key = jax.random.fold_in(key, 0)
+@ draws by position among the new | maps.py | maps | draw_depends
+- draws = jax.vmap(self._draw(x, [dim]))(jnp.asarray(ids))
++ draws = jax.vmap(self._draw(x, [dim]))(jnp.arange(len(ids)))
+@ RoPE frequencies drawn | maps.py | growth | rotary_pairs and msg
+- if self.slot.kind == "buffer":
++ if self.slot.kind == "gate":
+@ gates left open | maps.py | gates | every_hidden_state
+- return Gate(jnp.where(new, 0.0, 1.0), new)
++ return Gate(jnp.where(new, 1.0, 1.0), new)
+@ copies are not new | maps.py | maps | first_home
+- return ~first | (self.source == NONE)
++ return self.source == NONE
+@ integers that repeat a size stay | maps.py | axes | rewrites_the_integers
+- if isinstance(model, DeclaredOutside):
++ if isinstance(model, DeclaredOutside) and move.traced:
+@ buffers are trained | axes.py | axes | floating_params
+- True for s in table.of_kind("param") if _floating
++ True for s in table.values() if _floating
+@ gates leave a trace in what is trained | axes.py | optim | ramping_and_settling
+- return put(trained, empty), rest
++ return trained, rest
+@ the ramp moves old coordinates | gates.py | gates | gradients_of_new
+- jnp.where(self.new, jnp.asarray(level, self.value.dtype), 1)
++ jnp.where(self.new, 1, jnp.asarray(level, self.value.dtype))
+@ settle does not look | gates.py | gates | settle_refuses
+- if not bool(jnp.all(slot.value.value == 1))
++ if slot.value is None
+@ gate after the activation | nn/mlp.py | gates | hidden_units
+- h = act(gated(h, self.gate))
++ h = gated(act(h), self.gate)
+@ gate on one factor of a GLU | nn/mlp.py | gates | hidden_units
+- gated(act(affine("te,em->tm", x, self.glu)) * h, self.gate)
++ act(gated(affine("te,em->tm", x, self.glu), self.gate)) * h
+@ gate before the bias of a norm | nn/norm.py | gates | weights_its_statistics
+- if self.bias is not None:
+-             h = h + self.bias.astype(h.dtype)
+-         return gated(h, self.gate).astype(x.dtype)
++ h = gated(h, self.gate)
++         if self.bias is not None:
++             h = h + self.bias.astype(h.dtype)
++         return h.astype(x.dtype)
+@ statistics of a norm unweighted | nn/norm.py | gates | weights_its_statistics
+- jnp.sum(weights * v, -1, keepdims=True)
++ jnp.mean(v, -1, keepdims=True)
+@ count of a norm unweighted | nn/norm.py | gates | weights_its_statistics
+- weights = c * (1 / jnp.sum(c))
++ weights = c / c.shape[0]
+@ the norm before a tied head is elementwise | models/gpt.py | axes | tied_head
+- side="consumed" if c.tied else "elementwise"
++ side="elementwise"
+@ keys take no share | nn/attention.py | growth | rotary_pairs and copy
+- return "<-" if self.k_norm is None else ""
++ return ""
+@ keys take a share under QK-norm | nn/attention.py | growth | norm_of_queries and copy
+- return "<-" if self.k_norm is None else ""
++ return "<-"
+@ values without the gate of the group | nn/attention.py | gates | heads_mask and group
+- read = gated(jnp.einsum("kgts,skd->tkgd", weights, v), self.gate_group, -2)
++ read = jnp.einsum("kgts,skd->tkgd", weights, v)
+@ keys without the gate of heads | nn/attention.py | gates | heads_mask and kv_heads
+- k, v = (gated(h, self.gate_kv_heads, -2) for h in (k, v))
++ v = gated(v, self.gate_kv_heads, -2)
+@ logits scaled by the new head_dim | nn/attention.py | growth | rotary_pairs and zeros
+- q * self.scale, k)
++ q * q.shape[-1] ** -0.5, k)
+@ bias of keys dropped | nn/attention.py | models | test_llama
+- affine("se,ekd->skd", source, self.k, self.k_bias)
++ affine("se,ekd->skd", source, self.k)
+@ rotary halves instead of pairs | nn/attention.py | models | test_llama
+- pairs = x.reshape(*x.shape[:-1], -1, 2)
+-     quarter = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
++ left, right = jnp.split(x, 2, -1)
++     quarter = jnp.concatenate([-right, left], -1)
+@ the causal mask upside down | nn/assembly.py | models | test_gpt
+- jnp.tril(jnp.ones((length, length), bool))
++ jnp.triu(jnp.ones((length, length), bool))
+@ the padding mask inverted | nn/assembly.py | models | padding_is_not_seen and gpt
+- sees & mask[None, :]
++ sees & ~mask[None, :]
+@ branch multiplier ignored | nn/block.py | subnet | runs_its_blocks
+- y = y if branch is None else y * jnp.asarray(branch, y.dtype)
++ y = y * 1.0
+@ branches join the stream without its gate | nn/block.py | gates | stream_is_masked
+- x + gated(y, self.gate)
++ x + y
+@ a new layer and the identity mixed up | nn/stacked.py | gates | mixed_with_its_own
+- return m * y + (1 - m) * x
++ return (1 - m) * y + m * x
+@ skipped layers run and are masked | nn/stacked.py | subnet | is_not_run
+- jax.lax.cond(on, mixed, lambda x: x, x)
++ jax.numpy.where(on, mixed(x), x)
+@ the active flag inverted | nn/stacked.py | subnet | is_not_run
+- jax.lax.cond(on, mixed, lambda x: x, x)
++ jax.lax.cond(on, lambda x: x, mixed, x)
+@ bias of the masked-language head lost | models/bert.py | models | test_bert
+- return scores if self.decoder_bias is None else scores + self.decoder_bias
++ return scores
+@ shared heads become heads of their own | growth/operator.py | growth | heads_are_query_heads
+- shared = axes.size("group") > 1
++ shared = False
+@ msg without gates | growth/msg.py | gates | every_hidden_state
+- AxisMap(axis, source, gated=True, init=init)
++ AxisMap(axis, source, init=init)
+@ random shares do not sum to one | growth/copying.py | optim | would_have and momentum
+- weight / np.bincount(source, weight, minlength=old)[source]
++ weight / np.bincount(source, minlength=old)[source]
+@ uneven copies under a norm | growth/copying.py | bad_input | uneven
+- elif norms and len(set(counts)) > 1:
++ elif norms and len(set(counts)) > 2:
+@ zeros of the stream on its readers | growth/zeros.py | growth | epsilon_of_a_norm
+- side="produced" if normalised else "consumed"
++ side="consumed"
+@ interleave as repeat | growth/depth.py | growth | order_of_the_papers
+- return np.arange(new) * old // new
++ return np.arange(new) % old
+@ repeat continues from the bottom | growth/depth.py | growth | order_of_the_papers
+- layers[old - new % old :]
++ layers[: new % old]
+@ the middle block rounded down | growth/depth.py | growth | order_of_the_papers
+- end = -(-(old // extra) // 2) * extra
++ end = max(old // extra // 2, 1) * extra
+@ old layers closed instead of new ones | growth/depth.py | growth | block_expansion_does_not
+- share = np.where(move.is_new(), 0.0, 1.0)
++ share = np.where(move.is_new(), 1.0, 0.0)
+@ branches not split among copies | growth/depth.py | optim | split_branches
+- share = 1 / np.bincount(source, minlength=axes.size(axis))[source]
++ share = np.ones(len(source))
+@ zeroed branches under a closing norm | growth/depth.py | bad_input | post and LN
+- _closing_norms(axes, axis, self.stream),
++ [],
+@ growth on an axis that is still ramping | maps.py | bad_input | ramping
+- [slot.path for slot in mine if slot.value is not None]
++ []
+@ a path in the order of drawing | subnet.py | subnet | path_ascends
+- return jnp.sort(path)
++ return path
+@ a path without its fixed layers | subnet.py | subnet | path_ascends
+- kept = tuple(sorted({i % layers for i in self.keep})) if not bad else ()
++ kept = ()
+@ fixed layers count as drawn ones | subnet.py | subnet | bernoulli_path
+- (self.length - fixed) / (layers - fixed)
++ self.length / layers
+@ gaps to the layer before | subnet.py | subnet | those_of_the_table
+- gaps = jnp.diff(path, append=layers)
++ gaps = jnp.diff(path, prepend=-1)
+@ the root of the gap forgotten | subnet.py | subnet | add_up_to_the_depth
+- "sqrt_gap": lambda: jnp.sqrt(gaps)
++ "sqrt_gap": lambda: gaps
+@ every step draws the same path | subnet.py | subnet | function_of_seed_and_step
+- jax.random.fold_in(fold_in_name(jax.random.key(seed), "subnet"), step)
++ jax.random.fold_in(fold_in_name(jax.random.key(seed), "subnet"), 0)
+@ the deepest layer is never dropped most | subnet.py | subnet | follows_its_formulas
+- return 1 - jnp.arange(1, layers + 1) / layers
++ return 1 - jnp.arange(layers) / layers
+@ kept branches multiplied by p | subnet.py | subnet | one_over_p
+- branch = 1 / p if self.inverse else None
++ branch = p if self.inverse else None
+@ warm-up on top of the steps | subnet.py | subnet | shares_out_its_steps
+- np.round((steps - warmup) * np.cumsum(weights) / weights.sum())
++ np.round(steps * np.cumsum(weights) / weights.sum())
+@ the same units in every layer | subnet.py | subnet | units_differ
+- jax.vmap(draw)(jax.random.split(key, axes.size(stacks.pop())))
++ jnp.tile(draw(key), (axes.size(stacks.pop()), 1))
+@ units scaled down | subnet.py | subnet | part_of_a_path
+- "linear": size / count
++ "linear": count / size
+@ ages not reset | optim/age.py | optim | fresh_run
+- new = jnp.where(young, 0, old[np.maximum(move.source, 0)])
++ new = old[np.maximum(move.source, 0)]
+@ as old as the oldest | optim/age.py | optim | youngest
+- jnp.minimum(total,
++ jnp.maximum(jnp.where(total == 1, 0, total),
+@ as old as the last axis | optim/age.py | optim | youngest
+- for i, dim in enumerate(slot.dims):
++ for i, dim in list(enumerate(slot.dims))[-1:]:
+@ copies behind a gate keep moments | optim/carry.py | optim | moments_of_new
+- keep = copies == "dual" and not move.gated
++ keep = copies == "dual"
+@ second moments carried as first ones | optim/carry.py | optim | would_have and rmsprop
+- **dict.fromkeys(_SECOND, "second")
++ **dict.fromkeys(_SECOND, "first")
+@ gains and biases decay | optim/age.py | optim | decay_is_for_matrices
+- s.init == "normal" for s in slots
++ True for s in slots
+@ a wrong gradient passes | certify.py | certify | wrong_map
+- self.gradient <= 1e-10
++ self.gradient <= 1e10
+@ the second step of liveness repeats the first | certify.py | certify | half_dead
+- (zero[0][axis], zero[1][axis])
++ (zero[0][axis], zero[0][axis])
+@ a scanned layer is counted once | cost.py | subnet | costs_k_of_l
+- return params["length"] * sum(costs)
++ return sum(costs)
+"""
+
+
+class Mutation(NamedTuple):
+    """One bug: `old` in `file` becomes `new`, and `-k keyword` of `tests` should fail."""
+
+    name: str
+    file: str
+    tests: str
+    keyword: str
+    old: str
+    new: str
+
+
+def mutations() -> list[Mutation]:
+    """The table, read."""
+    found = []
+    for entry in TABLE.strip().removeprefix("@ ").split("\n@ "):
+        head, *lines = entry.split("\n")
+        old, new = ("\n".join(x[2:] for x in lines if x.startswith(sign)) for sign in "-+")
+        name, file, tests, keyword = map(str.strip, head.split("|"))
+        found.append(Mutation(name, file, tests, keyword, old, new))
+    return found
+
+
+def run(folder: Path, tests: str, keyword: str) -> int:
+    """The exit status of pytest in a copy: 0 passed, 1 failed, anything else is no verdict."""
+    command = [sys.executable, "-m", "pytest", f"tests/test_{tests}.py", "-k", keyword]
+    command += ["-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    # Without bytecode: a bug of the same length, planted within a second, would not be compiled.
+    env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True).returncode
+
+
+def plant(folder: Path, bug: Mutation) -> str:
+    """Plant one bug, run its tests, take it out again; the verdict."""
+    path = folder / "growjax" / bug.file
+    source = path.read_text()
+    if source.count(bug.old) != 1:
+        return f"DOES NOT APPLY ({source.count(bug.old)} places)"
+    path.write_text(source.replace(bug.old, bug.new))
+    try:
+        status = run(folder, bug.tests, bug.keyword)
+    finally:
+        path.write_text(source)
+    return {0: "SURVIVED", 1: "caught"}.get(status, f"NO VERDICT (pytest exit status {status})")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers from --list")
+    parser.add_argument("--list", action="store_true", help="print the bugs and stop")
+    args = parser.parse_args()
+    chosen = {i: bug for i, bug in enumerate(mutations(), 1) if i in (args.only or [i])}
+    if args.list:
+        for i, bug in chosen.items():
+            print(f"{i:3} {bug.name}  [growjax/{bug.file}; test_{bug.tests}.py -k '{bug.keyword}']")
+        return 0
+    faults = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("growjax", "tests"):
+            shutil.copytree(
+                ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        for tests in sorted({bug.tests for bug in chosen.values()}):
+            keywords = {f"({bug.keyword})" for bug in chosen.values() if bug.tests == tests}
+            if run(folder, tests, " or ".join(sorted(keywords))):
+                print(f"test_{tests}.py fails, or selects nothing, without any bug planted")
+                faults += 1
+        for i, bug in chosen.items():
+            start = time.monotonic()
+            verdict = plant(folder, bug)
+            faults += verdict != "caught"
+            seconds = time.monotonic() - start
+            print(f"{i:3} {bug.name:55} {verdict:10} {seconds:5.1f} s", flush=True)
+    print(f"{len(chosen)} bugs planted, {faults} faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

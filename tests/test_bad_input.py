@@ -1,0 +1,285 @@
+"""What users get wrong, and what they are told: which argument, what was expected, what came."""
+
+# pyright: reportArgumentType=false
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxtyping import Array
+
+import growjax as gj
+from growjax import maps, testing
+from growjax.axes import Spec, put, sizes
+from growjax.errors import (
+    AxisError,
+    GateError,
+    GrowjaxError,
+    GrowthError,
+    StateError,
+    SubnetError,
+)
+from growjax.growth import from_dict, solar, sources
+from growjax.models import BERT, GPT, BERTConfig, GPTConfig, LlamaConfig, T5Config
+from growjax.nn import Attention
+
+
+SIZES = dict(embed=8, heads=2, head_dim=4, mlp=6, vocab=11)
+DECODER = dict(SIZES, layers=4, positions=8)
+KEY = jax.random.key(0)
+
+
+@functools.cache
+def model(family: str = "GPT", **options):
+    """A small model whose arrays are made by numpy."""
+    made, config = {"GPT": (GPT, GPTConfig), "BERT": (BERT, BERTConfig)}[family]
+    empty = eqx.filter_eval_shape(made, config(**{**DECODER, **options}), key=KEY)
+    full = testing.randomise(empty)
+    return jax.tree.map(lambda x: x if eqx.is_array(x) else jnp.full(x.shape, 1e-5), full)
+
+
+def grow(op, family: str = "GPT", key=KEY, **options):
+    return lambda: gj.grow(op(), model(family, **options), key=key)
+
+
+def ramping():
+    return eqx.filter_jit(gj.msg(mlp=8, init="zeros"))(model(), key=KEY)
+
+
+def broken():
+    return put(model(), {("blocks", "block", "mlp", "up"): jnp.full((4, 8, 6), jnp.nan)})
+
+
+def apply(**fields):
+    return lambda: maps.apply(gj.AxisMap(**fields), model(), KEY)
+
+
+def part(subnet):
+    return lambda: subnet()(model(), key=KEY)
+
+
+def state(tx, whole: bool = False, op=None, **options):
+    def carried():
+        params = model() if whole else gj.partition(put(model(), {("gate",): None}))[0]
+        return gj.carry(op or gj.copy(mlp=9), tx().init(params), model(), **options)
+
+    return carried
+
+
+class Rank(eqx.Module):
+    a: Array = gj.param("embed -> mlp")
+    b: Array = gj.param("-> mlp")
+
+
+class Nameless(eqx.Module):
+    a: Array = gj.param("{nope} -> mlp")
+
+
+class Bare(eqx.Module):
+    a: Array
+
+
+KNOWN = "this model has vocab=11, embed=8, positions=8, layers=4, kv_heads=2, group=1"
+RANGE = r"level: expected a number in \[0, 1\], got "
+SCHEDULE = dict(layers=4, steps=20)
+
+GROWTH = [
+    # sizes
+    ("shrink embed", grow(lambda: gj.msg(embed=4)), "embed=4 is smaller than the model's 8"),
+    ("shrink mlp", grow(lambda: gj.copy(mlp=5)), "mlp=5 is smaller than the model's 6"),
+    ("shrink heads", grow(lambda: gj.zeros(heads=1)), "heads=1 is smaller than the model's 2"),
+    ("shrink head_dim", grow(lambda: gj.msg(head_dim=2)), "head_dim=2 is smaller than"),
+    ("shrink layers", grow(lambda: gj.stack(layers=2)), "layers=2 is smaller than the model's 4"),
+    ("shrink by list", grow(lambda: gj.stack(layers=(0, 1))), "layers=2 is smaller than"),
+    ("size 0", grow(lambda: gj.msg(mlp=0)), "mlp: expected a positive integer, got 0"),
+    ("size 7.5", grow(lambda: gj.msg(mlp=7.5)), "mlp: expected a positive integer, got 7.5"),
+    ("heads a group", grow(lambda: gj.msg(heads=5), heads=4, kv_heads=2), "heads=5 .* evenly by 2"),
+    ("heads and kv", grow(lambda: gj.msg(heads=8, kv_heads=3)), "heads=8 .* evenly by 3"),
+    # what an operator cannot do
+    ("uneven embed", grow(lambda: gj.copy(embed=12)), r"embed: copies are uneven.*norm\.weight"),
+    ("lost", grow(lambda: gj.copy(mlp=(0, 0, 1, 2, 3, 4, 4))), r"mlp: old coordinates \[5\] have"),
+    ("pairs", grow(lambda: gj.copy(head_dim=(0, 1, 2, 3, 0)), position="rotary"), "rotary"),
+    ("zeros LN", grow(lambda: gj.zeros(embed=12)), r"statistics of these norms.*\n.*norm\.weight"),
+    ("zeros QK", grow(lambda: gj.zeros(head_dim=6), qk_norm=True), "head_dim: a norm averages"),
+    ("stack mlp", grow(lambda: gj.stack(mlp=8)), "only layers can be stacked.*\n.*mlp"),
+    ("post-LN", grow(lambda: gj.stack(layers=5, branch="zero"), "BERT"), "post-LN.*\n.*norm"),
+    ("top", grow(lambda: gj.stack(layers=9, order="top")), "'top' .* last 5 layers.* there are 4"),
+    ("middle", grow(lambda: gj.stack(layers=7, order="middle")), "'middle' .* 3 layers, but 4"),
+    ("insert", grow(lambda: gj.stack(layers=7, order="insert")), "'insert' .* 3 does not divide 4"),
+    ("solar", lambda: solar(4, 4), "dropped: expected 0 to 3, got 4"),
+    ("msg vocab", grow(lambda: gj.msg(vocab=12)), "rows of a table .*\n.*vocab"),
+    ("msg positions", grow(lambda: gj.msg(positions=12)), "rows of a table .*\n.*positions"),
+    ("no key", grow(lambda: gj.msg(mlp=8), key=None), "pass key="),
+    ("not finite", lambda: gj.grow(gj.copy(mlp=9), broken()), r"not finite.*\n.*block\.mlp\.up"),
+    # names
+    ("order", grow(lambda: gj.stack(layers=5, order="up")), "order: expected .* got 'up'"),
+    ("not an operator", grow(lambda: "msg"), "op: expected an operator .* got 'msg'"),
+    ("unknown op", lambda: from_dict({"op": "Shrink"}), "'Shrink'; known are Copy, MSG, Stack, Z"),
+]
+
+AXES = [
+    ("unknown", grow(lambda: gj.msg(width=5)), f"unknown axis 'width'; {KNOWN}"),
+    ("unknown copy", grow(lambda: gj.copy(width=5)), f"unknown axis 'width'; {KNOWN}"),
+    ("unknown layers", grow(lambda: gj.stack(encoder_layers=5)), "unknown axis 'encoder_layers'"),
+    (
+        "layer 9",
+        grow(lambda: gj.stack(layers=(0, 1, 2, 3, 9))),
+        r"'layers': source \[9\] is not amo",
+    ),
+    ("source", apply(axis="mlp", source=[0, 6, -2]), r"source \[-2, 6\] is not among the 6"),
+    ("share", apply(axis="mlp", source=[0, 1], share=np.ones(3)), r"shape \(3,\), expected \(2,\)"),
+    ("init", grow(lambda: gj.msg(mlp=8, init="xavier")), "'mlp': init must be .* got 'xavier'"),
+    ("zeros init", grow(lambda: gj.zeros(mlp=8, init="copy")), "'mlp': init must be .* got 'copy'"),
+    ("spec", lambda: Spec.parse("a -> b -> c"), "'a -> b -> c': 'b' lies between"),
+    ("rank", lambda: sizes(Rank(np.ones(2), np.ones(3))), r"a: declared .* \(embed mlp\).* \(2,\)"),
+    ("size", lambda: sizes(Rank(np.ones((2, 3)), np.ones(4))), "'mlp' .* 3 at a, 4 at b"),
+    ("undeclared", lambda: sizes(Bare(np.ones(2))), r"gj.annotate:\n.*a: shape \(2,\)"),
+    ("not a model", lambda: gj.grow(gj.msg(mlp=8), {"w": np.ones(2)}), r"w: shape \(2,\)"),
+    # configurations
+    ("layers", lambda: GPTConfig(**{**DECODER, "layers": 0}), "layers: expected a positive .* 0"),
+    (
+        "embed",
+        lambda: GPTConfig(**{**DECODER, "embed": 8.0}),
+        "embed: expected .* integer, got 8.0",
+    ),
+    ("eps", lambda: GPTConfig(**DECODER, eps=0.0), "eps: expected a positive number, got 0.0"),
+    ("norm", lambda: GPTConfig(**DECODER, norm="batch"), "norm: expected one of .* got 'batch'"),
+    (
+        "activation",
+        lambda: GPTConfig(**DECODER, activation="sin"),
+        "activation: .*relu.* got 'sin'",
+    ),
+    ("dtype", lambda: GPTConfig(**DECODER, dtype="int8"), "dtype: expected None or .* got 'int8'"),
+    ("kv_heads", lambda: LlamaConfig(layers=1, kv_heads=3, **SIZES), "2 query heads .* 3 kv_heads"),
+    (
+        "odd rotary",
+        lambda: LlamaConfig(layers=1, kv_heads=2, **{**SIZES, "head_dim": 3}),
+        "head_dim: rotary positions .* even, got 3",
+    ),
+    ("nsp", lambda: BERTConfig(**DECODER, pooler=False), "nsp_head: it reads the pooler"),
+    (
+        "buckets",
+        lambda: T5Config(encoder_layers=1, decoder_layers=1, buckets=6, **SIZES),
+        "buckets: .* multiple of 4, got 6",
+    ),
+]
+
+# Either kind of error would do for these.
+EITHER = [
+    ("copy to 7.5", grow(lambda: gj.copy(mlp=7.5)), "mlp: expected .* got 7.5"),
+    ("stack to 4.5", grow(lambda: gj.stack(layers=4.5)), "layers: expected .* got 4.5"),
+    ("lost evenly", grow(lambda: gj.copy(mlp=(0, 0, 1, 2, 3, 4))), r"mlp: .*\[5\]"),
+    ("copy of -1", grow(lambda: gj.copy(mlp=(0, 1, 2, 3, 4, 5, -1))), r"mlp.*-1"),
+    ("copy of 9", grow(lambda: gj.copy(mlp=(0, 1, 2, 3, 4, 5, 9))), r"mlp.*\b9\b"),
+    ("odd head", grow(lambda: gj.msg(head_dim=5), position="rotary"), "head_dim: .*even, got 5"),
+    ("sources down", lambda: sources("interleave", 4, 3), "4.*3"),
+    ("copy order", grow(lambda: gj.copy(mlp=8, order="up")), "order: expected .* got 'up'"),
+    ("shares", grow(lambda: gj.copy(mlp=8, shares="odd")), "shares: expected .* got 'odd'"),
+    ("branch", grow(lambda: gj.stack(layers=5, branch="one")), "branch: expected .* got 'one'"),
+    ("chain of what", lambda: gj.chain("msg"), "expected an operator .* got 'msg'"),
+    ("unknown field", lambda: from_dict({"op": "MSG", "sizes": [], "speed": 1}), "'speed'"),
+    ("stream", grow(lambda: gj.stack(layers=5, branch="zero", stream="width")), "axis 'width'"),
+    ("layer -1", grow(lambda: gj.stack(layers=(0, 1, 2, 3, -1))), r"layers.*-1"),
+    ("side", apply(axis="mlp", source=[0, 1], side="left"), "side: expected .* got 'left'"),
+    ("template", lambda: sizes(Nameless(np.ones((2, 3)))), "nope"),
+    ("attention", lambda: Attention(8, 3, 2, 4, key=KEY), "heads=3 .* multiple of kv_heads=2"),
+]
+
+GATES = [
+    (
+        "ramping",
+        lambda: gj.grow(gj.msg(mlp=9), ramping(), key=KEY),
+        r"'mlp' is still.*\n.*mlp\.gate",
+    ),
+    ("level 2", lambda: gj.ramp(ramping(), 2), RANGE + "2"),
+    ("level -0.1", lambda: gj.ramp(ramping(), -0.1), RANGE + "-0.1"),
+    ("level nan", lambda: gj.ramp(ramping(), float("nan")), RANGE + "nan"),
+    ("no gates", lambda: gj.ramp(model(), 0.5), "this model has no gate"),
+    ("no gate on embed", lambda: gj.ramp(ramping(), 1, axes=["embed"]), "no gate on embed"),
+    ("settle early", lambda: gj.settle(ramping()), r"ramp these first:\n.*mlp\.gate: level 0"),
+    ("gate on vocab", apply(axis="vocab", source=[0, -1], gated=True), "no gate on axis 'vocab'"),
+]
+
+SUBNETS = [
+    ("short", part(lambda: gj.random_path(1)), r"between 2 \(the fixed layers\) and 4, got 1"),
+    ("long", part(lambda: gj.random_path(5)), "length: expected .* and 4, got 5"),
+    ("half", part(lambda: gj.random_path(2.5)), r"length: 2.5 is not whole; take path\.at\("),
+    ("keep", part(lambda: gj.random_path(3, keep=(7,))), r"keep: \[7\] are not among 4 layers"),
+    ("scale", part(lambda: gj.random_path(3, scale="cube")), "scale: expected .* got 'cube'"),
+    ("mode", part(lambda: gj.random_path(3, mode="any")), "mode: expected .* got 'any'"),
+    ("path of units", part(lambda: gj.random_path(3, axis="mlp")), "mlp"),
+    ("count 0", part(lambda: gj.random_part(mlp=0)), "mlp: expected between 1 and 6, got 0"),
+    ("count 7", part(lambda: gj.random_part(mlp=7)), "mlp: expected between 1 and 6, got 7"),
+    ("part of embed", part(lambda: gj.random_part(embed=4)), "embed: only units that norms"),
+    ("part of layers", part(lambda: gj.random_part(layers=2)), "layers: only units"),
+    ("part scale", part(lambda: gj.random_part(mlp=3, scale="cube")), "scale: expected .* 'cube'"),
+    ("falling", lambda: gj.path_schedule((3, 2, 4), **SCHEDULE), r"rising .* got \(3, 2, 4\)"),
+    ("not all", lambda: gj.path_schedule((2, 3), **SCHEDULE), r"ends at 4 layers, got \(2, 3\)"),
+    ("no stage", lambda: gj.path_schedule((), **SCHEDULE), r"lengths: .* got \(\)"),
+    ("few steps", lambda: gj.path_schedule((2, 3, 4), layers=4, steps=2), "2 steps .* 3 stages"),
+    ("stage of 0", lambda: gj.path_schedule((2, 2, 2, 4), layers=4, steps=4, stages="proportional"),
+     "steps"),
+    ("stages", lambda: gj.path_schedule((2, 4), stages="odd", **SCHEDULE), "stages: .* got 'odd'"),
+    ("stage too short", lambda: gj.path_schedule((1, 4), **SCHEDULE), "length: .* got 1"),
+    ("after the end", lambda: gj.path_schedule((2, 4), **SCHEDULE).at(20), "step 20 .* 20 steps"),
+    ("floor 0", part(lambda: gj.progressive_layer_drop(floor=0)), "floor: expected .* got 0"),
+    ("floor 2", part(lambda: gj.progressive_layer_drop(floor=2)), "floor: expected .* got 2"),
+    ("rate 0", part(lambda: gj.progressive_layer_drop(rate=0)), "rate: expected .* got 0"),
+    ("drop of units", part(lambda: gj.progressive_layer_drop(axis="mlp")), "mlp"),
+]  # fmt: skip
+
+
+def mystery():
+    return optax.GradientTransformation(lambda params: Mystery(params), lambda g, s, p: (g, s))
+
+
+class Mystery(eqx.Module):
+    riddle: Array
+
+
+STATES = [
+    ("unknown field", state(mystery), r"what does 'riddle' hold\? Pass moments="),
+    ("whole model", state(lambda: optax.adam(1e-3), whole=True), r"mu: .*gj\.partition\(model\)"),
+    (
+        "factored",
+        state(lambda: optax.adafactor(1e-3, min_dim_size_to_factor=2)),
+        r"(?s)v_row.*\(1,",
+    ),
+    ("copies", state(lambda: optax.adam(1e-3), copies="all"), "copies: expected .* got 'all'"),
+    ("moments", state(lambda: optax.adam(1e-3), moments={"mu": "3rd"}), "moments: .* '3rd'"),
+    ("not an operator", state(lambda: optax.adam(1e-3), op="msg"), "op: expected .* got 'msg'"),
+    (
+        "an average of fresh weights",
+        state(lambda: optax.contrib.schedule_free_adamw(1e-3), op=gj.msg(mlp=8), key=KEY),
+        "averaged copy .* fresh coordinates on 'mlp'",
+    ),
+]
+
+TABLE = [
+    pytest.param(call, error, said, id=f"{error.__name__}: {name}")
+    for error, rows in [
+        (GrowthError, GROWTH),
+        (AxisError, AXES),
+        (GateError, GATES),
+        (SubnetError, SUBNETS),
+        (StateError, STATES),
+        (GrowjaxError, EITHER),
+    ]
+    for name, call, said in rows
+]
+
+
+@pytest.mark.parametrize("call, error, said", TABLE)
+def test_bad_input_is_refused_and_the_message_says_why(call, error, said):
+    with pytest.raises(error, match=said):
+        call()
+
+
+def test_every_error_is_a_value_error_of_its_own_kind():
+    kinds = (AxisError, GrowthError, GateError, SubnetError, StateError)
+    assert all(issubclass(kind, GrowjaxError) and issubclass(kind, ValueError) for kind in kinds)
+    assert not any(issubclass(a, b) for a in kinds for b in kinds if a is not b)
