@@ -86,6 +86,9 @@ class Spec:
                 )
             return "produced" if any(into) else "consumed" if any(out) else "elementwise"
 
+        for name in stack.split():
+            if not name.isidentifier():
+                raise AxisError(f"spec {text!r}: cannot read {name!r}")
         dims = [Dim(name, "stack") for name in stack.split()]
         groups, means, open_group = [1] * len(dims), [], None
         for i, token in enumerate(tokens):
@@ -96,7 +99,7 @@ class Spec:
             elif token == ")" and open_group is not None:
                 groups.append(len(dims) - open_group)
                 open_group = None
-            elif token.startswith("<"):
+            elif re.fullmatch(r"<\w+>", token):
                 means.append(token[1:-1])
             elif re.fullmatch(r"\[\w+\]|~?[A-Za-z_]\w*", token):
                 name = token.strip("[]~")
@@ -402,8 +405,10 @@ def sizes(model: eqx.Module) -> dict[str, int]:
 def get(model: Any, steps: Sequence[str | int]) -> Any:
     """Follow the steps of a slot's path into a model."""
     for step in steps:
-        indexed = isinstance(model, list | tuple | dict)
-        model = model[step] if indexed else getattr(model, str(step))
+        if isinstance(step, str) and not isinstance(model, dict):
+            model = getattr(model, step)
+        else:
+            model = model[step]
     return model
 
 
@@ -422,7 +427,11 @@ def put(model: Any, values: Mapping[tuple[str | int, ...], Any]) -> Any:
     if isinstance(model, dict):
         return {name: put(old, below.get(name, {})) for name, old in model.items()}
     if isinstance(model, list | tuple):
-        items = [put(old, below.get(i, {})) for i, old in enumerate(model)]
+        names = getattr(model, "_fields", range(len(model)))
+        items = [
+            put(old, below.get(name, below.get(i, {})))
+            for i, (name, old) in enumerate(zip(names, model, strict=True))
+        ]
         return type(model)(*items) if hasattr(model, "_fields") else type(model)(items)
     copy = object.__new__(type(model))  # no __init__: sizes may be halfway between two models
     for field in dataclasses.fields(model):
@@ -445,6 +454,8 @@ def partition(model: eqx.Module) -> tuple[Any, Any]:
         model = eqx.combine(optax.apply_updates(trained, updates), rest)
     """
     table = axes_of(model)
+    # A gate that no `__init__` set is absent from the tree, one that was dropped is None: agree.
+    model = put(model, {slot.steps: slot.value for slot in table.values()})
     spec = jax.tree.map(lambda _: False, model)
     spec = put(spec, {s.steps: True for s in table.of_kind("param") if _floating(s.value)})
     trained, rest = eqx.partition(model, spec)

@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from growjax.axes import partition
+from growjax.axes import axes_of
 from growjax.errors import CostError, raise_all
 
 
@@ -50,8 +50,9 @@ def flops(fn: Any, *args: Any) -> int:
 
 
 def parameters(model: eqx.Module) -> int:
-    """How many numbers are trained: every floating-point `param`, no buffer and no gate."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(partition(model)[0]))
+    """How many numbers are trained: those of `gj.partition`, so no buffer and no gate."""
+    leaves = [leaf for slot in axes_of(model).of_kind("param") for leaf in slot.arrays()]
+    return sum(math.prod(x.shape) for x in leaves if jnp.issubdtype(x.dtype, jnp.floating))
 
 
 def training_flops_per_token(model: Any, length: int) -> float:

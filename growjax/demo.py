@@ -268,7 +268,7 @@ def _run_arm(plan: Plan, text: Text, size: Size, console: Console, bar: Any) -> 
         if isinstance(record, Step):
             losses.append((record.flops, record.loss))
             seconds = record.seconds
-            done = f"{record.flops / 1e12:.2f} of {plan.flops / 1e12:.2f}"
+            done = f"{record.flops / 1e12:.3g} of {plan.flops / 1e12:.3g}"
             bar(completed=record.flops, flops=done, loss=f"{record.loss:.3f}")
             if record.held_out is not None:
                 held_out.append((record.flops, record.held_out))
@@ -340,7 +340,7 @@ _COLUMNS = (
     "tokens",
     "training s",
     "compile s",
-    "cost of scratch's final loss",
+    "cost to reach scratch's loss",
 )
 _NOTES = (
     "FLOPs are model FLOPs: the matrix products of a forward pass, counted off the traced program, times "
@@ -365,7 +365,7 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
         [
             arm["name"],
             f"{arm['final']:.3f}",
-            f"{arm['flops'] / 1e12:.2f}",
+            f"{arm['flops'] / 1e12:.3g}",
             f"{arm['tokens']:,}",
             f"{arm['seconds']:.0f}",
             f"{arm['compile_seconds']:.0f}",
@@ -376,7 +376,9 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _saving(reached: float | None) -> str:
-    return "not reached" if reached is None else f"{reached:.0%} ({1 - reached:.0%} saved)"
+    if reached is None:
+        return "not reached"
+    return f"{reached:.0%}" if reached == 1 else f"{reached:.0%} ({1 - reached:.0%} saved)"
 
 
 def _print_table(console: Console, results: dict[str, Any]) -> None:
@@ -395,7 +397,7 @@ def write_report(path: Path, results: dict[str, Any]) -> Path:
         [
             ", ".join(f"{axis} {a} to {b}" for axis, (a, b) in growth["grew"].items()),
             f"{growth['step']}",
-            f"{growth['flops'] / 1e12:.2f}",
+            f"{growth['flops'] / 1e12:.3g}",
             f"{growth['before']:.4f}",
             f"{growth['after']:.4f}",
             f"{growth['after'] - growth['before']:+.4f}",
@@ -405,10 +407,10 @@ def write_report(path: Path, results: dict[str, Any]) -> Path:
     ]
     data = (
         f"Text: {text['source']}, {text['files']} files, {text['training_bytes']:,} bytes to train "
-        f"on and {text['held_out_bytes']:,} held out (digest {text['digest']}). "
-        f"Model: {size['layers']} layers, embed {size['embed']}, {size['heads']} heads of {size['head_dim']}, mlp {size['mlp']}, "
-        f"{done[0]['parameters']:,} parameters; batches of {size['batch']} x {size['length']} bytes; "
-        f"seed {results['seed']}."
+        f"on and {text['held_out_bytes']:,} held out (digest {text['digest']}). Model: "
+        f"{size['layers']} layers, embed {size['embed']}, {size['heads']} heads of "
+        f"{size['head_dim']}, mlp {size['mlp']}, {done[0]['parameters']:,} parameters; batches of "
+        f"{size['batch']} x {size['length']} bytes; seed {results['seed']}."
     )
     return write_page(
         path,
@@ -427,7 +429,7 @@ def write_report(path: Path, results: dict[str, Any]) -> Path:
             ),
         ],
         tables=[
-            Table("Results", _COLUMNS, _rows(results), "Losses are in nats per byte."),
+            Table("Results", _COLUMNS, _rows(results), f"Losses are in nats per byte. {data}"),
             Table(
                 "Growth",
                 ("what grew", "before step", "TFLOPs", "loss before", "loss after", "jump"),
@@ -436,5 +438,5 @@ def write_report(path: Path, results: dict[str, Any]) -> Path:
                 "so growth by msg changes nothing; stacking copies layers, and a jump is expected.",
             ),
         ],
-        notes=[*_NOTES, data],
+        notes=_NOTES,
     )

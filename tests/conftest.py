@@ -15,10 +15,21 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 
-common = dict(deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
-hypothesis.settings.register_profile("dev", max_examples=8, derandomize=True, **common)
-hypothesis.settings.register_profile("ci", max_examples=8, derandomize=True, **common)
-hypothesis.settings.register_profile("deep", max_examples=200, **common)
+def profile(name: str, examples: int, derandomize: bool) -> None:
+    # The first example of a test compiles, so no deadline; the rest are cheap.
+    checks = list(hypothesis.HealthCheck)
+    hypothesis.settings.register_profile(
+        name,
+        max_examples=examples,
+        derandomize=derandomize,
+        deadline=None,
+        suppress_health_check=checks,
+    )
+
+
+profile("dev", 8, True)
+profile("ci", 8, True)
+profile("deep", 200, False)
 hypothesis.settings.load_profile(os.environ.get("GROWJAX_PROFILE", "dev"))
 
 

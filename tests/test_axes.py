@@ -147,6 +147,9 @@ def test_the_norm_before_a_tied_head_consumes_and_a_post_norm_produces():
     assert roles["GPT"]["norm.weight"].dims == (Dim("embed", C, True),)
     assert roles["Llama"]["norm.weight"].dims == (Dim("embed", E, True),)
     assert roles["BERT"]["blocks.block.mlp_norm.weight"].dims[1] == Dim("embed", P, True)
+    assert roles["T5"]["decoder_norm.weight"].dims == (Dim("embed", C, True),)
+    assert roles["T5"]["encoder_norm.weight"].dims == (Dim("embed", E, True),)
+    assert roles["BERT"]["mlm.norm.weight"].dims == (Dim("embed", C, True),)
     assert roles["T5"]["decoder_norm.eps"].spec.means == ("embed",)
     assert roles["BERT"]["embedding_norm.eps"].spec.means == ()  # a moved mean cannot be mended
 

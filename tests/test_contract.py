@@ -4,6 +4,7 @@ A new operator or architecture is one line in `growjax.testing` and is then held
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ def test_promises_hold_for_any_weights(case):
 def test_float32_outputs_move_by_rounding_only(architecture):
     model, batch = architecture.model(dtype=jnp.float32), architecture.batch()
     heads = dict(testing.TOY, **dict(architecture.options))["heads"]
-    everything = msg(embed=12, mlp=10, heads=2 * heads, **{architecture.stacks[0]: 3})
+    sizes: dict[str, Any] = {"heads": 2 * heads, architecture.stacks[0]: 3}
+    everything = msg(embed=12, mlp=10, **sizes)
     testing.assert_preserves(everything, model, batch)
     testing.assert_independent(everything, model, batch)
 

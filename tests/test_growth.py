@@ -13,7 +13,7 @@ from jaxtyping import Array
 import growjax as gj
 from growjax import growth, testing
 from growjax.axes import axes_of, get, put, sizes
-from growjax.errors import GrowthError
+from growjax.errors import GrowjaxError, GrowthError
 from growjax.gates import Gate
 from growjax.growth import from_dict, resolve, solar, sources, to_dict
 from growjax.models import BERT, GPT, BERTConfig, GPTConfig
@@ -344,6 +344,14 @@ def test_trap_a_tied_head_reads_what_it_also_produces(tied, kind):
         assert float(after.norm.weight[0] / model.norm.weight[0]) == (1 / 3 if tied else 1)
 
 
+def test_trap_zeros_count_as_full_coordinates_in_a_norm_that_is_still_ramping():
+    with jax.enable_x64(True):
+        model = gj.ramp(grown(gj.msg(embed=12, init=sevens), read_out(tied=True)), 0.3)
+        assert change(model, grown(gj.copy(embed=24), model), TOKENS) < 1e-12
+        with pytest.raises(GrowjaxError, match="embed"):
+            gj.zeros(embed=16, init=sevens)(model, key=jax.random.key(0))
+
+
 class Turned(eqx.Module):
     rotary: Rotary
     attention: Attention
@@ -365,6 +373,11 @@ def test_trap_rotary_pairs_keep_their_frequencies(op):
         assert change(model, after) < 1e-12
         np.testing.assert_array_equal(after.rotary.freqs, np.resize(model.rotary.freqs, new))
         assert change(model, put(after, {("rotary",): Rotary(new)})) > 1e-2
+
+
+def test_trap_rotary_pairs_are_not_torn_by_random_copies():
+    with pytest.raises(GrowthError, match="head_dim: .*rotary"):
+        gj.copy(head_dim=8, order="random")(Turned(Rotary(4), heads(2, 1, 4)))
 
 
 @pytest.mark.parametrize("op", [gj.copy(head_dim=8), gj.msg(head_dim=6, init=sevens)], ids=str)

@@ -304,7 +304,7 @@ def test_split_branches_divide_what_writes_and_the_moments_of_what_does_not():
 @pytest.fixture(scope="module")
 def hop():
     """A step, growth behind gates, and a step more; and the two steps without growth."""
-    op, tx = gj.msg(embed=12, mlp=10, layers=3, init="zeros"), optim.adamw(1e-2, weight_decay=0.1)
+    op, tx = gj.msg(embed=12, mlp=10, layers=3, init="copy"), optim.adamw(1e-2, weight_decay=0.1)
     tokens = testing.Architecture("GPT").batch()
 
     @eqx.filter_jit

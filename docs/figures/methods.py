@@ -37,7 +37,7 @@ plt.rcParams.update(
 
 def canvas(width: float, height: float):
     """Axes in units of one box, on a light card with rounded corners."""
-    figure = plt.figure(figsize=(width * 0.44, height * 0.44))
+    figure = plt.figure(figsize=(width * 0.385, height * 0.385))
     figure.patch.set_alpha(0)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(0, height), aspect="equal")

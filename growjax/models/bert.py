@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from growjax.axes import gate, param
+from growjax import axes
+from growjax.axes import param
 from growjax.gates import Gate, gated
 from growjax.models.config import check_choices
 from growjax.nn import (
@@ -75,11 +76,12 @@ class Pooler(eqx.Module):
 
     weight: Float[Array, "embed embed"] = param("embed -> embed")
     bias: Float[Array, " embed"] | None = param("-> embed")
-    gate: Gate | None = gate("embed")
+    gate: Gate | None = axes.gate("embed")
 
     def __init__(self, embed: int, *, bias: bool = True, key: PRNGKeyArray):
         self.weight = normal(key, (embed, embed), embed)
         self.bias = jnp.zeros(embed) if bias else None
+        self.gate = None
 
     def __call__(self, hidden: Float[Array, "T embed"]) -> Float[Array, " embed"]:
         return gated(jnp.tanh(affine("e,ef->f", hidden[0], self.weight, self.bias)), self.gate)
@@ -140,7 +142,7 @@ class BERT(eqx.Module):
     mlm: MLMHead | None
     nsp: Float[Array, "embed nsp"] | None = param("embed -> nsp")
     nsp_bias: Float[Array, " nsp"] | None = param("-> nsp")
-    gate: Gate | None = gate("embed")
+    gate: Gate | None = axes.gate("embed")
     dtype: str | None = eqx.field(static=True, default=None)
 
     def __init__(self, config: BERTConfig, *, key: PRNGKeyArray):
@@ -175,7 +177,7 @@ class BERT(eqx.Module):
         self.mlm = MLMHead(c, key=k_mlm) if c.mlm_head else None
         self.nsp = normal(k_nsp, (c.embed, 2), c.embed) if c.nsp_head else None
         self.nsp_bias = jnp.zeros(2) if c.nsp_head and c.bias else None
-        self.dtype = c.dtype
+        self.gate, self.dtype = None, c.dtype
 
     def __call__(
         self,

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from growjax.axes import gate, param
+from growjax import axes
+from growjax.axes import param
 from growjax.gates import Gate, gated
 from growjax.models.config import check_choices, odd_rotary
 from growjax.nn import (
@@ -74,7 +75,7 @@ class GPT(eqx.Module):
     blocks: Stacked[Block]
     norm: Norm
     head: Float[Array, "embed vocab"] | None = param("embed -> vocab")
-    gate: Gate | None = gate("embed")
+    gate: Gate | None = axes.gate("embed")
     dtype: str | None = eqx.field(static=True, default=None)
 
     def __init__(self, config: GPTConfig, *, key: PRNGKeyArray):
@@ -109,7 +110,7 @@ class GPT(eqx.Module):
             c.embed, c.norm, bias=c.bias, eps=c.eps, side="consumed" if c.tied else "elementwise"
         )
         self.head = None if c.tied else normal(k_head, (c.embed, c.vocab), c.embed)
-        self.dtype = c.dtype
+        self.gate, self.dtype = None, c.dtype
 
     def __call__(
         self,

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from growjax.axes import buffer, gate, param
+from growjax import axes
+from growjax.axes import buffer, param
 from growjax.gates import Gate, gated
 from growjax.models.config import check_choices
 from growjax.nn import (
@@ -108,7 +109,7 @@ class T5(eqx.Module):
     decoder_norm: Norm
     head: Float[Array, "embed vocab"] | None = param("embed -> vocab")
     output_scale: Float[Array, ""] | None = buffer()
-    gate: Gate | None = gate("embed")
+    gate: Gate | None = axes.gate("embed")
     dtype: str | None = eqx.field(static=True, default=None)
 
     def __init__(self, config: T5Config, *, key: PRNGKeyArray):
@@ -156,7 +157,7 @@ class T5(eqx.Module):
         scale = jnp.asarray(c.embed**-0.5, self.embedding.table.dtype)
         self.output_scale = scale if scaled else None
         self.head = None if c.tied else normal(k_head, (c.embed, c.vocab), c.embed)
-        self.dtype = c.dtype
+        self.gate, self.dtype = None, c.dtype
 
     def __call__(
         self,

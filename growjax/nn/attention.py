@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from growjax.axes import buffer, gate, param
+from growjax import axes
+from growjax.axes import buffer, param
 from growjax.gates import Gate, gated
 from growjax.nn.linear import affine, normal
 from growjax.nn.norm import Norm
@@ -77,9 +78,9 @@ class Attention(eqx.Module):
     )
     v_bias: Float[Array, "kv_heads head_dim"] | None = param("-> kv_heads head_dim", init="zeros")
     o_bias: Float[Array, " embed"] | None = param("-> embed")
-    gate_kv_heads: Gate | None = gate("kv_heads")
-    gate_group: Gate | None = gate("group")
-    gate_head_dim: Gate | None = gate("head_dim")
+    gate_kv_heads: Gate | None = axes.gate("kv_heads")
+    gate_group: Gate | None = axes.gate("group")
+    gate_head_dim: Gate | None = axes.gate("head_dim")
 
     def __init__(
         self,
@@ -110,6 +111,7 @@ class Attention(eqx.Module):
         self.k_norm = (
             Norm(head_dim, "rms", eps=eps, axis="head_dim", side="consumed") if qk_norm else None
         )
+        self.gate_kv_heads = self.gate_group = self.gate_head_dim = None
         self.scale = head_dim**-0.5 if scale is None else scale
 
     @property

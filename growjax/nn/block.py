@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from growjax.axes import gate
+from growjax import axes
 from growjax.gates import Gate, gated
 from growjax.nn.attention import Attention
 from growjax.nn.mlp import MLP
@@ -26,7 +26,7 @@ class Block(eqx.Module):
     cross_norm: Norm | None
     mlp: MLP
     mlp_norm: Norm
-    gate: Gate | None = gate("embed")
+    gate: Gate | None = axes.gate("embed")
     post_norm: bool = eqx.field(static=True, default=False)
 
     def __call__(

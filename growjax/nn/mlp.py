@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from growjax.axes import gate, param
+from growjax import axes
+from growjax.axes import param
 from growjax.gates import Gate, gated
 from growjax.nn.linear import affine, normal
 
@@ -33,7 +34,7 @@ class MLP(eqx.Module):
     glu: Float[Array, "embed mlp"] | None = param("embed -> mlp")
     down: Float[Array, "mlp embed"] = param("mlp -> embed")
     down_bias: Float[Array, " embed"] | None = param("-> embed")
-    gate: Gate | None = gate("mlp")
+    gate: Gate | None = axes.gate("mlp")
     activation: str = eqx.field(static=True, default="gelu")
 
     def __init__(
@@ -52,7 +53,7 @@ class MLP(eqx.Module):
         self.glu = normal(k_glu, (embed, mlp), embed) if glu else None
         self.down = normal(k_down, (mlp, embed), mlp)
         self.down_bias = jnp.zeros(embed) if bias else None
-        self.activation = activation
+        self.gate, self.activation = None, activation
 
     def __call__(self, x: Float[Array, "T embed"]) -> Float[Array, "T embed"]:
         act = ACTIVATIONS[self.activation]

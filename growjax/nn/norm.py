@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from growjax.axes import buffer, gate, param
+from growjax import axes
+from growjax.axes import buffer, param
 from growjax.gates import Gate, gated
 
 
@@ -30,7 +31,7 @@ class Norm(eqx.Module):
     weight: Float[Array, " axis"] | None = param("{into}~{axis}{out}", init="ones")
     bias: Float[Array, " axis"] | None = param("{into}{axis}{out}", init="zeros")
     eps: Float[Array, ""] = buffer("{mean}")
-    gate: Gate | None = gate("{axis}")
+    gate: Gate | None = axes.gate("{axis}")
     axis: str = eqx.field(static=True, default="embed")
     side: Side = eqx.field(static=True, default="elementwise")
     centre: bool = eqx.field(static=True, default=True)
@@ -49,7 +50,7 @@ class Norm(eqx.Module):
         self.centre = kind == "layer"
         self.bias = jnp.zeros(size) if bias and self.centre else None
         self.eps = jnp.asarray(eps, self.weight.dtype)
-        self.axis, self.side = axis, side
+        self.gate, self.axis, self.side = None, axis, side
 
     @property
     def into(self) -> str:

@@ -7,7 +7,8 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from growjax.axes import active, branch, gate, stack
+from growjax import axes
+from growjax.axes import stack
 from growjax.gates import Gate
 
 
@@ -33,9 +34,9 @@ class Stacked(eqx.Module, Generic[Block]):
     """
 
     block: Block = stack("{axis}")
-    gate: Gate | None = gate("{axis}")
-    branch: Float[Array, " layers"] | None = branch("{axis}")
-    active: Bool[Array, " layers"] | None = active("{axis}")
+    gate: Gate | None = axes.gate("{axis}")
+    branch: Float[Array, " layers"] | None = axes.branch("{axis}")
+    active: Bool[Array, " layers"] | None = axes.active("{axis}")
     axis: str = eqx.field(static=True, default="layers")
     remat: Literal["dots", "nothing", "everything"] = eqx.field(static=True, default="dots")
 
@@ -49,6 +50,7 @@ class Stacked(eqx.Module, Generic[Block]):
         key: PRNGKeyArray,
     ):
         self.block = eqx.filter_vmap(make)(jax.random.split(key, length))
+        self.gate = self.branch = self.active = None
         self.axis, self.remat = axis, remat
 
     def __call__(self, x: Float[Array, "T embed"], *args: Any, **kwargs: Any) -> Array:

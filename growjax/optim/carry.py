@@ -8,7 +8,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from growjax import maps
-from growjax.axes import axes_of, partition, put
+from growjax.axes import axes_of, get, partition, put
 from growjax.errors import StateError, raise_all
 from growjax.growth.operator import Chain, Operator, atoms
 from growjax.maps import Moment
@@ -130,9 +130,11 @@ def _misshapen(tree, model) -> str:
 
 
 def _get(tree, steps):
-    for step in steps:
-        tree = tree[step] if isinstance(tree, list | tuple | dict) else getattr(tree, step, None)
-    return tree
+    """The array at a place, or None where a masked optimizer keeps nothing."""
+    try:
+        return get(tree, steps)
+    except AttributeError:
+        return None
 
 
 def _refit(tree, grown):

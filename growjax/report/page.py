@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 
 # name -> (light, dark)
@@ -102,7 +103,7 @@ def style() -> Iterator[None]:
             "axes.labelcolor": soft,
             "axes.edgecolor": line,
             "axes.titlecolor": ink,
-            "axes.prop_cycle": matplotlib.cycler(color=_SERIES),
+            "axes.prop_cycle": cycler("color", _SERIES),
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
@@ -203,7 +204,14 @@ def _stages(strip: Axes, arm: Mapping[str, Any], row: int, unit: float) -> None:
         start, stop = stage["start"] / unit, stage["stop"] / unit
         strip.barh(row, stop - start, 0.78, start, color=colour, alpha=0.22, linewidth=0)
         strip.plot([start, start], [row - 0.39, row + 0.39], color=colour, linewidth=1.6)
-        strip.text(start, row, f"  {stage['label']}", va="center", fontsize=8)
+        strip.annotate(
+            stage["label"],
+            (start, row),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center_baseline",
+            fontsize=8,
+        )
 
 
 def _at(x: Sequence[float], y: Sequence[float], where: float) -> float:
