@@ -376,7 +376,7 @@ def test_trap_rotary_pairs_keep_their_frequencies(op):
 
 
 def test_trap_rotary_pairs_are_not_torn_by_random_copies():
-    with pytest.raises(GrowthError, match="head_dim: .*rotary"):
+    with jax.enable_x64(True), pytest.raises(GrowthError, match="head_dim: .*rotary"):
         gj.copy(head_dim=8, order="random")(Turned(Rotary(4), heads(2, 1, 4)))
 
 
