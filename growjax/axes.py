@@ -297,7 +297,7 @@ def _solve_sizes(slots: Sequence[Slot], known: Mapping[str, int]) -> dict[str, i
         if len(open_names) > 1 or length % rest:
             complaints.append(
                 f"{slot.path}: cannot split a dimension of {length} into {names}; "
-                "give the size of all of them but one"
+                "each but one needs a size from another leaf, and they must divide it"
             )
         elif open_names:
             seen[open_names[0]] = {length // rest: slot.path}
@@ -328,6 +328,12 @@ def slot_of(steps, declaration: Declaration, value, *, prefix: str = "", owner=N
 
 def _fill(text: str, owner) -> str:
     """Fill the `{...}` of a spec in from the attributes of the module that declares it."""
+    names = re.findall(r"\{(\w+)\}", text)
+    raise_all(
+        AxisError,
+        f"spec {text!r} of {type(owner).__name__} names attributes that it does not have:",
+        [name for name in names if not hasattr(owner, name)],
+    )
     return re.sub(r"\{(\w+)\}", lambda match: getattr(owner, match[1]), text)
 
 

@@ -205,7 +205,12 @@ def run(
         f"{len(text.held_out):,} held out"
     )
     started = time.perf_counter()
-    done = [_run_arm(plan, text, size, console, bar) for plan, bar in _bars(plans, console)]
+    programs: dict[str, Any] = {}
+    every = plans[0].flops / size.marks
+    done = [
+        _run_arm(plan, text, console, bar, size=size, every=every, programs=programs)
+        for plan, bar in _bars(plans, console)
+    ]
     for arm in done:
         arm["reached"] = reached(arm["held_out"], done[0]["final"], done[0]["flops"])
     results = {
@@ -225,7 +230,11 @@ def run(
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     page = write_report(out / "report.html", results)
     _print_table(console, results)
-    console.print(f"{results['wall_seconds']:.0f} s in all. Report: {page}")
+    compiling = sum(arm["compile_seconds"] for arm in done)
+    console.print(
+        f"{results['wall_seconds']:.0f} s in all, {compiling:.0f} of them compiling and growing. "
+        f"Report: {page}"
+    )
     return results
 
 
@@ -251,18 +260,27 @@ def _bars(plans: Sequence[Plan], console: Console) -> Iterator[tuple[Plan, Any]]
             yield plan, functools.partial(progress.update, task)
 
 
-def _run_arm(plan: Plan, text: Text, size: Size, console: Console, bar: Any) -> dict[str, Any]:
+def _run_arm(
+    plan: Plan,
+    text: Text,
+    console: Console,
+    bar: Any,
+    *,
+    size: Size,
+    every: float,
+    programs: dict[str, Any],
+) -> dict[str, Any]:
     """Train one arm and collect everything that is reported about it, ready for JSON."""
     losses: list[tuple[int, float]] = []
     held_out: list[tuple[int, float]] = []
     growths: list[dict[str, Any]] = []
     seconds, end = 0.0, None
-    every = arms(size, plan.seed)[0].flops / size.marks
     records = train(
         plan,
         lambda n: text.batch(plan.seed, n, plan.batch, plan.length),
         text.sample(size.held_out, plan.length),
         every=every,
+        programs=programs,
     )
     for record in records:
         if isinstance(record, Step):
@@ -338,8 +356,7 @@ _COLUMNS = (
     "held-out loss",
     "TFLOPs",
     "tokens",
-    "training s",
-    "compile s",
+    "seconds",
     "cost to reach scratch's loss",
 )
 _NOTES = (
@@ -354,8 +371,8 @@ _NOTES = (
     "model, also while only a path through it is trained. All arms see the same windows.",
     "The last column is the share of the scratch run's FLOPs at which the arm's held-out loss was first "
     "seen at or below the scratch run's final one. It is looked at every twentieth of those FLOPs.",
-    "Training seconds leave out compiling, growing and evaluating. On a shared machine they are noisy; "
-    "FLOPs are not.",
+    "Seconds are those spent training, without compiling, growing and evaluating. They depend on what "
+    "else the machine does; FLOPs do not.",
     "One seed: differences of a hundredth of a nat may well change sign with another one.",
 )
 
@@ -368,7 +385,6 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
             f"{arm['flops'] / 1e12:.3g}",
             f"{arm['tokens']:,}",
             f"{arm['seconds']:.0f}",
-            f"{arm['compile_seconds']:.0f}",
             _saving(arm["reached"]),
         ]
         for arm in results["arms"]

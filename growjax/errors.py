@@ -52,3 +52,13 @@ def raise_all(error: type[GrowjaxError], headline: str, complaints: Iterable[str
     complaints = list(complaints)
     if complaints:
         raise error("\n  - ".join([headline, *complaints]))
+
+
+def expect_one_of(
+    error: type[GrowjaxError], name: str, value: object, allowed: Iterable[object]
+) -> None:
+    """Raise `error` unless the argument `name` has one of the allowed values."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise error(f"{name}: expected one of {choices}, got {value!r}")

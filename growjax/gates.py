@@ -31,7 +31,8 @@ class Gate(eqx.Module):
 
     def at(self, level) -> "Gate":
         """The same gate at `level` in [0, 1] (a traced scalar does not recompile)."""
-        return Gate(jnp.where(self.new, jnp.asarray(level, self.value.dtype), 1), self.new)
+        one = jnp.ones_like(self.value)
+        return Gate(jnp.where(self.new, jnp.asarray(level, one.dtype), one), self.new)
 
 
 def gated(x: Array, gate: Gate | None, dim: int = -1) -> Array:

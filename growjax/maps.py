@@ -94,6 +94,8 @@ class AxisMap(eqx.Module):
             bad = sorted({int(i) for i in self.source.ravel() if not NONE <= i < size})
             if bad:
                 complaints.append(f"source {bad} is not among the {size} old coordinates")
+        if self.side not in ("consumed", "produced"):
+            complaints.append(f"side: expected 'consumed' or 'produced', got {self.side!r}")
         if not (callable(self.init) or self.init in ("normal", "zeros", "matched")):
             complaints.append(
                 "init must be a callable (key, shape, dtype) -> array or one of 'normal', 'zeros', "
@@ -295,10 +297,15 @@ class _Fresh(NamedTuple):
         return jnp.moveaxis(draws, (0, 1), dims)
 
     def _draw(self, x: Array, dims: list[int]) -> Callable:
-        if self.key is None:
-            raise GrowthError("this operator draws new coordinates: pass key=jax.random.key(...)")
         shape = tuple(n for i, n in enumerate(x.shape) if i not in dims)
         init = _initialiser(self.move.init, self.slot, x, dims)
+        constant = self.move.init == "zeros" or (
+            self.move.init == "normal" and self.slot.init != "normal"
+        )
+        if constant:
+            return lambda *index: init(None, shape, x.dtype)
+        if self.key is None:
+            raise GrowthError("this operator draws new coordinates: pass key=jax.random.key(...)")
         # One name for leaf and axis: every fold is a hash to compile.
         named = fold_in_name(self.key, f"{self.slot.path}:{self.move.axis}")
 
@@ -334,7 +341,7 @@ def _new_gate(move: AxisMap, table: Axes, slot: Slot) -> Gate:
     new = move.is_new()
     shape = [table.sizes[dim.axis] for dim in slot.dims[:-1]] + [move.length]
     new = jnp.broadcast_to(jnp.asarray(new), shape)
-    return Gate(jnp.where(new, 0.0, 1.0), new)
+    return Gate((~new).astype(float), new)
 
 
 def _check_gates(move: AxisMap, table: Axes) -> None:
@@ -362,6 +369,12 @@ def _check_norms(move: AxisMap, table: Axes) -> None:
     """A zero-padded axis needs a norm whose epsilon is data and which subtracts no mean."""
     if not _zero_padded(move):
         return
+    raise_all(
+        GateError,
+        f"norms over {move.axis!r} are still ramping, so what zeros do to their statistics changes; "
+        "settle these gates first:",
+        [s.path for s in table.of_kind("gate") if s.own_axis == move.axis and s.value is not None],
+    )
     mends = {slot.steps[:-1] for slot in table.values() if move.axis in slot.spec.means}
     raise_all(
         GrowthError,

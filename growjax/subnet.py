@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from growjax import maps
 from growjax.axes import Axes, axes_of
-from growjax.errors import SubnetError, raise_all
+from growjax.errors import SubnetError, expect_one_of, raise_all
 from growjax.maps import AxisMap, fold_in_name
 
 
@@ -48,6 +48,14 @@ class Subnet(eqx.Module):
 def step_key(seed: int, step: int | Int[Array, ""]) -> PRNGKeyArray:
     """The key of one training step: the same on every host and after every restart."""
     return jax.random.fold_in(fold_in_name(jax.random.key(seed), "subnet"), step)
+
+
+def _depth(axes: Axes, axis: str) -> int:
+    """The number of layers along a stack axis."""
+    size = axes.size(axis)
+    if "stack" not in axes.roles(axis):
+        raise SubnetError(f"axis: expected a stack of blocks such as 'layers', got {axis!r}")
+    return size
 
 
 class RandomPath(Subnet):
@@ -110,7 +118,7 @@ class RandomPath(Subnet):
 
     def maps(self, axes: Axes, key: PRNGKeyArray, step) -> list[AxisMap]:
         """A selection of layers, or flags for each of them, with multipliers for their branches."""
-        layers = axes.size(self.axis)
+        layers = _depth(axes, self.axis)
         kept = self.kept(layers)
         if self.length == layers:
             return []
@@ -192,8 +200,7 @@ class RandomPart(Subnet):
             counts["kv_heads"] = heads // group
             if heads % group:
                 complaints.append(f"heads: {heads} are not whole groups of {group} queries")
-        if self.scale not in ("none", "sqrt", "linear"):
-            complaints.append(f"scale: expected 'none', 'sqrt' or 'linear', got {self.scale!r}")
+        expect_one_of(SubnetError, "scale", self.scale, ("none", "sqrt", "linear"))
         moves = []
         for axis, count in counts.items():
             size = axes.size(axis)
@@ -275,7 +282,7 @@ class ProgressiveLayerDrop(Subnet):
                 if not ok
             ],
         )
-        layers = axes.size(self.axis)
+        layers = _depth(axes, self.axis)
         p = self.probabilities(layers, step)
         on = jax.random.bernoulli(fold_in_name(key, "drop"), p)
         branch = 1 / p if self.inverse else None
@@ -370,6 +377,10 @@ def path_schedule(
     weights = np.arange(1, len(paths) + 1) if stages == "proportional" else np.ones(len(paths))
     ends = warmup + np.round((steps - warmup) * np.cumsum(weights) / weights.sum()).astype(int)
     starts = [warmup, *ends[:-1]]
+    if min(ends - starts) < 1:
+        raise SubnetError(
+            f"steps: {steps} are too few, a stage would have none; its lengths are {tuple(lengths)}"
+        )
     spans = [PathStage(int(a), int(b), p) for a, b, p in zip(starts, ends, paths, strict=True)]
     if warmup:
         spans.insert(

@@ -83,8 +83,8 @@ TABLE = """
 - if self.slot.kind == "buffer":
 + if self.slot.kind == "gate":
 @ gates left open | maps.py | gates | every_hidden_state
-- return Gate(jnp.where(new, 0.0, 1.0), new)
-+ return Gate(jnp.where(new, 1.0, 1.0), new)
+- return Gate((~new).astype(float), new)
++ return Gate((new | ~new).astype(float), new)
 @ copies are not new | maps.py | maps | first_home
 - return ~first | (self.source == NONE)
 + return self.source == NONE
@@ -98,8 +98,8 @@ TABLE = """
 - return put(trained, empty), rest
 + return trained, rest
 @ the ramp moves old coordinates | gates.py | gates | gradients_of_new
-- jnp.where(self.new, jnp.asarray(level, self.value.dtype), 1)
-+ jnp.where(self.new, 1, jnp.asarray(level, self.value.dtype))
+- jnp.where(self.new, jnp.asarray(level, one.dtype), one)
++ jnp.where(self.new, one, jnp.asarray(level, one.dtype))
 @ settle does not look | gates.py | gates | settle_refuses
 - if not bool(jnp.all(slot.value.value == 1))
 + if slot.value is None

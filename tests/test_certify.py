@@ -26,8 +26,8 @@ def blank(make, *args):
     return jax.tree.map(lambda s: jnp.full(s.shape, 1e-5, s.dtype), shapes)
 
 
-def transformer(family: str):
-    sizes = testing.TOY | dict(layers=1, positions=testing.LENGTH)
+def transformer(family: str, **options):
+    sizes = testing.TOY | dict(layers=1, positions=testing.LENGTH) | options
     config = getattr(models, f"{family}Config")(remat="everything", **sizes)
     return testing.randomise(blank(getattr(models, family), config))
 
@@ -71,7 +71,7 @@ def exact():
 
 @pytest.fixture(scope="module")
 def approximate():
-    return gj.certify(gj.stack(layers=2), transformer("BERT"), TOKENS)
+    return gj.certify(gj.stack(layers=2), transformer("BERT", pooler=False, nsp_head=False), TOKENS)
 
 
 def test_an_exact_operator_passes_every_line(exact):
@@ -98,9 +98,7 @@ def test_an_approximate_operator_reports_its_jump_and_promises_nothing(approxima
     assert "approximate, a jump is expected" in str(approximate)
 
 
-@pytest.mark.parametrize(
-    "op", [gj.copy(hidden=8), gj.copy(hidden=7, shares="random"), gj.zeros(hidden=8)], ids=str
-)
+@pytest.mark.parametrize("op", [gj.copy(hidden=7, shares="random"), gj.zeros(hidden=8)], ids=str)
 def test_half_precision_is_held_to_its_own_noise(op):
     found = certificate(op, dtype=jnp.bfloat16)
     half, double = found.forward
@@ -109,10 +107,10 @@ def test_half_precision_is_held_to_its_own_noise(op):
     assert found.passed, str(found)
 
 
-def test_a_floor_of_zero_is_not_taken_for_exact_arithmetic():
-    """Two units add up to the same in either order: the floor is 0, yet rounding is allowed."""
+def test_a_floor_below_one_rounding_is_not_taken_for_exact_arithmetic():
+    """Two units add up to the same in either order: the floor may be 0, yet rounding is allowed."""
     found = gj.certify(gj.copy(hidden=3, shares="random"), net(hidden=2), POINTS, key=KEY)
-    assert found.forward[0].floor == 0 and 0 < found.forward[0].relative < 1e-6
+    assert found.forward[0].floor < 2**-24 and 0 < found.forward[0].relative < 1e-6
     assert found.passed, str(found)
 
 

@@ -9,8 +9,8 @@ import equinox as eqx
 import numpy as np
 
 from growjax.axes import Axes
-from growjax.errors import GrowthError, raise_all
-from growjax.growth.operator import Exactness, Operator, resolve
+from growjax.errors import GrowthError, expect_one_of, raise_all
+from growjax.growth.operator import Exactness, Operator, frozen_sizes, split_lists
 from growjax.maps import AxisMap
 
 
@@ -25,12 +25,12 @@ class Copy(Operator):
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """Copies whose shares sum to one for every source."""
-        lists = {axis: list(size) for axis, size in self.sizes if isinstance(size, tuple)}
-        numbers = {axis: size for axis, size in self.sizes if isinstance(size, int)}
-        wanted = resolve(axes, {**numbers, **{axis: len(source) for axis, source in lists.items()}})
+        expect_one_of(GrowthError, "order", self.order, ("cycle", "random"))
+        expect_one_of(GrowthError, "shares", self.shares, ("equal", "random"))
+        lists, wanted = split_lists(axes, self.sizes)
         rng = np.random.default_rng(self.seed)
         moves = []
-        for axis, size in wanted.items():
+        for axis, size in {**wanted, **{axis: len(s) for axis, s in lists.items()}}.items():
             old = axes.size(axis)
             if axis in lists:
                 source = np.asarray(lists[axis])
@@ -39,9 +39,9 @@ class Copy(Operator):
             else:
                 source = np.concatenate([np.arange(old), rng.integers(0, old, size - old)])
             moves.append(AxisMap(axis, source, share=self._share(rng, source, old)))
-        raise_all(
-            GrowthError, "these copies would change the function:", _refusals(axes, moves, lists)
-        )
+        torn = {*lists, *(wanted if self.order == "random" else ())}
+        faults = _refusals(axes, moves, torn)
+        raise_all(GrowthError, "these copies would change the function:", faults)
         return moves
 
     def _share(self, rng: np.random.Generator, source: np.ndarray, old: int) -> np.ndarray:
@@ -51,7 +51,7 @@ class Copy(Operator):
         return weight / np.bincount(source, weight, minlength=old)[source]
 
 
-def _refusals(axes: Axes, moves: list[AxisMap], lists: dict) -> list[str]:
+def _refusals(axes: Axes, moves: list[AxisMap], torn: set[str]) -> list[str]:
     complaints = []
     for move in moves:
         axis, old = move.axis, axes.size(move.axis)
@@ -69,10 +69,10 @@ def _refusals(axes: Axes, moves: list[AxisMap], lists: dict) -> list[str]:
                 f"{axis}: copies are uneven ({counts.min()} to {counts.max()} of each), so the mean and "
                 f"variance taken by {', '.join(norms)} would change; use a multiple of {old}, or gj.msg"
             )
-        elif axis in lists and axes.having(axis, "buffer"):
+        elif axis in torn and axes.having(axis, "buffer"):
             complaints.append(
                 f"{axis}: {axes.having(axis, 'buffer')[0].path} ties its coordinates together (rotary "
-                "pairs); give a size instead of a list"
+                "pairs); give a size instead of a list, and copy in turn"
             )
     return complaints
 
@@ -102,9 +102,4 @@ def copy(
         gj.copy(mlp=1536, shares="random")       # Net2Net wider
         gj.copy(embed=512, heads=8, mlp=2048)    # HyperCloning, from embed=256, heads=4, mlp=1024
     """
-    return Copy(
-        tuple((a, s if isinstance(s, int) else tuple(map(int, s))) for a, s in sizes.items()),
-        order,
-        shares,
-        seed,
-    )
+    return Copy(frozen_sizes(sizes), order, shares, seed)

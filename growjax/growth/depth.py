@@ -4,14 +4,14 @@ Gradual stacking (Reddi et al. 2023), StackedBERT (Gong et al. 2019), G_stack (D
 (Saunshi et al. 2024), SOLAR (Kim et al. 2023), LLaMA-Pro block expansion (Wu et al. 2024).
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import equinox as eqx
 import numpy as np
 
 from growjax.axes import Axes
-from growjax.errors import GrowthError, raise_all
-from growjax.growth.operator import Exactness, Operator, resolve
+from growjax.errors import GrowthError, expect_one_of, raise_all
+from growjax.growth.operator import Exactness, Operator, frozen_sizes, split_lists
 from growjax.maps import AxisMap
 
 
@@ -33,7 +33,11 @@ def sources(order: Order, old: int, new: int) -> np.ndarray:
 
         sources("repeat", 2, 5)        # [0, 1, 0, 1, 1]
     """
+    expect_one_of(GrowthError, "order", order, get_args(Order))
+    _require(new >= old, f"growth never shrinks: from {old} to {new} layers")
     extra, layers = new - old, np.arange(old)
+    if extra == 0:
+        return layers
     if order == "top":
         _require(extra <= old, f"'top' copies the last {extra} layers, but there are {old}")
         return np.concatenate([layers, layers[old - extra :]])
@@ -48,16 +52,12 @@ def sources(order: Order, old: int, new: int) -> np.ndarray:
         )
         end = -(-(old // extra) // 2) * extra
         return np.concatenate([layers[:end], layers[end - extra :]])
-    if order == "insert":
-        _require(
-            extra <= old and old % extra == 0,
-            f"'insert' puts one copy after every old/extra layers: {extra} does not divide {old}",
-        )
-        every = old // extra
-        return np.concatenate([[*part, part[-1]] for part in layers.reshape(-1, every)])
-    raise GrowthError(
-        "order: expected 'top', 'repeat', 'interleave', 'middle' or 'insert', got " + repr(order)
+    _require(
+        extra <= old and old % extra == 0,
+        f"'insert' puts one copy after every old/extra layers: {extra} does not divide {old}",
     )
+    every = old // extra
+    return np.concatenate([[*part, part[-1]] for part in layers.reshape(-1, every)])
 
 
 def solar(old: int, dropped: int) -> tuple[int, ...]:
@@ -91,19 +91,14 @@ class Stack(Operator):
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """Copies along the stack axes; the share closes or splits the residual branches."""
-        lists = {axis: size for axis, size in self.sizes if isinstance(size, tuple)}
-        numbers = {axis: size for axis, size in self.sizes if isinstance(size, int)}
+        expect_one_of(GrowthError, "branch", self.branch, ("copy", "zero", "split"))
+        axes.size(self.stream)
         raise_all(
             GrowthError,
             "only layers can be stacked; these axes are not stacks of blocks:",
-            [
-                axis
-                for axis in {**lists, **numbers}
-                if axes.size(axis) and not _is_stack(axes, axis)
-            ],
+            [axis for axis, _ in self.sizes if axes.size(axis) and not _is_stack(axes, axis)],
         )
-        resolve(axes, {axis: len(source) for axis, source in lists.items()})
-        wanted = resolve(axes, numbers)
+        lists, wanted = split_lists(axes, self.sizes)
         moves = []
         for axis in [axis for axis, _ in self.sizes if axis in wanted or axis in lists]:
             if axis in lists:
@@ -170,9 +165,4 @@ def stack(
         gj.stack(layers=9, order="top")                      # gradual stacking 6-9
         gj.stack(layers=8, order="insert", branch="zero")    # block expansion
     """
-    return Stack(
-        tuple((a, s if isinstance(s, int) else tuple(map(int, s))) for a, s in sizes.items()),
-        order,
-        branch,
-        stream,
-    )
+    return Stack(frozen_sizes(sizes), order, branch, stream)

@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from growjax import maps
 from growjax.axes import Axes, axes_of
-from growjax.errors import GrowthError, raise_all
+from growjax.errors import AxisError, GrowthError, raise_all
 from growjax.maps import AxisMap
 
 
@@ -89,7 +90,14 @@ def chain(*operators: Operator | Chain) -> Chain:
 
         gj.chain(gj.msg(mlp=2048), gj.stack(layers=12))
     """
+    for op in operators:
+        _check_operator(op)
     return Chain(tuple(atom for op in operators for atom in atoms(op)))
+
+
+def _check_operator(op: Any) -> None:
+    if not isinstance(op, Operator | Chain):
+        raise GrowthError(f"op: expected an operator such as gj.msg(mlp=2048), got {op!r}")
 
 
 def atoms(op: Operator | Chain) -> tuple[Operator, ...]:
@@ -113,8 +121,7 @@ def grow(op: Operator | Chain, model, *, key: PRNGKeyArray | None = None, donate
 
         big = gj.grow(gj.msg(mlp=2048), small, key=jax.random.key(0))
     """
-    if not isinstance(op, Operator | Chain):
-        raise GrowthError(f"op: expected an operator such as gj.msg(mlp=2048), got {op!r}")
+    _check_operator(op)
     table = axes_of(model)
     floating = [s for s in table.values() if s.arrays() and s.kind in ("param", "buffer")]
     finite = jax.device_get(_finite([slot.value for slot in floating]))
@@ -176,6 +183,31 @@ def resolve(axes: Axes, requested: Mapping[str, int], *, shrink: bool = False) -
     return {axis: size for axis, size in wanted.items() if size != axes.size(axis)}
 
 
+def frozen_sizes(sizes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Sizes and lists of sources as a hashable field; numpy lists become tuples."""
+    return tuple(
+        (axis, tuple(map(int, size)) if isinstance(size, Sequence | np.ndarray) else size)
+        for axis, size in sizes.items()
+    )
+
+
+def split_lists(
+    axes: Axes, sizes: Sequence[tuple[str, Any]]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    """Explicit lists of sources, checked, and the sizes that `resolve` makes of the rest."""
+    lists = {axis: size for axis, size in sizes if isinstance(size, tuple)}
+    complaints = []
+    for axis, source in lists.items():
+        bad = sorted({i for i in source if not 0 <= i < axes.size(axis)})
+        if bad:
+            complaints.append(
+                f"axis {axis!r}: source {bad} is not among the {axes.size(axis)} old coordinates"
+            )
+    raise_all(AxisError, "these lists of sources do not fit the model:", complaints)
+    resolve(axes, {axis: len(source) for axis, source in lists.items()})
+    return lists, resolve(axes, {axis: size for axis, size in sizes if axis not in lists})
+
+
 # Operators as data ---------------------------------------------------------------------------
 
 
@@ -201,6 +233,12 @@ def from_dict(data: Mapping[str, Any]) -> Operator | Chain:
     known = {cls.__name__: cls for cls in _subclasses(Operator)}
     if name not in known:
         raise GrowthError(f"unknown operator {name!r}; known are {', '.join(sorted(known))}")
+    expected = [field.name for field in dataclasses.fields(known[name])]
+    raise_all(
+        GrowthError,
+        f"{name} has no such field; it has {', '.join(expected)}:",
+        [repr(field) for field in fields if field not in expected],
+    )
     return known[name](**{field: _tuples(value) for field, value in fields.items()})
 
 

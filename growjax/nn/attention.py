@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from growjax import axes
 from growjax.axes import buffer, param
+from growjax.errors import AxisError
 from growjax.gates import Gate, gated
 from growjax.nn.linear import affine, normal
 from growjax.nn.norm import Norm
@@ -34,7 +35,7 @@ class Rotary(eqx.Module):
 
     def __check_init__(self):
         if self.freqs.shape[-1] % 2:
-            raise ValueError(
+            raise AxisError(
                 f"head_dim: rotary positions turn pairs, so it must be even, got {self.freqs.shape[-1]}"
             )
 
@@ -96,7 +97,7 @@ class Attention(eqx.Module):
         key: PRNGKeyArray,
     ):
         if heads % kv_heads:
-            raise ValueError(f"heads={heads} must be a multiple of kv_heads={kv_heads}")
+            raise AxisError(f"heads={heads} must be a multiple of kv_heads={kv_heads}")
         group = heads // kv_heads
         k_q, k_k, k_v, k_o = jax.random.split(key, 4)
         self.q = normal(k_q, (embed, kv_heads, group, head_dim), embed)

@@ -1,7 +1,7 @@
 """Optimizer state through a growth operator: moments move by the dual of each map."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import equinox as eqx
 import jax
@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray
 
 from growjax import maps
 from growjax.axes import axes_of, get, partition, put
-from growjax.errors import StateError, raise_all
+from growjax.errors import StateError, expect_one_of, raise_all
 from growjax.growth.operator import Chain, Operator, atoms
 from growjax.maps import Moment
 from growjax.optim.age import Ages, grown_ages
@@ -71,6 +71,11 @@ def carry(
         state = gj.carry(op, state, small, key=key)
         big = gj.grow(op, small, key=key)
     """
+    if not isinstance(op, Operator | Chain):
+        raise StateError(f"op: expected an operator such as gj.msg(mlp=2048), got {op!r}")
+    expect_one_of(StateError, "copies", copies, ("dual", "zero"))
+    for name, moment in (moments or {}).items():
+        expect_one_of(StateError, f"moments: {name}", moment, get_args(Moment))
     shapes = eqx.filter_eval_shape(lambda m: m, model)
     return _jitted(op, state, shapes, key, {**_MOMENTS, **(moments or {})}, copies)
 

@@ -68,7 +68,7 @@ class Growth:
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """The trained model, without gates; the training programs it took; seconds not spent training."""
+    """The trained model, without gates; the step programs it used; seconds not spent training."""
 
     model: Any
     programs: int
@@ -88,6 +88,7 @@ def train(
     held_out: Int[np.ndarray, "N T"],
     *,
     every: float = math.inf,
+    programs: dict[str, Any] | None = None,
 ) -> Iterator[Step | Growth | End]:
     """Run a plan: yields a `Step` for each step, a `Growth` for each growth, and at last the `End`.
 
@@ -95,6 +96,7 @@ def train(
 
     - `batch`: step n to its tokens `[plan.batch, plan.length + 1]`, a function of n alone.
     - `held_out`: the sequences to evaluate on, whenever `every` more FLOPs have been spent.
+    - `programs`: a dict through which runs that follow each other share what they compiled.
 
     Raises `TrainingError` with the step of the first loss that is not finite.
 
@@ -103,22 +105,28 @@ def train(
         for record in train(plan, lambda n: text.batch(seed, n), text.held_out, every=1e12):
             print(record)
     """
-    clock, spent, programs, late = _Clock(), 0, 0, None
+    clock, programs = _Clock(), {} if programs is None else programs
+    spent, count, late = 0, 0, None
     tx = adamw(1.0, b2=plan.b2, weight_decay=plan.weight_decay)
     with clock.apart("compile", ()):
         trained, rest = partition(plan.build())
         state = tx.init(trained)
+    evaluate = None
 
-    @eqx.filter_jit
-    def evaluate(trained, rest, level, held_out):
-        whole = _opened(eqx.combine(trained, rest), level)
-        # In batches of the training size: a large held-out set must not need a large memory.
-        one = lambda tokens: next_token_loss(whole, tokens[None])  # noqa: E731
-        return jnp.mean(jax.lax.map(one, jnp.asarray(held_out), batch_size=plan.batch))
+    def compiled(program: Callable, *args: Any) -> Any:
+        with clock.apart("compile", state):
+            lowered = eqx.filter_jit(program, donate="all-except-first").lower(*args)
+            text = lowered.as_text()
+            if text not in programs:
+                programs[text] = lowered.compile()
+        return programs[text]
 
     def held_out_loss(level: float) -> float:
+        nonlocal evaluate
+        given = trained, rest, np.float32(level), held_out
+        evaluate = evaluate or compiled(functools.partial(_evaluate, plan.batch), given)
         with clock.apart("held_out", state):
-            return float(evaluate(trained, rest, np.float32(level), held_out))
+            return float(evaluate(given))
 
     for index, span in enumerate(plan.spans):
         stage, level = span.stage, 1.0
@@ -130,12 +138,14 @@ def train(
         if is_gated(model):
             model = settle(ramp(model, 1.0))
             trained, rest = partition(model)
+            evaluate = None
         if stage.grow is not None:
             before, old, key = held_out_loss(level), sizes(model), plan.key("grow")
             with clock.apart("compile", state):
                 state = carry(stage.grow, state, model, key=key)
                 model = grow(stage.grow, model, key=key)
                 trained, rest = partition(model)
+            evaluate = None
             grew = {a: (old[a], n) for a, n in sizes(model).items() if n != old[a]}
             yield Growth(index, span.start, spent, grew, before, held_out_loss(0.0))
 
@@ -146,11 +156,7 @@ def train(
             given = rest, batch(n), np.float32(level), np.float32(rate), np.int32(n)
             if part not in steps:
                 program = functools.partial(_step, tx, part, plan.seed)
-                with clock.apart("compile", state):
-                    lowered = eqx.filter_jit(program, donate="all-except-first").lower(
-                        given, trained, state
-                    )
-                    steps[part], programs = lowered.compile(), programs + 1
+                steps[part], count = compiled(program, given, trained, state), count + 1
             loss, trained, state = steps[part](given, trained, state)
 
             if late is not None:  # the step before, now that this one is on its way
@@ -164,7 +170,7 @@ def train(
 
     model = eqx.combine(trained, rest)
     model = settle(ramp(model, 1.0)) if is_gated(model) else model
-    yield End(model, programs, clock.spent["compile"], clock.spent["held_out"])
+    yield End(model, count, clock.spent["compile"], clock.spent["held_out"])
 
 
 def _step(tx: Any, part: Subnet | None, seed: int, given: tuple, trained: Any, state: Any):
@@ -181,6 +187,17 @@ def _step(tx: Any, part: Subnet | None, seed: int, given: tuple, trained: Any, s
     updates, state = tx.update(gradients, state, trained)
     updates = jax.tree.map(lambda u: u * rate.astype(u.dtype), updates)
     return loss, optax.apply_updates(trained, updates), state
+
+
+def _evaluate(batch: int, given: tuple) -> Float[Array, ""]:
+    """The held-out loss, in batches of the training size: it must not need a larger memory."""
+    trained, rest, level, held_out = given
+    model = _opened(eqx.combine(trained, rest), level)
+
+    def loss(tokens):
+        return next_token_loss(model, tokens[None])
+
+    return jnp.mean(jax.lax.map(loss, held_out, batch_size=batch))
 
 
 def _opened(model: Any, level: Any) -> Any:
