@@ -170,6 +170,12 @@ def resolve(axes: Axes, requested: Mapping[str, int], *, shrink: bool = False) -
             )
         else:
             wanted |= {"kv_heads": kv_heads, "group": heads // kv_heads}
+            if heads // kv_heads < axes.size("group") and not shrink:
+                complaints.append(
+                    f"heads={heads} over {kv_heads} kv_heads leaves {heads // kv_heads} queries a head, "
+                    f"fewer than the model's {axes.size('group')}; ask for more heads"
+                )
+                del wanted["group"]
     for axis, size in wanted.items():
         old = axes.size(axis)
         if not isinstance(size, int) or size <= 0:

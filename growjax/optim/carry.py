@@ -106,8 +106,8 @@ def _carry_one(move, state, model, grown, known: Mapping[str, Moment], keep: boo
             moved.append(node)
         elif name not in known:
             complaints.append(
-                f"{jax.tree_util.keystr(path)}: what does {name!r} hold? Pass moments={{{name!r}: "
-                "'first' (like gradients), 'second' (their squares) or 'weight'}}"
+                f"{jax.tree_util.keystr(path)}: what does {name!r} hold? Pass moments={{{name!r}: ...}}: "
+                "'first' (like gradients), 'second' (their squares) or 'weight'"
             )
         elif faults := _misshapen(node, model):
             complaints.append(f"{jax.tree_util.keystr(path)}: {faults}")

@@ -132,12 +132,12 @@ class Plan:
         """The stages worked out: what a dry run shows."""
         return tuple(_dry_run(self))
 
-    @property
+    @functools.cached_property
     def flops(self) -> int:
         """Training FLOPs of the whole run."""
         return sum(sum(span.flops) for span in self.spans)
 
-    @property
+    @functools.cached_property
     def steps(self) -> int:
         """Steps of the whole run."""
         return sum(span.steps for span in self.spans)
