@@ -1,4 +1,4 @@
-"""Every Python block in the docs runs, page by page, and every public name has its place there."""
+"""Every Python block in the README and the docs runs, and every public name has its place there."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ import growjax as gj
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(r"^```python(?P<options>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -89,8 +89,7 @@ def moves(draw, fresh=(0, 2)):
     source = draw(st.lists(st.integers(0, OLD - 1), min_size=new, max_size=new))
     for place in draw(st.permutations(range(new)))[: draw(st.sampled_from(fresh))]:
         source[place] = NONE
-    share = draw(st.none() | st.lists(st.sampled_from(SHARES), min_size=new, max_size=new))
-    share = None if share is None else np.asarray(share)
+    share = np.asarray(draw(st.lists(st.sampled_from(SHARES), min_size=new, max_size=new)))
     side = draw(st.sampled_from(["consumed", "produced"]))
     return AxisMap("mlp", source, share=share, side=side, init=sevens)
 

@@ -5,6 +5,7 @@ move by up to 6.6 learning rates (b2 = 0.999). Here `t` is counted per coordinat
 small vectors, since an entry of a leaf is as old as the youngest of its coordinates.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,7 +80,8 @@ def _debias(slot: Slot, ages: dict[str, Array], sizes: dict[str, int], decay: fl
     """`1 - decay^t` for the youngest coordinate of every entry, shaped to divide the leaf."""
     total = jnp.ones((1,) * len(slot.dims))
     for i, dim in enumerate(slot.dims):
-        vector = 1 - decay ** ages[dim.axis].astype(jnp.float32)
+        log_decay = math.log(decay) if decay else -math.inf
+        vector = -jnp.expm1(ages[dim.axis].astype(float) * log_decay)
         total = jnp.minimum(total, vector.reshape((-1,) + (1,) * (len(slot.dims) - i - 1)))
     if all(count == 1 for count in slot.spec.groups):
         return total
