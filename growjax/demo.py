@@ -128,8 +128,8 @@ class Size:
     head_dim: int = 32
     mlp: int = 768
     length: int = 128
-    batch: int = 16
-    held_out: int = 128
+    batch: int = 8
+    held_out: int = 64
     marks: int = 20
 
 
@@ -153,7 +153,7 @@ def arms(size: Size, seed: int = 0) -> list[Plan]:
         "grown",
         small,
         (
-            Stage(_sizes(small), share=0.15),
+            Stage(f"{small.layers} layers", share=0.15),
             Stage(
                 f"mlp {size.mlp}", share=0.35, grow=msg(mlp=size.mlp), ramp=max(size.steps // 10, 1)
             ),
@@ -175,10 +175,6 @@ def _raptr(make: Any, whole: GPTConfig, budget: float) -> Plan:
 
     one_each = plan(len(lengths))
     return plan(max(round(budget / one_each.flops * one_each.steps), one_each.steps))
-
-
-def _sizes(config: GPTConfig) -> str:
-    return f"{config.layers} layers, mlp {config.mlp}"
 
 
 # Running -----------------------------------------------------------------------------------------
