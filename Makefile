@@ -41,11 +41,11 @@ demo: $(VENV)/.installed
 	@$(PY) -m growjax demo $(ARGS)
 
 test: $(VENV)/.installed-dev
-	@$(PY) -m pytest tests -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(PY) -m pytest tests -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-deep: export GROWJAX_PROFILE = deep
 test-deep: $(VENV)/.installed-dev
-	@$(PY) -m pytest tests -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(PY) -m pytest tests -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check growjax tests experiments

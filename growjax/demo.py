@@ -369,6 +369,8 @@ _NOTES = (
     "seen at or below the scratch run's final one. It is looked at every twentieth of those FLOPs.",
     "Seconds are those spent training, without compiling, growing and evaluating. They depend on what "
     "else the machine does; FLOPs do not.",
+    "Runs this short favour shallow models: part of what growing gains here is that few layers learn "
+    "faster at first, which longer runs or other learning rates may not show.",
     "One seed: differences of a hundredth of a nat may well change sign with another one.",
 )
 
@@ -437,7 +439,8 @@ def write_report(path: Path, results: dict[str, Any]) -> Path:
             Plot(
                 "Cost of a step",
                 cost_figure(done),
-                "What a smaller model or a shorter path saves at each step, more steps spend.",
+                "What a smaller model or a shorter path saves at each step, more steps spend. Lines of "
+                "equal cost are drawn a little apart.",
             ),
         ],
         tables=[

@@ -119,9 +119,7 @@ class Plan:
 
     def build(self) -> GPT:
         """The model at birth."""
-        model = GPT(self.model, key=self.key("model"))
-        # Equinox leaves fields at their defaults out of a new module, and tells it from a rebuilt one.
-        return put(model, {slot.steps: slot.value for slot in axes_of(model).values()})
+        return GPT(self.model, key=self.key("model"))
 
     def key(self, name: str) -> PRNGKeyArray:
         """The key for one purpose: the same in every run of this plan."""
