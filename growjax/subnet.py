@@ -13,7 +13,7 @@ stochastic depth (Huang et al. 2016) or LayerDrop (Fan et al. 2020).
 import abc
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import equinox as eqx
 import jax
@@ -28,7 +28,6 @@ from growjax.maps import AxisMap, fold_in_name
 
 
 Scale = Literal["none", "sqrt_gap", "linear_gap", "sqrt_global", "linear_global", "inverse_p"]
-_SCALES = ("none", "sqrt_gap", "linear_gap", "sqrt_global", "linear_global", "inverse_p")
 
 
 class Subnet(eqx.Module):
@@ -91,8 +90,8 @@ class RandomPath(Subnet):
                 f"length: expected between {max(len(kept), 1)} (the fixed layers) and {layers}, got "
                 f"{self.length}"
             )
-        if self.scale not in _SCALES:
-            complaints.append(f"scale: expected one of {_SCALES}, got {self.scale!r}")
+        if self.scale not in get_args(Scale):
+            complaints.append(f"scale: expected one of {get_args(Scale)}, got {self.scale!r}")
         if self.mode not in ("fixed", "bernoulli"):
             complaints.append(f"mode: expected 'fixed' or 'bernoulli', got {self.mode!r}")
         elif self.mode == "fixed" and not isinstance(self.length, int):
