@@ -36,11 +36,9 @@ from growjax.certify import (
     filled,
     new_coordinates,
     probe,
-    shapes,
     shown_outputs,
-    steps,
 )
-from growjax.gates import ramp, settle
+from growjax.gates import Gate, ramp, settle
 from growjax.growth import Chain, Operator, atoms, msg
 
 
@@ -218,11 +216,11 @@ class _Observation(eqx.Module):
 
 
 def _fill(offset, spread) -> Callable:
-    """New entries at `offset`, scattered by `spread` (cheaply: compiling a hash for each leaf is not)."""
+    """New entries at `offset`, scattered by `spread` (by constants: a hash for each leaf is slow to
+    compile)."""
 
     def init(key, shape, dtype):
-        size = int(np.prod(shape))
-        wave = jnp.sin(1.0 + jnp.arange(size, dtype=dtype) ** 2).reshape(shape)
+        wave = np.sin(1.0 + np.arange(int(np.prod(shape))) ** 2).reshape(shape)
         return (offset + 1.5 * spread * wave).astype(dtype)
 
     return init
@@ -232,13 +230,17 @@ _FILLS = {"zeros": (0.0, 0.0), "scattered": (0.0, 1.0), "42": (42.0, 0.0), "1000
 
 
 @eqx.filter_jit
-def _observe(op, model, batch, shown, offset, spread) -> _Observation:
+def _observe(op, model, batch, shown, offset, spread, opened) -> _Observation:
     fill = _fill(offset, spread)
     trained, rest = partition(model)
 
     def grow(trained):
         grown = eqx.combine(trained, rest)
         grown = grown if op is None else filled(op, grown, jax.random.key(0), fill)
+        # Untouched unless opened: a gate that growth leaves at another level must show.
+        gates = [g for g in axes_of(grown).of_kind("gate") if g.value is not None]
+        levels = {g.steps: jnp.where(opened, g.value.at(1.0).value, g.value.value) for g in gates}
+        grown = put(grown, {g.steps: Gate(levels[g.steps], g.value.new) for g in gates})
         return partition(grown)
 
     grown, transpose, others = jax.vjp(grow, trained, has_aux=True)
@@ -254,11 +256,70 @@ def _observe(op, model, batch, shown, offset, spread) -> _Observation:
 _outputs = eqx.filter_jit(call)
 
 
-def _observed(op, model, batch, fill: str = "scattered", *, before: Any = None) -> _Observation:
-    """Observe the model grown by `op`, or (`op=None`) as it is before it is grown by `before`."""
-    shown = shown_outputs(call, op or before, model, batch)
-    with jax.enable_x64(True):
-        return _observe(op, model, batch, shown, *map(jnp.asarray, _FILLS[fill]))
+class _Study:
+    """An operator on a model and a batch: one compiled program, run once for each thing asked of it."""
+
+    def __init__(self, op: Operator | Chain, model, batch: Batch):
+        self.op, self.model, self.batch = op, model, batch
+        self._shown = shown_outputs(call, op, model, batch)
+        self._seen: dict[tuple, _Observation] = {}
+
+    @property
+    def small(self) -> _Observation:
+        """The model before it is grown."""
+        return self._see(None, "zeros", False)
+
+    def big(self, fill: str = "scattered", *, opened: bool = False) -> _Observation:
+        """The grown model, its closed new coordinates filled and, if `opened`, its gates at 1."""
+        return self._see(self.op, fill, opened)
+
+    def _see(self, op, fill: str, opened: bool) -> _Observation:
+        at = (op is None, fill, opened)
+        if at not in self._seen:
+            with jax.enable_x64(True):
+                how = map(jnp.asarray, (*_FILLS[fill], opened))
+                self._seen[at] = _observe(op, self.model, self.batch, self._shown, *how)
+        return self._seen[at]
+
+    def preserves(self, rtol: float | None = None) -> None:
+        _assert_same("outputs", self.small.outputs, self.big().outputs, rtol)
+
+    def independent(self) -> None:
+        first = self.big("zeros").outputs
+        for fill in ("scattered", "42", "1000"):
+            other = self.big(fill).outputs
+            chex.assert_trees_all_equal(first, other, custom_message=f"filled with {fill}")
+
+    def gradient(self, rtol: float = 1e-10) -> None:
+        small, big = self.small.gradient, self.big().pulled_back
+        scale = max(float(np.abs(np.asarray(g)).max()) for g in jax.tree.leaves(small))
+        for slot in axes_of(self.model).of_kind("param"):
+            expected, found = get(small, slot.steps), get(big, slot.steps)
+            if expected is not None:
+                gap = float(np.abs(np.asarray(expected) - np.asarray(found)).max()) / scale
+                assert gap <= rtol, (
+                    f"{slot.path}: transposed gradient is off by {gap:.1e} (> {rtol:.0e})"
+                )
+
+    def still(self) -> None:
+        big = self.big()
+        new, _ = new_coordinates(self.op, self.model)
+        table = axes_of(big.model)
+        for slot in table.of_kind("param"):
+            g = get(big.gradient, slot.steps)
+            g = None if g is None else slot.split(np.asarray(g), table.sizes)
+            for i, dim in enumerate(slot.dims):
+                if g is not None and dim.axis in new:
+                    part = np.compress(new[dim.axis], g, axis=i)
+                    assert not part.any(), f"{slot.path}: new {dim.axis} have a gradient"
+
+    def settles(self, rtol: float | None = None) -> None:
+        with jax.enable_x64(True):
+            big = self.big(opened=True)
+            settled = settle(big.model)
+            assert all(slot.value is None for slot in axes_of(settled).of_kind("gate"))
+            plain = _outputs(settled, self.batch)
+        _assert_same("outputs at gate 1", plain, big.outputs, rtol)
 
 
 def assert_preserves(
@@ -269,52 +330,27 @@ def assert_preserves(
     `rtol` is relative to the largest output: 1e-12 for a float64 model and 2e-5 for float32 by default.
     Closed new coordinates (behind gates or zeros) are filled with scattered numbers of order one.
     """
-    small, big = _observed(None, model, batch, before=op), _observed(op, model, batch)
-    _assert_same("outputs", small.outputs, big.outputs, rtol)
+    _Study(op, model, batch).preserves(rtol)
 
 
 def assert_independent(op: Operator | Chain, model, batch: Batch) -> None:
     """Outputs are bitwise the same whatever closed new coordinates hold: 0, order one, 42, 1000."""
-    first = _observed(op, model, batch, fill="zeros").outputs
-    for fill in ("scattered", "42", "1000"):
-        other = _observed(op, model, batch, fill=fill).outputs
-        chex.assert_trees_all_equal(first, other, custom_message=f"filled with {fill}")
+    _Study(op, model, batch).independent()
 
 
 def assert_gradient(op: Operator | Chain, model, batch: Batch, *, rtol: float = 1e-10) -> None:
     """The transpose of the operator takes the grown model's gradient to the small model's."""
-    small, big = _observed(None, model, batch, before=op), _observed(op, model, batch)
-    scale = max(float(np.abs(np.asarray(g)).max()) for g in jax.tree.leaves(small.gradient))
-    for slot in axes_of(model).of_kind("param"):
-        expected, found = get(small.gradient, slot.steps), get(big.pulled_back, slot.steps)
-        if expected is not None:
-            gap = float(np.abs(np.asarray(expected) - np.asarray(found)).max()) / scale
-            assert gap <= rtol, (
-                f"{slot.path}: transposed gradient is off by {gap:.1e} (> {rtol:.0e})"
-            )
+    _Study(op, model, batch).gradient(rtol)
 
 
 def assert_still(op: Operator | Chain, model, batch: Batch) -> None:
     """Behind gates at 0 every new entry has a gradient of exactly zero."""
-    gradient = _observed(op, model, batch).gradient
-    new, _ = new_coordinates(op, model)
-    table = axes_of(shapes(op, model))
-    for slot in table.of_kind("param"):
-        g = get(gradient, slot.steps)
-        for i, dim in enumerate(slot.dims):
-            if g is not None and dim.axis in new:
-                part = np.compress(new[dim.axis], slot.split(g, table.sizes), axis=i)
-                assert not part.any(), f"{slot.path}: new {dim.axis} have a gradient"
+    _Study(op, model, batch).still()
 
 
 def assert_settles(op: Operator | Chain, model, batch: Batch, *, rtol: float | None = None) -> None:
     """With every gate at 1 the gated model equals the settled one, whose gates are gone."""
-    with jax.enable_x64(True):
-        opened = ramp(_observed(op, model, batch).model, 1.0)
-        settled = settle(opened)
-        assert all(slot.value is None for slot in axes_of(settled).of_kind("gate"))
-        gated, plain = _outputs(opened, batch), _outputs(settled, batch)
-    _assert_same("outputs at gate 1", plain, gated, rtol)
+    _Study(op, model, batch).settles(rtol)
 
 
 def assert_same_growth(
@@ -346,7 +382,8 @@ def assert_carries(op: Operator | Chain, model, batch: Batch, tx, *, rtol: float
     """
     from growjax.optim import carry
 
-    small, big = _observed(None, model, batch, before=op), _observed(op, model, batch)
+    study = _Study(op, model, batch)
+    small, big = study.small, study.big()
     with jax.enable_x64(True):
         trained = partition(model)[0]
         grown = partition(eqx.filter_jit(op)(model, key=jax.random.key(0)))[0]
@@ -374,18 +411,18 @@ def assert_carries(op: Operator | Chain, model, batch: Batch, tx, *, rtol: float
 
 def assert_contract(op: Operator | Chain, model, batch: Batch) -> None:
     """Everything that an operator's exactness class promises on this model."""
+    study = _Study(op, model, batch)
     if op.exactness == "approximate":
-        outputs = _observed(op, model, batch).outputs
-        assert all(np.isfinite(np.asarray(y)).all() for y in jax.tree.leaves(outputs))
+        outputs = jax.tree.leaves(study.big().outputs)
+        assert all(np.isfinite(np.asarray(y)).all() for y in outputs)
         return
-    assert_preserves(op, model, batch)
-    assert_gradient(op, model, batch)
-    with jax.enable_x64(True):
-        gated = any(m.gated for atom, axes in steps(op, model) for m in atom.maps(axes))
-    assert_independent(op, model, batch)
+    study.preserves()
+    study.gradient()
+    study.independent()
+    gated = any(s.value is not None for s in axes_of(study.big().model).of_kind("gate"))
     if op.exactness == "exact" and gated:
-        assert_still(op, model, batch)
-        assert_settles(op, model, batch)
+        study.still()
+        study.settles()
 
 
 def _assert_same(what: str, expected, found, rtol: float | None) -> None:
