@@ -1,0 +1,342 @@
+"""Span corruption and the mixtures of it: a window with spans cut out, and the spans as the target.
+
+The recipe is that of T5 (Raffel et al., 2020): how many tokens and spans are cut out depends on the
+window's length alone, and where they are is uniform over all ways to place so many. So the lengths of
+inputs and targets are known before any text is, and every example has the same shapes.
+"""
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from growjax.data.objectives import Example, Window, at_least, pair, prefixed
+from growjax.data.vocabulary import Vocabulary
+from growjax.errors import DataError, expect_one_of, raise_all
+
+
+# Spans -------------------------------------------------------------------------------------------
+
+
+def span_counts(length: int, rate: float, span: float) -> tuple[int, int]:
+    """How many tokens of a window are cut out, and in how many spans of `span` tokens on average.
+
+    T5's numbers, but never more spans than there are tokens to cut out or to stand between them.
+
+    **Example**
+
+        span_counts(568, 0.15, 3.0)     # (85, 28)
+    """
+    length = max(length, 2)
+    noise = min(max(round(length * rate), 1), length - 1)
+    return noise, min(max(round(noise / span), 1), noise, length - noise)
+
+
+def span_lengths(length: int, rate: float, span: float) -> tuple[int, int]:
+    """The lengths of inputs and targets, with the sentinels and one `eos` each.
+
+    **Example**
+
+        span_lengths(568, 0.15, 3.0)     # (512, 114)
+    """
+    noise, spans = span_counts(length, rate, span)
+    return length - noise + spans + 1, noise + spans + 1
+
+
+def partition(n: int, parts: int, rng: np.random.Generator) -> Int[np.ndarray, " parts"]:
+    """`n` as a sum of so many positive numbers, uniform over all such sums, whose order counts."""
+    cuts = np.sort(rng.choice(n - 1, parts - 1, replace=False)) + 1
+    return np.diff(np.concatenate([[0], cuts, [n]]))
+
+
+def span_mask(
+    length: int, noise: int, spans: int, rng: np.random.Generator
+) -> Bool[np.ndarray, " length"]:
+    """True at the tokens to cut out. It begins with one that is kept and ends with one that is not."""
+    runs = np.stack([partition(length - noise, spans, rng), partition(noise, spans, rng)], 1)
+    return np.repeat(np.tile([False, True], spans), runs.ravel())
+
+
+def corrupt(
+    tokens: Int[np.ndarray, " n"], mask: Bool[np.ndarray, " n"], vocabulary: Vocabulary
+) -> tuple[Int[np.ndarray, " i"], Int[np.ndarray, " t"]]:
+    """Inputs, with a sentinel for each span, and targets, each span after its sentinel; `eos` ends both.
+
+    Raises `DataError` if there are more spans than sentinels, or the text holds a sentinel already.
+    """
+    if vocabulary.is_sentinel[tokens].any():
+        raise DataError(
+            "the text holds sentinels, which stand for what is cut out; another tokenizer made it"
+        )
+    firsts = mask & ~np.concatenate([[False], mask[:-1]])
+    spans = int(firsts.sum())
+    vocabulary.require("span corruption", ("eos",), spans)
+    sentinels, eos = vocabulary.sentinel_ids[:spans], vocabulary.specials["eos"]
+    inputs = tokens.copy()
+    inputs[firsts] = sentinels
+    # Told from where noise starts, not from the kept runs: these need not come first after a roll
+    targets = np.insert(tokens[mask], np.flatnonzero(firsts[mask]), sentinels)
+    return np.append(inputs[~mask | firsts], eos), np.append(targets, eos)
+
+
+def restore(
+    inputs: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray, vocabulary: Vocabulary
+) -> list[int]:
+    """The text of an example: the target's spans put back where their sentinels stand in the input.
+
+    Padding, the final `eos` and a mode token are dropped; without sentinels the target follows the
+    input. Raises `DataError` if the sentinels of the two are not the same.
+
+    **Example**
+
+        restore(example["encoder_tokens"], example["targets"], vocabulary)
+    """
+    source, written = (_stripped(tokens, vocabulary) for tokens in (inputs, targets))
+    if source and source[0] in [vocabulary.specials.get(mode) for mode in MODES]:
+        source = source[1:]
+    known = set(vocabulary.sentinels)
+    order = [t for t in written if t in known]
+    if order != [t for t in source if t in known] or len(set(order)) < len(order):
+        raise DataError("restore: expected the same sentinels, once each, in inputs and targets")
+    if not order:
+        return source + written
+    if written[0] not in known:
+        raise DataError("restore: expected targets that begin with a sentinel")
+    spans: dict[int, list[int]] = {}
+    current = written[0]
+    for token in written:
+        current = token if token in known else current
+        spans.setdefault(current, []).extend([] if token in known else [token])
+    return [t for token in source for t in spans.get(token, [token])]
+
+
+def _stripped(tokens: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> list[int]:
+    """The tokens up to the last `eos`, which ends them; only padding comes after it."""
+    found = [int(t) for t in tokens]
+    eos = vocabulary.specials["eos"]
+    if eos not in found:
+        raise DataError("restore: expected inputs and targets that each end with eos")
+    return found[: len(found) - 1 - found[::-1].index(eos)]
+
+
+@functools.lru_cache(maxsize=256)
+def _longest(inputs: int, targets: int | None, rate: float, span: float | None, extra: int) -> int:
+    """The longest window whose inputs and targets fit with `extra` more tokens each; 1 if none does."""
+
+    def too_long(length: int) -> bool:
+        mean = span if span is not None else float(length)
+        needed, written = span_lengths(length, rate, mean)
+        return needed + extra > inputs or (targets is not None and written + extra > targets)
+
+    # Both lengths never fall as the window grows, so what fits is everything up to a limit.
+    high = 2
+    while not too_long(high):
+        high *= 2
+    return bisect.bisect_left(range(high + 1), True, lo=2, key=too_long) - 1
+
+
+# Span corruption ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanCorruption:
+    """Predict spans that were cut out (T5), for an encoder and a decoder.
+
+    Gives `encoder_tokens` and `encoder_mask`, `[inputs_length]`, and `decoder_tokens`, `decoder_mask`,
+    `targets` and `weights`, `[targets_length]`. A window has `raw_length` tokens: the most whose
+    inputs fit, so there is no padding to speak of.
+
+    **Arguments**
+
+    - `inputs_length`: the encoder's tokens.
+    - `rate`: the share of the window that is cut out.
+    - `span`: the mean length of a span.
+    - `roll`: turn the window's mask by a random number of places. Otherwise the first token is never
+      cut out and the last one always. Costs one token, for the span that may be cut in two.
+
+    **Example**
+
+        SpanCorruption(512).raw_length, SpanCorruption(512).targets_length     # (568, 114)
+    """
+
+    inputs_length: int
+    rate: float = 0.15
+    span: float = 3.0
+    roll: bool = False
+    lookahead = 0
+    needs = ("pad", "eos")
+
+    def __post_init__(self):
+        faults = list(_span_faults(self.rate, self.span))
+        if not faults and self.raw_length < 2:
+            faults = [f"inputs_length: {self.inputs_length} is too short for one span"]
+        raise_all(DataError, f"{self} cannot be used:", faults)
+
+    @property
+    def raw_length(self) -> int:
+        return _longest(self.inputs_length, None, self.rate, self.span, int(self.roll))
+
+    @property
+    def targets_length(self) -> int:
+        """The decoder's tokens."""
+        return span_lengths(self.raw_length, self.rate, self.span)[1] + self.roll
+
+    @property
+    def sentinels(self) -> int:
+        return span_counts(self.raw_length, self.rate, self.span)[1] + self.roll
+
+    def __call__(self, window: Window, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
+        length = len(window.tokens)
+        mask = span_mask(length, *span_counts(length, self.rate, self.span), rng)
+        if self.roll:
+            mask = np.roll(mask, rng.integers(length))
+        inputs, targets = corrupt(window.tokens, mask, vocabulary)
+        return pair(inputs, targets, self.inputs_length, self.targets_length, vocabulary)
+
+
+# UL2 ---------------------------------------------------------------------------------------------
+
+MODES = ("R", "S", "X")
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """One part of a mixture.
+
+    **Arguments**
+
+    - `mode`: the token that announces it: `"R"` regular, `"S"` sequential, `"X"` extreme.
+    - `rate`: the share of the window that is cut out.
+    - `span`: the mean length of a span; None for one span, which is then the end of the window.
+    """
+
+    mode: Literal["R", "S", "X"]
+    rate: float
+    span: float | None = None
+
+
+DENOISERS = (
+    Denoiser("R", 0.15, 3.0),
+    Denoiser("R", 0.15, 8.0),
+    Denoiser("S", 0.25),
+    Denoiser("X", 0.5, 3.0),
+    Denoiser("X", 0.5, 8.0),
+    Denoiser("X", 0.15, 64.0),
+    Denoiser("X", 0.5, 64.0),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class UL2:
+    """A mixture of denoisers, each announced by its mode token (Tay et al., "UL2", 2023).
+
+    Each example draws its denoiser. All take windows of one `raw_length`, the longest that fits them
+    all, and are padded. As a pair the keys are those of `SpanCorruption`; as a decoder `[mode] inputs
+    targets` stand in one row of `inputs_length + targets_length`, and the keys are those of `PrefixLM`.
+
+    **Arguments**
+
+    - `inputs_length`, `targets_length`: the tokens of inputs, with the mode token, and of targets; None
+      for as many as the longest target needs.
+    - `denoisers`, `weights`: the parts, and how often each is drawn; None for equally often.
+    - `split`: of the parts with one span, `"fixed"` cuts out the last `rate` of the window, `"uniform"`
+      an end of any length that fits.
+    - `form`: `"seq2seq"` or `"decoder"`.
+
+    **Example**
+
+        UL2(512, 512, split="uniform")
+    """
+
+    inputs_length: int
+    targets_length: int | None = None
+    denoisers: tuple[Denoiser, ...] = DENOISERS
+    weights: tuple[float, ...] | None = None
+    split: Literal["fixed", "uniform"] = "fixed"
+    form: Literal["seq2seq", "decoder"] = "seq2seq"
+    lookahead = 0
+
+    def __post_init__(self):
+        expect_one_of(DataError, "split", self.split, ("fixed", "uniform"))
+        expect_one_of(DataError, "form", self.form, ("seq2seq", "decoder"))
+        faults = list(_mixture_faults(self))
+        if not faults and self.raw_length < 2:
+            faults = [
+                f"inputs_length {self.inputs_length}, targets_length {self.targets_length}: too short "
+                "for a mode token and one span"
+            ]
+        raise_all(DataError, "UL2 cannot be used:", faults)
+
+    @property
+    def raw_length(self) -> int:
+        # Targets have no mode token; `_longest` charges it to both, so they are given one more
+        given = self.targets_length
+        limits = self.inputs_length, None if given is None else given + 1
+        return min(_longest(*limits, d.rate, d.span, 1) for d in self.denoisers)
+
+    @property
+    def written(self) -> int:
+        """The decoder's tokens: `targets_length`, or what the longest target needs."""
+        if self.targets_length is not None:
+            return self.targets_length
+        raw = self.raw_length
+        return max(span_lengths(raw, d.rate, d.span or raw)[1] for d in self.denoisers)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("pad", "eos", *sorted({d.mode for d in self.denoisers}))
+
+    @property
+    def sentinels(self) -> int:
+        raw = self.raw_length
+        return max(span_counts(raw, d.rate, d.span or raw)[1] for d in self.denoisers)
+
+    def __call__(self, window: Window, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
+        denoiser = self.denoisers[self._draw(rng)]
+        mask = self._mask(denoiser, len(window.tokens), rng)
+        inputs, targets = corrupt(window.tokens, mask, vocabulary)
+        inputs = np.concatenate([[vocabulary.specials[denoiser.mode]], inputs])
+        if self.form == "seq2seq":
+            return pair(inputs, targets, self.inputs_length, self.written, vocabulary)
+        row, length = np.concatenate([inputs, targets]), self.inputs_length + self.written
+        return prefixed(row, len(inputs), length, vocabulary.specials["pad"])
+
+    def _draw(self, rng: np.random.Generator) -> int:
+        weights = np.array(self.weights or [1.0] * len(self.denoisers))
+        return int(rng.choice(len(weights), p=weights / weights.sum()))
+
+    def _mask(
+        self, denoiser: Denoiser, length: int, rng: np.random.Generator
+    ) -> Bool[np.ndarray, " length"]:
+        if denoiser.span is None and self.split == "uniform":
+            # What is kept fits beside mode, sentinel and eos; what is cut out beside sentinel and eos
+            least, most = max(1, length + 3 - self.inputs_length), min(length - 1, self.written - 2)
+            return np.arange(length) >= length - rng.integers(least, most + 1)
+        counts = span_counts(length, denoiser.rate, denoiser.span or length)
+        return span_mask(length, *counts, rng)
+
+
+def _span_faults(rate: float, span: float | None) -> Iterator[str]:
+    if not 0 < rate < 1:
+        yield f"rate: expected a share between 0 and 1, got {rate!r}"
+    if span is not None and not span >= 1:
+        yield f"span: expected a mean length of 1 or more, got {span!r}"
+
+
+def _mixture_faults(ul2: UL2) -> Iterator[str]:
+    for name, value in [("inputs", ul2.inputs_length), ("targets", ul2.targets_length or 1)]:
+        at_least(ul2, f"{name}_length", value, 1)
+    if not ul2.denoisers:
+        yield "denoisers: expected at least one"
+    for n, denoiser in enumerate(ul2.denoisers):
+        yield from (f"denoiser {n}: {f}" for f in _span_faults(denoiser.rate, denoiser.span))
+        if denoiser.mode not in MODES:
+            yield f"denoiser {n}: mode: expected one of {', '.join(MODES)}, got {denoiser.mode!r}"
+    if ul2.weights is not None:
+        fits = len(ul2.weights) == len(ul2.denoisers) and min(ul2.weights, default=-1) >= 0
+        if not fits or not sum(ul2.weights) > 0:
+            yield f"weights: expected one of 0 or more for each denoiser, got {ul2.weights!r}"

@@ -1,0 +1,331 @@
+"""What a model is asked to predict: functions from a window of tokens to one training example.
+
+An objective is plain data. Called with a window, a vocabulary and a random generator, it returns NumPy
+arrays whose shapes depend on nothing but the objective, so that a stage compiles once.
+
+Every example has `targets` and `weights`: the loss is the mean of the cross-entropy over positions
+weighted by `weights`, which are 1 where a prediction counts and 0 elsewhere.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int
+
+from growjax.data.tokenizers import ByteTokenizer
+from growjax.data.vocabulary import Vocabulary
+from growjax.errors import DataError, expect_one_of, raise_all
+
+
+Example = dict[str, np.ndarray]
+
+
+class Window(NamedTuple):
+    """A stretch of a corpus: its tokens, and for each the ordinal of its document, from 0."""
+
+    tokens: Int[np.ndarray, " n"]
+    documents: Int[np.ndarray, " n"]
+
+
+class Objective(Protocol):
+    """What an objective can do."""
+
+    @property
+    def raw_length(self) -> int:
+        """How many tokens of the corpus one example uses up."""
+        ...
+
+    @property
+    def lookahead(self) -> int:
+        """How many tokens after those it must see: 1 if the last one has a target, else 0."""
+        ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The special tokens it uses."""
+        ...
+
+    @property
+    def sentinels(self) -> int:
+        """How many sentinels it uses at most."""
+        ...
+
+    def __call__(self, window: Window, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
+        """One example of a window of `raw_length + lookahead` tokens."""
+        ...
+
+
+def batch_shapes(objective: Objective, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and types of a batch: what a step can be compiled for before there is any data.
+
+    **Example**
+
+        batch_shapes(Causal(128), 16)["tokens"].shape     # (16, 128)
+    """
+    vocabulary = ByteTokenizer(sentinels=objective.sentinels).vocabulary
+    blank = np.zeros(objective.raw_length + objective.lookahead, np.int32)
+    example = objective(Window(blank, blank), vocabulary, np.random.default_rng(0))
+    return {k: jax.ShapeDtypeStruct((rows, *v.shape), v.dtype) for k, v in example.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal:
+    """Predict every token from those before it.
+
+    Gives `tokens`, `targets`, `weights`, `segments` and `positions`, each `[length]`. Windows overlap
+    by one token, so that every token of a block is a target once.
+
+    **Arguments**
+
+    - `length`: tokens per example.
+    - `packing`: `"segments"` numbers the documents of a window from 0, restarts positions at each, and
+      asks for no token across a border; `"concat"` takes the window for one document.
+
+    **Example**
+
+        Causal(1024, packing="concat")
+    """
+
+    length: int
+    packing: Literal["segments", "concat"] = "segments"
+    lookahead = 1
+    sentinels = 0
+    needs = ()
+
+    def __post_init__(self):
+        at_least(self, "length", self.length, 1)
+        expect_one_of(DataError, "packing", self.packing, ("segments", "concat"))
+
+    @property
+    def raw_length(self) -> int:
+        return self.length
+
+    def __call__(self, window: Window, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
+        del vocabulary, rng
+        documents = window.documents
+        if self.packing == "concat":
+            documents = np.zeros_like(documents)
+        segments = documents[:-1]
+        places = np.arange(self.length, dtype=np.int32)
+        firsts = np.concatenate([[True], segments[1:] != segments[:-1]])
+        return {
+            "tokens": window.tokens[:-1],
+            "targets": window.tokens[1:],
+            "weights": (documents[1:] == segments).astype(np.float32),
+            "segments": segments,
+            "positions": places - np.maximum.accumulate(np.where(firsts, places, 0)),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixLM:
+    """Predict the rest of a window from a prefix of random length, uniform in [1, length - 1].
+
+    As a decoder it gives what `Causal` gives, and `prefix`, True where attention may be bidirectional.
+    As a pair for an encoder and a decoder it gives `encoder_tokens`, `encoder_mask`, `decoder_tokens`,
+    `decoder_mask`, `targets` and `weights`, each `[length]`. Documents are not told apart.
+
+    **Arguments**
+
+    - `length`: tokens per example.
+    - `form`: `"decoder"` or `"seq2seq"`.
+
+    **Example**
+
+        PrefixLM(512, form="seq2seq")
+    """
+
+    length: int
+    form: Literal["decoder", "seq2seq"] = "decoder"
+    sentinels = 0
+
+    def __post_init__(self):
+        at_least(self, "length", self.length, 2)
+        expect_one_of(DataError, "form", self.form, ("decoder", "seq2seq"))
+
+    @property
+    def raw_length(self) -> int:
+        return self.length
+
+    @property
+    def lookahead(self) -> int:
+        return int(self.form == "decoder")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return () if self.form == "decoder" else ("pad", "eos")
+
+    def __call__(self, window: Window, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
+        prefix, tokens = int(rng.integers(1, self.length)), window.tokens
+        if self.form == "seq2seq":
+            eos = [vocabulary.specials["eos"]]
+            inputs, targets = (np.append(t, eos) for t in (tokens[:prefix], tokens[prefix:]))
+            return pair(inputs, targets, self.length, self.length, vocabulary)
+        return prefixed(tokens, prefix, self.length)
+
+
+@dataclasses.dataclass(frozen=True)
+class MLM:
+    """Masked language modelling (Devlin et al., "BERT", 2019): predict some tokens from all others.
+
+    Gives `tokens`, `targets`, `weights` and `mask` (True at real tokens), each `[length]`. Targets are 0
+    where nothing is predicted. Special tokens are never chosen, and never put in for others.
+
+    **Arguments**
+
+    - `length`: tokens per example, including those of the frame.
+    - `rate`: the share of the tokens that is predicted.
+    - `mode`: `"exact"` chooses `max(1, round(rate * length))` tokens of every row, as BERT did;
+      `"bernoulli"` lets each be chosen with probability `rate`, as RoBERTa's usual code does.
+    - `whole_word`: choose all pieces of a word or none. With `"exact"` a word that would exceed the
+      number is skipped.
+    - `replace`: the probabilities that a chosen token becomes `mask`, becomes any other text token, and
+      stays; drawn for each token.
+    - `max_predictions`: the largest number chosen in a row, with `"exact"`.
+    - `frame`: whether an example begins with `cls` and ends with `sep`.
+
+    **Example**
+
+        MLM(128, whole_word=True, max_predictions=20)
+    """
+
+    length: int
+    rate: float = 0.15
+    mode: Literal["exact", "bernoulli"] = "exact"
+    whole_word: bool = False
+    replace: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    max_predictions: int | None = None
+    frame: bool = True
+    lookahead = 0
+    sentinels = 0
+
+    def __post_init__(self):
+        at_least(self, "length", self.length, 3 if self.frame else 1)
+        raise_all(DataError, f"{self} cannot be used:", _mlm_faults(self))
+
+    @property
+    def raw_length(self) -> int:
+        return self.length - 2 * self.frame
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("mask", "cls", "sep") if self.frame else ("mask",)
+
+    @property
+    def predictions(self) -> int:
+        """How many tokens `mode="exact"` chooses, where there are that many."""
+        wanted = max(1, round(self.rate * self.length))
+        return wanted if self.max_predictions is None else min(wanted, self.max_predictions)
+
+    def __call__(self, window: Window, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
+        v, tokens = vocabulary, window.tokens
+        if self.frame:
+            tokens = np.concatenate([[v.specials["cls"]], tokens, [v.specials["sep"]]])
+        tokens = tokens.astype(np.int32)
+        chosen = self._choose(tokens, v, rng)
+        draw = rng.random(len(tokens))
+        hidden, other = np.cumsum(self.replace)[:2]
+        masked = np.where(chosen & (draw < hidden), np.int32(v.specials["mask"]), tokens)
+        swapped = chosen & (draw >= hidden) & (draw < other)
+        masked[swapped] = rng.choice(v.text_ids, swapped.sum())
+        pad = v.specials.get("pad", -1)
+        return {
+            "tokens": masked,
+            "targets": np.where(chosen, tokens, 0),
+            "weights": chosen.astype(np.float32),
+            "mask": tokens != pad,
+        }
+
+    def _choose(
+        self, tokens: np.ndarray, vocabulary: Vocabulary, rng: np.random.Generator
+    ) -> Bool[np.ndarray, " length"]:
+        text = vocabulary.is_text[tokens]
+        units = vocabulary.words(tokens) if self.whole_word else np.arange(len(tokens))
+        candidates, sizes = np.unique(units[text], return_counts=True)
+        if self.mode == "bernoulli":
+            taken = candidates[rng.random(len(candidates)) < self.rate]
+        else:
+            order = rng.permutation(len(candidates))
+            taken = candidates[order[_greedy(sizes[order], self.predictions)]]
+        return text & np.isin(units, taken)
+
+
+def _greedy(sizes: np.ndarray, budget: int) -> list[int]:
+    """The places of the units that are taken, in order, without exceeding the budget."""
+    taken: list[int] = []
+    for place, size in enumerate(sizes.tolist()):
+        if size <= budget:
+            taken.append(place)
+            budget -= size
+        if not budget:
+            break
+    return taken
+
+
+def _mlm_faults(mlm: MLM) -> Iterator[str]:
+    expect_one_of(DataError, "mode", mlm.mode, ("exact", "bernoulli"))
+    if not 0 < mlm.rate <= 1:
+        yield f"rate: expected a share above 0 and up to 1, got {mlm.rate!r}"
+    fits = len(mlm.replace) == 3 and min(mlm.replace) >= 0 and abs(sum(mlm.replace) - 1) < 1e-6
+    if not fits:
+        yield f"replace: expected three probabilities that sum to 1, got {mlm.replace!r}"
+    if mlm.max_predictions is not None and (mlm.max_predictions < 1 or mlm.mode != "exact"):
+        yield (
+            "max_predictions: expected 1 or more, and mode='exact', got "
+            f"{mlm.max_predictions!r} and {mlm.mode!r}"
+        )
+
+
+# Shared by objectives ------------------------------------------------------------------------------
+
+
+def at_least(objective: Objective, name: str, value: int, least: int) -> None:
+    """Raise `DataError` unless an argument is an integer of at least so much."""
+    if not isinstance(value, int) or value < least:
+        raise DataError(
+            f"{type(objective).__name__}: {name}: expected an integer of {least} or more, got {value!r}"
+        )
+
+
+def padded(tokens: np.ndarray, length: int, pad: int) -> Int[np.ndarray, " length"]:
+    """The tokens and then `pad`, up to a length."""
+    out = np.full(length, pad, np.int32)
+    out[: len(tokens)] = tokens
+    return out
+
+
+def pair(
+    inputs: np.ndarray, targets: np.ndarray, rows: int, columns: int, vocabulary: Vocabulary
+) -> Example:
+    """An example for an encoder that reads `inputs` and a decoder that writes `targets`.
+
+    The decoder starts from `pad`, as T5's does, and then reads its targets one late.
+    """
+    pad = vocabulary.specials["pad"]
+    real = np.arange(columns) < len(targets)
+    wanted = padded(targets, columns, pad)
+    return {
+        "encoder_tokens": padded(inputs, rows, pad),
+        "encoder_mask": np.arange(rows) < len(inputs),
+        "decoder_tokens": np.concatenate([[pad], wanted[:-1]], dtype=np.int32),
+        "decoder_mask": real,
+        "targets": wanted,
+        "weights": real.astype(np.float32),
+    }
+
+
+def prefixed(tokens: np.ndarray, prefix: int, length: int, pad: int = 0) -> Example:
+    """An example for a decoder that reads a prefix and is asked for what follows it."""
+    row = padded(tokens, length + 1, pad)
+    places = np.arange(length, dtype=np.int32)
+    return {
+        "tokens": row[:-1],
+        "targets": row[1:],
+        "weights": ((places >= prefix - 1) & (places < len(tokens) - 1)).astype(np.float32),
+        "segments": np.zeros(length, np.int32),
+        "positions": places,
+        "prefix": places < prefix,
+    }

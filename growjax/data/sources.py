@@ -1,0 +1,439 @@
+"""Where text comes from. A source is plain data, since it is part of a plan that is saved as JSON.
+
+Documents are read one at a time. A fault (bytes that are not UTF-8, a line without the field) does not
+stop the reading at once: the next few are looked for, so that one run tells of a handful.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import importlib
+import json
+import sys
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from growjax.errors import DataError, raise_all
+
+
+_HANDFUL = 5
+
+
+class Document(NamedTuple):
+    """One document: text, its UTF-8 bytes, or tokens that are taken as they are.
+
+    Its name does not depend on where the source's folder is, since it decides what is held out.
+    """
+
+    name: str
+    content: str | bytes | Int[np.ndarray, " n"]
+
+
+class Source(Protocol):
+    """What a source can do."""
+
+    def documents(self) -> Iterator[Document]:
+        """Its documents, always in the same order. Raises `DataError` that lists what is wrong."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when the documents do; reads none of them."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Text files in UTF-8, one document a file.
+
+    **Arguments**
+
+    - `path`: a file, or a folder that is searched with those below it. Hidden files are left out.
+    - `glob`: which files of a folder.
+    - `split`: cut each file into documents wherever this stands.
+
+    **Example**
+
+        Text("books", glob="*.txt")
+    """
+
+    path: str
+    glob: str = "*"
+    split: str | None = None
+
+    def documents(self) -> Iterator[Document]:
+        return _checked(self, self._read())
+
+    def fingerprint(self) -> str:
+        return _stat(self, _files(self.path, self.glob))
+
+    def _read(self) -> Iterator[Document | str]:
+        if self.split == "":
+            raise DataError("split: expected the text between two documents, got an empty one")
+        for name, file in _files(self.path, self.glob):
+            line, pieces = 1, _pieces(file, self.split)
+            for n, piece in enumerate(pieces):
+                fault = _utf8_fault(piece)
+                if fault is not None:
+                    where = line + piece.count(b"\n", 0, fault)
+                    yield f"{file}, line {where}: byte 0x{piece[fault]:02x} is not UTF-8"
+                else:
+                    yield Document(name if self.split is None else f"{name}#{n}", piece)
+                line += piece.count(b"\n") + (self.split or "").count("\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class JSONL:
+    """Files of one JSON object a line, one document each; `.gz` is unpacked while reading.
+
+    **Arguments**
+
+    - `path`: a file, or a folder with `*.jsonl`, `*.json` or either of them with `.gz`.
+    - `field`: where in the object the text is.
+
+    **Example**
+
+        JSONL("c4/train-00000.jsonl.gz")
+    """
+
+    path: str
+    field: str = "text"
+
+    def documents(self) -> Iterator[Document]:
+        return _checked(self, self._read())
+
+    def fingerprint(self) -> str:
+        return _stat(self, self._files())
+
+    def _files(self) -> list[tuple[str, Path]]:
+        return _files(self.path, "*.jsonl", "*.json", "*.jsonl.gz", "*.json.gz")
+
+    def _read(self) -> Iterator[Document | str]:
+        for name, file in self._files():
+            opened = gzip.open(file) if file.suffix == ".gz" else file.open("rb")
+            with opened as lines:
+                for n, line in enumerate(lines, 1):
+                    if not line.strip():
+                        continue
+                    try:
+                        yield Document(f"{name}:{n}", _field(line, self.field))
+                    except _Fault as fault:
+                        yield f"{file}, line {n}: {fault}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parquet:
+    """Parquet files, one document a row. Needs `pyarrow`: `pip install 'growjax[data]'`.
+
+    **Arguments**
+
+    - `path`: a file, or a folder with `*.parquet`.
+    - `field`: the column of the text.
+
+    **Example**
+
+        Parquet("fineweb/sample", field="text")
+    """
+
+    path: str
+    field: str = "text"
+
+    def documents(self) -> Iterator[Document]:
+        return _checked(self, self._read())
+
+    def fingerprint(self) -> str:
+        return _stat(self, _files(self.path, "*.parquet"))
+
+    def _read(self) -> Iterator[Document | str]:
+        parquet = _library("pyarrow.parquet", self)
+        for name, file in _files(self.path, "*.parquet"):
+            try:
+                table = parquet.ParquetFile(file)
+            except Exception as error:  # pyarrow has a dozen kinds
+                yield f"{file}: {error}"
+                continue
+            with table:
+                columns = table.schema_arrow.names
+                if self.field not in columns:
+                    yield f"{file}: no column {self.field!r}; there are {', '.join(columns)}"
+                    continue
+                row = 0
+                for batch in table.iter_batches(batch_size=256, columns=[self.field]):
+                    for value in batch.column(0).to_pylist():
+                        if isinstance(value, str):
+                            yield Document(f"{name}:{row}", value)
+                        else:
+                            yield f"{file}, row {row}: {self.field!r} is {_kind(value)}, not text"
+                        row += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Text that is tokens already; they are taken as they are, and nothing is put between documents.
+
+    **Arguments**
+
+    - `path`: an `.npy` file of integers; or a folder with `tokens.npy` and, if it is more than one
+      document, `starts.npy`, the offset of each.
+    - `separator`: the id that ends each document, for files without starts.
+
+    **Example**
+
+        Tokens("owt/train.npy", separator=50256)
+    """
+
+    path: str
+    separator: int | None = None
+
+    def documents(self) -> Iterator[Document]:
+        return _checked(self, self._read())
+
+    def fingerprint(self) -> str:
+        return _stat(self, [(f.name, f) for f in self._paths() if f.exists()])
+
+    def _paths(self) -> tuple[Path, ...]:
+        path = Path(self.path)
+        return (path / "tokens.npy", path / "starts.npy") if path.is_dir() else (path,)
+
+    def _read(self) -> Iterator[Document | str]:
+        paths = self._paths()
+        tokens = _integers(paths[0])
+        starts = np.zeros(1, np.int64)
+        if len(paths) > 1 and paths[1].exists():
+            starts = np.asarray(_integers(paths[1])).astype(np.int64)
+            if not starts.size or starts.flat[0] != 0 or np.any(np.diff(starts) < 0):
+                raise DataError(f"{paths[1]}: expected offsets that ascend from 0")
+            if starts[-1] > len(tokens):
+                raise DataError(
+                    f"{paths[1]}: expected offsets up to the {len(tokens)} tokens of {paths[0]}, got "
+                    f"{starts[-1]}"
+                )
+        elif self.separator is not None:
+            ends = np.flatnonzero(tokens == self.separator) + 1
+            starts = np.concatenate([[0], ends[ends < len(tokens)]])
+        stops = np.append(starts[1:], len(tokens))
+        for n, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
+            yield Document(f"{paths[0].name}:{n}", tokens[start:stop])
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace:
+    """A split of a data set of the library `datasets`: `pip install 'growjax[data]'`.
+
+    **Arguments**
+
+    - `name`: of the data set, or a local folder: of data files, or saved by `save_to_disk`.
+    - `split`: such as `"train"` or `"train[:10%]"`. For a saved folder, the split in it, if any.
+    - `field`: the column of the text.
+    - `config`, `revision`: which variant of the data set, and which state of it.
+
+    **Example**
+
+        HuggingFace("roneneldan/TinyStories", split="train")
+    """
+
+    name: str
+    split: str = "train"
+    field: str = "text"
+    config: str | None = None
+    revision: str | None = None
+
+    def documents(self) -> Iterator[Document]:
+        return _checked(self, self._read())
+
+    def fingerprint(self) -> str:
+        path = Path(self.name)
+        if path.exists():
+            return _stat(self, _files(self.name, "*"))
+        rows = self._load()
+        return _digest(repr(self), getattr(rows, "_fingerprint", ""), str(len(rows)))
+
+    def _load(self) -> Any:
+        datasets, path = _library("datasets", self), Path(self.name)
+        try:
+            if (path / "state.json").exists():
+                return datasets.load_from_disk(self.name)
+            if (path / "dataset_dict.json").exists():
+                return datasets.load_from_disk(self.name)[self.split]
+            return datasets.load_dataset(
+                self.name, self.config, split=self.split, revision=self.revision
+            )
+        except Exception as error:  # whatever the network, a cache or a builder may raise
+            raise DataError(
+                f"{self.name} (split {self.split!r}): the library datasets cannot load it: {error}"
+            ) from error
+
+    def _read(self) -> Iterator[Document | str]:
+        rows = self._load()
+        if self.field not in rows.column_names:
+            columns = ", ".join(rows.column_names)
+            yield f"{self.name}: no column {self.field!r}; there are {columns}"
+            return
+        for n, row in enumerate(rows.select_columns([self.field])):
+            value = row[self.field]
+            if isinstance(value, str):
+                yield Document(f"{self.split}:{n}", value)
+            else:
+                yield f"{self.name}, row {n}: {self.field!r} is {_kind(value)}, not text"
+
+
+@dataclasses.dataclass(frozen=True)
+class StandardLibrary:
+    """The sources and help topics of this Python's standard library: text that is always there.
+
+    **Example**
+
+        next(StandardLibrary().documents()).name     # '__future__.py'
+    """
+
+    def documents(self) -> Iterator[Document]:
+        return _checked(self, self._read())
+
+    def fingerprint(self) -> str:
+        return _stat(self, _library_files(), sys.version)
+
+    def _read(self) -> Iterator[Document | str]:
+        for name, file in _library_files():
+            yield Document(name, file.read_bytes())
+        try:
+            topics = importlib.import_module("pydoc_data.topics").topics
+        except ImportError:
+            return
+        for name, text in sorted(topics.items()):
+            yield Document(f"topics/{name}.txt", text)
+
+
+def _library_files() -> list[tuple[str, Path]]:
+    # Installed packages and tests differ from machine to machine, and tests are half of the bytes.
+    left_out = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for file in root.rglob("*.py"):
+        name = file.relative_to(root)
+        if not left_out & set(name.parts) and name.parts[0] != "pydoc_data":
+            found.append((name.as_posix(), file))
+    return sorted(found)
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+def _checked(source: Source, found: Iterator[Document | str]) -> Iterator[Document]:
+    """Pass documents on until the first fault, which is a string; raise it with the next few."""
+    faults: list[str] = []
+    empty = True
+    try:
+        for item in found:
+            if isinstance(item, str):
+                faults.append(item)
+            elif not faults:
+                empty = empty and not len(item.content)
+                yield item
+            if len(faults) == _HANDFUL:
+                break
+    except (OSError, EOFError, zlib.error) as error:  # the last two from a .gz that is cut short
+        file, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+        faults.append(f"{file or 'a file'}: {reason or error}")
+    raise_all(DataError, f"{source} cannot be read:", faults)
+    if empty:
+        raise DataError(f"{source}: expected at least one document that is not empty, found none")
+
+
+def _files(path: str, *globs: str) -> list[tuple[str, Path]]:
+    """A file, or the files of a folder that are not hidden, with their names from there."""
+    root = Path(path)
+    if root.is_file():
+        return [(root.name, root)]
+    if not root.is_dir():
+        raise DataError(f"{path}: expected a file or a folder, and it is not there")
+    found = {}
+    for file in (file for glob in globs for file in root.rglob(glob)):
+        name = file.relative_to(root)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+            found[name.as_posix()] = file
+    if not found:
+        raise DataError(f"{path}: expected files like {' or '.join(globs)}, found none")
+    return sorted(found.items())
+
+
+def _pieces(file: Path, split: str | None) -> Iterator[bytes]:
+    """A file whole, or what stands between the separators, without holding all of it."""
+    with file.open("rb") as opened:
+        if split is None:
+            yield opened.read()
+            return
+        rest = b""
+        while chunk := opened.read(1 << 20):
+            *whole, rest = (rest + chunk).split(split.encode())
+            yield from whole
+        yield rest
+
+
+def _utf8_fault(data: bytes) -> int | None:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return None
+
+
+class _Fault(Exception):
+    """What is wrong with one line."""
+
+
+def _field(line: bytes, field: str) -> str:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise _Fault(f"byte 0x{line[error.start]:02x} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise _Fault(f"{error.msg} at column {error.colno}") from error
+    if not isinstance(record, dict):
+        raise _Fault(f"expected an object, got {_kind(record)}")
+    if field not in record:
+        raise _Fault(f"no field {field!r}; there are {', '.join(map(repr, record)) or 'none'}")
+    if not isinstance(record[field], str):
+        raise _Fault(f"{field!r} is {_kind(record[field])}, not text")
+    return record[field]
+
+
+def _integers(file: Path) -> np.ndarray:
+    """A flat array of integers, mapped and not read; files that could run code are refused."""
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{file}: expected a NumPy file of integers: {error}") from error
+    if array.ndim != 1 or array.dtype.kind not in "ui":
+        raise DataError(
+            f"{file}: expected a flat array of integers, got {array.dtype}{list(array.shape)}"
+        )
+    return array
+
+
+def _library(name: str, source: Source) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        library = name.partition(".")[0]
+        raise DataError(
+            f"{source}: reading it needs {library}; pip install 'growjax[data]'"
+        ) from error
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _stat(source: Source, files: list[tuple[str, Path]], *more: str) -> str:
+    stats = ((name, file.stat()) for name, file in files)
+    seen = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+    return _digest(repr(source), *more, *seen)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
