@@ -216,8 +216,7 @@ class _Observation(eqx.Module):
 
 
 def _fill(offset, spread) -> Callable:
-    """New entries at `offset`, scattered by `spread` (by constants: a hash for each leaf is slow to
-    compile)."""
+    """New entries at `offset`, scattered by `spread` (constants: a hash a leaf compiles slowly)."""
 
     def init(key, shape, dtype):
         wave = np.sin(1.0 + np.arange(int(np.prod(shape))) ** 2).reshape(shape)
@@ -302,12 +301,12 @@ class _Study:
                 )
 
     def still(self) -> None:
-        big = self.big()
+        gradient = jax.tree.map(np.asarray, self.big().gradient)
         new, _ = new_coordinates(self.op, self.model)
-        table = axes_of(big.model)
+        table = axes_of(self.big().model)
         for slot in table.of_kind("param"):
-            g = get(big.gradient, slot.steps)
-            g = None if g is None else slot.split(np.asarray(g), table.sizes)
+            g = get(gradient, slot.steps)
+            g = None if g is None else slot.split(g, table.sizes)
             for i, dim in enumerate(slot.dims):
                 if g is not None and dim.axis in new:
                     part = np.compress(new[dim.axis], g, axis=i)

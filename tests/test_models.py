@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from growjax.axes import axes_of, put
+from growjax.axes import axes_of, partition, put
+from growjax.cost import flops
 from growjax.errors import AxisError
 from growjax.models import (
     BERT,
@@ -332,6 +333,25 @@ def test_remat_changes_nothing():
     for remat in ("dots", "nothing"):
         for ours, reference in zip(outcome(remat), kept, strict=True):
             np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-4 * np.abs(kept[0]))
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama", "bert", "t5 encoder"])
+def test_remat_keeps_less_and_computes_again(name):
+    """Numbers that the forward scans keep for the backward pass, and what that costs in products."""
+    stacks = ("encoder", "decoder") if name.startswith("t5") else ("blocks",)
+    kept, paid = {}, {}
+    for remat in ("nothing", "dots", "everything"):
+        model = put(built(name), {(stack, "remat"): remat for stack in stacks})
+        trained, rest = partition(model)
+        loss = lambda t, rest=rest: jnp.sum(run(name, eqx.combine(t, rest), TOKENS) ** 2)  # noqa: E731
+        program = jax.make_jaxpr(jax.grad(loss))(trained).jaxpr
+        scans = [e for e in program.eqns if e.primitive.name == "scan"]
+        kept[remat] = sum(
+            math.prod(x.aval.shape) for e in scans if not e.params["reverse"] for x in e.outvars
+        )
+        paid[remat] = flops(jax.grad(loss), trained)
+    assert kept["nothing"] < kept["dots"] < kept["everything"]
+    assert paid["nothing"] > paid["dots"] > paid["everything"]
 
 
 @pytest.mark.parametrize("name, stacks", [("gpt", 1), ("llama", 1), ("bert", 1), ("t5 encoder", 2)])
