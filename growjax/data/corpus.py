@@ -66,7 +66,7 @@ class Corpus:
         ]
         arrays = [tokens for tokens, _ in encoded if len(tokens)]
         dtype = _dtype(tokenizer.vocabulary)
-        tokens = np.concatenate([np.zeros(0, dtype), *arrays], dtype=dtype)
+        tokens = np.concatenate([np.zeros(0, dtype), *(a.astype(dtype) for a in arrays)])
         starts = np.cumsum([0, *map(len, arrays)], dtype=np.int64)[:-1]
         digest = _digest([hashlib.sha256(a.tobytes()).hexdigest() for a in (tokens, starts)])
         return Corpus(tokens, starts, tokenizer.vocabulary, sum(n for _, n in encoded), digest)

@@ -201,16 +201,16 @@ class Tokens:
         return (path / "tokens.npy", path / "starts.npy") if path.is_dir() else (path,)
 
     def _read(self) -> Iterator[Document | str]:
-        paths = self._paths()
-        tokens = _integers(paths[0])
+        first, *others = self._paths()
+        tokens = _integers(first)
         starts = np.zeros(1, np.int64)
-        if len(paths) > 1 and paths[1].exists():
-            starts = np.asarray(_integers(paths[1])).astype(np.int64)
-            if not starts.size or starts.flat[0] != 0 or np.any(np.diff(starts) < 0):
-                raise DataError(f"{paths[1]}: expected offsets that ascend from 0")
+        if others and others[0].exists():
+            starts = np.asarray(_integers(others[0])).astype(np.int64)
+            if not starts.size or starts[0] != 0 or np.any(np.diff(starts) < 0):
+                raise DataError(f"{others[0]}: expected offsets that ascend from 0")
             if starts[-1] > len(tokens):
                 raise DataError(
-                    f"{paths[1]}: expected offsets up to the {len(tokens)} tokens of {paths[0]}, got "
+                    f"{others[0]}: expected offsets up to the {len(tokens)} tokens of {first}, got "
                     f"{starts[-1]}"
                 )
         elif self.separator is not None:
@@ -218,7 +218,7 @@ class Tokens:
             starts = np.concatenate([[0], ends[ends < len(tokens)]])
         stops = np.append(starts[1:], len(tokens))
         for n, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
-            yield Document(f"{paths[0].name}:{n}", tokens[start:stop])
+            yield Document(f"{first.name}:{n}", tokens[start:stop])
 
 
 @dataclasses.dataclass(frozen=True)
