@@ -470,7 +470,7 @@ def test_what_is_needed_is_what_is_used(objective):
         (
             lambda: UL2(64, denoisers=(Q,)),
             "(?s)rate.*mode: expected one of R, S, X",
-        ),  # type: ignore[arg-type]
+        ),
     ],
 )
 def test_a_wrong_argument_is_named(make, match):
