@@ -27,8 +27,7 @@ def test_every_operator_keeps_its_promise_on_every_architecture(case):
 
 @given(testing.cases(exactness=("exact", "exact-given-init")))
 def test_promises_hold_for_any_weights(case):
-    testing.assert_preserves(case.operator, case.model(), case.batch())
-    testing.assert_gradient(case.operator, case.model(), case.batch())
+    testing.assert_contract(case.operator, case.model(), case.batch())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
