@@ -197,6 +197,9 @@ TABLE = """
 @ interleave as repeat | growth/depth.py | growth | order_of_the_papers
 - return np.arange(new) * old // new
 + return np.arange(new) % old
+@ the bottom layers doubled | growth/depth.py | growth | order_of_the_papers
+- copies = 1 + (layers >= old - extra)
++ copies = 1 + (layers < extra)
 @ repeat continues from the bottom | growth/depth.py | growth | order_of_the_papers
 - layers[old - new % old :]
 + layers[: new % old]

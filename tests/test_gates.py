@@ -293,6 +293,27 @@ class Counter:
 LEVELS_OF_A_RAMP = [0.0, 0.25, 0.5, 1.0]
 
 
+@pytest.mark.parametrize("axis, size", [("mlp", 7), ("heads", 4), ("head_dim", 6)])
+def test_units_of_zeros_behind_gates_never_learn(axis, size):
+    with jax.enable_x64(True):
+        x = jnp.asarray(stream())
+        make = {"mlp": lambda key: MLP(6, 5, key=key)}.get(
+            axis, lambda key: Attention(6, 2, 2, 4, key=key)
+        )
+        part = gj.ramp(gj.msg(**{axis: size}, init="zeros")(filled(make)), 0.5)
+        slope = eqx.filter_jit(eqx.filter_grad(lambda part: jnp.sum(jnp.sin(part(x)))))(part)
+    new = 0
+    for slot in axes_of(part).of_kind("param"):
+        for i, dim in enumerate(slot.dims):
+            if slot.value is not None and dim.axis == {"heads": "kv_heads"}.get(axis, axis):
+                fresh = np.split(get(slope, slot.steps), [{"mlp": 5, "heads": 2}.get(axis, 4)], i)[
+                    1
+                ]
+                assert not fresh.any()
+                new += fresh.size
+    assert new
+
+
 def test_a_whole_ramp_is_one_program_with_the_level_as_an_argument():
     model, counter = grown(gj.msg(mlp=8, init=wave), gpt(jnp.float32)), Counter()
     outputs = [counter.run(model, m) for m in LEVELS_OF_A_RAMP]

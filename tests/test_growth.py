@@ -1,7 +1,7 @@
 """Operators as values, lists of source layers, and every trap that exact growth can fall into."""
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import equinox as eqx
 import jax
@@ -16,6 +16,7 @@ from growjax.axes import axes_of, get, put, sizes
 from growjax.errors import GrowjaxError, GrowthError
 from growjax.gates import Gate
 from growjax.growth import from_dict, resolve, solar, sources, to_dict
+from growjax.growth.depth import Order
 from growjax.models import BERT, GPT, BERTConfig, GPTConfig
 from growjax.nn import Attention, Embedding, Norm, Rotary, logits
 
@@ -54,6 +55,10 @@ def change(model, other, x=None) -> float:
         ("repeat", 3, 12, [0, 1, 2] * 4),
         ("interleave", 2, 4, [0, 0, 1, 1]),
         ("interleave", 3, 9, [0, 0, 0, 1, 1, 1, 2, 2, 2]),
+        ("interpolate", 2, 3, [0, 1, 1]),
+        ("interpolate", 2, 4, [0, 0, 1, 1]),
+        ("interpolate", 2, 5, [0, 0, 1, 1, 1]),
+        ("interpolate", 4, 6, [0, 1, 2, 2, 3, 3]),
         ("top", 6, 9, [0, 1, 2, 3, 4, 5, 3, 4, 5]),
         ("top", 3, 5, [0, 1, 2, 1, 2]),
         ("middle", 4, 8, [0, 1, 2, 3, 0, 1, 2, 3]),  # one block: itself
@@ -77,7 +82,7 @@ def test_solar_drops_layers_on_both_sides_of_the_seam():
 PAIRS = [(old, new) for old in range(1, 9) for new in range(old + 1, 9)]
 
 
-ORDERS = pytest.mark.parametrize("order", ["top", "repeat", "interleave", "middle", "insert"])
+ORDERS = pytest.mark.parametrize("order", get_args(Order))
 
 
 @ORDERS
@@ -100,9 +105,9 @@ def test_every_order_keeps_all_layers_and_their_first_appearances_in_order(order
         assert firsts == sorted(firsts)
         if order in ("top", "repeat"):  # old layers stay where they are, at the bottom
             assert source[:old].tolist() == list(range(old))
-        if order in ("interleave", "insert"):  # depth keeps its order
+        if order in ("interleave", "interpolate", "insert"):  # depth keeps its order
             assert (np.diff(source) >= 0).all()
-        if order != "repeat":
+        if order not in ("repeat", "interpolate"):  # which repeat the last layers more
             assert np.bincount(source).max() <= -(-new // old)
     assert reached >= len(PAIRS) // 3
 

@@ -15,7 +15,7 @@ from growjax.growth.operator import Exactness, Operator, frozen_sizes, split_lis
 from growjax.maps import AxisMap
 
 
-Order = Literal["top", "repeat", "interleave", "middle", "insert"]
+Order = Literal["top", "repeat", "interleave", "interpolate", "middle", "insert"]
 
 
 def sources(order: Order, old: int, new: int) -> np.ndarray:
@@ -24,6 +24,8 @@ def sources(order: Order, old: int, new: int) -> np.ndarray:
     - `"top"`: the last `new - old` layers once more on top (gradual stacking).
     - `"repeat"`: the whole stack again and again, then its last `new % old` layers (G_stack, MSG).
     - `"interleave"`: every layer repeated in place, `floor(i * old / new)`.
+    - `"interpolate"`: the top layers doubled in place; beyond twice the depth, more copies of the last
+      one (MSG's other order).
     - `"middle"`: the middle block of `new - old` layers duplicated after itself (MIDAS).
     - `"insert"`: a copy after every `old / (new - old)` layers (LLaMA-Pro).
 
@@ -45,6 +47,10 @@ def sources(order: Order, old: int, new: int) -> np.ndarray:
         return np.concatenate([np.tile(layers, new // old), layers[old - new % old :]])
     if order == "interleave":
         return np.arange(new) * old // new
+    if order == "interpolate":
+        copies = 1 + (layers >= old - extra)
+        copies[-1] += max(extra - old, 0)
+        return np.repeat(layers, copies)
     if order == "middle":
         _require(
             extra <= old and old % extra == 0,

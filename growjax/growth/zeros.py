@@ -55,6 +55,8 @@ def zeros(*, init: Init = "normal", **sizes: int) -> Zeros:
     drawn by `init`. For `embed` what produces them is zero, and RMS norms have their gain multiplied by
     sqrt(old/new) and their epsilon by old/new. LayerNorm cannot be corrected and raises `GrowthError`.
 
+    With `init="zeros"` both sides are zero and nothing ever gets a gradient; `gj.certify` shows it.
+
     **Example**
 
         gj.zeros(mlp=2048, heads=8)
