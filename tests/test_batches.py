@@ -137,6 +137,13 @@ def test_every_epoch_and_every_seed_has_another_order():
     assert tuple(range(0, 160, 8)) not in epochs
 
 
+def test_the_order_is_that_of_other_versions():
+    """A run that was started under one version must be able to go on under the next one."""
+    made = Batches(numbered(20 * 8 + 1), Causal(8, "concat"), 1, seed=7)
+    order = [first // 8 for first in firsts(made, 22)]
+    assert order == [*(3, 8, 11, 1, 16, 4, 9, 5, 15, 10, 19, 18, 14, 17, 12, 7, 0, 6, 2, 13), 19, 0]
+
+
 def test_every_epoch_draws_anew():
     corpus = Corpus.of([b"a" * 33], BYTES)
     made = Batches(corpus, MLM(32, frame=False), 1)

@@ -138,11 +138,12 @@ def test_a_bert_vocabulary(tmp_path):
 def test_a_tokenizer_that_is_none(tmp_path):
     with pytest.raises(DataError, match="expected 'bytes' or a file, and 'nowhere' is no file"):
         load_tokenizer("nowhere")
+    with pytest.raises(DataError, match="sentinels of 0 or more and a multiple of 1"):
+        ByteTokenizer(sentinels=-1)
+    pytest.importorskip("tokenizers")
     write(tmp_path, bad_json="{}")
     with pytest.raises(DataError, match=r"bad.json: expected a JSON file of the library"):
         load_tokenizer(tmp_path / "bad.json")
-    with pytest.raises(DataError, match="sentinels of 0 or more and a multiple of 1"):
-        ByteTokenizer(sentinels=-1)
 
 
 def test_a_vocabulary_that_contradicts_itself_is_refused():

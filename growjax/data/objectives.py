@@ -250,7 +250,7 @@ class MLM:
         else:
             order = rng.permutation(len(candidates))
             taken = candidates[order[_greedy(sizes[order], self.predictions)]]
-        return text & np.isin(units, taken)
+        return np.isin(units, taken)
 
 
 def _greedy(sizes: np.ndarray, budget: int) -> list[int]:

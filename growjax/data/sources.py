@@ -150,8 +150,9 @@ class Parquet:
         return _stat(self, _files(self.path, "*.parquet"))
 
     def _read(self) -> Iterator[Document | str]:
+        files = _files(self.path, "*.parquet")
         parquet = _library("pyarrow.parquet", self)
-        for name, file in _files(self.path, "*.parquet"):
+        for name, file in files:
             try:
                 table = parquet.ParquetFile(file)
             except Exception as error:  # pyarrow has a dozen kinds
@@ -214,7 +215,7 @@ class Tokens:
                     f"{starts[-1]}"
                 )
         elif self.separator is not None:
-            ends = np.flatnonzero(tokens == self.separator) + 1
+            ends = _places(tokens, self.separator) + 1
             starts = np.concatenate([[0], ends[ends < len(tokens)]])
         stops = np.append(starts[1:], len(tokens))
         for n, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
@@ -413,6 +414,13 @@ def _integers(file: Path) -> np.ndarray:
             f"{file}: expected a flat array of integers, got {array.dtype}{list(array.shape)}"
         )
     return array
+
+
+def _places(tokens: np.ndarray, value: int) -> np.ndarray:
+    """Where a value stands, looked for in parts: the array may be larger than memory."""
+    size = 1 << 24
+    parts = [np.flatnonzero(tokens[i : i + size] == value) + i for i in range(0, len(tokens), size)]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def _library(name: str, source: Source) -> Any:
