@@ -10,108 +10,58 @@ The text is one that every Python has: the sources and documentation of its own 
 
 import dataclasses
 import functools
-import hashlib
-import importlib
 import json
 import sys
-import sysconfig
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
 from growjax.cost import parameters
+from growjax.data import ByteTokenizer, Causal, Corpus, StandardLibrary, Text, prepare
 from growjax.errors import DataError
 from growjax.growth import stack
 from growjax.growth.msg import msg
 from growjax.models import GPTConfig
 from growjax.report import Plot, Table, arms_figure, cost_figure, write_page
 from growjax.subnet import PathSchedule, path_schedule
-from growjax.train import End, Growth, Plan, Stage, Step, train
+from growjax.train import CorpusFeed, End, Growth, Options, Plan, Schedule, Stage, Step, train
 
 
 # Text --------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """Bytes to train on and bytes held out, from different files."""
+def load_text(path: Path | None, cache: Path) -> tuple[Corpus, Corpus]:
+    """The files under `path`, or the standard library's sources and help topics, as bytes.
 
-    source: str
-    files: int
-    training: Int[np.ndarray, " n"]
-    held_out: Int[np.ndarray, " m"]
-
-    @property
-    def digest(self) -> str:
-        """What tells two texts apart: results on different ones do not compare."""
-        return hashlib.sha256(self.training.tobytes() + self.held_out.tobytes()).hexdigest()[:16]
-
-    def batch(self, seed: int, n: int, rows: int, length: int) -> Int[np.ndarray, "rows length+1"]:
-        """The tokens of training step n: windows drawn by `(seed, n)` and nothing else."""
-        rng = np.random.default_rng([seed, n])
-        return _windows(self.training, rng.integers(0, len(self.training) - length, rows), length)
-
-    def sample(self, rows: int, length: int) -> Int[np.ndarray, "rows length+1"]:
-        """Held-out windows at even distances: the same for every arm and seed."""
-        starts = np.linspace(0, len(self.held_out) - length - 1, rows).astype(int)
-        return _windows(self.held_out, starts, length)
-
-
-def _windows(text, starts, length: int):
-    return text[starts[:, None] + np.arange(length + 1)].astype(np.int32)
-
-
-def load_text(path: Path | None = None) -> Text:
-    """The files under `path`, or the standard library's sources and help topics.
-
-    Files come in the order of their names, and every twentieth (by a checksum of the name) is held out.
-    Raises `DataError` if there are fewer than two files or less than 100 kB.
+    Every twentieth file or so is held out. Raises `DataError` if there are fewer than two files or
+    less than 100 kB.
     """
-    files = dict(sorted(_library() if path is None else _folder(Path(path))))
-    held = [name for name in files if zlib.crc32(name.encode()) % 20 == 0] or list(files)[-1:]
-    source = f"Python {sys.version.split()[0]} standard library" if path is None else str(path)
-    total = sum(map(len, files.values()))
-    if len(files) < 2 or total < 100_000:
+    source = StandardLibrary() if path is None else Text(str(path))
+    training, held_out = prepare(source, ByteTokenizer(), cache)
+    files, size = (sum(f(c) for c in (training, held_out)) for f in (_files, _bytes))
+    if files < 2 or size < 100_000 or not len(held_out):
         raise DataError(
-            f"{source}: expected at least two files and 100 kB of text, found {len(files)} and "
-            f"{total} bytes; name a folder of text files with --data"
+            f"{_source(path)}: expected at least two files and 100 kB of text, found {files} and "
+            f"{size} bytes; name a folder of text files with --data"
         )
-
-    def joined(names) -> np.ndarray:
-        return np.frombuffer(b"\0".join(files[name] for name in names), np.uint8)
-
-    return Text(source, len(files), joined(n for n in files if n not in held), joined(held))
+    return training, held_out
 
 
-def _folder(path: Path) -> Iterator[tuple[str, bytes]]:
-    for file in path.rglob("*"):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.is_file() and not hidden:
-            yield file.relative_to(path).as_posix(), file.read_bytes()
+def _files(corpus: Corpus) -> int:
+    return len(corpus.starts)
 
 
-def _library() -> Iterator[tuple[str, bytes]]:
-    # Installed packages and tests differ from machine to machine, and tests are half of the bytes.
-    left_out = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for file in root.rglob("*.py"):
-        name = file.relative_to(root)
-        if not left_out & set(name.parts) and name.parts[0] != "pydoc_data":
-            yield name.as_posix(), file.read_bytes()
-    try:
-        topics = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:
-        return
-    for name, text in topics.items():
-        yield f"topics/{name}.txt", text.encode()
+def _bytes(corpus: Corpus) -> int:
+    return corpus.text_bytes
+
+
+def _source(path: Path | None) -> str:
+    return f"Python {sys.version.split()[0]} standard library" if path is None else str(path)
 
 
 # Arms --------------------------------------------------------------------------------------------
@@ -141,11 +91,17 @@ def arms(size: Size, seed: int = 0) -> list[Plan]:
         heads=size.heads,
         head_dim=size.head_dim,
         mlp=size.mlp,
-        vocab=256,
+        vocab=ByteTokenizer().vocabulary.size,
         positions=size.length,
     )
     small = dataclasses.replace(whole, layers=size.layers // 2, mlp=size.mlp // 2)
-    make = functools.partial(Plan, batch=size.batch, length=size.length, peak=2e-3, seed=seed)
+    make = functools.partial(
+        Plan,
+        batch=size.batch,
+        objective=Causal(size.length, packing="concat"),
+        rate=Schedule(2e-3),
+        seed=seed,
+    )
     tokens = size.steps * size.batch * size.length
 
     scratch = make("scratch", whole, (Stage("whole model", tokens=tokens),))
@@ -195,16 +151,26 @@ def run(
 
         run(out=Path("runs/tiny"), size=Size(steps=40, embed=32, heads=2, head_dim=16, mlp=64))
     """
-    console, text, plans = console or Console(), load_text(data), arms(size, seed)
+    console, plans = console or Console(), arms(size, seed)
+    corpora = load_text(data, out / "cache")
+    text = {
+        "source": _source(data),
+        "files": sum(map(_files, corpora)),
+        "training_bytes": _bytes(corpora[0]),
+        "held_out_bytes": _bytes(corpora[1]),
+        "digest": corpora[0].digest[:16],
+    }
     console.print(
-        f"{text.source}: {text.files} files, {len(text.training):,} bytes to train on, "
-        f"{len(text.held_out):,} held out"
+        f"{text['source']}: {text['files']} files, {text['training_bytes']:,} bytes to train on, "
+        f"{text['held_out_bytes']:,} held out"
     )
     started = time.perf_counter()
     programs: dict[str, Any] = {}
     every = plans[0].flops / size.marks
     done = [
-        _run_arm(plan, text, console, bar, size=size, every=every, programs=programs)
+        _run_arm(
+            CorpusFeed(plan, *corpora), console, bar, size=size, every=every, programs=programs
+        )
         for plan, bar in _bars(plans, console)
     ]
     for arm in done:
@@ -212,13 +178,7 @@ def run(
     results = {
         "seed": seed,
         "size": dataclasses.asdict(size),
-        "text": {
-            "source": text.source,
-            "files": text.files,
-            "training_bytes": len(text.training),
-            "held_out_bytes": len(text.held_out),
-            "digest": text.digest,
-        },
+        "text": text,
         "wall_seconds": time.perf_counter() - started,
         "arms": done,
     }
@@ -257,8 +217,7 @@ def _bars(plans: Sequence[Plan], console: Console) -> Iterator[tuple[Plan, Any]]
 
 
 def _run_arm(
-    plan: Plan,
-    text: Text,
+    feed: CorpusFeed,
     console: Console,
     bar: Any,
     *,
@@ -267,18 +226,13 @@ def _run_arm(
     programs: dict[str, Any],
 ) -> dict[str, Any]:
     """Train one arm and collect everything that is reported about it, ready for JSON."""
+    plan = feed.plan
     losses: list[tuple[int, float]] = []
     held_out: list[tuple[int, float]] = []
     growths: list[dict[str, Any]] = []
     seconds, end = 0.0, None
-    records = train(
-        plan,
-        lambda n: text.batch(plan.seed, n, plan.batch, plan.length),
-        text.sample(size.held_out, plan.length),
-        every=every,
-        programs=programs,
-    )
-    for record in records:
+    options = Options(evaluate_every=every, held_out=size.held_out)
+    for record in train(plan, feed, options=options, cache=programs):
         if isinstance(record, Step):
             losses.append((record.flops, record.loss))
             seconds = record.seconds
@@ -288,14 +242,24 @@ def _run_arm(
                 held_out.append((record.flops, record.held_out))
                 bar(held_out=f"{record.held_out:.3f}")
         elif isinstance(record, Growth):
-            growths.append(dataclasses.asdict(record))
-            held_out += [(record.flops, record.before), (record.flops, record.after)]
+            crossing = record.crossing
+            growths.append(
+                {
+                    "step": record.step,
+                    "flops": record.flops,
+                    "grew": record.grew,
+                    "before": crossing.before,
+                    "after": crossing.after,
+                    "stall": record.stall,
+                }
+            )
             grew = ", ".join(f"{axis} {a} -> {b}" for axis, (a, b) in record.grew.items())
             console.print(
-                f"{plan.name}, before step {record.step}: {grew}; held-out loss {record.before:.4f} "
-                f"-> {record.after:.4f} (jump {record.after - record.before:+.4f})"
+                f"{plan.name}, before step {record.step}: {grew}; held-out loss {crossing.before:.4f} "
+                f"-> {crossing.after:.4f} (jump {crossing.after - crossing.before:+.4f}), training "
+                f"stood still for {record.stall:.1f} s"
             )
-        else:
+        elif isinstance(record, End):
             end = record
     assert isinstance(end, End)
     return {
@@ -303,7 +267,7 @@ def _run_arm(
         "final": held_out[-1][1],
         "flops": plan.flops,
         "steps": plan.steps,
-        "tokens": plan.steps * plan.batch * plan.length,
+        "tokens": plan.tokens,
         "seconds": seconds,
         "compile_seconds": end.compile_seconds,
         "programs": end.programs,
@@ -449,8 +413,8 @@ def write_report(path: Path, results: dict[str, Any]) -> Path:
                 "Growth",
                 ("what grew", "before step", "TFLOPs", "loss before", "loss after", "jump"),
                 jumps,
-                "Held-out loss of the same windows just before and just after. Gates open from 0, "
-                "so growth by msg changes nothing; stacking copies layers, and a jump is expected.",
+                "Loss of the same held-out batch just before and just after. Gates open from 0, so "
+                "growth by msg changes nothing; stacking copies layers, and a jump is expected.",
             ),
         ],
         notes=_NOTES,

@@ -43,8 +43,16 @@ class DataError(GrowjaxError):
     """There is no text to train on, or too little."""
 
 
+class LayoutError(GrowjaxError):
+    """Devices, hosts or shardings do not fit together."""
+
+
+class CheckpointError(GrowjaxError):
+    """A checkpoint is incomplete, altered, or not of the run that asks for it."""
+
+
 class TrainingError(GrowjaxError):
-    """Training cannot go on: the loss is not finite."""
+    """Training cannot go on: a loss is not finite, or a growth changed the function."""
 
 
 def raise_all(error: type[GrowjaxError], headline: str, complaints: Iterable[str]) -> None:

@@ -93,3 +93,18 @@ def settle(model: Any, *, axes: Sequence[str] | None = None) -> Any:
         ],
     )
     return put(model, {slot.steps: None for slot in held})
+
+
+def is_gated(model: Any) -> bool:
+    """Whether any axis of the model is behind gates."""
+    return any(slot.arrays() for slot in axes_of(model).of_kind("gate"))
+
+
+def opened(model: Any, level: Any) -> Any:
+    """The model with its gates, if it has any, at this level: `ramp` for any stage of a run."""
+    return ramp(model, level) if is_gated(model) else model
+
+
+def ungated(model: Any) -> Any:
+    """The model without its gates: `settle` for shapes and under jit, where nobody can see levels."""
+    return put(model, {slot.steps: None for slot in axes_of(model).of_kind("gate")})

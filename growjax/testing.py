@@ -280,9 +280,9 @@ class _Study:
         at = (op is None, fill, opened)
         if at not in self._seen:
             with jax.enable_x64(True):
-                offset, spread, wide = map(jnp.asarray, (*_FILLS[fill], opened))
+                offset, spread, level = map(jnp.asarray, (*_FILLS[fill], opened))
                 given = (op, self.model, self.batch, self._shown)
-                self._seen[at] = _observe(*given, offset, spread, wide, self._slopes)
+                self._seen[at] = _observe(*given, offset, spread, level, self._slopes)
         return self._seen[at]
 
     def preserves(self, rtol: float | None = None) -> None:

@@ -108,12 +108,19 @@ class Llama(eqx.Module):
         tokens: Int[Array, " T"],
         *,
         positions: Int[Array, " T"] | None = None,
-        mask: Bool[Array, " T"] | None = None,
+        mask: Bool[Array, " T"] | Bool[Array, "T T"] | None = None,
+        prefix: Bool[Array, " T"] | None = None,
     ) -> Float[Array, "T vocab"]:
-        """Next-token logits; `mask` is True at real tokens, `positions` count from 0 by default."""
+        """Next-token logits; `positions` count from 0 by default.
+
+        `mask` is True at real tokens, or `[T, T]` where one may see the other (documents packed into
+        one sequence); tokens in the `prefix` are seen by all.
+        """
         length = tokens.shape[0]
         positions = jnp.arange(length) if positions is None else positions
         x = self.embedding(tokens)
         x = gated(x if self.dtype is None else x.astype(self.dtype), self.gate)
-        x = self.norm(self.blocks(x, mask=causal(length, mask), turn=self.rotary(positions)))
+        x = self.norm(
+            self.blocks(x, mask=causal(length, mask, prefix), turn=self.rotary(positions))
+        )
         return self.embedding.attend(x) if self.head is None else logits(x, self.head)

@@ -78,10 +78,18 @@ def make_block(
     )
 
 
-def causal(length: int, mask: Bool[Array, " T"] | None = None) -> Bool[Array, "T T"]:
-    """Who sees whom in a decoder: True at [t, s] where s is not after t and, given a mask, real."""
+def causal(
+    length: int,
+    mask: Bool[Array, " T"] | Bool[Array, "T T"] | None = None,
+    prefix: Bool[Array, " T"] | None = None,
+) -> Bool[Array, "T T"]:
+    """Who sees whom in a decoder: True at [t, s] where s is not after t, or in the prefix.
+
+    `mask` takes sight away: of tokens that are not real `[T]`, or pair by pair `[T, T]`.
+    """
     sees = jnp.tril(jnp.ones((length, length), bool))
-    return sees if mask is None else sees & mask[None, :]
+    sees = sees if prefix is None else sees | prefix[None, :]
+    return sees if mask is None else sees & mask
 
 
 def logits(x: Float[Array, "... embed"], head: Float[Array, "embed n"]) -> Float[Array, "... n"]:

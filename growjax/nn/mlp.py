@@ -57,9 +57,9 @@ class MLP(eqx.Module):
 
     def __call__(self, x: Float[Array, "T embed"]) -> Float[Array, "T embed"]:
         act = ACTIVATIONS[self.activation]
-        h = affine("te,em->tm", x, self.up, self.up_bias)
-        if self.glu is None:
-            h = act(gated(h, self.gate))
-        else:
-            h = gated(act(affine("te,em->tm", x, self.glu)) * h, self.gate)
+        # The gate is on what `up` makes. On the weights themselves it costs a product per weight, not
+        # per token, and leaves nothing between the matrix product and the activation.
+        bias = None if self.up_bias is None else gated(self.up_bias, self.gate)
+        h = affine("te,em->tm", x, gated(self.up, self.gate), bias)
+        h = act(h) if self.glu is None else act(affine("te,em->tm", x, self.glu)) * h
         return affine("tm,me->te", h, self.down, self.down_bias)

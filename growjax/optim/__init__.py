@@ -1,4 +1,4 @@
-"""Optimizers that know growth: state through operators, and Adam with an age for every coordinate."""
+"""Optimizers that know growth: state through operators, and an age for every coordinate."""
 
 from growjax.optim.age import adamw as adamw
 from growjax.optim.age import matrices as matrices

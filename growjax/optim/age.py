@@ -6,7 +6,7 @@ small vectors, since an entry of a leaf is as old as the youngest of its coordin
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -64,28 +64,37 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8):
         ages = {axis: age + 1 for axis, age in state.ages.of.items()}
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
+        first, second = _debias(ages, b1), _debias(ages, b2)
         out = {}
         for slot in table.of_kind("param"):
             if slot.value is not None:
                 m, v = get(mu, slot.steps), get(nu, slot.steps)
-                m = m / _debias(slot, ages, table.sizes, b1).astype(m.dtype)
-                v = v / _debias(slot, ages, table.sizes, b2).astype(v.dtype)
+                m = m / youngest(slot, first, table.sizes, 1.0).astype(m.dtype)
+                v = v / youngest(slot, second, table.sizes, 1.0).astype(v.dtype)
                 out[slot.steps] = m / (jnp.sqrt(v) + eps)
         return put(updates, out), AgedAdamState(mu, nu, Ages(ages))
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 
 
-def _debias(slot: Slot, ages: dict[str, Array], sizes: dict[str, int], decay: float) -> Array:
-    """`1 - decay^t` for the youngest coordinate of every entry, shaped to divide the leaf."""
-    total = jnp.ones((1,) * len(slot.dims))
+def youngest(slot: Slot, vectors: Mapping[str, Array], sizes: Mapping[str, int], top: Any) -> Array:
+    """The least of each entry's coordinates, shaped to broadcast to the leaf; `top` if it has none.
+
+    `vectors` holds a number for every coordinate of every axis: an age, or something that rises with it.
+    """
+    least = jnp.full((1,) * len(slot.dims), top)
     for i, dim in enumerate(slot.dims):
-        log_decay = math.log(decay) if decay else -math.inf
-        vector = -jnp.expm1(ages[dim.axis].astype(float) * log_decay)
-        total = jnp.minimum(total, vector.reshape((-1,) + (1,) * (len(slot.dims) - i - 1)))
+        vector = vectors[dim.axis].reshape((-1,) + (1,) * (len(slot.dims) - i - 1))
+        least = jnp.minimum(least, vector)
     if all(count == 1 for count in slot.spec.groups):
-        return total
-    return slot.join(jnp.broadcast_to(total, [sizes[dim.axis] for dim in slot.dims]))
+        return least
+    return slot.join(jnp.broadcast_to(least, [sizes[dim.axis] for dim in slot.dims]))
+
+
+def _debias(ages: Mapping[str, Array], decay: float) -> dict[str, Array]:
+    """`1 - decay^t` for every coordinate of every axis."""
+    log_decay = math.log(decay) if decay else -math.inf
+    return {axis: -jnp.expm1(age.astype(float) * log_decay) for axis, age in ages.items()}
 
 
 def matrices(params) -> Any:

@@ -1,10 +1,21 @@
-"""Training runs: plans, and the loop that runs them."""
+"""Training runs: plans as data, and the loop that runs, saves and resumes them."""
 
-from growjax.train.loop import End as End
-from growjax.train.loop import Growth as Growth
-from growjax.train.loop import Step as Step
-from growjax.train.loop import next_token_loss as next_token_loss
+from growjax.budget import Schedule as Schedule
+from growjax.optim.recipe import Optimizer as Optimizer
+from growjax.parallel import Layout as Layout
+from growjax.train.as_json import load_plan as load_plan
+from growjax.train.as_json import save_plan as save_plan
+from growjax.train.feed import CorpusFeed as CorpusFeed
+from growjax.train.feed import Feed as Feed
+from growjax.train.loop import Options as Options
 from growjax.train.loop import train as train
+from growjax.train.losses import cross_entropy as cross_entropy
 from growjax.train.plan import Plan as Plan
 from growjax.train.plan import Span as Span
 from growjax.train.plan import Stage as Stage
+from growjax.train.records import Begin as Begin
+from growjax.train.records import End as End
+from growjax.train.records import Growth as Growth
+from growjax.train.records import Record as Record
+from growjax.train.records import Saved as Saved
+from growjax.train.records import Step as Step

@@ -1,247 +1,348 @@
-"""One training run on one device, from top to bottom.
+"""One training run, from top to bottom: stages, steps, growth, checkpoints, and how it all resumes.
 
-The step of a stage is compiled before it runs, once for every sub-network size in it. The level of a
-ramp and the learning rate are arguments, and a compiled program refuses shapes it was not made for, so
-nothing recompiles unnoticed and compile time can be told from training time. Losses are read one step
-late, so the host never waits for the step it has just started.
+Every step of a stage is a program compiled before it runs, once for every sub-network size. The level
+of a ramp and the learning rate are arguments, and a compiled program refuses shapes it was not made
+for, so nothing recompiles unnoticed. Losses are read one step late: the host never waits for the step
+it has just started.
 
-A ramp that is over leaves its gates in place, at 1, until the next stage (or the end) settles them. The
+A ramp that is over leaves its gates in place, at 1, until the next growth (or the end) drops them. The
 function is the same and open gates cost next to nothing, but dropping them changes the program: at a
-boundary, which compiles a new one anyway, that is free; in the middle of a stage it is not.
+boundary, which has a new one anyway, that is free; in the middle of a stage it is not.
 """
 
 import contextlib
 import dataclasses
 import functools
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float, Int
+from jax.experimental import multihost_utils
 
-from growjax.axes import partition, sizes
 from growjax.errors import TrainingError
-from growjax.gates import ramp, settle
-from growjax.growth import grow
-from growjax.optim import adamw, carry
-from growjax.subnet import Subnet, step_key
-from growjax.train.plan import Plan, is_gated
+from growjax.gates import opened, ungated
+from growjax.parallel import from_host
+from growjax.train.clock import Clock
+from growjax.train.feed import CorpusFeed, Feed
+from growjax.train.losses import Loss, cross_entropy
+from growjax.train.plan import Plan, Span
+from growjax.train.records import Begin, End, Growth, Record, Saved, Step
+from growjax.train.step import Controls, Programs, State
+from growjax.train.transition import Ahead, cross
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """What one training step reports; `held_out` only at marks and after the last step.
+class Options:
+    """How a plan is run. None of it changes what is computed.
 
-    `step` counts from 0. `tokens`, `flops` and `seconds` are what the run has used once it is done;
-    seconds are those spent training, not compiling, growing or evaluating. Losses are in nats per token:
-    `loss` of the part that was trained, on its batch; `held_out` of the whole model.
+    **Fields**
+
+    - `evaluate_every`: training FLOPs between looks at the held-out loss; after the last step anyway.
+    - `held_out`: how many sequences that is taken over.
+    - `save_every`: steps between checkpoints, besides those on both sides of every growth.
+    - `keep_last`, `keep_every`: how many of the latest checkpoints stay, and which others.
+    - `background`: compile the next stage while this one trains.
+    - `profile`: steps of which a profile is written, first and last.
     """
 
-    stage: int
-    step: int
-    tokens: int
-    flops: int
-    seconds: float
-    rate: float
-    level: float
-    loss: float
-    held_out: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Growth:
-    """A growth before `step`: what grew, and the held-out loss just before and just after."""
-
-    stage: int
-    step: int
-    flops: int
-    grew: dict[str, tuple[int, int]]
-    before: float
-    after: float
-
-
-@dataclasses.dataclass(frozen=True)
-class End:
-    """The trained model, without gates; the step programs it used; seconds not spent training."""
-
-    model: Any
-    programs: int
-    compile_seconds: float
-    held_out_seconds: float
-
-
-def next_token_loss(model: Any, tokens: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Mean cross-entropy of each token given those before it, in nats."""
-    logits = jax.vmap(model)(tokens[:, :-1])
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
+    evaluate_every: float = math.inf
+    held_out: int = 64
+    save_every: int | None = None
+    keep_last: int = 2
+    keep_every: int | None = None
+    background: bool = True
+    profile: tuple[int, int] | None = None
 
 
 def train(
     plan: Plan,
-    batch: Callable[[int], Int[np.ndarray, "B T"]],
-    held_out: Int[np.ndarray, "N T"],
+    feed: Feed | None = None,
     *,
-    every: float = math.inf,
-    programs: dict[str, Any] | None = None,
-) -> Iterator[Step | Growth | End]:
-    """Run a plan: yields a `Step` for each step, a `Growth` for each growth, and at last the `End`.
+    run: str | Path | None = None,
+    options: Options = Options(),
+    loss: Loss = cross_entropy,
+    cache: dict[str, Any] | None = None,
+    devices: list[Any] | None = None,
+) -> Iterator[Record]:
+    """Run a plan, or go on with it: yields `Begin`, a `Step`, `Growth` or `Saved` for each, and `End`.
 
     **Arguments**
 
-    - `batch`: step n to its tokens `[plan.batch, plan.length + 1]`, a function of n alone.
-    - `held_out`: the sequences to evaluate on, whenever `every` more FLOPs have been spent.
-    - `programs`: a dict through which runs that follow each other share what they compiled.
+    - `feed`: its data; None reads what the plan names.
+    - `run`: the folder of its checkpoints. If there are some, the run goes on from the last one, with the
+      same batches, draws and numbers as if it had never stopped. None saves nothing.
+    - `loss`: what is minimised, see `cross_entropy`.
+    - `cache`: a dict through which runs that follow each other share what they compiled.
+    - `devices`: what the mesh is made of (all, by default).
 
-    Raises `TrainingError` with the step of the first loss that is not finite.
+    On SIGTERM the run saves and ends; on a second one it ends at once. Raises `TrainingError` with the
+    step of the first loss or gradient that is not finite, and for a growth that breaks its promise;
+    `CheckpointError` if the folder holds another run, or one that is not whole; `DataError`.
 
     **Example**
 
-        for record in train(plan, lambda n: text.batch(seed, n), text.held_out, every=1e12):
+        for record in train(plan, run="runs/first", options=Options(save_every=500)):
             print(record)
     """
-    clock, programs = _Clock(), {} if programs is None else programs
-    spent, count, late = 0, 0, None
-    tx = adamw(1.0, b2=plan.b2, weight_decay=plan.weight_decay)
-    with clock.apart("compile", ()):
-        trained, rest = partition(plan.build())
-        state = tx.init(trained)
-    evaluate = None
-
-    def compiled(program: Callable, *args: Any) -> Any:
-        with clock.apart("compile", state):
-            lowered = eqx.filter_jit(program, donate="all-except-first").lower(*args)
-            text = lowered.as_text()
-            if text not in programs:
-                programs[text] = lowered.compile()
-        return programs[text]
-
-    def held_out_loss(level: float) -> float:
-        nonlocal evaluate
-        given = trained, rest, np.float32(level), held_out
-        evaluate = evaluate or compiled(functools.partial(_evaluate, plan.batch), given)
-        with clock.apart("held_out", state):
-            return float(evaluate(given))
-
-    for index, span in enumerate(plan.spans):
-        stage, level = span.stage, 1.0
-        if late is not None:
-            yield late()
-            late = None
-
-        model = eqx.combine(trained, rest)
-        if is_gated(model):
-            model = settle(ramp(model, 1.0))
-            trained, rest = partition(model)
-            evaluate = None
-        if stage.grow is not None:
-            before, old, key = held_out_loss(level), sizes(model), plan.key("grow")
-            with clock.apart("compile", state):
-                state = carry(stage.grow, state, model, key=key)
-                model = grow(stage.grow, model, key=key)
-                trained, rest = partition(model)
-            evaluate = None
-            grew = {a: (old[a], n) for a, n in sizes(model).items() if n != old[a]}
-            yield Growth(index, span.start, spent, grew, before, held_out_loss(0.0))
-
-        steps: dict[Subnet | None, Any] = {}
-        for i, flops in enumerate(span.flops):
-            n, part, level = span.start + i, stage.part(i, plan.seed), stage.level(i)
-            rate = plan.learning_rate(spent + flops / 2)
-            given = rest, batch(n), np.float32(level), np.float32(rate), np.int32(n)
-            if part not in steps:
-                program = functools.partial(_step, tx, part, plan.seed)
-                steps[part], count = compiled(program, given, trained, state), count + 1
-            loss, trained, state = steps[part](given, trained, state)
-
-            if late is not None:  # the step before, now that this one is on its way
-                yield late()
-            spent += flops
-            late = functools.partial(_read, plan, clock, index, n, spent, rate, level, loss)
-            last = n == plan.steps - 1
-            if last or spent // every > (spent - flops) // every:
-                yield late(held_out_loss(level))
-                late = None
-
-    model = eqx.combine(trained, rest)
-    model = settle(ramp(model, 1.0)) if is_gated(model) else model
-    yield End(model, count, clock.spent["compile"], clock.spent["held_out"])
+    mesh = plan.layout.mesh(devices)
+    programs = Programs(plan.optimizer.build(), loss, mesh, plan.layout, plan.seed, plan.accumulate)
+    ahead = Ahead(plan, programs, cache=cache, background=options.background)
+    with contextlib.closing(ahead), _stop_signal(run is not None) as asked_to_stop:
+        loop = _Loop(plan, feed, run, options, programs, ahead, asked_to_stop)
+        yield from loop.records()
 
 
-def _step(tx: Any, part: Subnet | None, seed: int, given: tuple, trained: Any, state: Any):
-    """One update: the loss before it, the parameters and the optimizer state after it."""
-    rest, tokens, level, rate, n = given
+class _Loop:
+    """The state of a run between two records."""
 
-    def loss_of(trained):
-        model = _opened(eqx.combine(trained, rest), level)
-        if part is not None:
-            model = part(model, key=step_key(seed, n), step=n)
-        return next_token_loss(model, tokens)
+    def __init__(
+        self,
+        plan: Plan,
+        feed: Feed | None,
+        run: str | Path | None,
+        options: Options,
+        programs: Programs,
+        ahead: Ahead,
+        asked_to_stop: Callable[[int], bool],
+    ):
+        self.plan, self.options, self.programs, self.ahead = plan, options, programs, ahead
+        self.asked_to_stop = asked_to_stop
+        self.clock = Clock()
+        self.saves = None
+        if run is not None:
+            # Orbax takes a second to import, and a run that saves nothing does not need it
+            from growjax.train.saving import Saves
 
-    loss, gradients = jax.value_and_grad(loss_of)(trained)
-    updates, state = tx.update(gradients, state, trained)
-    updates = jax.tree.map(lambda u: u * rate.astype(u.dtype), updates)
-    return loss, optax.apply_updates(trained, updates), state
+            kept = {"keep_last": options.keep_last, "keep_every": options.keep_every}
+            self.saves = Saves(plan, Path(run), **kept)
+        self.feed = feed or CorpusFeed.of(plan, Path(run or "runs/_").parent / "cache")
+        self.spent = 0
+        self.late: Callable[..., Step] | None = None
+        self.held_out: dict[Any, Any] = {}
 
+    def records(self) -> Iterator[Record]:
+        plan = self.plan
+        found = self.saves.resume(self.programs, self.feed.digest) if self.saves else None
+        stage, step = (found.stage, found.step) if found else (0, 0)
+        self.ahead.start(stage)
+        with self.clock.apart("birth"):
+            self.state = found.state if found else self.programs.birth(plan.build)()
+        if found:
+            self.spent, self.clock.before = found.flops, found.seconds
+        yield Begin(stage, step, found and found.path, self.programs.mesh.size)
 
-def _evaluate(batch: int, given: tuple) -> Float[Array, ""]:
-    """The held-out loss, in batches of the training size: it must not need a larger memory."""
-    trained, rest, level, held_out = given
-    model = _opened(eqx.combine(trained, rest), level)
+        for span in plan.spans[stage:]:
+            if span.index > stage:
+                yield from self._enter(span)
+            with self.feed.stream(span, step - span.start) as stream:
+                for i in range(step - span.start, span.steps):
+                    if self.asked_to_stop(span.start + i):
+                        yield from self._flush()
+                        yield from self._save(span, span.start + i)
+                        yield self._end(span, i, finished=False)
+                        return
+                    yield from self._step(span, i, stream)
+            step = span.start + span.steps
+            yield from self._flush()
+            if span is not plan.spans[-1]:
+                yield from self._save(span, step)
+        yield from self._save(plan.spans[-1], step)
+        yield self._end(plan.spans[-1], plan.spans[-1].steps, finished=True)
 
-    def loss(tokens):
-        return next_token_loss(model, tokens[None])
+    # One step ---------------------------------------------------------------------------------
 
-    return jnp.mean(jax.lax.map(loss, held_out, batch_size=batch))
+    def _step(self, span: Span, i: int, stream: Any) -> Iterator[Record]:
+        plan, options = self.plan, self.options
+        part, n, flops = span.stage.part(i, plan.seed), span.start + i, span.flops[i]
+        level, rate = span.stage.level(i), plan.learning_rate(self.spent + flops / 2)
+        controls = Controls(np.float32(level), np.float32(rate), np.int32(n))
+        program = self._compiled("step", span, part)
+        waited = stream.waited
+        _, rows = next(stream)
+        batch = from_host(rows, self.programs.mesh)
+        if options.profile and n == options.profile[0] and self.saves:
+            jax.profiler.start_trace(str(self.saves.run / "profile"))
+        self.state, report = program(self.state, batch, controls)
 
-
-def _opened(model: Any, level: Any) -> Any:
-    """The model with its gates, if it has any, at this level."""
-    return ramp(model, level) if is_gated(model) else model
-
-
-def _read(
-    plan: Plan,
-    clock: "_Clock",
-    stage: int,
-    step: int,
-    flops: int,
-    rate: float,
-    level: float,
-    loss: Array,
-    held_out: float | None = None,
-) -> Step:
-    """Wait for a loss and report its step."""
-    value = float(loss)
-    if not math.isfinite(value):
-        raise TrainingError(
-            f"plan {plan.name!r}: the loss of step {step} (stage {stage} "
-            f"{plan.stages[stage].name!r}, learning rate {rate:.3g}) is {value}; lower the peak or "
-            "lengthen the warmup"
+        yield from self._flush()  # the step before, now that this one is on its way
+        self.spent += flops
+        self.late = functools.partial(
+            self._read, span, i, self.spent, rate, level, report, stream.waited - waited
         )
-    tokens = (step + 1) * plan.batch * plan.length
-    return Step(stage, step, tokens, flops, clock.training(), rate, level, value, held_out)
+        every, last = options.evaluate_every, n == plan.steps - 1
+        if last or self.spent // every > (self.spent - flops) // every:
+            yield from self._flush(self._held_out_loss(span, level))
+        if options.profile and n == options.profile[1] and self.saves:
+            yield from self._flush()
+            jax.profiler.stop_trace()
+        due = options.save_every and (n + 1) % options.save_every == 0
+        if due and i + 1 < span.steps:
+            yield from self._flush()  # what is saved is known to be finite
+            yield from self._save(span, n + 1)
+
+    def _flush(self, held_out: float | None = None) -> Iterator[Step]:
+        if self.late is not None:
+            late, self.late = self.late, None
+            yield late(held_out)
+
+    def _read(
+        self,
+        span: Span,
+        i: int,
+        flops: int,
+        rate: float,
+        level: float,
+        report: Any,
+        waited: float,
+        held_out: float | None = None,
+    ) -> Step:
+        """Wait for a step's numbers and report them, unless they are not numbers."""
+        loss, gradient_norm, parameter_norm = (float(x) for x in jax.device_get(report))
+        n = span.start + i
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            last = self.saves and self.saves.last()
+            raise TrainingError(
+                f"plan {self.plan.name!r}: step {n} (stage {span.index} {span.stage.name!r}, learning "
+                f"rate {rate:.3g}) has a loss of {loss} and a gradient of norm {gradient_norm}; lower "
+                "the peak, lengthen the warmup or look at the batch. Last good checkpoint: "
+                f"{last or 'none'}"
+            )
+        tokens = span.tokens + (i + 1) * span.step_tokens
+        seconds = self.clock.training()
+        took = self.clock.lap()
+        return Step(
+            span.index,
+            n,
+            tokens,
+            flops,
+            seconds,
+            rate,
+            level,
+            loss,
+            gradient_norm,
+            parameter_norm,
+            took,
+            waited,
+            held_out,
+        )
+
+    # Between stages ---------------------------------------------------------------------------
+
+    def _enter(self, span: Span) -> Iterator[Record]:
+        """Grow into a stage, if it grows, and put the grown state on record before it trains."""
+        before = self.plan.spans[span.index - 1]
+        if span.stage.grow is None:
+            # Gates of the stage before are open by now; without them the function is the same.
+            self.state = self.state._replace(rest=ungated(self.state.rest))
+            self.ahead.start(span.index)
+            return
+        start, waited = time.perf_counter(), self.ahead.waited
+        with self.clock.apart("grow"):
+            self.state, crossing = cross(
+                self.plan, span, self.state, self.ahead.get, functools.partial(self._probe, span)
+            )
+            self.ahead.get(("step", span.index, span.parts[0][1]))
+        compile_wait = self.ahead.waited - waited
+        saved = list(self._save(span, span.start, crossing))
+        stall = time.perf_counter() - start
+        self.ahead.start(span.index)
+        old, new = before.sizes, span.sizes
+        grew = {a: (old.get(a, 0), n) for a, n in new.items() if n != old.get(a)}
+        yield Growth(span.index, span.start, self.spent, grew, crossing, stall, compile_wait)
+        yield from saved
+
+    def _probe(self, span: Span, program: Any, state: State, level: float):
+        """The losses of one held-out batch, seen through the objective of the stage to come."""
+        rows = self._examples(span, span.batch)
+        return jax.device_get(program(state, rows, np.float32(level)))
+
+    def _held_out_loss(self, span: Span, level: float) -> float:
+        program = self._compiled("evaluate", span, None)
+        with self.clock.apart("held_out", self.state):
+            rows = -(-self.options.held_out // span.batch) * span.batch
+            total = count = 0.0
+            for start in range(0, rows, span.batch):
+                batch = self._examples(span, rows, start)
+                losses, weights = jax.device_get(program(self.state, batch, np.float32(level)))
+                # Rows past the number asked for only fill the last batch.
+                real = np.arange(start, start + span.batch) < self.options.held_out
+                weights = weights * real[:, None]
+                total, count = total + (losses * weights).sum(), count + weights.sum()
+        return float(total / count)
+
+    def _examples(self, span: Span, rows: int, start: int = 0) -> Any:
+        """One batch of the held-out examples, on the mesh."""
+        key = span.objective, rows
+        if key not in self.held_out:
+            self.held_out[key] = self.feed.held_out(span.objective, rows)
+        each = span.batch // jax.process_count()
+        first = start + jax.process_index() * each
+        mine = {k: v[first : first + each] for k, v in self.held_out[key].items()}
+        return from_host(mine, self.programs.mesh)
+
+    def _compiled(self, kind: Any, span: Span, part: Any) -> Any:
+        need = kind, span.index, part
+        # Steps that still run are training; a program that is not there yet is not.
+        with self.clock.apart("compile", () if self.ahead.ready(need) else self.state):
+            return self.ahead.get(need)
+
+    def _save(self, span: Span, step: int, crossing: Any = None) -> Iterator[Saved]:
+        """Write a checkpoint, unless there is none to write or it is there from an earlier session."""
+        if self.saves is None:
+            return
+        with self.clock.apart("save"):
+            path = self.saves.save(
+                span,
+                step,
+                self.state,
+                level=span.stage.level(step - span.start - 1) if step > span.start else 0.0,
+                flops=self.spent,
+                seconds=self.clock.training(),
+                data=self.feed.digest,
+                crossing=crossing,
+            )
+        if path is not None:
+            yield Saved(span.index, step, str(path))
+
+    def _end(self, span: Span, i: int, *, finished: bool) -> End:
+        if self.saves:
+            self.saves.wait()
+        model = opened(self.state.model, span.stage.level(i - 1) if i else 0.0)
+        spent = self.clock.spent
+        return End(
+            ungated(model) if finished else model,
+            finished,
+            self.ahead.compiled,
+            spent.get("compile", 0.0) + spent.get("grow", 0.0) + spent.get("birth", 0.0),
+            spent.get("held_out", 0.0),
+        )
 
 
-class _Clock:
-    """Tells the seconds spent training from those spent on other things."""
+@contextlib.contextmanager
+def _stop_signal(enabled: bool) -> Iterator[Callable[[int], bool]]:
+    """A question that becomes true after SIGTERM, on every host at the same step.
 
-    def __init__(self):
-        self.start = time.perf_counter()
-        self.spent = {"compile": 0.0, "held_out": 0.0}
+    With many hosts JAX's own service listens, so that all of them stop together. Otherwise the first
+    signal is caught, and a second one does what it always did.
+    """
+    many = jax.process_count() > 1
+    if many or not enabled or threading.current_thread() is not threading.main_thread():
+        yield multihost_utils.reached_preemption_sync_point if many else lambda step: False
+        return
+    received = []
 
-    def training(self) -> float:
-        return time.perf_counter() - self.start - sum(self.spent.values())
+    def once(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(signal.SIGTERM, usual)
 
-    @contextlib.contextmanager
-    def apart(self, what: str, running: Any):
-        """Time something that is not training, once the steps that are still running are done."""
-        jax.block_until_ready(running)
-        start = time.perf_counter()
-        yield
-        self.spent[what] += time.perf_counter() - start
+    usual = signal.signal(signal.SIGTERM, once)
+    try:
+        yield lambda step: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, usual)

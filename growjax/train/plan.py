@@ -13,13 +13,24 @@ import equinox as eqx
 import jax
 from jaxtyping import PRNGKeyArray
 
-from growjax.axes import axes_of, put, sizes
-from growjax.cost import training_flops_per_token
+from growjax.axes import axes_of, sizes
+from growjax.budget import Schedule
+from growjax.cost import flops as count_flops
+from growjax.data.objectives import Objective, batch_shapes
+from growjax.data.sources import Source
 from growjax.errors import GrowjaxError, PlanError, raise_all
+from growjax.gates import is_gated, ungated
 from growjax.growth import Chain, Operator
 from growjax.maps import fold_in_name
-from growjax.models import GPT, GPTConfig
+from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, Llama, LlamaConfig, T5Config
+from growjax.optim.recipe import Optimizer
+from growjax.parallel import Layout
 from growjax.subnet import PathSchedule, RandomPath, Subnet
+from growjax.train.losses import predictions
+
+
+ModelConfig = GPTConfig | BERTConfig | LlamaConfig | T5Config
+_MODELS = {GPTConfig: GPT, BERTConfig: BERT, LlamaConfig: Llama, T5Config: T5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,21 +41,28 @@ class Stage:
 
     - `name`: what it is called in reports.
     - `tokens`: how long it lasts, in training tokens; or
-    - `share`: the same as a share of the plan's `budget`. A `PathSchedule` says it itself.
+    - `flops`: in training FLOPs; or
+    - `share`: as a share of the plan's `budget`. A `PathSchedule` says it itself.
     - `grow`: the operator that the stage starts with.
     - `ramp`: over how many of its first steps the gates that `grow` added open linearly, from
       1/ramp to 1. The stage is at least as long.
     - `subnet`: trains only this part of the model. A `PathSchedule`'s steps count from the stage's
       first. Layers that are skipped by a coin of their own (`mode="bernoulli"`, progressive layer
       drop) are charged as if they ran: no draw is cheaper than another.
+    - `rewarm`: the share of the stage's cost over which the learning rate climbs again, from 0.
+    - `batch`, `objective`: instead of the plan's, for this stage alone.
     """
 
     name: str = ""
     tokens: int | None = None
+    flops: float | None = None
     share: float | None = None
     grow: Operator | Chain | None = None
     ramp: int = 0
     subnet: Subnet | PathSchedule | None = None
+    rewarm: float = 0.0
+    batch: int | None = None
+    objective: Objective | None = None
 
     def part(self, i: int, seed: int) -> Subnet | None:
         """The sub-network of the stage's step `i`; equal ones share one program."""
@@ -60,75 +78,97 @@ class Stage:
 class Span(NamedTuple):
     """A stage with everything worked out.
 
-    `start` is its first step, `flops[i]` the training FLOPs of its step i, `sizes` what it trains at.
+    `start` is its first step and `tokens` what was seen before it; `flops[i]` are the training FLOPs of
+    its step i; `model` has the shapes it trains, gates included; `parts` its sub-networks, each with
+    the step of the stage that needs it first.
     """
 
+    index: int
     stage: Stage
     start: int
+    tokens: int
     flops: tuple[int, ...]
-    sizes: dict[str, int]
+    model: Any
+    parts: tuple[tuple[int, Subnet | None], ...]
+    batch: int
+    objective: Objective
 
     @property
     def steps(self) -> int:
         return len(self.flops)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of every named axis."""
+        return sizes(self.model)
+
+    @property
+    def step_tokens(self) -> int:
+        """Training tokens of one step."""
+        return self.batch * self.objective.raw_length
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One training run, from a model's birth to a learning rate of zero.
+    """One training run, from a model's birth to its end.
 
     **Fields**
 
     - `name`: what the run is called in reports.
-    - `model`: the model that the first stage starts from.
+    - `model`: the model that the first stage starts from; its `dtype` and `remat` are those of the run.
     - `stages`: what happens, in order.
-    - `batch`, `length`: sequences per step, and tokens per sequence.
-    - `peak`: the highest learning rate.
-    - `warmup`: the share of the FLOPs over which it rises to there; it falls to 0 over the rest.
-    - `budget`: training FLOPs, needed if and only if the stages are shares of it.
-    - `b2`: Adam's memory of squared gradients; short runs want a short one.
-    - `weight_decay`: of the matrices, per unit of learning rate.
-    - `seed`: of the model, its growth and its sub-networks.
+    - `batch`: sequences per step, over all devices.
+    - `objective`: what one sequence is and what is predicted, such as `growjax.data.Causal(128)`.
+    - `rate`: the learning rate as a function of the share of all FLOPs that is spent.
+    - `optimizer`: how gradients become updates.
+    - `budget`: training FLOPs, needed if and only if stages are shares of it.
+    - `accumulate`: in how many parts, one after the other, each batch is computed.
+    - `layout`: how the run is spread over devices.
+    - `data`: what it trains on; None if `train` is given its own.
+    - `tokenizer`: "bytes", or the path of a `tokenizers` file.
+    - `seed`: of the model, its growth, its sub-networks and the order of the data.
 
     Raises `PlanError` that lists every fault.
 
     **Example**
 
         Plan("grown", small, (Stage(tokens=400_000), Stage(tokens=400_000, grow=gj.stack(layers=6))),
-             batch=16, length=128, peak=2e-3)
+             batch=16, objective=Causal(128), rate=Schedule(2e-3))
     """
 
     name: str
-    model: GPTConfig
+    model: ModelConfig
     stages: tuple[Stage, ...]
     batch: int
-    length: int
-    peak: float
-    warmup: float = 0.05
+    objective: Objective
+    rate: Schedule
+    optimizer: Optimizer = Optimizer()
     budget: float | None = None
-    b2: float = 0.95
-    weight_decay: float = 0.0
+    accumulate: int = 1
+    layout: Layout = Layout()
+    data: Source | None = None
+    tokenizer: str = "bytes"
     seed: int = 0
 
     def __post_init__(self):
         faults = list(_length_faults(self))
         for n, stage in enumerate(self.stages):
             faults += [f"stage {n} {stage.name!r}: {fault}" for fault in _stage_faults(stage)]
-        faults = [*_rate_faults(self), *(faults or _fit_faults(self))]
+        faults = faults or _fit_faults(self)
         raise_all(PlanError, f"plan {self.name!r} cannot be run:", faults)
 
-    def build(self) -> GPT:
+    def build(self) -> Any:
         """The model at birth."""
-        return GPT(self.model, key=self.key("model"))
+        return build(self.model, self.key("model"))
 
     def key(self, name: str) -> PRNGKeyArray:
         """The key for one purpose: the same in every run of this plan."""
-        return fold_in_name(jax.random.key(self.seed), name)
+        return purpose_key(self.seed, name)
 
     @functools.cached_property
     def spans(self) -> tuple[Span, ...]:
         """The stages worked out: what a dry run shows."""
-        return tuple(_dry_run(self))
+        return tuple(_work_out(self))
 
     @functools.cached_property
     def flops(self) -> int:
@@ -140,125 +180,145 @@ class Plan:
         """Steps of the whole run."""
         return sum(span.steps for span in self.spans)
 
+    @property
+    def tokens(self) -> int:
+        """Training tokens of the whole run."""
+        return sum(span.steps * span.step_tokens for span in self.spans)
+
     def learning_rate(self, spent: float) -> float:
-        """The learning rate at `spent` FLOPs: up to the peak and down to 0 at the plan's own end.
+        """The learning rate at `spent` FLOPs.
 
         A function of cost, not of steps: a stage of small steps must not use up the schedule of the
-        dear ones, and every run ends fully decayed, whatever it cost.
+        dear ones, and every run ends where its schedule does, whatever it cost.
         """
-        done = spent / self.flops
-        rise = done / self.warmup if self.warmup else 1.0
-        return self.peak * max(min(rise, (1 - done) / (1 - self.warmup)), 0.0)
+        rate = self.rate.at(spent / self.flops)
+        start = 0
+        for span in self.spans:
+            cost = sum(span.flops)
+            if span.stage.rewarm and start <= spent < start + span.stage.rewarm * cost:
+                rate *= (spent - start) / (span.stage.rewarm * cost)
+            start += cost
+        return rate
 
 
-def is_gated(model: Any) -> bool:
-    """Whether any axis of the model is behind gates."""
-    return any(slot.arrays() for slot in axes_of(model).of_kind("gate"))
+def build(config: ModelConfig, key: PRNGKeyArray) -> Any:
+    """The model that a configuration describes."""
+    return _MODELS[type(config)](config, key=key)
 
 
-def settled(model: Any) -> Any:
-    """The model without its gates, also for shapes, which have no levels that could be checked."""
-    return put(model, {slot.steps: None for slot in axes_of(model).of_kind("gate")})
+def purpose_key(seed: int, name: str) -> PRNGKeyArray:
+    """The key for one purpose of a run: "model" or "grow"."""
+    return fold_in_name(jax.random.key(seed), name)
+
+
+def is_objective(value: Any) -> bool:
+    """Whether this is something that makes training examples."""
+    return callable(value) and hasattr(value, "raw_length")
 
 
 # Faults ------------------------------------------------------------------------------------------
 
 
-def _rate_faults(plan: Plan) -> Iterator[str]:
-    if not plan.peak > 0:
-        yield f"peak: expected a positive learning rate, got {plan.peak!r}"
-    if not 0 <= plan.warmup < 1:
-        yield f"warmup: expected a share of the run from 0 to below 1, got {plan.warmup!r}"
-    if not 0 <= plan.b2 < 1:
-        yield f"b2: expected a rate from 0 to below 1, got {plan.b2!r}"
-    if plan.weight_decay < 0:
-        yield f"weight_decay: expected 0 or more, got {plan.weight_decay!r}"
-
-
 def _length_faults(plan: Plan) -> Iterator[str]:
-    for field, value in [("batch", plan.batch), ("length", plan.length)]:
+    for field in ("batch", "accumulate"):
+        value = getattr(plan, field)
         if not isinstance(value, int) or value < 1:
             yield f"{field}: expected a positive integer, got {value!r}"
+    if type(plan.model) not in _MODELS:
+        names = ", ".join(cls.__name__ for cls in _MODELS)
+        yield f"model: expected one of {names}, got {plan.model!r}"
+    if not is_objective(plan.objective):
+        yield f"objective: expected one such as Causal(128), got {plan.objective!r}"
     if not plan.stages:
         yield "stages: expected at least one"
     shares = [stage.share for stage in plan.stages if stage.share is not None]
     if shares and plan.budget is None:
         yield "budget: the stages are shares of it, so it must be given"
     elif not shares and plan.budget is not None:
-        yield "budget: no stage is a share of it, so the stages' tokens decide; leave it out"
+        yield "budget: no stage is a share of it, so the stages decide; leave it out"
     elif plan.budget is not None and not plan.budget > 0:
         yield f"budget: expected a positive number of FLOPs, got {plan.budget!r}"
     if shares and (len(shares) < len(plan.stages) or abs(sum(shares) - 1) > 1e-6):
         yield f"stages: every one must have a share and all together 1, got {shares}"
-    if plan.length > plan.model.positions and plan.model.position == "learned":
-        yield f"length: {plan.length} is longer than the model's {plan.model.positions} positions"
 
 
 def _stage_faults(stage: Stage) -> Iterator[str]:
     scheduled = isinstance(stage.subnet, PathSchedule)
-    given = [what for what in ("tokens", "share") if getattr(stage, what) is not None]
+    lengths = ("tokens", "flops", "share")
+    given = [what for what in lengths if getattr(stage, what) is not None]
     if scheduled and given:
         yield f"its path schedule says how long it is; leave {' and '.join(given)} out"
     elif not scheduled and len(given) != 1:
-        yield f"expected either tokens or share, got {' and '.join(given) or 'neither'}"
-    if stage.tokens is not None and stage.tokens < 1:
-        yield f"tokens: expected a positive number, got {stage.tokens!r}"
-    if stage.share is not None and not stage.share > 0:
-        yield f"share: expected a positive number, got {stage.share!r}"
+        yield f"expected one of tokens, flops and share, got {' and '.join(given) or 'none'}"
+    for what in given:
+        if not getattr(stage, what) > 0:
+            yield f"{what}: expected a positive number, got {getattr(stage, what)!r}"
     if stage.grow is not None and not isinstance(stage.grow, Operator | Chain):
         yield f"grow: expected an operator such as gj.msg(mlp=2048), got {stage.grow!r}"
     if not (stage.subnet is None or scheduled or isinstance(stage.subnet, Subnet)):
         yield f"subnet: expected one such as gj.random_path(6), got {stage.subnet!r}"
     if not isinstance(stage.ramp, int) or stage.ramp < 0:
         yield f"ramp: expected a number of steps, got {stage.ramp!r}"
-
-
-def _steps(plan: Plan, tokens: int) -> int:
-    return max(round(tokens / (plan.batch * plan.length)), 1)
+    if not 0 <= stage.rewarm <= 1:
+        yield f"rewarm: expected a share of the stage from 0 to 1, got {stage.rewarm!r}"
+    if stage.batch is not None and (not isinstance(stage.batch, int) or stage.batch < 1):
+        yield f"batch: expected a positive integer, got {stage.batch!r}"
+    if not (stage.objective is None or is_objective(stage.objective)):
+        yield f"objective: expected one such as Causal(128), got {stage.objective!r}"
 
 
 def _fit_faults(plan: Plan) -> list[str]:
     """Everything that only shows once the stages are worked out, up to the first that cannot be."""
     faults: list[str] = []
-    spans = _dry_run(plan, faults)
+    spans = _work_out(plan, faults)
     plan.__dict__["spans"] = tuple(spans)  # what the cached property would do over again
     return faults
 
 
-def _dry_run(plan: Plan, faults: list[str] | None = None) -> list[Span]:
+def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
     """Work out every stage from shapes alone, and add what does not fit to `faults`."""
     faults = [] if faults is None else faults
-    model = eqx.filter_eval_shape(GPT, plan.model, key=plan.key("model"))
+    model = eqx.filter_eval_shape(plan.build)
     spans: list[Span] = []
-    start, spent, share = 0, 0, 0.0
+    start, tokens, spent, share = 0, 0, 0, 0.0
     for n, stage in enumerate(plan.stages):
         where = f"stage {n} {stage.name!r}: "
-        model = settled(model)
+        model = ungated(model)
+        batch, objective = stage.batch or plan.batch, stage.objective or plan.objective
+        faults += [where + fault for fault in _shape_faults(plan, batch, objective, model)]
         try:
             if stage.grow is not None:
                 model = eqx.filter_eval_shape(stage.grow, model, key=plan.key("grow"))
-            flops = _Costs(plan, stage, model)
-            if stage.tokens is not None:
-                costs = [flops[i] for i in range(_steps(plan, stage.tokens))]
-            elif isinstance(stage.subnet, PathSchedule):
-                costs = [flops[i] for i in range(stage.subnet.stages[-1].stop)]
+            costs = _Costs(stage, model, plan.seed, batch, objective)
+            share += stage.share or 0.0
+            if isinstance(stage.subnet, PathSchedule):
+                flops = [costs[i] for i in range(stage.subnet.stages[-1].stop)]
+            elif stage.tokens is not None:
+                steps = max(round(stage.tokens / (batch * objective.raw_length)), 1)
+                flops = [costs[i] for i in range(steps)]
             else:
-                share += stage.share or 0.0
-                costs = _until(flops, share * (plan.budget or 0.0) - spent)
+                # Shares count from the start, so that a stage makes up for its forerunner's rounding
+                flops = _until(costs, stage.flops or share * (plan.budget or 0.0) - spent)
         except GrowjaxError as error:
             faults.append(where + str(error).replace("\n", "\n    "))
             return spans
-        faults += [where + fault for fault in _ramp_faults(stage, model, len(costs))]
-        spans.append(Span(stage, start, tuple(costs), sizes(model)))
-        start, spent = start + len(costs), spent + sum(costs)
+        faults += [where + fault for fault in _ramp_faults(stage, model, len(flops))]
+        parts: dict[Subnet | None, int] = {}
+        for i in range(len(flops)):
+            parts.setdefault(stage.part(i, plan.seed), i)
+        needs = tuple((i, part) for part, i in parts.items())
+        spans.append(Span(n, stage, start, tokens, tuple(flops), model, needs, batch, objective))
+        start, spent = start + len(flops), spent + sum(flops)
+        tokens += len(flops) * spans[-1].step_tokens
     return spans
 
 
 class _Costs:
     """Training FLOPs of each step of a stage; each of its programs is counted once."""
 
-    def __init__(self, plan: Plan, stage: Stage, model: Any):
-        self.plan, self.stage, self.model = plan, stage, model
+    def __init__(self, stage: Stage, model: Any, seed: int, batch: int, objective: Objective):
+        self.stage, self.model, self.seed = stage, model, seed
+        self.batch, self.objective = batch, objective
         self.known: dict[Subnet | None, int] = {}
         if isinstance(stage.subnet, PathSchedule) and stage.subnet.layers != sizes(model)["layers"]:
             raise PlanError(
@@ -267,28 +327,46 @@ class _Costs:
             )
 
     def __getitem__(self, i: int) -> int:
-        part = self.stage.part(i, self.plan.seed)
+        part = self.stage.part(i, self.seed)
         if part not in self.known:
-            plan = self.plan
-
-            def call(model, tokens):
-                if part is not None:
-                    model = part(model, key=jax.random.key(0))
-                return model(tokens)
-
-            per_token = training_flops_per_token(eqx.Partial(call, self.model), plan.length)
-            self.known[part] = round(per_token * plan.batch * plan.length)
+            self.known[part] = step_flops(self.model, self.objective, self.batch, part)
         return self.known[part]
 
 
-def _until(flops: _Costs, budget: float) -> list[int]:
+def step_flops(model: Any, objective: Objective, batch: int, part: Subnet | None = None) -> int:
+    """Model FLOPs of one training step: three forward passes of the part that is trained."""
+
+    def forward(model, rows):
+        if part is not None:
+            model = part(model, key=jax.random.key(0))
+        return jax.vmap(lambda row: predictions(model, row))(rows)
+
+    return 3 * batch * count_flops(forward, model, batch_shapes(objective, 1))
+
+
+def _until(costs: _Costs, budget: float) -> list[int]:
     """The steps that come closest to a budget, and at least one."""
-    costs: list[int] = []
+    flops: list[int] = []
     spent = 0
-    while not costs or spent + flops[len(costs)] / 2 <= budget:
-        costs.append(flops[len(costs)])
-        spent += costs[-1]
-    return costs
+    while not flops or spent + costs[len(flops)] / 2 <= budget:
+        flops.append(costs[len(flops)])
+        spent += flops[-1]
+    return flops
+
+
+def _shape_faults(plan: Plan, batch: int, objective: Objective, model: Any) -> Iterator[str]:
+    known = sizes(model)
+    if batch % plan.accumulate:
+        yield f"batch: {batch} sequences cannot be computed in {plan.accumulate} equal parts"
+    shapes = batch_shapes(objective, 1)
+    longest = max(x.shape[1] for x in shapes.values())
+    if longest > known.get("positions", longest):
+        yield f"objective: {longest} tokens are more than the model's {known['positions']} positions"
+    seq2seq = "encoder_tokens" in shapes
+    if seq2seq != isinstance(plan.model, T5Config):
+        kind = "an encoder and a decoder" if seq2seq else "one sequence"
+        name = type(plan.model).__name__
+        yield f"objective: {objective} makes examples for {kind}, which is not what {name} reads"
 
 
 def _ramp_faults(stage: Stage, model: Any, steps: int) -> Iterator[str]:

@@ -1,0 +1,243 @@
+"""Where every array lives: the only place that makes a mesh, and axis names become mesh axes.
+
+A `Layout` is three numbers, and each of them is a mesh axis. `data` replicas each hold the whole state;
+over `fsdp` devices every parameter, gradient and moment is split along its largest free axis and
+gathered layer by layer as the scan needs it (ZeRO-3); over `tensor` devices the heads, the MLP and the
+vocabulary are split and activations travel instead. Sequences are split over `data` and `fsdp`.
+
+`jax.pmap` is not used: JAX keeps it in maintenance only, and it cannot express any of this.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from growjax.axes import Slot, axes_of, get, put
+from growjax.errors import LayoutError, raise_all
+
+
+AXES = ("data", "fsdp", "tensor")
+# Sequences are split over replicas and over the devices that share one replica's state.
+BATCH = PartitionSpec(("data", "fsdp"))
+# Named axes that may be split over `tensor`; the first that divides wins.
+_TENSOR = ("kv_heads", "group", "mlp", "experts", "vocab")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a run is spread over devices: the sizes of three mesh axes.
+
+    **Fields**
+
+    - `data`: replicas; -1 takes the devices that the other two leave.
+    - `fsdp`: devices that share one replica's parameters, gradients and optimizer state.
+    - `tensor`: devices that share one layer's heads and units.
+    - `step`: "auto" lets the compiler place the collectives from the shardings; "shard_map" writes
+      them out, and needs `fsdp` and `tensor` at 1.
+    - `own_paths`: each replica draws a sub-network of its own ("shard_map" only).
+
+    Raises `LayoutError` for sizes that make no mesh.
+
+    **Example**
+
+        Layout(fsdp=8, tensor=2).mesh()       # over all devices: 16 of them a replica
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    step: Literal["auto", "shard_map"] = "auto"
+    own_paths: bool = False
+
+    def __post_init__(self):
+        faults = [
+            f"{name}: expected a positive number of devices{' or -1' if name == 'data' else ''}, got {n!r}"
+            for name, n in zip(AXES, self.sizes, strict=True)
+            if not (isinstance(n, int) and (n > 0 or (n == -1 and name == "data")))
+        ]
+        if self.step not in ("auto", "shard_map"):
+            faults.append(f"step: expected 'auto' or 'shard_map', got {self.step!r}")
+        if self.step == "shard_map" and (self.fsdp, self.tensor) != (1, 1):
+            faults.append("step: 'shard_map' is for replicas alone; set fsdp and tensor to 1")
+        if self.own_paths and self.step != "shard_map":
+            faults.append("own_paths: only replicas under step='shard_map' can differ")
+        raise_all(LayoutError, "this layout cannot be used:", faults)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.data, self.fsdp, self.tensor
+
+    def resolved(self, devices: int) -> tuple[int, int, int]:
+        """The three sizes for a number of devices; raises `LayoutError` if they do not multiply to it."""
+        shared = self.fsdp * self.tensor
+        data = devices // shared if self.data == -1 else self.data
+        if data * shared != devices:
+            raise LayoutError(
+                f"data={self.data} x fsdp={self.fsdp} x tensor={self.tensor} does not make {devices} "
+                "devices; data=-1 takes what is left, if the others divide it"
+            )
+        return data, self.fsdp, self.tensor
+
+    def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """The mesh over these devices (by default all, of every host)."""
+        devices = jax.devices() if devices is None else devices
+        sizes = self.resolved(len(devices))
+        # Auto: the compiler may choose; Explicit axes refuse an embedding table split by vocabulary
+        types = (AxisType.Auto,) * 3
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds all of it."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_rows(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch, over every device that is not sharing a layer."""
+    return NamedSharding(mesh, BATCH)
+
+
+def model_shardings(model: Any, mesh: Mesh) -> Any:
+    """A tree like `model` with the `NamedSharding` of each array, from its axes alone.
+
+    `model` may hold arrays or shapes. A parameter is split over `tensor` along the first of its head,
+    MLP or vocabulary axes that divides evenly, and over `fsdp` along the largest axis left, never along
+    a stack of layers (a scan reads one layer at a time). Gates, buffers and what divides by nothing are
+    replicated; `unsplit` lists the latter.
+    """
+    everywhere = replicated(mesh)
+    tree = jax.tree.map(lambda _: everywhere, model)
+    slots = axes_of(model).of_kind("param")
+    found = {s.steps: NamedSharding(mesh, spec_of(s, mesh)) for s in slots if s.arrays()}
+    return put(tree, found)
+
+
+def spec_of(slot: Slot, mesh: Mesh) -> PartitionSpec:
+    """The partition of one parameter, by the rule of `model_shardings`."""
+    shape, starts = slot.value.shape, np.cumsum([0, *slot.spec.groups])
+    axes = [slot.dims[a:b] for a, b in itertools.pairwise(starts)]
+    chosen: list[str | None] = [None] * len(shape)
+
+    def free(size: int) -> list[int]:
+        """The dimensions that can be split in `size` equal parts and are not split yet."""
+        return [
+            i
+            for i, dims in enumerate(axes)
+            if chosen[i] is None and shape[i] % size == 0 and dims[0].role != "stack"
+        ]
+
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    if tensor > 1:
+        ranked = [i for name in _TENSOR for i in free(tensor) if axes[i][0].axis == name]
+        if ranked:
+            chosen[ranked[0]] = "tensor"
+    if fsdp > 1 and (large := free(fsdp)):
+        chosen[max(large, key=lambda i: shape[i])] = "fsdp"
+    return PartitionSpec(*chosen)
+
+
+def unsplit(model: Any, mesh: Mesh) -> list[str]:
+    """The parameters with two or more dimensions that `fsdp` or `tensor` could not split at all."""
+    shared = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    slots = [s for s in axes_of(model).of_kind("param") if s.arrays() and shared > 1]
+    return [s.path for s in slots if len(s.dims) > 1 and not any(spec_of(s, mesh))]
+
+
+def state_shardings(state: Any, trained: Any, mesh: Mesh) -> Any:
+    """Shardings of an optimizer state: what is shaped like the parameters is split like them."""
+    like, everywhere = model_shardings(trained, mesh), replicated(mesh)
+    where = {s.steps: get(like, s.steps) for s in axes_of(trained).of_kind("param") if s.arrays()}
+
+    def of(node):
+        tree = jax.tree.map(lambda _: everywhere, node)
+        if not isinstance(node, type(trained)):
+            return tree
+        # A masked optimizer keeps only a part of the tree, and a counter may stand in a leaf's place.
+        shaped = {
+            steps: sharding
+            for steps, sharding in where.items()
+            if getattr(_at(node, steps), "shape", None) == get(trained, steps).shape
+        }
+        return put(tree, shaped)
+
+    return jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, type(trained)))
+
+
+def _at(tree: Any, steps: Sequence[str | int]) -> Any:
+    try:
+        return get(tree, steps)
+    except AttributeError:
+        return None
+
+
+def per_device_bytes(tree: Any, shardings: Any) -> int:
+    """Bytes of the fullest device, for arrays or shapes under these shardings."""
+    arrays, where = jax.tree.leaves(tree), jax.tree.leaves(shardings)
+    return sum(
+        math.prod(sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+        for x, sharding in zip(arrays, where, strict=True)
+    )
+
+
+# Many hosts --------------------------------------------------------------------------------------
+
+
+def connect(*, timeout: int = 300, quiet: bool = False, **kwargs: Any) -> None:
+    """Join the other hosts of a pod, show who is there, and prove that they can add up.
+
+    On a TPU pod, under Slurm and under MPI nothing has to be said; elsewhere pass what
+    `jax.distributed.initialize` takes (`coordinator_address`, `num_processes`, `process_id`), or set
+    `GROWJAX_COORDINATOR`, `GROWJAX_PROCESSES` and `GROWJAX_PROCESS`. Call it before any other use of
+    JAX. Raises `LayoutError` if a host is missing after `timeout` seconds or the sum is wrong.
+    """
+    names = {
+        "coordinator_address": ("GROWJAX_COORDINATOR", str),
+        "num_processes": ("GROWJAX_PROCESSES", int),
+        "process_id": ("GROWJAX_PROCESS", int),
+    }
+    given = {k: read(os.environ[v]) for k, (v, read) in names.items() if v in os.environ}
+    given |= kwargs
+    try:
+        jax.distributed.initialize(initialization_timeout=timeout, **given)
+    except (RuntimeError, ValueError) as error:
+        raise LayoutError(
+            f"host {socket.gethostname()} could not join the run within {timeout} s: {error}. Start "
+            "every host within that time, with the same coordinator address and number of processes"
+        ) from error
+    total = self_test()
+    if not quiet:
+        print(
+            f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: "
+            f"{jax.local_device_count()} of {total} {jax.devices()[0].device_kind} devices",
+            flush=True,
+        )
+
+
+def self_test() -> int:
+    """Sum a one from every device of every host: the number of devices, or a `LayoutError`."""
+    mesh = Layout().mesh()
+    ones = jax.make_array_from_callback(
+        (mesh.size,), split_rows(mesh), lambda index: np.ones(mesh.size, np.float32)[index]
+    )
+    total = jax.jit(jnp.sum, out_shardings=replicated(mesh))(ones)
+    found = int(total.addressable_data(0))
+    if found != mesh.size:
+        raise LayoutError(f"an all-reduce over {mesh.size} devices summed their ones to {found}")
+    return found
+
+
+def from_host(rows: Any, mesh: Mesh) -> Any:
+    """Put this host's rows of a batch (a tree of numpy arrays) where they belong on the mesh."""
+    sharding = split_rows(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(rows, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), rows)

@@ -1,0 +1,42 @@
+"""Where the seconds of a run go."""
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+
+class Clock:
+    """Tells the seconds spent training from those spent on other things.
+
+    All of them are monotonic: setting the machine's clock changes nothing. `before` are the seconds that
+    earlier sessions of the run spent training.
+    """
+
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.before = self.last = 0.0
+        self.spent: defaultdict[str, float] = defaultdict(float)
+
+    def training(self) -> float:
+        """Seconds spent training, over all sessions."""
+        return self.before + time.perf_counter() - self.start - sum(self.spent.values())
+
+    def lap(self) -> float:
+        """Seconds of training since the last lap."""
+        now = self.training() - self.before
+        took, self.last = now - self.last, now
+        return took
+
+    @contextlib.contextmanager
+    def apart(self, what: str, running: Any = ()) -> Iterator[None]:
+        """Time something that is not training, once the steps that are still running are done."""
+        jax.block_until_ready(running)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[what] += time.perf_counter() - start

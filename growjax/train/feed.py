@@ -1,0 +1,97 @@
+"""What a run reads: the batches of each stage from one corpus, and tokens that are held out."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from growjax.data import Batches, Corpus, Objective, held_out_batch, load_tokenizer, prepare
+from growjax.errors import DataError
+from growjax.train.plan import Plan, Span
+
+
+class Feed(Protocol):
+    """What the loop asks for. Another one has to keep the promise: batch n depends on n alone."""
+
+    @property
+    def digest(self) -> str:
+        """What tells two sets of data apart; a run is not resumed on another one."""
+        ...
+
+    def stream(self, span: Span, first: int) -> Any:
+        """A context manager and iterator of `(i, batch)` from the stage's step `first` on.
+
+        A batch is a dict of arrays with this host's rows of it. `waited` are the seconds so far that
+        somebody waited for one.
+        """
+        ...
+
+    def held_out(self, objective: Objective, rows: int) -> Mapping[str, np.ndarray]:
+        """Examples that are never trained on, the same on every host and at every stage."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CorpusFeed:
+    """The batches of a plan from a corpus and the part of it that is held out.
+
+    Blocks are as long as the longest window of any stage, so that the cursor means the same in all of
+    them. Raises `DataError` if the corpus has more words than the model.
+
+    **Example**
+
+        CorpusFeed.of(plan, cache="cache")                     # what the plan names
+        CorpusFeed(plan, *growjax.data.prepare(Text("books"), ByteTokenizer(), "cache"))
+    """
+
+    plan: Plan
+    training: Corpus
+    kept: Corpus
+
+    def __post_init__(self):
+        words, have = self.training.vocabulary.size, self.plan.spans[-1].sizes["vocab"]
+        if words > have:
+            raise DataError(
+                f"vocab: the tokenizer has {words} words and the model {have}; give the model at "
+                "least as many"
+            )
+
+    @classmethod
+    def of(cls, plan: Plan, cache: str | Path) -> "CorpusFeed":
+        """Tokenise what the plan names, once, into a cache that later runs share."""
+        if plan.data is None:
+            raise DataError("data: the plan names none, and `train` was given no feed")
+        return cls(plan, *prepare(plan.data, load_tokenizer(plan.tokenizer), cache))
+
+    @property
+    def digest(self) -> str:
+        return self.training.digest
+
+    def batches(self, span: Span) -> Batches:
+        """The batches of one stage, from where the stages before it left off."""
+        block = max(s.objective.raw_length for s in self.plan.spans)
+        found, start = None, 0
+        for s in itertools.islice(self.plan.spans, span.index + 1):
+            found = Batches(
+                self.training,
+                s.objective,
+                s.batch,
+                block=block,
+                start=start,
+                seed=self.plan.seed,
+                rank=jax.process_index(),
+                count=jax.process_count(),
+            )
+            start = found.used(s.steps)
+        assert found is not None
+        return found
+
+    def stream(self, span: Span, first: int) -> Any:
+        return self.batches(span).iterate(first)
+
+    def held_out(self, objective: Objective, rows: int) -> Mapping[str, np.ndarray]:
+        return held_out_batch(self.kept, objective, rows)

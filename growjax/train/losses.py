@@ -1,0 +1,65 @@
+"""What a model is trained on: the cross-entropy of every target that counts."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from growjax.errors import PlanError
+from growjax.models import BERT, T5
+
+
+# One example -> the loss at each place, in nats, and how much each place counts.
+Loss = Callable[[Any, Mapping[str, Array]], tuple[Float[Array, " T"], Float[Array, " T"]]]
+
+
+def cross_entropy(
+    model: Any, example: Mapping[str, Array]
+) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
+    """The loss of each target of one example, in nats, and its weight.
+
+    `example` is what an objective of `growjax.data` makes; its keys say how the model is called. Logits
+    and losses are in float32 at least. Works for every model of `growjax.models`; another one needs a
+    function like this of its own.
+
+    **Example**
+
+        losses, weights = cross_entropy(model, {"tokens": t, "targets": u, "weights": w})
+    """
+    scores = predictions(model, example)
+    log_probability = jax.nn.log_softmax(scores, axis=-1)
+    chosen = jnp.take_along_axis(log_probability, example["targets"][:, None], axis=-1)[:, 0]
+    return -chosen, example["weights"].astype(chosen.dtype)
+
+
+def predictions(model: Any, example: Mapping[str, Array]) -> Float[Array, "T vocab"]:
+    """The model's logits on one example of an objective."""
+    if isinstance(model, T5):
+        return model(
+            example["encoder_tokens"],
+            example["decoder_tokens"],
+            encoder_mask=example.get("encoder_mask"),
+            decoder_mask=example.get("decoder_mask"),
+        )
+    if isinstance(model, BERT):
+        found = model(example["tokens"], mask=example.get("mask")).mlm_logits
+        if found is None:
+            raise PlanError("mlm_head: a BERT is trained through it, and it is off")
+        return found
+    return model(
+        example["tokens"],
+        positions=example.get("positions"),
+        mask=_sees(example),
+        prefix=example.get("prefix"),
+    )
+
+
+def _sees(example: Mapping[str, Array]) -> Array | None:
+    """Who may see whom in a decoder, beyond what is causal: only one's own document, if told apart."""
+    segments, mask = example.get("segments"), example.get("mask")
+    if segments is None:
+        return mask
+    same = segments[:, None] == segments[None, :]
+    return same if mask is None else same & mask[None, :]

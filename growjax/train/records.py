@@ -1,0 +1,86 @@
+"""What a run reports while it runs. Records are plain data: printed, written as JSON, compared."""
+
+import dataclasses
+from typing import Any
+
+from growjax.train.transition import Crossing
+
+
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """Where a run begins: at its birth, or after the checkpoint that it goes on from."""
+
+    stage: int
+    step: int
+    resumed: str | None
+    devices: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one training step reports; `held_out` only at marks and after the last step.
+
+    `step` counts from 0. `tokens`, `flops` and `seconds` are what the run has used once it is done, over
+    all its sessions; seconds are those spent training, not compiling, growing, evaluating or saving.
+    `took` are the seconds since the step before was reported, `waited` those of them spent waiting for
+    data. Losses are in nats per token: `loss` of the part that was trained, on its batch; `held_out` of
+    the whole model.
+    """
+
+    stage: int
+    step: int
+    tokens: int
+    flops: int
+    seconds: float
+    rate: float
+    level: float
+    loss: float
+    gradient_norm: float
+    parameter_norm: float
+    took: float
+    waited: float
+    held_out: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """A growth before `step`: what grew, what it did to the loss, and how long training stood still.
+
+    `stall` are the seconds from the end of the last step to the start of the next; `compile_wait` is
+    the part of them that was spent waiting for programs.
+    """
+
+    stage: int
+    step: int
+    flops: int
+    grew: dict[str, tuple[int, int]]
+    crossing: Crossing
+    stall: float
+    compile_wait: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A checkpoint is being written."""
+
+    stage: int
+    step: int
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """The end of a run, or of a session of it if `finished` is False (it was asked to stop).
+
+    `model` is without gates if the run is finished. `programs` were compiled in this session; the
+    seconds are what was not spent training.
+    """
+
+    model: Any
+    finished: bool
+    programs: int
+    compile_seconds: float
+    held_out_seconds: float
+
+
+Record = Begin | Step | Growth | Saved | End

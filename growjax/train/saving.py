@@ -1,0 +1,163 @@
+"""What a run writes about itself into its checkpoints, and how it finds its way back."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+
+from growjax import growth
+from growjax.axes import partition
+from growjax.errors import CheckpointError, raise_all
+from growjax.gates import opened, ungated
+from growjax.train.as_json import differences, from_dict, load_plan, save_plan, to_dict
+from growjax.train.checkpoint import Checkpoints, load, read_lineage
+from growjax.train.plan import Plan, Span, build
+from growjax.train.step import Programs, State
+from growjax.train.transition import Crossing, state_shapes
+
+
+class Found(NamedTuple):
+    """Where a run stands: what its last checkpoint holds and says."""
+
+    path: str
+    stage: int
+    step: int
+    flops: int
+    seconds: float
+    state: State
+
+
+class Saves:
+    """The checkpoints of one plan in the folder of its run, next to the plan itself.
+
+    Raises `CheckpointError` if the folder is that of another plan; where it is spread over devices and
+    where its data lie may differ.
+    """
+
+    def __init__(self, plan: Plan, run: Path, *, keep_last: int, keep_every: int | None):
+        self.plan, self.run = plan, run
+        self.checkpoints = Checkpoints(
+            run / "checkpoints", keep_last=keep_last, keep_every=keep_every
+        )
+        self.parent: str | None = None
+        file = run / "plan.json"
+        if file.exists():
+            old = _movable(load_plan(file))
+            faults = list(differences(to_dict(old), to_dict(_movable(plan))))
+            hint = "choose another folder, or go on with that one"
+            raise_all(CheckpointError, f"{run} holds the run of another plan; {hint}:", faults)
+        elif jax.process_index() == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            save_plan(plan, file)
+
+    def last(self) -> Path | None:
+        """The last whole checkpoint."""
+        self.checkpoints.wait()
+        found = self.checkpoints.found()
+        return found[-1] if found else None
+
+    def wait(self) -> None:
+        """Return once nothing is being written."""
+        self.checkpoints.wait()
+
+    def resume(self, programs: Programs, data: str) -> Found | None:
+        """The state to go on from, on the mesh of the programs; None in a new run."""
+        path = self.last()
+        if path is None:
+            return None
+        lineage = read_lineage(path)
+        if lineage["data"] != data:
+            raise CheckpointError(
+                f"{path}: it was trained on other data (digest {lineage['data']}, now {data}); a run "
+                "goes on with what it began with"
+            )
+        span = self.plan.spans[lineage["stage"]]
+        self.parent = path.name
+        state = load(path, state_shapes(programs, span))
+        return Found(
+            str(path),
+            span.index,
+            lineage["step"],
+            lineage["flops"],
+            lineage["seconds"],
+            state,
+        )
+
+    def save(
+        self,
+        span: Span,
+        step: int,
+        state: State,
+        *,
+        level: float,
+        flops: int,
+        seconds: float,
+        data: str,
+        crossing: Crossing | None,
+    ) -> Path | None:
+        """Start to write the state before `step`, with everything that led to it; None if it is there."""
+        lineage = {
+            "growjax": importlib.metadata.version("growjax"),
+            "plan": self.plan.name,
+            "model": to_dict(self.plan.model),
+            "operators": [
+                to_dict(s.stage.grow)
+                for s in self.plan.spans[: span.index + 1]
+                if s.stage.grow is not None
+            ],
+            "gated": span.stage.grow is not None,
+            "level": level,
+            "sizes": span.sizes,
+            "seed": self.plan.seed,
+            "tokenizer": self.plan.tokenizer,
+            "stage": span.index,
+            "step": step,
+            "tokens": span.tokens + (step - span.start) * span.step_tokens,
+            "flops": flops,
+            "seconds": seconds,
+            "data": data,
+            "parent": self.parent,
+            "certificate": None if crossing is None else dataclasses.asdict(crossing),
+        }
+        path = self.checkpoints.save(step, span.index, state, lineage)
+        self.parent = self.checkpoints.path(step, span.index).name
+        return path
+
+
+def model_of(lineage: Mapping[str, Any]) -> Any:
+    """The shapes of the model that a checkpoint holds, rebuilt from its lineage alone."""
+    config = from_dict(lineage["model"])
+    key = jax.random.key(0)
+    model = eqx.filter_eval_shape(lambda: build(config, key))
+    for saved in lineage["operators"]:
+        op = growth.from_dict(saved)
+        model = eqx.filter_eval_shape(lambda m, op=op: op(m, key=key), ungated(model))
+    return model if lineage["gated"] else ungated(model)
+
+
+def load_model(path: str | Path) -> tuple[Any, dict[str, Any]]:
+    """The model in a checkpoint, its gates as far open as they were, and its lineage.
+
+    Raises `CheckpointError` if it is not whole.
+
+    **Example**
+
+        model, lineage = load_model("runs/first/checkpoints/00000400-01")
+    """
+    lineage = read_lineage(path)
+    model = model_of(lineage)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    trained, rest = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), partition(model)
+    )
+    found = load(path, {"trained": trained, "rest": rest}, only=("trained", "rest"))
+    return opened(eqx.combine(found["trained"], found["rest"]), lineage["level"]), lineage
+
+
+def _movable(plan: Plan) -> Plan:
+    """The plan without what may change when a run goes on."""
+    return dataclasses.replace(plan, layout=type(plan.layout)(), data=None)

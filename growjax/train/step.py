@@ -1,0 +1,237 @@
+"""The programs of a run: birth, training step, growth and evaluation, as pure functions under jit.
+
+Each is written for one global batch and one whole model. Under `Layout(step="auto")` the shardings of
+its inputs and outputs say where everything lives and the compiler places the collectives; gradients are
+pinned to the parameters' shardings, or it would all-reduce what it could reduce-scatter. Under
+"shard_map" the gradient is computed replica by replica, each on its own rows (and, if asked, its own
+path through the layers), and the one collective is written out.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from growjax.axes import partition
+from growjax.gates import opened, ungated
+from growjax.growth import Chain, Operator
+from growjax.optim import carry
+from growjax.parallel import (
+    BATCH,
+    Layout,
+    model_shardings,
+    replicated,
+    split_rows,
+    state_shardings,
+)
+from growjax.subnet import Subnet, step_key
+from growjax.train.losses import Loss
+from growjax.train.plan import purpose_key
+
+
+class State(NamedTuple):
+    """What a run carries from step to step: both halves of the model, and the optimizer's state."""
+
+    trained: Any
+    rest: Any
+    optimizer: Any
+
+    @property
+    def model(self) -> Any:
+        """The whole model, its gates closed."""
+        return eqx.combine(self.trained, self.rest)
+
+
+class Controls(NamedTuple):
+    """The numbers of one step: how far gates are open, the learning rate, and the step itself.
+
+    Scalars of NumPy or of a trace, or their shapes.
+    """
+
+    level: Any
+    rate: Any
+    step: Any
+
+
+class Report(NamedTuple):
+    """What one step reports: its loss, the norm of its gradient and of the parameters before it."""
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    parameter_norm: Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Makes the jitted programs of a run; nothing is compiled before it is lowered or called.
+
+    **Fields**
+
+    - `optimizer`: an optax transformation *without* the learning rate, which is an argument.
+    - `loss`: one example to its losses and weights, such as `growjax.train.cross_entropy`.
+    - `seed`: of the sub-networks.
+    - `accumulate`: how many parts a batch is computed in, one after the other.
+    """
+
+    optimizer: optax.GradientTransformation
+    loss: Loss
+    mesh: Mesh
+    layout: Layout
+    seed: int = 0
+    accumulate: int = 1
+
+    def state_of(self, model: Any) -> State:
+        """The state that starts from a model: its two halves and a fresh optimizer."""
+        trained, rest = partition(model)
+        return State(trained, rest, self.optimizer.init(trained))
+
+    def shardings(self, state: State) -> State:
+        """Where each array of a state (or of its shapes) lives."""
+        everywhere = replicated(self.mesh)
+        return State(
+            model_shardings(state.trained, self.mesh),
+            jax.tree.map(lambda _: everywhere, state.rest),
+            state_shardings(state.optimizer, state.trained, self.mesh),
+        )
+
+    def placed(self, state: State) -> State:
+        """The shapes of a state, each with its sharding: what a program is lowered for."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            state,
+            self.shardings(state),
+        )
+
+    def birth(self, make: Callable[[], Any]) -> Any:
+        """() -> State: every array is born on the device that keeps it."""
+        create = functools.partial(_birth, self, make)
+        return jax.jit(create, out_shardings=self.shardings(jax.eval_shape(create)))
+
+    def step(self, shapes: State, part: Subnet | None) -> Any:
+        """(State, batch, Controls) -> (State, Report); the old state's memory is reused."""
+        where = self.shardings(shapes)
+        return jax.jit(
+            functools.partial(_step, self, part),
+            donate_argnums=0,
+            in_shardings=(where, split_rows(self.mesh), replicated(self.mesh)),
+            out_shardings=(where, replicated(self.mesh)),
+        )
+
+    def growth(self, shapes: State, op: Operator | Chain) -> Any:
+        """State -> the grown State, born in its own shardings.
+
+        Gates that are still there are dropped first: they must be at 1, where dropping them changes
+        nothing. The old state stays alive until its owner lets it go.
+        """
+        grow = functools.partial(_grow, op, self.seed)
+        return jax.jit(
+            grow,
+            in_shardings=(self.shardings(shapes),),
+            out_shardings=self.shardings(jax.eval_shape(grow, shapes)),
+        )
+
+    def evaluate(self, shapes: State) -> Any:
+        """(State, batch, level) -> the losses [B, T] of the whole model, and their weights."""
+        where = self.shardings(shapes)
+        everywhere = replicated(self.mesh)
+        return jax.jit(
+            functools.partial(_evaluate, self.loss),
+            in_shardings=(where, split_rows(self.mesh), everywhere),
+            out_shardings=everywhere,
+        )
+
+
+# The programs ------------------------------------------------------------------------------------
+
+
+def _birth(programs: Programs, make: Callable[[], Any]) -> State:
+    return programs.state_of(make())
+
+
+def _step(
+    programs: Programs, part: Subnet | None, state: State, batch: Any, controls: Controls
+) -> tuple[State, Report]:
+    """One update: the state after it, and the loss before it."""
+    loss, gradient = _loss_and_gradient(programs, part, state, batch, controls)
+    gradient = jax.lax.with_sharding_constraint(
+        gradient, model_shardings(state.trained, programs.mesh)
+    )
+    updates, optimizer = programs.optimizer.update(gradient, state.optimizer, state.trained)
+    updates = jax.tree.map(lambda u: u * -controls.rate.astype(u.dtype), updates)
+    report = Report(loss, optax.global_norm(gradient), optax.global_norm(state.trained))
+    return State(optax.apply_updates(state.trained, updates), state.rest, optimizer), report
+
+
+def _loss_and_gradient(programs: Programs, part, state: State, batch: Any, controls: Controls):
+    """The mean loss over the global batch and its gradient, by replica or all at once."""
+    # The mean is over all weights of all parts, so that neither parts nor replicas change it.
+    weights = jnp.sum(batch["weights"])
+
+    def parts(trained, rest, rows, controls, weights, replica=None):
+        key = step_key(programs.seed, controls.step)
+        key = key if replica is None else jax.random.fold_in(key, replica)
+
+        def loss_of(trained, rows):
+            model = opened(eqx.combine(trained, rest), controls.level)
+            model = model if part is None else part(model, key=key, step=controls.step)
+            losses, counts = jax.vmap(lambda row: programs.loss(model, row))(rows)
+            return jnp.sum(losses * counts) / weights
+
+        return _accumulated(jax.value_and_grad(loss_of), programs.accumulate, trained, rows)
+
+    if programs.layout.step == "auto":
+        return parts(state.trained, state.rest, batch, controls, weights)
+
+    def replica(trained, rest, rows, controls, weights):
+        # Varying from here on: gradients stay local until the one sum at the end.
+        trained, rest, controls, weights = jax.lax.pcast(
+            (trained, rest, controls, weights), BATCH[0], to="varying"
+        )
+        rank = jax.lax.axis_index("data") if programs.layout.own_paths else None
+        return jax.lax.psum(parts(trained, rest, rows, controls, weights, rank), BATCH[0])
+
+    everywhere = PartitionSpec()
+    return jax.shard_map(
+        replica,
+        mesh=programs.mesh,
+        in_specs=(everywhere, everywhere, BATCH, everywhere, everywhere),
+        out_specs=everywhere,
+    )(state.trained, state.rest, batch, controls, weights)
+
+
+def _accumulated(loss_and_gradient: Callable, parts: int, trained: Any, rows: Any):
+    """Sums of a loss and its gradient over the parts of a batch, computed one after the other."""
+    if parts == 1:
+        return loss_and_gradient(trained, rows)
+
+    def split(x):
+        # Every part takes every so-many-th row: each device then splits the rows that it has.
+        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+    def add(total, rows):
+        return jax.tree.map(jnp.add, total, loss_and_gradient(trained, rows)), None
+
+    # Zeros made from the parameters vary over the mesh, and are split over it, as gradients do.
+    zeros = jax.tree.map(lambda x: 0 * x, trained)
+    start = 0 * jnp.sum(jax.tree.leaves(zeros)[0].astype(jnp.float32)), zeros
+    return jax.lax.scan(add, start, jax.tree.map(split, rows))[0]
+
+
+def _grow(op: Operator | Chain, seed: int, state: State) -> State:
+    key = purpose_key(seed, "grow")
+    model = ungated(state.model)
+    optimizer = carry(op, state.optimizer, model, key=key)
+    trained, rest = partition(op(model, key=key))
+    return State(trained, rest, optimizer)
+
+
+def _evaluate(loss: Loss, state: State, batch: Mapping[str, Array], level: Array):
+    model = opened(state.model, level)
+    return jax.vmap(lambda row: loss(model, row))(batch)

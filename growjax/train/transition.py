@@ -1,0 +1,205 @@
+"""From one stage to the next: compiled while the old one still trains, checked, and only then kept.
+
+The programs of a run are known from its plan. `Ahead` compiles those of the next stage in a thread, so
+that a growth costs the time to move the weights and not the time to compile. `cross` is the growth
+itself: a transaction, after which either the new state is certified or nothing has changed.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from growjax.data.objectives import batch_shapes
+from growjax.errors import TrainingError
+from growjax.parallel import replicated, split_rows
+from growjax.subnet import Subnet
+from growjax.train.plan import Plan, Span
+from growjax.train.step import Controls, Programs, State
+
+
+# The largest mean change of a loss (nats) that rounding explains, by the type of the activations.
+_ROUNDING = {"float64": 1e-9, "float32": 2e-4, "float16": 1e-2, "bfloat16": 4e-2}
+Need = tuple[Literal["grow", "before", "evaluate", "step"], int, Subnet | None]
+
+
+class Ahead:
+    """Compiles the programs of a plan, one stage ahead of the training.
+
+    **Arguments**
+
+    - `cache`: compiled programs by a digest of their text, for runs that share some.
+    - `background`: False compiles when a program is asked for, and not before.
+
+    `compiled` counts the programs that were; `waited` are the seconds that somebody waited for one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        programs: Programs,
+        *,
+        cache: dict[str, Any] | None = None,
+        background: bool = True,
+    ):
+        self.plan, self.programs = plan, programs
+        self.cache = {} if cache is None else cache
+        self.background = background
+        self.compiled, self.waited = 0, 0.0
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "compile")
+        self._lock = threading.Lock()
+        self._futures: dict[Need, concurrent.futures.Future] = {}
+
+    def start(self, index: int) -> None:
+        """Begin with what stage `index` still needs, then with the stage after it; forget older ones."""
+        with self._lock:
+            self._futures = {n: f for n, f in self._futures.items() if n[1] >= index}
+        if self.background:
+            for span in self.plan.spans[index : index + 2]:
+                for need in needs(span, first=span.index == index):
+                    self._submit(need)
+
+    def get(self, need: Need) -> Any:
+        """The compiled program, once it is there."""
+        start = time.perf_counter()
+        program = self._submit(need).result()
+        self.waited += time.perf_counter() - start
+        return program
+
+    def ready(self, need: Need) -> bool:
+        """Whether nobody would have to wait for a program."""
+        return need in self._futures and self._futures[need].done()
+
+    def close(self) -> None:
+        """Drop what has not begun."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(self, need: Need) -> concurrent.futures.Future:
+        with self._lock:
+            if need not in self._futures:
+                self._futures[need] = self._pool.submit(self._compile, need)
+            return self._futures[need]
+
+    def _compile(self, need: Need) -> Any:
+        lowered = lower(self.plan, self.programs, need)
+        digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+        if digest not in self.cache:
+            self.cache[digest] = lowered.compile()
+            self.compiled += 1
+        return self.cache[digest]
+
+
+def needs(span: Span, *, first: bool) -> list[Need]:
+    """What a stage needs, in order. The stage that a run starts in has grown already, or was born."""
+    grows = span.stage.grow is not None and not first
+    growth: list[Need] = [("grow", span.index, None), ("before", span.index, None)] if grows else []
+    steps: list[Need] = [("step", span.index, part) for _, part in span.parts]
+    return [*growth, ("evaluate", span.index, None), *steps]
+
+
+def lower(plan: Plan, programs: Programs, need: Need) -> Any:
+    """One program of a plan, lowered for the shapes and shardings it will meet.
+
+    "before" evaluates the model that is about to grow, on the examples of the stage that it grows into.
+    """
+    kind, index, part = need
+    span = plan.spans[index]
+    shapes = state_shapes(programs, plan.spans[index - 1] if kind in ("grow", "before") else span)
+    if kind == "grow":
+        assert span.stage.grow is not None
+        return programs.growth(shapes, span.stage.grow).lower(shapes)
+    rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split_rows(programs.mesh)),
+        batch_shapes(span.objective, span.batch),
+    )
+    number = functools.partial(jax.ShapeDtypeStruct, (), sharding=replicated(programs.mesh))
+    if kind != "step":
+        return programs.evaluate(shapes).lower(shapes, rows, number(jnp.float32))
+    controls = Controls(number(jnp.float32), number(jnp.float32), number(jnp.int32))
+    return programs.step(shapes, part).lower(shapes, rows, controls)
+
+
+def state_shapes(programs: Programs, span: Span) -> State:
+    """The shapes and shardings of the state that a stage trains."""
+    return programs.placed(jax.eval_shape(lambda: programs.state_of(_zeros(span.model))))
+
+
+def _zeros(model: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossing:
+    """What a growth did: the loss on the same tokens before and after, and the seconds it took.
+
+    `change` is the mean absolute change of a token's loss, in nats; `limit` what rounding explains, or
+    None where the operator promises nothing.
+    """
+
+    operator: str
+    exactness: str
+    before: float
+    after: float
+    change: float
+    limit: float | None
+    grow_seconds: float
+    certify_seconds: float
+
+
+def cross(
+    plan: Plan,
+    span: Span,
+    state: State,
+    get: Callable[[Need], Any],
+    probe: Callable[[Any, State, float], tuple[np.ndarray, np.ndarray]],
+) -> tuple[State, Crossing]:
+    """Grow a state into the stage `span`, certify it, and let the old one go.
+
+    `get` gives compiled programs, `probe` the losses and weights that an evaluation program finds on
+    tokens that stay the same. Raises `TrainingError` if an operator that promises to change nothing
+    changed the loss; the checkpoint from before the growth stands.
+    """
+    op = span.stage.grow
+    assert op is not None
+    clock = [time.perf_counter()]
+
+    def lap() -> float:
+        clock.append(time.perf_counter())
+        return clock[-1] - clock[-2]
+
+    grow = get(("grow", span.index, None))
+    evaluations = [get((kind, span.index, None)) for kind in ("before", "evaluate")]
+    lap()
+    old = probe(evaluations[0], state, 1.0)
+    seconds = lap()
+    grown = jax.block_until_ready(grow(state))
+    grow_seconds = lap()
+    new = probe(evaluations[1], grown, 0.0)
+    certify_seconds = seconds + lap()
+
+    weights = old[1].sum()
+    before, after = (float((losses * w).sum() / weights) for losses, w in (old, new))
+    change = float((np.abs(new[0] - old[0]) * old[1]).sum() / weights)
+    dtype = plan.model.dtype or str(jax.tree.leaves(state.trained)[0].dtype)
+    limit = None if op.exactness == "approximate" else _ROUNDING[dtype]
+    crossing = Crossing(
+        str(op), op.exactness, before, after, change, limit, grow_seconds, certify_seconds
+    )
+    # `not <=`: a change that is not a number is not a small one
+    if limit is not None and not change <= limit:
+        raise TrainingError(
+            f"plan {plan.name!r}: {op} promises to be {op.exactness}, and changed the loss of a token "
+            f"by {change:.3g} nats on average ({before:.6g} -> {after:.6g}), where {dtype} rounding "
+            f"explains {limit:g}. The state before the growth is in the last checkpoint"
+        )
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    return grown, crossing
