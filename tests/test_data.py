@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -194,10 +195,12 @@ def test_bytes_that_are_no_text_are_named_with_their_lines(tmp_path):
 
 def test_faults_are_gathered_up_to_a_handful(tmp_path):
     for n in range(9):
-        (tmp_path / f"{n}.txt").write_bytes(b"\xff")
+        (tmp_path / f"{n}.txt").write_bytes(b"fine" if n in (0, 2) else b"\xff")
+    given = []
     with pytest.raises(DataError) as error:
-        contents(Text(str(tmp_path)))
+        given += (document.name for document in Text(str(tmp_path)).documents())
     assert str(error.value).count("is not UTF-8") == 5
+    assert given == ["0.txt"]  # nothing is worked on after the first fault
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -266,9 +269,15 @@ def test_tokens(tmp_path):
 
 @pytest.mark.parametrize("array", [np.zeros(3), np.zeros((2, 2), int), np.array([{}], object)])
 def test_files_that_hold_no_tokens_are_refused(tmp_path, array):
-    """Among them pickles, which could run code."""
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(DataError, match="a.npy: expected a (flat|NumPy)"):
+        contents(Tokens(str(tmp_path / "a.npy")))
+
+
+def test_a_pickle_is_never_loaded(tmp_path):
+    """Loading one could run anything; this one would have made a flat array of integers."""
+    (tmp_path / "a.npy").write_bytes(pickle.dumps(np.arange(4)))
+    with pytest.raises(DataError, match="a.npy: expected a NumPy file"):
         contents(Tokens(str(tmp_path / "a.npy")))
 
 
@@ -353,10 +362,11 @@ def test_a_cache_is_made_once_and_anew_for_anything_else(books, tmp_path, monkey
     prepare(source, ByteTokenizer(sentinels=3), cache)
     prepare(source, BYTES, cache, held_out=7)
     before = (books / "1.txt").stat()
-    (books / "1.txt").write_text("Changed. " * 2)  # as long as before
+    (books / "1.txt").write_text("Changed " * 2)
     os.utime(books / "1.txt", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert (books / "1.txt").stat().st_size == before.st_size
     training, _ = prepare(source, BYTES, cache)
-    assert "Changed." in BYTES.decode(training.tokens)
+    assert "Changed " in BYTES.decode(training.tokens)
     assert len(list(cache.iterdir())) == 4  # and nothing half-made is left
 
 
