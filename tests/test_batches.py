@@ -280,6 +280,7 @@ def test_a_file_that_is_harmed_in_the_middle_is_named(prepared, threads, harm, f
     with made.iterate() as stream:
         next(stream)
         harm(training.path)
+        assert f"{len(training)} tokens" in repr(training)
         with pytest.raises(DataError, match=f"tokens.bin: {fault}"):
             for _ in range(200):
                 next(stream)

@@ -32,7 +32,7 @@ _FORMAT = 1
 _PARTS = ("training", "held_out")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Corpus:
     """Documents one after the other, each ended by a separator.
 
@@ -70,6 +70,11 @@ class Corpus:
         starts = np.cumsum([0, *map(len, arrays)], dtype=np.int64)[:-1]
         digest = _digest([hashlib.sha256(a.tobytes()).hexdigest() for a in (tokens, starts)])
         return Corpus(tokens, starts, tokenizer.vocabulary, sum(n for _, n in encoded), digest)
+
+    def __repr__(self) -> str:
+        # Looks at no token: error reports print this, and the file may be what is wrong
+        where = "in memory" if self.path is None else str(self.path)
+        return f"Corpus({len(self)} tokens, {len(self.starts)} documents, {where})"
 
     def __len__(self) -> int:
         """The number of tokens."""
