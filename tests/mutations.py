@@ -104,11 +104,19 @@ TABLE = """
 - if not bool(jnp.all(slot.value.value == 1))
 + if slot.value is None
 @ gate after the activation | nn/mlp.py | gates | hidden_units
-- h = act(gated(h, self.gate))
-+ h = gated(act(h), self.gate)
+- gated(self.up, self.gate), bias)
+-         h = act(h) if
++ self.up, self.up_bias)
++         h = gated(act(h), self.gate) if
 @ gate on one factor of a GLU | nn/mlp.py | gates | hidden_units
-- gated(act(affine("te,em->tm", x, self.glu)) * h, self.gate)
-+ act(gated(affine("te,em->tm", x, self.glu), self.gate)) * h
+- gated(self.up, self.gate), bias)
+-         h = act(h) if self.glu is None else act(affine("te,em->tm", x, self.glu)) * h
++ gated(self.up, None if self.glu is not None else self.gate), bias)
++         glu = self.glu if self.glu is None else gated(self.glu, self.gate)
++         h = act(h) if glu is None else act(affine("te,em->tm", x, glu)) * h
+@ the bias of hidden units without their gate | nn/mlp.py | gates | hidden_units
+- gated(self.up_bias, self.gate)
++ self.up_bias
 @ gate before the bias of a norm | nn/norm.py | gates | weights_its_statistics
 - if self.bias is not None:
 -             h = h + self.bias.astype(h.dtype)
