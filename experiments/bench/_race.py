@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,25 +14,39 @@ import growjax as gj
 from growjax.models import GPT, GPTConfig
 
 
-def race(runners: dict[str, Callable[[], object]], rounds: int = 30) -> dict[str, np.ndarray]:
-    """Milliseconds `[rounds]` of each runner; every round runs all of them, in changing order."""
+class Times(NamedTuple):
+    """Milliseconds `[rounds]` on the clock, and of all cores: a busy machine moves the first more."""
+
+    wall: np.ndarray
+    cpu: np.ndarray
+
+
+def race(runners: dict[str, Callable[[], object]], rounds: int = 30) -> dict[str, Times]:
+    """The times of each runner; every round runs all of them, in changing order."""
     for run in runners.values():
         for _ in range(3):
             jax.block_until_ready(run())
-    times: dict[str, list[float]] = {name: [] for name in runners}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
     names = list(runners)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             jax.block_until_ready(runners[name]())
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: np.array(t) for name, t in times.items()}
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            times[name].append((1e3 * wall, 1e3 * cpu))
+    return {name: Times(*np.array(t).T) for name, t in times.items()}
 
 
-def ratio(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """The median of the ratios round by round, with its quartiles."""
-    low, middle, high = np.quantile(a / b, [0.25, 0.5, 0.75])
-    return float(middle), float(low), float(high)
+def ratio(a: Times, b: Times) -> dict[str, Any]:
+    """The median of the ratios round by round, with its quartiles, and that of the cores' time."""
+    low, middle, high = np.quantile(a.wall / b.wall, [0.25, 0.5, 0.75]).round(4).tolist()
+    cpu = round(float(np.median(a.cpu / b.cpu)), 4)
+    return {"ratio": middle, "quartiles": [low, high], "cpu_ratio": cpu}
+
+
+def medians(times: dict[str, Times]) -> dict[str, float]:
+    """The median milliseconds of each runner on the clock."""
+    return {name: round(float(np.median(t.wall)), 2) for name, t in times.items()}
 
 
 def gpt(layers: int, **options) -> GPT:

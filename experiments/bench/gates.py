@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 import growjax as gj
-from experiments.bench._race import gpt, loss, race, ratio, tokens, trainer
+from experiments.bench._race import gpt, loss, medians, race, ratio, tokens, trainer
 from growjax.models import GPT, GPTConfig
 
 
@@ -26,19 +26,18 @@ def run() -> dict:
         return loss(model, batch)
 
     times = race({"gated": trainer(grown, gated), "plain": trainer(settled, plain)})
-    middle, low, high = ratio(times["gated"], times["plain"])
+    found = ratio(times["gated"], times["plain"])
 
     def program(model):
         arrays, static = eqx.partition(model, eqx.is_array)
         return jax.jit(lambda a: loss(eqx.combine(a, static), batch)).lower(arrays).as_text()
 
     same = program(settled) == program(gpt(6))
-    print(f"gated step over plain step: {middle:.3f} ({low:.3f} to {high:.3f})")
+    print(f"gated step over plain step: {found}")
     print(f"program after settle is that of a model never grown: {same}")
     return {
-        "ratio": middle,
-        "quartiles": [low, high],
+        **found,
         "goal": 1.05,
         "settled_program_is_the_plain_one": same,
-        "milliseconds": {name: round(float(jnp.median(t)), 2) for name, t in times.items()},
+        "milliseconds": medians(times),
     }
