@@ -60,7 +60,7 @@ class Layout:
 
     def __post_init__(self):
         faults = [
-            f"{name}: expected a positive number of devices{' or -1' if name == 'data' else ''}, got {n!r}"
+            f"{name}: expected a positive number of devices, got {n!r} (only data may be -1)"
             for name, n in zip(AXES, self.sizes, strict=True)
             if not (isinstance(n, int) and (n > 0 or (n == -1 and name == "data")))
         ]

@@ -23,6 +23,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from growjax.errors import CheckpointError, raise_all
+from growjax.train.step import checksums
 
 
 _NAME = re.compile(r"(\d{8})-(\d{2})")
@@ -69,7 +70,7 @@ class Checkpoints:
             return None
         with _clear(f"{path} could not be written"), _quiet():
             self.folder.mkdir(parents=True, exist_ok=True)
-            metadata = {_KEY: sealed(lineage)}
+            metadata: Any = {_KEY: sealed(lineage)}
             self._writing = path, ocp.save_async(str(path), named(state), custom_metadata=metadata)
         return path
 
@@ -137,11 +138,16 @@ def load(path: str | Path, shapes: Any, *, only: Sequence[str] = ()) -> Any:
             )
     hint = "A checkpoint of another size is loaded as what it is and then grown, by `growjax grow`."
     raise_all(CheckpointError, f"{path} does not hold this state. {hint}", sorted(faults))
-    partly = ocp.options.PyTreeOptions.Loading(partial_load=bool(only))
-    context = ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=partly))
+    context = ocp.Context()
+    context.pytree.loading.partial_load = bool(only)
     with _clear(f"{path} cannot be read"), _quiet(), context:
         arrays: Any = ocp.load(str(path), wanted, checkpointable_name="state")
-    return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in wanted])
+    state = [arrays[name] for name in wanted]
+    found = dict(zip(wanted, map(int, jax.device_get(jax.jit(checksums)(state))), strict=True))
+    written = read_lineage(path)["checksums"]
+    changed = [name for name in wanted if found[name] != written[name]]
+    raise_all(CheckpointError, f"{path} cannot be read: these are not what was written:", changed)
+    return jax.tree.unflatten(jax.tree.structure(shapes), state)
 
 
 def _plain(metadata: Any) -> dict[str, Any]:

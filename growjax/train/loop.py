@@ -92,7 +92,7 @@ def train(
     """
     mesh = plan.layout.mesh(devices)
     programs = Programs(plan.optimizer.build(), loss, mesh, plan.layout, plan.seed, plan.accumulate)
-    ahead = Ahead(plan, programs, cache=cache, background=options.background)
+    ahead = Ahead(plan, programs, cache=cache, background=options.background, seal=run is not None)
     with contextlib.closing(ahead), _stop_signal(run is not None) as asked_to_stop:
         loop = _Loop(plan, feed, run, options, programs, ahead, asked_to_stop)
         yield from loop.records()
@@ -296,11 +296,13 @@ class _Loop:
         """Write a checkpoint, unless there is none to write or it is there from an earlier session."""
         if self.saves is None:
             return
-        with self.clock.apart("save"):
+        seal = self._compiled("seal", span, None)
+        with self.clock.apart("save", self.state):
             path = self.saves.save(
                 span,
                 step,
                 self.state,
+                seal,
                 level=span.stage.level(step - span.start - 1) if step > span.start else 0.0,
                 flops=self.spent,
                 seconds=self.clock.training(),

@@ -285,10 +285,12 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
         where = f"stage {n} {stage.name!r}: "
         model = ungated(model)
         batch, objective = stage.batch or plan.batch, stage.objective or plan.objective
-        faults += [where + fault for fault in _shape_faults(plan, batch, objective, model)]
         try:
             if stage.grow is not None:
                 model = eqx.filter_eval_shape(stage.grow, model, key=plan.key("grow"))
+            if misfits := list(_shape_faults(plan, batch, objective, model)):
+                faults += [where + fault for fault in misfits]
+                continue
             costs = _Costs(stage, model, plan.seed, batch, objective)
             share += stage.share or 0.0
             if isinstance(stage.subnet, PathSchedule):

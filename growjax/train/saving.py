@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from growjax.axes import partition
 from growjax.errors import CheckpointError, raise_all
 from growjax.gates import opened, ungated
 from growjax.train.as_json import differences, from_dict, load_plan, save_plan, to_dict
-from growjax.train.checkpoint import Checkpoints, load, read_lineage
+from growjax.train.checkpoint import Checkpoints, load, named, read_lineage
 from growjax.train.plan import Plan, Span, build
 from growjax.train.step import Programs, State
 from growjax.train.transition import Crossing, state_shapes
@@ -92,6 +92,7 @@ class Saves:
         span: Span,
         step: int,
         state: State,
+        seal: Callable[[State], list[Any]],
         *,
         level: float,
         flops: int,
@@ -99,7 +100,12 @@ class Saves:
         data: str,
         crossing: Crossing | None,
     ) -> Path | None:
-        """Start to write the state before `step`, with everything that led to it; None if it is there."""
+        """Start to write the state before `step`, with everything that led to it; None if it is there.
+
+        `seal` is the compiled program of `checksums`.
+        """
+        if self.checkpoints.path(step, span.index).exists():
+            return None
         lineage = {
             "growjax": importlib.metadata.version("growjax"),
             "plan": self.plan.name,
@@ -121,6 +127,9 @@ class Saves:
             "seconds": seconds,
             "data": data,
             "parent": self.parent,
+            "checksums": dict(
+                zip(named(state), map(int, jax.device_get(seal(state))), strict=True)
+            ),
             "certificate": None if crossing is None else dataclasses.asdict(crossing),
         }
         path = self.checkpoints.save(step, span.index, state, lineage)

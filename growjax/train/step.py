@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
@@ -137,6 +138,11 @@ class Programs:
             out_shardings=self.shardings(jax.eval_shape(grow, shapes)),
         )
 
+    def seal(self, shapes: State) -> Any:
+        """State -> the checksum of every leaf."""
+        where = (self.shardings(shapes),)
+        return jax.jit(checksums, in_shardings=where, out_shardings=replicated(self.mesh))
+
     def evaluate(self, shapes: State) -> Any:
         """(State, batch, level) -> the losses [B, T] of the whole model, and their weights."""
         where = self.shardings(shapes)
@@ -149,6 +155,28 @@ class Programs:
 
 
 # The programs ------------------------------------------------------------------------------------
+
+
+def checksums(tree: Any) -> list[Array]:
+    """A number for every leaf that changes with any bit of it, and with nothing else.
+
+    Sums of whole numbers are the same in any order, so neither the mesh nor the host matters.
+    """
+
+    def of(x):
+        if x.dtype == bool:
+            x = x.astype(jnp.uint8)
+        # An eight-byte number becomes two of four, in a dimension of its own
+        size = min(x.dtype.itemsize, 4)
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * size}")).astype(jnp.uint32)
+        place = jnp.zeros(bits.shape, jnp.uint32)
+        for d, n in enumerate(bits.shape):
+            place = place * np.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, d)
+        # Odd factors: no bit of any entry is multiplied away
+        factor = place * np.uint32(0x9E3779B2) + np.uint32(1)
+        return jnp.sum(bits * factor, dtype=jnp.uint32)
+
+    return [of(x) for x in jax.tree.leaves(tree)]
 
 
 def _birth(programs: Programs, make: Callable[[], Any]) -> State:
@@ -165,7 +193,7 @@ def _step(
     )
     updates, optimizer = programs.optimizer.update(gradient, state.optimizer, state.trained)
     updates = jax.tree.map(lambda u: u * -controls.rate.astype(u.dtype), updates)
-    report = Report(loss, optax.global_norm(gradient), optax.global_norm(state.trained))
+    report = Report(loss, optax.tree.norm(gradient), optax.tree.norm(state.trained))
     return State(optax.apply_updates(state.trained, updates), state.rest, optimizer), report
 
 

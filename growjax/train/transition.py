@@ -28,7 +28,7 @@ from growjax.train.step import Controls, Programs, State
 
 # The largest mean change of a loss (nats) that rounding explains, by the type of the activations.
 _ROUNDING = {"float64": 1e-9, "float32": 2e-4, "float16": 1e-2, "bfloat16": 4e-2}
-Need = tuple[Literal["grow", "before", "evaluate", "step"], int, Subnet | None]
+Need = tuple[Literal["grow", "before", "evaluate", "step", "seal"], int, Subnet | None]
 
 
 class Ahead:
@@ -38,6 +38,7 @@ class Ahead:
 
     - `cache`: compiled programs by a digest of their text, for runs that share some.
     - `background`: False compiles when a program is asked for, and not before.
+    - `seal`: whether states will be saved, with a checksum.
 
     `compiled` counts the programs that were; `waited` are the seconds that somebody waited for one.
     """
@@ -49,8 +50,9 @@ class Ahead:
         *,
         cache: dict[str, Any] | None = None,
         background: bool = True,
+        seal: bool = False,
     ):
-        self.plan, self.programs = plan, programs
+        self.plan, self.programs, self.seal = plan, programs, seal
         self.cache = {} if cache is None else cache
         self.background = background
         self.compiled, self.waited = 0, 0.0
@@ -64,7 +66,7 @@ class Ahead:
             self._futures = {n: f for n, f in self._futures.items() if n[1] >= index}
         if self.background:
             for span in self.plan.spans[index : index + 2]:
-                for need in needs(span, first=span.index == index):
+                for need in needs(span, first=span.index == index, seal=self.seal):
                     self._submit(need)
 
     def get(self, need: Need) -> Any:
@@ -90,19 +92,22 @@ class Ahead:
 
     def _compile(self, need: Need) -> Any:
         lowered = lower(self.plan, self.programs, need)
-        digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+        # The text has shapes and shardings, but not the trees that they are the leaves of
+        text = f"{lowered.in_tree} {lowered.out_tree} {lowered.as_text()}"
+        digest = hashlib.sha256(text.encode()).hexdigest()
         if digest not in self.cache:
             self.cache[digest] = lowered.compile()
             self.compiled += 1
         return self.cache[digest]
 
 
-def needs(span: Span, *, first: bool) -> list[Need]:
+def needs(span: Span, *, first: bool, seal: bool = False) -> list[Need]:
     """What a stage needs, in order. The stage that a run starts in has grown already, or was born."""
     grows = span.stage.grow is not None and not first
     growth: list[Need] = [("grow", span.index, None), ("before", span.index, None)] if grows else []
     steps: list[Need] = [("step", span.index, part) for _, part in span.parts]
-    return [*growth, ("evaluate", span.index, None), *steps]
+    saves: list[Need] = [("seal", span.index, None)] if seal else []
+    return [*growth, ("evaluate", span.index, None), *saves, *steps]
 
 
 def lower(plan: Plan, programs: Programs, need: Need) -> Any:
@@ -116,6 +121,8 @@ def lower(plan: Plan, programs: Programs, need: Need) -> Any:
     if kind == "grow":
         assert span.stage.grow is not None
         return programs.growth(shapes, span.stage.grow).lower(shapes)
+    if kind == "seal":
+        return programs.seal(shapes).lower(shapes)
     rows = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split_rows(programs.mesh)),
         batch_shapes(span.objective, span.batch),

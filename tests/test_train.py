@@ -1,0 +1,537 @@
+"""The loop: what it reports, what it saves, and that nothing that happens to it changes a number."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import growjax as gj
+from growjax import train as trainer
+from growjax.errors import CheckpointError, DataError, TrainingError
+from growjax.train import Begin, End, Growth, Options, Plan, Saved, Step, train
+from growjax.train.checkpoint import load, read_lineage
+from growjax.train.saving import load_model, model_of
+from tests.runs import TOKENS, every_kind, feed, plan, steps
+
+
+ROOT = Path(gj.__file__).parents[1]
+
+
+class Reading:
+    """A feed that changes what another one gives, and records what was asked of it."""
+
+    def __init__(self, inner: Any, change: Any = lambda n, batch: batch):
+        self.inner, self.change, self.waited = inner, change, 0.0
+        self.digest = inner.digest
+
+    def held_out(self, *args: Any) -> Any:
+        return self.inner.held_out(*args)
+
+    @contextlib.contextmanager
+    def stream(self, span: Any, first: int) -> Iterator[Any]:
+        with self.inner.stream(span, first) as inner:
+            self.waiting = inner
+            yield _Changed(inner, self.change, span.start)
+
+
+class _Changed:
+    def __init__(self, inner: Any, change: Any, start: int):
+        self.inner, self.change, self.start = inner, change, start
+
+    @property
+    def waited(self) -> float:
+        return self.inner.waited
+
+    def __next__(self) -> Any:
+        i, batch = next(self.inner)
+        return i, self.change(self.start + i, batch)
+
+
+def losses(records: Any) -> dict[int, float]:
+    return {r.step: r.loss for r in records if isinstance(r, Step)}
+
+
+def row(rows: Any, i: int) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(value[i]) for name, value in rows.items()}
+
+
+def weights(records: list[Any]) -> list[np.ndarray]:
+    assert isinstance(records[-1], End)
+    return [np.asarray(x) for x in jax.tree.leaves(records[-1].model)]
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
+
+
+@pytest.fixture(scope="module")
+def programs() -> dict[str, Any]:
+    """Compiled programs, shared by all runs of this file."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, programs):
+    """The plan and records of a run through every kind of stage, with a checkpoint every two steps."""
+    whole, folder = every_kind(), tmp_path_factory.mktemp("runs") / "whole"
+    options = Options(evaluate_every=whole.flops / 6, held_out=6, save_every=2, keep_last=99)
+    return (
+        whole,
+        list(train(whole, feed(whole), run=folder, options=options, cache=programs)),
+        folder,
+    )
+
+
+# What it reports ---------------------------------------------------------------------------------
+
+
+def test_every_step_is_reported_once_and_in_order(run):
+    whole, records, _ = run
+    done = [r for r in records if isinstance(r, Step)]
+    assert records[0] == Begin(0, 0, None, 1) and isinstance(records[-1], End)
+    assert [r.step for r in done] == list(range(whole.steps))
+    assert [r.tokens for r in done] == [TOKENS * (n + 1) for n in range(whole.steps)]
+    assert [r.stage for r in done] == [0] * 3 + [1] * 6 + [2] * 9
+    assert done[-1].flops == whole.flops
+    assert all(a.seconds <= b.seconds for a, b in zip(done, done[1:], strict=False))
+    assert all(0 <= r.waited and 0 <= r.took for r in done)
+    marks = [r.step for r in done if r.held_out is not None]
+    assert len(marks) in (6, 7) and marks[-1] == whole.steps - 1
+    assert all(math.isfinite(x) and x > 0 for r in done for x in (r.loss, r.gradient_norm))
+    assert done[-1].loss < done[0].loss - 0.5
+
+
+def test_growth_is_reported_between_the_steps_with_its_certificate(run):
+    _, records, _ = run
+    growths = [r for r in records if isinstance(r, Growth)]
+    assert [g.step for g in growths] == [3, 9]
+    gated, stacked = growths
+    assert gated.grew == {"mlp": (16, 24), "kv_heads": (2, 4)}
+    assert gated.crossing.exactness == "exact" and gated.crossing.change < 1e-5
+    assert gated.crossing.after == pytest.approx(gated.crossing.before, rel=1e-5)
+    assert stacked.grew == {"layers": (2, 4)} and stacked.crossing.limit is None
+    assert stacked.crossing.change > 1e-3 and stacked.crossing.after != stacked.crossing.before
+
+
+def test_the_certificate_is_of_the_tokens_it_says(run):
+    """The loss before the first growth is that of the model in the checkpoint, on one held-out batch."""
+    whole, records, folder = run
+    model, _ = load_model(folder / "checkpoints" / "00000003-00")
+    rows = feed(whole).held_out(whole.objective, whole.batch)
+    found = [trainer.cross_entropy(model, row(rows, i)) for i in range(4)]
+    mean = sum(jnp.sum(a * w) for a, w in found) / sum(jnp.sum(w) for _, w in found)
+    first = next(r for r in records if isinstance(r, Growth))
+    assert float(mean) == pytest.approx(first.crossing.before, rel=1e-5)
+
+
+def test_held_out_losses_are_of_the_number_of_sequences_asked_for(run):
+    """Six sequences fill a batch and a half: the other half must not count."""
+    whole, records, folder = run
+    model, _ = load_model(folder / "checkpoints" / "00000018-02")
+    rows = feed(whole).held_out(whole.objective, 8)
+    found = [trainer.cross_entropy(model, row(rows, i)) for i in range(6)]
+    mean = sum(jnp.sum(a * w) for a, w in found) / sum(jnp.sum(w) for _, w in found)
+    assert float(mean) == pytest.approx(records[-3].held_out, rel=1e-5)
+
+
+def test_ramps_open_in_their_steps_and_leave_no_gates(run):
+    _, records, _ = run
+    levels = [r.level for r in records if isinstance(r, Step) and r.stage == 1]
+    assert levels == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    model = records[-1].model
+    assert not any(slot.arrays() for slot in gj.axes_of(model).of_kind("gate"))
+    assert gj.sizes(model) == {**gj.sizes(model), "layers": 4, "mlp": 24, "kv_heads": 4}
+
+
+def test_one_program_for_each_need_and_nothing_recompiles(run):
+    """3 evaluations and seals (of 3 models), 2 growths, and steps for 1 + 1 + 2 sizes."""
+    _, records, _ = run
+    assert records[-1].programs == 3 + 2 + 4 + 3
+
+
+def test_a_stage_that_does_not_grow_drops_the_gates_of_the_one_before(programs):
+    grown = steps(2, grow=gj.msg(mlp=24), ramp=2)
+    p = plan(steps(1), grown, steps(2), steps(1, grow=gj.stack(layers=4, order="top")))
+    records = list(train(p, feed(p), options=Options(held_out=4), cache=programs))
+    assert len(losses(records)) == 6 and gj.sizes(records[-1].model)["layers"] == 4
+
+
+def test_the_rate_and_the_norms_are_what_was_used(programs):
+    """One step of plain gradient descent, done by hand."""
+    p = plan(
+        steps(1),
+        optimizer=trainer.Optimizer("sgd", b1=0.0, clip=None),
+        rate=trainer.Schedule(0.5, "constant", warmup=0.0),
+    )
+    records = list(train(p, feed(p), options=Options(held_out=4), cache=programs))
+    trained, rest = gj.partition(p.build())
+    rows = jax.tree.map(jnp.asarray, feed(p).batches(p.spans[0]).batch_at(0))
+
+    def mean(trained):
+        pairs = jax.vmap(lambda row: trainer.cross_entropy(eqx.combine(trained, rest), row))(rows)
+        return jnp.sum(pairs[0] * pairs[1]) / jnp.sum(pairs[1])
+
+    loss, gradient = jax.jit(jax.value_and_grad(mean))(trained)
+    leaves = jax.tree.leaves(gradient)
+    step = records[1]
+    assert step.loss == pytest.approx(float(loss), rel=1e-5) and step.rate == 0.5
+    norm = float(jnp.sqrt(sum(jnp.sum(g * g) for g in leaves)))
+    assert step.gradient_norm == pytest.approx(norm, rel=1e-4)
+    after = jax.tree.map(lambda x, g: x - 0.5 * g, trained, gradient)
+    model = gj.partition(records[-1].model)[0]
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(model), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_parts_of_a_batch_add_up_to_the_whole(run, programs):
+    whole, records, _ = run
+    in_parts = every_kind(accumulate=2)
+    again = losses(train(in_parts, feed(in_parts), options=Options(held_out=4), cache=programs))
+    expected = losses(records)
+    assert again.keys() == expected.keys()
+    assert [again[n] for n in again] == pytest.approx([expected[n] for n in again], abs=2e-4)
+
+
+def test_compiling_in_the_background_changes_nothing(run, programs):
+    whole, records, _ = run
+    options = Options(held_out=4, background=False)
+    again = list(train(whole, feed(whole), options=options, cache=programs))
+    assert losses(again) == losses(records) and same(again, records)
+
+
+# Checkpoints and resume --------------------------------------------------------------------------
+
+
+def test_checkpoints_stand_on_both_sides_of_every_growth(run):
+    _, records, folder = run
+    found = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert found == sorted(Path(r.path).name for r in records if isinstance(r, Saved))
+    assert {"00000003-00", "00000003-01", "00000009-01", "00000009-02", "00000018-02"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["00000002-00", "00000003-00", "00000003-01", "00000006-01", "00000014-02", "00000018-02"],
+)
+def test_a_resumed_run_is_bitwise_the_same(run, programs, name, tmp_path):
+    """From before, between and after growths, on a ramp and between paths."""
+    whole, records, folder = run
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copytree(folder / "checkpoints" / name, tmp_path / "checkpoints" / name)
+    options = Options(evaluate_every=whole.flops / 6, held_out=6)
+    again = list(train(whole, feed(whole), run=tmp_path, options=options, cache=programs))
+    step, stage = map(int, name.split("-"))
+    assert again[0] == Begin(stage, step, str(tmp_path / "checkpoints" / name), 1)
+    expected = {n: loss for n, loss in losses(records).items() if n >= step}
+    assert losses(again) == expected and same(again, records)
+    marks = [
+        [r.held_out for r in rs if isinstance(r, Step) and r.step >= step]
+        for rs in (records, again)
+    ]
+    assert marks[0] == marks[1]
+    seconds = [r.seconds for r in again if isinstance(r, Step)]
+    assert all(s > read_lineage(folder / "checkpoints" / name)["seconds"] for s in seconds)
+
+
+def test_lineage_says_everything(run):
+    whole, records, folder = run
+    lineage = read_lineage(folder / "checkpoints" / "00000012-02")
+    operators = [gj.growth.to_dict(s.grow) for s in whole.stages[1:]]
+    assert lineage["operators"] == json.loads(json.dumps(operators))
+    assert lineage["parent"] == "00000010-02" and lineage["data"] == feed(whole).digest
+    assert lineage["step"] == 12 and lineage["stage"] == 2 and lineage["tokens"] == 12 * TOKENS
+    assert lineage["flops"] == sum(sum(s.flops) for s in whole.spans[:2]) + sum(
+        whole.spans[2].flops[:3]
+    )
+    grown = read_lineage(folder / "checkpoints" / "00000003-01")
+    crossing = next(r for r in records if isinstance(r, Growth)).crossing
+    assert grown["certificate"] == dataclasses.asdict(crossing) and grown["level"] == 0.0
+    assert read_lineage(folder / "checkpoints" / "00000006-01")["level"] == 0.75
+
+
+def test_a_checkpoint_is_enough_to_rebuild_its_model(run):
+    whole, records, folder = run
+    for name, stage in [("00000002-00", 0), ("00000006-01", 1), ("00000018-02", 2)]:
+        model, lineage = load_model(folder / "checkpoints" / name)
+        wanted = jax.tree.leaves(model_of(lineage))
+        assert [x.shape for x in jax.tree.leaves(model)] == [x.shape for x in wanted]
+        assert gj.sizes(model) == whole.spans[stage].sizes
+    ramped, _ = load_model(folder / "checkpoints" / "00000006-01")
+    gates = [s.value for s in gj.axes_of(ramped).of_kind("gate") if s.arrays()]
+    assert gates and all(set(np.unique(g.value)) == {0.75, 1.0} for g in gates)
+    for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(records[-1].model), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_only_what_is_asked_for_is_kept(programs, tmp_path):
+    p = plan(steps(7), steps(3, grow=gj.stack(layers=4, order="top")))
+    options = Options(held_out=4, save_every=1, keep_last=2, keep_every=4)
+    list(train(p, feed(p), run=tmp_path, options=options, cache=programs))
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == [
+        "00000001-00",  # the first of each stage
+        "00000004-00",
+        "00000007-01",
+        "00000008-01",
+        "00000009-01",
+        "00000010-01",
+    ]
+
+
+def test_a_checkpoint_of_another_size_is_refused_leaf_by_leaf(run):
+    _, _, folder = run
+    small, large = (folder / "checkpoints" / name for name in ("00000002-00", "00000018-02"))
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    model = model_of(read_lineage(large))
+    trained, rest = gj.partition(model)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        {"trained": trained, "rest": rest},
+    )
+    with pytest.raises(CheckpointError) as error:
+        load(small, shapes, only=("trained", "rest"))
+    text = str(error.value)
+    assert "float32[2, 16, 16] in the checkpoint, expected float32[4, 16, 24]" in text
+    assert text.count("\n  - ") > 10 and "growjax grow" in text
+
+
+# Faults: each ends in a clear error, and nothing is lost --------------------------------------------
+
+
+def damaged(run, tmp_path, name="00000018-02") -> tuple[Plan, Path, Path]:
+    whole, _, folder = run
+    shutil.copytree(folder, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        if path.name > name:
+            shutil.rmtree(path)
+    return whole, tmp_path / "run", tmp_path / "run" / "checkpoints" / name
+
+
+def truncate(path: Path) -> None:
+    largest = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    largest = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    largest.write_bytes(bytes(data))
+
+
+def edit(path: Path) -> None:
+    file = path / "_CHECKPOINT_METADATA"
+    saved = json.loads(file.read_text())
+    text = json.dumps(saved).replace('"step": 18', '"step": 17')
+    assert text != json.dumps(saved)
+    file.write_text(text)
+
+
+def lose_metadata(path: Path) -> None:
+    (path / "_CHECKPOINT_METADATA").unlink()
+
+
+def strip_lineage(path: Path) -> None:
+    file = path / "_CHECKPOINT_METADATA"
+    saved = json.loads(file.read_text())
+    saved["custom_metadata"] = {}
+    file.write_text(json.dumps(saved))
+
+
+DAMAGE = {
+    "truncated": (truncate, "cannot be read|not a whole checkpoint"),
+    "a byte changed": (flip, "cannot be read|not a whole checkpoint"),
+    "lineage edited": (edit, "its lineage was changed after it was written"),
+    "lineage lost": (strip_lineage, "its lineage is missing"),
+    "metadata lost": (lose_metadata, "its lineage is missing|not a whole checkpoint"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_an_error_and_not_a_model(run, programs, damage, tmp_path):
+    whole, folder, path = damaged(run, tmp_path)
+    spoil, message = DAMAGE[damage]
+    spoil(path)
+    before = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    with pytest.raises(CheckpointError, match=message) as error:
+        list(train(whole, feed(whole), run=folder, cache=programs))
+    assert str(path) in str(error.value)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == before
+    # The one before it is whole: without the damaged one the run goes on
+    shutil.rmtree(path)
+    records = train(whole, feed(whole), run=folder, cache=programs)
+    assert next(records) == Begin(2, 16, str(path.with_name("00000016-02")), 1)
+    records.close()
+
+
+def test_half_a_checkpoint_does_not_look_whole(run, programs, tmp_path):
+    """What a killed writer leaves behind has another name, and is passed over."""
+    whole, folder, path = damaged(run, tmp_path)
+    path.rename(path.with_name(path.name + ".orbax-checkpoint-tmp"))
+    records = train(whole, feed(whole), run=folder, cache=programs)
+    assert next(records).step == 16
+    records.close()
+
+
+def test_a_full_disk_is_an_error_that_loses_nothing(run, programs, monkeypatch, tmp_path):
+    from growjax.train import checkpoint
+
+    whole = run[0]
+    real = checkpoint.ocp.save_async
+
+    def full(path, *args, **kwargs):
+        if "00000006" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.ocp, "save_async", full)
+    options = Options(held_out=4, save_every=2)
+    with pytest.raises(CheckpointError, match="00000006-01 could not be written: .*No space left"):
+        list(train(whole, feed(whole), run=tmp_path, options=options, cache=programs))
+    monkeypatch.undo()
+    records = list(train(whole, feed(whole), run=tmp_path, options=options, cache=programs))
+    assert records[0].step == 4 and same(records, run[1])
+
+
+def test_another_plan_or_other_data_are_refused(run, programs, tmp_path):
+    whole, folder, _ = damaged(run, tmp_path)
+    other = every_kind(seed=7)
+    with pytest.raises(CheckpointError, match=r"another plan(.|\n)*plan.seed: was 0, is 7"):
+        list(train(other, feed(other), run=folder, cache=programs))
+    strange = Reading(feed(whole))
+    strange.digest = "another"
+    with pytest.raises(CheckpointError, match="trained on other data"):
+        list(train(whole, strange, run=folder, cache=programs))
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(run, programs, tmp_path):
+    def poison(n, batch):
+        factor = np.float32(np.nan if n == 5 else 1)
+        return {**batch, "weights": batch["weights"] * factor}
+
+    whole, seen = run[0], []
+    options = Options(held_out=4, save_every=2)
+    with pytest.raises(TrainingError, match=r"step 5 \(stage 1 'ramp', .* loss of nan") as error:
+        for record in train(
+            whole, Reading(feed(whole), poison), run=tmp_path, options=options, cache=programs
+        ):
+            seen.append(record)
+    assert list(losses(seen)) == [0, 1, 2, 3, 4] and "00000004-01" in str(error.value)
+    records = list(train(whole, feed(whole), run=tmp_path, options=options, cache=programs))
+    assert records[0].step == 4 and same(records, run[1])
+
+
+def test_data_that_vanish_end_in_an_error(run, programs):
+    def vanish(n, batch):
+        if n == 4:
+            raise DataError("shard-3.npy: the file is gone")
+        return batch
+
+    whole, seen = run[0], []
+    with pytest.raises(DataError, match="shard-3.npy"):
+        for record in train(whole, Reading(feed(whole), vanish), cache=programs):
+            seen.append(record)
+    assert list(losses(seen)) == [0, 1, 2]
+
+
+class Broken(gj.Operator):
+    """Says that it changes nothing, and copies the last layer to the end."""
+
+    exactness = "exact"
+
+    def maps(self, axes):
+        return [gj.AxisMap("layers", np.array([0, 1, 1]))]
+
+
+def test_a_growth_that_breaks_its_promise_is_undone(programs, tmp_path):
+    p = plan(steps(3), steps(3, grow=Broken()))
+    with pytest.raises(
+        TrainingError, match=r"broken\(\) promises to be exact, and changed the loss"
+    ):
+        list(train(p, feed(p), cache=programs))
+
+
+def test_a_clock_that_jumps_is_not_looked_at(run, programs, monkeypatch):
+    whole, records, _ = run
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    again = list(train(whole, feed(whole), options=Options(held_out=4), cache=programs))
+    assert losses(again) == losses(records)
+    assert all(r.took >= 0 and r.seconds < 1000 for r in again if isinstance(r, Step))
+
+
+def test_a_signal_saves_and_ends_and_the_run_goes_on(run, programs, tmp_path):
+    whole, seen = run[0], []
+    for record in train(whole, feed(whole), run=tmp_path, cache=programs):
+        seen.append(record)
+        if isinstance(record, Step) and record.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert not seen[-1].finished and isinstance(seen[-2], Saved)
+    last = seen[-2].step
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and 5 <= last <= 7
+    records = list(train(whole, feed(whole), run=tmp_path, cache=programs))
+    assert records[0].step == last and same(records, run[1])
+
+
+def test_a_run_killed_anywhere_goes_on_with_the_same_command(run, tmp_path):
+    """The process dies, as on a lost machine: between steps, while saving, and in a growth."""
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        sys.path.insert(0, sys.argv[1])
+        from growjax.train import Growth, Options, Saved, Step, train
+        from growjax.train import loop
+        from tests.runs import every_kind, feed
+
+        die, die_in_growth = sys.argv[3], loop.cross
+        def cross(*args):
+            grown = die_in_growth(*args)
+            if die == "growth":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return grown
+        loop.cross = cross
+        plan = every_kind()
+        for r in train(plan, feed(plan), run=sys.argv[2], options=Options(held_out=4, save_every=2)):
+            if isinstance(r, Step):
+                print(r.step, repr(r.loss), flush=True)
+            if die == "step" and isinstance(r, Step) and r.step == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if die == "save" and isinstance(r, Saved) and r.step == 8:
+                os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    expected, seen = losses(run[1]), {}
+    for die, code in [("growth", -9), ("step", -9), ("save", -9), ("never", 0)]:
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(ROOT), str(tmp_path / "run"), die],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, done.stderr
+        for line in done.stdout.splitlines():
+            n, loss = line.split()
+            assert float(loss) == seen.setdefault(int(n), float(loss))
+    assert seen.keys() == expected.keys()
+    assert [seen[n] for n in expected] == pytest.approx(list(expected.values()), rel=1e-6)
