@@ -42,13 +42,14 @@ def load_text(path: Path | None, cache: Path) -> tuple[Corpus, Corpus]:
     less than 100 kB.
     """
     source = StandardLibrary() if path is None else Text(str(path))
-    training, held_out = prepare(source, ByteTokenizer(), cache)
-    files, size = (sum(f(c) for c in (training, held_out)) for f in (_files, _bytes))
-    if files < 2 or size < 100_000 or not len(held_out):
-        raise DataError(
-            f"{_source(path)}: expected at least two files and 100 kB of text, found {files} and "
-            f"{size} bytes; name a folder of text files with --data"
-        )
+    hint = "name a folder of text files with --data"
+    try:
+        training, held_out = prepare(source, ByteTokenizer(), cache)
+    except DataError as error:
+        raise DataError(f"{error}; {hint}") from error
+    size = _bytes(training) + _bytes(held_out)
+    if size < 100_000:
+        raise DataError(f"{_source(path)}: expected 100 kB of text, found {size} bytes; {hint}")
     return training, held_out
 
 

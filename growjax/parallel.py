@@ -9,6 +9,7 @@ vocabulary are split and activations travel instead. Sequences are split over `d
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -23,6 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from growjax.axes import Slot, axes_of, get, put
 from growjax.errors import LayoutError, raise_all
+from growjax.nn import Stacked
 
 
 AXES = ("data", "fsdp", "tensor")
@@ -30,6 +32,8 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 # Named axes that may be split over `tensor`; the first that divides wins.
 _TENSOR = ("kv_heads", "group", "mlp", "experts", "vocab")
+
+_Steps = tuple[str | int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +149,53 @@ def spec_of(slot: Slot, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*chosen)
 
 
+def gathered(model: Any, mesh: Mesh) -> Any:
+    """The same model, each parameter gathered over `fsdp` where it is read: for use under a gradient.
+
+    The layers of a `Stacked` are gathered by its scan, one at a time and again on the way back, and each
+    gradient is scattered where it arises. Left to itself, the compiler splits activations like the
+    parameters that they meet, and sends those around.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return model
+    specs = {s.steps: spec_of(s, mesh) for s in axes_of(model).of_kind("param") if s.arrays()}
+    values: dict[_Steps, Any] = {}
+    stacks: dict[_Steps, dict[_Steps, PartitionSpec]] = {}
+    for steps, spec in specs.items():
+        ends = [i for i in range(len(steps)) if isinstance(get(model, steps[:i]), Stacked)]
+        if ends:
+            # Within its stack, and without the dimension of the layers
+            inner = stacks.setdefault(steps[: ends[0]], {})
+            inner[steps[ends[0] + 1 :]] = PartitionSpec(*spec[1:])
+        else:
+            values[steps] = _gathered(get(model, steps), mesh, spec)
+
+    def layer(specs: dict[_Steps, PartitionSpec], block: Any) -> Any:
+        return put(block, {s: _gathered(get(block, s), mesh, spec) for s, spec in specs.items()})
+
+    for steps, inner in stacks.items():
+        values[(*steps, "read")] = functools.partial(layer, inner)
+    return put(model, values)
+
+
+def _gathered(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+    if "fsdp" not in spec:
+        return x
+    split = NamedSharding(mesh, spec)
+    whole = NamedSharding(mesh, PartitionSpec(*(None if n == "fsdp" else n for n in spec)))
+
+    # A constraint is its own transpose, and would ask for the whole gradient everywhere
+    @jax.custom_vjp
+    def gather(x):
+        return jax.lax.with_sharding_constraint(x, whole)
+
+    def scatter(_, gradient):
+        return (jax.lax.with_sharding_constraint(gradient, split),)
+
+    gather.defvjp(lambda x: (gather(x), None), scatter)
+    return gather(x)
+
+
 def unsplit(model: Any, mesh: Mesh) -> list[str]:
     """The parameters with two or more dimensions that `fsdp` or `tensor` could not split at all."""
     shared = mesh.shape["fsdp"] * mesh.shape["tensor"]
@@ -191,13 +242,16 @@ def per_device_bytes(tree: Any, shardings: Any) -> int:
 # Many hosts --------------------------------------------------------------------------------------
 
 
-def connect(*, timeout: int = 300, quiet: bool = False, **kwargs: Any) -> None:
+def connect(
+    *, timeout: int = 300, heartbeat: int = 100, quiet: bool = False, **kwargs: Any
+) -> None:
     """Join the other hosts of a pod, show who is there, and prove that they can add up.
 
     On a TPU pod, under Slurm and under MPI nothing has to be said; elsewhere pass what
     `jax.distributed.initialize` takes (`coordinator_address`, `num_processes`, `process_id`), or set
     `GROWJAX_COORDINATOR`, `GROWJAX_PROCESSES` and `GROWJAX_PROCESS`. Call it before any other use of
-    JAX. Raises `LayoutError` if a host is missing after `timeout` seconds or the sum is wrong.
+    JAX. Raises `LayoutError` if a host is missing after `timeout` seconds or the sum is wrong. Later, all
+    hosts end when one has not been heard of for `heartbeat` seconds.
     """
     names = {
         "coordinator_address": ("GROWJAX_COORDINATOR", str),
@@ -207,7 +261,9 @@ def connect(*, timeout: int = 300, quiet: bool = False, **kwargs: Any) -> None:
     given = {k: read(os.environ[v]) for k, (v, read) in names.items() if v in os.environ}
     given |= kwargs
     try:
-        jax.distributed.initialize(initialization_timeout=timeout, **given)
+        jax.distributed.initialize(
+            initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat, **given
+        )
     except (RuntimeError, ValueError) as error:
         raise LayoutError(
             f"host {socket.gethostname()} could not join the run within {timeout} s: {error}. Start "

@@ -75,8 +75,9 @@ def batch_shapes(objective: Objective, rows: int) -> dict[str, jax.ShapeDtypeStr
 class Causal:
     """Predict every token from those before it.
 
-    Gives `tokens`, `targets`, `weights`, `segments` and `positions`, each `[length]`. Windows overlap
-    by one token, so that every token of a block is a target once.
+    Gives `tokens`, `targets` and `weights`, and where documents are told apart `segments` and
+    `positions`, each `[length]`. Windows overlap by one token, so that every token of a block is a
+    target once.
 
     **Arguments**
 
@@ -105,15 +106,17 @@ class Causal:
 
     def __call__(self, window: Window, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
         del vocabulary, rng
-        documents = window.documents
+        tokens, documents = window
         if self.packing == "concat":
-            documents = np.zeros_like(documents)
+            # Without segments attention needs no mask but the causal one
+            weights = np.ones(self.length, np.float32)
+            return {"tokens": tokens[:-1], "targets": tokens[1:], "weights": weights}
         segments = documents[:-1]
         places = np.arange(self.length, dtype=np.int32)
         firsts = np.concatenate([[True], segments[1:] != segments[:-1]])
         return {
-            "tokens": window.tokens[:-1],
-            "targets": window.tokens[1:],
+            "tokens": tokens[:-1],
+            "targets": tokens[1:],
             "weights": (documents[1:] == segments).astype(np.float32),
             "segments": segments,
             "positions": places - np.maximum.accumulate(np.where(firsts, places, 0)),

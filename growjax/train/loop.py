@@ -95,7 +95,14 @@ def train(
     ahead = Ahead(plan, programs, cache=cache, background=options.background, seal=run is not None)
     with contextlib.closing(ahead), _stop_signal(run is not None) as asked_to_stop:
         loop = _Loop(plan, feed, run, options, programs, ahead, asked_to_stop)
-        yield from loop.records()
+        try:
+            yield from loop.records()
+        except jax.errors.JaxRuntimeError as error:
+            raise TrainingError(
+                f"plan {plan.name!r}: process {jax.process_index()} of {jax.process_count()} cannot go "
+                f"on: {str(error).splitlines()[0][:300]}. If another host is lost or out of memory, "
+                "start all of them again with the same command"
+            ) from error
 
 
 class _Loop:

@@ -1,10 +1,10 @@
 """The programs of a run: birth, training step, growth and evaluation, as pure functions under jit.
 
 Each is written for one global batch and one whole model. Under `Layout(step="auto")` the shardings of
-its inputs and outputs say where everything lives and the compiler places the collectives; gradients are
-pinned to the parameters' shardings, or it would all-reduce what it could reduce-scatter. Under
-"shard_map" the gradient is computed replica by replica, each on its own rows (and, if asked, its own
-path through the layers), and the one collective is written out.
+its inputs and outputs say where everything lives and the compiler places the collectives; parameters are
+gathered layer by layer, and gradients pinned to the parameters' shardings (`parallel.gathered`), or it
+would rather send activations around. Under "shard_map" the gradient is computed replica by replica, each
+on its own rows (and, if asked, its own path through the layers), and the one collective is written out.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from growjax.optim import carry
 from growjax.parallel import (
     BATCH,
     Layout,
+    gathered,
     model_shardings,
     replicated,
     split_rows,
@@ -148,7 +149,7 @@ class Programs:
         where = self.shardings(shapes)
         everywhere = replicated(self.mesh)
         return jax.jit(
-            functools.partial(_evaluate, self.loss),
+            functools.partial(_evaluate, self),
             in_shardings=(where, split_rows(self.mesh), everywhere),
             out_shardings=everywhere,
         )
@@ -209,6 +210,7 @@ def _loss_and_gradient(programs: Programs, part, state: State, batch: Any, contr
         def loss_of(trained, rows):
             model = opened(eqx.combine(trained, rest), controls.level)
             model = model if part is None else part(model, key=key, step=controls.step)
+            model = gathered(model, programs.mesh)
             losses, counts = jax.vmap(lambda row: programs.loss(model, row))(rows)
             return jnp.sum(losses * counts) / weights
 
@@ -260,6 +262,6 @@ def _grow(op: Operator | Chain, seed: int, state: State) -> State:
     return State(trained, rest, optimizer)
 
 
-def _evaluate(loss: Loss, state: State, batch: Mapping[str, Array], level: Array):
-    model = opened(state.model, level)
-    return jax.vmap(lambda row: loss(model, row))(batch)
+def _evaluate(programs: Programs, state: State, batch: Mapping[str, Array], level: Array):
+    model = gathered(opened(state.model, level), programs.mesh)
+    return jax.vmap(lambda row: programs.loss(model, row))(batch)

@@ -1,0 +1,98 @@
+"""Programs that tests start in processes of their own: they need other devices than the tests have.
+
+python -m tests.hosts layouts FOLDER              8 devices in one process
+python -m tests.hosts rank FOLDER RANK PORT WHAT  one of two processes, one device each
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import growjax as gj
+from growjax import parallel
+from growjax.train import Layout, Options, Plan, Step, train
+from tests.runs import feed, plan, steps
+
+
+def short(layout: Layout, **changes: Any) -> Plan:
+    """Two steps, growth of width behind gates, then two steps on paths of length 1."""
+    path = gj.random_path(1, keep=())
+    return plan(
+        steps(4, "small"),
+        steps(4, "wide", grow=gj.msg(mlp=32, heads=4), ramp=2, subnet=path),
+        layout=layout,
+        batch=8,
+        **changes,
+    )
+
+
+def losses(of: Plan, **kwargs: Any) -> list[float]:
+    options = Options(held_out=8, evaluate_every=of.flops / 2, save_every=1, keep_last=9)
+    records: list[Any] = list(train(of, feed(of), options=options, **kwargs))
+    found = [r for r in records if isinstance(r, Step)]
+    return [r.loss for r in found] + [r.held_out for r in found if r.held_out is not None]
+
+
+def layouts(folder: Path) -> None:
+    """The losses of one plan under every layout, and of runs that went on under another one."""
+    devices = jax.devices()
+    ways = {
+        "one": (Layout(), 1),
+        "replicas": (Layout(step="shard_map"), 8),
+        "fsdp": (Layout(fsdp=8), 8),
+        "both": (Layout(fsdp=2, tensor=2), 8),
+    }
+    found = {
+        name: losses(
+            short(layout), devices=devices[:n], run=folder / name if name == "both" else None
+        )
+        for name, (layout, n) in ways.items()
+    }
+    halfway = sorted((folder / "both" / "checkpoints").iterdir())
+    for path in halfway:
+        if path.name > "00000001-00":
+            shutil.rmtree(path)
+    found["resumed"] = losses(short(Layout(fsdp=2)), devices=devices[:2], run=folder / "both")
+    own = short(Layout(step="shard_map", own_paths=True))
+    found["own paths"] = losses(own, devices=devices)
+
+    sharded = short(Layout(fsdp=8))
+    mesh = sharded.layout.mesh(devices)
+    born = parallel.model_shardings(sharded.build(), mesh)
+    specs = {str(sharding.spec) for sharding in jax.tree.leaves(born)}
+    print(json.dumps({"losses": found, "specs": sorted(specs), "devices": parallel.self_test()}))
+
+
+def rank(folder: Path, index: int, port: str, what: str) -> None:
+    """One of two hosts. `what` is "train", or "die" for the one that stops in the middle."""
+    parallel.connect(
+        coordinator_address=f"127.0.0.1:{port}",
+        num_processes=2,
+        process_id=index,
+        timeout=60,
+        heartbeat=10,
+    )
+    of = short(Layout(fsdp=2))
+    reading = feed(of)
+    options = Options(held_out=8, evaluate_every=of.flops / 2, save_every=1, keep_last=9)
+    for record in train(of, reading, run=folder, options=options):
+        if isinstance(record, Step):
+            print(json.dumps([record.step, record.loss]), flush=True)
+            if what == "die" and record.step == 1:
+                os._exit(9)
+    batch = reading.batches(of.spans[0]).batch_at(0)
+    assert len(batch["tokens"]) == 4 and np.all(batch["weights"] == 1)
+
+
+if __name__ == "__main__":
+    command, where, *rest = sys.argv[1:]
+    if command == "layouts":
+        layouts(Path(where))
+    else:
+        rank(Path(where), int(rest[0]), *rest[1:])

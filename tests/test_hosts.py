@@ -1,0 +1,104 @@
+"""One plan on many devices and hosts: the same losses everywhere, and resume from one to another."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import growjax as gj
+
+
+ROOT = Path(gj.__file__).parents[1]
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+
+def start(*args: object, devices: int = 1) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.hosts", *map(str, args)],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(devices)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    process = start("layouts", tmp_path_factory.mktemp("layouts"), devices=8)
+    out, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("way", ["replicas", "fsdp", "both"])
+def test_every_layout_gives_the_same_losses(layouts, way):
+    one, found = layouts["losses"]["one"], layouts["losses"][way]
+    assert len(one) == 4 + 2 and found == pytest.approx(one, abs=3e-5)
+
+
+def test_a_run_goes_on_with_fewer_devices(layouts):
+    """Saved on eight devices, split two ways; gone on from step 1 on two."""
+    one, found = layouts["losses"]["one"], layouts["losses"]["resumed"]
+    assert found == pytest.approx(one[1:], abs=3e-5)
+
+
+def test_replicas_may_draw_paths_of_their_own(layouts):
+    one, own = layouts["losses"]["one"], layouts["losses"]["own paths"]
+    assert own[:2] == pytest.approx(one[:2], abs=3e-5)  # before there are paths
+    assert abs(own[2] - one[2]) > 1e-4
+
+
+def test_parameters_are_split_where_they_can_be(layouts):
+    assert layouts["devices"] == 8
+    assert any("fsdp" in spec for spec in layouts["specs"])
+
+
+@pytest.fixture(scope="module")
+def two_hosts(tmp_path_factory):
+    folder, port = tmp_path_factory.mktemp("hosts") / "run", free_port()
+    ranks = [start("rank", folder, i, port, "train") for i in range(2)]
+    done = [r.communicate(timeout=600) for r in ranks]
+    assert [r.returncode for r in ranks] == [0, 0], done
+    return folder, [out for out, _ in done]
+
+
+def shown(out: str) -> dict[int, float]:
+    return dict(json.loads(line) for line in out.splitlines() if re.match(r"\[\d", line))
+
+
+def test_two_hosts_give_the_losses_of_one(layouts, two_hosts):
+    _, outs = two_hosts
+    first, second = (shown(out) for out in outs)
+    assert first == second and list(first) == list(range(4))
+    assert list(first.values()) == pytest.approx(layouts["losses"]["one"][:4], abs=3e-5)
+    assert all(f"process {i} of 2 on" in out and "1 of 2" in out for i, out in enumerate(outs))
+
+
+def test_a_host_that_dies_ends_the_other_and_both_go_on(two_hosts, tmp_path):
+    _, outs = two_hosts
+    port = free_port()
+    ranks = [start("rank", tmp_path, i, port, what) for i, what in enumerate(["train", "die"])]
+    began = time.monotonic()
+    done = [r.communicate(timeout=300) for r in ranks]
+    assert ranks[1].returncode == 9 and ranks[0].returncode not in (0, None)
+    assert time.monotonic() - began < 120
+    assert "growjax.errors" in done[0][1] or "heartbeat" in done[0][1], done[0][1]
+    port = free_port()
+    again = [start("rank", tmp_path, i, port, "train") for i in range(2)]
+    done = [r.communicate(timeout=600) for r in again]
+    assert [r.returncode for r in again] == [0, 0], done
+    late, whole = shown(done[0][0]), shown(outs[0])
+    assert late and late == {n: whole[n] for n in late} and max(late) == 3
