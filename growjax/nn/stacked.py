@@ -30,7 +30,8 @@ class Stacked(eqx.Module, Generic[Block]):
     - `active`: layers marked False are skipped by `lax.cond`, at no cost for their FLOPs.
 
     `remat="dots"` keeps matrix products and recomputes the rest, the fastest form even on a CPU;
-    "nothing" recomputes everything, "everything" keeps everything.
+    "nothing" recomputes everything, "everything" keeps everything. `read` is what a run does to one
+    layer's weights when the scan comes to them: it gathers them (`growjax.parallel.gathered`).
     """
 
     block: Block = stack("{axis}")
@@ -39,6 +40,7 @@ class Stacked(eqx.Module, Generic[Block]):
     active: Bool[Array, " layers"] | None = axes.active("{axis}")
     axis: str = eqx.field(static=True, default="layers")
     remat: Literal["dots", "nothing", "everything"] = eqx.field(static=True, default="dots")
+    read: Callable[[Block], Block] | None = eqx.field(static=True, default=None)
 
     def __init__(
         self,
@@ -51,7 +53,7 @@ class Stacked(eqx.Module, Generic[Block]):
     ):
         self.block = eqx.filter_vmap(make)(jax.random.split(key, length))
         self.gate = self.branch = self.active = None
-        self.axis, self.remat = axis, remat
+        self.axis, self.remat, self.read = axis, remat, None
 
     def __call__(self, x: Float[Array, "T embed"], *args: Any, **kwargs: Any) -> Array:
         """Run `block(x, *args, branch=..., **kwargs)` for each layer; the arguments are shared."""
@@ -59,7 +61,8 @@ class Stacked(eqx.Module, Generic[Block]):
 
         def run(x, layer):
             weights, gate, scale, on = layer
-            block = eqx.combine(weights, static)
+            block: Any = eqx.combine(weights, static)
+            block = block if self.read is None else self.read(block)
 
             def mixed(x):
                 y = block(x, *args, branch=scale, **kwargs)
