@@ -161,8 +161,8 @@ TABLE = """
 - jnp.tril(jnp.ones((length, length), bool))
 + jnp.triu(jnp.ones((length, length), bool))
 @ the padding mask inverted | nn/assembly.py | models | padding_is_not_seen and gpt
-- sees & mask[None, :]
-+ sees & ~mask[None, :]
+- sees & mask
++ sees & ~mask
 @ branch multiplier ignored | nn/block.py | subnet | runs_its_blocks
 - y = y if branch is None else y * jnp.asarray(branch, y.dtype)
 + y = y * 1.0
