@@ -263,8 +263,8 @@ TABLE = """
 - new = jnp.where(young, 0, old[np.maximum(move.source, 0)])
 + new = old[np.maximum(move.source, 0)]
 @ as old as the oldest | optim/age.py | optim | youngest
-- jnp.minimum(total,
-+ jnp.maximum(jnp.where(total == 1, 0, total),
+- jnp.minimum(least, vector)
++ jnp.maximum(jnp.where(least == top, 0, least), vector)
 @ as old as the last axis | optim/age.py | optim | youngest
 - for i, dim in enumerate(slot.dims):
 + for i, dim in list(enumerate(slot.dims))[-1:]:
