@@ -34,6 +34,131 @@ def demo(
     run(data, seed, out, Size(steps=steps))
 
 
+@app.command
+def train(
+    plan: tyro.conf.Positional[Path],
+    run: Path,
+    change: tuple[str, ...] = (),
+    evaluations: int = 20,
+    held_out: int = 64,
+    save_every: int | None = None,
+    keep_last: int = 2,
+    keep_every: int | None = None,
+    tracker: tuple[str, ...] = (),
+    profile: tuple[int, int] | None = None,
+    hosts: bool = False,
+) -> None:
+    """Run a plan, or go on with it: the same command resumes after a kill, wherever it stopped.
+
+    Args:
+        plan: A JSON file, or a Python file that defines `plan`.
+        run: The folder of its plan, journal and checkpoints. If there are some, it goes on from the last.
+        change: Fields of the plan to change, such as batch=16 or model.dtype=bfloat16.
+        evaluations: How often to look at the held-out loss, evenly over the FLOPs.
+        held_out: Over how many sequences.
+        save_every: Steps between checkpoints; those on both sides of every growth are always written.
+        keep_last: How many of the latest checkpoints stay.
+        keep_every: Checkpoints at multiples of so many steps stay as well.
+        tracker: Where the numbers go besides the journal: tensorboard, wandb.
+        profile: First and last step of which to write a profile.
+        hosts: Join the other hosts of a pod first.
+    """
+    from growjax import parallel
+
+    if hosts:
+        parallel.connect()
+
+    from rich.console import Console
+
+    from growjax.train import Options, watch
+    from growjax.train import train as records
+    from growjax.train.commands import read_plan
+
+    what = read_plan(plan, change)
+    options = Options(
+        evaluate_every=what.flops / max(evaluations, 1),
+        held_out=held_out,
+        save_every=save_every,
+        keep_last=keep_last,
+        keep_every=keep_every,
+        profile=profile,
+    )
+    running = records(what, run=run, options=options)
+    for _ in watch(running, what, run=run, console=Console(), trackers=tracker):
+        pass
+
+
+@app.command
+def grow(
+    checkpoint: tyro.conf.Positional[Path],
+    to: dict[str, int],
+    out: Path,
+    by: str = "msg",
+    seed: int = 0,
+) -> None:
+    """Grow a checkpoint, optimizer state and all, into a new one, and print its certificate.
+
+    Args:
+        checkpoint: The folder of one checkpoint.
+        to: Axes and the sizes to reach, such as: --to mlp 2048 embed 384.
+        out: The folder to write; it must not be there.
+        by: Operators joined by +: msg, copy, zeros for widths, stack for layers.
+        seed: Of what is drawn.
+    """
+    from growjax.train.commands import grow_checkpoint, operator_of
+
+    print(grow_checkpoint(checkpoint, operator_of(by, to), out, seed=seed))
+
+
+@app.command
+def certify(
+    checkpoint: tyro.conf.Positional[Path], to: dict[str, int], by: str = "msg", seed: int = 0
+) -> None:
+    """Print the certificate that growing a checkpoint would get; nothing is written.
+
+    Args:
+        checkpoint: The folder of one checkpoint.
+        to: Axes and the sizes to reach, such as: --to mlp 2048 embed 384.
+        by: Operators joined by +: msg, copy, zeros for widths, stack for layers.
+        seed: Of what is drawn.
+    """
+    from growjax.gates import ungated
+    from growjax.train.commands import certify_model, operator_of
+    from growjax.train.saving import load_model
+
+    certificate = certify_model(ungated(load_model(checkpoint)[0]), operator_of(by, to), seed)
+    print(certificate)
+    if not certificate.passed:
+        sys.exit(1)
+
+
+@app.command
+def inspect(path: tyro.conf.Positional[Path]) -> None:
+    """Print what a checkpoint, or the last one of a run, is and where it came from.
+
+    Args:
+        path: The folder of a checkpoint or of a run.
+    """
+    from rich.console import Console
+
+    from growjax.train.commands import describe
+
+    describe(path, Console())
+
+
+@app.command
+def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
+    """Write one HTML page about some runs, with their losses against cost, tokens and seconds.
+
+    Args:
+        runs: Folders of runs.
+        out: The page to write.
+    """
+    from growjax.report.runs import write_report
+
+    print(write_report(runs, out))
+
+
 def main() -> None:
     """Run one command; a fault in what was asked for is a message and not a traceback."""
     try:

@@ -145,15 +145,15 @@ def arms_figure(arms: Sequence[Mapping[str, Any]], target: str | None = None) ->
             sharex=True,
             height_ratios=[4.2, 0.12 + 0.28 * len(arms)],
         )
-        unit, name = _unit(max(arm["stages"][-1]["stop"] for arm in arms))
+        unit, name = scale(max(arm["stages"][-1]["stop"] for arm in arms))
         for n, arm in enumerate(arms):
-            look = _look(n)
+            line = look(n)
             x, y = zip(*arm["held_out"], strict=True)
-            loss.plot([f / unit for f in x], y, label=f"{arm['name']}  {arm['final']:.3f}", **look)
-            loss.plot(x[-1] / unit, y[-1], "o", color=look["color"], markersize=5)
+            loss.plot([f / unit for f in x], y, label=f"{arm['name']}  {arm['final']:.3f}", **line)
+            loss.plot(x[-1] / unit, y[-1], "o", color=line["color"], markersize=5)
             for stage in arm["stages"][1:]:
                 at = stage["start"] / unit
-                loss.plot(at, _at(x, y, stage["start"]), "|", color=look["color"], markersize=13)
+                loss.plot(at, _at(x, y, stage["start"]), "|", color=line["color"], markersize=13)
             _stages(strip, arm, n, unit)
         for arm in arms:
             if arm["name"] == target:
@@ -180,12 +180,12 @@ def cost_figure(arms: Sequence[Mapping[str, Any]]) -> Figure:
     """FLOPs of each step along the run; `costs` is each arm's list of [first step, FLOPs of a step]."""
     with style():
         figure, axes = canvas(2.9)
-        unit, name = _unit(max(cost for arm in arms for _, cost in arm["costs"]))
+        unit, name = scale(max(cost for arm in arms for _, cost in arm["costs"]))
         for n, arm in enumerate(arms):
             starts, costs = zip(*[*arm["costs"], (arm["steps"], arm["costs"][-1][1])], strict=True)
             # Apart by less than a line's width, so that arms of equal cost can be told apart.
             shown = [cost / unit * (1 + 0.012 * ((len(arms) - 1) / 2 - n)) for cost in costs]
-            axes.step(starts, shown, where="post", label=arm["name"], **_look(n))
+            axes.step(starts, shown, where="post", label=arm["name"], **look(n))
         axes.set_xlabel("step")
         axes.set_ylabel(f"{name} per step")
         axes.set_ylim(0, None)
@@ -194,12 +194,13 @@ def cost_figure(arms: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _look(n: int) -> dict[str, Any]:
+def look(n: int) -> dict[str, Any]:
+    """Colour and dashes of the nth line of a figure."""
     return {"color": _SERIES[n % len(_SERIES)], "linestyle": _DASHES[n % len(_DASHES)]}
 
 
 def _stages(strip: Axes, arm: Mapping[str, Any], row: int, unit: float) -> None:
-    colour = _look(row)["color"]
+    colour = look(row)["color"]
     for stage in arm["stages"]:
         start, stop = stage["start"] / unit, stage["stop"] / unit
         strip.barh(row, stop - start, 0.78, start, color=colour, alpha=0.22, linewidth=0)
@@ -222,7 +223,8 @@ def _at(x: Sequence[float], y: Sequence[float], where: float) -> float:
     return y[0]
 
 
-def _unit(largest: float) -> tuple[float, str]:
+def scale(largest: float) -> tuple[float, str]:
+    """The unit of FLOPs to write a number of this size in, and its name."""
     units = [(1e18, "exaFLOPs"), (1e15, "petaFLOPs"), (1e12, "teraFLOPs"), (1e9, "gigaFLOPs")]
     return next((u for u in units if largest >= u[0]), (1e6, "megaFLOPs"))
 

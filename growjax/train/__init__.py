@@ -10,6 +10,8 @@ from growjax.train.feed import Feed as Feed
 from growjax.train.loop import Options as Options
 from growjax.train.loop import train as train
 from growjax.train.losses import cross_entropy as cross_entropy
+from growjax.train.metrics import read_journal as read_journal
+from growjax.train.metrics import watch as watch
 from growjax.train.plan import Plan as Plan
 from growjax.train.plan import Span as Span
 from growjax.train.plan import Stage as Stage

@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,7 @@ class Checkpoints:
             return None
         with _clear(f"{path} could not be written"), _quiet():
             self.folder.mkdir(parents=True, exist_ok=True)
-            metadata: Any = {_KEY: sealed(lineage)}
-            self._writing = path, ocp.save_async(str(path), named(state), custom_metadata=metadata)
+            self._writing = path, write(path, state, lineage)
         return path
 
     def wait(self) -> None:
@@ -95,6 +94,12 @@ class Checkpoints:
                 kept.add(path)
             stages.add(stage)
         return [path for path in found if path not in kept]
+
+
+def write(path: Path, state: Any, lineage: Mapping[str, Any]) -> Any:
+    """Start to write one checkpoint; `.result()` returns when it is whole."""
+    metadata: Any = {_KEY: sealed(lineage)}
+    return ocp.save_async(str(path.absolute()), named(state), custom_metadata=metadata)
 
 
 def read_lineage(path: str | Path) -> dict[str, Any]:
@@ -148,6 +153,11 @@ def load(path: str | Path, shapes: Any, *, only: Sequence[str] = ()) -> Any:
     changed = [name for name in wanted if found[name] != written[name]]
     raise_all(CheckpointError, f"{path} cannot be read: these are not what was written:", changed)
     return jax.tree.unflatten(jax.tree.structure(shapes), state)
+
+
+def numbered(state: Any, checksums: Callable[[Any], list[Any]]) -> dict[str, int]:
+    """The checksum of every leaf, by its name."""
+    return dict(zip(named(state), map(int, jax.device_get(checksums(state))), strict=True))
 
 
 def _plain(metadata: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from growjax.axes import partition
 from growjax.errors import CheckpointError, raise_all
 from growjax.gates import opened, ungated
 from growjax.train.as_json import differences, from_dict, load_plan, save_plan, to_dict
-from growjax.train.checkpoint import Checkpoints, load, named, read_lineage
+from growjax.train.checkpoint import Checkpoints, load, numbered, read_lineage
 from growjax.train.plan import Plan, Span, build
 from growjax.train.step import Programs, State
 from growjax.train.transition import Crossing, state_shapes
@@ -110,6 +110,7 @@ class Saves:
             "growjax": importlib.metadata.version("growjax"),
             "plan": self.plan.name,
             "model": to_dict(self.plan.model),
+            "optimizer": to_dict(self.plan.optimizer),
             "operators": [
                 to_dict(s.stage.grow)
                 for s in self.plan.spans[: span.index + 1]
@@ -127,9 +128,7 @@ class Saves:
             "seconds": seconds,
             "data": data,
             "parent": self.parent,
-            "checksums": dict(
-                zip(named(state), map(int, jax.device_get(seal(state))), strict=True)
-            ),
+            "checksums": numbered(state, seal),
             "certificate": None if crossing is None else dataclasses.asdict(crossing),
         }
         path = self.checkpoints.save(step, span.index, state, lineage)

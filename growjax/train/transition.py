@@ -136,11 +136,16 @@ def lower(plan: Plan, programs: Programs, need: Need) -> Any:
 
 def state_shapes(programs: Programs, span: Span) -> State:
     """The shapes and shardings of the state that a stage trains."""
-    return programs.placed(jax.eval_shape(lambda: programs.state_of(_zeros(span.model))))
+    return placed_shapes(programs, span.model)
 
 
-def _zeros(model: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model)
+def placed_shapes(programs: Programs, model: Any) -> State:
+    """The shapes and shardings of the state of a model, of which only shapes need be given."""
+
+    def state():
+        return programs.state_of(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model))
+
+    return programs.placed(jax.eval_shape(state))
 
 
 @dataclasses.dataclass(frozen=True)

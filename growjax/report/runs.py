@@ -1,0 +1,191 @@
+"""One page about some runs, from the journals in their folders."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from growjax.errors import DataError
+from growjax.report.page import Plot, Table, arms_figure, canvas, look, scale, style, write_page
+from growjax.train import Plan, load_plan, read_journal
+
+
+def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
+    """Write the page of some runs: losses against FLOPs, tokens and seconds, stages, growths, speed.
+
+    Raises `DataError` for a folder without a journal, or one in which nothing was trained yet.
+
+    **Example**
+
+        write_report(["runs/scratch", "runs/grown"], "report.html")
+    """
+    arms = [read_run(run) for run in runs]
+    if not arms:
+        raise DataError("runs: expected at least one folder of a run")
+    plots = [
+        Plot(
+            "Held-out loss against cost",
+            arms_figure(arms),
+            "The strip names the stages; a tick on a curve is where one begins.",
+        ),
+        *(
+            Plot(f"Held-out loss against {name}", _against(arms, key, name), "The same losses.")
+            for key, name in [("tokens", "training tokens"), ("seconds", "seconds of training")]
+        ),
+        Plot(
+            "Training loss",
+            _losses(arms),
+            "Of the part that was trained, on its batch; a running mean over a fiftieth of the run.",
+        ),
+        Plot(
+            "Speed",
+            _against(arms, "speed", "training tokens", "tokens per second"),
+            "Of each step, as a running mean. A step that waited for something shows as a dip.",
+        ),
+    ]
+    return write_page(out, ", ".join(arm["name"] for arm in arms), plots, _tables(arms), _NOTES)
+
+
+_NOTES = (
+    "FLOPs are model FLOPs: the matrix products of a forward pass, counted off the traced program, times "
+    "three. Norms, softmax, the optimizer and recomputation are not counted.",
+    "Seconds are those spent training, over all sessions of a run, without compiling, growing, "
+    "evaluating and saving.",
+    "Held-out losses are of the whole model, in nats per token, also while a part of it is trained. Ends "
+    "of runs compare if their learning rates are decayed; points before the end do not.",
+    "The certificate of a growth is the loss on one held-out batch just before and just after.",
+)
+
+
+def read_run(run: str | Path) -> dict[str, Any]:
+    """What the figures need to know of one run, by its plan and its journal."""
+    plan, rows = load_plan(Path(run) / "plan.json"), read_journal(run)
+    steps = [row for row in rows if row["kind"] == "step"]
+    marks = [row for row in steps if row["held_out"] is not None]
+    if not marks:
+        raise DataError(f"{run}: nothing was evaluated in it yet")
+    return {
+        "name": Path(run).name,
+        "plan": plan,
+        "held_out": [(row["flops"], row["held_out"]) for row in marks],
+        "final": marks[-1]["held_out"],
+        "finished": any(row["kind"] == "end" and row["finished"] for row in rows),
+        "stages": _stages(plan, steps[-1]["flops"]),
+        "tokens": [(row["tokens"], row["held_out"]) for row in marks],
+        "seconds": [(row["seconds"], row["held_out"]) for row in marks],
+        "loss": [(row["flops"], row["loss"]) for row in steps],
+        "speed": [
+            (row["tokens"], row["tokens_per_second"]) for row in steps if "tokens_per_second" in row
+        ],
+        "growths": [row for row in rows if row["kind"] == "growth"],
+        "last": steps[-1],
+        "waited": sum(row["waited"] for row in steps),
+    }
+
+
+def _stages(plan: Plan, spent: int) -> list[dict[str, Any]]:
+    found, start = [], 0
+    for span in plan.spans:
+        stop = min(start + sum(span.flops), spent)
+        if stop > start or not found:
+            label = span.stage.name or f"stage {span.index}"
+            found.append({"label": label, "start": start, "stop": stop})
+        start = stop
+    return found
+
+
+def _mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A running mean over a fiftieth of the points."""
+    width = max(len(points) // 50, 1)
+    sums = [0.0, *itertools.accumulate(y for _, y in points)]
+    return [
+        (points[i][0], (sums[i + 1] - sums[max(i + 1 - width, 0)]) / min(width, i + 1))
+        for i in range(len(points))
+    ]
+
+
+def _figure(
+    arms: Sequence[Mapping[str, Any]],
+    points: Callable[[Mapping[str, Any]], Sequence[tuple[float, float]]],
+    x: str,
+    y: str,
+) -> Figure:
+    with style():
+        figure, axes = canvas(3.2)
+        for n, arm in enumerate(arms):
+            given = points(arm)
+            if given:
+                axes.plot(*zip(*given, strict=True), label=arm["name"], **look(n))
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.set_xlim(0, None)
+        axes.legend(loc="best")
+    return figure
+
+
+def _against(
+    arms: Sequence[Mapping[str, Any]],
+    key: str,
+    name: str,
+    label: str = "held-out loss (nats per token)",
+) -> Figure:
+    smooth = _mean if key == "speed" else list
+    return _figure(arms, lambda arm: smooth(arm[key]), name, label)
+
+
+def _losses(arms: Sequence[Mapping[str, Any]]) -> Figure:
+    unit, name = scale(max(arm["last"]["flops"] for arm in arms))
+    return _figure(
+        arms,
+        lambda arm: [(x / unit, y) for x, y in _mean(arm["loss"])],
+        f"training {name}",
+        "training loss (nats per token)",
+    )
+
+
+def _tables(arms: Sequence[Mapping[str, Any]]) -> list[Table]:
+    results = [
+        [
+            arm["name"],
+            f"{arm['final']:.4f}",
+            f"{arm['last']['flops']:.4g}",
+            f"{arm['last']['tokens']:,}",
+            f"{arm['last']['seconds']:.0f}",
+            f"{arm['waited']:.1f}",
+            "yes" if arm["finished"] else "no",
+        ]
+        for arm in arms
+    ]
+    growths = [
+        [
+            f"{arm['name']}: {', '.join(f'{a} {m} to {n}' for a, (m, n) in row['grew'].items())}",
+            row["crossing"]["exactness"],
+            f"{row['step']}",
+            f"{row['crossing']['before']:.5f}",
+            f"{row['crossing']['after']:.5f}",
+            f"{row['crossing']['change']:.2g}",
+            f"{row['stall']:.2f}",
+        ]
+        for arm in arms
+        for row in arm["growths"]
+    ]
+    heads = ("run", "held-out loss", "FLOPs", "tokens", "seconds", "waited for data", "finished")
+    tables = [Table("Results", heads, results, "Losses in nats per token; seconds of training.")]
+    if growths:
+        heads = (
+            "what grew",
+            "promise",
+            "before step",
+            "loss before",
+            "after",
+            "change",
+            "stall (s)",
+        )
+        words = (
+            "Change is the mean absolute change of a token's loss; stall is how long training stood "
+            "still."
+        )
+        tables.append(Table("Growth", heads, growths, words))
+    return tables

@@ -1,0 +1,209 @@
+"""What the command line does with plans and checkpoints, as functions."""
+
+import json
+import runpy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from growjax import growth
+from growjax.axes import axes_of, sizes
+from growjax.certify import Certificate, certify
+from growjax.cost import parameters
+from growjax.errors import CheckpointError, GrowthError, PlanError
+from growjax.gates import is_gated, ungated
+from growjax.growth import Chain, Operator, chain
+from growjax.parallel import Layout
+from growjax.train.as_json import from_dict, load_plan, to_dict
+from growjax.train.checkpoint import Checkpoints, load, numbered, read_lineage, write
+from growjax.train.losses import cross_entropy
+from growjax.train.plan import Plan, purpose_key
+from growjax.train.saving import load_model, model_of
+from growjax.train.step import Programs, checksums
+from growjax.train.transition import placed_shapes
+
+
+OPERATORS = {
+    "msg": growth.msg,
+    "stack": growth.stack,
+    "copy": growth.copy,
+    "zeros": growth.zeros,
+}
+
+
+def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
+    """The plan in a JSON file, or the one called `plan` in a Python file, with some fields changed.
+
+    `changes` are like `rate.peak=1e-3` or `stages.1.tokens=4000`; values are JSON, or words. Raises
+    `PlanError` for a file without a plan and a field that is not there.
+
+    **Example**
+
+        read_plan("plan.json", ["batch=16", "model.dtype=bfloat16"])
+    """
+    path = Path(path)
+    if path.suffix == ".py":
+        try:
+            plan = runpy.run_path(str(path)).get("plan")
+        except OSError as error:
+            raise PlanError(f"{path}: {error.strerror}") from error
+        if not isinstance(plan, Plan):
+            raise PlanError(
+                f"{path}: expected it to define `plan`, a growjax.train.Plan, got {plan!r}"
+            )
+    else:
+        plan = load_plan(path)
+    if not changes:
+        return plan
+    saved = to_dict(plan)
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals:
+            raise PlanError(f"{change!r}: expected a change like batch=16")
+        _set(saved, name, _value(text))
+    return from_dict(saved)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _set(saved: Any, name: str, value: Any) -> None:
+    *above, last = name.split(".")
+    place = saved
+    for step in [*above, last]:
+        inside = place
+        key: Any = int(step) if isinstance(place, list) and step.isdigit() else step
+        known = range(len(place)) if isinstance(place, list) else place
+        if not isinstance(place, list | dict) or key not in known:
+            has = ", ".join(map(str, known)) if isinstance(place, list | dict) else "no fields"
+            raise PlanError(f"{name}: there is no {step!r} in it; it has {has}")
+        place = place[key]
+    inside[int(last) if isinstance(inside, list) else last] = value
+
+
+def operator_of(by: str, to: Mapping[str, int]) -> Operator | Chain:
+    """The operator that a command line names: one family, or some joined by `+`, and sizes to reach.
+
+    Each size goes to the first family named that can grow its axis: `stack` takes the stacks of layers
+    and no other axis.
+
+    **Example**
+
+        operator_of("msg+stack", {"mlp": 2048, "layers": 12})
+    """
+    families = by.split("+")
+    unknown = [name for name in families if name not in OPERATORS]
+    if unknown or not to:
+        raise GrowthError(
+            f"by, to: expected some of {', '.join(OPERATORS)} joined by +, and sizes such as mlp=2048; "
+            f"got {by!r} and {dict(to)}"
+        )
+    left, found = dict(to), []
+    for family in families:
+        takes = [a for a in left if a.endswith("layers")] if family == "stack" else list(left)
+        if family != "stack" and "stack" in families:
+            takes = [a for a in takes if not a.endswith("layers")]
+        if takes:
+            wanted = {axis: left.pop(axis) for axis in takes}
+            found.append(OPERATORS[family](**wanted))
+    if left:
+        raise GrowthError(f"to: nothing in {by!r} grows {', '.join(left)}")
+    return found[0] if len(found) == 1 else chain(*found)
+
+
+def grow_checkpoint(
+    path: str | Path, op: Operator | Chain, out: str | Path, *, seed: int = 0
+) -> Certificate:
+    """Grow a checkpoint, optimizer state and all, into a new one; the old one is not touched.
+
+    The same program that grows a run in its middle. Raises `CheckpointError` if `out` exists, if gates
+    are still opening, or if the certificate is not passed; nothing is written then.
+    """
+    path, out = Path(path), Path(out)
+    if out.exists():
+        raise CheckpointError(f"{out}: is there already, and nothing is overwritten")
+    model, lineage = load_model(path)
+    if is_gated(model) and lineage["level"] != 1:
+        raise CheckpointError(
+            f"{path}: its gates are at {lineage['level']:.2f}; grow a checkpoint from after its ramp"
+        )
+    certificate = certify_model(ungated(model), op, seed)
+    if not certificate.passed:
+        raise CheckpointError(f"{path}: growing it by {op} is not what it promises:\n{certificate}")
+    layout = Layout()
+    mesh = layout.mesh(jax.devices()[:1])
+    optimizer = from_dict(lineage["optimizer"]).build()
+    programs = Programs(optimizer, cross_entropy, mesh, layout, seed)
+    shapes = placed_shapes(programs, model_of(lineage))
+    grown = programs.growth(shapes, op)(load(path, shapes))
+    after = {
+        **lineage,
+        "operators": [*lineage["operators"], growth.to_dict(op)],
+        "gated": True,
+        "level": 0.0,
+        "sizes": sizes(grown.model),
+        "parent": path.name,
+        "checksums": numbered(grown, jax.jit(checksums)),
+        "certificate": certificate.to_dict(),
+    }
+    write(out, grown, after).result()
+    return certificate
+
+
+def certify_model(model: Any, op: Operator | Chain, seed: int = 0) -> Certificate:
+    """The certificate of an operator on a model of ours, on sequences drawn at random."""
+    known = sizes(model)
+    length = min(known.get("positions", 32), 32)
+    draw = np.random.default_rng(seed)
+    pairs = 2 if "encoder_layers" in known else 1
+    rows = tuple(draw.integers(0, known["vocab"], (2, length)) for _ in range(pairs))
+    batch = tuple(jnp.asarray(r, jnp.int32) for r in rows)
+    return certify(op, model, batch if pairs > 1 else batch[0], key=purpose_key(seed, "grow"))
+
+
+def describe(path: str | Path, console: Console) -> None:
+    """Print what a checkpoint, or the last one of a run, says about itself."""
+    path = Path(path)
+    if (path / "checkpoints").is_dir():
+        found = Checkpoints(path / "checkpoints").found()
+        if not found:
+            raise CheckpointError(f"{path}: a run without a whole checkpoint")
+        console.print(f"{len(found)} checkpoints: {', '.join(p.name for p in found)}")
+        path = found[-1]
+    lineage = read_lineage(path)
+    model = model_of(lineage)
+    console.print(
+        f"{path}\n{lineage['plan']}: step {lineage['step']}, stage {lineage['stage']}; "
+        f"{lineage['tokens']:,} tokens, {lineage['flops']:.4g} training FLOPs, "
+        f"{lineage['seconds']:.0f} s of training; seed {lineage['seed']}, growjax {lineage['growjax']}"
+    )
+    born = lineage["model"]
+    console.print(
+        f"born as {born['is']}({', '.join(f'{k}={v}' for k, v in born.items() if k != 'is')})"
+    )
+    for op in lineage["operators"]:
+        console.print(f"grown by {growth.from_dict(op)}")
+    if lineage["parent"]:
+        console.print(f"after {lineage['parent']}")
+    if is_gated(model):
+        console.print(f"behind gates at {lineage['level']:.2f}")
+    if lineage["certificate"]:
+        console.print("certificate", lineage["certificate"])
+    table = Table(title=f"{parameters(model):,} parameters")
+    for column in ("leaf", "shape", "type", "axes"):
+        table.add_column(column)
+    for slot in axes_of(model).values():
+        for x in slot.arrays():
+            axes = " ".join(dim.axis for dim in slot.dims)
+            table.add_row(slot.path, str(tuple(x.shape)), str(x.dtype), axes)
+    console.print(table)

@@ -1,0 +1,117 @@
+"""What XLA counts for a model's training step, to hold against our own count.
+
+XLA's cost analysis counts the body of a scan once, whatever its length, and elementwise work together
+with products. So the step is written out first: every layer in a row, nothing recomputed. Then it is
+counted twice, as it is and with each product replaced by something that costs nothing; the difference
+is what XLA counts for products. Nothing is compiled or computed.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Literal
+
+from growjax.axes import partition
+from growjax.train.losses import Loss
+
+
+_PRODUCTS = ("dot_general", "conv_general_dilated")
+
+
+def xla_training_flops(model: Any, example: Mapping[str, Any], loss: Loss) -> int:
+    """XLA's count of the products in one example's loss and its gradient.
+
+    `model` and `example` may hold shapes. Model FLOPs, `3 * growjax.cost.flops` of the forward pass,
+    should be the same: a product has two products for its gradient.
+
+    **Example**
+
+        xla_training_flops(plan.spans[-1].model, shapes_of_one_row, cross_entropy)
+    """
+    trained, rest = partition(model)
+    arrays, static = eqx.partition(rest, lambda x: hasattr(x, "shape"))
+
+    def total(trained, arrays, example):
+        found, weights = loss(eqx.combine(trained, arrays, static), example)
+        return jnp.sum(found * weights)
+
+    args = trained, arrays, dict(example)
+    # Written out before the gradient is taken: there is no checkpoint left to recompute for
+    step = jax.make_jaxpr(jax.grad(_flat(jax.make_jaxpr(total)(*args), args)))(*args)
+    flat = jax.tree.leaves(args)
+    with_products, without = (_count(step, flat, products=keep) for keep in (True, False))
+    return with_products - without
+
+
+def _flat(program: ClosedJaxpr, args: Any) -> Callable[..., Any]:
+    """A function of the same arguments that runs the program's only result, written out."""
+    structure = jax.tree.structure(args)
+
+    def run(*args):
+        assert jax.tree.structure(args) == structure
+        return _run(program, jax.tree.leaves(args), products=True)[0]
+
+    return run
+
+
+def _count(program: ClosedJaxpr, shapes: list[Any], *, products: bool) -> int:
+    analysis = jax.jit(lambda *xs: _run(program, xs, products=products)).lower(*shapes)
+    found = analysis.cost_analysis()
+    return round(found["flops"]) if found else 0
+
+
+def _run(program: ClosedJaxpr, inputs: Any, *, products: bool) -> list[Any]:
+    """Evaluate a program with every loop of known length and every call written out."""
+    known: dict[Any, Any] = {}
+
+    def read(atom):
+        return atom.val if isinstance(atom, Literal) else known[atom]
+
+    jaxpr = program.jaxpr
+    known.update(zip(jaxpr.constvars, program.consts, strict=True))
+    known.update(zip(jaxpr.invars, inputs, strict=True))
+    for equation in jaxpr.eqns:
+        found = _equation(equation, [read(x) for x in equation.invars], products=products)
+        known.update(zip(equation.outvars, found, strict=True))
+    return [read(x) for x in jaxpr.outvars]
+
+
+def _equation(equation: Any, inputs: list[Any], *, products: bool) -> list[Any]:
+    name, params = equation.primitive.name, equation.params
+    if name in _PRODUCTS and not products:
+        out = equation.outvars[0].aval
+        # Still depends on both, so that nothing before it is dropped
+        corner = sum(x[(0,) * x.ndim].astype(out.dtype) for x in inputs)
+        return [jnp.broadcast_to(corner, out.shape)]
+    if name == "scan":
+        return _loop(params, inputs, products=products)
+    if name == "cond":
+        index, *operands = inputs
+        branches = [_branch(branch, products) for branch in params["branches"]]
+        return list(jax.lax.switch(index, branches, *operands))
+    inner = params.get("jaxpr", params.get("call_jaxpr"))
+    if inner is not None and name != "while":
+        closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+        return _run(closed, inputs, products=products)
+    found = equation.primitive.bind(*inputs, **params)
+    return list(found) if equation.primitive.multiple_results else [found]
+
+
+def _branch(program: ClosedJaxpr, products: bool) -> Callable[..., Any]:
+    return lambda *operands: _run(program, operands, products=products)
+
+
+def _loop(params: Mapping[str, Any], inputs: list[Any], *, products: bool) -> list[Any]:
+    constants, carried = params["num_consts"], params["num_carry"]
+    fixed, xs = inputs[:constants], inputs[constants + carried :]
+    carry, results = inputs[constants : constants + carried], []
+    order = range(params["length"])
+    for i in reversed(order) if params["reverse"] else order:
+        out = _run(params["jaxpr"], [*fixed, *carry, *(x[i] for x in xs)], products=products)
+        carry, ys = out[:carried], out[carried:]
+        results.append(ys)
+    results = results[::-1] if params["reverse"] else results
+    return [*carry, *(jnp.stack(column) for column in zip(*results, strict=True))]

@@ -1,0 +1,294 @@
+"""The command line and what stands behind it: plans from files, journals, growth of checkpoints."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import growjax as gj
+from growjax import train as trainer
+from growjax.__main__ import app
+from growjax.data import Text
+from growjax.errors import (
+    CheckpointError,
+    DataError,
+    GrowjaxError,
+    GrowthError,
+    PlanError,
+    TrainingError,
+)
+from growjax.report.runs import write_report
+from growjax.train import Options, load_plan, read_journal, save_plan, watch
+from growjax.train.as_json import to_dict
+from growjax.train.checkpoint import read_lineage
+from growjax.train.commands import describe, grow_checkpoint, operator_of, read_plan
+from growjax.train.metrics import peak_flops
+from growjax.train.saving import load_model
+from tests.runs import every_kind, feed, plan, steps
+
+
+ROOT = Path(gj.__file__).parents[1]
+train: Any = trainer.train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A whole run with its journal, stopped once on the way, and what was printed."""
+    whole, folder, shown = every_kind(), tmp_path_factory.mktemp("runs") / "whole", io.StringIO()
+    options = Options(evaluate_every=whole.flops / 4, held_out=4, save_every=2, keep_last=99)
+    programs: dict[str, Any] = {}
+    console = Console(file=shown, width=120, force_terminal=False)
+    for times in range(2):
+        records = train(whole, feed(whole), run=folder, options=options, cache=programs)
+        for record in watch(records, whole, run=folder, console=console):
+            if times == 0 and isinstance(record, trainer.Step) and record.step == 7:
+                break  # as if killed: two steps after the last checkpoint
+        records.close()
+    return whole, folder, shown.getvalue()
+
+
+# Journals ----------------------------------------------------------------------------------------
+
+
+def test_a_journal_has_every_step_once_whatever_happened(run):
+    whole, folder, _ = run
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len([row for row in lines if row["kind"] == "step"]) > whole.steps  # gone over again
+    rows = read_journal(folder)
+    found = [row for row in rows if row["kind"] == "step"]
+    assert [row["step"] for row in found] == list(range(whole.steps))
+    assert [row["step"] for row in rows if row["kind"] == "growth"] == [3, 9]
+    assert rows[-1]["kind"] == "end" and rows[-1]["finished"] and "model" not in rows[-1]
+    for row in found:
+        assert row["tokens_per_second"] * row["took"] == pytest.approx(32)
+        span = whole.spans[row["stage"]]
+        flops = span.flops[row["step"] - span.start]
+        assert row["flops_per_second"] * row["took"] == pytest.approx(flops)
+        assert "mfu" not in row  # nobody knows the peak of this machine
+
+
+def test_a_line_that_was_cut_off_is_not_a_record(run, tmp_path):
+    _, folder, _ = run
+    text = (folder / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text[:-20])
+    assert read_journal(tmp_path)[-1]["kind"] != "end"
+    (tmp_path / "metrics.jsonl").write_text("not a record\n" + text)
+    with pytest.raises(
+        DataError, match="metrics.jsonl:1: expected a record in JSON, got 'not a rec"
+    ):
+        read_journal(tmp_path)
+    with pytest.raises(DataError, match="no journal of a run"):
+        read_journal(tmp_path / "nowhere")
+
+
+def test_progress_says_what_happens(run):
+    _, folder, shown = run
+    shown = re.sub(r"\s+", " ", shown)
+    assert (
+        "before step 3: mlp 16 to 24, kv_heads 2 to 4 by msg(mlp=24, heads=4) (exact)" in shown
+        or ("kv_heads 2 to 4, mlp 16 to 24 by msg(mlp=24, heads=4) (exact)" in shown)
+    )
+    assert f"going on from {folder}/checkpoints/00000006-01, before step 6" in shown
+    assert "tokens/s" in shown and "held-out" in shown
+
+
+def test_the_peak_of_a_device_is_that_of_its_longest_name():
+    assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5p") == 459e12
+    assert peak_flops("NVIDIA H200 SXM") == 989e12 and peak_flops("cpu") is None
+
+
+def test_trackers_get_the_numbers_of_every_step(run, monkeypatch, tmp_path):
+    from growjax.train import metrics
+
+    seen: list[Any] = []
+
+    class Fake:
+        def __init__(self, run, plan):
+            seen.append(("open", plan.name))
+
+        def write(self, step, numbers):
+            seen.append((step, numbers["loss"]))
+
+        def close(self):
+            seen.append("closed")
+
+    monkeypatch.setitem(metrics.TRACKERS, "tensorboard", Fake)
+    p = plan(steps(2))
+    records = train(p, feed(p), options=Options(held_out=4))
+    done = list(watch(records, p, run=tmp_path, trackers=["tensorboard"]))
+    expected = [(r.step, r.loss) for r in done if isinstance(r, trainer.Step)]
+    assert seen == [("open", "tiny"), *expected, "closed"]
+    with pytest.raises(TrainingError, match="trackers: expected some of tensorboard, wandb"):
+        next(watch([], p, run=tmp_path, trackers=["clearml"]))
+
+
+# Plans from files --------------------------------------------------------------------------------
+
+
+def test_a_plan_comes_from_json_or_python_and_may_be_changed(tmp_path):
+    save_plan(every_kind(), tmp_path / "plan.json")
+    (tmp_path / "plan.py").write_text("from tests.runs import every_kind\nplan = every_kind()\n")
+    for name in ("plan.json", "plan.py"):
+        assert read_plan(tmp_path / name) == every_kind()
+    changes = ["batch=2", "rate.peak=1e-3", "model.dtype=bfloat16", "stages.1.ramp=3"]
+    changed = read_plan(tmp_path / "plan.json", changes)
+    assert (changed.batch, changed.rate.peak, changed.model.dtype) == (2, 1e-3, "bfloat16")
+    assert changed.stages[1].ramp == 3
+
+
+CHANGES = {
+    "batch": "expected a change like batch=16",
+    "bach=2": "there is no 'bach' in it; it has is, name, model",
+    "stages.9.ramp=1": "there is no '9' in it; it has 0, 1, 2",
+    "batch.x=1": "there is no 'x' in it; it has no fields",
+    "batch=-1": "batch: expected a positive integer",
+    "model.layers=two": "layers: expected a positive integer",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_that_cannot_be_made_is_said(change, tmp_path):
+    save_plan(every_kind(), tmp_path / "plan.json")
+    with pytest.raises(GrowjaxError, match=CHANGES[change]):
+        read_plan(tmp_path / "plan.json", [change])
+
+
+def test_a_file_without_a_plan_is_said(tmp_path):
+    (tmp_path / "plan.py").write_text("plan = 3\n")
+    with pytest.raises(PlanError, match="expected it to define `plan`"):
+        read_plan(tmp_path / "plan.py")
+    with pytest.raises(PlanError, match="No such file"):
+        read_plan(tmp_path / "nowhere.py")
+
+
+# Growing checkpoints -----------------------------------------------------------------------------
+
+
+def test_operators_are_named_by_families_and_sizes():
+    assert operator_of("msg", {"mlp": 32}) == gj.msg(mlp=32)
+    both = operator_of("msg+stack", {"layers": 8, "mlp": 32, "heads": 4})
+    assert both == gj.chain(gj.msg(mlp=32, heads=4), gj.stack(layers=8))
+    assert operator_of("msg", {"layers": 8}) == gj.msg(layers=8)
+    with pytest.raises(GrowthError, match="nothing in 'stack' grows mlp"):
+        operator_of("stack", {"mlp": 32})
+    with pytest.raises(GrowthError, match="expected some of msg, stack, copy, zeros"):
+        operator_of("double", {"mlp": 32})
+
+
+def test_a_grown_checkpoint_is_certified_and_computes_the_same(run, tmp_path):
+    _, folder, _ = run
+    source = folder / "checkpoints" / "00000018-02"
+    before = {p.name: p.stat().st_mtime_ns for p in source.rglob("*")}
+    certificate = grow_checkpoint(source, gj.msg(mlp=32, embed=24), tmp_path / "grown")
+    assert certificate.passed and certificate.exactness == "exact"
+    assert before == {p.name: p.stat().st_mtime_ns for p in source.rglob("*")}
+    small, old = load_model(source)
+    big, new = load_model(tmp_path / "grown")
+    assert gj.sizes(big)["mlp"] == 32 and new["sizes"]["embed"] == 24
+    assert new["parent"] == "00000018-02" and len(new["operators"]) == len(old["operators"]) + 1
+    tokens = jax.numpy.arange(8)
+    np.testing.assert_allclose(small(tokens), big(tokens), atol=1e-4)
+    with pytest.raises(CheckpointError, match="is there already"):
+        grow_checkpoint(source, gj.msg(mlp=32), tmp_path / "grown")
+    with pytest.raises(CheckpointError, match="its gates are at 0.75"):
+        grow_checkpoint(folder / "checkpoints" / "00000006-01", gj.msg(mlp=32), tmp_path / "other")
+
+
+class Wrong(gj.Operator):
+    """Says that it changes nothing."""
+
+    exactness = "exact"
+
+    def maps(self, axes):
+        return [gj.AxisMap("layers", np.array([0, 1, 2, 3, 3]))]
+
+
+def test_a_growth_that_fails_its_certificate_writes_nothing(run, tmp_path):
+    source = run[1] / "checkpoints" / "00000018-02"
+    with pytest.raises(CheckpointError, match="not what it promises"):
+        grow_checkpoint(source, Wrong(), tmp_path / "grown")
+    assert not (tmp_path / "grown").exists()
+
+
+def test_inspect_tells_the_story_of_a_checkpoint(run):
+    _, folder, _ = run
+    shown = io.StringIO()
+    describe(folder, Console(file=shown, width=200))
+    text = shown.getvalue()
+    for words in (
+        "step 18, stage 2",
+        "grown by msg(mlp=24, heads=4)",
+        "stack(layers=4",
+        "after 00000016-02",
+        "blocks.block.mlp.up",
+        "(4, 16, 24)",
+    ):
+        assert words in text
+    with pytest.raises(CheckpointError, match="no such folder"):
+        describe(folder / "nowhere", Console(file=shown))
+
+
+# The page and the command line -------------------------------------------------------------------
+
+
+def test_a_report_of_runs(run, tmp_path):
+    whole, folder, _ = run
+    text = write_report([folder], tmp_path / "page.html").read_text()
+    last = [row for row in read_journal(folder) if row["kind"] == "step"][-1]
+    assert f"{last['held_out']:.4f}" in text and text.count("<svg") == 5
+    assert "stack and paths" in text and "mlp 16 to 24" in text and "exact" in text
+    (tmp_path / "empty").mkdir()
+    shutil.copy(folder / "plan.json", tmp_path / "empty")
+    (tmp_path / "empty" / "metrics.jsonl").write_text("")
+    with pytest.raises(DataError, match="nothing was evaluated in it yet"):
+        write_report([tmp_path / "empty"], tmp_path / "page.html")
+
+
+def growjax(*args: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "growjax", *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_train_from_the_command_line_and_go_on(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for n in range(40):
+        (text / f"{n}.txt").write_text(f"{n} times {n} is {n * n}. " * 40)
+    whole = plan(steps(3), steps(2, batch=8), data=Text(str(text)))
+    save_plan(whole, tmp_path / "plan.json")
+    done = growjax("train", tmp_path / "plan.json", "--run", tmp_path / "run", "--held-out", 4)
+    assert done.returncode == 0, done.stderr
+    assert load_plan(tmp_path / "run" / "plan.json") == whole
+    assert len([r for r in read_journal(tmp_path / "run") if r["kind"] == "step"]) == whole.steps
+    lineage = read_lineage(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1])
+    assert lineage["step"] == whole.steps
+    wrong = growjax(
+        "train", tmp_path / "plan.json", "--run", tmp_path / "run", "--change", "seed=1"
+    )
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
+    assert wrong.stderr.startswith("growjax: ") and "plan.seed: was 0, is 1" in wrong.stderr
+
+
+def test_every_command_explains_itself(capsys):
+    for command in ("demo", "train", "grow", "certify", "inspect", "report"):
+        with pytest.raises(SystemExit) as stop:
+            app.cli(prog="growjax", args=[command, "--help"])
+        assert stop.value.code == 0 and "usage: growjax" in capsys.readouterr().out
+
+
+def test_what_is_printed_is_what_is_saved(run):
+    whole, folder, _ = run
+    assert to_dict(load_plan(folder / "plan.json")) == to_dict(whole)
