@@ -15,46 +15,44 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 
 from growjax.axes import partition
-from growjax.train.losses import Loss
+from growjax.data.objectives import Objective, batch_shapes
+from growjax.subnet import Subnet
+from growjax.train.losses import Loss, cross_entropy
 
 
 _PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
-def xla_training_flops(model: Any, example: Mapping[str, Any], loss: Loss) -> int:
-    """XLA's count of the products in one example's loss and its gradient.
+def xla_training_flops(
+    model: Any, objective: Objective, part: Subnet | None = None, *, loss: Loss = cross_entropy
+) -> int:
+    """XLA's count of the products in the loss of one sequence and its gradient.
 
-    `model` and `example` may hold shapes. Model FLOPs, `3 * growjax.cost.flops` of the forward pass,
-    should be the same: a product has two products for its gradient.
-
-    **Example**
-
-        xla_training_flops(plan.spans[-1].model, shapes_of_one_row, cross_entropy)
+    It should be that of `growjax.train.plan.step_flops` for a batch of one. `model` may hold shapes;
+    `part` is the sub-network that is trained.
     """
     trained, rest = partition(model)
     arrays, static = eqx.partition(rest, lambda x: hasattr(x, "shape"))
+    rows = batch_shapes(objective, 1)
+    example = {k: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for k, x in rows.items()}
 
     def total(trained, arrays, example):
-        found, weights = loss(eqx.combine(trained, arrays, static), example)
-        return jnp.sum(found * weights)
+        model = eqx.combine(trained, arrays, static)
+        model = model if part is None else part(model, key=jax.random.key(0), step=0)
+        losses, weights = loss(model, example)
+        return jnp.sum(losses * weights)
 
-    args = trained, arrays, dict(example)
-    # Written out before the gradient is taken: there is no checkpoint left to recompute for
-    step = jax.make_jaxpr(jax.grad(_flat(jax.make_jaxpr(total)(*args), args)))(*args)
+    args = trained, arrays, example
+    # Written out before its gradient is taken: there is no checkpoint left to recompute from
+    step = jax.make_jaxpr(jax.grad(_flat(jax.make_jaxpr(total)(*args))))(*args)
     flat = jax.tree.leaves(args)
     with_products, without = (_count(step, flat, products=keep) for keep in (True, False))
     return with_products - without
 
 
-def _flat(program: ClosedJaxpr, args: Any) -> Callable[..., Any]:
-    """A function of the same arguments that runs the program's only result, written out."""
-    structure = jax.tree.structure(args)
-
-    def run(*args):
-        assert jax.tree.structure(args) == structure
-        return _run(program, jax.tree.leaves(args), products=True)[0]
-
-    return run
+def _flat(program: ClosedJaxpr) -> Callable[..., Any]:
+    """The function that a program with one result computes, written out."""
+    return lambda *args: _run(program, jax.tree.leaves(args), products=True)[0]
 
 
 def _count(program: ClosedJaxpr, shapes: list[Any], *, products: bool) -> int:

@@ -1,0 +1,300 @@
+"""A plan compiled for a TPU slice that is not there: memory, collectives and time of every program.
+
+The TPU compiler runs on any Linux machine; all that it needs is the `libtpu` wheel and the name of a
+slice. So whether each stage fits a chip's memory, and what travels between chips, is known before
+anybody rents one. What cannot be known is how fast a step really is.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from growjax.errors import LayoutError, raise_all
+from growjax.parallel import Layout
+from growjax.train.dryrun import amount, said
+from growjax.train.losses import cross_entropy
+from growjax.train.plan import Plan
+from growjax.train.remedies import remedies
+from growjax.train.step import Programs
+from growjax.train.transition import Need, lower, needs
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A kind of TPU: bytes of memory a chip, dimensions of a slice, and how its slices are called."""
+
+    memory: int
+    dimensions: int
+    accelerator: str
+    per_chip: int = 1
+
+
+GENERATIONS = {
+    "v5e": Generation(16 << 30, 2, "v5litepod"),
+    "v5p": Generation(95 << 30, 3, "v5p", per_chip=2),
+    "v6e": Generation(32 << 30, 2, "v6e"),
+}
+# v4 is missing: this compiler describes its chips as two devices each, which JAX makes no mesh of
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
+_CALL = re.compile(rf"\b({'|'.join(COLLECTIVES)})(?:-start)?\(")
+_HOST = re.compile(r"\b(?:outfeed|infeed|send|recv)\(|_xla_buffer_placement=\"pinned_host\"")
+_FULL = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one program, for one chip.
+
+    **Fields**
+
+    - `memory`: bytes that it needs: `arguments`, `results` that do not reuse them, `temporaries`, code.
+      A program that does not fit is not compiled, and only `memory` is known.
+    - `collectives`: how often each kind stands in the program; a scan's body is there once.
+    - `to_host`: how many transfers to or from the host's memory it holds.
+    - `flops`, `bytes_accessed`, `optimal_seconds`: the compiler's own estimates, a scan's body once;
+      None where it has none.
+    """
+
+    stage: int
+    name: str
+    memory: int
+    fits: bool
+    arguments: int | None = None
+    results: int | None = None
+    temporaries: int | None = None
+    collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+    to_host: int = 0
+    flops: float | None = None
+    bytes_accessed: float | None = None
+    optimal_seconds: float | None = None
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What `compile_for` found; it prints as a table. `refusals` say what does not fit and what helps."""
+
+    plan: str
+    target: str
+    chips: int
+    memory: int
+    programs: tuple[Compiled, ...]
+    refusals: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As numbers, strings, lists and dicts."""
+        return dataclasses.asdict(self)
+
+    def check(self) -> None:
+        """Raise `LayoutError` with every program that does not fit, if there is one."""
+        headline = f"plan {self.plan!r} does not fit {self.target}:"
+        raise_all(LayoutError, headline, self.refusals)
+
+    def __rich__(self) -> RenderableType:
+        table = Table(
+            title=f"{self.plan} on {self.target}: {self.chips} chips of {amount(self.memory)}",
+            caption="a chip's memory; collectives and seconds count the body of a scan once",
+        )
+        table.add_column("program")
+        for name in ("memory", "of it temporary", "collectives", "seconds", "compiled in"):
+            table.add_column(name, justify="right")
+        for p in self.programs:
+            counts = [f"{n} {kind}" for kind, n in p.collectives.items() if n]
+            estimate = "unknown" if p.optimal_seconds is None else f"{p.optimal_seconds:.3g}"
+            table.add_row(
+                f"{p.stage} {p.name}",
+                f"{amount(p.memory)}{'' if p.fits else ' (too much)'}",
+                amount(p.temporaries),
+                "\n".join(counts) or "none",
+                estimate,
+                f"{p.seconds:.0f} s",
+            )
+        return Group(table, *(f"refused: {reason}" for reason in self.refusals))
+
+
+def chips(target: str) -> int:
+    """How many chips a slice such as "v5e:16x16" has; raises `LayoutError` for none that is known."""
+    generation, _, shape = target.partition(":")
+    sizes = shape.split("x")
+    known = GENERATIONS.get(generation)
+    if (
+        known is None
+        or len(sizes) != known.dimensions
+        or not all(n.isdecimal() and int(n) for n in sizes)
+    ):
+        examples = ", ".join(
+            f"{name}:{'x'.join(['4'] * g.dimensions)} ({g.memory >> 30} GiB a chip)"
+            for name, g in GENERATIONS.items()
+        )
+        raise LayoutError(
+            f"target: expected a generation and the shape of a slice, such as {examples}; "
+            f"got {target!r}"
+        )
+    return math.prod(map(int, sizes))
+
+
+def topology(target: str) -> list[Any]:
+    """Devices of a slice that are only described: programs can be compiled for them, and not run.
+
+    Raises `LayoutError` if the compiler is not installed or does not know the slice.
+    """
+    count, generation = chips(target), GENERATIONS[target.partition(":")[0]]
+    if importlib.util.find_spec("libtpu") is None:
+        raise LayoutError(
+            f"target: compiling for {target} needs the TPU compiler; install growjax[tpu] on Linux. No "
+            "TPU is needed"
+        )
+    _settle_environment(f"{generation.accelerator}-{count * generation.per_chip}")
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(target, platform="tpu").devices
+    except Exception as error:  # jaxlib raises a class of its own without a public name
+        raise LayoutError(f"target: the TPU compiler knows no slice {target}: {error}") from error
+
+
+def _settle_environment(accelerator: str) -> None:
+    """Tell the compiler where it is, or it asks a metadata server and waits for an answer."""
+    settings = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": accelerator,
+    }
+    for name, value in settings.items():
+        # On a machine without a TPU, importing JAX leaves a warning where the value would be
+        if os.environ.get(name, "WARNING").startswith("WARNING"):
+            os.environ[name] = value
+    # With the wheel installed, JAX would look for a TPU of this machine
+    if not getattr(jax.config, "jax_platforms", None):
+        jax.config.update("jax_platforms", "cpu")
+
+
+def compile_for(
+    plan: Plan,
+    target: str,
+    *,
+    layout: Layout | None = None,
+    stages: Sequence[int] | None = None,
+    workers: int = 2,
+) -> Target:
+    """Compile every program of a plan for a TPU slice, on a machine that needs none.
+
+    **Arguments**
+
+    - `target`: such as "v5e:16x16"; the generations are in `GENERATIONS`.
+    - `layout`: instead of the plan's.
+    - `stages`: only these, by number.
+    - `workers`: how many programs are compiled at once.
+
+    Raises `LayoutError` if the compiler is not installed, the slice is unknown, or the layout or a batch
+    cannot be split over it. What does not fit a chip's memory is in the result.
+
+    **Example**
+
+        print(compile_for(plan, "v5e:4x4").programs[-1].memory)
+    """
+    layout = plan.layout if layout is None else layout
+    plan = dataclasses.replace(plan, layout=layout)
+    mesh = layout.mesh(topology(target))
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    raise_all(
+        LayoutError,
+        f"plan {plan.name!r} cannot be split over {target}:",
+        [
+            f"stage {s.index} {s.stage.name!r}: batch: {s.batch} sequences in {plan.accumulate} parts "
+            f"on {ways} devices"
+            for s in plan.spans
+            if s.batch // plan.accumulate % ways
+        ],
+    )
+    programs = Programs(
+        plan.optimizer.build(), cross_entropy, mesh, layout, plan.seed, plan.accumulate
+    )
+    memory = GENERATIONS[target.partition(":")[0]].memory
+    wanted = range(len(plan.spans)) if stages is None else stages
+    todo = [n for i in wanted for n in needs(plan.spans[i], first=i == 0)]
+    with concurrent.futures.ThreadPoolExecutor(workers, "compile") as pool:
+        found = tuple(pool.map(lambda need: _compile(plan, programs, need, memory), todo))
+    refusals = list(_refusals(plan, mesh.size, memory, todo, found))
+    return Target(plan.name, target, mesh.size, memory, found, tuple(refusals))
+
+
+def _compile(plan: Plan, programs: Programs, need: Need, memory: int) -> Compiled:
+    name, stage = _name(plan, need), need[1]
+    lowered = lower(plan, programs, need)
+    start = time.perf_counter()
+    try:
+        program = lowered.compile()
+    except Exception as error:  # jaxlib raises a class of its own without a public name
+        full = _FULL.search(str(error))
+        if full is None:
+            raise LayoutError(f"stage {stage}: {name}: it cannot be compiled: {error}") from error
+        seconds = time.perf_counter() - start
+        return Compiled(stage, name, _bytes(*full.groups()[:2]), False, seconds=seconds)
+    seconds = time.perf_counter() - start
+    text, sizes, costs = program.as_text(), program.memory_analysis(), program.cost_analysis() or {}
+    counts = collections.Counter(_CALL.findall(text))
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    needed = (
+        sizes.argument_size_in_bytes
+        + results
+        + sizes.temp_size_in_bytes
+        + sizes.generated_code_size_in_bytes
+    )
+    return Compiled(
+        stage,
+        name,
+        needed,
+        needed <= memory,
+        arguments=sizes.argument_size_in_bytes,
+        results=results,
+        temporaries=sizes.temp_size_in_bytes,
+        collectives={kind: counts[kind] for kind in COLLECTIVES},
+        to_host=len(_HOST.findall(text)),
+        flops=_positive(costs, "flops"),
+        bytes_accessed=_positive(costs, "bytes accessed"),
+        optimal_seconds=_positive(costs, "optimal_seconds"),
+        seconds=seconds,
+    )
+
+
+def _name(plan: Plan, need: Need) -> str:
+    kind, index, part = need
+    what = {"grow": "growth", "before": "evaluation before it", "evaluate": "evaluation"}
+    if kind != "step":
+        return what[kind]
+    return "step" if part is None else f"step, {said(part)}"
+
+
+def _bytes(number: str, unit: str) -> int:
+    return round(float(number) * 1024 ** " KMGT".index(unit or " "))
+
+
+def _positive(costs: Any, name: str) -> float | None:
+    """An estimate of the compiler; it says -1 and less where it has none."""
+    return found if (found := costs.get(name, 0)) > 0 else None
+
+
+def _refusals(
+    plan: Plan, devices: int, memory: int, todo: Sequence[Need], found: Sequence[Compiled]
+) -> Iterator[str]:
+    for need, program in zip(todo, found, strict=True):
+        where = f"stage {program.stage} {plan.spans[program.stage].stage.name!r}: {program.name}"
+        if program.to_host:
+            yield f"{where}: moves data to the host {program.to_host} times"
+        if not program.fits:
+            says = f"{where}: needs {amount(program.memory)} of {amount(memory)} a chip"
+            helps = remedies(plan, need, devices, program.memory, memory)
+            yield f"{says}; {helps}"
