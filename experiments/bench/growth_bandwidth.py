@@ -51,7 +51,7 @@ def run() -> dict:
 
     runners = {
         "copy": copy,
-        "mlp x 1.5": growth(gj.zeros(mlp=4608)),
+        "mlp x 1.5": growth(gj.copy(mlp=4608)),
         "layers x 2": growth(gj.stack(layers=24)),
     }
     rates: dict[str, list[float]] = {name: [] for name in runners}

@@ -49,6 +49,8 @@ GENERATIONS = {
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 _CALL = re.compile(rf"\b({'|'.join(COLLECTIVES)})(?:-start)?\(")
+# How a TPU program says reduce-scatter: an all-reduce in a fusion of its own that keeps a slice
+_FUSED = re.compile(r"^%all-reduce-scatter[\w.-]* \(", re.MULTILINE)
 _HOST = re.compile(r"\b(?:outfeed|infeed|send|recv)\(|_xla_buffer_placement=\"pinned_host\"")
 _FULL = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 
@@ -61,7 +63,8 @@ class Compiled:
 
     - `memory`: bytes that it needs: `arguments`, `results` that do not reuse them, `temporaries`, code.
       A program that does not fit is not compiled, and only `memory` is known.
-    - `collectives`: how often each kind stands in the program; a scan's body is there once.
+    - `collectives`: how often each kind stands in the program; a scan's body is there once. A reduce-
+      scatter that overlaps with the product before it is a loop of collective-permutes.
     - `to_host`: how many transfers to or from the host's memory it holds.
     - `flops`, `bytes_accessed`, `optimal_seconds`: the compiler's own estimates, a scan's body once;
       None where it has none.
@@ -232,7 +235,7 @@ def compile_for(
 
 
 def _compile(plan: Plan, programs: Programs, need: Need, memory: int) -> Compiled:
-    name, stage = _name(plan, need), need[1]
+    name, stage = _name(need), need[1]
     lowered = lower(plan, programs, need)
     start = time.perf_counter()
     try:
@@ -245,7 +248,6 @@ def _compile(plan: Plan, programs: Programs, need: Need, memory: int) -> Compile
         return Compiled(stage, name, _bytes(*full.groups()[:2]), False, seconds=seconds)
     seconds = time.perf_counter() - start
     text, sizes, costs = program.as_text(), program.memory_analysis(), program.cost_analysis() or {}
-    counts = collections.Counter(_CALL.findall(text))
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     needed = (
         sizes.argument_size_in_bytes
@@ -261,7 +263,7 @@ def _compile(plan: Plan, programs: Programs, need: Need, memory: int) -> Compile
         arguments=sizes.argument_size_in_bytes,
         results=results,
         temporaries=sizes.temp_size_in_bytes,
-        collectives={kind: counts[kind] for kind in COLLECTIVES},
+        collectives=_collectives(text),
         to_host=len(_HOST.findall(text)),
         flops=_positive(costs, "flops"),
         bytes_accessed=_positive(costs, "bytes accessed"),
@@ -270,8 +272,16 @@ def _compile(plan: Plan, programs: Programs, need: Need, memory: int) -> Compile
     )
 
 
-def _name(plan: Plan, need: Need) -> str:
-    kind, index, part = need
+def _collectives(text: str) -> dict[str, int]:
+    """How often each kind stands in a compiled program."""
+    counts, fused = collections.Counter(_CALL.findall(text)), len(_FUSED.findall(text))
+    counts["reduce-scatter"] += fused
+    counts["all-reduce"] -= fused
+    return {kind: counts[kind] for kind in COLLECTIVES}
+
+
+def _name(need: Need) -> str:
+    kind, _, part = need
     what = {"grow": "growth", "before": "evaluation before it", "evaluate": "evaluation"}
     if kind != "step":
         return what[kind]
