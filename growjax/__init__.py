@@ -1,5 +1,7 @@
 """growjax: train a Transformer for less, by growing it or by training part of it, and know why."""
 
+import importlib
+
 from growjax import growth as growth
 from growjax import models as models
 from growjax import nn as nn
@@ -33,3 +35,10 @@ from growjax.subnet import progressive_layer_drop as progressive_layer_drop
 from growjax.subnet import random_part as random_part
 from growjax.subnet import random_path as random_path
 from growjax.subnet import step_key as step_key
+
+
+def __getattr__(name: str):
+    """Plans are one dot deep too, but what runs them (optax, grain, rich) is loaded when it is used."""
+    if name in ("Plan", "Stage"):
+        return getattr(importlib.import_module("growjax.train"), name)
+    raise AttributeError(f"module 'growjax' has no attribute {name!r}")

@@ -54,3 +54,24 @@ def _free_compiled_programs():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def programs():
+    """Compiled programs, shared by all runs of the tests."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, programs):
+    """The plan and records of a run through every kind of stage, with a checkpoint every two steps."""
+    from growjax.train import Options, train
+    from tests.runs import every_kind, feed
+
+    whole, folder = every_kind(), tmp_path_factory.mktemp("runs") / "whole"
+    options = Options(evaluate_every=whole.flops / 6, held_out=6, save_every=2, keep_last=99)
+    return (
+        whole,
+        list(train(whole, feed(whole), run=folder, options=options, cache=programs)),
+        folder,
+    )

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import jax
+import numpy as np
+
 import growjax as gj
 from growjax.data import ByteTokenizer, Causal, Corpus
 from growjax.models import GPTConfig
-from growjax.train import CorpusFeed, Plan, Schedule, Stage
+from growjax.train import CorpusFeed, End, Plan, Schedule, Stage, Step
 
 
 SMALL = GPTConfig(layers=2, embed=16, heads=2, head_dim=8, mlp=16, vocab=384, positions=16)
@@ -47,3 +50,16 @@ def feed(of: Plan) -> CorpusFeed:
     return CorpusFeed(
         of, Corpus.of(documents[50:], tokenizer), Corpus.of(documents[:50], tokenizer)
     )
+
+
+def losses(records: Any) -> dict[int, float]:
+    return {r.step: r.loss for r in records if isinstance(r, Step)}
+
+
+def weights(records: list[Any]) -> list[np.ndarray]:
+    assert isinstance(records[-1], End)
+    return [np.asarray(x) for x in jax.tree.leaves(records[-1].model)]
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))

@@ -1,18 +1,9 @@
 """The loop: what it reports, what it saves, and that nothing that happens to it changes a number."""
 
-import contextlib
 import dataclasses
-import errno
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,80 +15,19 @@ import pytest
 
 import growjax as gj
 from growjax import train as trainer
-from growjax.errors import CheckpointError, DataError, TrainingError
-from growjax.train import Begin, End, Growth, Options, Plan, Saved, Step
+from growjax.errors import CheckpointError
+from growjax.train import Begin, End, Growth, Options, Saved, Step
 from growjax.train.checkpoint import load, read_lineage
 from growjax.train.saving import load_model, model_of
-from tests.runs import TOKENS, every_kind, feed, plan, steps
+from tests.runs import TOKENS, every_kind, feed, losses, plan, same, steps
 
 
 ROOT = Path(gj.__file__).parents[1]
 train: Any = trainer.train  # tests know which record comes where; the checker does not
 
 
-class Reading:
-    """A feed that changes what another one gives, and records what was asked of it."""
-
-    def __init__(self, inner: Any, change: Any = lambda n, batch: batch):
-        self.inner, self.change, self.waited = inner, change, 0.0
-        self.digest = inner.digest
-
-    def held_out(self, *args: Any) -> Any:
-        return self.inner.held_out(*args)
-
-    @contextlib.contextmanager
-    def stream(self, span: Any, first: int) -> Iterator[Any]:
-        with self.inner.stream(span, first) as inner:
-            self.waiting = inner
-            yield _Changed(inner, self.change, span.start)
-
-
-class _Changed:
-    def __init__(self, inner: Any, change: Any, start: int):
-        self.inner, self.change, self.start = inner, change, start
-
-    @property
-    def waited(self) -> float:
-        return self.inner.waited
-
-    def __next__(self) -> Any:
-        i, batch = next(self.inner)
-        return i, self.change(self.start + i, batch)
-
-
-def losses(records: Any) -> dict[int, float]:
-    return {r.step: r.loss for r in records if isinstance(r, Step)}
-
-
 def row(rows: Any, i: int) -> dict[str, jax.Array]:
     return {name: jnp.asarray(value[i]) for name, value in rows.items()}
-
-
-def weights(records: list[Any]) -> list[np.ndarray]:
-    assert isinstance(records[-1], End)
-    return [np.asarray(x) for x in jax.tree.leaves(records[-1].model)]
-
-
-def same(a: list[Any], b: list[Any]) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
-
-
-@pytest.fixture(scope="module")
-def programs() -> dict[str, Any]:
-    """Compiled programs, shared by all runs of this file."""
-    return {}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, programs):
-    """The plan and records of a run through every kind of stage, with a checkpoint every two steps."""
-    whole, folder = every_kind(), tmp_path_factory.mktemp("runs") / "whole"
-    options = Options(evaluate_every=whole.flops / 6, held_out=6, save_every=2, keep_last=99)
-    return (
-        whole,
-        list(train(whole, feed(whole), run=folder, options=options, cache=programs)),
-        folder,
-    )
 
 
 # What it reports ---------------------------------------------------------------------------------
@@ -311,228 +241,3 @@ def test_a_checkpoint_of_another_size_is_refused_leaf_by_leaf(run):
     text = str(error.value)
     assert "float32[2, 16, 16] in the checkpoint, expected float32[4, 16, 24]" in text
     assert text.count("\n  - ") > 10 and "growjax grow" in text
-
-
-# Faults: each ends in a clear error, and nothing is lost --------------------------------------------
-
-
-def damaged(run, tmp_path, name="00000018-02") -> tuple[Plan, Path, Path]:
-    whole, _, folder = run
-    shutil.copytree(folder, tmp_path / "run")
-    for path in (tmp_path / "run" / "checkpoints").iterdir():
-        if path.name > name:
-            shutil.rmtree(path)
-    return whole, tmp_path / "run", tmp_path / "run" / "checkpoints" / name
-
-
-def truncate(path: Path) -> None:
-    largest = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-
-
-def flip(path: Path) -> None:
-    largest = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    largest.write_bytes(bytes(data))
-
-
-def edit(path: Path) -> None:
-    file = path / "_CHECKPOINT_METADATA"
-    saved = json.loads(file.read_text())
-    text = json.dumps(saved).replace('"step": 18', '"step": 17')
-    assert text != json.dumps(saved)
-    file.write_text(text)
-
-
-def lose_metadata(path: Path) -> None:
-    (path / "_CHECKPOINT_METADATA").unlink()
-
-
-def strip_lineage(path: Path) -> None:
-    file = path / "_CHECKPOINT_METADATA"
-    saved = json.loads(file.read_text())
-    saved["custom_metadata"] = {}
-    file.write_text(json.dumps(saved))
-
-
-DAMAGE = {
-    "truncated": (truncate, "cannot be read|not a whole checkpoint"),
-    "a byte changed": (flip, "cannot be read|not a whole checkpoint"),
-    "lineage edited": (edit, "its lineage was changed after it was written"),
-    "lineage lost": (strip_lineage, "its lineage is missing"),
-    "metadata lost": (lose_metadata, "its lineage is missing|not a whole checkpoint"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_an_error_and_not_a_model(run, programs, damage, tmp_path):
-    whole, folder, path = damaged(run, tmp_path)
-    spoil, message = DAMAGE[damage]
-    spoil(path)
-    before = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    with pytest.raises(CheckpointError, match=message) as error:
-        list(train(whole, feed(whole), run=folder, cache=programs))
-    assert str(path) in str(error.value)
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == before
-    # The one before it is whole: without the damaged one the run goes on
-    shutil.rmtree(path)
-    records = train(whole, feed(whole), run=folder, cache=programs)
-    assert next(records) == Begin(2, 16, str(path.with_name("00000016-02")), 1)
-    records.close()
-
-
-def test_half_a_checkpoint_does_not_look_whole(run, programs, tmp_path):
-    """What a killed writer leaves behind has another name, and is passed over."""
-    whole, folder, path = damaged(run, tmp_path)
-    path.rename(path.with_name(path.name + ".orbax-checkpoint-tmp"))
-    records = train(whole, feed(whole), run=folder, cache=programs)
-    assert next(records).step == 16
-    records.close()
-
-
-def test_a_full_disk_is_an_error_that_loses_nothing(run, programs, monkeypatch, tmp_path):
-    from growjax.train import checkpoint
-
-    whole = run[0]
-    real = checkpoint.ocp.save_async
-
-    def full(path, *args, **kwargs):
-        if "00000006" in str(path):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return real(path, *args, **kwargs)
-
-    monkeypatch.setattr(checkpoint.ocp, "save_async", full)
-    options = Options(held_out=4, save_every=2)
-    with pytest.raises(CheckpointError, match="00000006-01 could not be written: .*No space left"):
-        list(train(whole, feed(whole), run=tmp_path, options=options, cache=programs))
-    monkeypatch.undo()
-    records = list(train(whole, feed(whole), run=tmp_path, options=options, cache=programs))
-    assert records[0].step == 4 and same(records, run[1])
-
-
-def test_another_plan_or_other_data_are_refused(run, programs, tmp_path):
-    whole, folder, _ = damaged(run, tmp_path)
-    other = every_kind(seed=7)
-    with pytest.raises(CheckpointError, match=r"another plan(.|\n)*plan.seed: was 0, is 7"):
-        list(train(other, feed(other), run=folder, cache=programs))
-    strange = Reading(feed(whole))
-    strange.digest = "another"
-    with pytest.raises(CheckpointError, match="trained on other data"):
-        list(train(whole, strange, run=folder, cache=programs))
-
-
-def test_a_loss_that_is_not_finite_stops_with_its_step(run, programs, tmp_path):
-    def poison(n, batch):
-        factor = np.float32(np.nan if n == 5 else 1)
-        return {**batch, "weights": batch["weights"] * factor}
-
-    whole, seen = run[0], []
-    options = Options(held_out=4, save_every=2)
-    with pytest.raises(TrainingError, match=r"step 5 \(stage 1 'ramp', .* loss of nan") as error:
-        for record in train(
-            whole, Reading(feed(whole), poison), run=tmp_path, options=options, cache=programs
-        ):
-            seen.append(record)
-    assert list(losses(seen)) == [0, 1, 2, 3, 4] and "00000004-01" in str(error.value)
-    records = list(train(whole, feed(whole), run=tmp_path, options=options, cache=programs))
-    assert records[0].step == 4 and same(records, run[1])
-
-
-def test_data_that_vanish_end_in_an_error(run, programs):
-    def vanish(n, batch):
-        if n == 4:
-            raise DataError("shard-3.npy: the file is gone")
-        return batch
-
-    whole, seen = run[0], []
-    with pytest.raises(DataError, match="shard-3.npy"):
-        for record in train(whole, Reading(feed(whole), vanish), cache=programs):
-            seen.append(record)
-    assert list(losses(seen)) == [0, 1, 2]
-
-
-class Broken(gj.Operator):
-    """Says that it changes nothing, and copies the last layer to the end."""
-
-    exactness = "exact"
-
-    def maps(self, axes):
-        return [gj.AxisMap("layers", np.array([0, 1, 1]))]
-
-
-def test_a_growth_that_breaks_its_promise_is_undone(programs, tmp_path):
-    p = plan(steps(3), steps(3, grow=Broken()))
-    with pytest.raises(
-        TrainingError, match=r"broken\(\) promises to be exact, and changed the loss"
-    ):
-        list(train(p, feed(p), cache=programs))
-
-
-def test_a_clock_that_jumps_is_not_looked_at(run, programs, monkeypatch):
-    whole, records, _ = run
-    monkeypatch.setattr(time, "time", lambda: 0.0)
-    again = list(train(whole, feed(whole), options=Options(held_out=4), cache=programs))
-    assert losses(again) == losses(records)
-    assert all(r.took >= 0 and r.seconds < 1000 for r in again if isinstance(r, Step))
-
-
-def test_a_signal_saves_and_ends_and_the_run_goes_on(run, programs, tmp_path):
-    whole, seen = run[0], []
-    for record in train(whole, feed(whole), run=tmp_path, cache=programs):
-        seen.append(record)
-        if isinstance(record, Step) and record.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert not seen[-1].finished and isinstance(seen[-2], Saved)
-    last = seen[-2].step
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and 5 <= last <= 7
-    records = list(train(whole, feed(whole), run=tmp_path, cache=programs))
-    assert records[0].step == last and same(records, run[1])
-
-
-def test_a_run_killed_anywhere_goes_on_with_the_same_command(run, tmp_path):
-    """The process dies, as on a lost machine: between steps, while saving, and in a growth."""
-    script = textwrap.dedent(
-        """
-        import os, signal, sys
-        sys.path.insert(0, sys.argv[1])
-        from growjax.train import Growth, Options, Saved, Step, train
-        from growjax.train import loop
-        from tests.runs import every_kind, feed
-
-        die, die_in_growth = sys.argv[3], loop.cross
-        def cross(*args):
-            grown = die_in_growth(*args)
-            if die == "growth":
-                os.kill(os.getpid(), signal.SIGKILL)
-            return grown
-        loop.cross = cross
-        plan = every_kind()
-        for r in train(plan, feed(plan), run=sys.argv[2], options=Options(held_out=4, save_every=2)):
-            if isinstance(r, Step):
-                print(r.step, repr(r.loss), flush=True)
-            if die == "step" and isinstance(r, Step) and r.step == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if die == "save" and isinstance(r, Saved) and r.step == 8:
-                os.kill(os.getpid(), signal.SIGKILL)
-        """
-    )
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    expected, seen = losses(run[1]), {}
-    for die, code in [("growth", -9), ("step", -9), ("save", -9), ("never", 0)]:
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(ROOT), str(tmp_path / "run"), die],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == code, done.stderr
-        for line in done.stdout.splitlines():
-            n, loss = line.split()
-            assert float(loss) == seen.setdefault(int(n), float(loss))
-    assert seen.keys() == expected.keys()
-    assert [seen[n] for n in expected] == pytest.approx(list(expected.values()), rel=1e-6)

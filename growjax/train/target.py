@@ -21,18 +21,21 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from growjax.errors import LayoutError, raise_all
-from growjax.parallel import Layout
+from growjax.parallel import Layout, per_device_bytes
 from growjax.train.dryrun import amount, said
 from growjax.train.losses import cross_entropy
 from growjax.train.plan import Plan
 from growjax.train.remedies import remedies
 from growjax.train.step import Programs
-from growjax.train.transition import Need, lower, needs
+from growjax.train.transition import Need, lower, needs, state_shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A kind of TPU: bytes of memory a chip, dimensions of a slice, and how its slices are called."""
+    """A kind of TPU: bytes of memory a chip, dimensions of a slice, and how its slices are called.
+
+    The compiler keeps a quarter of a GiB or more of the memory for itself.
+    """
 
     memory: int
     dimensions: int
@@ -45,6 +48,7 @@ GENERATIONS = {
     "v5p": Generation(95 << 30, 3, "v5p", per_chip=2),
     "v6e": Generation(32 << 30, 2, "v6e"),
 }
+_RESERVED = 256 << 20
 # v4 is missing: this compiler describes its chips as two devices each, which JAX makes no mesh of
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
@@ -52,7 +56,11 @@ _CALL = re.compile(rf"\b({'|'.join(COLLECTIVES)})(?:-start)?\(")
 # How a TPU program says reduce-scatter: an all-reduce in a fusion of its own that keeps a slice
 _FUSED = re.compile(r"^%all-reduce-scatter[\w.-]* \(", re.MULTILINE)
 _HOST = re.compile(r"\b(?:outfeed|infeed|send|recv)\(|_xla_buffer_placement=\"pinned_host\"")
+# What the compiler says when a program does not fit: its size, or that of its temporaries alone
 _FULL = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_TEMPORARIES = re.compile(
+    r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,37 +237,28 @@ def compile_for(
     wanted = range(len(plan.spans)) if stages is None else stages
     todo = [n for i in wanted for n in needs(plan.spans[i], first=i == 0)]
     with concurrent.futures.ThreadPoolExecutor(workers, "compile") as pool:
-        found = tuple(pool.map(lambda need: _compile(plan, programs, need, memory), todo))
+        found = tuple(pool.map(lambda need: _compile(plan, programs, need), todo))
     refusals = list(_refusals(plan, mesh.size, memory, todo, found))
     return Target(plan.name, target, mesh.size, memory, found, tuple(refusals))
 
 
-def _compile(plan: Plan, programs: Programs, need: Need, memory: int) -> Compiled:
+def _compile(plan: Plan, programs: Programs, need: Need) -> Compiled:
     name, stage = _name(need), need[1]
     lowered = lower(plan, programs, need)
     start = time.perf_counter()
     try:
         program = lowered.compile()
     except Exception as error:  # jaxlib raises a class of its own without a public name
-        full = _FULL.search(str(error))
-        if full is None:
-            raise LayoutError(f"stage {stage}: {name}: it cannot be compiled: {error}") from error
-        seconds = time.perf_counter() - start
-        return Compiled(stage, name, _bytes(*full.groups()[:2]), False, seconds=seconds)
+        return _too_large(programs, plan, need, error, time.perf_counter() - start)
     seconds = time.perf_counter() - start
     text, sizes, costs = program.as_text(), program.memory_analysis(), program.cost_analysis() or {}
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    needed = (
-        sizes.argument_size_in_bytes
-        + results
-        + sizes.temp_size_in_bytes
-        + sizes.generated_code_size_in_bytes
-    )
+    parts = (sizes.argument_size_in_bytes, results, sizes.temp_size_in_bytes)
     return Compiled(
         stage,
         name,
-        needed,
-        needed <= memory,
+        sum(parts) + sizes.generated_code_size_in_bytes,
+        True,
         arguments=sizes.argument_size_in_bytes,
         results=results,
         temporaries=sizes.temp_size_in_bytes,
@@ -270,6 +269,22 @@ def _compile(plan: Plan, programs: Programs, need: Need, memory: int) -> Compile
         optimal_seconds=_positive(costs, "optimal_seconds"),
         seconds=seconds,
     )
+
+
+def _too_large(
+    programs: Programs, plan: Plan, need: Need, error: Exception, seconds: float
+) -> Compiled:
+    """What is known of a program that the compiler refused for its size; other errors are raised."""
+    span, name = plan.spans[need[1]], _name(need)
+    if full := _FULL.search(str(error)):
+        number, unit, *_ = full.groups()
+        return Compiled(span.index, name, _bytes(number, unit), False, seconds=seconds)
+    if full := _TEMPORARIES.search(str(error)):
+        shapes = state_shapes(programs, span)
+        state = per_device_bytes(shapes, programs.shardings(shapes))
+        more = _bytes(*full.groups()[:2])
+        return Compiled(span.index, name, state + more, False, temporaries=more, seconds=seconds)
+    raise LayoutError(f"stage {span.index}: {name}: it cannot be compiled: {error}") from error
 
 
 def _collectives(text: str) -> dict[str, int]:
@@ -306,5 +321,5 @@ def _refusals(
             yield f"{where}: moves data to the host {program.to_host} times"
         if not program.fits:
             says = f"{where}: needs {amount(program.memory)} of {amount(memory)} a chip"
-            helps = remedies(plan, need, devices, program.memory, memory)
+            helps = remedies(plan, need, devices, program.memory, memory - _RESERVED)
             yield f"{says}; {helps}"

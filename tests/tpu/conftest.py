@@ -1,0 +1,6 @@
+"""Tests that need the TPU compiler, and no TPU: `make test-tpu` has an environment with it."""
+
+import importlib.util
+
+
+collect_ignore = [] if importlib.util.find_spec("libtpu") else ["test_target.py"]

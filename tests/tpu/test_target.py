@@ -1,0 +1,174 @@
+"""Plans compiled by the real TPU compiler, for slices of 16 and of 256 chips that are not here."""
+
+import dataclasses
+import io
+import re
+from typing import Any
+
+import jax
+import pytest
+from rich.console import Console
+
+import growjax as gj
+from growjax.data import Causal
+from growjax.errors import LayoutError
+from growjax.models import GPTConfig
+from growjax.train import Layout, Plan, Schedule, Stage
+from growjax.train.dryrun import dry_run, show
+from growjax.train.target import COLLECTIVES, Compiled, Target, compile_for
+
+
+SMALL = GPTConfig(
+    layers=2, embed=128, heads=2, head_dim=64, mlp=256, vocab=512, positions=128, dtype="bfloat16"
+)
+# Of one block: q, k, v and out of its attention, up and down of its MLP
+MATRICES = 6
+
+
+def plan(*stages: Stage, batch: int = 16, **changes: Any) -> Plan:
+    fields: dict[str, Any] = {
+        "model": SMALL,
+        "batch": batch,
+        "objective": Causal(128, packing="concat"),
+        "rate": Schedule(1e-3),
+    }
+    return Plan("pod", stages=stages, **fields | changes)
+
+
+def steps(n: int, name: str, **fields: Any) -> Stage:
+    return Stage(name, flops=n * plan(Stage(tokens=1)).flops, **fields)
+
+
+def grown(**changes: Any) -> Plan:
+    """Growth behind gates, then stacking, then paths of two lengths."""
+    wider = gj.msg(embed=256, heads=4, mlp=512)
+    return plan(
+        steps(4, "small"),
+        steps(99, "wide", grow=wider, ramp=2),
+        Stage(
+            "deep",
+            grow=gj.stack(layers=4, order="top"),
+            subnet=gj.path_schedule((3, 4), layers=4, steps=4),
+        ),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def whole_compiler():
+    """The other tests ask for little optimisation; what is looked at here is what users get."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def known(n: int | None) -> int:
+    assert n is not None
+    return n
+
+
+def by_name(found: Target) -> dict[tuple[int, str], Compiled]:
+    return {(p.stage, p.name): p for p in found.programs}
+
+
+@pytest.fixture(scope="module")
+def sixteen() -> Target:
+    return compile_for(grown(layout=Layout(fsdp=4)), "v5e:4x4")
+
+
+def test_every_program_of_a_plan_fits_sixteen_chips(sixteen):
+    assert (sixteen.chips, sixteen.memory, sixteen.refusals) == (16, 16 << 30, ())
+    assert list(by_name(sixteen)) == [
+        (0, "evaluation"),
+        (0, "step"),
+        (1, "growth"),
+        (1, "evaluation before it"),
+        (1, "evaluation"),
+        (1, "step"),
+        (2, "growth"),
+        (2, "evaluation before it"),
+        (2, "evaluation"),
+        (2, "step, RandomPath(length=3)"),
+        (2, "step, RandomPath(length=4)"),
+    ]
+    assert all(p.fits and not p.to_host for p in sixteen.programs)
+    sixteen.check()
+    console = Console(width=140, file=io.StringIO(), record=True)
+    console.print(sixteen)
+    assert "16 chips of 16.00 GiB" in console.export_text()
+
+
+def test_memory_is_that_of_the_arithmetic(sixteen):
+    """Arrays are padded to tiles, so that the compiler needs no less than their shapes say."""
+    states = [
+        known(s.parameter_bytes) + known(s.optimizer_bytes)
+        for s in dry_run(grown(layout=Layout(fsdp=4)), devices=16).stages
+    ]
+    for (stage, name), program in by_name(sixteen).items():
+        if name.startswith("step"):
+            assert states[stage] <= known(program.arguments) <= 1.5 * states[stage] + 2**16
+            assert known(program.results) < 2**16, "a step that does not reuse its state's memory"
+        if name == "growth":
+            assert states[stage - 1] <= known(program.arguments)
+            assert states[stage] <= known(program.results)
+
+
+def test_gradients_are_scattered_and_parameters_gathered_by_layer(sixteen):
+    """The compiler scatters what it can cut along its tiles, and sums tiny matrices whole."""
+    found = {key: p.collectives for key, p in by_name(sixteen).items() if "step" in key[1]}
+    assert found[0, "step"]["reduce-scatter"] == MATRICES + 1, "those of a block, and the embedding"
+    assert all(counts["reduce-scatter"] >= MATRICES - 1 for counts in found.values())
+    assert all(counts["all-gather"] >= MATRICES for counts in found.values())
+
+
+def test_activations_are_not_sent_around():
+    """The memory of a step is that of its sequences, and not of all that share a replica's state."""
+    one, shared = (
+        by_name(compile_for(plan(steps(4, "small"), layout=layout), "v5e:4x4"))[0, "step"]
+        for layout in (Layout(), Layout(fsdp=4))
+    )
+    assert known(shared.temporaries) < 1.5 * known(one.temporaries) + 2**21
+    assert shared.collectives["all-to-all"] == 0
+
+
+def test_replicas_add_up_and_do_nothing_else():
+    found = compile_for(plan(steps(4, "small"), layout=Layout(step="shard_map")), "v5e:4x4")
+    step = by_name(found)[0, "step"].collectives
+    assert step["all-reduce"] >= 1 and {k for k in COLLECTIVES if step[k]} == {"all-reduce"}
+
+
+def test_a_growth_fits_256_chips():
+    found = compile_for(grown(layout=Layout(data=16, fsdp=16), batch=256), "v5e:16x16", stages=(1,))
+    assert found.chips == 256 and found.refusals == ()
+    programs = by_name(found)
+    assert programs[1, "step"].collectives["reduce-scatter"] >= 2, "those of the MLP"
+    assert programs[1, "growth"].to_host == 0
+
+
+def test_what_does_not_fit_is_said_with_what_would_help():
+    large = plan(steps(4, "small"), batch=16 * 2**14, model=dataclasses.replace(SMALL, dtype=None))
+    found = compile_for(large, "v5e:4x4")
+    (reason,) = [r for r in found.refusals if "step" in r]
+    assert re.match(r"stage 0 'small': step: needs [\d.]+ GiB of 16.00 GiB a chip; any", reason)
+    assert "accumulate=" in reason and "batch=" in reason and "fsdp=" not in reason
+    with pytest.raises(LayoutError, match=r"does not fit v5e:4x4:\n  - stage 0 'small'"):
+        found.check()
+    parts = int(re.findall(r"accumulate=(\d+)", reason)[0])
+    helped = compile_for(dataclasses.replace(large, accumulate=parts), "v5e:4x4")
+    assert by_name(helped)[0, "step"].fits, "the remedy that was named does not help"
+
+
+def test_slices_that_are_none_are_refused():
+    small = plan(steps(1, "small"))
+    with pytest.raises(LayoutError, match="the TPU compiler knows no slice v5e:3x5"):
+        compile_for(small, "v5e:3x5")
+    with pytest.raises(LayoutError, match="16 sequences in 1 parts on 256 devices"):
+        compile_for(small, "v5e:16x16")
+
+
+def test_the_command_prints_both_tables():
+    console = Console(width=140, file=io.StringIO(), record=True)
+    show(plan(steps(4, "small")), target="v5e:4x4", console=console)
+    text = console.export_text()
+    assert "16 devices: data=16 x fsdp=1" in text and "16 chips" in text
