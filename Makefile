@@ -3,6 +3,7 @@
 #   make demo         grow a small model and look at the report
 #   make test         the tests (PYTHON=python3.12 for another Python)
 #   make test-deep    the tests at the deep profile, slow ones included
+#   make test-tpu     plans compiled for TPU slices, in .venv-tpu; needs no TPU (Linux)
 #   make lint         ruff and pyright
 #   make docs         the site, into site/
 #   make bench NAME=  one of experiments/bench
@@ -31,7 +32,7 @@ endif
 PY := $(VENV)/bin/python
 BENCHES = $(patsubst experiments/bench/%.py,%,$(wildcard experiments/bench/[a-z]*.py))
 
-.PHONY: help demo test test-deep lint docs bench clean python
+.PHONY: help demo test test-deep test-tpu run-test-tpu lint docs bench clean python
 .DELETE_ON_ERROR:
 
 help:
@@ -46,6 +47,14 @@ test: $(VENV)/.installed-dev
 test-deep: export GROWJAX_PROFILE = deep
 test-deep: $(VENV)/.installed-dev
 	@$(PY) -m pytest tests -n $(WORKERS) --dist worksteal $(ARGS)
+
+# The TPU compiler comes with JAX for TPUs, which would look for a TPU in everything else
+TPU_VENV ?= .venv-tpu
+test-tpu:
+	@$(MAKE) --no-print-directory run-test-tpu VENV=$(TPU_VENV)
+
+run-test-tpu: $(VENV)/.installed-dev-tpu
+	@$(PY) -m pytest tests/tpu $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check growjax tests experiments
@@ -66,9 +75,11 @@ clean:
 
 $(VENV)/.installed: EXTRA =
 $(VENV)/.installed-dev: EXTRA = [dev]
+$(VENV)/.installed-dev-tpu: EXTRA = [dev,tpu]
 $(VENV)/.installed-docs: EXTRA = [docs]
 
-$(VENV)/.installed $(VENV)/.installed-dev $(VENV)/.installed-docs: pyproject.toml | python
+$(VENV)/.installed $(VENV)/.installed-dev $(VENV)/.installed-dev-tpu $(VENV)/.installed-docs: \
+		pyproject.toml | python
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "Installing growjax$(EXTRA) into $(VENV) (once) ..."
 	@$(PY) -m pip install -q --disable-pip-version-check -e '.$(EXTRA)'
