@@ -4,11 +4,13 @@ A remedy's gain is the difference of two sums over shapes: of the state that a d
 the forward pass keeps for the backward one. What a compiler adds to those is assumed to stay.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
@@ -42,12 +44,16 @@ def remedies(plan: Plan, need: Need, devices: int, used: int, memory: int) -> st
     before = usage(plan, index, part, devices, training=kind == "step")
     enough, best = [], []
     for options in _options(plan, index, devices, training=kind == "step"):
-        left = [(said, used - before.total + _total(p, need, devices)) for said, p in options]
-        fits = [(said, n) for said, n in left if n <= memory]
-        if fits:
-            enough.append(f"{fits[0][0]} (about {fits[0][1] / 2**30:.1f} GiB)")
+        left = None
+        for said, other in options:
+            after = usage(other, index, part, devices, training=kind == "step")
+            left = said, _left(used, before, after)
+            if left[1] <= memory:
+                break
+        if left and left[1] <= memory:
+            enough.append(f"{left[0]} (about {left[1] / 2**30:.1f} GiB)")
         elif left:
-            best.append(min(left, key=lambda item: item[1]))
+            best.append(left)
     if enough:
         return f"any of these would do: {', '.join(enough)}"
     if not best:
@@ -85,8 +91,6 @@ def kept_bytes(span: Span, part: Subnet | None) -> int:
 
     def residuals():
         def loss_of(trained, example):
-            import equinox as eqx
-
             model = eqx.combine(trained, zeros(rest))
             model = model if part is None else part(model, key=jax.random.key(0), step=0)
             return jax.vmap(lambda row: cross_entropy(model, row))(example)[0].sum()
@@ -100,44 +104,44 @@ def kept_bytes(span: Span, part: Subnet | None) -> int:
     return max(found - whole, 0)
 
 
-def _total(plan: Plan, need: Need, devices: int) -> int:
-    return usage(plan, need[1], need[2], devices, training=need[0] == "step").total
+def _left(used: int, before: Use, after: Use) -> int:
+    """What a program that uses `used` bytes would use after a change."""
+    # A compiler may keep less than is asked for: then its share of that is what shrinks
+    transient = max(used - before.state - before.sums, 0)
+    share = after.kept / before.kept if before.kept else 1.0
+    gain = min(before.kept - after.kept, round(transient * (1 - share)))
+    return used - gain + (after.state - before.state) + (after.sums - before.sums)
 
 
 def _options(
     plan: Plan, index: int, devices: int, *, training: bool
-) -> Iterator[list[tuple[str, Plan]]]:
+) -> Iterator[Iterator[tuple[str, Plan]]]:
     """Kinds of change, each with its steps from the mildest on."""
-    layout, span = plan.layout, plan.spans[index]
+    layout, span, model = plan.layout, plan.spans[index], plan.model
 
-    def changed(said: str, **fields: Any) -> list[tuple[str, Plan]]:
-        try:
-            return [(said, dataclasses.replace(plan, **fields))]
-        except GrowjaxError:
-            return []
+    def changed(name: str, field: str, values: Iterable[Any]) -> Iterator[tuple[str, Plan]]:
+        for shown, value in values:
+            with contextlib.suppress(GrowjaxError):  # another stage may not allow it
+                yield f"{name}={shown}", dataclasses.replace(plan, **{field: value})
 
-    widths = [n for n in _doubled(layout.fsdp, devices) if devices % (n * layout.tensor) == 0]
-    yield [
-        found
-        for n in widths
-        if layout.step == "auto"
-        for found in changed(f"fsdp={n}", layout=dataclasses.replace(layout, fsdp=n, data=-1))
-    ]
+    if layout.step == "auto":
+        doubled = _doubled(layout.fsdp, devices)
+        widths = [n for n in doubled if devices % (n * layout.tensor) == 0]
+        wider = ((n, dataclasses.replace(layout, fsdp=n, data=-1)) for n in widths)
+        yield changed("fsdp", "layout", wider)
     if not training:
         return
     ways = math.prod(layout.resolved(devices)[:2])
     parts = [n for n in _doubled(plan.accumulate, span.batch) if span.batch % (n * ways) == 0]
-    yield [found for n in parts for found in changed(f"accumulate={n}", accumulate=n)]
-    if plan.model.remat != "nothing":
-        model = dataclasses.replace(plan.model, remat="nothing")
-        yield changed('model.remat="nothing"', model=model)
-    if plan.model.dtype is None:
-        model = dataclasses.replace(plan.model, dtype="bfloat16")
-        yield changed('model.dtype="bfloat16"', model=model)
-    if span.stage.batch is None and span.batch == plan.batch:
-        smaller = [plan.batch // 2**k for k in range(1, 8)]
-        fitting = [n for n in smaller if n and n % (plan.accumulate * ways) == 0]
-        yield [found for n in fitting for found in changed(f"batch={n}", batch=n)]
+    yield changed("accumulate", "accumulate", ((n, n) for n in parts))
+    for name, value in (("remat", "nothing"), ("dtype", "bfloat16")):
+        if getattr(model, name) != value:
+            other = dataclasses.replace(model, **{name: value})
+            yield changed(f"model.{name}", "model", [(f'"{value}"', other)])
+    if span.batch == plan.batch:
+        smaller = [plan.batch // 2**k for k in range(1, plan.batch.bit_length())]
+        fitting = [n for n in smaller if n % (plan.accumulate * ways) == 0]
+        yield changed("batch", "batch", ((n, n) for n in fitting))
 
 
 def _doubled(first: int, last: int) -> Iterator[int]:

@@ -1,0 +1,234 @@
+"""Dry runs: FLOPs against XLA's count, bytes against arithmetic by hand, and what is refused."""
+
+import dataclasses
+import functools
+import io
+import json
+from typing import Any
+
+import jax
+import pytest
+from rich.console import Console
+
+import growjax as gj
+from growjax.cost import parameters
+from growjax.data import MLM, UL2
+from growjax.errors import LayoutError, PlanError
+from growjax.models import BERTConfig, LlamaConfig, T5Config
+from growjax.train import Layout, Optimizer, Plan
+from growjax.train import dryrun as module
+from growjax.train.dryrun import amount, dry_run, show
+from growjax.train.plan import step_flops
+from growjax.train.remedies import kept_bytes, remedies, usage
+from growjax.train.target import GENERATIONS, chips, compile_for
+from growjax.train.transition import Need
+from growjax.train.xla_count import xla_training_flops
+from tests.runs import SMALL, every_kind, plan, steps
+
+
+BERT_SMALL = BERTConfig(layers=3, embed=16, heads=2, head_dim=8, mlp=32, vocab=384, positions=16)
+T5_SMALL = T5Config(
+    encoder_layers=2, decoder_layers=3, embed=16, heads=2, head_dim=8, mlp=32, vocab=384
+)
+LLAMA_SMALL = LlamaConfig(
+    layers=2, embed=16, heads=4, kv_heads=2, head_dim=8, mlp=32, vocab=384, dtype="bfloat16"
+)
+PLANS = {
+    "GPT, grown and on paths": every_kind,
+    "BERT": lambda: plan(steps(2), model=BERT_SMALL, objective=MLM(16)),
+    "T5": lambda: plan(steps(2), model=T5_SMALL, objective=UL2(32)),
+    "Llama, recomputed": lambda: plan(
+        steps(2, subnet=gj.random_part(mlp=16)),
+        model=dataclasses.replace(LLAMA_SMALL, remat="nothing"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_xla_counts_the_same_flops(name):
+    """At any size, forward and backward: elementwise work is in neither count."""
+    for stage in dry_run(PLANS[name]()).stages:
+        # A CPU converts bfloat16 before a product, and XLA counts that
+        converts = name.startswith("Llama")
+        assert stage.xla_ratio == pytest.approx(1, abs=0.02 if converts else 0.002)
+
+
+def test_every_layer_is_counted():
+    counts = [
+        xla_training_flops(of.spans[0].model, of.objective)
+        for n in (1, 5)
+        for of in [plan(steps(1), model=dataclasses.replace(SMALL, layers=n))]
+    ]
+    layer = 4 * 16 * 16 + 2 * 16 * 16 + 2 * 8 * 16  # projections, MLP, attention at length 8
+    assert counts[1] - counts[0] == pytest.approx(4 * 3 * 8 * 2 * layer, rel=0.001)
+
+
+@pytest.fixture
+def ours(monkeypatch):
+    """What XLA would say, without asking it."""
+    count = functools.partial(step_flops, batch=1)
+    monkeypatch.setattr(module, "xla_training_flops", lambda m, o, p: count(m, o, part=p))
+
+
+def test_counts_that_disagree_are_refused(monkeypatch):
+    monkeypatch.setattr(module, "xla_training_flops", lambda *_: 10)
+    with pytest.raises(PlanError, match=r"stage 0 '': 47616 FLOPs a token are counted, and XLA"):
+        dry_run(plan(steps(1), model=dataclasses.replace(SMALL, layers=1))).check()
+
+
+# Bytes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("ours")
+def test_bytes_of_a_device_are_those_of_hand_arithmetic():
+    """Float32 on 4 devices: all that has a dimension that 4 divides is split, and the rest is whole."""
+    fsdp = plan(steps(1), layout=Layout(fsdp=4))
+    (found,) = dry_run(fsdp).stages
+    # [384, 16] words, [16, 16] positions; q, k, v, out [2, 16, 2, 8] and their biases; MLP; norms
+    tables, attention, mlp = 384 * 16 + 16 * 16, 4 * 2 * 16 * 16, 2 * 2 * 16 * 16
+    biases = 2 * (3 * 16 + 16) + 2 * (16 + 16)
+    norms = 2 * 2 * 2 * 16 + 2 * 16
+    numbers = tables + attention + mlp + biases + norms
+    assert numbers == found.parameters == parameters(fsdp.spans[0].model)
+    assert found.parameter_bytes is not None and found.optimizer_bytes is not None
+    rest = 4 * (2 * 2 + 1)  # the epsilons of five norms
+    assert found.parameter_bytes == numbers + rest
+    # Two moments like the parameters, and an age for every coordinate of every axis
+    ages = 4 * sum(fsdp.spans[0].sizes.values())
+    assert 2 * numbers <= found.optimizer_bytes <= 2 * numbers + ages + 64
+    (alone,) = dry_run(dataclasses.replace(fsdp, layout=Layout())).stages
+    assert alone.parameter_bytes == 4 * numbers + rest
+    assert found.unsplit == alone.unsplit == ()
+
+
+@pytest.mark.usefixtures("ours")
+def test_a_growth_holds_two_states():
+    stages = dry_run(every_kind(layout=Layout(fsdp=2))).stages
+    states = [(s.parameter_bytes or 0) + (s.optimizer_bytes or 0) for s in stages]
+    assert [s.growing_bytes for s in stages] == [None, states[0] + states[1], sum(states[1:])]
+
+
+@pytest.mark.usefixtures("ours")
+def test_what_could_not_be_split_is_named():
+    (found,) = dry_run(plan(steps(1), batch=35, layout=Layout(fsdp=7))).stages
+    assert "embedding.table" in found.unsplit and "blocks.block.mlp.up" in found.unsplit
+
+
+# What it says ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("ours")
+def test_a_plan_is_worked_out_stage_by_stage():
+    run = every_kind()
+    found = dry_run(run)
+    small, ramp, deep = found.stages
+    assert (small.grows, small.exactness, small.parts) == (None, None, ())
+    assert (ramp.grows, ramp.exactness) == ("msg(mlp=24, heads=4)", "exact")
+    assert deep.exactness == "approximate" and deep.sizes["layers"] == 4
+    assert deep.parts == ("RandomPath(length=3)", "RandomPath(length=4)")
+    assert found.flops == run.flops and sum(s.tokens for s in found.stages) == run.tokens
+    whole = run.spans[-1].flops[-1]
+    assert small.saved == pytest.approx(1 - run.spans[0].flops[0] / whole)
+    assert found.saved == pytest.approx(1 - run.flops / (run.steps * whole))
+    assert deep.rate[1] == run.learning_rate(run.flops - run.spans[-1].flops[-1] / 2)
+    json.dumps(found.to_dict())
+
+
+REFUSED = {
+    "batch: 4 sequences at a time cannot be split over data=2 x fsdp=4 = 8 devices; take 8": (
+        {"layout": Layout(fsdp=4)},
+        8,
+    ),
+    "split over data=4 x fsdp=1 = 4 devices in 2 parts; take 8 or 16": (
+        {"batch": 12, "accumulate": 2, "layout": Layout()},
+        4,
+    ),
+    "data=-1 x fsdp=3 x tensor=1 does not make 8 devices": ({"layout": Layout(fsdp=3)}, 8),
+}
+
+
+@pytest.mark.usefixtures("ours")
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_laid_out_is_refused(message):
+    changes, devices = REFUSED[message]
+    found = dry_run(plan(steps(1), **changes), devices=devices)
+    assert [message in reason for reason in found.refusals] == [True]
+
+
+@pytest.mark.usefixtures("ours")
+def test_all_refusals_come_together_and_after_the_table():
+    console = Console(width=120, file=io.StringIO(), record=True)
+    with pytest.raises(PlanError) as error:
+        show(every_kind(layout=Layout(fsdp=4)), devices=8, console=console)
+    assert str(error.value).count("\n  - stage") == 3
+    text = console.export_text()
+    assert "50.0%" in text and "RandomPath(length=3)" in text and "while growing" in text
+    assert "8 devices: data=2 x fsdp=4 x tensor=1" in text and text.count("refused: stage") == 3
+
+
+@pytest.mark.usefixtures("ours")
+def test_no_array_is_made():
+    before = len(jax.live_arrays())
+    huge = dataclasses.replace(SMALL, layers=3, embed=8192, heads=64, head_dim=128, mlp=32768)
+    (found,) = dry_run(plan(steps(1), model=huge, layout=Layout(fsdp=4))).stages
+    assert found.parameters > 2**31 and len(jax.live_arrays()) <= before + 8
+
+
+def test_amounts_are_for_people():
+    said = [amount(n) for n in (None, 0, 1023, 1536, 3 << 20, 5 << 30)]
+    assert said == ["-", "0 B", "1023 B", "1.5 KiB", "3.0 MiB", "5.00 GiB"]
+
+
+# Targets, as far as they go without a compiler ---------------------------------------------------
+
+
+def test_slices_have_names():
+    assert [chips(t) for t in ("v5e:16x16", "v5p:2x2x4", "v6e:4x4")] == [256, 16, 16]
+    for wrong in ("v4:2x2x4", "v5e", "v5e:4x4x4", "v5e:0x4", "v5e:4xa", "16x16"):
+        with pytest.raises(LayoutError, match="v5e:4x4 .16 GiB a chip., v5p:4x4x4 .95 GiB"):
+            chips(wrong)
+    assert set(GENERATIONS) == {"v5e", "v5p", "v6e"}
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LayoutError, match=r"install growjax\[tpu\]"):
+        compile_for(plan(steps(1)), "v5e:4x4")
+
+
+def large(**changes: Any) -> Plan:
+    wide = dataclasses.replace(SMALL, layers=8, embed=1024, heads=8, head_dim=128, mlp=4096)
+    fields = {"model": wide, "batch": 64, "optimizer": Optimizer("sgd")}
+    return plan(steps(1), **fields | changes)
+
+
+@pytest.mark.usefixtures("ours")
+def test_what_a_step_holds_is_what_its_shapes_say():
+    run = large()
+    use = usage(run, 0, None, 16, training=True)
+    (found,) = dry_run(run, devices=16).stages
+    assert use.state == (found.parameter_bytes or 0) + (found.optimizer_bytes or 0)
+    assert use.kept == 4 * kept_bytes(run.spans[0], None) and use.sums == 0
+    halves = usage(large(accumulate=2), 0, None, 16, training=True)
+    assert halves.kept == use.kept // 2 and halves.sums == 4 * found.parameters
+    lean = large(model=dataclasses.replace(run.model, remat="nothing"))
+    # Of a layer at length 8, only its input is left
+    assert kept_bytes(lean.spans[0], None) < kept_bytes(run.spans[0], None) / 3
+
+
+def test_remedies_are_those_that_would_be_enough():
+    need: Need = ("step", 0, None)
+    run = large(batch=2**14)
+    use = usage(run, 0, None, 16, training=True)
+    used = use.total + 2**20
+    # Half of what is kept for the backward pass must go, and two parts sum gradients on top
+    said = remedies(run, need, 16, used, used - use.kept // 2)
+    assert said.startswith("any of these would do: ") and "batch=8192" in said
+    assert "accumulate=4" in said and 'model.remat="nothing"' in said and "fsdp" not in said
+    # More than half of the state must go (two devices each hold a little whole): only sharing helps
+    few = usage(large(), 0, None, 16, training=True)
+    said = remedies(large(), need, 16, few.total, few.kept + few.state // 2)
+    assert said.startswith("any of these would do: fsdp=4 (about ") and said.count("=") == 1
+    assert "take more chips" in remedies(run, need, 16, used, 2**20)
+    growth: Need = ("grow", 0, None)
+    assert remedies(run, growth, 16, use.state, use.state // 2).count("=") == 1
