@@ -224,11 +224,14 @@ def test_remedies_are_those_that_would_be_enough():
     # Half of what is kept for the backward pass must go, and two parts sum gradients on top
     said = remedies(run, need, 16, used, used - use.kept // 2)
     assert said.startswith("any of these would do: ") and "batch=8192" in said
-    assert "accumulate=4" in said and 'model.remat="nothing"' in said and "fsdp" not in said
+    assert "accumulate=4" in said and "model.remat=nothing" in said and "fsdp" not in said
     # More than half of the state must go (two devices each hold a little whole): only sharing helps
     few = usage(large(), 0, None, 16, training=True)
     said = remedies(large(), need, 16, few.total, few.kept + few.state // 2)
     assert said.startswith("any of these would do: fsdp=4 (about ") and said.count("=") == 1
-    assert "take more chips" in remedies(run, need, 16, used, 2**20)
+    said = remedies(run, need, 16, used, few.state // 8)
+    assert said.startswith("no single change is enough; together fsdp=16 and accumulate=1024")
+    said = remedies(run, need, 16, used, 2**20)
+    assert said.startswith("not even fsdp=16") and said.endswith("or chips with more memory")
     growth: Need = ("grow", 0, None)
     assert remedies(run, growth, 16, use.state, use.state // 2).count("=") == 1

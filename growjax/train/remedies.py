@@ -4,10 +4,9 @@ A remedy's gain is the difference of two sums over shapes: of the state that a d
 the forward pass keeps for the backward one. What a compiler adds to those is assumed to stay.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -41,28 +40,46 @@ class Use(NamedTuple):
 def remedies(plan: Plan, need: Need, devices: int, used: int, memory: int) -> str:
     """What brings a program that uses `used` bytes of a device below `memory`, in words."""
     kind, index, part = need
-    before = usage(plan, index, part, devices, training=kind == "step")
-    enough, best = [], []
-    for options in _options(plan, index, devices, training=kind == "step"):
-        left = None
-        for said, other in options:
-            after = usage(other, index, part, devices, training=kind == "step")
-            left = said, _left(used, before, after)
-            if left[1] <= memory:
+    training = kind == "step"
+    before = usage(plan, index, part, devices, training=training)
+
+    def left(changes: dict[str, Any]) -> int | None:
+        try:
+            after = usage(_changed(plan, changes), index, part, devices, training=training)
+        except GrowjaxError:  # another stage does not allow it
+            return None
+        return _left(used, before, after)
+
+    enough, strongest = [], {}
+    for field, values in _options(plan, index, devices, training=training).items():
+        for value in values:
+            n = left({field: value})
+            if n is not None and n <= memory:
+                enough.append(f"{field}={value} (about {n / 2**30:.1f} GiB)")
                 break
-        if left and left[1] <= memory:
-            enough.append(f"{left[0]} (about {left[1] / 2**30:.1f} GiB)")
-        elif left:
-            best.append(left)
+            if n is not None and n < used:
+                strongest[field] = value
     if enough:
         return f"any of these would do: {', '.join(enough)}"
-    if not best:
-        return "take more chips, or chips with more memory"
-    said = " and ".join(said for said, _ in best)
-    together = used - sum(used - n for _, n in best)
-    if together <= memory:
-        return f"no single change is enough; together {said} may be"
-    return f"not even {said} would be enough; take more chips, or chips with more memory"
+    # A smaller batch would be another run, and the parts of one do the same
+    strongest.pop("batch", None)
+    more = "take more chips, or chips with more memory"
+    if not strongest:
+        return more
+    said = " and ".join(f"{field}={value}" for field, value in strongest.items())
+    n = left(strongest)
+    if n is not None and n <= memory:
+        return f"no single change is enough; together {said} would do (about {n / 2**30:.1f} GiB)"
+    return f"not even {said} would be enough; {more}"
+
+
+def _changed(plan: Plan, changes: dict[str, Any]) -> Plan:
+    """The plan with some of what `_options` names changed."""
+    fields: dict[str, Any] = {k: v for k, v in changes.items() if k in ("accumulate", "batch")}
+    if "fsdp" in changes:
+        fields["layout"] = dataclasses.replace(plan.layout, fsdp=changes["fsdp"], data=-1)
+    model = {k.removeprefix("model."): v for k, v in changes.items() if k.startswith("model.")}
+    return dataclasses.replace(plan, model=dataclasses.replace(plan.model, **model), **fields)
 
 
 def usage(plan: Plan, index: int, part: Subnet | None, devices: int, *, training: bool) -> Use:
@@ -113,35 +130,24 @@ def _left(used: int, before: Use, after: Use) -> int:
     return used - gain + (after.state - before.state) + (after.sums - before.sums)
 
 
-def _options(
-    plan: Plan, index: int, devices: int, *, training: bool
-) -> Iterator[Iterator[tuple[str, Plan]]]:
-    """Kinds of change, each with its steps from the mildest on."""
-    layout, span, model = plan.layout, plan.spans[index], plan.model
-
-    def changed(name: str, field: str, values: Iterable[Any]) -> Iterator[tuple[str, Plan]]:
-        for shown, value in values:
-            with contextlib.suppress(GrowjaxError):  # another stage may not allow it
-                yield f"{name}={shown}", dataclasses.replace(plan, **{field: value})
-
+def _options(plan: Plan, index: int, devices: int, *, training: bool) -> dict[str, Sequence[Any]]:
+    """What may be changed, each with its values from the mildest on."""
+    layout, span = plan.layout, plan.spans[index]
+    found: dict[str, Sequence[Any]] = {}
     if layout.step == "auto":
         doubled = _doubled(layout.fsdp, devices)
-        widths = [n for n in doubled if devices % (n * layout.tensor) == 0]
-        wider = ((n, dataclasses.replace(layout, fsdp=n, data=-1)) for n in widths)
-        yield changed("fsdp", "layout", wider)
+        found["fsdp"] = [n for n in doubled if devices % (n * layout.tensor) == 0]
     if not training:
-        return
+        return found
     ways = math.prod(layout.resolved(devices)[:2])
-    parts = [n for n in _doubled(plan.accumulate, span.batch) if span.batch % (n * ways) == 0]
-    yield changed("accumulate", "accumulate", ((n, n) for n in parts))
-    for name, value in (("remat", "nothing"), ("dtype", "bfloat16")):
-        if getattr(model, name) != value:
-            other = dataclasses.replace(model, **{name: value})
-            yield changed(f"model.{name}", "model", [(f'"{value}"', other)])
+    parts = _doubled(plan.accumulate, span.batch)
+    found["accumulate"] = [n for n in parts if span.batch % (n * ways) == 0]
+    found["model.remat"] = ["nothing"] if plan.model.remat != "nothing" else []
+    found["model.dtype"] = ["bfloat16"] if plan.model.dtype != "bfloat16" else []
     if span.batch == plan.batch:
         smaller = [plan.batch // 2**k for k in range(1, plan.batch.bit_length())]
-        fitting = [n for n in smaller if n % (plan.accumulate * ways) == 0]
-        yield changed("batch", "batch", ((n, n) for n in fitting))
+        found["batch"] = [n for n in smaller if n % (plan.accumulate * ways) == 0]
+    return found
 
 
 def _doubled(first: int, last: int) -> Iterator[int]:
