@@ -19,6 +19,7 @@ from growjax.data.objectives import batch_shapes
 from growjax.errors import GrowjaxError
 from growjax.parallel import AXES, per_device_bytes
 from growjax.subnet import Subnet
+from growjax.train.dryrun import amount
 from growjax.train.losses import cross_entropy
 from growjax.train.plan import Plan, Span
 from growjax.train.step import Programs
@@ -55,7 +56,7 @@ def remedies(plan: Plan, need: Need, devices: int, used: int, memory: int) -> st
         for value in values:
             n = left({field: value})
             if n is not None and n <= memory:
-                enough.append(f"{field}={value} (about {n / 2**30:.1f} GiB)")
+                enough.append(f"{field}={value} (about {amount(n)})")
                 break
             if n is not None and n < used:
                 strongest[field] = value
@@ -69,7 +70,7 @@ def remedies(plan: Plan, need: Need, devices: int, used: int, memory: int) -> st
     said = " and ".join(f"{field}={value}" for field, value in strongest.items())
     n = left(strongest)
     if n is not None and n <= memory:
-        return f"no single change is enough; together {said} would do (about {n / 2**30:.1f} GiB)"
+        return f"no single change is enough; together {said} would do (about {amount(n)})"
     return f"not even {said} would be enough; {more}"
 
 
