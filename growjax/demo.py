@@ -397,7 +397,7 @@ def write_report(path: Path, results: dict[str, Any]) -> Path:
         plots=[
             Plot(
                 "Held-out loss against cost",
-                arms_figure(done, target="scratch"),
+                arms_figure(done, target="scratch", per="byte"),
                 "Every arm ends fully decayed at its own cost. The strip names its stages; a tick on a "
                 "curve is where one begins. The thin line is the scratch run's final loss.",
             ),

@@ -20,7 +20,6 @@ Checked in float64 by `tests/test_maps.py`: outputs, the transposed gradient, an
 """
 
 import functools
-import itertools
 import zlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -228,37 +227,18 @@ def _power(move: AxisMap, slot: Slot, dim: int, moment: Moment) -> int:
 
 def _gather(source: np.ndarray, x: Array, dim: int, fresh: Any) -> Array:
     """`x[source]` along `dim`, with fresh coordinates where `source` is NONE."""
-
-    def block(ids):
+    is_fresh = source == NONE
+    if is_fresh.any():
+        (ids,) = np.nonzero(is_fresh)
         if isinstance(fresh, _Fresh):
-            return fresh.slices(x, dim, ids)
-        return jnp.full((*x.shape[:dim], len(ids), *x.shape[dim + 1 :]), fresh, x.dtype)
-
-    (new,) = np.nonzero(source == NONE)
-    runs = _runs(source)
-    if len(runs) <= 4:
-        # Slices move at the speed of memory, where a gather goes entry by entry
-        pieces = [
-            block(np.arange(a, b))
-            if source[a] == NONE
-            else jax.lax.slice_in_dim(x, int(source[a]), int(source[b - 1]) + 1, axis=dim)
-            for a, b in runs
-        ]
-        return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=dim)
-    if len(new):
-        source = np.where(source == NONE, x.shape[dim] + np.cumsum(source == NONE) - 1, source)
-        x = jnp.concatenate([x, block(new)], axis=dim)
+            block = fresh.slices(x, dim, ids)
+        else:
+            block = jnp.full((*x.shape[:dim], len(ids), *x.shape[dim + 1 :]), fresh, x.dtype)
+        source = np.where(is_fresh, x.shape[dim] + np.cumsum(is_fresh) - 1, source)
+        x = jnp.concatenate([x, block], axis=dim)
+    if np.array_equal(source, np.arange(x.shape[dim])):
+        return x
     return jnp.take(x, source, axis=dim, mode="clip")
-
-
-def _runs(source: np.ndarray) -> list[tuple[int, int]]:
-    """Where stretches of consecutive old coordinates, or of NONE, start and stop."""
-    step = np.diff(source)
-    both_new = (source[1:] == NONE) & (source[:-1] == NONE)
-    old = (source[1:] != NONE) & (source[:-1] != NONE)
-    (cuts,) = np.nonzero(~(both_new | (old & (step == 1))))
-    edges = [0, *(cuts + 1).tolist(), len(source)]
-    return list(itertools.pairwise(edges))
 
 
 def _gather_traced(move: AxisMap, slot: Slot, x: Array, where: list[int]) -> Array:

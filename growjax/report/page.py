@@ -132,11 +132,14 @@ def canvas(height: float = 3.6, **kwargs: Any) -> tuple[Figure, Any]:
 # The figures of a comparison ---------------------------------------------------------------------
 
 
-def arms_figure(arms: Sequence[Mapping[str, Any]], target: str | None = None) -> Figure:
+def arms_figure(
+    arms: Sequence[Mapping[str, Any]], target: str | None = None, *, per: str = "token"
+) -> Figure:
     """Held-out loss against training FLOPs, over a strip that names the stages of every arm.
 
     Each arm has a `name`, a `held_out` list of [FLOPs, loss], a `final` loss and `stages`, each with
     its `label`, `start` and `stop` in FLOPs. A line marks the final loss of the arm called `target`.
+    `per` is what a loss is counted per.
     """
     with style():
         figure, (loss, strip) = canvas(
@@ -164,7 +167,7 @@ def arms_figure(arms: Sequence[Mapping[str, Any]], target: str | None = None) ->
         ]
         low, high = min(late), max(late)
         loss.set_ylim(low - 0.06 * (high - low), high + 0.03 * (high - low))
-        loss.set_ylabel("held-out loss (nats per byte)")
+        loss.set_ylabel(f"held-out loss (nats per {per})")
         loss.legend(loc="upper right", title="arm, final loss", alignment="left")
         strip.set_yticks(range(len(arms)), [arm["name"] for arm in arms])
         strip.set_ylim(len(arms) - 0.5, -0.5)
