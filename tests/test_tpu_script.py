@@ -1,0 +1,79 @@
+"""The script that trains on a Cloud TPU, against a `gcloud` that is preempted once."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+SCRIPT = Path(__file__).parents[1] / "experiments" / "tpu" / "run.sh"
+
+# Machines are there from the request on. Training fails once, by preemption or by its own fault.
+GCLOUD = r"""#!/usr/bin/env bash
+echo "$*" >> "$FAKE/calls"
+case "$*" in
+  *"queued-resources describe"*) if [ -e "$FAKE/up" ]; then echo ACTIVE; else exit 1; fi ;;
+  *"tpu-vm describe"*) if [ -e "$FAKE/lost" ]; then echo PREEMPTED; else echo READY; fi ;;
+  *"queued-resources create"*) touch "$FAKE/up" ;;
+  *"queued-resources delete"*) rm -f "$FAKE/up" "$FAKE/lost" ;;
+  *"growjax train"*)
+    if [ ! -e "$FAKE/tried" ]; then
+      touch "$FAKE/tried"
+      [ "$HOW" = fault ] || touch "$FAKE/lost"
+      [ "$HOW" = asked ] || exit 1
+    else
+      touch "$FAKE/done"
+    fi ;;
+  *"storage cat"*) if [ -e "$FAKE/done" ]; then echo '{"kind": "end", "finished": true}'; fi ;;
+esac
+"""
+
+
+def run(folder: Path, how: str) -> tuple[int, list[str], str]:
+    """The script's status, what it asked `gcloud` for, and what it said."""
+    fake = folder / "gcloud"
+    fake.write_text(GCLOUD)
+    fake.chmod(0o755)
+    (folder / "plan.json").write_text("{}")
+    found = subprocess.run(
+        ["bash", SCRIPT, folder / "plan.json"],
+        env={
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "HOME": str(folder),
+            "FAKE": str(folder),
+            "HOW": how,
+            "BUCKET": "b",
+            "POLL": "0",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    calls = (folder / "calls").read_text().splitlines()
+    words = ("create", "delete", "scp", "growjax train")
+    asked = [word for call in calls for word in words if f"{word} " in call]
+    return found.returncode, asked, found.stderr
+
+
+needs_tools = pytest.mark.skipif(
+    not (shutil.which("bash") and shutil.which("git")), reason="needs bash and git"
+)
+
+
+@needs_tools
+@pytest.mark.parametrize("how", ["cut", "asked"])
+def test_a_preempted_run_starts_over_and_everything_is_removed(how, tmp_path):
+    """Whether the connection is cut, or the run is asked to stop and ends well, it is not finished."""
+    status, calls, said = run(tmp_path, how)
+    once = ["create", "scp", "growjax train", "delete"]
+    assert (status, calls) == (0, once + once), said
+    assert "preempted" in said and "finished; its folder is gs://b/growjax" in said
+
+
+@needs_tools
+def test_a_run_that_fails_on_its_own_is_not_tried_again(tmp_path):
+    status, calls, said = run(tmp_path, "fault")
+    assert (status, calls) == (1, ["create", "scp", "growjax train", "delete"]), said
+    assert "it failed on machines that are well" in said
