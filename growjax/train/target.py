@@ -116,10 +116,10 @@ class Target:
     def __rich__(self) -> RenderableType:
         table = Table(
             title=f"{self.plan} on {self.target}: {self.chips} chips of {amount(self.memory)}",
-            caption="a chip's memory; collectives and seconds count the body of a scan once",
+            caption="a chip's memory; collectives, FLOPs and seconds count the body of a scan once",
         )
         table.add_column("program")
-        for name in ("memory", "of it temporary", "collectives", "seconds", "compiled in"):
+        for name in ("memory", "of it temporary", "collectives", "FLOPs", "seconds", "compiled in"):
             table.add_column(name, justify="right")
         for p in self.programs:
             counts = [f"{n} {kind}" for kind, n in p.collectives.items() if n]
@@ -129,6 +129,7 @@ class Target:
                 f"{amount(p.memory)}{'' if p.fits else ' (too much)'}",
                 amount(p.temporaries),
                 "\n".join(counts) or "none",
+                "unknown" if p.flops is None else f"{p.flops:.3g}",
                 estimate,
                 f"{p.seconds:.0f} s",
             )
@@ -156,10 +157,11 @@ def chips(target: str) -> int:
     return math.prod(map(int, sizes))
 
 
-def topology(target: str) -> list[Any]:
-    """Devices of a slice that are only described: programs can be compiled for them, and not run.
+def prepare(target: str) -> None:
+    """Make JAX look for no TPU on this machine, and tell the compiler where it is.
 
-    Raises `LayoutError` if the compiler is not installed or does not know the slice.
+    `compile_for` does it; called before any other use of JAX it also keeps JAX from trying first.
+    Raises `LayoutError` if the compiler is not installed.
     """
     count, generation = chips(target), GENERATIONS[target.partition(":")[0]]
     if importlib.util.find_spec("libtpu") is None:
@@ -167,29 +169,36 @@ def topology(target: str) -> list[Any]:
             f"target: compiling for {target} needs the TPU compiler; install growjax[tpu] on Linux. No "
             "TPU is needed"
         )
-    _settle_environment(f"{generation.accelerator}-{count * generation.per_chip}")
-    from jax.experimental import topologies
-
-    try:
-        return topologies.get_topology_desc(target, platform="tpu").devices
-    except Exception as error:  # jaxlib raises a class of its own without a public name
-        raise LayoutError(f"target: the TPU compiler knows no slice {target}: {error}") from error
-
-
-def _settle_environment(accelerator: str) -> None:
-    """Tell the compiler where it is, or it asks a metadata server and waits for an answer."""
     settings = {
+        # Or it asks a metadata server which machine this is, and waits for an answer
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": accelerator,
+        "TPU_ACCELERATOR_TYPE": f"{generation.accelerator}-{count * generation.per_chip}",
+        # No TPU is opened, so another process that compiles, or trains, is not in the way
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     for name, value in settings.items():
         # On a machine without a TPU, importing JAX leaves a warning where the value would be
         if os.environ.get(name, "WARNING").startswith("WARNING"):
             os.environ[name] = value
-    # With the wheel installed, JAX would look for a TPU of this machine
     if not getattr(jax.config, "jax_platforms", None):
         jax.config.update("jax_platforms", "cpu")
+
+
+def topology(target: str) -> list[Any]:
+    """Devices of a slice that are only described: programs can be compiled for them, and not run.
+
+    Raises `LayoutError` if the compiler is not installed or does not know the slice.
+    """
+    prepare(target)
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(target, platform="tpu").devices
+    except Exception as error:  # jaxlib raises a class of its own without a public name
+        raise LayoutError(
+            f"target: the TPU compiler cannot describe a slice {target}: {error}"
+        ) from error
 
 
 def compile_for(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import re
 from typing import Any
 
@@ -94,6 +95,7 @@ def test_every_program_of_a_plan_fits_sixteen_chips(sixteen):
     ]
     assert all(p.fits and not p.to_host for p in sixteen.programs)
     sixteen.check()
+    assert json.loads(json.dumps(sixteen.to_dict()))["programs"][0]["name"] == "evaluation"
     console = Console(width=140, file=io.StringIO(), record=True)
     console.print(sixteen)
     assert "16 chips of 16.00 GiB" in console.export_text()
@@ -161,7 +163,7 @@ def test_what_does_not_fit_is_said_with_what_would_help():
 
 def test_slices_that_are_none_are_refused():
     small = plan(steps(1, "small"))
-    with pytest.raises(LayoutError, match="the TPU compiler knows no slice v5e:3x5"):
+    with pytest.raises(LayoutError, match="cannot describe a slice v5e:3x5"):
         compile_for(small, "v5e:3x5")
     with pytest.raises(LayoutError, match="16 sequences in 1 parts on 256 devices"):
         compile_for(small, "v5e:16x16")
