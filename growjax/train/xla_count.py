@@ -6,7 +6,7 @@ counted twice, as it is and with each product replaced by something that costs n
 is what XLA counts for products. Nothing is compiled or computed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -85,7 +85,7 @@ def _equation(equation: Any, inputs: list[Any], *, products: bool) -> list[Any]:
         corner = sum(x[(0,) * x.ndim].astype(out.dtype) for x in inputs)
         return [jnp.broadcast_to(corner, out.shape)]
     if name == "scan":
-        return _loop(params, inputs, products=products)
+        return _loop(equation, inputs, products=products)
     if name == "cond":
         index, *operands = inputs
         branches = [_branch(branch, products) for branch in params["branches"]]
@@ -102,14 +102,13 @@ def _branch(program: ClosedJaxpr, products: bool) -> Callable[..., Any]:
     return lambda *operands: _run(program, operands, products=products)
 
 
-def _loop(params: Mapping[str, Any], inputs: list[Any], *, products: bool) -> list[Any]:
-    constants, carried = params["num_consts"], params["num_carry"]
-    fixed, xs = inputs[:constants], inputs[constants + carried :]
-    carry, results = inputs[constants : constants + carried], []
-    order = range(params["length"])
-    for i in reversed(order) if params["reverse"] else order:
-        out = _run(params["jaxpr"], [*fixed, *carry, *(x[i] for x in xs)], products=products)
-        carry, ys = out[:carried], out[carried:]
-        results.append(ys)
-    results = results[::-1] if params["reverse"] else results
-    return [*carry, *(jnp.stack(column) for column in zip(*results, strict=True))]
+def _loop(equation: Any, inputs: list[Any], *, products: bool) -> list[Any]:
+    """A scan all of whose turns are written out, as JAX does it when it is asked to unroll."""
+    body = equation.params["jaxpr"]
+    closed = body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ())
+    inner = jax.make_jaxpr(lambda *xs: _run(closed, xs, products=products))(*closed.in_avals)
+    assert not inner.consts
+    # Older versions of JAX keep the body closed
+    inner = inner if isinstance(body, ClosedJaxpr) else inner.jaxpr
+    unrolled = {"jaxpr": inner, "unroll": equation.params["length"]}
+    return equation.primitive.bind(*inputs, **equation.params | unrolled)
