@@ -89,6 +89,33 @@ def train(
 
 
 @app.command
+def plan(
+    plan: tyro.conf.Positional[Path],
+    change: tuple[str, ...] = (),
+    target: str | None = None,
+    devices: int | None = None,
+) -> None:
+    """Print what a plan will do and cost, and everything that forbids it; nothing is computed.
+
+    Args:
+        plan: A JSON file, or a Python file that defines `plan`.
+        change: Fields of the plan to change, such as batch=16 or layout.fsdp=8.
+        target: A TPU slice such as v5e:4x4 to compile every program for, with its real compiler.
+        devices: For how many devices, if there is no target.
+    """
+    if target is not None:
+        from growjax.train.target import prepare
+
+        prepare(target)  # before anything asks JAX for its devices
+
+    from rich.console import Console
+
+    from growjax.train.commands import read_plan, show_plan
+
+    show_plan(read_plan(plan, change), target=target, devices=devices, console=Console())
+
+
+@app.command
 def grow(
     checkpoint: tyro.conf.Positional[Path],
     to: dict[str, int],

@@ -283,10 +283,19 @@ def test_train_from_the_command_line_and_go_on(tmp_path):
 
 
 def test_every_command_explains_itself(capsys):
-    for command in ("demo", "train", "grow", "certify", "inspect", "report"):
+    for command in ("demo", "plan", "train", "grow", "certify", "inspect", "report"):
         with pytest.raises(SystemExit) as stop:
             app.cli(prog="growjax", args=[command, "--help"])
         assert stop.value.code == 0 and "usage: growjax" in capsys.readouterr().out
+
+
+def test_a_plan_is_shown_before_it_runs(tmp_path):
+    save_plan(every_kind(), tmp_path / "plan.json")
+    shown = growjax("plan", tmp_path / "plan.json", "--devices", 4)
+    assert shown.returncode == 0, shown.stderr
+    assert "stack and paths" in shown.stdout and "exact" in shown.stdout
+    wrong = growjax("plan", tmp_path / "plan.json", "--devices", 4, "--change", "layout.fsdp=3")
+    assert wrong.returncode == 1 and wrong.stderr.startswith("growjax: ")
 
 
 def test_what_is_printed_is_what_is_saved(run):

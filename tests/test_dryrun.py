@@ -17,7 +17,8 @@ from growjax.errors import LayoutError, PlanError
 from growjax.models import BERTConfig, LlamaConfig, T5Config
 from growjax.train import Layout, Optimizer, Plan
 from growjax.train import dryrun as module
-from growjax.train.dryrun import amount, dry_run, show
+from growjax.train.commands import show_plan
+from growjax.train.dryrun import amount, dry_run
 from growjax.train.plan import step_flops
 from growjax.train.remedies import kept_bytes, remedies, usage
 from growjax.train.target import GENERATIONS, chips, compile_for
@@ -159,7 +160,7 @@ def test_what_cannot_be_laid_out_is_refused(message):
 def test_all_refusals_come_together_and_after_the_table():
     console = Console(width=120, file=io.StringIO(), record=True)
     with pytest.raises(PlanError) as error:
-        show(every_kind(layout=Layout(fsdp=4)), devices=8, console=console)
+        show_plan(every_kind(layout=Layout(fsdp=4)), devices=8, console=console)
     assert str(error.value).count("\n  - stage") == 3
     text = console.export_text()
     assert "50.0%" in text and "RandomPath(length=3)" in text and "while growing" in text

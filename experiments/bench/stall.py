@@ -12,7 +12,7 @@ from growjax.models import GPTConfig
 from growjax.train import CorpusFeed, Growth, Options, Plan, Schedule, Stage, Step, train
 
 
-STEPS, BATCH, LENGTH = 400, 8, 128
+STEPS, BATCH, LENGTH = 80, 8, 128
 
 
 def plan(seed: int) -> Plan:
@@ -56,8 +56,8 @@ def run() -> dict:
             "compile_wait": growth.compile_wait,
             "grow_seconds": growth.crossing.grow_seconds,
             "certify_seconds": growth.crossing.certify_seconds,
-            "early_step": statistics.median(took[0][5:60]),
-            "late_step": statistics.median(took[0][-60:]),
+            "early_step": statistics.median(took[0][5:25]),
+            "late_step": statistics.median(took[0][-20:]),
             "seconds_of_stage": sum(took[0]),
         }
     ahead, naive = found["ahead"], found["naive"]

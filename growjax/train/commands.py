@@ -22,10 +22,12 @@ from growjax.growth import Chain, Operator, chain
 from growjax.parallel import Layout
 from growjax.train.as_json import from_dict, load_plan, to_dict
 from growjax.train.checkpoint import Checkpoints, load, numbered, read_lineage, write
+from growjax.train.dryrun import dry_run
 from growjax.train.losses import cross_entropy
 from growjax.train.plan import Plan, purpose_key
 from growjax.train.saving import load_model, model_of
 from growjax.train.step import Programs, checksums
+from growjax.train.target import chips, compile_for
 from growjax.train.transition import placed_shapes
 
 
@@ -89,6 +91,37 @@ def _set(saved: Any, name: str, value: Any) -> None:
             raise PlanError(f"{name}: there is no {step!r} in it; it has {has}")
         place = place[key]
     inside[int(last) if isinstance(inside, list) else last] = value
+
+
+def show_plan(
+    plan: Plan,
+    *,
+    target: str | None = None,
+    devices: int | None = None,
+    console: Console,
+) -> None:
+    """Print a plan's dry run, and what a TPU compiler makes of it if a `target` is named.
+
+    Raises `PlanError` with everything that forbids the run, once all of it is printed.
+
+    **Example**
+
+        show_plan(plan, target="v5e:16x16", console=Console())
+    """
+    if target is None:
+        found = dry_run(plan, devices=devices)
+        console.print(found)
+        found.check()
+        return
+    found = dry_run(plan, devices=chips(target))
+    console.print(found)
+    found.check()
+    compiled = compile_for(plan, target)
+    console.print(compiled)
+    compiled.check()
+
+
+# What is worked out ------------------------------------------------------------------------------
 
 
 def operator_of(by: str, to: Mapping[str, int]) -> Operator | Chain:

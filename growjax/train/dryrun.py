@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.sharding import AbstractMesh, AxisType
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from growjax.cost import parameters
@@ -139,40 +139,6 @@ def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:
     refusals += _disagreements(stages)
     saved = 1 - plan.flops / sum(whole)
     return DryRun(plan.name, devices, mesh and dict(mesh.shape), stages, saved, tuple(refusals))
-
-
-def show(
-    plan: Plan,
-    *,
-    target: str | None = None,
-    devices: int | None = None,
-    console: Console | None = None,
-) -> None:
-    """Print a plan's dry run, and what a TPU compiler makes of it if a `target` is named.
-
-    Raises `PlanError` with everything that forbids the run, once all of it is printed.
-
-    **Example**
-
-        show(plan, target="v5e:16x16")
-    """
-    console = console or Console()
-    if target is None:
-        found = dry_run(plan, devices=devices)
-        console.print(found)
-        found.check()
-        return
-    from growjax.train.target import chips, compile_for
-
-    found = dry_run(plan, devices=chips(target))
-    console.print(found)
-    found.check()
-    compiled = compile_for(plan, target)
-    console.print(compiled)
-    compiled.check()
-
-
-# What is worked out ------------------------------------------------------------------------------
 
 
 def _facts(plan: Plan, span: Span, whole: int, mesh: AbstractMesh | None) -> StageFacts:

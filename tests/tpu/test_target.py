@@ -15,7 +15,8 @@ from growjax.data import Causal
 from growjax.errors import LayoutError
 from growjax.models import GPTConfig
 from growjax.train import Layout, Plan, Schedule, Stage
-from growjax.train.dryrun import dry_run, show
+from growjax.train.commands import show_plan
+from growjax.train.dryrun import dry_run
 from growjax.train.target import COLLECTIVES, Compiled, Target, compile_for
 
 
@@ -171,6 +172,6 @@ def test_slices_that_are_none_are_refused():
 
 def test_the_command_prints_both_tables():
     console = Console(width=140, file=io.StringIO(), record=True)
-    show(plan(steps(4, "small")), target="v5e:4x4", console=console)
+    show_plan(plan(steps(4, "small")), target="v5e:4x4", console=console)
     text = console.export_text()
     assert "16 devices: data=16 x fsdp=1" in text and "16 chips" in text
