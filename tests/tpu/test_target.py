@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 import growjax as gj
-from growjax.data import Causal
+from growjax.data import MLM, UL2, Causal
 from growjax.errors import LayoutError
-from growjax.models import GPTConfig
+from growjax.models import BERTConfig, GPTConfig, LlamaConfig, T5Config
 from growjax.train import Layout, Plan, Schedule, Stage
 from growjax.train.commands import show_plan
 from growjax.train.dryrun import dry_run
@@ -147,6 +147,41 @@ def test_a_growth_fits_256_chips():
     programs = by_name(found)
     assert programs[1, "step"].collectives["reduce-scatter"] >= 2, "those of the MLP"
     assert programs[1, "growth"].to_host == 0
+
+
+OTHERS = {
+    "v5e:4x4": {
+        "model": LlamaConfig(
+            layers=2, embed=128, heads=4, kv_heads=2, head_dim=64, mlp=256, vocab=512
+        ),
+        "objective": Causal(64),
+        "layout": Layout(fsdp=4, tensor=2),
+        "accumulate": 2,
+    },
+    "v5p:2x2x4": {
+        "model": T5Config(
+            encoder_layers=2, decoder_layers=2, embed=128, heads=2, head_dim=64, mlp=256, vocab=512
+        ),
+        "objective": UL2(64),
+        "layout": Layout(fsdp=4),
+    },
+    "v6e:4x4": {
+        "model": BERTConfig(
+            layers=2, embed=128, heads=2, head_dim=64, mlp=256, vocab=512, positions=64
+        ),
+        "objective": MLM(64),
+        "layout": Layout(step="shard_map", own_paths=True),
+    },
+}
+
+
+@pytest.mark.parametrize("target", OTHERS)
+def test_every_family_and_layout_compiles(target):
+    """On every generation that is known."""
+    part = gj.random_path(1, keep=()) if target == "v6e:4x4" else None
+    found = compile_for(plan(Stage("only", tokens=1, subnet=part), **OTHERS[target]), target)
+    assert found.refusals == () and len(found.programs) == 2
+    assert all(p.collectives["all-to-all"] == 0 and p.flops for p in found.programs)
 
 
 def test_what_does_not_fit_is_said_with_what_would_help():
