@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -116,11 +117,14 @@ class Target:
     def __rich__(self) -> RenderableType:
         table = Table(
             title=f"{self.plan} on {self.target}: {self.chips} chips of {amount(self.memory)}",
-            caption="a chip's memory; collectives, FLOPs and seconds count the body of a scan once",
+            caption="memory is a chip's; the rest counts the body of a scan once. Compiled in "
+            f"{sum(p.seconds for p in self.programs):.0f} s",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
         )
-        table.add_column("program")
-        for name in ("memory", "of it temporary", "collectives", "FLOPs", "seconds", "compiled in"):
-            table.add_column(name, justify="right")
+        table.add_column("program", overflow="fold")
+        for name in ("memory", "temporary", "collectives", "FLOPs", "seconds"):
+            table.add_column(name, justify="right", no_wrap=True)
         for p in self.programs:
             counts = [f"{n} {kind}" for kind, n in p.collectives.items() if n]
             estimate = "unknown" if p.optimal_seconds is None else f"{p.optimal_seconds:.3g}"
@@ -131,7 +135,6 @@ class Target:
                 "\n".join(counts) or "none",
                 "unknown" if p.flops is None else f"{p.flops:.3g}",
                 estimate,
-                f"{p.seconds:.0f} s",
             )
         return Group(table, *(f"refused: {reason}" for reason in self.refusals))
 
