@@ -121,14 +121,24 @@ def apply(move: AxisMap, model, key: PRNGKeyArray | None):
     values: dict[tuple, Any] = {}
     for slot in table.having(move.axis):
         values[slot.steps] = _transport_slot(move, table, slot, key)
-    for slot in table.values():
-        if slot.kind == "buffer" and move.axis in slot.spec.means and _zero_padded(move):
-            values[slot.steps] = slot.value * (table.size(move.axis) / move.length)
+    for slot in _mean_buffers(move, table):
+        values[slot.steps] = slot.value * (table.size(move.axis) / move.length)
     model = put(model, values)
     if isinstance(model, DeclaredOutside):
         model = model.resized({**table.sizes, move.axis: move.length})
     _recheck(model)
     return model
+
+
+def touched(move: AxisMap, table: Axes) -> set[tuple]:
+    """The places of what a map changes; all other leaves stay as they are."""
+    return {slot.steps for slot in (*table.having(move.axis), *_mean_buffers(move, table))}
+
+
+def _mean_buffers(move: AxisMap, table: Axes) -> list[Slot]:
+    """The buffers that are added to a mean over the axis, if new coordinates shrink that mean."""
+    buffers = table.of_kind("buffer") if _zero_padded(move) else []
+    return [slot for slot in buffers if move.axis in slot.spec.means]
 
 
 def carry_tree(move: AxisMap, model, tree, moment: Moment, *, copies: bool = True):

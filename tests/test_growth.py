@@ -270,7 +270,9 @@ def test_growth_is_pure_and_the_same_under_jit_vmap_and_shapes(key):
 def test_donated_arrays_are_freed_and_grown_ones_are_not(op):
     model = tiny()
     after = gj.grow(op, model, donate=True)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(model))
+    held = {id(leaf) for leaf in jax.tree.leaves(after)}
+    assert all(leaf.is_deleted() == (id(leaf) not in held) for leaf in jax.tree.leaves(model))
+    assert len(held) == len(jax.tree.leaves(model))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
     kept = tiny()
     gj.grow(op, kept)
@@ -434,3 +436,16 @@ def test_trap_output_biases_survive_every_growth(axis):
 def test_trap_tables_that_are_indexed_do_not_grow_by_width(operator, axis):
     with jax.enable_x64(True), pytest.raises(GrowthError, match=axis):
         operator(**{axis: 16})(gpt())
+
+
+def test_what_no_map_touches_is_not_copied(key):
+    small = testing.ARCHITECTURES[0].model(dtype=jnp.float32)
+    big = gj.grow(gj.copy(mlp=9), small, key=key)
+    kept = {
+        path
+        for path, slot in gj.axes_of(small).items()
+        if slot.arrays() and gj.axes_of(big)[path].value is slot.value
+    }
+    arrays = {path for path, slot in gj.axes_of(small).items() if slot.arrays()}
+    moved = {slot.path for slot in gj.axes_of(small).having("mlp") if slot.arrays()}
+    assert moved and kept == arrays - moved

@@ -140,6 +140,16 @@ def test_parts_of_a_batch_add_up_to_the_whole(run, programs):
     assert [again[n] for n in again] == pytest.approx([expected[n] for n in again], abs=2e-4)
 
 
+def test_a_profile_is_of_the_steps_asked_for(programs, tmp_path):
+    p = plan(steps(4))
+    options = Options(held_out=4, profile=(1, 2))
+    list(train(p, feed(p), run=tmp_path, options=options, cache=programs))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    # Going on after its first step, there is none to end
+    late = Options(held_out=4, profile=(0, 9))
+    assert list(train(p, feed(p), run=tmp_path, options=late, cache=programs))[-1].finished
+
+
 def test_compiling_in_the_background_changes_nothing(run, programs):
     whole, records, _ = run
     options = Options(held_out=4, background=False)

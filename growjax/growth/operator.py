@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from growjax import maps
-from growjax.axes import Axes, axes_of
+from growjax.axes import Axes, axes_of, get, put
 from growjax.errors import AxisError, GrowthError, raise_all
 from growjax.maps import AxisMap
 
@@ -112,7 +112,9 @@ def grow(op: Operator | Chain, model, *, key: PRNGKeyArray | None = None, donate
 
     - `op`: an operator or a chain.
     - `key`: needed by operators that draw new coordinates.
-    - `donate`: free the old arrays afterwards (shapes change, so they can never be reused).
+    - `donate`: free the old arrays that grew (shapes change, so they can never be reused).
+
+    Leaves that no map touches are not copied: both models hold the same arrays.
 
     Raises `GrowthError` for parameters that are not finite, and whatever the operator's maps raise
     (`AxisError`, `GateError`, `GrowthError`), always before anything is computed.
@@ -130,17 +132,25 @@ def grow(op: Operator | Chain, model, *, key: PRNGKeyArray | None = None, donate
         "these leaves are not finite, and 0 times infinity is not 0:",
         [slot.path for slot, ok in zip(floating, finite, strict=True) if not ok],
     )
-    grown = _jitted(op, model, key)
+    grown = _moved(op, model, key)
+    kept = {s.steps: s.value for s in table.values() if s.arrays() and get(grown, s.steps) is None}
     if donate:
-        for leaf in jax.tree.leaves(model):
+        for leaf in jax.tree.leaves(put(model, dict.fromkeys(kept))):
             if isinstance(leaf, jax.Array):
                 leaf.delete()
-    return grown
+    return put(grown, kept)
 
 
 @eqx.filter_jit
-def _jitted(op, model, key):
-    return op(model, key=key)
+def _moved(op, model, key):
+    """The grown model without the leaves that no map touches: a program would copy them."""
+    kept = {slot.steps for slot in axes_of(model).values() if slot.arrays()}
+    for atom in atoms(op):
+        table = axes_of(model)
+        for move in atom.maps(table):
+            kept -= maps.touched(move, table)
+        model = atom(model, key=key)
+    return put(model, dict.fromkeys(kept))
 
 
 @jax.jit

@@ -6,6 +6,7 @@ run anything.
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,11 @@ def cls_fields(cls: type) -> tuple[str, ...]:
 
 
 def save_plan(plan: Plan, path: str | Path) -> None:
-    """Write a plan as JSON, for people as well."""
-    Path(path).write_text(json.dumps(to_dict(plan), indent=1) + "\n", encoding="utf-8")
+    """Write a plan as JSON, for people as well. The file is whole as soon as it is there."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(to_dict(plan), indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def load_plan(path: str | Path) -> Plan:

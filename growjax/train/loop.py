@@ -48,7 +48,7 @@ class Options:
     - `save_every`: steps between checkpoints, besides those on both sides of every growth.
     - `keep_last`, `keep_every`: how many of the latest checkpoints stay, and which others.
     - `background`: compile the next stage while this one trains.
-    - `profile`: steps of which a profile is written, first and last.
+    - `profile`: first and last step of which a profile is written, into the run's folder.
     """
 
     evaluate_every: float = math.inf
@@ -129,7 +129,7 @@ class _Loop:
             kept = {"keep_last": options.keep_last, "keep_every": options.keep_every}
             self.saves = Saves(plan, Path(run), **kept)
         self.feed = feed or CorpusFeed.of(plan, Path(run or "runs/_").parent / "cache")
-        self.spent = 0
+        self.spent, self.profiling = 0, False
         self.late: Callable[..., Step] | None = None
         self.held_out: dict[Any, Any] = {}
 
@@ -173,8 +173,9 @@ class _Loop:
         waited = stream.waited
         _, rows = next(stream)
         batch = from_host(rows, self.programs.mesh)
-        if options.profile and n == options.profile[0] and self.saves:
+        if self.saves and options.profile and n == options.profile[0]:
             jax.profiler.start_trace(str(self.saves.run / "profile"))
+            self.profiling = True
         self.state, report = program(self.state, batch, controls)
 
         yield from self._flush()  # the step before, now that this one is on its way
@@ -185,9 +186,10 @@ class _Loop:
         every, last = options.evaluate_every, n == plan.steps - 1
         if last or self.spent // every > (self.spent - flops) // every:
             yield from self._flush(self._held_out_loss(span, level))
-        if options.profile and n == options.profile[1] and self.saves:
+        if self.profiling and options.profile and n == options.profile[1]:
             yield from self._flush()
             jax.profiler.stop_trace()
+            self.profiling = False
         due = options.save_every and (n + 1) % options.save_every == 0
         if due and i + 1 < span.steps:
             yield from self._flush()  # what is saved is known to be finite
