@@ -15,10 +15,13 @@ import pytest
 
 import growjax as gj
 from growjax import train as trainer
+from growjax.data import Causal
 from growjax.errors import CheckpointError
+from growjax.gates import ungated
 from growjax.train import Begin, End, Growth, Options, Saved, Step
 from growjax.train.checkpoint import load, read_lineage
 from growjax.train.saving import load_model, model_of
+from growjax.train.step import checksums
 from tests.runs import TOKENS, every_kind, feed, losses, plan, same, steps
 
 
@@ -140,6 +143,22 @@ def test_parts_of_a_batch_add_up_to_the_whole(run, programs):
     assert [again[n] for n in again] == pytest.approx([expected[n] for n in again], abs=2e-4)
 
 
+def test_data_go_on_where_the_stage_before_left_off():
+    """Blocks are as long as the longest window, so a cursor means the same in every stage."""
+    long = Causal(16, packing="concat")
+    p = plan(steps(3), steps(4, batch=8), steps(8, objective=long), steps(2))
+    found = [feed(p).batches(span) for span in p.spans]
+    assert [b.block for b in found] == [16] * 4
+    # Two windows of 8 to a block: 3 x 4 windows, then 2 x 8, then 4 x 4 whole blocks
+    assert [b.start for b in found] == [0, 6, 14, 30]
+    assert [(b.batch, b.seed, b.rank, b.count) for b in found] == [
+        (4, 0, 0, 1),
+        (8, 0, 0, 1),
+        (4, 0, 0, 1),
+        (4, 0, 0, 1),
+    ]
+
+
 def test_a_profile_is_of_the_steps_asked_for(programs, tmp_path):
     p = plan(steps(4))
     options = Options(held_out=4, profile=(1, 2))
@@ -219,6 +238,38 @@ def test_a_checkpoint_is_enough_to_rebuild_its_model(run):
     assert gates and all(set(np.unique(g.value)) == {0.75, 1.0} for g in gates)
     for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(records[-1].model), strict=True):
         assert np.array_equal(a, b)
+
+
+def test_moments_are_carried_through_a_growth(run):
+    """Old coordinates keep what was averaged for them, new ones start from nothing."""
+    whole, _, folder = run
+    found = []
+    for name, span in [("00000003-00", whole.spans[0]), ("00000003-01", whole.spans[1])]:
+        trained = gj.partition(ungated(span.model))[0]
+        state = jax.eval_shape(whole.optimizer.build().init, trained)
+        where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(
+            lambda x, s=where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state
+        )
+        path = folder / "checkpoints" / name
+        found.append(load(path, {"optimizer": shapes}, only=("optimizer",))["optimizer"][1])
+    before, after = found
+    for moment in ("mu", "nu"):
+        old, new = (getattr(s, moment).blocks.block.mlp.down for s in (before, after))
+        assert np.abs(old).max() > 0
+        np.testing.assert_array_equal(new[:, :16], old)
+        assert not np.any(new[:, 16:])
+    assert after.ages.of["mlp"].tolist() == [3] * 16 + [0] * 8
+
+
+def test_a_checksum_sees_every_bit_and_every_place():
+    x = jnp.arange(24.0).reshape(4, 6)
+    (plain,) = checksums(x)
+    for other in (x.at[2, 3].add(2**-20), x[::-1], x[:, ::-1], x.at[0, 0].set(-0.0)):
+        assert checksums(other)[0] != plain
+    mixed = {"a": jnp.array([True, False]), "b": jnp.ones(3, jnp.bfloat16), "c": jnp.int8(-1)}
+    swapped = {**mixed, "a": jnp.array([False, True])}
+    assert [a == b for a, b in zip(checksums(mixed), checksums(swapped), strict=True)] == [0, 1, 1]
 
 
 def test_only_what_is_asked_for_is_kept(programs, tmp_path):
