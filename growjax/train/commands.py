@@ -121,9 +121,6 @@ def show_plan(
     compiled.check()
 
 
-# What is worked out ------------------------------------------------------------------------------
-
-
 def operator_of(by: str, to: Mapping[str, int]) -> Operator | Chain:
     """The operator that a command line names: one family, or some joined by `+`, and sizes to reach.
 
