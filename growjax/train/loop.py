@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from growjax.errors import TrainingError
+from growjax.errors import CheckpointError, GrowjaxError, TrainingError
 from growjax.gates import opened, ungated
 from growjax.parallel import from_host
 from growjax.train.clock import Clock
@@ -97,6 +97,12 @@ def train(
         loop = _Loop(plan, feed, run, options, programs, ahead, asked_to_stop)
         try:
             yield from loop.records()
+        except (GrowjaxError, GeneratorExit, KeyboardInterrupt):
+            # What is being written gets its time, whoever ended the run
+            if loop.saves:
+                with contextlib.suppress(CheckpointError):
+                    loop.saves.wait()
+            raise
         except jax.errors.JaxRuntimeError as error:
             raise TrainingError(
                 f"plan {plan.name!r}: process {jax.process_index()} of {jax.process_count()} cannot go "
