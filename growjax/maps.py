@@ -248,6 +248,12 @@ def _gather(source: np.ndarray, x: Array, dim: int, fresh: Any) -> Array:
         x = jnp.concatenate([x, block], axis=dim)
     if np.array_equal(source, np.arange(x.shape[dim])):
         return x
+    cuts = np.flatnonzero(np.diff(source) != 1) + 1
+    if dim and len(cuts) < 4:
+        # Along a late dimension a gather goes entry by entry once a product is fused with it
+        pieces = np.split(source, cuts)
+        slices = [jax.lax.slice_in_dim(x, int(p[0]), int(p[-1]) + 1, axis=dim) for p in pieces]
+        return jnp.concatenate(slices, axis=dim)
     return jnp.take(x, source, axis=dim, mode="clip")
 
 
