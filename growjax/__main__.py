@@ -132,9 +132,12 @@ def grow(
         by: Operators joined by +: msg, copy, zeros for widths, stack for layers.
         seed: Of what is drawn.
     """
+    from growjax.train.checkpoint import read_lineage
     from growjax.train.commands import grow_checkpoint, operator_of
+    from growjax.train.saving import model_of
 
-    print(grow_checkpoint(checkpoint, operator_of(by, to), out, seed=seed))
+    op = operator_of(by, to, model_of(read_lineage(checkpoint)))
+    print(grow_checkpoint(checkpoint, op, out, seed=seed))
 
 
 @app.command
@@ -153,7 +156,8 @@ def certify(
     from growjax.train.commands import certify_model, operator_of
     from growjax.train.saving import load_model
 
-    certificate = certify_model(ungated(load_model(checkpoint)[0]), operator_of(by, to), seed)
+    model = ungated(load_model(checkpoint)[0])
+    certificate = certify_model(model, operator_of(by, to, model), seed)
     print(certificate)
     if not certificate.passed:
         sys.exit(1)

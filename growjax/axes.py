@@ -418,6 +418,14 @@ def get(model: Any, steps: Sequence[str | int]) -> Any:
     return model
 
 
+def find(model: Any, steps: Sequence[str | int]) -> Any:
+    """What `get` gives, or None where a tree has no such place (a masked optimizer's, for one)."""
+    try:
+        return get(model, steps)
+    except AttributeError:
+        return None
+
+
 def put(model: Any, values: Mapping[tuple[str | int, ...], Any]) -> Any:
     """A copy of the model with new values at some places, given by their steps.
 

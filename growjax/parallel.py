@@ -20,14 +20,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from growjax.axes import Slot, axes_of, get, put
+from growjax.axes import Slot, axes_of, find, get, put
 from growjax.errors import LayoutError, raise_all
 from growjax.nn import Stacked
 
 
 AXES = ("data", "fsdp", "tensor")
+# The compiler may choose; Explicit axes refuse an embedding table that is split by vocabulary
+_TYPES = (AxisType.Auto,) * 3
 # Sequences are split over replicas and over the devices that share one replica's state.
 BATCH = PartitionSpec(("data", "fsdp"))
 # Named axes that may be split over `tensor`; the first that divides wins.
@@ -95,9 +97,11 @@ class Layout:
         """The mesh over these devices (by default all, of every host)."""
         devices = jax.devices() if devices is None else devices
         sizes = self.resolved(len(devices))
-        # Auto: the compiler may choose; Explicit axes refuse an embedding table split by vocabulary
-        types = (AxisType.Auto,) * 3
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+        return jax.make_mesh(sizes, AXES, axis_types=_TYPES, devices=devices)
+
+    def outline(self, devices: int) -> Any:
+        """The mesh over so many devices that need not be there: enough for shapes and shardings."""
+        return AbstractMesh(self.resolved(devices), AXES, axis_types=_TYPES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -216,18 +220,11 @@ def state_shardings(state: Any, trained: Any, mesh: Mesh) -> Any:
         shaped = {
             steps: sharding
             for steps, sharding in where.items()
-            if getattr(_at(node, steps), "shape", None) == get(trained, steps).shape
+            if getattr(find(node, steps), "shape", None) == get(trained, steps).shape
         }
         return put(tree, shaped)
 
     return jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, type(trained)))
-
-
-def _at(tree: Any, steps: Sequence[str | int]) -> Any:
-    try:
-        return get(tree, steps)
-    except AttributeError:
-        return None
 
 
 def per_device_bytes(tree: Any, shardings: Any) -> int:

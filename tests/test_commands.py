@@ -174,14 +174,15 @@ def test_a_file_without_a_plan_is_said(tmp_path):
 
 
 def test_operators_are_named_by_families_and_sizes():
-    assert operator_of("msg", {"mlp": 32}) == gj.msg(mlp=32)
-    both = operator_of("msg+stack", {"layers": 8, "mlp": 32, "heads": 4})
+    model = every_kind().spans[-1].model
+    assert operator_of("msg", {"mlp": 32}, model) == gj.msg(mlp=32)
+    both = operator_of("msg+stack", {"layers": 8, "mlp": 32, "heads": 4}, model)
     assert both == gj.chain(gj.msg(mlp=32, heads=4), gj.stack(layers=8))
-    assert operator_of("msg", {"layers": 8}) == gj.msg(layers=8)
+    assert operator_of("msg", {"layers": 8}, model) == gj.msg(layers=8)
     with pytest.raises(GrowthError, match="nothing in 'stack' grows mlp"):
-        operator_of("stack", {"mlp": 32})
+        operator_of("stack", {"mlp": 32}, model)
     with pytest.raises(GrowthError, match="expected some of msg, stack, copy, zeros"):
-        operator_of("double", {"mlp": 32})
+        operator_of("double", {"mlp": 32}, model)
 
 
 def test_a_grown_checkpoint_is_certified_and_computes_the_same(run, tmp_path):

@@ -16,7 +16,6 @@ from growjax.models import LlamaConfig
 from growjax.parallel import AXES, gathered, spec_of
 from growjax.train import Layout, Plan, cross_entropy
 from growjax.train.step import Controls, Programs
-from growjax.train.transition import placed_shapes
 from tests.runs import SMALL, plan, steps
 
 
@@ -34,7 +33,7 @@ def program(of: Plan, part: Any = None) -> Any:
     programs = Programs(
         of.optimizer.build(), cross_entropy, mesh, of.layout, accumulate=of.accumulate
     )
-    shapes = placed_shapes(programs, span.model)
+    shapes = programs.shapes(span.model)
     number = jax.ShapeDtypeStruct((), jnp.float32)
     controls = Controls(number, number, jax.ShapeDtypeStruct((), jnp.int32))
     rows = batch_shapes(span.objective, span.batch)

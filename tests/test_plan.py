@@ -70,6 +70,11 @@ FAULTS = {
     "paths are made for 4 layers, and the model has 2": lambda: plan(
         Stage(subnet=gj.path_schedule((3, 4), layers=4, steps=6))
     ),
+    "unknown axis 'layers'": lambda: plan(
+        Stage(subnet=gj.path_schedule((2,), layers=2, steps=6)),
+        model=T5_SMALL,
+        objective=SpanCorruption(16),
+    ),
     "path schedule says how long it is; leave tokens out": lambda: plan(
         steps(6, subnet=gj.path_schedule((2,), layers=2, steps=6))
     ),

@@ -8,7 +8,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from growjax import maps
-from growjax.axes import axes_of, get, partition, put
+from growjax.axes import axes_of, find, partition, put
 from growjax.errors import StateError, expect_one_of, raise_all
 from growjax.growth.operator import Chain, Operator, atoms
 from growjax.maps import Moment
@@ -125,25 +125,17 @@ def _field_name(path) -> str:
 
 def _misshapen(tree, model) -> str:
     table = axes_of(model)
-    if any(hasattr(_get(tree, slot.steps), "shape") for slot in table.of_kind("buffer")):
+    if any(hasattr(find(tree, slot.steps), "shape") for slot in table.of_kind("buffer")):
         return "covers buffers too; initialise the optimizer with gj.partition(model)[0]"
     expected = {s.steps: s.value.shape for s in table.of_kind("param") if s.arrays()}
-    found = {steps: getattr(_get(tree, steps), "shape", shape) for steps, shape in expected.items()}
+    found = {steps: getattr(find(tree, steps), "shape", shape) for steps, shape in expected.items()}
     wrong = [f"{'.'.join(map(str, s))} {found[s]}" for s in expected if found[s] != expected[s]]
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     return f"not shaped like the parameters ({', '.join(wrong[:3])}{more})" if wrong else ""
 
 
-def _get(tree, steps):
-    """The array at a place, or None where a masked optimizer keeps nothing."""
-    try:
-        return get(tree, steps)
-    except AttributeError:
-        return None
-
-
 def _refit(tree, grown):
     """Put the moved arrays into the structure that the grown model's own state would have."""
     template = jax.tree.map(lambda _: None, partition(grown)[0])
-    values = {slot.steps: _get(tree, slot.steps) for slot in axes_of(grown).of_kind("param")}
+    values = {slot.steps: find(tree, slot.steps) for slot in axes_of(grown).of_kind("param")}
     return put(template, values)

@@ -68,7 +68,6 @@ def read_run(run: str | Path) -> dict[str, Any]:
         raise DataError(f"{run}: nothing was evaluated in it yet")
     return {
         "name": Path(run).name,
-        "plan": plan,
         "held_out": [(row["flops"], row["held_out"]) for row in marks],
         "final": marks[-1]["held_out"],
         "finished": any(row["kind"] == "end" and row["finished"] for row in rows),

@@ -57,17 +57,13 @@ class Checkpoints:
         """Where the checkpoint before `step`, in `stage`, is or would be."""
         return self.folder / f"{step:08d}-{stage:02d}"
 
-    def save(self, step: int, stage: int, state: Any, lineage: Mapping[str, Any]) -> Path | None:
+    def save(self, step: int, stage: int, state: Any, lineage: Mapping[str, Any]) -> Path:
         """Start to write a state; its arrays may be donated as soon as this returns.
 
-        Waits for the one before. Does nothing and returns None if this one is already there: a resumed
-        run comes past it again with the same numbers. Raises `CheckpointError` if either cannot be
-        written.
+        Waits for the one before. Raises `CheckpointError` if either cannot be written, or is there.
         """
         self.wait()
         path = self.path(step, stage)
-        if path.exists():
-            return None
         with _clear(f"{path} could not be written"), _quiet():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._writing = path, write(path, state, lineage)
@@ -147,12 +143,12 @@ def load(path: str | Path, shapes: Any, *, only: Sequence[str] = ()) -> Any:
     context.pytree.loading.partial_load = bool(only)
     with _clear(f"{path} cannot be read"), _quiet(), context:
         arrays: Any = ocp.load(str(path), wanted, checkpointable_name="state")
-    state = [arrays[name] for name in wanted]
-    found = dict(zip(wanted, map(int, jax.device_get(jax.jit(checksums)(state))), strict=True))
+    state = jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in wanted])
+    found = numbered(state, jax.jit(checksums))
     written = read_lineage(path)["checksums"]
     changed = [name for name in wanted if found[name] != written[name]]
     raise_all(CheckpointError, f"{path} cannot be read: these are not what was written:", changed)
-    return jax.tree.unflatten(jax.tree.structure(shapes), state)
+    return state
 
 
 def numbered(state: Any, checksums: Callable[[Any], list[Any]]) -> dict[str, int]:

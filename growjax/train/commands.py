@@ -23,12 +23,11 @@ from growjax.parallel import Layout
 from growjax.train.as_json import from_dict, load_plan, to_dict
 from growjax.train.checkpoint import Checkpoints, load, numbered, read_lineage, write
 from growjax.train.dryrun import dry_run
-from growjax.train.losses import cross_entropy
+from growjax.train.losses import cross_entropy, reads_pairs
 from growjax.train.plan import Plan, purpose_key
 from growjax.train.saving import load_model, model_of
 from growjax.train.step import Programs, checksums
 from growjax.train.target import chips, compile_for
-from growjax.train.transition import placed_shapes
 
 
 OPERATORS = {
@@ -121,15 +120,15 @@ def show_plan(
     compiled.check()
 
 
-def operator_of(by: str, to: Mapping[str, int]) -> Operator | Chain:
+def operator_of(by: str, to: Mapping[str, int], model: Any) -> Operator | Chain:
     """The operator that a command line names: one family, or some joined by `+`, and sizes to reach.
 
     Each size goes to the first family named that can grow its axis: `stack` takes the stacks of layers
-    and no other axis.
+    of the model (or of its shapes) and no other axis.
 
     **Example**
 
-        operator_of("msg+stack", {"mlp": 2048, "layers": 12})
+        operator_of("msg+stack", {"mlp": 2048, "layers": 12}, model)
     """
     families = by.split("+")
     unknown = [name for name in families if name not in OPERATORS]
@@ -138,11 +137,13 @@ def operator_of(by: str, to: Mapping[str, int]) -> Operator | Chain:
             f"by, to: expected some of {', '.join(OPERATORS)} joined by +, and sizes such as mlp=2048; "
             f"got {by!r} and {dict(to)}"
         )
-    left, found = dict(to), []
+    table, left, found = axes_of(model), dict(to), []
+    stacks = [axis for axis in left if "stack" in table.roles(axis)]
     for family in families:
-        takes = [a for a in left if a.endswith("layers")] if family == "stack" else list(left)
-        if family != "stack" and "stack" in families:
-            takes = [a for a in takes if not a.endswith("layers")]
+        if family == "stack":
+            takes = [axis for axis in left if axis in stacks]
+        else:
+            takes = [axis for axis in left if "stack" not in families or axis not in stacks]
         if takes:
             wanted = {axis: left.pop(axis) for axis in takes}
             found.append(OPERATORS[family](**wanted))
@@ -174,7 +175,7 @@ def grow_checkpoint(
     mesh = layout.mesh(jax.devices()[:1])
     optimizer = from_dict(lineage["optimizer"]).build()
     programs = Programs(optimizer, cross_entropy, mesh, layout, seed)
-    shapes = placed_shapes(programs, model_of(lineage))
+    shapes = programs.shapes(model_of(lineage))
     grown = programs.growth(shapes, op)(load(path, shapes))
     after = {
         **lineage,
@@ -195,10 +196,10 @@ def certify_model(model: Any, op: Operator | Chain, seed: int = 0) -> Certificat
     known = sizes(model)
     length = min(known.get("positions", 32), 32)
     draw = np.random.default_rng(seed)
-    pairs = 2 if "encoder_layers" in known else 1
-    rows = tuple(draw.integers(0, known["vocab"], (2, length)) for _ in range(pairs))
-    batch = tuple(jnp.asarray(r, jnp.int32) for r in rows)
-    return certify(op, model, batch if pairs > 1 else batch[0], key=purpose_key(seed, "grow"))
+    rows = [draw.integers(0, known["vocab"], (2, length)) for _ in range(2)]
+    first, second = (jnp.asarray(r, jnp.int32) for r in rows)
+    batch = (first, second) if reads_pairs(model) else first
+    return certify(op, model, batch, key=purpose_key(seed, "grow"))
 
 
 def describe(path: str | Path, console: Console) -> None:

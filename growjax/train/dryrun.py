@@ -9,17 +9,15 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jax.sharding import AbstractMesh, AxisType
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from growjax.cost import parameters
 from growjax.errors import LayoutError, PlanError, raise_all
-from growjax.parallel import AXES, per_device_bytes, unsplit
+from growjax.parallel import per_device_bytes, unsplit
 from growjax.train.losses import cross_entropy
 from growjax.train.plan import Plan, Span, step_flops
 from growjax.train.step import Programs
-from growjax.train.transition import placed_shapes
 from growjax.train.xla_count import xla_training_flops
 
 
@@ -128,7 +126,7 @@ def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:
     devices = devices or max(layout.data, 1) * layout.fsdp * layout.tensor
     mesh, refusals = None, []
     try:
-        mesh = AbstractMesh(layout.resolved(devices), AXES, axis_types=(AxisType.Auto,) * 3)
+        mesh = layout.outline(devices)
     except LayoutError as error:
         refusals.append(str(error))
     else:
@@ -141,7 +139,7 @@ def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:
     return DryRun(plan.name, devices, mesh and dict(mesh.shape), stages, saved, tuple(refusals))
 
 
-def _facts(plan: Plan, span: Span, whole: int, mesh: AbstractMesh | None) -> StageFacts:
+def _facts(plan: Plan, span: Span, whole: int, mesh: Any) -> StageFacts:
     grow, flops = span.stage.grow, sum(span.flops)
     tokens = span.steps * span.step_tokens
     spent = sum(sum(s.flops) for s in plan.spans[: span.index])
@@ -171,7 +169,7 @@ def _facts(plan: Plan, span: Span, whole: int, mesh: AbstractMesh | None) -> Sta
         parameter_bytes=state and state[0],
         optimizer_bytes=state and state[1],
         growing_bytes=growing,
-        unsplit=() if mesh is None else tuple(unsplit(span.model, _as_mesh(mesh))),
+        unsplit=() if mesh is None else tuple(unsplit(span.model, mesh)),
     )
 
 
@@ -188,12 +186,10 @@ def _xla_flops(plan: Plan, span: Span) -> int:
     )
 
 
-def _state_bytes(plan: Plan, span: Span, mesh: AbstractMesh) -> tuple[int, int]:
+def _state_bytes(plan: Plan, span: Span, mesh: Any) -> tuple[int, int]:
     """Bytes of the fullest device: those of the model, and those of the optimizer."""
-    programs = Programs(
-        plan.optimizer.build(), cross_entropy, _as_mesh(mesh), plan.layout, plan.seed
-    )
-    shapes = placed_shapes(programs, span.model)
+    programs = Programs(plan.optimizer.build(), cross_entropy, mesh, plan.layout, plan.seed)
+    shapes = programs.shapes(span.model)
     where = programs.shardings(shapes)
     model = [(shapes.trained, where.trained), (shapes.rest, where.rest)]
     return sum(per_device_bytes(*pair) for pair in model), per_device_bytes(
@@ -201,12 +197,7 @@ def _state_bytes(plan: Plan, span: Span, mesh: AbstractMesh) -> tuple[int, int]:
     )
 
 
-def _as_mesh(mesh: AbstractMesh) -> Any:
-    """Shapes and shardings need no devices, although their signatures say `Mesh`."""
-    return mesh
-
-
-def _split_faults(plan: Plan, mesh: AbstractMesh) -> Iterator[str]:
+def _split_faults(plan: Plan, mesh: Any) -> Iterator[str]:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     for span in plan.spans:
         rows, parts = span.batch // plan.accumulate, plan.accumulate

@@ -34,9 +34,14 @@ def cross_entropy(
     return -chosen, example["weights"].astype(chosen.dtype)
 
 
+def reads_pairs(model: Any) -> bool:
+    """Whether a model (or its shapes) reads one sequence and writes another."""
+    return isinstance(model, T5)
+
+
 def predictions(model: Any, example: Mapping[str, Array]) -> Float[Array, "T vocab"]:
     """The model's logits on one example of an objective."""
-    if isinstance(model, T5):
+    if reads_pairs(model):
         return model(
             example["encoder_tokens"],
             example["decoder_tokens"],

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from growjax.errors import DataError, TrainingError
+from growjax.train.as_json import to_dict
 from growjax.train.plan import Plan
-from growjax.train.records import Begin, End, Growth, Record, Saved, Step
+from growjax.train.records import Begin, End, Growth, Record, Step
 
 
 # Dense bfloat16 FLOPs a second of one device, by the beginning of the name that JAX gives it: makers'
@@ -75,8 +76,6 @@ class WandB:
     """Numbers to Weights & Biases, under the name of the plan; needs `wandb`."""
 
     def __init__(self, run: Path, plan: Plan):
-        from growjax.train.as_json import to_dict
-
         options = {"name": plan.name, "dir": str(run), "config": to_dict(plan), "id": run.name}
         self.run = _library("wandb").init(project="growjax", resume="allow", **options)
 
@@ -252,8 +251,6 @@ class _Bars:
             )
         elif isinstance(record, End) and not record.finished:
             self.progress.print("asked to stop: saved, and the same command goes on from here")
-        elif isinstance(record, Saved):
-            return
 
 
 def _library(name: str) -> Any:

@@ -26,7 +26,7 @@ from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, Llama, LlamaCon
 from growjax.optim.recipe import Optimizer
 from growjax.parallel import Layout
 from growjax.subnet import PathSchedule, RandomPath, Subnet
-from growjax.train.losses import predictions
+from growjax.train.losses import predictions, reads_pairs
 
 
 ModelConfig = GPTConfig | BERTConfig | LlamaConfig | T5Config
@@ -322,11 +322,13 @@ class _Costs:
         self.stage, self.model, self.seed = stage, model, seed
         self.batch, self.objective = batch, objective
         self.known: dict[Subnet | None, int] = {}
-        if isinstance(stage.subnet, PathSchedule) and stage.subnet.layers != sizes(model)["layers"]:
-            raise PlanError(
-                f"its paths are made for {stage.subnet.layers} layers, and the model has "
-                f"{sizes(model)['layers']}"
-            )
+        if isinstance(stage.subnet, PathSchedule):
+            made_for, axis = stage.subnet.layers, stage.subnet.stages[0].path.axis
+            have = axes_of(model).size(axis)
+            if made_for != have:
+                raise PlanError(
+                    f"its paths are made for {made_for} {axis}, and the model has {have}"
+                )
 
     def __getitem__(self, i: int) -> int:
         part = self.stage.part(i, self.seed)
@@ -365,7 +367,7 @@ def _shape_faults(plan: Plan, batch: int, objective: Objective, model: Any) -> I
     if longest > known.get("positions", longest):
         yield f"objective: {longest} tokens are more than the model's {known['positions']} positions"
     seq2seq = "encoder_tokens" in shapes
-    if seq2seq != isinstance(plan.model, T5Config):
+    if seq2seq != reads_pairs(model):
         kind = "an encoder and a decoder" if seq2seq else "one sequence"
         name = type(plan.model).__name__
         yield f"objective: {objective} makes examples for {kind}, which is not what {name} reads"

@@ -11,19 +11,17 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
 
 from growjax.axes import partition
 from growjax.data.objectives import batch_shapes
 from growjax.errors import GrowjaxError
-from growjax.parallel import AXES, per_device_bytes
+from growjax.parallel import per_device_bytes
 from growjax.subnet import Subnet
 from growjax.train.dryrun import amount
 from growjax.train.losses import cross_entropy
 from growjax.train.plan import Plan, Span
 from growjax.train.step import Programs
-from growjax.train.transition import Need, placed_shapes
+from growjax.train.transition import Need
 
 
 class Use(NamedTuple):
@@ -87,9 +85,9 @@ def usage(plan: Plan, index: int, part: Subnet | None, devices: int, *, training
     """What a device must hold at least, in a step of a stage or, without `training`, its state alone."""
     span = plan.spans[index]
     sizes = plan.layout.resolved(devices)
-    mesh: Any = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = plan.layout.outline(devices)
     programs = Programs(plan.optimizer.build(), cross_entropy, mesh, plan.layout, plan.seed)
-    shapes = placed_shapes(programs, span.model)
+    shapes = programs.shapes(span.model)
     where = programs.shardings(shapes)
     state = per_device_bytes(shapes, where)
     if not training:
@@ -104,19 +102,15 @@ def kept_bytes(span: Span, part: Subnet | None) -> int:
     trained, rest = partition(span.model)
     rows = batch_shapes(span.objective, 1)
 
-    def zeros(tree):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-
-    def residuals():
+    def residuals(trained, rest, example):
         def loss_of(trained, example):
-            model = eqx.combine(trained, zeros(rest))
+            model = eqx.combine(trained, rest)
             model = model if part is None else part(model, key=jax.random.key(0), step=0)
             return jax.vmap(lambda row: cross_entropy(model, row))(example)[0].sum()
 
-        example = {k: jnp.zeros(x.shape, x.dtype) for k, x in rows.items()}
-        return jax.vjp(loss_of, zeros(trained), example)[1]
+        return jax.vjp(loss_of, trained, example)[1]
 
-    leaves = jax.tree.leaves(jax.eval_shape(residuals))
+    leaves = jax.tree.leaves(jax.eval_shape(residuals, trained, rest, rows))
     found = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
     whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(trained))
     return max(found - whole, 0)

@@ -17,7 +17,7 @@ from growjax.train.as_json import differences, from_dict, load_plan, save_plan, 
 from growjax.train.checkpoint import Checkpoints, load, numbered, read_lineage
 from growjax.train.plan import Plan, Span, build
 from growjax.train.step import Programs, State
-from growjax.train.transition import Crossing, state_shapes
+from growjax.train.transition import Crossing
 
 
 class Found(NamedTuple):
@@ -77,7 +77,7 @@ class Saves:
             )
         span = self.plan.spans[lineage["stage"]]
         self.parent = path.name
-        state = load(path, state_shapes(programs, span))
+        state = load(path, programs.shapes(span.model))
         return Found(
             str(path),
             span.index,
@@ -102,7 +102,8 @@ class Saves:
     ) -> Path | None:
         """Start to write the state before `step`, with everything that led to it; None if it is there.
 
-        `seal` is the compiled program of `checksums`.
+        A resumed run comes past its checkpoints again, with the same numbers. `seal` is the compiled
+        program of `checksums`.
         """
         if self.checkpoints.path(step, span.index).exists():
             return None
@@ -132,7 +133,7 @@ class Saves:
             "certificate": None if crossing is None else dataclasses.asdict(crossing),
         }
         path = self.checkpoints.save(step, span.index, state, lineage)
-        self.parent = self.checkpoints.path(step, span.index).name
+        self.parent = path.name
         return path
 
 

@@ -111,6 +111,10 @@ class Programs:
             self.shardings(state),
         )
 
+    def shapes(self, model: Any) -> State:
+        """The placed shapes of the state of a model, of which only shapes need be given."""
+        return self.placed(jax.eval_shape(self.state_of, model))
+
     def birth(self, make: Callable[[], Any]) -> Any:
         """() -> State: every array is born on the device that keeps it."""
         create = functools.partial(_birth, self, make)

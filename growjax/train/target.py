@@ -28,7 +28,7 @@ from growjax.train.losses import cross_entropy
 from growjax.train.plan import Plan
 from growjax.train.remedies import remedies
 from growjax.train.step import Programs
-from growjax.train.transition import Need, lower, needs, state_shapes
+from growjax.train.transition import Need, lower, needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +292,7 @@ def _too_large(
         number, unit, *_ = full.groups()
         return Compiled(span.index, name, _bytes(number, unit), False, seconds=seconds)
     if full := _TEMPORARIES.search(str(error)):
-        shapes = state_shapes(programs, span)
+        shapes = programs.shapes(span.model)
         state = per_device_bytes(shapes, programs.shardings(shapes))
         more = _bytes(*full.groups()[:2])
         return Compiled(span.index, name, state + more, False, temporaries=more, seconds=seconds)

@@ -117,7 +117,8 @@ def lower(plan: Plan, programs: Programs, need: Need) -> Any:
     """
     kind, index, part = need
     span = plan.spans[index]
-    shapes = state_shapes(programs, plan.spans[index - 1] if kind in ("grow", "before") else span)
+    trains = plan.spans[index - 1] if kind in ("grow", "before") else span
+    shapes = programs.shapes(trains.model)
     if kind == "grow":
         assert span.stage.grow is not None
         return programs.growth(shapes, span.stage.grow).lower(shapes)
@@ -132,20 +133,6 @@ def lower(plan: Plan, programs: Programs, need: Need) -> Any:
         return programs.evaluate(shapes).lower(shapes, rows, number(jnp.float32))
     controls = Controls(number(jnp.float32), number(jnp.float32), number(jnp.int32))
     return programs.step(shapes, part).lower(shapes, rows, controls)
-
-
-def state_shapes(programs: Programs, span: Span) -> State:
-    """The shapes and shardings of the state that a stage trains."""
-    return placed_shapes(programs, span.model)
-
-
-def placed_shapes(programs: Programs, model: Any) -> State:
-    """The shapes and shardings of the state of a model, of which only shapes need be given."""
-
-    def state():
-        return programs.state_of(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model))
-
-    return programs.placed(jax.eval_shape(state))
 
 
 @dataclasses.dataclass(frozen=True)
