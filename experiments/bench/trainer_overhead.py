@@ -54,12 +54,8 @@ def run() -> dict:
             return jnp.sum(losses * weights) / jnp.sum(weights)
 
         value, gradient = jax.value_and_grad(loss)(trained)
-        updates, state = tx.update(gradient, state, trained)
-        return (
-            optax.apply_updates(trained, jax.tree.map(lambda u: -1e-3 * u, updates)),
-            state,
-            value,
-        )
+        updates, state = tx.update(gradient, state, trained, rate=1e-3)
+        return optax.apply_updates(trained, updates), state, value
 
     jitted = jax.jit(step, donate_argnums=(0, 1))
     carry = [jax.tree.map(jnp.copy, trained), tx.init(trained)]

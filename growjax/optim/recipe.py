@@ -1,8 +1,10 @@
 """An optimizer as data: what a plan says, and the optax chain that it means."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
@@ -65,8 +67,13 @@ class Optimizer:
             )
         raise_all(PlanError, "this optimizer cannot be used:", faults)
 
-    def build(self) -> optax.GradientTransformation:
-        """The optax chain, without the learning rate and its sign."""
+    @property
+    def curvature_every(self) -> int | None:
+        """Every how many steps it wants the gradient of a loss on labels of the model's own drawing."""
+        return None
+
+    def build(self) -> "Rule":
+        """The rule of one update; the learning rate is an argument of each."""
         rescale = {
             "adamw": lambda: scale_by_adam(self.b1, self.b2, self.eps),
             "lion": lambda: optax.scale_by_lion(self.b1, self.b2),
@@ -76,7 +83,38 @@ class Optimizer:
         parts += [rescale, optax.add_decayed_weights(self.weight_decay, matrices)]
         if self.new_steps:
             parts.append(scale_new(self.new_rate, self.new_steps))
-        return optax.chain(*parts)
+        return rule(optax.chain(*parts))
+
+
+class Rule(NamedTuple):
+    """How parameters are updated: an optax transformation to which the learning rate is given.
+
+    - `init(params) -> state`
+    - `update(gradient, state, params, *, rate, curvature=None) -> (updates, state)`: what to add to the
+      parameters. `curvature` is a second gradient, for rules that asked for one.
+    - `judged(params, state) -> params`: what is evaluated; not what is trained for rules that average.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+    judged: Callable[[Any, Any], Any] = lambda params, state: params
+
+
+def rule(tx: optax.GradientTransformation) -> Rule:
+    """The rule of an optax chain without learning rate and sign.
+
+    **Example**
+
+        rule(optax.scale_by_adam()).update(gradient, state, params, rate=1e-3)
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def update(gradient, state, params, *, rate, curvature=None):
+        more = {} if curvature is None else {"curvature": curvature}
+        updates, state = tx.update(gradient, state, params, **more)
+        return jax.tree.map(lambda u: u * -jnp.asarray(rate, u.dtype), updates), state
+
+    return Rule(tx.init, update)
 
 
 class NewState(NamedTuple):

@@ -24,6 +24,7 @@ from growjax.axes import partition
 from growjax.gates import opened, ungated
 from growjax.growth import Chain, Operator
 from growjax.optim import carry
+from growjax.optim.recipe import Rule
 from growjax.parallel import (
     BATCH,
     Layout,
@@ -76,13 +77,13 @@ class Programs:
 
     **Fields**
 
-    - `optimizer`: an optax transformation *without* the learning rate, which is an argument.
+    - `optimizer`: the rule of one update, such as `Optimizer().build()`.
     - `loss`: one example to its losses and weights, such as `growjax.train.cross_entropy`.
     - `seed`: of the sub-networks.
     - `accumulate`: how many parts a batch is computed in, one after the other.
     """
 
-    optimizer: optax.GradientTransformation
+    optimizer: Rule
     loss: Loss
     mesh: Mesh
     layout: Layout
@@ -196,8 +197,9 @@ def _step(
     gradient = jax.lax.with_sharding_constraint(
         gradient, model_shardings(state.trained, programs.mesh)
     )
-    updates, optimizer = programs.optimizer.update(gradient, state.optimizer, state.trained)
-    updates = jax.tree.map(lambda u: u * -controls.rate.astype(u.dtype), updates)
+    updates, optimizer = programs.optimizer.update(
+        gradient, state.optimizer, state.trained, rate=controls.rate
+    )
     report = Report(loss, optax.tree.norm(gradient), optax.tree.norm(state.trained))
     return State(optax.apply_updates(state.trained, updates), state.rest, optimizer), report
 
@@ -267,5 +269,6 @@ def _grow(op: Operator | Chain, seed: int, state: State) -> State:
 
 
 def _evaluate(programs: Programs, state: State, batch: Mapping[str, Array], level: Array):
-    model = gathered(opened(state.model, level), programs.mesh)
+    judged = programs.optimizer.judged(state.trained, state.optimizer)
+    model = gathered(opened(eqx.combine(judged, state.rest), level), programs.mesh)
     return jax.vmap(lambda row: programs.loss(model, row))(batch)
