@@ -76,7 +76,7 @@ def train(
 
     what = read_plan(plan, change)
     options = Options(
-        evaluate_every=what.flops / max(evaluations, 1),
+        evaluate_every=what.cost / max(evaluations, 1),
         held_out=held_out,
         save_every=save_every,
         keep_last=keep_last,

@@ -35,6 +35,14 @@ class CostError(GrowjaxError):
     """A program holds work that cannot be counted."""
 
 
+class BudgetError(GrowjaxError):
+    """A reference clock does not know an operation, or a budget makes no sense."""
+
+
+class SelectError(GrowjaxError):
+    """A rule for choosing examples contradicts itself or lacks what it compares with."""
+
+
 class PlanError(GrowjaxError):
     """A training plan contradicts itself or does not fit the model."""
 

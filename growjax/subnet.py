@@ -13,7 +13,7 @@ stochastic depth (Huang et al. 2016) or LayerDrop (Fan et al. 2020).
 import abc
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import equinox as eqx
 import jax
@@ -44,6 +44,52 @@ class Subnet(eqx.Module):
         return model
 
 
+class Coins(Subnet):
+    """A sub-network that skips each layer by a coin of its own: subclass it and write `chances`.
+
+    All layers' weights stay in the program, and `lax.cond` skips those that the coins leave out, so one
+    program serves every draw. `tossed` gives the coins of many steps at once, to charge a run for what
+    it draws.
+    """
+
+    @property
+    def tosses(self) -> bool:
+        """Whether there are coins at all."""
+        return True
+
+    @property
+    @abc.abstractmethod
+    def stacks(self) -> tuple[str, ...]:
+        """The stacks of layers that share the coins."""
+
+    @abc.abstractmethod
+    def chances(self, layers: int, step) -> Any:
+        """The probability [layers] of running each layer, at a step or its traced number."""
+
+    @abc.abstractmethod
+    def branches(self, on: Bool[Array, " layers"], step) -> Float[Array, " layers"] | None:
+        """The multiplier of each layer's branches, given which run; None multiplies nothing."""
+
+    def coins(self, layers: int, key: PRNGKeyArray) -> Float[Array, " layers"]:
+        """A uniform number for each layer; it runs where this is below its chance."""
+        return jax.random.uniform(fold_in_name(key, "coins"), (layers,))
+
+    def flags(self, axes: Axes, key: PRNGKeyArray, step) -> list[AxisMap]:
+        """The maps of one draw: the same flags along every stack."""
+        layers = {axis: _depth(axes, axis) for axis in self.stacks}
+        if len(set(layers.values())) > 1:
+            raise SubnetError(f"axis: stacks that share their coins are equally deep, got {layers}")
+        n = layers[self.stacks[0]]
+        on = self.coins(n, key) < jnp.asarray(self.chances(n, step), jnp.float32)
+        branch = self.branches(on, step)
+        return [AxisMap(axis, np.arange(n), active=on, branch=branch) for axis in self.stacks]
+
+    def tossed(self, layers: int, seed: int, first: int, count: int) -> np.ndarray:
+        """The uniform numbers [count, layers] of the steps from `first` on."""
+        steps = jnp.arange(first, first + count)
+        return np.asarray(jax.vmap(lambda i: self.coins(layers, step_key(seed, i)))(steps))
+
+
 def step_key(seed: int, step: int | Int[Array, ""]) -> PRNGKeyArray:
     """The key of one training step: the same on every host and after every restart."""
     return jax.random.fold_in(fold_in_name(jax.random.key(seed), "subnet"), step)
@@ -57,7 +103,7 @@ def _depth(axes: Axes, axis: str) -> int:
     return size
 
 
-class RandomPath(Subnet):
+class RandomPath(Coins):
     """A random path through the layers; see `random_path`."""
 
     length: int | float = eqx.field(static=True)
@@ -118,16 +164,26 @@ class RandomPath(Subnet):
     def maps(self, axes: Axes, key: PRNGKeyArray, step) -> list[AxisMap]:
         """A selection of layers, or flags for each of them, with multipliers for their branches."""
         layers = _depth(axes, self.axis)
-        kept = self.kept(layers)
+        self.kept(layers)  # raises if the path does not fit
         if self.length == layers:
             return []
         if self.mode == "fixed":
             path = self.sample(layers, key)
             return [AxisMap(self.axis, path, branch=self._scales(path, layers))]
-        fixed = np.isin(np.arange(layers), kept)
-        draw = jax.random.bernoulli(fold_in_name(key, "path"), self.probability(layers), (layers,))
-        on = draw | fixed
-        return [AxisMap(self.axis, np.arange(layers), active=on, branch=self._flags(on, layers))]
+        return self.flags(axes, key, step)
+
+    @property
+    def tosses(self) -> bool:
+        return self.mode == "bernoulli"
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        return (self.axis,)
+
+    def chances(self, layers: int, step) -> np.ndarray:
+        """1 for the layers that are always run, the same `probability` for the others."""
+        fixed = np.isin(np.arange(layers), self.kept(layers))
+        return np.where(fixed, 1.0, self.probability(layers)).astype(np.float32)
 
     def _scales(self, path: Int[Array, " k"], layers: int) -> Float[Array, " k"] | None:
         gaps = jnp.diff(path, append=layers)
@@ -135,7 +191,9 @@ class RandomPath(Subnet):
             gaps, path.shape[0], jnp.isin(path, np.asarray(self.kept(layers))), layers
         )
 
-    def _flags(self, on: Bool[Array, " layers"], layers: int) -> Float[Array, " layers"] | None:
+    def branches(self, on: Bool[Array, " layers"], step) -> Float[Array, " layers"] | None:
+        """The scale of each layer that runs."""
+        layers = on.shape[0]
         index = jnp.where(on, jnp.arange(layers), layers)
         after = jax.lax.cummin(jnp.append(index[1:], layers), reverse=True)
         fixed = np.isin(np.arange(layers), self.kept(layers))
@@ -251,21 +309,29 @@ def random_part(
     return RandomPart(tuple(counts.items()), scale, per_layer)
 
 
-class ProgressiveLayerDrop(Subnet):
+class ProgressiveLayerDrop(Coins):
     """Layers dropped more and more often, deeper ones first; see `progressive_layer_drop`."""
 
     floor: float = eqx.field(static=True)
     rate: float = eqx.field(static=True)
     inverse: bool = eqx.field(static=True, default=True)
-    axis: str = eqx.field(static=True, default="layers")
+    axis: str | tuple[str, ...] = eqx.field(static=True, default="layers")
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        return (self.axis,) if isinstance(self.axis, str) else self.axis
 
     def theta(self, step) -> Float[Array, ""]:
         """The keep probability of the deepest layer: from 1 down to `floor`."""
         return (1 - self.floor) * jnp.exp(-self.rate * jnp.asarray(step, jnp.float32)) + self.floor
 
-    def probabilities(self, layers: int, step) -> Float[Array, " layers"]:
+    def chances(self, layers: int, step) -> Float[Array, " layers"]:
         """`p_l = 1 - l/L (1 - theta)` for l = 1..L."""
         return 1 - jnp.arange(1, layers + 1) / layers * (1 - self.theta(step))
+
+    def branches(self, on: Bool[Array, " layers"], step) -> Float[Array, " layers"] | None:
+        """One over its chance for each layer, if asked for."""
+        return 1 / self.chances(on.shape[0], step) if self.inverse else None
 
     def maps(self, axes: Axes, key: PRNGKeyArray, step) -> list[AxisMap]:
         """A flag for every layer and, if asked for, one over its probability on its branches."""
@@ -277,31 +343,39 @@ class ProgressiveLayerDrop(Subnet):
                 for name, what, value, ok in [
                     ("floor", "a probability above 0", self.floor, 0 < self.floor <= 1),
                     ("rate", "a positive number", self.rate, self.rate > 0),
+                    ("axis", "a stack or more than one", self.axis, len(self.stacks) > 0),
                 ]
                 if not ok
             ],
         )
-        layers = _depth(axes, self.axis)
-        p = self.probabilities(layers, step)
-        on = jax.random.bernoulli(fold_in_name(key, "drop"), p)
-        branch = 1 / p if self.inverse else None
-        return [AxisMap(self.axis, np.arange(layers), active=on, branch=branch)]
+        return self.flags(axes, key, step)
 
 
 def progressive_layer_drop(
-    *, floor: float = 0.5, rate: float = 1e-3, inverse: bool = True, axis: str = "layers"
+    *,
+    floor: float = 0.5,
+    rate: float = 1e-3,
+    inverse: bool = True,
+    axis: str | Sequence[str] = "layers",
 ) -> ProgressiveLayerDrop:
     """Progressive layer dropping: keep probabilities fall from 1 to `floor` as `exp(-rate * step)`.
 
-    `inverse` divides the branches of kept layers by their probability, as published; evaluation uses
-    the whole model. DeepSpeed's `rate` is 1e-3; the paper's is 100 over the number of steps.
+    **Arguments**
+
+    - `rate`: DeepSpeed's is 1e-3; the paper's is 100 over the number of steps, No Train No Gain's 100
+      (BERT) or 20 (T5) over it.
+    - `inverse`: divide the branches of kept layers by their probability, as published. No Train No Gain's
+      code does not (`inverse=False`). Evaluation uses the whole model.
+    - `axis`: the stack of layers, or several equally deep ones that share their coins.
 
     **Example**
 
         drop = gj.progressive_layer_drop(rate=100 / steps)
         loss = lambda model, key, step: next_token_loss(drop(model, key=key, step=step), batch)
     """
-    return ProgressiveLayerDrop(floor, rate, inverse, axis)
+    return ProgressiveLayerDrop(
+        floor, rate, inverse, axis if isinstance(axis, str) else tuple(axis)
+    )
 
 
 class PathStage(NamedTuple):

@@ -1,7 +1,6 @@
 """Dry runs: FLOPs against XLA's count, bytes against arithmetic by hand, and what is refused."""
 
 import dataclasses
-import functools
 import io
 import json
 from typing import Any
@@ -19,8 +18,8 @@ from growjax.train import Layout, Optimizer, Plan
 from growjax.train import dryrun as module
 from growjax.train.commands import show_plan
 from growjax.train.dryrun import amount, dry_run
-from growjax.train.plan import step_flops
 from growjax.train.remedies import kept_bytes, remedies, usage
+from growjax.train.stages import step_flops
 from growjax.train.target import GENERATIONS, chips, compile_for
 from growjax.train.transition import Need
 from growjax.train.xla_count import xla_training_flops
@@ -67,8 +66,8 @@ def test_every_layer_is_counted():
 @pytest.fixture
 def ours(monkeypatch):
     """What XLA would say, without asking it."""
-    count = functools.partial(step_flops, batch=1)
-    monkeypatch.setattr(module, "xla_training_flops", lambda m, o, p: count(m, o, part=p))
+    count = step_flops
+    monkeypatch.setattr(module, "xla_training_flops", lambda m, o, p: count(m, o, 1, p))
 
 
 def test_counts_that_disagree_are_refused(monkeypatch):

@@ -15,6 +15,7 @@ from growjax.data.objectives import batch_shapes
 from growjax.models import LlamaConfig
 from growjax.parallel import AXES, gathered, spec_of
 from growjax.train import Layout, Plan, cross_entropy
+from growjax.train.stages import Work
 from growjax.train.step import Controls, Programs
 from tests.runs import SMALL, plan, steps
 
@@ -34,10 +35,10 @@ def program(of: Plan, part: Any = None) -> Any:
         of.optimizer.build(), cross_entropy, mesh, of.layout, accumulate=of.accumulate
     )
     shapes = programs.shapes(span.model)
-    number = jax.ShapeDtypeStruct((), jnp.float32)
-    controls = Controls(number, number, jax.ShapeDtypeStruct((), jnp.int32))
+    number, whole = (jax.ShapeDtypeStruct((), kind) for kind in (jnp.float32, jnp.int32))
+    controls = Controls(number, number, whole, whole)
     rows = batch_shapes(span.objective, span.batch)
-    return jax.make_jaxpr(programs.step(shapes, part))(shapes, rows, controls).jaxpr
+    return jax.make_jaxpr(programs.step(shapes, Work(part)))(shapes, rows, controls, None).jaxpr
 
 
 def constraints(jaxpr: Any, layers: int, inside: bool = False) -> Iterator[tuple[bool, Any, Any]]:

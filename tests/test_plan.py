@@ -39,8 +39,8 @@ FAULTS = {
     "budget: expected a positive": lambda: plan(Stage(share=1.0), budget=-1.0),
     "all together 1, got [0.5, 0.4]": lambda: plan(Stage(share=0.5), Stage(share=0.4), budget=1e9),
     "every one must have a share": lambda: plan(Stage(share=1.0), steps(1), budget=1e9),
-    "one of tokens, flops and share, got none": lambda: plan(Stage()),
-    "flops and share, got tokens and share": lambda: plan(steps(1, share=1.0), budget=1e9),
+    "one of tokens, flops, seconds and share, got none": lambda: plan(Stage()),
+    "seconds and share, got tokens and share": lambda: plan(steps(1, share=1.0), budget=1e9),
     "tokens: expected a positive": lambda: plan(Stage(tokens=0)),
     "flops: expected a positive": lambda: plan(Stage(flops=0)),
     "share: expected a positive": lambda: plan(Stage(share=-1.0), Stage(share=2.0), budget=1e9),
@@ -131,7 +131,7 @@ def test_a_plan_knows_its_cost_before_it_runs():
     paths = run.spans[3].flops
     assert set(paths[:4]) == wide and set(paths[4:8]) == wide | deep and set(paths[8:]) == deep
     assert run.flops == sum(map(sum, (span.flops for span in run.spans))) and run.steps == 21
-    assert [i for i, _ in run.spans[3].parts] == [0, paths.index(max(deep))]
+    assert [i for i, _ in run.spans[3].programs] == [0, paths.index(max(deep))]
 
 
 def test_shares_of_a_budget_are_kept_to_within_half_a_step():

@@ -194,7 +194,7 @@ def test_one_over_p_keeps_the_expectation_of_a_branch():
     blocks = eqx.tree_at(lambda b: b.block.attention.o, blocks, replace_fn=jnp.zeros_like)
     blocks = eqx.tree_at(lambda b: b.block.attention.o_bias, blocks, replace_fn=jnp.zeros_like)
     drop = gj.progressive_layer_drop(rate=0.3, floor=0.25)
-    move, p = one_map(drop, blocks, jax.random.key(0), 4), drop.probabilities(1, 4)
+    move, p = one_map(drop, blocks, jax.random.key(0), 4), drop.chances(1, 4)
     x = gpt().embedding(TOKENS[0])
     run = jax.jit(lambda on: maps.apply(dataclasses.replace(move, active=on), blocks, None)(x))
     mean = p * run(jnp.array([True])) + (1 - p) * run(jnp.array([False]))
@@ -427,7 +427,7 @@ def test_progressive_dropping_follows_its_formulas():
     theta = np.asarray(drop.theta(jnp.arange(0, 1000, 10)))
     assert theta[0] == 1 and (np.diff(theta) < 0).all() and theta[-1] > 0.5
     np.testing.assert_allclose(theta, 0.5 * np.exp(-0.1 * np.arange(100)) + 0.5, rtol=1e-6)
-    p = np.asarray(drop.probabilities(LAYERS, 100_000))
+    p = np.asarray(drop.chances(LAYERS, 100_000))
     np.testing.assert_allclose(p, 1 - np.arange(1, LAYERS + 1) / LAYERS * 0.5, rtol=1e-6)
     assert p.mean() == pytest.approx(1 - (LAYERS + 1) / (2 * LAYERS) * 0.5)
     draw = jax.jit(jax.vmap(lambda key: one_map(drop, gpt(), key, 100_000).active))

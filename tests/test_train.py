@@ -95,9 +95,9 @@ def test_ramps_open_in_their_steps_and_leave_no_gates(run):
 
 
 def test_one_program_for_each_need_and_nothing_recompiles(run):
-    """3 evaluations and seals (of 3 models), 2 growths, and steps for 1 + 1 + 2 sizes."""
+    """A birth, 3 evaluations and seals (of 3 models), 2 growths, and steps for 1 + 1 + 2 sizes."""
     _, records, _ = run
-    assert records[-1].programs == 3 + 2 + 4 + 3
+    assert records[-1].programs == 1 + 3 + 3 + 2 + 4
 
 
 def test_a_stage_that_does_not_grow_drops_the_gates_of_the_one_before(programs):

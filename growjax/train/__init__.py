@@ -13,11 +13,11 @@ from growjax.train.losses import cross_entropy as cross_entropy
 from growjax.train.metrics import read_journal as read_journal
 from growjax.train.metrics import watch as watch
 from growjax.train.plan import Plan as Plan
-from growjax.train.plan import Span as Span
-from growjax.train.plan import Stage as Stage
 from growjax.train.records import Begin as Begin
 from growjax.train.records import End as End
 from growjax.train.records import Growth as Growth
 from growjax.train.records import Record as Record
 from growjax.train.records import Saved as Saved
 from growjax.train.records import Step as Step
+from growjax.train.stages import Span as Span
+from growjax.train.stages import Stage as Stage

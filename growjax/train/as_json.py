@@ -11,14 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from growjax import data, growth, subnet
+from growjax import budget, data, growth, select, subnet
 from growjax.budget import Schedule
 from growjax.errors import GrowjaxError, PlanError
 from growjax.growth import Chain, Operator
 from growjax.models import BERTConfig, GPTConfig, LlamaConfig, T5Config
 from growjax.optim.recipe import Optimizer
 from growjax.parallel import Layout
-from growjax.train.plan import Plan, Stage
+from growjax.train.plan import Plan
+from growjax.train.stages import Stage
 
 
 def _classes(module: Any) -> list[type]:
@@ -33,6 +34,8 @@ _KNOWN: dict[str, type] = {
         *(Plan, Stage, Schedule, Optimizer, Layout),
         *(GPTConfig, BERTConfig, LlamaConfig, T5Config),
         *_classes(data),
+        *(c for c in _classes(budget) if issubclass(c, budget.Clock)),
+        *(c for c in _classes(select) if issubclass(c, select.Selector)),
         *(c for c in _classes(subnet) if issubclass(c, subnet.Subnet)),
         *(subnet.PathSchedule, subnet.PathStage),
     ]

@@ -174,9 +174,9 @@ def grow_checkpoint(
     layout = Layout()
     mesh = layout.mesh(jax.devices()[:1])
     optimizer = from_dict(lineage["optimizer"]).build()
-    programs = Programs(optimizer, cross_entropy, mesh, layout, seed)
+    programs = Programs(optimizer, cross_entropy, mesh, layout)
     shapes = programs.shapes(model_of(lineage))
-    grown = programs.growth(shapes, op)(load(path, shapes))
+    grown = programs.growth(shapes, op)(load(path, shapes), np.int32(seed))
     after = {
         **lineage,
         "operators": [*lineage["operators"], growth.to_dict(op)],

@@ -4,7 +4,6 @@ Everything is worked out from shapes. No array is made and nothing is compiled, 
 can be read on a laptop; `growjax.train.target` goes on to compile it for one.
 """
 
-import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,8 +14,10 @@ from rich.table import Table
 from growjax.cost import parameters
 from growjax.errors import LayoutError, PlanError, raise_all
 from growjax.parallel import per_device_bytes, unsplit
+from growjax.subnet import Coins
 from growjax.train.losses import cross_entropy
-from growjax.train.plan import Plan, Span, step_flops
+from growjax.train.plan import Plan
+from growjax.train.stages import Span, Work, step_flops
 from growjax.train.step import Programs
 from growjax.train.xla_count import xla_training_flops
 
@@ -32,7 +33,9 @@ class StageFacts:
     **Fields**
 
     - `grows`, `exactness`: what it grows by and what that promises; None if it does not grow.
-    - `parts`: the sub-networks that it trains.
+    - `parts`: the sub-networks that it trains, and second gradients that it takes.
+    - `selects`: the rule that chooses its batches; None if it trains on all that it reads.
+    - `cost`: what the clock charges, in its unit.
     - `flops_per_token`, `xla_flops_per_token`: of training, by `growjax.cost` and by XLA.
     - `saved`: the share of its cost saved against training the last stage's whole model on its tokens.
     - `parameter_bytes`, `optimizer_bytes`: of the fullest device; None if the layout makes no mesh.
@@ -45,12 +48,14 @@ class StageFacts:
     grows: str | None
     exactness: str | None
     parts: tuple[str, ...]
+    selects: str | None
     sizes: dict[str, int]
     parameters: int
     batch: int
     steps: int
     tokens: int
     flops: int
+    cost: float
     flops_per_token: float
     xla_flops_per_token: float
     saved: float
@@ -142,9 +147,9 @@ def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:
 def _facts(plan: Plan, span: Span, whole: int, mesh: Any) -> StageFacts:
     grow, flops = span.stage.grow, sum(span.flops)
     tokens = span.steps * span.step_tokens
-    spent = sum(sum(s.flops) for s in plan.spans[: span.index])
     # As the loop does: a step's rate is that of its middle
-    ends = spent + span.flops[0] / 2, spent + flops - span.flops[-1] / 2
+    last = span.spent + sum(span.costs)
+    ends = span.spent + span.costs[0] / 2, last - span.costs[-1] / 2
     state = growing = None
     if mesh is not None:
         state = _state_bytes(plan, span, mesh)
@@ -155,13 +160,15 @@ def _facts(plan: Plan, span: Span, whole: int, mesh: Any) -> StageFacts:
         name=span.stage.name,
         grows=None if grow is None else str(grow),
         exactness=None if grow is None else grow.exactness,
-        parts=tuple(said(part) for _, part in span.parts if part is not None),
+        parts=tuple(map(said_work, dict.fromkeys(w for _, w in span.programs if w != Work()))),
+        selects=None if span.stage.select is None else said(span.stage.select),
         sizes=span.sizes,
         parameters=parameters(span.model),
         batch=span.batch,
         steps=span.steps,
         tokens=tokens,
         flops=flops,
+        cost=sum(span.costs) / plan.clock.per_unit,
         flops_per_token=flops / tokens,
         xla_flops_per_token=_xla_flops(plan, span) / tokens,
         saved=1 - flops / whole,
@@ -178,17 +185,22 @@ def _whole_flops(plan: Plan, span: Span) -> int:
     return span.steps * step_flops(plan.spans[-1].model, span.objective, span.batch)
 
 
-def _xla_flops(plan: Plan, span: Span) -> int:
-    """XLA's count for all steps of a stage; each of its programs is counted once."""
-    often = collections.Counter(span.stage.part(i, plan.seed) for i in range(span.steps))
-    return span.batch * sum(
-        n * xla_training_flops(span.model, span.objective, part) for part, n in often.items()
-    )
+def _xla_flops(plan: Plan, span: Span) -> float:
+    """XLA's count of a stage: ours of each program, as far as XLA's of one sequence differs from ours."""
+    del plan
+    total = 0.0
+    for work in dict.fromkeys(span.works):
+        ours = sum(n for w, n in zip(span.works, span.flops, strict=True) if w == work)
+        # Layers that coins leave out are still in the program
+        part = None if isinstance(work.part, Coins) and work.part.tosses else work.part
+        xla = xla_training_flops(span.model, span.objective, part)
+        total += ours * xla / step_flops(span.model, span.objective, 1, part)
+    return total
 
 
 def _state_bytes(plan: Plan, span: Span, mesh: Any) -> tuple[int, int]:
     """Bytes of the fullest device: those of the model, and those of the optimizer."""
-    programs = Programs(plan.optimizer.build(), cross_entropy, mesh, plan.layout, plan.seed)
+    programs = Programs(plan.optimizer.build(), cross_entropy, mesh, plan.layout)
     shapes = programs.shapes(span.model)
     where = programs.shardings(shapes)
     model = [(shapes.trained, where.trained), (shapes.rest, where.rest)]
@@ -233,6 +245,8 @@ def _rows(stages: Sequence[StageFacts]) -> Iterator[tuple[str, list[str]]]:
     yield row("grows", lambda s: s.grows or "-")
     yield row("promises", lambda s: s.exactness or "-")
     yield row("trains", lambda s: "\n".join(s.parts) or "all")
+    if any(stage.selects for stage in stages):
+        yield row("selects", lambda s: s.selects or "-")
     for axis in dict.fromkeys(axis for stage in stages for axis in stage.sizes):
         yield row(f"  {axis}", lambda s, axis=axis: str(s.sizes.get(axis, "-")))
     yield row("parameters", lambda s: f"{s.parameters:,}")
@@ -243,6 +257,8 @@ def _rows(stages: Sequence[StageFacts]) -> Iterator[tuple[str, list[str]]]:
     yield row("  as XLA counts", lambda s: f"{s.xla_flops_per_token:.5g}")
     yield row("  ratio", lambda s: f"{s.xla_ratio:.4f}")
     yield row("FLOPs", lambda s: f"{s.flops:.4g}")
+    if any(stage.cost != stage.flops for stage in stages):
+        yield row("reference seconds", lambda s: f"{s.cost:.4g}")
     yield row("saved", lambda s: f"{s.saved:.1%}")
     yield row("learning rate", lambda s: f"{s.rate[0]:.3g} to {s.rate[1]:.3g}")
     if any(stage.parameter_bytes is not None for stage in stages):
@@ -251,8 +267,14 @@ def _rows(stages: Sequence[StageFacts]) -> Iterator[tuple[str, list[str]]]:
         yield row("while growing", lambda s: amount(s.growing_bytes))
 
 
+def said_work(work: Work) -> str:
+    """What makes a step's program: `RandomPath(length=3), curvature`."""
+    parts = [] if work.part is None else [said(work.part)]
+    return ", ".join([*parts, "curvature"] if work.curvature else parts)
+
+
 def said(part: Any) -> str:
-    """A sub-network as it differs from its class's defaults: `RandomPath(length=3)`."""
+    """A sub-network or selector as it differs from its class's defaults: `RandomPath(length=3)`."""
     fields = {f.name: (getattr(part, f.name), f.default) for f in dataclasses.fields(part)}
     changed = [f"{name}={value}" for name, (value, default) in fields.items() if value != default]
     return f"{type(part).__name__}({', '.join(changed)})"

@@ -11,7 +11,8 @@ import numpy as np
 
 from growjax.data import Batches, Corpus, Objective, held_out_batch, load_tokenizer, prepare
 from growjax.errors import DataError
-from growjax.train.plan import Plan, Span
+from growjax.train.plan import Plan
+from growjax.train.stages import Span
 
 
 class Feed(Protocol):
@@ -79,7 +80,7 @@ class CorpusFeed:
             found = Batches(
                 self.training,
                 s.objective,
-                s.batch,
+                s.offered,
                 block=block,
                 start=start,
                 seed=self.plan.seed,

@@ -25,14 +25,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from growjax.errors import CheckpointError, GrowjaxError, TrainingError
+from growjax.errors import CheckpointError, GrowjaxError, PlanError, TrainingError
 from growjax.gates import opened, ungated
-from growjax.parallel import from_host
+from growjax.parallel import from_host, replicated
 from growjax.train.clock import Clock
 from growjax.train.feed import CorpusFeed, Feed
 from growjax.train.losses import Loss, cross_entropy
-from growjax.train.plan import Plan, Span
+from growjax.train.plan import Plan
 from growjax.train.records import Begin, End, Growth, Record, Saved, Step
+from growjax.train.stages import Span
 from growjax.train.step import Controls, Programs, State
 from growjax.train.transition import Ahead, cross
 
@@ -43,7 +44,8 @@ class Options:
 
     **Fields**
 
-    - `evaluate_every`: training FLOPs between looks at the held-out loss; after the last step anyway.
+    - `evaluate_every`: what is spent between looks at the held-out loss, in the whole numbers of the
+      plan's clock (a twentieth of `plan.cost`, say); after the last step anyway.
     - `held_out`: how many sequences that is taken over.
     - `save_every`: steps between checkpoints, besides those on both sides of every growth.
     - `keep_last`, `keep_every`: how many of the latest checkpoints stay, and which others.
@@ -67,6 +69,7 @@ def train(
     run: str | Path | None = None,
     options: Options = Options(),
     loss: Loss = cross_entropy,
+    reference: Any = None,
     cache: dict[str, Any] | None = None,
     devices: list[Any] | None = None,
 ) -> Iterator[Record]:
@@ -78,6 +81,7 @@ def train(
     - `run`: the folder of its checkpoints. If there are some, the run goes on from the last one, with the
       same batches, draws and numbers as if it had never stopped. None saves nothing.
     - `loss`: what is minimised, see `cross_entropy`.
+    - `reference`: the second model that `RhoLoss` compares with.
     - `cache`: a dict through which runs that follow each other share what they compiled.
     - `devices`: what the mesh is made of (all, by default).
 
@@ -91,8 +95,21 @@ def train(
             print(record)
     """
     mesh = plan.layout.mesh(devices)
-    programs = Programs(plan.optimizer.build(), loss, mesh, plan.layout, plan.seed, plan.accumulate)
-    ahead = Ahead(plan, programs, cache=cache, background=options.background, seal=run is not None)
+    programs = Programs(plan.optimizer.build(), loss, mesh, plan.layout, plan.accumulate)
+    if reference is not None:
+        reference = jax.device_put(reference, replicated(mesh))
+    elif any(s.stage.select is not None and s.stage.select.compares for s in plan.spans):
+        raise PlanError(
+            f"plan {plan.name!r}: reference: a stage's selector compares with a second model; give it one"
+        )
+    ahead = Ahead(
+        plan,
+        programs,
+        cache=cache,
+        background=options.background,
+        seal=run is not None,
+        reference=reference,
+    )
     with contextlib.closing(ahead), _stop_signal(run is not None) as asked_to_stop:
         loop = _Loop(plan, feed, run, options, programs, ahead, asked_to_stop)
         try:
@@ -135,7 +152,7 @@ class _Loop:
             kept = {"keep_last": options.keep_last, "keep_every": options.keep_every}
             self.saves = Saves(plan, Path(run), **kept)
         self.feed = feed or CorpusFeed.of(plan, Path(run or "runs/_").parent / "cache")
-        self.spent, self.profiling = 0, False
+        self.spent, self.flops, self.profiling = 0, 0, False
         self.late: Callable[..., Step] | None = None
         self.held_out: dict[Any, Any] = {}
 
@@ -143,11 +160,16 @@ class _Loop:
         plan = self.plan
         found = self.saves.resume(self.programs, self.feed.digest) if self.saves else None
         stage, step = (found.stage, found.step) if found else (0, 0)
-        self.ahead.start(stage)
         with self.clock.apart("birth"):
-            self.state = found.state if found else self.programs.birth(plan.build)()
+            if found is None:
+                self.state = self.ahead.get(("birth", 0, None))(np.int32(plan.seed))
+            else:
+                self.state = found.state
+        self.ahead.start(stage)
         if found:
-            self.spent, self.clock.before = found.flops, found.seconds
+            span = plan.spans[stage]
+            self.spent = span.spent + sum(span.costs[: step - span.start])
+            self.flops, self.clock.before = found.flops, found.seconds
         yield Begin(stage, step, found and found.path, self.programs.mesh.size)
 
         for span in plan.spans[stage:]:
@@ -172,25 +194,29 @@ class _Loop:
 
     def _step(self, span: Span, i: int, stream: Any) -> Iterator[Record]:
         plan, options = self.plan, self.options
-        part, n, flops = span.stage.part(i, plan.seed), span.start + i, span.flops[i]
-        level, rate = span.stage.level(i), plan.learning_rate(self.spent + flops / 2)
-        controls = Controls(np.float32(level), np.float32(rate), np.int32(n))
-        program = self._compiled("step", span, part)
+        work, n, cost = span.works[i], span.start + i, span.costs[i]
+        level, rate = span.stage.level(i), plan.learning_rate(self.spent + cost / 2)
+        controls = Controls(np.float32(level), np.float32(rate), np.int32(n), np.int32(plan.seed))
+        program = self._compiled("step", span, work)
+        select = span.stage.select
+        second = self.ahead.reference if select is not None and select.compares else None
         waited = stream.waited
         _, rows = next(stream)
         batch = from_host(rows, self.programs.mesh)
         if self.saves and options.profile and n == options.profile[0]:
             jax.profiler.start_trace(str(self.saves.run / "profile"))
             self.profiling = True
-        self.state, report = program(self.state, batch, controls)
+        self.state, report = program(self.state, batch, controls, second)
 
         yield from self._flush()  # the step before, now that this one is on its way
-        self.spent += flops
+        self.spent += cost
+        self.flops += span.flops[i]
+        spent = self.spent, self.flops
         self.late = functools.partial(
-            self._read, span, i, self.spent, rate, level, report, stream.waited - waited
+            self._read, span, i, spent, rate, level, report, stream.waited - waited
         )
         every, last = options.evaluate_every, n == plan.steps - 1
-        if last or self.spent // every > (self.spent - flops) // every:
+        if last or self.spent // every > (self.spent - cost) // every:
             yield from self._flush(self._held_out_loss(span, level))
         if self.profiling and options.profile and n == options.profile[1]:
             yield from self._flush()
@@ -210,7 +236,7 @@ class _Loop:
         self,
         span: Span,
         i: int,
-        flops: int,
+        spent: tuple[int, int],
         rate: float,
         level: float,
         report: Any,
@@ -235,7 +261,8 @@ class _Loop:
             span.index,
             n,
             tokens,
-            flops,
+            spent[1],
+            spent[0] / self.plan.clock.per_unit,
             seconds,
             rate,
             level,
@@ -262,14 +289,14 @@ class _Loop:
             self.state, crossing = cross(
                 self.plan, span, self.state, self.ahead.get, functools.partial(self._probe, span)
             )
-            self.ahead.get(("step", span.index, span.parts[0][1]))
+            self.ahead.get(("step", span.index, span.works[0]))
         compile_wait = self.ahead.waited - waited
         saved = list(self._save(span, span.start, crossing))
         stall = time.perf_counter() - start
         self.ahead.start(span.index)
         old, new = before.sizes, span.sizes
         grew = {a: (old.get(a, 0), n) for a, n in new.items() if n != old.get(a)}
-        yield Growth(span.index, span.start, self.spent, grew, crossing, stall, compile_wait)
+        yield Growth(span.index, span.start, self.flops, grew, crossing, stall, compile_wait)
         yield from saved
 
     def _probe(self, span: Span, program: Any, state: State, level: float):
@@ -301,8 +328,8 @@ class _Loop:
         mine = {k: v[first : first + each] for k, v in self.held_out[key].items()}
         return from_host(mine, self.programs.mesh)
 
-    def _compiled(self, kind: Any, span: Span, part: Any) -> Any:
-        need = kind, span.index, part
+    def _compiled(self, kind: Any, span: Span, work: Any) -> Any:
+        need = kind, span.index, work
         # Steps that still run are training; a program that is not there yet is not.
         with self.clock.apart("compile", () if self.ahead.ready(need) else self.state):
             return self.ahead.get(need)
@@ -319,7 +346,7 @@ class _Loop:
                 self.state,
                 seal,
                 level=span.stage.level(step - span.start - 1) if step > span.start else 0.0,
-                flops=self.spent,
+                flops=self.flops,
                 seconds=self.clock.training(),
                 data=self.feed.digest,
                 crossing=crossing,

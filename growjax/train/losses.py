@@ -34,6 +34,18 @@ def cross_entropy(
     return -chosen, example["weights"].astype(chosen.dtype)
 
 
+def drawn_loss(
+    model: Any, example: Mapping[str, Array]
+) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
+    """`cross_entropy` on labels that the model itself draws by the example's `key`.
+
+    The square of its gradient is the diagonal of the Gauss-Newton matrix, on average (Sophia-G).
+    """
+    scores = jax.lax.stop_gradient(predictions(model, example))
+    labels = jax.random.categorical(jax.random.wrap_key_data(example["key"]), scores)
+    return cross_entropy(model, {**example, "targets": labels})
+
+
 def reads_pairs(model: Any) -> bool:
     """Whether a model (or its shapes) reads one sequence and writes another."""
     return isinstance(model, T5)

@@ -7,15 +7,14 @@ computing anything, so that a fault in the last stage is found before the first 
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, get_args
 
 import equinox as eqx
 import jax
 from jaxtyping import PRNGKeyArray
 
 from growjax.axes import axes_of, sizes
-from growjax.budget import Schedule
-from growjax.cost import flops as count_flops
+from growjax.budget import Clock, FlopsClock, Schedule
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.data.sources import Source
 from growjax.errors import GrowjaxError, PlanError, raise_all
@@ -25,87 +24,14 @@ from growjax.maps import fold_in_name
 from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, Llama, LlamaConfig, T5Config
 from growjax.optim.recipe import Optimizer
 from growjax.parallel import Layout
-from growjax.subnet import PathSchedule, RandomPath, Subnet
-from growjax.train.losses import predictions, reads_pairs
+from growjax.select import Selector
+from growjax.subnet import PathSchedule, Subnet
+from growjax.train.losses import reads_pairs
+from growjax.train.stages import Carry, Rewind, Span, Stage, Steps
 
 
 ModelConfig = GPTConfig | BERTConfig | LlamaConfig | T5Config
 _MODELS = {GPTConfig: GPT, BERTConfig: BERT, LlamaConfig: Llama, T5Config: T5}
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One stage of a plan: grow first (or not), then train for a while.
-
-    **Fields**
-
-    - `name`: what it is called in reports.
-    - `tokens`: how long it lasts, in training tokens; or
-    - `flops`: in training FLOPs; or
-    - `share`: as a share of the plan's `budget`. A `PathSchedule` says it itself.
-    - `grow`: the operator that the stage starts with.
-    - `ramp`: over how many of its first steps the gates that `grow` added open linearly, from
-      1/ramp to 1. The stage is at least as long.
-    - `subnet`: trains only this part of the model. A `PathSchedule`'s steps count from the stage's
-      first. Layers that are skipped by a coin of their own (`mode="bernoulli"`, progressive layer
-      drop) are charged as if they ran: no draw is cheaper than another.
-    - `rewarm`: the share of the stage's cost over which the learning rate climbs again, from 0.
-    - `batch`, `objective`: instead of the plan's, for this stage alone.
-    """
-
-    name: str = ""
-    tokens: int | None = None
-    flops: float | None = None
-    share: float | None = None
-    grow: Operator | Chain | None = None
-    ramp: int = 0
-    subnet: Subnet | PathSchedule | None = None
-    rewarm: float = 0.0
-    batch: int | None = None
-    objective: Objective | None = None
-
-    def part(self, i: int, seed: int) -> Subnet | None:
-        """The sub-network of the stage's step `i`; equal ones share one program."""
-        if isinstance(self.subnet, PathSchedule | RandomPath):
-            return self.subnet.at(i, seed=seed)
-        return self.subnet
-
-    def level(self, i: int) -> float:
-        """How far the gates are open at the stage's step `i`."""
-        return min((i + 1) / self.ramp, 1.0) if self.ramp else 1.0
-
-
-class Span(NamedTuple):
-    """A stage with everything worked out.
-
-    `start` is its first step and `tokens` what was seen before it; `flops[i]` are the training FLOPs of
-    its step i; `model` has the shapes it trains, gates included; `parts` its sub-networks, each with
-    the step of the stage that needs it first.
-    """
-
-    index: int
-    stage: Stage
-    start: int
-    tokens: int
-    flops: tuple[int, ...]
-    model: Any
-    parts: tuple[tuple[int, Subnet | None], ...]
-    batch: int
-    objective: Objective
-
-    @property
-    def steps(self) -> int:
-        return len(self.flops)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The size of every named axis."""
-        return sizes(self.model)
-
-    @property
-    def step_tokens(self) -> int:
-        """Training tokens of one step."""
-        return self.batch * self.objective.raw_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +45,10 @@ class Plan:
     - `stages`: what happens, in order.
     - `batch`: sequences per step, over all devices.
     - `objective`: what one sequence is and what is predicted, such as `growjax.data.Causal(128)`.
-    - `rate`: the learning rate as a function of the share of all FLOPs that is spent.
+    - `rate`: the learning rate as a function of the share of the cost that is spent.
     - `optimizer`: how gradients become updates.
-    - `budget`: training FLOPs, needed if and only if stages are shares of it.
+    - `clock`: what each step costs: FLOPs, or seconds of a reference machine.
+    - `budget`: in the clock's unit, needed if and only if stages are shares of it.
     - `accumulate`: in how many parts, one after the other, each batch is computed.
     - `layout`: how the run is spread over devices.
     - `data`: what it trains on; None if `train` is given its own.
@@ -143,6 +70,7 @@ class Plan:
     objective: Objective
     rate: Schedule
     optimizer: Optimizer = Optimizer()
+    clock: Clock = FlopsClock()
     budget: float | None = None
     accumulate: int = 1
     layout: Layout = Layout()
@@ -171,6 +99,11 @@ class Plan:
         return tuple(_work_out(self))
 
     @functools.cached_property
+    def cost(self) -> int:
+        """What the clock charges for the whole run, in its whole numbers."""
+        return sum(sum(span.costs) for span in self.spans)
+
+    @functools.cached_property
     def flops(self) -> int:
         """Training FLOPs of the whole run."""
         return sum(sum(span.flops) for span in self.spans)
@@ -186,19 +119,22 @@ class Plan:
         return sum(span.steps * span.step_tokens for span in self.spans)
 
     def learning_rate(self, spent: float) -> float:
-        """The learning rate at `spent` FLOPs.
+        """The learning rate once so much is spent, in the clock's whole numbers.
 
         A function of cost, not of steps: a stage of small steps must not use up the schedule of the
         dear ones, and every run ends where its schedule does, whatever it cost.
         """
-        rate = self.rate.at(spent / self.flops)
-        start = 0
+        done, warmup, climb = spent / self.cost, self.rate.warmup, 1.0
         for span in self.spans:
-            cost = sum(span.flops)
-            if span.stage.rewarm and start <= spent < start + span.stage.rewarm * cost:
-                rate *= (spent - start) / (span.stage.rewarm * cost)
-            start += cost
-        return rate
+            cost, start = sum(span.costs), span.spent / self.cost
+            if span.stage.rewind and span.spent <= spent and start > warmup:
+                gone = spent / self.cost - start
+                if span.stage.rewind == "stretch":
+                    gone *= (1 - warmup) / (1 - start)
+                done = warmup + gone
+            if span.stage.rewarm and 0 <= spent - span.spent < span.stage.rewarm * cost:
+                climb = (spent - span.spent) / (span.stage.rewarm * cost)
+        return climb * self.rate.at(done)
 
 
 def build(config: ModelConfig, key: PRNGKeyArray) -> Any:
@@ -211,7 +147,7 @@ def purpose_key(seed: int, name: str) -> PRNGKeyArray:
     return fold_in_name(jax.random.key(seed), name)
 
 
-def is_objective(value: Any) -> bool:
+def _is_objective(value: Any) -> bool:
     """Whether this is something that makes training examples."""
     return callable(value) and hasattr(value, "raw_length")
 
@@ -227,8 +163,13 @@ def _length_faults(plan: Plan) -> Iterator[str]:
     if type(plan.model) not in _MODELS:
         names = ", ".join(cls.__name__ for cls in _MODELS)
         yield f"model: expected one of {names}, got {plan.model!r}"
-    if not is_objective(plan.objective):
+    if not _is_objective(plan.objective):
         yield f"objective: expected one such as Causal(128), got {plan.objective!r}"
+    if not isinstance(plan.clock, Clock):
+        yield f"clock: expected one such as FlopsClock(), got {plan.clock!r}"
+        return
+    if not isinstance(plan.seed, int) or not 0 <= plan.seed < 2**31:
+        yield f"seed: expected an integer of 0 or more, below 2**31, got {plan.seed!r}"
     if not plan.stages:
         yield "stages: expected at least one"
     shares = [stage.share for stage in plan.stages if stage.share is not None]
@@ -237,19 +178,22 @@ def _length_faults(plan: Plan) -> Iterator[str]:
     elif not shares and plan.budget is not None:
         yield "budget: no stage is a share of it, so the stages decide; leave it out"
     elif plan.budget is not None and not plan.budget > 0:
-        yield f"budget: expected a positive number of FLOPs, got {plan.budget!r}"
+        yield f"budget: expected a positive number of {plan.clock.unit}, got {plan.budget!r}"
+    if plan.clock.unit != "seconds" and any(s.seconds is not None for s in plan.stages):
+        yield f"clock: it charges {plan.clock.unit}, and stages last seconds; give a reference clock"
     if shares and (len(shares) < len(plan.stages) or abs(sum(shares) - 1) > 1e-6):
         yield f"stages: every one must have a share and all together 1, got {shares}"
 
 
 def _stage_faults(stage: Stage) -> Iterator[str]:
     scheduled = isinstance(stage.subnet, PathSchedule)
-    lengths = ("tokens", "flops", "share")
+    lengths = ("tokens", "flops", "seconds", "share")
     given = [what for what in lengths if getattr(stage, what) is not None]
     if scheduled and given:
         yield f"its path schedule says how long it is; leave {' and '.join(given)} out"
     elif not scheduled and len(given) != 1:
-        yield f"expected one of tokens, flops and share, got {' and '.join(given) or 'none'}"
+        got = " and ".join(given) or "none"
+        yield f"expected one of tokens, flops, seconds and share, got {got}"
     for what in given:
         if not getattr(stage, what) > 0:
             yield f"{what}: expected a positive number, got {getattr(stage, what)!r}"
@@ -257,13 +201,21 @@ def _stage_faults(stage: Stage) -> Iterator[str]:
         yield f"grow: expected an operator such as gj.msg(mlp=2048), got {stage.grow!r}"
     if not (stage.subnet is None or scheduled or isinstance(stage.subnet, Subnet)):
         yield f"subnet: expected one such as gj.random_path(6), got {stage.subnet!r}"
+    if not (stage.select is None or isinstance(stage.select, Selector)):
+        yield f"select: expected one such as RhoLoss(), got {stage.select!r}"
+    if stage.carry not in get_args(Carry):
+        yield f"carry: expected one of {', '.join(get_args(Carry))}, got {stage.carry!r}"
+    if stage.carry != "dual" and stage.grow is None:
+        yield f"carry: {stage.carry!r} is for a stage that grows, and this one does not"
+    if stage.rewind is not None and stage.rewind not in get_args(Rewind):
+        yield f"rewind: expected one of {', '.join(get_args(Rewind))} or None, got {stage.rewind!r}"
     if not isinstance(stage.ramp, int) or stage.ramp < 0:
         yield f"ramp: expected a number of steps, got {stage.ramp!r}"
     if not 0 <= stage.rewarm <= 1:
         yield f"rewarm: expected a share of the stage from 0 to 1, got {stage.rewarm!r}"
     if stage.batch is not None and (not isinstance(stage.batch, int) or stage.batch < 1):
         yield f"batch: expected a positive integer, got {stage.batch!r}"
-    if not (stage.objective is None or is_objective(stage.objective)):
+    if not (stage.objective is None or _is_objective(stage.objective)):
         yield f"objective: expected one such as Causal(128), got {stage.objective!r}"
 
 
@@ -291,71 +243,56 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
             if misfits := list(_shape_faults(plan, batch, objective, model)):
                 faults += [where + fault for fault in misfits]
                 continue
-            costs = _Costs(stage, model, plan.seed, batch, objective)
             share += stage.share or 0.0
-            if isinstance(stage.subnet, PathSchedule):
-                flops = [costs[i] for i in range(stage.subnet.stages[-1].stop)]
-            elif stage.tokens is not None:
-                steps = max(round(stage.tokens / (batch * objective.raw_length)), 1)
-                flops = [costs[i] for i in range(steps)]
-            else:
-                # Shares count from the start, so that a stage makes up for its forerunner's rounding
-                flops = _until(costs, stage.flops or share * (plan.budget or 0.0) - spent)
+            # Shares count from the start, so that a stage makes up for its forerunner's rounding
+            left = share * (plan.budget or 0.0) * plan.clock.per_unit - spent
+            steps = Steps(
+                stage,
+                model,
+                batch,
+                objective,
+                start=start,
+                seed=plan.seed,
+                clock=plan.clock,
+                curvature_every=plan.optimizer.curvature_every,
+            )
+            done = list(steps.until(*_limit(plan, stage, batch * objective.raw_length, left)))
         except GrowjaxError as error:
             faults.append(where + str(error).replace("\n", "\n    "))
             return spans
-        faults += [where + fault for fault in _ramp_faults(stage, model, len(flops))]
-        parts: dict[Subnet | None, int] = {}
-        for i in range(len(flops)):
-            parts.setdefault(stage.part(i, plan.seed), i)
-        needs = tuple((i, part) for part, i in parts.items())
-        spans.append(Span(n, stage, start, tokens, tuple(flops), model, needs, batch, objective))
-        start, spent = start + len(flops), spent + sum(flops)
-        tokens += len(flops) * spans[-1].step_tokens
+        faults += [where + fault for fault in _ramp_faults(stage, model, len(done))]
+        works, flops, costs = (tuple(column) for column in zip(*done, strict=True))
+        span = Span(
+            n,
+            stage,
+            start,
+            tokens,
+            spent,
+            works,
+            flops,
+            costs,
+            steps.ops(),
+            model,
+            batch,
+            objective,
+        )
+        spans.append(span)
+        start, spent = start + len(costs), spent + sum(costs)
+        tokens += len(costs) * span.step_tokens
     return spans
 
 
-class _Costs:
-    """Training FLOPs of each step of a stage; each of its programs is counted once."""
-
-    def __init__(self, stage: Stage, model: Any, seed: int, batch: int, objective: Objective):
-        self.stage, self.model, self.seed = stage, model, seed
-        self.batch, self.objective = batch, objective
-        self.known: dict[Subnet | None, int] = {}
-        if isinstance(stage.subnet, PathSchedule):
-            made_for, axis = stage.subnet.layers, stage.subnet.stages[0].path.axis
-            have = axes_of(model).size(axis)
-            if made_for != have:
-                raise PlanError(
-                    f"its paths are made for {made_for} {axis}, and the model has {have}"
-                )
-
-    def __getitem__(self, i: int) -> int:
-        part = self.stage.part(i, self.seed)
-        if part not in self.known:
-            self.known[part] = step_flops(self.model, self.objective, self.batch, part)
-        return self.known[part]
-
-
-def step_flops(model: Any, objective: Objective, batch: int, part: Subnet | None = None) -> int:
-    """Model FLOPs of one training step: three forward passes of the part that is trained."""
-
-    def forward(model, rows):
-        if part is not None:
-            model = part(model, key=jax.random.key(0))
-        return jax.vmap(lambda row: predictions(model, row))(rows)
-
-    return 3 * batch * count_flops(forward, model, batch_shapes(objective, 1))
-
-
-def _until(costs: _Costs, budget: float) -> list[int]:
-    """The steps that come closest to a budget, and at least one."""
-    flops: list[int] = []
-    spent = 0
-    while not flops or spent + costs[len(flops)] / 2 <= budget:
-        flops.append(costs[len(flops)])
-        spent += flops[-1]
-    return flops
+def _limit(
+    plan: Plan, stage: Stage, step_tokens: int, left: float
+) -> tuple[Literal["steps", "flops", "cost"], float]:
+    """How long a stage lasts, and in what that is counted."""
+    if isinstance(stage.subnet, PathSchedule):
+        return "steps", stage.subnet.stages[-1].stop
+    if stage.tokens is not None:
+        return "steps", max(round(stage.tokens / step_tokens), 1)
+    if stage.flops is not None:
+        return "flops", stage.flops
+    return "cost", left if stage.seconds is None else stage.seconds * plan.clock.per_unit
 
 
 def _shape_faults(plan: Plan, batch: int, objective: Objective, model: Any) -> Iterator[str]:

@@ -20,8 +20,9 @@ class Begin:
 class Step:
     """What one training step reports; `held_out` only at marks and after the last step.
 
-    `step` counts from 0. `tokens`, `flops` and `seconds` are what the run has used once it is done, over
-    all its sessions; seconds are those spent training, not compiling, growing, evaluating or saving.
+    `step` counts from 0. `tokens`, `flops`, `spent` and `seconds` are what the run has used once it is
+    done, over all its sessions: `spent` is what the plan's clock charges, in its unit; seconds are those
+    spent training, not compiling, growing, evaluating or saving.
     `took` are the seconds since the step before was reported, `waited` those of them spent waiting for
     data. Losses are in nats per token: `loss` of the part that was trained, on its batch; `held_out` of
     the whole model.
@@ -31,6 +32,7 @@ class Step:
     step: int
     tokens: int
     flops: int
+    spent: float
     seconds: float
     rate: float
     level: float

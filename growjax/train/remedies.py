@@ -19,7 +19,8 @@ from growjax.parallel import per_device_bytes
 from growjax.subnet import Subnet
 from growjax.train.dryrun import amount
 from growjax.train.losses import cross_entropy
-from growjax.train.plan import Plan, Span
+from growjax.train.plan import Plan
+from growjax.train.stages import Span
 from growjax.train.step import Programs
 from growjax.train.transition import Need
 
@@ -38,8 +39,8 @@ class Use(NamedTuple):
 
 def remedies(plan: Plan, need: Need, devices: int, used: int, memory: int) -> str:
     """What brings a program that uses `used` bytes of a device below `memory`, in words."""
-    kind, index, part = need
-    training = kind == "step"
+    kind, index, work = need
+    training, part = kind == "step", work and work.part
     before = usage(plan, index, part, devices, training=training)
 
     def left(changes: dict[str, Any]) -> int | None:
@@ -86,7 +87,7 @@ def usage(plan: Plan, index: int, part: Subnet | None, devices: int, *, training
     span = plan.spans[index]
     sizes = plan.layout.resolved(devices)
     mesh = plan.layout.outline(devices)
-    programs = Programs(plan.optimizer.build(), cross_entropy, mesh, plan.layout, plan.seed)
+    programs = Programs(plan.optimizer.build(), cross_entropy, mesh, plan.layout)
     shapes = programs.shapes(span.model)
     where = programs.shardings(shapes)
     state = per_device_bytes(shapes, where)

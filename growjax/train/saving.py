@@ -15,7 +15,8 @@ from growjax.errors import CheckpointError, raise_all
 from growjax.gates import opened, ungated
 from growjax.train.as_json import differences, from_dict, load_plan, save_plan, to_dict
 from growjax.train.checkpoint import Checkpoints, load, numbered, read_lineage
-from growjax.train.plan import Plan, Span, build
+from growjax.train.plan import Plan, build
+from growjax.train.stages import Span
 from growjax.train.step import Programs, State
 from growjax.train.transition import Crossing
 

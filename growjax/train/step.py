@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 from growjax.axes import partition
 from growjax.gates import opened, ungated
 from growjax.growth import Chain, Operator
+from growjax.maps import fold_in_name
 from growjax.optim import carry
 from growjax.optim.recipe import Rule
 from growjax.parallel import (
@@ -34,9 +35,14 @@ from growjax.parallel import (
     split_rows,
     state_shardings,
 )
-from growjax.subnet import Subnet, step_key
-from growjax.train.losses import Loss
+from growjax.select import Selector
+from growjax.subnet import step_key
+from growjax.train.losses import Loss, drawn_loss
 from growjax.train.plan import purpose_key
+from growjax.train.stages import Carry, Work
+
+
+SEED = jax.ShapeDtypeStruct((), jnp.int32)
 
 
 class State(NamedTuple):
@@ -53,14 +59,16 @@ class State(NamedTuple):
 
 
 class Controls(NamedTuple):
-    """The numbers of one step: how far gates are open, the learning rate, and the step itself.
+    """The numbers of one step: how far gates are open, the learning rate, the step and the run's seed.
 
-    Scalars of NumPy or of a trace, or their shapes.
+    Scalars of NumPy or of a trace, or their shapes. No program holds a seed, so that runs which differ
+    by it alone share what they compiled.
     """
 
     level: Any
     rate: Any
     step: Any
+    seed: Any
 
 
 class Report(NamedTuple):
@@ -79,7 +87,6 @@ class Programs:
 
     - `optimizer`: the rule of one update, such as `Optimizer().build()`.
     - `loss`: one example to its losses and weights, such as `growjax.train.cross_entropy`.
-    - `seed`: of the sub-networks.
     - `accumulate`: how many parts a batch is computed in, one after the other.
     """
 
@@ -87,7 +94,6 @@ class Programs:
     loss: Loss
     mesh: Mesh
     layout: Layout
-    seed: int = 0
     accumulate: int = 1
 
     def state_of(self, model: Any) -> State:
@@ -116,32 +122,40 @@ class Programs:
         """The placed shapes of the state of a model, of which only shapes need be given."""
         return self.placed(jax.eval_shape(self.state_of, model))
 
-    def birth(self, make: Callable[[], Any]) -> Any:
-        """() -> State: every array is born on the device that keeps it."""
+    def birth(self, make: Callable[[Any], Any]) -> Any:
+        """seed -> State: every array is born on the device that keeps it."""
         create = functools.partial(_birth, self, make)
-        return jax.jit(create, out_shardings=self.shardings(jax.eval_shape(create)))
-
-    def step(self, shapes: State, part: Subnet | None) -> Any:
-        """(State, batch, Controls) -> (State, Report); the old state's memory is reused."""
-        where = self.shardings(shapes)
         return jax.jit(
-            functools.partial(_step, self, part),
-            donate_argnums=0,
-            in_shardings=(where, split_rows(self.mesh), replicated(self.mesh)),
-            out_shardings=(where, replicated(self.mesh)),
+            create,
+            in_shardings=replicated(self.mesh),
+            out_shardings=self.shardings(jax.eval_shape(create, SEED)),
         )
 
-    def growth(self, shapes: State, op: Operator | Chain) -> Any:
-        """State -> the grown State, born in its own shardings.
+    def step(self, shapes: State, work: Work, select: Selector | None = None) -> Any:
+        """(State, batch, Controls, reference) -> (State, Report); the old state's memory is reused.
+
+        With a selector the batch is what is offered, and `reference` the second model that it compares
+        with, if it does; None otherwise.
+        """
+        where, everywhere = self.shardings(shapes), replicated(self.mesh)
+        return jax.jit(
+            functools.partial(_step, self, work, select),
+            donate_argnums=0,
+            in_shardings=(where, split_rows(self.mesh), everywhere, everywhere),
+            out_shardings=(where, everywhere),
+        )
+
+    def growth(self, shapes: State, op: Operator | Chain, carried: Carry = "dual") -> Any:
+        """(State, seed) -> the grown State, born in its own shardings.
 
         Gates that are still there are dropped first: they must be at 1, where dropping them changes
         nothing. The old state stays alive until its owner lets it go.
         """
-        grow = functools.partial(_grow, op, self.seed)
+        grow = functools.partial(_grow, self, op, carried)
         return jax.jit(
             grow,
-            in_shardings=(self.shardings(shapes),),
-            out_shardings=self.shardings(jax.eval_shape(grow, shapes)),
+            in_shardings=(self.shardings(shapes), replicated(self.mesh)),
+            out_shardings=self.shardings(jax.eval_shape(grow, shapes, SEED)),
         )
 
     def seal(self, shapes: State) -> Any:
@@ -185,39 +199,80 @@ def checksums(tree: Any) -> list[Array]:
     return [of(x) for x in jax.tree.leaves(tree)]
 
 
-def _birth(programs: Programs, make: Callable[[], Any]) -> State:
-    return programs.state_of(make())
+def _birth(programs: Programs, make: Callable[[Any], Any], seed: Any) -> State:
+    return programs.state_of(make(seed))
 
 
 def _step(
-    programs: Programs, part: Subnet | None, state: State, batch: Any, controls: Controls
+    programs: Programs,
+    work: Work,
+    select: Selector | None,
+    state: State,
+    batch: Any,
+    controls: Controls,
+    reference: Any,
 ) -> tuple[State, Report]:
     """One update: the state after it, and the loss before it."""
-    loss, gradient = _loss_and_gradient(programs, part, state, batch, controls)
-    gradient = jax.lax.with_sharding_constraint(
-        gradient, model_shardings(state.trained, programs.mesh)
-    )
+    if select is not None:
+        batch = _chosen(programs, select, state, batch, controls, reference)
+    where = model_shardings(state.trained, programs.mesh)
+    loss, gradient = _loss_and_gradient(programs, programs.loss, work.part, state, batch, controls)
+    gradient = jax.lax.with_sharding_constraint(gradient, where)
+    curvature = None
+    if work.curvature:
+        # A key for each row of the whole batch, so that no layout changes what is drawn
+        key = fold_in_name(step_key(controls.seed, controls.step), "labels")
+        keys = jax.random.split(key, batch["weights"].shape[0])
+        rows = {**batch, "key": jax.random.key_data(keys)}
+        _, curvature = _loss_and_gradient(programs, drawn_loss, work.part, state, rows, controls)
+        curvature = jax.lax.with_sharding_constraint(curvature, where)
     updates, optimizer = programs.optimizer.update(
-        gradient, state.optimizer, state.trained, rate=controls.rate
+        gradient, state.optimizer, state.trained, rate=controls.rate, curvature=curvature
     )
     report = Report(loss, optax.tree.norm(gradient), optax.tree.norm(state.trained))
     return State(optax.apply_updates(state.trained, updates), state.rest, optimizer), report
 
 
-def _loss_and_gradient(programs: Programs, part, state: State, batch: Any, controls: Controls):
+def _chosen(
+    programs: Programs,
+    select: Selector,
+    state: State,
+    batch: Any,
+    controls: Controls,
+    reference: Any,
+) -> Any:
+    """The rows of a batch that a step trains on: looked at by the whole model, without a gradient."""
+
+    def mean_losses(model):
+        model = gathered(model, programs.mesh)
+        losses, weights = jax.vmap(lambda row: programs.loss(model, row))(batch)
+        return jnp.sum(losses * weights, 1) / jnp.maximum(jnp.sum(weights, 1), 1e-9)
+
+    losses = mean_losses(opened(state.model, controls.level))
+    others = mean_losses(reference) if select.compares else None
+    keep = losses.shape[0] // select.offers
+    key = step_key(controls.seed, controls.step)
+    index = select.choose(losses, others, keep, key=key)
+    chosen = jax.tree.map(lambda x: x[index], batch)
+    return jax.lax.with_sharding_constraint(chosen, split_rows(programs.mesh))
+
+
+def _loss_and_gradient(
+    programs: Programs, loss: Loss, part, state: State, batch: Any, controls: Controls
+):
     """The mean loss over the global batch and its gradient, by replica or all at once."""
     # The mean is over all weights of all parts, so that neither parts nor replicas change it.
     weights = jnp.sum(batch["weights"])
 
     def parts(trained, rest, rows, controls, weights, replica=None):
-        key = step_key(programs.seed, controls.step)
+        key = step_key(controls.seed, controls.step)
         key = key if replica is None else jax.random.fold_in(key, replica)
 
         def loss_of(trained, rows):
             model = opened(eqx.combine(trained, rest), controls.level)
             model = model if part is None else part(model, key=key, step=controls.step)
             model = gathered(model, programs.mesh)
-            losses, counts = jax.vmap(lambda row: programs.loss(model, row))(rows)
+            losses, counts = jax.vmap(lambda row: loss(model, row))(rows)
             return jnp.sum(losses * counts) / weights
 
         return _accumulated(jax.value_and_grad(loss_of), programs.accumulate, trained, rows)
@@ -260,11 +315,16 @@ def _accumulated(loss_and_gradient: Callable, parts: int, trained: Any, rows: An
     return jax.lax.scan(add, start, jax.tree.map(split, rows))[0]
 
 
-def _grow(op: Operator | Chain, seed: int, state: State) -> State:
+def _grow(
+    programs: Programs, op: Operator | Chain, carried: Carry, state: State, seed: Any
+) -> State:
     key = purpose_key(seed, "grow")
     model = ungated(state.model)
-    optimizer = carry(op, state.optimizer, model, key=key)
-    trained, rest = partition(op(model, key=key))
+    grown = op(model, key=key)
+    if carried == "reset":
+        return programs.state_of(grown)
+    optimizer = carry(op, state.optimizer, model, key=key, copies=carried)
+    trained, rest = partition(grown)
     return State(trained, rest, optimizer)
 
 

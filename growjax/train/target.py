@@ -23,10 +23,11 @@ from rich.table import Table
 
 from growjax.errors import LayoutError, raise_all
 from growjax.parallel import Layout, per_device_bytes
-from growjax.train.dryrun import amount, said
+from growjax.train.dryrun import amount, said_work
 from growjax.train.losses import cross_entropy
 from growjax.train.plan import Plan
 from growjax.train.remedies import remedies
+from growjax.train.stages import Work
 from growjax.train.step import Programs
 from growjax.train.transition import Need, lower, needs
 
@@ -242,9 +243,7 @@ def compile_for(
             if s.batch // plan.accumulate % ways
         ],
     )
-    programs = Programs(
-        plan.optimizer.build(), cross_entropy, mesh, layout, plan.seed, plan.accumulate
-    )
+    programs = Programs(plan.optimizer.build(), cross_entropy, mesh, layout, plan.accumulate)
     memory = GENERATIONS[target.partition(":")[0]].memory
     wanted = range(len(plan.spans)) if stages is None else stages
     todo = [n for i in wanted for n in needs(plan.spans[i], first=i == 0)]
@@ -308,11 +307,11 @@ def _collectives(text: str) -> dict[str, int]:
 
 
 def _name(need: Need) -> str:
-    kind, _, part = need
+    kind, _, work = need
     what = {"grow": "growth", "before": "evaluation before it", "evaluate": "evaluation"}
     if kind != "step":
         return what[kind]
-    return "step" if part is None else f"step, {said(part)}"
+    return ", ".join(["step", said_work(work)] if work and work != Work() else ["step"])
 
 
 def _bytes(number: str, unit: str) -> int:

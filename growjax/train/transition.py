@@ -21,14 +21,15 @@ import numpy as np
 from growjax.data.objectives import batch_shapes
 from growjax.errors import TrainingError
 from growjax.parallel import replicated, split_rows
-from growjax.subnet import Subnet
-from growjax.train.plan import Plan, Span
-from growjax.train.step import Controls, Programs, State
+from growjax.train.plan import Plan, build, purpose_key
+from growjax.train.stages import Span, Work
+from growjax.train.step import SEED, Controls, Programs, State
 
 
 # The largest mean change of a loss (nats) that rounding explains, by the type of the activations.
 _ROUNDING = {"float64": 1e-9, "float32": 2e-4, "float16": 1e-2, "bfloat16": 4e-2}
-Need = tuple[Literal["grow", "before", "evaluate", "step", "seal"], int, Subnet | None]
+Kind = Literal["birth", "grow", "before", "evaluate", "step", "seal"]
+Need = tuple[Kind, int, Work | None]
 
 
 class Ahead:
@@ -39,6 +40,7 @@ class Ahead:
     - `cache`: compiled programs by a digest of their text, for runs that share some.
     - `background`: False compiles when a program is asked for, and not before.
     - `seal`: whether states will be saved, with a checksum.
+    - `reference`: the second model that a selector compares with.
 
     `compiled` counts the programs that were; `waited` are the seconds that somebody waited for one.
     """
@@ -51,8 +53,9 @@ class Ahead:
         cache: dict[str, Any] | None = None,
         background: bool = True,
         seal: bool = False,
+        reference: Any = None,
     ):
-        self.plan, self.programs, self.seal = plan, programs, seal
+        self.plan, self.programs, self.seal, self.reference = plan, programs, seal, reference
         self.cache = {} if cache is None else cache
         self.background = background
         self.compiled, self.waited = 0, 0.0
@@ -91,7 +94,7 @@ class Ahead:
             return self._futures[need]
 
     def _compile(self, need: Need) -> Any:
-        lowered = lower(self.plan, self.programs, need)
+        lowered = lower(self.plan, self.programs, need, self.reference)
         # The text has shapes and shardings, but not the trees that they are the leaves of
         text = f"{lowered.in_tree} {lowered.out_tree} {lowered.as_text()}"
         digest = hashlib.sha256(text.encode()).hexdigest()
@@ -105,34 +108,41 @@ def needs(span: Span, *, first: bool, seal: bool = False) -> list[Need]:
     """What a stage needs, in order. The stage that a run starts in has grown already, or was born."""
     grows = span.stage.grow is not None and not first
     growth: list[Need] = [("grow", span.index, None), ("before", span.index, None)] if grows else []
-    steps: list[Need] = [("step", span.index, part) for _, part in span.parts]
+    steps: list[Need] = [("step", span.index, work) for _, work in span.programs]
     saves: list[Need] = [("seal", span.index, None)] if seal else []
     return [*growth, ("evaluate", span.index, None), *saves, *steps]
 
 
-def lower(plan: Plan, programs: Programs, need: Need) -> Any:
+def lower(plan: Plan, programs: Programs, need: Need, reference: Any = None) -> Any:
     """One program of a plan, lowered for the shapes and shardings it will meet.
 
     "before" evaluates the model that is about to grow, on the examples of the stage that it grows into.
     """
-    kind, index, part = need
+    kind, index, work = need
     span = plan.spans[index]
+    number = functools.partial(jax.ShapeDtypeStruct, (), sharding=replicated(programs.mesh))
+    seed = number(SEED.dtype)
+    if kind == "birth":
+        born = lambda seed: build(plan.model, purpose_key(seed, "model"))  # noqa: E731
+        return programs.birth(born).lower(seed)
     trains = plan.spans[index - 1] if kind in ("grow", "before") else span
     shapes = programs.shapes(trains.model)
     if kind == "grow":
         assert span.stage.grow is not None
-        return programs.growth(shapes, span.stage.grow).lower(shapes)
+        return programs.growth(shapes, span.stage.grow, span.stage.carry).lower(shapes, seed)
     if kind == "seal":
         return programs.seal(shapes).lower(shapes)
     rows = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split_rows(programs.mesh)),
-        batch_shapes(span.objective, span.batch),
+        batch_shapes(span.objective, span.offered if kind == "step" else span.batch),
     )
-    number = functools.partial(jax.ShapeDtypeStruct, (), sharding=replicated(programs.mesh))
     if kind != "step":
         return programs.evaluate(shapes).lower(shapes, rows, number(jnp.float32))
-    controls = Controls(number(jnp.float32), number(jnp.float32), number(jnp.int32))
-    return programs.step(shapes, part).lower(shapes, rows, controls)
+    assert work is not None
+    controls = Controls(number(jnp.float32), number(jnp.float32), number(jnp.int32), seed)
+    select = span.stage.select
+    second = reference if select is not None and select.compares else None
+    return programs.step(shapes, work, select).lower(shapes, rows, controls, second)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +189,7 @@ def cross(
     lap()
     old = probe(evaluations[0], state, 1.0)
     seconds = lap()
-    grown = jax.block_until_ready(grow(state))
+    grown = jax.block_until_ready(grow(state, np.int32(plan.seed)))
     grow_seconds = lap()
     new = probe(evaluations[1], grown, 0.0)
     certify_seconds = seconds + lap()

@@ -22,11 +22,15 @@ class Schedule:
     - `shape`: how it falls. "linear" and "cosine" from the end of the warmup; "wsd" stays at the peak
       and falls linearly over the last `decay` of the budget; "inverse_sqrt" falls with the root of what
       was spent; "constant" stays, and is not decayed at the end.
-    - `warmup`: the share of the budget over which it rises linearly from 0.
+    - `warmup`: the share of the budget over which it rises linearly.
+    - `start`: from where it rises, as a share of the peak.
     - `decay`: the share over which "wsd" falls.
     - `final`: where it ends, as a share of the peak.
 
     Raises `PlanError` that lists every field out of range.
+
+    The triangle of No Train No Gain is "linear" with `warmup=0.5`; its cosine for T5 is "cosine" with
+    `warmup=0.1526, start=0.5, final=1e-5`; decay to zero is "linear" with a short warmup.
 
     **Example**
 
@@ -38,6 +42,7 @@ class Schedule:
     warmup: float = 0.05
     decay: float = 0.2
     final: float = 0.0
+    start: float = 0.0
 
     def __post_init__(self):
         shapes = ("linear", "cosine", "wsd", "inverse_sqrt", "constant")
@@ -47,6 +52,7 @@ class Schedule:
             ("warmup", "a share from 0 to below 1", self.warmup, 0 <= self.warmup < 1),
             ("decay", "a share above 0 and at most 1", self.decay, 0 < self.decay <= 1),
             ("final", "a share of the peak from 0 to 1", self.final, 0 <= self.final <= 1),
+            ("start", "a share of the peak from 0 to 1", self.start, 0 <= self.start <= 1),
         ]
         faults = [
             f"{name}: expected {what}, got {got!r}" for name, what, got, ok in checks if not ok
@@ -63,10 +69,11 @@ class Schedule:
         return self.at(1.0) <= 0.1 * self.peak
 
     def at(self, done: float) -> float:
-        """The learning rate once this share of the budget is spent."""
+        """The learning rate once this share of the budget is spent; past the end it is the last one."""
+        done = min(max(done, 0.0), 1.0)
         if done < self.warmup:
-            return self.peak * done / self.warmup
-        late = min((done - self.warmup) / (1 - self.warmup), 1.0)
+            return self.peak * (self.start + (1 - self.start) * done / self.warmup)
+        late = (done - self.warmup) / (1 - self.warmup)
         if self.shape == "constant":
             return self.peak
         if self.shape == "inverse_sqrt":

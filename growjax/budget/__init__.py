@@ -1,0 +1,15 @@
+"""What runs cost, on a clock that is the same for everybody, and the learning rates that follow it."""
+
+from growjax.budget.clock import A100_T5 as A100_T5
+from growjax.budget.clock import RTX3090_BERT as RTX3090_BERT
+from growjax.budget.clock import RTX3090_BERT_AS_RELEASED as RTX3090_BERT_AS_RELEASED
+from growjax.budget.clock import Budget as Budget
+from growjax.budget.clock import Clock as Clock
+from growjax.budget.clock import DepthClock as DepthClock
+from growjax.budget.clock import FlopsClock as FlopsClock
+from growjax.budget.clock import MeasuredClock as MeasuredClock
+from growjax.budget.clock import Op as Op
+from growjax.budget.clock import load_clock as load_clock
+from growjax.budget.clock import recharge as recharge
+from growjax.budget.clock import save_clock as save_clock
+from growjax.budget.schedule import Schedule as Schedule

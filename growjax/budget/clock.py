@@ -1,0 +1,315 @@
+"""Reference clocks: what a run costs is what its operations take on one known machine, not on this one.
+
+A run counts its operations; a clock says what each costs, as a whole number, so that sums do not depend
+on their order. Nothing that happens on the machine at hand has a say: not its speed, not its load, not
+what it compiles. `FlopsClock` charges model FLOPs; the others charge seconds of a reference machine,
+from a table (Reference System Time: Kaddour et al., "No Train No Gain", NeurIPS 2023, section 3).
+"""
+
+import abc
+import collections
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from growjax.errors import BudgetError, raise_all
+
+
+OpKind = Literal["train", "forward", "curvature"]
+
+
+class Op(NamedTuple):
+    """One thing that a run does and is charged for.
+
+    `kind` is a training step, a forward pass (looking at examples) or a second gradient (curvature);
+    `depth` how many blocks of each stack run; `rows` and `length` how many sequences of how many tokens;
+    `flops` its model FLOPs.
+    """
+
+    kind: OpKind
+    depth: int
+    rows: int
+    length: int
+    flops: int
+
+
+class Clock(abc.ABC):
+    """What operations cost: subclass it and write `cost`.
+
+    `unit` is what people give budgets in, and `per_unit` how many of the whole numbers of `cost` make
+    one.
+    """
+
+    unit: ClassVar[Literal["FLOPs", "seconds"]]
+    per_unit: ClassVar[int]
+
+    @abc.abstractmethod
+    def cost(self, op: Op) -> int:
+        """What one operation costs; raises `BudgetError` for one that the clock does not know."""
+
+    @property
+    @abc.abstractmethod
+    def identity(self) -> str:
+        """What tells two clocks apart: results compare under the same one only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FlopsClock(Clock):
+    """Charges model FLOPs: exact, and blind to memory traffic and to small shapes."""
+
+    unit = "FLOPs"
+    per_unit = 1
+
+    def cost(self, op: Op) -> int:
+        return op.flops
+
+    @property
+    def identity(self) -> str:
+        return "FLOPs"
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthClock(Clock):
+    """Charges seconds by the number of layers that run, in proportion to the sequences.
+
+    **Fields**
+
+    - `name`: of the machine and the model.
+    - `seconds`: of a training step with 1, 2, ... layers.
+    - `rows`: the sequences of that step.
+    - `forward`, `curvature`: what a forward pass and a second gradient take, as shares of a step.
+    - `fit`: "table" knows the depths of the table; "linear" puts a line through it, and knows all.
+    - `provenance`: where the numbers come from.
+
+    **Example**
+
+        RTX3090_BERT.cost(Op("train", depth=16, rows=128, length=128, flops=0)) == 225_300_000
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+    rows: int
+    forward: float
+    curvature: float
+    fit: Literal["table", "linear"] = "table"
+    provenance: str = ""
+
+    unit = "seconds"
+    per_unit = 10**9
+
+    def __post_init__(self):
+        checks = [
+            ("seconds", "at least two positive numbers", self.seconds, _positive(self.seconds)),
+            ("rows", "1 or more", self.rows, self.rows >= 1),
+            ("forward", "a positive share", self.forward, self.forward > 0),
+            ("curvature", "a positive share", self.curvature, self.curvature > 0),
+            ("fit", "'table' or 'linear'", self.fit, self.fit in ("table", "linear")),
+        ]
+        faults = [
+            f"{name}: expected {what}, got {got!r}" for name, what, got, ok in checks if not ok
+        ]
+        raise_all(BudgetError, f"clock {self.name!r} cannot be used:", faults)
+
+    def cost(self, op: Op) -> int:
+        """Nanoseconds; raises `BudgetError` for a depth that the table does not have."""
+        if op.depth == 0:
+            step = self.line[0]
+        elif self.fit == "linear":
+            step = self.line[0] + self.line[1] * op.depth
+        elif op.depth <= len(self.seconds):
+            step = self.seconds[op.depth - 1]
+        else:
+            raise BudgetError(
+                f"clock {self.name!r}: it knows 1 to {len(self.seconds)} layers, and {op.depth} run; "
+                "take fit='linear' to go on along its line"
+            )
+        share = {"train": 1.0, "forward": self.forward, "curvature": self.curvature}[op.kind]
+        return round(step * share * op.rows / self.rows * 1e9)
+
+    @property
+    def line(self) -> tuple[float, float]:
+        """Seconds of no layer, and of each, of the line that fits the table best."""
+        depth = np.arange(1, len(self.seconds) + 1)
+        slope, start = np.polyfit(depth, self.seconds, 1)
+        return float(start), float(slope)
+
+    def faults(self) -> list[str]:
+        """Where the table contradicts itself: more layers never take less time."""
+        pairs = zip(self.seconds, self.seconds[1:], strict=False)
+        return [
+            f"{d} layers take {later} s, and {d - 1} took {earlier} s"
+            for d, (earlier, later) in enumerate(pairs, start=2)
+            if later < earlier
+        ]
+
+    @property
+    def identity(self) -> str:
+        return f"{self.name} {_digest(dataclasses.asdict(self))}"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredClock(Clock):
+    """Charges the seconds that each operation took where it was measured, and knows no others.
+
+    `entries` are pairs of an operation and its nanoseconds; `growjax.train.calibrate` makes them.
+
+    **Example**
+
+        load_clock("clocks/xeon.json").cost(op)
+    """
+
+    name: str
+    entries: tuple[tuple[Op, int], ...]
+    provenance: str = ""
+
+    unit = "seconds"
+    per_unit = 10**9
+
+    def __post_init__(self):
+        # Plans come back from JSON with lists for tuples
+        known = tuple((Op(*op), int(ns)) for op, ns in self.entries)
+        object.__setattr__(self, "entries", known)
+        object.__setattr__(self, "_known", dict(known))
+
+    def cost(self, op: Op) -> int:
+        """Nanoseconds; raises `BudgetError` for an operation that was not measured."""
+        known: Mapping[Op, int] = self.__dict__["_known"]
+        if op not in known:
+            raise BudgetError(
+                f"clock {self.name!r}: {op} was never measured; calibrate it with this plan as well"
+            )
+        return known[op]
+
+    @property
+    def identity(self) -> str:
+        return f"{self.name} {_digest([[*op, ns] for op, ns in self.entries])}"
+
+
+class Budget:
+    """What a run may spend on a clock, and what it has spent: charged by the driver, never by a method.
+
+    **Arguments**
+
+    - `total`: in the clock's unit (FLOPs or reference seconds); None has no end.
+
+    `spent` is in the clock's whole numbers, `counts` says how often each operation was charged, and
+    `uncharged` names what was left out with the seconds it took here.
+
+    **Example**
+
+        budget = Budget(FlopsClock(), total=1e12)
+        budget.charge(op, 10)
+        budget.done
+    """
+
+    def __init__(self, clock: Clock, total: float | None = None):
+        if total is not None and not total > 0:
+            raise BudgetError(f"total: expected a positive number of {clock.unit}, got {total!r}")
+        self.clock = clock
+        self.total = None if total is None else total * clock.per_unit
+        self.spent = 0
+        self.counts: collections.Counter[Op] = collections.Counter()
+        self.uncharged: collections.Counter[str] = collections.Counter()
+
+    def charge(self, op: Op, n: int = 1) -> int:
+        """Add `n` operations, and return what they cost."""
+        if n < 0:
+            raise BudgetError(f"n: nothing is given back; expected 0 or more, got {n}")
+        cost = n * self.clock.cost(op)
+        self.spent += cost
+        self.counts[op] += n
+        return cost
+
+    def note(self, what: str, seconds: float) -> None:
+        """Name something that nobody is charged for."""
+        self.uncharged[what] += seconds  # type: ignore[assignment]
+
+    @property
+    def done(self) -> float:
+        """The share that is spent, at most 1."""
+        if self.total is None:
+            raise BudgetError("total: this budget has no end, so no share of it can be spent")
+        return min(self.spent / self.total, 1.0)
+
+    def affords(self, op: Op, n: int = 1) -> bool:
+        """Whether so many operations are still within the budget."""
+        return self.total is None or self.spent + n * self.clock.cost(op) <= self.total
+
+
+def recharge(counts: Mapping[Op, int], clock: Clock) -> int:
+    """What the same operations cost on another clock."""
+    return sum(n * clock.cost(op) for op, n in counts.items())
+
+
+def save_clock(clock: Clock, path: str | Path) -> None:
+    """Write a clock as JSON, provenance and all."""
+    saved = {"is": type(clock).__name__, **dataclasses.asdict(clock)}  # type: ignore[call-overload]
+    Path(path).write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+
+
+def load_clock(path: str | Path) -> Clock:
+    """Read a clock from JSON; raises `BudgetError` if it is not one."""
+    known = {cls.__name__: cls for cls in (FlopsClock, DepthClock, MeasuredClock)}
+    try:
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        cls = known[saved.pop("is")]
+        return cls(**{k: _tuples(v) for k, v in saved.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, BudgetError):
+            raise
+        raise BudgetError(f"{path}: not a clock in JSON: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _positive(seconds: Any) -> bool:
+    return len(seconds) > 1 and all(x > 0 for x in seconds)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
+
+
+# The clocks of "No Train No Gain" ----------------------------------------------------------------
+
+_3090 = (
+    *(0.02521, 0.03837, 0.05177, 0.06508, 0.07847, 0.09188, 0.1052, 0.1186),
+    *(0.1319, 0.1454, 0.1589, 0.1722, 0.1857, 0.1988, 0.2120, 0.2253),
+)
+RTX3090_BERT = DepthClock(
+    "RTX 3090, BERT",
+    _3090,
+    rows=128,
+    forward=0.09285 / 0.2253,
+    curvature=1.0,
+    provenance="Seconds of 128 sequences of 128 tokens, forward and backward with the optimizer's step "
+    "spread over 12 of them; 16 layers of width 768; CUDA 11.7, PyTorch 1.13. From the code that No "
+    "Train No Gain released, with the entry of 7 layers, .01052 there, read as .1052. A forward pass is "
+    "measured at 16 layers; a second gradient is charged as a step, as there.",
+)
+RTX3090_BERT_AS_RELEASED = dataclasses.replace(
+    RTX3090_BERT,
+    name="RTX 3090, BERT, as released",
+    seconds=(*_3090[:6], 0.01052, *_3090[7:]),
+    provenance="As RTX3090_BERT, with the slip at 7 layers.",
+)
+A100_T5 = DepthClock(
+    "A100, T5",
+    (0.129, 0.209, 0.291, 0.373, 0.455, 0.538, 0.619, 0.703, 0.783, 0.865, 0.947, 1.031),
+    rows=144,
+    forward=0.412,
+    curvature=1.25 / 1.031,
+    provenance="Seconds of one update of 144 examples, by layers of each of the two stacks; T5 v1.1 "
+    "base; CUDA 11.8, PyTorch 2.0. From the code that No Train No Gain released. A second gradient from "
+    "its 1.156 s for Sophia's update, every tenth of which refreshes; the share of a forward pass is "
+    "that of RTX3090_BERT, since none is given.",
+)
+
+assert get_args(OpKind) == ("train", "forward", "curvature")

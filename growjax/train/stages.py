@@ -1,0 +1,257 @@
+"""A stage of a plan, and what its steps do and cost, worked out from shapes alone."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from growjax.axes import axes_of, sizes
+from growjax.budget import Clock, Op
+from growjax.cost import flops as count_flops
+from growjax.data.objectives import Objective, batch_shapes
+from growjax.errors import PlanError
+from growjax.growth import Chain, Operator
+from growjax.select import Selector
+from growjax.subnet import Coins, PathSchedule, RandomPath, Subnet, random_path
+from growjax.train.losses import predictions
+
+
+Carry = Literal["dual", "zero", "reset"]
+Rewind = Literal["stretch", "slope"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a plan: grow first (or not), then train for a while.
+
+    **Fields**
+
+    - `name`: what it is called in reports.
+    - `tokens`: how long it lasts, in training tokens; or
+    - `flops`: in training FLOPs; or
+    - `seconds`: of the plan's reference clock; or
+    - `share`: as a share of the plan's `budget`. A `PathSchedule` says it itself.
+    - `grow`: the operator that the stage starts with.
+    - `carry`: the optimizer's state of what grew: "dual" follows the weights, "zero" starts copies from
+      nothing, "reset" starts all of it again.
+    - `ramp`: over how many of its first steps the gates that `grow` added open linearly, from
+      1/ramp to 1. The stage is at least as long.
+    - `subnet`: trains only this part of the model. A `PathSchedule`'s steps count from the stage's
+      first. Layers that are skipped by a coin of their own (`mode="bernoulli"`, progressive layer
+      drop) are charged where they are drawn.
+    - `select`: chooses each step's batch from several, such as `growjax.select.RhoLoss()`.
+    - `rewarm`: the share of the stage's cost over which the learning rate climbs again, from 0.
+    - `rewind`: the learning rate starts again from its peak: "stretch" falls to the schedule's own end,
+      "slope" as fast as before, as MSG's code does, and ends above it.
+    - `batch`, `objective`: instead of the plan's, for this stage alone.
+    """
+
+    name: str = ""
+    tokens: int | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    share: float | None = None
+    grow: Operator | Chain | None = None
+    carry: Carry = "dual"
+    ramp: int = 0
+    subnet: Subnet | PathSchedule | None = None
+    select: Selector | None = None
+    rewarm: float = 0.0
+    rewind: Rewind | None = None
+    batch: int | None = None
+    objective: Objective | None = None
+
+    def part(self, i: int, seed: int) -> Subnet | None:
+        """The sub-network of the stage's step `i`; equal ones share one program."""
+        if isinstance(self.subnet, PathSchedule | RandomPath):
+            return self.subnet.at(i, seed=seed)
+        return self.subnet
+
+    def level(self, i: int) -> float:
+        """How far the gates are open at the stage's step `i`."""
+        return min((i + 1) / self.ramp, 1.0) if self.ramp else 1.0
+
+
+class Work(NamedTuple):
+    """What makes one step's program: the part it trains, and whether it takes a second gradient."""
+
+    part: Subnet | None = None
+    curvature: bool = False
+
+
+class Span(NamedTuple):
+    """A stage with everything worked out.
+
+    `start` is its first step; `tokens` and `spent` what was seen and spent before it. Of its step i,
+    `works[i]` says what it does, `flops[i]` its training FLOPs and `costs[i]` what the clock charges for
+    it. `model` has the shapes it trains, gates included.
+    """
+
+    index: int
+    stage: Stage
+    start: int
+    tokens: int
+    spent: int
+    works: tuple[Work, ...]
+    flops: tuple[int, ...]
+    costs: tuple[int, ...]
+    ops: tuple[tuple[Op, int], ...]
+    model: Any
+    batch: int
+    objective: Objective
+
+    @property
+    def steps(self) -> int:
+        return len(self.costs)
+
+    @property
+    def programs(self) -> tuple[tuple[int, Work], ...]:
+        """The different works, each with the step of the stage that needs it first."""
+        first: dict[Work, int] = {}
+        for i, work in enumerate(self.works):
+            first.setdefault(work, i)
+        return tuple((i, work) for work, i in first.items())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of every named axis."""
+        return sizes(self.model)
+
+    @property
+    def offered(self) -> int:
+        """Sequences that one step reads; it trains on `batch` of them."""
+        return self.batch * (self.stage.select.offers if self.stage.select else 1)
+
+    @property
+    def step_tokens(self) -> int:
+        """Training tokens of one step."""
+        return self.batch * self.objective.raw_length
+
+
+class Steps:
+    """What the steps of a stage do and cost; each different one is worked out once."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        model: Any,
+        batch: int,
+        objective: Objective,
+        *,
+        start: int,
+        seed: int,
+        clock: Clock,
+        curvature_every: int | None,
+    ):
+        self.stage, self.model, self.batch, self.objective = stage, model, batch, objective
+        self.start, self.seed, self.clock, self.every = start, seed, clock, curvature_every
+        self.known: dict[Any, tuple[Op, ...]] = {}
+        self.often: dict[Op, int] = {}
+        self.coins: dict[int, Any] = {}
+        table = axes_of(model)
+        self.stacks = {a: n for a, n in table.sizes.items() if "stack" in table.roles(a)}
+        if isinstance(stage.subnet, PathSchedule):
+            made_for, axis = stage.subnet.layers, stage.subnet.stages[0].path.axis
+            have = table.size(axis)
+            if made_for != have:
+                raise PlanError(
+                    f"its paths are made for {made_for} {axis}, and the model has {have}"
+                )
+
+    def until(
+        self, what: Literal["steps", "flops", "cost"], amount: float
+    ) -> Iterator[tuple[Work, int, int]]:
+        """Work, FLOPs and cost of the steps that come closest to an amount, and of at least one."""
+        spent = 0.0
+        for i in itertools.count():
+            if what == "steps" and i >= amount:
+                return
+            work, ops = self.step(i)
+            flops, cost = sum(op.flops for op in ops), sum(map(self._charged, ops))
+            more = {"steps": 1, "flops": flops, "cost": cost}[what]
+            if i and spent + more / 2 > amount:
+                return
+            spent += more
+            for op in ops:
+                self.often[op] = self.often.get(op, 0) + 1
+            yield work, flops, cost
+
+    def step(self, i: int) -> tuple[Work, tuple[Op, ...]]:
+        """What the stage's step `i` does, and the operations that it takes."""
+        refresh = self.every is not None and (self.start + i) % self.every == 0
+        work = Work(self.stage.part(i, self.seed), refresh)
+        drawn = self._drawn(work.part, i)
+        if (work, drawn) not in self.known:
+            self.known[work, drawn] = tuple(self._ops(work, drawn))
+        return work, self.known[work, drawn]
+
+    def ops(self) -> tuple[tuple[Op, int], ...]:
+        """Every operation so far, and how often."""
+        return tuple(self.often.items())
+
+    def _charged(self, op: Op) -> int:
+        select = self.stage.select
+        free = select is not None and select.free and op.kind == "forward"
+        return 0 if free else self.clock.cost(op)
+
+    def _ops(self, work: Work, drawn: int | None) -> Iterator[Op]:
+        part = work.part
+        if drawn is not None:
+            assert isinstance(part, Coins)
+            # Costs are linear in depth; the cheapest path there is has one layer
+            flops = [
+                self._flops(_depths(part.stacks, n)) for n in ((1, 2) if drawn == 0 else (drawn,))
+            ]
+            trained = 2 * flops[0] - flops[1] if drawn == 0 else flops[0]
+            depth = max([drawn, *(n for a, n in self.stacks.items() if a not in part.stacks)])
+        else:
+            trained, depth = self._flops([] if part is None else [part]), self._depth(part)
+        length = self.objective.raw_length
+        yield Op("train", depth, self.batch, length, trained)
+        if work.curvature:
+            yield Op("curvature", depth, self.batch, length, trained)
+        if self.stage.select is not None:
+            rows = self.batch * self.stage.select.offers
+            looked = self._flops([]) // 3 // self.batch * rows
+            yield Op("forward", max(self.stacks.values(), default=0), rows, length, looked)
+
+    def _flops(self, parts: list[Subnet]) -> int:
+        return step_flops(self.model, self.objective, self.batch, *parts)
+
+    def _depth(self, part: Subnet | None) -> int:
+        model = self.model
+        if part is not None:
+            model = eqx.filter_eval_shape(lambda m: part(m, key=jax.random.key(0), step=0), model)
+        known = sizes(model)
+        return max((known[axis] for axis in self.stacks), default=0)
+
+    def _drawn(self, part: Subnet | None, i: int) -> int | None:
+        """How many layers the coins of a step let run; None if there are no coins."""
+        if not (isinstance(part, Coins) and part.tosses):
+            return None
+        layers, many = axes_of(self.model).size(part.stacks[0]), 1024
+        first = (self.start + i) // many * many
+        if first not in self.coins:
+            self.coins = {first: part.tossed(layers, self.seed, first, many)}
+        n = self.start + i
+        return int((self.coins[first][n - first] < np.asarray(part.chances(layers, n))).sum())
+
+
+def _depths(stacks: tuple[str, ...], depth: int) -> list[Subnet]:
+    """Paths of one depth through every one of these stacks."""
+    return [random_path(depth, keep=(), axis=axis) for axis in stacks]
+
+
+def step_flops(model: Any, objective: Objective, batch: int, *parts: Subnet | None) -> int:
+    """Model FLOPs of one training step: three forward passes of the part that is trained."""
+
+    def forward(model, rows):
+        for part in parts:
+            model = model if part is None else part(model, key=jax.random.key(0))
+        return jax.vmap(lambda row: predictions(model, row))(rows)
+
+    return 3 * batch * count_flops(forward, model, batch_shapes(objective, 1))

@@ -1,0 +1,216 @@
+"""Reference clocks, budgets, and the learning rates that follow them."""
+
+import dataclasses
+import itertools
+import json
+import time
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from growjax.budget import (
+    A100_T5,
+    RTX3090_BERT,
+    RTX3090_BERT_AS_RELEASED,
+    Budget,
+    DepthClock,
+    FlopsClock,
+    MeasuredClock,
+    Op,
+    Schedule,
+    load_clock,
+    recharge,
+    save_clock,
+)
+from growjax.errors import BudgetError, PlanError
+
+
+DAY = 86_400
+OPS = [
+    Op("train", 16, 128, 128, 900),
+    Op("train", 4, 128, 128, 300),
+    Op("forward", 16, 128, 128, 300),
+    Op("curvature", 16, 64, 128, 450),
+]
+MEASURED = MeasuredClock("here", tuple((op, 1000 * n + 7) for n, op in enumerate(OPS)))
+CLOCKS = [FlopsClock(), RTX3090_BERT, MEASURED]
+
+
+def train(depth: int, rows: int = 128) -> Op:
+    return Op("train", depth, rows, 128, 0)
+
+
+# Clocks ------------------------------------------------------------------------------------------
+
+
+def test_the_published_tables_give_the_published_run_lengths():
+    """Updates in 24 hours, and what methods save or cost, from the tables of No Train No Gain."""
+    full = RTX3090_BERT.cost(train(16))
+    micro = DAY * 10**9 // full
+    assert (micro, micro // 12) == (383_488, 31_957)
+    update = A100_T5.cost(Op("train", 12, 144, 512, 0))
+    assert DAY * 10**9 // update == 83_802
+
+    def stacked(clock, depths, rows):
+        """Updates with 1/8, 7/40 and 7/10 of the budget at three depths, over those at the last alone."""
+        ops = [Op("train", d, rows, 128, 0) for d in depths]
+        shares = (0.125, 0.175, 0.7)
+        return sum(
+            s * clock.cost(ops[-1]) / clock.cost(op) for s, op in zip(shares, ops, strict=True)
+        )
+
+    assert stacked(RTX3090_BERT, (4, 8, 16), 128) == pytest.approx(1.46518, abs=1e-5)
+    assert stacked(A100_T5, (3, 6, 12), 144) == pytest.approx(1.47823, abs=1e-5)
+    look = RTX3090_BERT.cost(Op("forward", 16, 128, 128, 0))
+    for offers, times in [(2, 1.82423), (3, 2.23635), (4, 2.64847), (10, 5.12117)]:
+        assert 1 + offers * look / full == pytest.approx(times, abs=1e-5)
+
+
+def test_a_table_is_checked_for_slips():
+    assert RTX3090_BERT_AS_RELEASED.faults() == ["7 layers take 0.01052 s, and 6 took 0.09188 s"]
+    assert RTX3090_BERT.faults() == A100_T5.faults() == []
+    linear = dataclasses.replace(RTX3090_BERT, fit="linear")
+    gaps = [linear.cost(train(d)) - RTX3090_BERT.cost(train(d)) for d in range(1, 17)]
+    assert max(map(abs, gaps)) < 300_000  # nanoseconds
+    assert linear.line == pytest.approx((0.01172, 0.013363), rel=1e-3)
+    # Steps of no layers, and of more than were measured, are on the line
+    assert linear.cost(train(0)) == pytest.approx(linear.line[0] * 1e9, abs=1)
+    assert linear.cost(train(24)) == pytest.approx(
+        (linear.line[0] + 24 * linear.line[1]) * 1e9, abs=1
+    )
+    with pytest.raises(BudgetError, match="1 to 16 layers, and 24 run"):
+        RTX3090_BERT.cost(train(24))
+
+
+def test_costs_go_by_the_rows():
+    assert RTX3090_BERT.cost(train(16, 64)) * 2 == RTX3090_BERT.cost(train(16))
+    half = RTX3090_BERT.cost(Op("curvature", 8, 64, 128, 0))
+    assert half * 2 == RTX3090_BERT.cost(train(8))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"seconds": (1.0,)}, "seconds: expected at least two positive numbers"),
+        ({"seconds": (1.0, -1.0)}, "seconds: expected"),
+        ({"rows": 0}, "rows: expected 1 or more"),
+        ({"forward": 0.0}, "forward: expected a positive share"),
+        ({"curvature": -1.0}, "curvature: expected a positive share"),
+        ({"fit": "spline"}, "fit: expected 'table' or 'linear'"),
+    ],
+)
+def test_a_clock_that_makes_no_sense_is_refused(change, message):
+    with pytest.raises(BudgetError, match=message):
+        dataclasses.replace(RTX3090_BERT, **change)
+
+
+def test_a_measured_clock_knows_what_was_measured_and_nothing_else():
+    assert MEASURED.cost(OPS[2]) == 2007
+    with pytest.raises(BudgetError, match=r"depth=5(.|\n)*never measured"):
+        MEASURED.cost(train(5))
+
+
+@pytest.mark.parametrize("clock", CLOCKS, ids=lambda c: type(c).__name__)
+def test_clocks_survive_the_trip_through_a_file(clock, tmp_path):
+    save_clock(clock, tmp_path / "clock.json")
+    again = load_clock(tmp_path / "clock.json")
+    assert again == clock and again.identity == clock.identity
+    assert [again.cost(op) for op in OPS] == [clock.cost(op) for op in OPS]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"is": "os"}', '{"is": "DepthClock"}', '{"rows": 1}'])
+def test_a_file_that_is_no_clock_is_refused(text, tmp_path):
+    (tmp_path / "clock.json").write_text(text)
+    with pytest.raises(BudgetError, match="not a clock in JSON"):
+        load_clock(tmp_path / "clock.json")
+
+
+def test_clocks_are_told_apart_by_what_they_charge():
+    other = dataclasses.replace(MEASURED, entries=MEASURED.entries[:-1])
+    known = [*CLOCKS, A100_T5, RTX3090_BERT_AS_RELEASED, other]
+    assert len({clock.identity for clock in known}) == len(known)
+
+
+# Budgets -----------------------------------------------------------------------------------------
+
+
+@given(counts=st.lists(st.integers(0, 50), min_size=4, max_size=4), clock=st.sampled_from(CLOCKS))
+def test_what_is_spent_depends_neither_on_order_nor_on_the_machine(counts, clock):
+    one, other = Budget(clock), Budget(clock)
+    for op, n in zip(OPS, counts, strict=True):
+        one.charge(op, n)
+    for op in itertools.chain.from_iterable([op] * n for op, n in zip(OPS, counts, strict=True)):
+        other.charge(op)
+    other.note("evaluation", 12.5)
+    assert one.spent == other.spent == recharge(one.counts, clock)
+    assert isinstance(one.spent, int) and one.counts == other.counts
+    assert sum(other.counts.values()) == sum(counts)
+    assert other.uncharged == {"evaluation": 12.5}
+
+
+def test_a_budget_ends_where_it_says():
+    budget = Budget(RTX3090_BERT, total=1.0)  # a second
+    steps = 0
+    while budget.affords(train(16)):
+        budget.charge(train(16))
+        steps += 1
+    assert steps == 4 and budget.done == pytest.approx(4 * 0.2253)
+    budget.charge(train(16), 3)
+    assert budget.done == 1.0 and not budget.affords(train(1))
+    with pytest.raises(BudgetError, match="nothing is given back"):
+        budget.charge(train(1), -1)
+    with pytest.raises(BudgetError, match="positive number of seconds"):
+        Budget(RTX3090_BERT, total=0)
+    with pytest.raises(BudgetError, match="has no end"):
+        _ = Budget(FlopsClock()).done
+
+
+def test_a_slow_machine_changes_nothing(monkeypatch):
+    def spent():
+        budget = Budget(RTX3090_BERT, total=10.0)
+        for d in (4, 8, 16):
+            budget.charge(train(d), 3)
+        return budget.spent, budget.done
+
+    usual = spent()
+    jumping = iter(np.random.default_rng(0).uniform(-1e9, 1e9, 10_000))
+    for name in ("time", "perf_counter", "monotonic"):
+        monkeypatch.setattr(time, name, lambda: next(jumping))
+    assert spent() == usual
+
+
+# Schedules ---------------------------------------------------------------------------------------
+
+TRIANGLE = Schedule(2.0, "linear", warmup=0.5)
+COSINE_T5 = Schedule(2.0, "cosine", warmup=0.1526, start=0.5, final=1e-5)
+
+
+def test_the_triangle_of_no_train_no_gain():
+    at = [TRIANGLE.at(u) for u in np.linspace(0, 1, 101)]
+    assert np.allclose(at, at[::-1]) and max(at) == at[50] == 2.0 and at[0] == at[-1] == 0.0
+    assert np.trapezoid(at, dx=0.01) == pytest.approx(1.0)
+
+
+def test_the_cosine_of_no_train_no_gain():
+    assert COSINE_T5.at(0) == 1.0 and COSINE_T5.at(1) == pytest.approx(2e-5)
+    assert COSINE_T5.at(0.1526 - 1e-9) == pytest.approx(COSINE_T5.at(0.1526 + 1e-9), rel=1e-6)
+    assert COSINE_T5.at(0.0763) == pytest.approx(1.5)
+
+
+@given(st.sampled_from([TRIANGLE, COSINE_T5, Schedule(1.0, "wsd"), Schedule(1.0, "inverse_sqrt")]))
+def test_past_either_end_a_schedule_stays(schedule):
+    assert schedule.at(1.7) == schedule.at(1.0) >= 0 and schedule.at(-0.5) == schedule.at(0.0)
+
+
+def test_a_start_is_a_share():
+    with pytest.raises(PlanError, match="start: expected a share"):
+        Schedule(1.0, start=1.5)
+
+
+def test_files_of_clocks_can_be_read_by_people(tmp_path):
+    save_clock(RTX3090_BERT, tmp_path / "clock.json")
+    saved = json.loads((tmp_path / "clock.json").read_text())
+    assert "PyTorch 1.13" in saved["provenance"] and saved["seconds"][15] == 0.2253
+    assert isinstance(load_clock(tmp_path / "clock.json"), DepthClock)
