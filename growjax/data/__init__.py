@@ -10,6 +10,7 @@ from growjax.data.denoising import UL2 as UL2
 from growjax.data.denoising import Denoiser as Denoiser
 from growjax.data.denoising import SpanCorruption as SpanCorruption
 from growjax.data.denoising import restore as restore
+from growjax.data.mixture import Mixture as Mixture
 from growjax.data.objectives import MLM as MLM
 from growjax.data.objectives import Causal as Causal
 from growjax.data.objectives import Objective as Objective

@@ -1,0 +1,94 @@
+"""Several objectives for one model: each example draws the one it is made by."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from growjax.data.objectives import Example, Objective, Window, batch_shapes
+from growjax.data.vocabulary import Vocabulary
+from growjax.errors import DataError, raise_all
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """A mixture of objectives for one kind of model, such as causal, prefix and denoising for a decoder.
+
+    Examples of all parts have the same keys and shapes: shorter ones are padded with zeros, which weigh
+    nothing, and a part without a prefix has one of no tokens. A part that reads less of the window
+    reads its beginning.
+
+    **Arguments**
+
+    - `parts`: the objectives; all for decoders, or all for pairs.
+    - `weights`: how often each is drawn; None for equally often.
+
+    **Example**
+
+        spans = UL2(100, 28, (Denoiser("R", 0.15, 3.0),), form="decoder")
+        Mixture((Causal(127), PrefixLM(127), spans), (0.6, 0.2, 0.2))     # as MIDAS trains UL2
+    """
+
+    parts: tuple[Objective, ...]
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        raise_all(DataError, "this mixture cannot be used:", _faults(self))
+
+    @property
+    def raw_length(self) -> int:
+        return max(part.raw_length for part in self.parts)
+
+    @property
+    def lookahead(self) -> int:
+        longest = max(part.raw_length + part.lookahead for part in self.parts)
+        return longest - self.raw_length
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.needs))
+
+    @property
+    def sentinels(self) -> int:
+        return max(part.sentinels for part in self.parts)
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The largest array of each name, over all parts."""
+        shapes: dict[str, jax.ShapeDtypeStruct] = {}
+        for part in self.parts:
+            for name, x in batch_shapes(part, 1).items():
+                if name not in shapes or x.shape > shapes[name].shape:
+                    shapes[name] = x
+        return shapes
+
+    def __call__(self, window: Window, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
+        share = np.array(self.weights or [1.0] * len(self.parts))
+        part = self.parts[int(rng.choice(len(self.parts), p=share / share.sum()))]
+        example = part(_beginning(window, part), vocabulary, rng)
+        out: Example = {name: np.zeros(x.shape[1:], x.dtype) for name, x in self._shapes.items()}
+        if "positions" in out:
+            out["positions"] = np.arange(len(out["positions"])).astype(np.int32)
+        for name, x in example.items():
+            out[name][: len(x)] = x
+        return out
+
+
+def _beginning(window: Window, part: Objective) -> Window:
+    n = part.raw_length + part.lookahead
+    return Window(*(x[:n] for x in window))
+
+
+def _faults(mixture: Mixture) -> Iterator[str]:
+    parts, weights = mixture.parts, mixture.weights
+    if not parts or not all(hasattr(part, "raw_length") for part in parts):
+        yield f"parts: expected objectives such as Causal(128), got {parts!r}"
+        return
+    if len({"encoder_tokens" in batch_shapes(part, 1) for part in parts}) > 1:
+        yield "parts: some make examples for decoders and some pairs; one model reads one kind"
+    if weights is not None:
+        fits = len(weights) == len(parts) and min(weights) >= 0
+        if not fits or not sum(weights) > 0:
+            yield f"weights: expected one of 0 or more for each of {len(parts)} parts, got {weights!r}"
