@@ -27,12 +27,12 @@ from growjax.maps import fold_in_name
 class Selector(eqx.Module):
     """Chooses what a step trains on from several batches: subclass it and write `choose`.
 
-    `offers` says how many batches it looks at, `free` leaves the looking out of what a run is charged
-    (an ablation: what if it cost nothing?), `compares` whether it needs the losses of a second model.
+    `offers` says how many batches it looks at, `compares` whether it needs the losses of a second model.
+    What looking costs is for the clock to say: one whose forward passes cost nothing shows what a rule
+    would gain if it were free.
     """
 
     offers: eqx.AbstractVar[int]
-    free: eqx.AbstractVar[bool]
     compares: eqx.AbstractClassVar[bool]
 
     @abc.abstractmethod
@@ -57,7 +57,6 @@ class RhoLoss(Selector):
     **Fields**
 
     - `offers`: from how many batches; No Train No Gain takes 2, and 10 where looking is free.
-    - `free`: whether looking is left out of the cost.
 
     The second model (`train(..., reference=model)`) is of the same family, trained on other data; both
     see the same masks, since they see the same examples. Ties go to the earlier example.
@@ -68,7 +67,6 @@ class RhoLoss(Selector):
     """
 
     offers: int = eqx.field(static=True, default=2)
-    free: bool = eqx.field(static=True, default=False)
     compares: ClassVar[bool] = True
 
     def __check_init__(self):
@@ -91,7 +89,6 @@ class SelectiveBackprop(Selector):
     - `beta`: how strongly; 0 trains on everything that is offered.
     - `offers`: from how many batches; None looks at `beta + 1`, of which the published rule keeps one
       on average.
-    - `free`: whether looking is left out of the cost.
 
     The published rule (`LossPool`) keeps each example by a coin of its own and waits until a batch is
     full, so that the cost of a step depends on the losses. Here exactly one batch is drawn without
@@ -105,12 +102,11 @@ class SelectiveBackprop(Selector):
 
     beta: float = eqx.field(static=True, default=1.0)
     offers: int = eqx.field(static=True)
-    free: bool = eqx.field(static=True, default=False)
     compares: ClassVar[bool] = False
 
-    def __init__(self, beta: float = 1.0, offers: int | None = None, free: bool = False):
+    def __init__(self, beta: float = 1.0, offers: int | None = None):
         faults = [] if beta >= 0 else [f"beta: expected 0 or more, got {beta}"]
-        self.beta, self.free = beta, free
+        self.beta = beta
         self.offers = math.ceil(beta + 1) if offers is None and not faults else offers or 0
         faults += [] if faults else _offer_faults(self.offers)
         raise_all(SelectError, "this selection cannot be used:", faults)

@@ -96,8 +96,8 @@ def test_costs_go_by_the_rows():
         ({"seconds": (1.0,)}, "seconds: expected at least two positive numbers"),
         ({"seconds": (1.0, -1.0)}, "seconds: expected"),
         ({"rows": 0}, "rows: expected 1 or more"),
-        ({"forward": 0.0}, "forward: expected a positive share"),
-        ({"curvature": -1.0}, "curvature: expected a positive share"),
+        ({"forward": -0.1}, "forward: expected a share of 0 or more"),
+        ({"curvature": -1.0}, "curvature: expected a share of 0 or more"),
         ({"fit": "spline"}, "fit: expected 'table' or 'linear'"),
     ],
 )

@@ -80,10 +80,10 @@ def test_rho_without_its_second_model_stops_before_the_first_step():
 @pytest.mark.parametrize(
     "select", [SelectiveBackprop(1.0), SelectiveBackprop(2.0, offers=4)], ids=str
 )
-def test_looking_is_charged_unless_it_is_free(select):
+def test_looking_is_charged_as_the_clock_says(select):
     plain = plan(steps(1), clock=CLOCK)
     made = plan(steps(1, select=select), clock=CLOCK)
-    free = plan(steps(1, select=dataclasses.replace(select, free=True)), clock=CLOCK)
+    free = plan(steps(1, select=select), clock=dataclasses.replace(CLOCK, forward=0.0))
     assert plain.cost == 2 * 10**9 == free.cost
     assert made.cost == plain.cost + select.offers * 10**9  # half of a step of two layers, each
     assert made.flops == free.flops == pytest.approx(plain.flops * (1 + select.offers / 3))
@@ -290,7 +290,7 @@ def test_fields_that_make_no_sense_are_refused(message, stage):
 
 def test_such_plans_survive_the_trip_through_json(tmp_path):
     made = plan(
-        Stage(share=0.5, select=RhoLoss(3, free=True)),
+        Stage(share=0.5, select=RhoLoss(3)),
         Stage(share=0.5, grow=gj.stack(layers=4), carry="zero", rewind="slope"),
         clock=CLOCK,
         budget=30.0,

@@ -171,7 +171,7 @@ class Steps:
             if what == "steps" and i >= amount:
                 return
             work, ops = self.step(i)
-            flops, cost = sum(op.flops for op in ops), sum(map(self._charged, ops))
+            flops, cost = sum(op.flops for op in ops), sum(map(self.clock.cost, ops))
             more = {"steps": 1, "flops": flops, "cost": cost}[what]
             if i and spent + more / 2 > amount:
                 return
@@ -192,11 +192,6 @@ class Steps:
     def ops(self) -> tuple[tuple[Op, int], ...]:
         """Every operation so far, and how often."""
         return tuple(self.often.items())
-
-    def _charged(self, op: Op) -> int:
-        select = self.stage.select
-        free = select is not None and select.free and op.kind == "forward"
-        return 0 if free else self.clock.cost(op)
 
     def _ops(self, work: Work, drawn: int | None) -> Iterator[Op]:
         part = work.part
