@@ -59,6 +59,10 @@ class CheckpointError(GrowjaxError):
     """A checkpoint is incomplete, altered, or not of the run that asks for it."""
 
 
+class EvalError(GrowjaxError):
+    """A task, its data, a tokenizer or a model do not fit together."""
+
+
 class TrainingError(GrowjaxError):
     """Training cannot go on: a loss is not finite, or a growth changed the function."""
 

@@ -1,0 +1,9 @@
+"""Evaluation: fine-tuning, zero-shot and few-shot tasks, and their metrics."""
+
+from growjax.evals.glue import TASKS as TASKS
+from growjax.evals.glue import Example as Example
+from growjax.evals.glue import Task as Task
+from growjax.evals.glue import read_task as read_task
+from growjax.evals.questions import Question as Question
+from growjax.evals.questions import read_questions as read_questions
+from growjax.evals.questions import read_squad as read_squad
