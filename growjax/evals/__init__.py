@@ -1,9 +1,15 @@
 """Evaluation: fine-tuning, zero-shot and few-shot tasks, and their metrics."""
 
+from growjax.evals.blimp import blimp as blimp
+from growjax.evals.generate import generate as generate
 from growjax.evals.glue import TASKS as TASKS
 from growjax.evals.glue import Example as Example
 from growjax.evals.glue import Task as Task
 from growjax.evals.glue import read_task as read_task
+from growjax.evals.language import LanguageModel as LanguageModel
+from growjax.evals.language import Scored as Scored
+from growjax.evals.language import bits_per_byte as bits_per_byte
+from growjax.evals.language import masked_bits as masked_bits
 from growjax.evals.questions import Question as Question
 from growjax.evals.questions import read_questions as read_questions
 from growjax.evals.questions import read_squad as read_squad

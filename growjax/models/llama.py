@@ -14,11 +14,13 @@ from growjax.gates import Gate, gated
 from growjax.models.config import check_choices, odd_rotary
 from growjax.nn import (
     Block,
+    Cache,
     Embedding,
     Norm,
     Rotary,
     Stacked,
     causal,
+    empty_cache,
     logits,
     make_block,
     normal,
@@ -118,9 +120,31 @@ class Llama(eqx.Module):
         """
         length = tokens.shape[0]
         positions = jnp.arange(length) if positions is None else positions
+        x, turn = self._embed(tokens, positions)
+        return self._read_out(self.blocks(x, mask=causal(length, mask, prefix), turn=turn))
+
+    def cache(self, size: int) -> Cache:
+        """An empty cache for `extend`, of `size` places."""
+        return empty_cache(self.blocks, size, self.dtype or self.embedding.table.dtype)
+
+    def extend(
+        self, tokens: Int[Array, " T"], cache: Cache, at: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "T vocab"], Cache]:
+        """Logits of the tokens at the places from `at` on, and the cache with them in it.
+
+        `cache` holds the places before `at`; any others in it are not seen, and are written over.
+        """
+        x, turn = self._embed(tokens, at + jnp.arange(tokens.shape[0]))
+        x, cache = self.blocks.extend(x, cache, None, at, turn=turn)
+        return self._read_out(x), cache
+
+    def _embed(
+        self, tokens: Int[Array, " T"], positions: Int[Array, " T"]
+    ) -> tuple[Array, tuple[Array, Array]]:
         x = self.embedding(tokens)
         x = gated(x if self.dtype is None else x.astype(self.dtype), self.gate)
-        x = self.norm(
-            self.blocks(x, mask=causal(length, mask, prefix), turn=self.rotary(positions))
-        )
+        return x, self.rotary(positions)
+
+    def _read_out(self, x: Float[Array, "T embed"]) -> Float[Array, "T vocab"]:
+        x = self.norm(x)
         return self.embedding.attend(x) if self.head is None else logits(x, self.head)

@@ -1,7 +1,7 @@
 """T5: an encoder and a decoder with relative positions, in the forms of v1.0, v1.1 and UL2."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -14,11 +14,13 @@ from growjax.gates import Gate, gated
 from growjax.models.config import check_choices
 from growjax.nn import (
     Block,
+    Cache,
     Embedding,
     Norm,
     RelativeBias,
     Stacked,
     causal,
+    empty_cache,
     logits,
     make_block,
     normal,
@@ -84,6 +86,14 @@ class T5Config:
     def ul2(cls, **sizes: Any) -> "T5Config":
         """A gated SiLU and a head of its own, unscaled (Tay et al., "UL2", ICLR 2023)."""
         return cls(**{"activation": "silu", "glu": True, "tied": False} | sizes)
+
+
+class T5Cache(NamedTuple):
+    """What the decoder saw of its own tokens, and what it remembers of the encoder's."""
+
+    seen: Cache
+    crossed: Cache
+    encoder_mask: Bool[Array, "1 S"] | None
 
 
 class T5(eqx.Module):
@@ -169,12 +179,7 @@ class T5(eqx.Module):
     ) -> Float[Array, "T vocab"]:
         """Logits of the token after each decoder token; masks are True at real tokens."""
         sees = None if encoder_mask is None else encoder_mask[None, :]
-        positions = jnp.arange(encoder_tokens.shape[0])
-        memory = self.encoder(
-            self._embed(encoder_tokens), mask=sees, bias=self.encoder_bias(positions, positions)
-        )
-        memory = self.encoder_norm(memory)
-
+        memory = self._encode(encoder_tokens, sees)
         positions = jnp.arange(decoder_tokens.shape[0])
         x = self.decoder(
             self._embed(decoder_tokens),
@@ -183,6 +188,46 @@ class T5(eqx.Module):
             memory_mask=sees,
             bias=self.decoder_bias(positions, positions),
         )
+        return self._read_out(x)
+
+    def cache(
+        self,
+        encoder_tokens: Int[Array, " S"],
+        size: int,
+        *,
+        encoder_mask: Bool[Array, " S"] | None = None,
+    ) -> T5Cache:
+        """What `extend` reads: the encoded tokens, and room for `size` of the decoder's."""
+        sees = None if encoder_mask is None else encoder_mask[None, :]
+        memory = self._encode(encoder_tokens, sees)
+        crossed = eqx.filter_vmap(lambda block: block.cross.remember(memory))(self.decoder.block)
+        seen = empty_cache(self.decoder, size, self.dtype or self.embedding.table.dtype)
+        return T5Cache(seen, crossed, sees)
+
+    def extend(
+        self, decoder_tokens: Int[Array, " T"], cache: T5Cache, at: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "T vocab"], T5Cache]:
+        """Logits of the decoder's tokens at the places from `at` on, and the cache with them in it.
+
+        `cache` holds the places before `at`; any others in it are not seen, and are written over.
+        """
+        places = jnp.arange(cache.seen.keys.shape[1])
+        x, seen = self.decoder.extend(
+            self._embed(decoder_tokens),
+            cache.seen,
+            cache.crossed,
+            at,
+            memory_mask=cache.encoder_mask,
+            bias=self.decoder_bias(at + jnp.arange(decoder_tokens.shape[0]), places),
+        )
+        return self._read_out(x), cache._replace(seen=seen)
+
+    def _encode(self, tokens: Int[Array, " S"], sees: Array | None) -> Float[Array, "S embed"]:
+        positions = jnp.arange(tokens.shape[0])
+        bias = self.encoder_bias(positions, positions)
+        return self.encoder_norm(self.encoder(self._embed(tokens), mask=sees, bias=bias))
+
+    def _read_out(self, x: Float[Array, "T embed"]) -> Float[Array, "T vocab"]:
         x = self.decoder_norm(x)
         if self.output_scale is not None:
             x = x * jax.lax.stop_gradient(self.output_scale).astype(x.dtype)

@@ -1,9 +1,11 @@
 """The parts that the models are built from, each with its axes declared beside its arrays."""
 
 from growjax.nn.assembly import causal as causal
+from growjax.nn.assembly import empty_cache as empty_cache
 from growjax.nn.assembly import logits as logits
 from growjax.nn.assembly import make_block as make_block
 from growjax.nn.attention import Attention as Attention
+from growjax.nn.attention import Cache as Cache
 from growjax.nn.attention import Rotary as Rotary
 from growjax.nn.attention import rotate as rotate
 from growjax.nn.block import Block as Block

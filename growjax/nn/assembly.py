@@ -1,16 +1,17 @@
-"""What every model does alike around its own forward pass: make a block, mask, read out logits."""
+"""What every model does alike around its own forward pass: make a block, mask, remember, read out."""
 
 from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray
 
-from growjax.nn.attention import Attention
+from growjax.nn.attention import Attention, Cache
 from growjax.nn.block import Block
 from growjax.nn.mlp import MLP
 from growjax.nn.norm import Norm
+from growjax.nn.stacked import Stacked
 
 
 def make_block(
@@ -90,6 +91,12 @@ def causal(
     sees = jnp.tril(jnp.ones((length, length), bool))
     sees = sees if prefix is None else sees | prefix[None, :]
     return sees if mask is None else sees & mask
+
+
+def empty_cache(blocks: Stacked[Block], size: int, dtype: DTypeLike) -> Cache:
+    """Room for the keys and values of `size` places in every layer of a decoder."""
+    layers, _, kv_heads, head_dim = blocks.block.attention.k.shape
+    return Cache(*(jnp.zeros((layers, size, kv_heads, head_dim), dtype) for _ in range(2)))
 
 
 def logits(x: Float[Array, "... embed"], head: Float[Array, "embed n"]) -> Float[Array, "... n"]:

@@ -6,10 +6,13 @@ Heads are factored so that grouped queries come out right by construction: queri
 is copied. The softmax is our own: `jax.nn.dot_product_attention` computes it in float32 even under x64.
 """
 
+import functools
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from growjax import axes
 from growjax.axes import buffer, param
@@ -53,6 +56,13 @@ def rotate(x: Float[Array, "T ... head_dim"], turn: tuple[Array, Array] | None) 
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     quarter = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
     return x * cos + quarter * sin
+
+
+class Cache(NamedTuple):
+    """Keys and values of the places of a sequence, as attention reads them."""
+
+    keys: Float[Array, "S kv_heads head_dim"]
+    values: Float[Array, "S kv_heads head_dim"]
 
 
 class Attention(eqx.Module):
@@ -130,24 +140,65 @@ class Attention(eqx.Module):
         turn: tuple[Array, Array] | None = None,
     ) -> Float[Array, "T embed"]:
         """Attend from `x` to `memory` (or to `x`), where `mask` is True, with `bias` on the logits."""
-        source = x if memory is None else memory
+        seen = self.remember(x if memory is None else memory, turn=turn)
+        return self.read(self.ask(x, turn=turn), seen, mask=mask, bias=bias)
+
+    def extend(
+        self,
+        x: Float[Array, "T embed"],
+        cache: Cache,
+        at: Int[ArrayLike, ""],
+        *,
+        bias: Float[Array, "kv_heads group T S"] | None = None,
+        turn: tuple[Array, Array] | None = None,
+    ) -> tuple[Float[Array, "T embed"], Cache]:
+        """Attend from the places `at`, `at + 1`, ... of a sequence to themselves and those before.
+
+        `cache` has `S` places, of which those before `at` hold keys and values; `x` is put behind them.
+        """
+        new = self.remember(x, turn=turn)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
+        cache = Cache(*(put(old, n.astype(old.dtype)) for old, n in zip(cache, new, strict=True)))
+        places = jnp.arange(cache.keys.shape[0])
+        mask = places[None, :] <= at + jnp.arange(x.shape[0])[:, None]
+        return self.read(self.ask(x, turn=turn), cache, mask=mask, bias=bias), cache
+
+    def ask(
+        self, x: Float[Array, "T embed"], *, turn: tuple[Array, Array] | None = None
+    ) -> Float[Array, "T kv_heads group head_dim"]:
+        """The queries of what attends."""
         q = affine("te,ekgd->tkgd", x, self.q, self.q_bias)
+        q = q if self.q_norm is None else self.q_norm(q)
+        q = gated(gated(q, self.gate_kv_heads, -3), self.gate_group, -2)
+        return rotate(gated(q, self.gate_head_dim), turn)
+
+    def remember(
+        self, source: Float[Array, "S embed"], *, turn: tuple[Array, Array] | None = None
+    ) -> Cache:
+        """The keys and values of what is attended to."""
         k = affine("se,ekd->skd", source, self.k, self.k_bias)
         v = affine("se,ekd->skd", source, self.v, self.v_bias)
-        q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
-        q = gated(gated(q, self.gate_kv_heads, -3), self.gate_group, -2)
-        k, v = (gated(h, self.gate_kv_heads, -2) for h in (k, v))
-        q, k, v = (gated(h, self.gate_head_dim) for h in (q, k, v))
-        q, k = rotate(q, turn), rotate(k, turn)
+        k, v = (gated(gated(h, self.gate_kv_heads, -2), self.gate_head_dim) for h in (k, v))
+        return Cache(rotate(k, turn), v)
 
-        logits = jnp.einsum("tkgd,skd->kgts", q * self.scale, k)
-        logits = logits.astype(jnp.promote_types(x.dtype, jnp.float32))
+    def read(
+        self,
+        queries: Float[Array, "T kv_heads group head_dim"],
+        seen: Cache,
+        *,
+        mask: Bool[Array, "#T S"] | None = None,
+        bias: Float[Array, "kv_heads group T S"] | None = None,
+    ) -> Float[Array, "T embed"]:
+        """What queries find among keys and values, where `mask` is True."""
+        k, v = (h.astype(queries.dtype) for h in seen)
+        logits = jnp.einsum("tkgd,skd->kgts", queries * self.scale, k)
+        logits = logits.astype(jnp.promote_types(queries.dtype, jnp.float32))
         if bias is not None:
             logits = logits + bias.astype(logits.dtype)
         if mask is not None:
             # Finite, so that a row without any key gives an average instead of NaN.
             logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min / 2)
-        weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-        read = gated(jnp.einsum("kgts,skd->tkgd", weights, v), self.gate_group, -2)
-        return affine("tkgd,kgde->te", read, self.o, self.o_bias)
+        weights = jax.nn.softmax(logits, axis=-1).astype(queries.dtype)
+        found = gated(jnp.einsum("kgts,skd->tkgd", weights, v), self.gate_group, -2)
+        return affine("tkgd,kgde->te", found, self.o, self.o_bias)

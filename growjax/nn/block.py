@@ -1,14 +1,12 @@
 """The Transformer block: pre-LN or post-LN, with or without cross-attention."""
 
-from typing import Any
-
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from growjax import axes
 from growjax.gates import Gate, gated
-from growjax.nn.attention import Attention
+from growjax.nn.attention import Attention, Cache
 from growjax.nn.mlp import MLP
 from growjax.nn.norm import Norm
 
@@ -40,12 +38,43 @@ class Block(eqx.Module):
         turn: tuple[Array, Array] | None = None,
         branch: Array | None = None,
     ) -> Float[Array, "T embed"]:
-        def residual(x, norm: Norm, f, *args, **kwargs: Any):
-            y = f(x if self.post_norm else norm(x), *args, **kwargs)
-            y = y if branch is None else y * jnp.asarray(branch, y.dtype)
-            return norm(x + y) if self.post_norm else x + gated(y, self.gate)
-
-        x = residual(x, self.attention_norm, self.attention, mask=mask, bias=bias, turn=turn)
+        y = self.attention(self._input(x, self.attention_norm), mask=mask, bias=bias, turn=turn)
+        x = self._add(x, y, self.attention_norm, branch)
         if self.cross is not None and self.cross_norm is not None:
-            x = residual(x, self.cross_norm, self.cross, memory, mask=memory_mask)
-        return residual(x, self.mlp_norm, self.mlp)
+            y = self.cross(self._input(x, self.cross_norm), memory, mask=memory_mask)
+            x = self._add(x, y, self.cross_norm, branch)
+        y = self.mlp(self._input(x, self.mlp_norm))
+        return self._add(x, y, self.mlp_norm, branch)
+
+    def extend(
+        self,
+        x: Float[Array, "T embed"],
+        cache: Cache,
+        memory: Cache | None,
+        at: Int[ArrayLike, ""],
+        *,
+        memory_mask: Array | None = None,
+        bias: Array | None = None,
+        turn: tuple[Array, Array] | None = None,
+        branch: Array | None = None,
+    ) -> tuple[Float[Array, "T embed"], Cache]:
+        """The same for the places from `at` on, where `cache` holds what was before them.
+
+        `memory` is what the cross-attention remembers of what it reads.
+        """
+        h = self._input(x, self.attention_norm)
+        y, cache = self.attention.extend(h, cache, at, bias=bias, turn=turn)
+        x = self._add(x, y, self.attention_norm, branch)
+        if self.cross is not None and self.cross_norm is not None and memory is not None:
+            queries = self.cross.ask(self._input(x, self.cross_norm))
+            y = self.cross.read(queries, memory, mask=memory_mask)
+            x = self._add(x, y, self.cross_norm, branch)
+        y = self.mlp(self._input(x, self.mlp_norm))
+        return self._add(x, y, self.mlp_norm, branch), cache
+
+    def _input(self, x: Array, norm: Norm) -> Array:
+        return x if self.post_norm else norm(x)
+
+    def _add(self, x: Array, y: Array, norm: Norm, branch: Array | None) -> Array:
+        y = y if branch is None else y * jnp.asarray(branch, y.dtype)
+        return norm(x + y) if self.post_norm else x + gated(y, self.gate)

@@ -61,18 +61,47 @@ class Stacked(eqx.Module, Generic[Block]):
 
         def run(x, layer):
             weights, gate, scale, on = layer
-            block: Any = eqx.combine(weights, static)
-            block = block if self.read is None else self.read(block)
+            block = self._block(weights, static)
 
             def mixed(x):
-                y = block(x, *args, branch=scale, **kwargs)
-                if gate is None:
-                    return y
-                m = jax.lax.stop_gradient(gate.value).astype(x.dtype)
-                return m * y + (1 - m) * x
+                return _mix(gate, block(x, *args, branch=scale, **kwargs), x)
 
             return (mixed(x) if on is None else jax.lax.cond(on, mixed, lambda x: x, x)), None
 
         if self.remat != "everything":
             run = jax.checkpoint(run, prevent_cse=False, policy=_POLICIES[self.remat])
         return jax.lax.scan(run, x, (arrays, self.gate, self.branch, self.active))[0]
+
+    def extend(
+        self, x: Float[Array, "T embed"], cache: Any, memory: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Array, Any]:
+        """Run `block.extend(x, cache, memory, *args, branch=..., **kwargs)` for each layer.
+
+        The leaves of `cache` and `memory` have a leading `axis`. Returns what the last block does, and
+        the new caches of all.
+        """
+        arrays, static = eqx.partition(self.block, eqx.is_array)
+
+        def run(x, layer):
+            weights, gate, scale, on, cache, memory = layer
+            block = self._block(weights, static)
+
+            def mixed(x):
+                y, new = block.extend(x, cache, memory, *args, branch=scale, **kwargs)
+                return _mix(gate, y, x), new
+
+            return mixed(x) if on is None else jax.lax.cond(on, mixed, lambda x: (x, cache), x)
+
+        layers = (arrays, self.gate, self.branch, self.active, cache, memory)
+        return jax.lax.scan(run, x, layers)
+
+    def _block(self, weights: Any, static: Any) -> Any:
+        block: Any = eqx.combine(weights, static)
+        return block if self.read is None else self.read(block)
+
+
+def _mix(gate: Gate | None, y: Array, x: Array) -> Array:
+    if gate is None:
+        return y
+    m = jax.lax.stop_gradient(gate.value).astype(x.dtype)
+    return m * y + (1 - m) * x

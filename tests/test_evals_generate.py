@@ -1,0 +1,201 @@
+"""Caches: a model that goes on where it was is the model that read everything at once."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import growjax as gj
+from growjax.axes import axes_of, put
+from growjax.data import ByteTokenizer
+from growjax.errors import EvalError
+from growjax.evals import LanguageModel, generate
+from growjax.evals import generate as room
+from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, Llama, LlamaConfig, T5Config
+
+
+TOKENIZER = ByteTokenizer(sentinels=0, multiple=1)
+SPECIAL = TOKENIZER.vocabulary.specials
+V = TOKENIZER.vocabulary.size
+SIZES: dict = dict(embed=8, heads=4, head_dim=4, mlp=12, vocab=V)
+TOKENS = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5])
+SOURCE = np.array([8, 9, 7, 9, 3, 2, 0])
+
+CASES: dict[str, Any] = {
+    "gpt": (GPT, GPTConfig(layers=2, positions=64, **SIZES)),
+    "gpt, post-norm": (GPT, GPTConfig(layers=2, positions=64, post_norm=True, **SIZES)),
+    "gpt, rotary, QK-norm": (
+        GPT,
+        GPTConfig(layers=2, positions=64, position="rotary", qk_norm=True, tied=False, **SIZES),
+    ),
+    "llama, grouped": (Llama, LlamaConfig(layers=2, kv_heads=2, **SIZES)),
+    "t5": (T5, T5Config(encoder_layers=1, decoder_layers=2, buckets=4, max_distance=6, **SIZES)),
+}
+
+
+def build(name: str) -> Any:
+    """A model whose every parameter is off its initial value."""
+    rng, (model, config) = np.random.default_rng(4), CASES[name]
+    made = eqx.filter_eval_shape(model, config, key=jax.random.key(0))
+    slots = [s for s in axes_of(made).values() if s.kind == "param" and s.value is not None]
+    made = put(made, {s.steps: jnp.asarray(0.5 * rng.normal(size=s.value.shape)) for s in slots})
+    real = eqx.filter_jit(model)(config, key=jax.random.key(0))
+    return put(made, {s.steps: s.value for s in axes_of(real).of_kind("buffer")})
+
+
+def whole(model, tokens):
+    args = (SOURCE, tokens) if isinstance(model, T5) else (tokens,)
+    kwargs = {"encoder_mask": SOURCE > 2} if isinstance(model, T5) else {}
+    return eqx.filter_jit(model)(*map(jnp.asarray, args), **kwargs)
+
+
+def in_parts(model, tokens, cuts, size=16):
+    """Logits of a text that is read part by part."""
+
+    @eqx.filter_jit
+    def extend(model, tokens, cache, at):
+        return model.extend(tokens, cache, at)
+
+    if isinstance(model, T5):
+        cache = model.cache(jnp.asarray(SOURCE), size, encoder_mask=jnp.asarray(SOURCE > 2))
+    else:
+        cache = model.cache(size)
+    found = []
+    for start, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
+        logits, cache = extend(model, jnp.asarray(tokens[start:end]), cache, jnp.int32(start))
+        found.append(logits)
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_text_in_parts_is_the_text(name):
+    with jax.enable_x64(True):
+        model = build(name)
+        expected = np.asarray(whole(model, TOKENS))
+        assert expected.dtype == np.float64
+        for cuts in ([4, 8], [1, 5]):
+            ours = in_parts(model, TOKENS, cuts)
+            assert np.abs(ours - expected).max() <= 1e-12 * np.abs(expected).max()
+
+
+def test_gates_branches_and_skipped_layers_are_as_they_were():
+    with jax.enable_x64(True):
+        model = build("gpt")
+        op = gj.chain(gj.msg(embed=10, mlp=14, heads=6), gj.msg(layers=3))
+        grown = gj.ramp(gj.grow(op, model, key=jax.random.key(1)), 0.4)
+        extra = dict(branch=jnp.array([0.5, 1.5, 2.0]), active=jnp.array([True, False, True]))
+        for field, value in extra.items():
+            grown = eqx.tree_at(
+                lambda m, f=field: getattr(m.blocks, f), grown, value, is_leaf=lambda x: x is None
+            )
+        expected = whole(grown, TOKENS)
+        ours = in_parts(grown, TOKENS, [3, 7])
+        assert np.abs(ours - expected).max() <= 1e-12 * np.abs(expected).max()
+        assert np.abs(expected - whole(model, TOKENS)).max() > 0.1
+
+
+def test_what_comes_later_in_a_cache_is_not_seen():
+    """Padding leaves keys and values behind; the next tokens are put over them one by one."""
+    model = build("llama, grouped")
+    dirty = jax.tree.map(lambda x: jnp.full_like(x, 9.0), model.cache(16))
+    extend = eqx.filter_jit(lambda cache: model.extend(jnp.asarray(TOKENS), cache, 0)[0])
+    assert np.array_equal(extend(dirty), extend(model.cache(16)))
+
+
+# Texts -------------------------------------------------------------------------------------------
+
+
+PROMPTS = ["ab", "", "The quick brown", "x" * 70, "ab"]
+
+
+def naive(model, prompt, new, pair=False):
+    """The likeliest token after everything so far, again and again."""
+    tokens = [*prompt.encode()][-(64 - new) :] or [SPECIAL["eos"]]
+    read, tokens = (tokens, [SPECIAL["pad"]]) if pair else ([], tokens)
+    forward, first = eqx.filter_jit(model), len(tokens)
+    for _ in range(new):
+        padded = jnp.array([*tokens, *[0] * (64 - len(tokens))])
+        args = (jnp.array([*read, SPECIAL["eos"]]), padded) if pair else (padded,)
+        tokens.append(int(forward(*args)[len(tokens) - 1].argmax()))
+    written = tokens[first:]
+    end = written.index(SPECIAL["eos"]) if SPECIAL["eos"] in written else new
+    return TOKENIZER.decode(written[:end])
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama, grouped", "t5"])
+def test_generate_is_the_naive_loop(name):
+    model = build(name)
+    language = LanguageModel(model, TOKENIZER, longest=64)
+    prompts = PROMPTS if name != "t5" else PROMPTS[:3]
+    expected = [naive(model, prompt, 20, name == "t5") for prompt in prompts]
+    assert len(set(expected)) > 2
+    assert generate(language, prompts, new=20) == expected
+
+
+class Loop(eqx.Module):
+    """Writes its alphabet in a circle, whatever else it reads: the token after `t` is `follow[t]`."""
+
+    embedding: gj.nn.Embedding
+    follow: Any = gj.buffer("[vocab]")
+
+    def cache(self, size):
+        return jnp.zeros(size)
+
+    def extend(self, tokens, cache, at):
+        return jax.nn.one_hot(self.follow[tokens], V) * 20.0, cache
+
+    def __call__(self, tokens):
+        return jax.nn.one_hot(self.follow[tokens], V) * 20.0
+
+
+def looping(text, end=None):
+    """A model that goes on with the text from wherever it is."""
+    follow = np.full(V, ord("?"))
+    for one, other in zip(text, text[1:] + text[:1], strict=True):
+        follow[ord(one)] = ord(other)
+    if end is not None:
+        follow[ord(end)] = SPECIAL["eos"]
+    table = gj.nn.Embedding(V, 4, key=jax.random.key(0))
+    return LanguageModel(Loop(table, jnp.array(follow)), TOKENIZER, longest=64)
+
+
+def test_a_text_ends_where_it_should():
+    language = looping("abcdefgh")
+    assert generate(language, ["a", "xxg"], new=5) == ["bcdef", "habcd"]
+    assert generate(language, ["a", "b"], new=30, until=["efg", "d"]) == ["bc", "c"]
+    assert generate(language, ["a"], new=20, until=["xyz"]) == ["bcdefghabcdefghabcde"]
+    assert generate(looping("abcdefgh", "f"), ["a", "g"], new=30) == ["bcdef", "habcdef"]
+
+
+def test_it_stops_working_when_all_texts_have_ended(monkeypatch):
+    calls, write = [], room.__globals__["_write"]
+    monkeypatch.setitem(room.__globals__, "_write", lambda *a: calls.append(1) or write(*a))
+    assert generate(looping("abcdefgh"), ["a"], new=48, until=["d"]) == ["bc"]
+    assert len(calls) == 1
+    generate(looping("abcdefgh"), ["a"], new=48)
+    assert len(calls) == 4
+
+
+def test_drawing():
+    """Drawn by likelihood: at a high temperature anything, at a low one what is likeliest."""
+    language, key = looping("abcdefgh"), jax.random.key(5)
+    cold = generate(language, ["a"], new=20, temperature=0.1, key=key)
+    assert cold == generate(language, ["a"], new=20)
+    hot = generate(language, ["a", "b", "a"], new=20, temperature=50.0, key=key)
+    assert len(set(hot)) == 3
+    assert generate(language, ["a"], new=20, temperature=50.0, key=key) == hot[:1]
+    assert generate(language, ["a"], new=20, temperature=50.0, key=jax.random.key(6)) != hot[:1]
+
+
+def test_what_cannot_be_written_is_refused():
+    language = looping("ab")
+    with pytest.raises(EvalError, match="from 1 to 63 tokens"):
+        generate(language, ["a"], new=64)
+    with pytest.raises(EvalError, match="needs a `key`"):
+        generate(language, ["a"], new=2, temperature=1.0)
+    encoder = BERT(BERTConfig(layers=1, positions=8, **SIZES), key=jax.random.key(0))
+    with pytest.raises(EvalError, match="an encoder does not write"):
+        generate(LanguageModel(encoder, TOKENIZER), ["a"], new=2)
