@@ -37,7 +37,7 @@ from growjax.gates import Gate
 
 NONE = -1
 Init = Callable[[PRNGKeyArray, tuple[int, ...], Any], Array] | Literal["normal", "zeros", "matched"]
-Moment = Literal["weight", "first", "second"]
+Moment = Literal["weight", "difference", "first", "second"]
 
 
 class AxisMap(eqx.Module):
@@ -145,7 +145,8 @@ def carry_tree(move: AxisMap, model, tree, moment: Moment, *, copies: bool = Tru
     """A params-shaped tree of optimizer state after one map, where `model` is the model before it.
 
     New coordinates are zero. Copied ones follow the dual of the map or, with `copies=False`, are zero
-    too. `moment="weight"` moves the tree as the weights themselves (averaged parameters).
+    too. `moment="weight"` moves the tree as the weights themselves (averaged parameters), copies too;
+    "difference" as what lies between two such trees, which agree where they are new.
     """
     table = axes_of(model)
     if moment == "weight" and np.any(move.source == NONE):
@@ -157,8 +158,9 @@ def carry_tree(move: AxisMap, model, tree, moment: Moment, *, copies: bool = Tru
     for slot in table.having(move.axis, "param"):
         old = get(tree, slot.steps)
         if hasattr(old, "shape"):  # not None, nor a placeholder of a masked optimizer
-            new = _move(move, table, slot, old, moment)
-            values[slot.steps] = new if copies else _blank(move, table, slot, new)
+            new = _move(move, table, slot, old, "weight" if moment == "difference" else moment)
+            keep = copies or moment == "weight"
+            values[slot.steps] = new if keep else _blank(move, table, slot, new)
     return put(tree, values)
 
 

@@ -218,6 +218,10 @@ def test_the_average_of_the_parameters_moves_as_the_parameters():
     op = gj.copy(mlp=7, shares="random")
     grown = trained(gj.grow(op, model))
     assert eqx.tree_equal(gj.carry(op, state, model)[1].params, grown, rtol=1e-6)
+    # Copies behind gates are young, but an average of them is no moment that starts from zero
+    hidden = gj.msg(mlp=7, init="copy")
+    grown = trained(gj.grow(hidden, model))
+    assert eqx.tree_equal(gj.carry(hidden, state, model)[1].params, grown)
     with pytest.raises(StateError, match="average again after growing"):
         gj.carry(gj.msg(mlp=6), state, model, key=KEY)
 

@@ -88,6 +88,13 @@ FAULTS = {
     "clip: expected a positive norm, or None": lambda: Optimizer(clip=0.0),
     "name: expected one of adamw": lambda: Optimizer("adam"),  # type: ignore[arg-type]
     "one says how much and the other how long": lambda: Optimizer(new_rate=2.0),
+    "decayed: expected one of matrices": lambda: Optimizer(decayed="gains"),  # type: ignore[arg-type]
+    "rho: expected a positive number": lambda: Optimizer("sophia", rho=0.0),
+    "refresh_every: expected 1 or more": lambda: Optimizer("sophia", refresh_every=0),
+    "momentum: expected a rate": lambda: Optimizer("muon", momentum=1.0),
+    "b3: expected a rate": lambda: Optimizer("ademamix", b3=1.0),
+    "alpha: expected 0 or more": lambda: Optimizer("ademamix", alpha=-1.0),
+    "give b1 above 0": lambda: Optimizer("schedule_free", b1=0.0),
 }
 
 

@@ -1,6 +1,15 @@
-"""Optimizers that know growth: state through operators, and an age for every coordinate."""
+"""Optimizers that know growth: rules of updates, their state through operators, and coordinates' ages."""
 
 from growjax.optim.age import adamw as adamw
 from growjax.optim.age import matrices as matrices
+from growjax.optim.age import not_biases as not_biases
 from growjax.optim.age import scale_by_adam as scale_by_adam
+from growjax.optim.age import scale_by_ademamix as scale_by_ademamix
 from growjax.optim.carry import carry as carry
+from growjax.optim.muon import hidden_matrices as hidden_matrices
+from growjax.optim.muon import scale_by_muon as scale_by_muon
+from growjax.optim.rule import Rule as Rule
+from growjax.optim.rule import rule as rule
+from growjax.optim.rule import schedule_free as schedule_free
+from growjax.optim.scale import scale_by_parameter as scale_by_parameter
+from growjax.optim.sophia import scale_by_sophia as scale_by_sophia

@@ -6,29 +6,38 @@ small vectors, since an entry of a leaf is as old as the youngest of its coordin
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Num
 
-from growjax.axes import Slot, axes_of, get, put
+from growjax.axes import Slot, axes_of, put
 from growjax.maps import NONE, AxisMap
 
 
 class Ages(eqx.Module):
-    """How many updates each coordinate of each axis has seen: `{axis: [size]}`."""
+    """How many updates (or how much of something) each coordinate has seen: `{axis: [size]}`."""
 
-    of: dict[str, Int[Array, " size"]]
+    of: dict[str, Num[Array, " size"]]
 
 
 class AgedAdamState(NamedTuple):
-    """First moments, second moments (both as the parameters) and ages."""
+    """First moments (None if `b1` is 0), second moments, both as the parameters, and ages."""
 
     mu: Any
+    nu: Any
+    ages: Ages
+
+
+class AgedAdEMAMixState(NamedTuple):
+    """Fast and slow first moments, second moments, all as the parameters, and ages."""
+
+    m1: Any
+    m2: Any
     nu: Any
     ages: Ages
 
@@ -43,7 +52,14 @@ def grown_ages(ages: Ages, move: AxisMap, *, keep: bool) -> Ages:
     return Ages({**ages.of, move.axis: new})
 
 
-def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8):
+def born(params: Any, dtype: Any = jnp.int32) -> Ages:
+    """An age of 0 for every coordinate of every axis."""
+    return Ages({axis: jnp.zeros(size, dtype) for axis, size in axes_of(params).sizes.items()})
+
+
+def scale_by_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, nesterov: bool = False
+) -> Any:
     """Adam's rescaling with bias correction by age; an `optax.GradientTransformation`.
 
     The same updates as `optax.scale_by_adam` until the model grows (see `growjax.carry`). The
@@ -52,29 +68,93 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8):
     import optax
 
     def init(params):
-        table = axes_of(params)
-        ages = {axis: jnp.zeros(size, jnp.int32) for axis, size in table.sizes.items()}
-        return AgedAdamState(
-            jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params), Ages(ages)
-        )
+        # Without memory the first moment is the gradient itself.
+        mu = jax.tree.map(jnp.zeros_like, params) if b1 else None
+        return AgedAdamState(mu, jax.tree.map(jnp.zeros_like, params), born(params))
 
     def update(updates, state: AgedAdamState, params=None):
         del params
-        table = axes_of(updates)
-        ages = {axis: age + 1 for axis, age in state.ages.of.items()}
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
-        first, second = _debias(ages, b1), _debias(ages, b2)
-        out = {}
-        for slot in table.of_kind("param"):
-            if slot.value is not None:
-                m, v = get(mu, slot.steps), get(nu, slot.steps)
-                m = m / youngest(slot, first, table.sizes, 1.0).astype(m.dtype)
-                v = v / youngest(slot, second, table.sizes, 1.0).astype(v.dtype)
-                out[slot.steps] = m / (jnp.sqrt(v) + eps)
-        return put(updates, out), AgedAdamState(mu, nu, Ages(ages))
+        ages = older(state.ages)
+        mu = _averaged(state.mu, updates, b1) if b1 else updates
+        nu = _averaged_squares(state.nu, updates, b2)
+        first = _debiased(mu, ages, b1)
+        if nesterov:
+            ahead, now = _debiased(mu, older(ages), b1), _debiased(updates, ages, b1)
+            first = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, ahead, now)
+        out = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), first, _debiased(nu, ages, b2))
+        return out, AgedAdamState(mu if b1 else None, nu, ages)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def scale_by_ademamix(
+    b1: float = 0.9, b2: float = 0.999, b3: float = 0.9999, alpha: float = 5.0, eps: float = 1e-8
+) -> Any:
+    """Adam with a second, slow memory of gradients; an `optax.GradientTransformation`.
+
+    `(m1 + alpha * m2) / (sqrt(v) + eps)`, where `m2` forgets by `b3` and is not corrected for its
+    bias: it fills slowly, and after growth it does so again for every new coordinate. The same updates
+    as `optax.contrib.scale_by_ademamix` until the model grows. Pagliardini et al.
+    (2024), "The AdEMAMix Optimizer: Better, Faster, Older", arXiv:2409.03137.
+    """
+    import optax
+
+    def init(params):
+        blank = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
+        return AgedAdEMAMixState(blank(), blank(), blank(), born(params))
+
+    def update(updates, state: AgedAdEMAMixState, params=None):
+        del params
+        ages = older(state.ages)
+        m1 = _averaged(state.m1, updates, b1)
+        m2 = _averaged(state.m2, updates, b3)
+        nu = _averaged_squares(state.nu, updates, b2)
+        out = jax.tree.map(
+            lambda fast, slow, v: (fast + alpha * slow) / (jnp.sqrt(v) + eps),
+            _debiased(m1, ages, b1),
+            m2,
+            _debiased(nu, ages, b2),
+        )
+        return out, AgedAdEMAMixState(m1, m2, nu, ages)
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def _averaged(moments: Any, updates: Any, decay: float) -> Any:
+    return jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, moments, updates)
+
+
+def _averaged_squares(moments: Any, updates: Any, decay: float) -> Any:
+    return jax.tree.map(lambda v, g: decay * v + (1 - decay) * g * g, moments, updates)
+
+
+def older(ages: Ages) -> Ages:
+    """The ages one update later."""
+    return Ages({axis: age + 1 for axis, age in ages.of.items()})
+
+
+def _debiased(moments: Any, ages: Ages, decay: float) -> Any:
+    """Moments divided by `1 - decay^t`, where `t` is the age of each entry."""
+    log_decay = math.log(decay) if decay else -math.inf
+    filled = {axis: -jnp.expm1(age.astype(float) * log_decay) for axis, age in ages.of.items()}
+    return put(
+        moments,
+        {
+            slot.steps: slot.value / share.astype(slot.value.dtype)
+            for slot, share in by_youngest(moments, filled, 1.0)
+        },
+    )
+
+
+def by_youngest(tree: Any, vectors: Mapping[str, Array], top: Any) -> Iterator[tuple[Slot, Array]]:
+    """The slot of every array of a tree like the parameters, and `youngest` for it.
+
+    Places that hold None, or the placeholder of a masked optimizer, are left out.
+    """
+    table = axes_of(tree)
+    for slot in table.of_kind("param"):
+        if slot.arrays():
+            yield slot, youngest(slot, vectors, table.sizes, top)
 
 
 def youngest(slot: Slot, vectors: Mapping[str, Array], sizes: Mapping[str, int], top: Any) -> Array:
@@ -91,17 +171,18 @@ def youngest(slot: Slot, vectors: Mapping[str, Array], sizes: Mapping[str, int],
     return slot.join(jnp.broadcast_to(least, [sizes[dim.axis] for dim in slot.dims]))
 
 
-def _debias(ages: Mapping[str, Array], decay: float) -> dict[str, Array]:
-    """`1 - decay^t` for every coordinate of every axis."""
-    log_decay = math.log(decay) if decay else -math.inf
-    return {axis: -jnp.expm1(age.astype(float) * log_decay) for axis, age in ages.items()}
-
-
 def matrices(params) -> Any:
     """True at the matrices of a model: what weight decay is usually meant for (not gains, biases)."""
     mask = jax.tree.map(lambda _: False, params)
     slots = axes_of(params).of_kind("param")
     return put(mask, {s.steps: s.init == "normal" for s in slots if s.value is not None})
+
+
+def not_biases(params) -> Any:
+    """True at the matrices and at the gains of norms, which some trainers decay as well."""
+    mask = jax.tree.map(lambda _: False, params)
+    slots = axes_of(params).of_kind("param")
+    return put(mask, {s.steps: s.init != "zeros" for s in slots if s.value is not None})
 
 
 def adamw(

@@ -31,10 +31,13 @@ _FIRST = (
 )
 _SECOND = ("nu", "nu_max", "v", "h", "hessian", "sum_of_squares")
 _WEIGHT = ("params", "slow_params", "fast_params", "z", "average")
+# Between two sets of weights: a new coordinate is the same in both.
+_DIFFERENCE = ("offset",)
 _MOMENTS: dict[str, Moment] = {
     **dict.fromkeys(_FIRST, "first"),
     **dict.fromkeys(_SECOND, "second"),
     **dict.fromkeys(_WEIGHT, "weight"),
+    **dict.fromkeys(_DIFFERENCE, "difference"),
 }
 
 
@@ -50,10 +53,10 @@ def carry(
     """The optimizer state of the grown model, for any chain of optax transformations.
 
     Every subtree shaped like the parameters moves: first moments by the share on the opposite side from
-    the weights, second moments by its square, averages of the weights like the weights. Fresh
-    coordinates are zero. Step counts, schedules and hyper-parameters stay as they are. Under plain
-    `optax.adam` a zero moment under an old step count moves new weights by up to 6.6 times the
-    learning rate; `growjax.optim.adamw` keeps an age for every coordinate instead.
+    the weights, second moments by its square, averages of the weights and differences between them as
+    the weights. Fresh coordinates are zero. Step counts, schedules and hyper-parameters stay as they are.
+    Under plain `optax.adam` a zero moment under an old step count moves new weights by up to 6.6 times
+    the learning rate; `growjax.optim.adamw` keeps an age for every coordinate instead.
 
     **Arguments**
 
@@ -61,7 +64,7 @@ def carry(
     - `state`: what `tx.init(gj.partition(model)[0])` and its updates gave (or `tx.init` of the model).
     - `key`: as for `gj.grow`; only shapes are computed with it.
     - `copies`: copied coordinates follow their source by the dual, or start from zero and young.
-    - `moments`: what further fields hold: name to "first", "second" or "weight".
+    - `moments`: what further fields hold: name to "first", "second", "weight" or "difference".
 
     Raises `StateError` that lists every field whose meaning is not known, and every one whose shape is
     not that of the parameters (factored moments, which must start again).
@@ -107,7 +110,7 @@ def _carry_one(move, state, model, grown, known: Mapping[str, Moment], keep: boo
         elif name not in known:
             complaints.append(
                 f"{jax.tree_util.keystr(path)}: what does {name!r} hold? Pass moments={{{name!r}: ...}}: "
-                "'first' (like gradients), 'second' (their squares) or 'weight'"
+                "'first' (like gradients), 'second' (their squares), 'weight' or 'difference' (of such)"
             )
         elif faults := _misshapen(node, model):
             complaints.append(f"{jax.tree_util.keystr(path)}: {faults}")

@@ -1,20 +1,21 @@
 """An optimizer as data: what a plan says, and the optax chain that it means."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
-import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 
-from growjax.axes import axes_of, get, put
 from growjax.errors import PlanError, raise_all
-from growjax.optim.age import Ages, matrices, scale_by_adam, youngest
+from growjax.optim.age import matrices, not_biases, scale_by_adam, scale_by_ademamix
+from growjax.optim.muon import scale_by_muon
+from growjax.optim.rule import Rule as Rule
+from growjax.optim.rule import rule, schedule_free
+from growjax.optim.scale import scale_by_parameter, scale_new
+from growjax.optim.sophia import scale_by_sophia
 
 
-Name = Literal["adamw", "lion", "sgd"]
+Name = Literal["adamw", "nadamw", "ademamix", "lion", "sophia", "muon", "schedule_free", "sgd"]
+Decayed = Literal["matrices", "weights", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +24,19 @@ class Optimizer:
 
     **Fields**
 
-    - `name`: "adamw" (with an age for every coordinate), "lion" or "sgd" (with momentum `b1`).
+    - `name`: "adamw" (with an age for every coordinate), "nadamw", "ademamix", "lion", "sophia",
+      "muon", "schedule_free" (AdamW, averaged) or "sgd" (with momentum `b1`).
     - `b1`, `b2`, `eps`: its memories of gradients and of their squares; short runs want a short `b2`.
-    - `weight_decay`: of the matrices, per unit of learning rate.
+    - `weight_decay`: per unit of learning rate, of what `decayed` says: the "matrices", all "weights"
+      (gains of norms as well, but no biases) or "all".
+    - `scale_by_parameter`: the step of each tensor is multiplied by the root mean square of its entries,
+      or by a thousandth; its decay is not. AdamWScale is "adamw" with this.
     - `clip`: the largest norm of the whole gradient; None does not clip.
     - `new_rate`, `new_steps`: coordinates younger than `new_steps` steps that were not there at birth
       move at this multiple of the learning rate.
+    - `b3`, `alpha`: AdEMAMix's slow memory and its weight.
+    - `rho`, `refresh_every`: how much Sophia minds curvature, and every how many steps it looks.
+    - `momentum`: of Muon's matrices; `b1`, `b2` and `eps` are for all else.
 
     Raises `PlanError` that lists every field out of range.
 
@@ -42,21 +50,35 @@ class Optimizer:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
+    decayed: Decayed = "matrices"
+    scale_by_parameter: bool = False
     clip: float | None = 1.0
     new_rate: float = 1.0
     new_steps: int = 0
+    b3: float = 0.999
+    alpha: float = 5.0
+    rho: float = 0.04
+    refresh_every: int = 10
+    momentum: float = 0.95
 
     def __post_init__(self):
         positive = self.clip is None or self.clip > 0
+        kinds = get_args(Decayed)
         checks = [
             ("name", f"one of {', '.join(get_args(Name))}", self.name, self.name in get_args(Name)),
             ("b1", "a rate from 0 to below 1", self.b1, 0 <= self.b1 < 1),
             ("b2", "a rate from 0 to below 1", self.b2, 0 <= self.b2 < 1),
             ("eps", "a positive number", self.eps, self.eps > 0),
             ("weight_decay", "0 or more", self.weight_decay, self.weight_decay >= 0),
+            ("decayed", f"one of {', '.join(kinds)}", self.decayed, self.decayed in kinds),
             ("clip", "a positive norm, or None", self.clip, positive),
             ("new_rate", "0 or more", self.new_rate, self.new_rate >= 0),
             ("new_steps", "0 or more", self.new_steps, self.new_steps >= 0),
+            ("b3", "a rate from 0 to below 1", self.b3, 0 <= self.b3 < 1),
+            ("alpha", "0 or more", self.alpha, self.alpha >= 0),
+            ("rho", "a positive number", self.rho, self.rho > 0),
+            ("refresh_every", "1 or more steps", self.refresh_every, self.refresh_every >= 1),
+            ("momentum", "a rate from 0 to below 1", self.momentum, 0 <= self.momentum < 1),
         ]
         faults = [
             f"{name}: expected {what}, got {got!r}" for name, what, got, ok in checks if not ok
@@ -65,88 +87,36 @@ class Optimizer:
             faults.append(
                 "new_rate, new_steps: one says how much and the other how long; give both"
             )
+        if not faults and self.name == "schedule_free" and self.b1 == 0:
+            faults.append(
+                "b1: schedule_free trains between an average and its goal; give b1 above 0"
+            )
         raise_all(PlanError, "this optimizer cannot be used:", faults)
 
     @property
     def curvature_every(self) -> int | None:
         """Every how many steps it wants the gradient of a loss on labels of the model's own drawing."""
-        return None
+        return self.refresh_every if self.name == "sophia" else None
 
-    def build(self) -> "Rule":
+    def build(self) -> Rule:
         """The rule of one update; the learning rate is an argument of each."""
         rescale = {
             "adamw": lambda: scale_by_adam(self.b1, self.b2, self.eps),
+            "nadamw": lambda: scale_by_adam(self.b1, self.b2, self.eps, nesterov=True),
+            "ademamix": lambda: scale_by_ademamix(self.b1, self.b2, self.b3, self.alpha, self.eps),
             "lion": lambda: optax.scale_by_lion(self.b1, self.b2),
+            "sophia": lambda: scale_by_sophia(self.b1, self.b2, self.rho),
+            "muon": lambda: scale_by_muon(self.b1, self.b2, self.eps, momentum=self.momentum),
+            "schedule_free": lambda: scale_by_adam(0.0, self.b2, self.eps),
             "sgd": lambda: optax.trace(self.b1),
         }[self.name]()
+        decayed = {"matrices": matrices, "weights": not_biases, "all": None}[self.decayed]
         parts = [] if self.clip is None else [optax.clip_by_global_norm(self.clip)]
-        parts += [rescale, optax.add_decayed_weights(self.weight_decay, matrices)]
+        parts.append(rescale)
+        if self.scale_by_parameter:
+            parts.append(scale_by_parameter())
+        parts.append(optax.add_decayed_weights(self.weight_decay, decayed))
         if self.new_steps:
             parts.append(scale_new(self.new_rate, self.new_steps))
-        return rule(optax.chain(*parts))
-
-
-class Rule(NamedTuple):
-    """How parameters are updated: an optax transformation to which the learning rate is given.
-
-    - `init(params) -> state`
-    - `update(gradient, state, params, *, rate, curvature=None) -> (updates, state)`: what to add to the
-      parameters. `curvature` is a second gradient, for rules that asked for one.
-    - `judged(params, state) -> params`: what is evaluated; not what is trained for rules that average.
-    """
-
-    init: Callable[[Any], Any]
-    update: Callable[..., tuple[Any, Any]]
-    judged: Callable[[Any, Any], Any] = lambda params, state: params
-
-
-def rule(tx: optax.GradientTransformation) -> Rule:
-    """The rule of an optax chain without learning rate and sign.
-
-    **Example**
-
-        rule(optax.scale_by_adam()).update(gradient, state, params, rate=1e-3)
-    """
-    tx = optax.with_extra_args_support(tx)
-
-    def update(gradient, state, params, *, rate, curvature=None):
-        more = {} if curvature is None else {"curvature": curvature}
-        updates, state = tx.update(gradient, state, params, **more)
-        return jax.tree.map(lambda u: u * -jnp.asarray(rate, u.dtype), updates), state
-
-    return Rule(tx.init, update)
-
-
-class NewState(NamedTuple):
-    """Steps so far, and the age of every coordinate."""
-
-    count: Int[Array, ""]
-    ages: Ages
-
-
-def scale_new(rate: float, steps: int) -> Any:
-    """Multiply the updates of coordinates that growth added by `rate`, for their first `steps` steps.
-
-    An entry of a leaf is as young as the youngest of its coordinates; what was there at birth is not
-    new. An `optax.GradientTransformation`, for parameters that carry axes.
-    """
-
-    def init(params):
-        table = axes_of(params)
-        ages = {axis: jnp.zeros(size, jnp.int32) for axis, size in table.sizes.items()}
-        return NewState(jnp.zeros((), jnp.int32), Ages(ages))
-
-    def update(updates, state: NewState, params=None):
-        del params
-        table = axes_of(updates)
-        out = {}
-        for slot in table.of_kind("param"):
-            if slot.value is not None:
-                age = youngest(slot, state.ages.of, table.sizes, state.count)
-                factor = jnp.where((age < state.count) & (age < steps), rate, 1.0)
-                update = get(updates, slot.steps)
-                out[slot.steps] = update * factor.astype(update.dtype)
-        ages = {axis: age + 1 for axis, age in state.ages.of.items()}
-        return put(updates, out), NewState(state.count + 1, Ages(ages))
-
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+        one = rule(optax.chain(*parts))
+        return schedule_free(one, self.b1) if self.name == "schedule_free" else one

@@ -1,0 +1,57 @@
+"""Plans under every rule: as data, as runs that learn, and as runs that were killed.
+
+AdamW's are in `test_train`.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+import growjax as gj
+from growjax.train import Optimizer, Options, Schedule, Step, load_plan, save_plan, train
+from tests.runs import feed, losses, plan, same, steps
+
+
+RATES = {"nadamw": 1e-2, "ademamix": 1e-2, "lion": 3e-3, "sgd": 0.3}
+# Those whose state is not just moments, through a growth as well
+GROWN = {"sophia": 3e-3, "muon": 1e-2, "schedule_free": 3e-2}
+
+
+@pytest.mark.parametrize("name", [*RATES, *GROWN])
+def test_a_run_learns_and_goes_on_bitwise(name, programs, tmp_path):
+    stages = [steps(6), *([steps(6, grow=gj.msg(mlp=24), ramp=3)] if name in GROWN else [])]
+    whole = plan(
+        *stages,
+        optimizer=Optimizer(name, weight_decay=0.1),
+        rate=Schedule((RATES | GROWN)[name]),
+    )
+    options = Options(evaluate_every=whole.flops / 4, held_out=4, save_every=3, keep_last=9)
+
+    def records(run: str) -> list[Any]:
+        folder = tmp_path / run
+        return list(train(whole, feed(whole), run=folder, options=options, cache=programs))
+
+    first = records("first")
+    marks = [r.held_out for r in first if isinstance(r, Step) and r.held_out is not None]
+    found = losses(first)
+    assert marks[-1] < marks[0] - 0.1 and found[max(found)] < found[0] - 0.1
+    for saved in ["00000003-00", *(["00000009-01"] if name in GROWN else [])]:
+        (tmp_path / saved / "checkpoints").mkdir(parents=True)
+        checkpoint = tmp_path / "first" / "checkpoints" / saved
+        checkpoint.rename(tmp_path / saved / "checkpoints" / saved)
+        again = records(saved)
+        assert again[0].resumed and same(again, first)
+        assert losses(again) == {n: x for n, x in found.items() if n >= int(saved[:8])}
+
+
+def test_every_field_survives_the_trip_through_json(tmp_path):
+    optimizer = Optimizer(
+        "muon", 0.8, 0.9, 1e-6, 0.1, "weights", True, None, 2.0, 5, 0.99, 4.0, 0.1, 7, 0.9
+    )
+    plain = Optimizer()
+    for field in dataclasses.fields(Optimizer):
+        assert getattr(optimizer, field.name) != getattr(plain, field.name)
+    whole = plan(steps(2), optimizer=optimizer)
+    save_plan(whole, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json").optimizer == optimizer
