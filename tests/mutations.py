@@ -277,6 +277,33 @@ TABLE = """
 @ gains and biases decay | optim/age.py | optim | decay_is_for_matrices
 - s.init == "normal" for s in slots
 + True for s in slots
+@ Sophia forgets how many labels were drawn | optim/sophia.py | rules | gauss_newton
+- jnp.asarray(labels, g.dtype) * g * g
++ g * g
+@ Sophia's curvature fades between looks | optim/sophia.py | rules | only_when_it_is_shown
+- h = state.h
++ h = jax.tree.map(lambda h: b2 * h, state.h)
+@ all layers are one tensor | optim/scale.py | rules | layer_by_layer
+- range(len(slot.dims) - len(within), len(slot.spec.groups))
++ range(len(slot.spec.groups))
+@ heads and embeddings are hidden matrices | optim/muon.py | rules | matrices_inside
+- if not all({"consumed", "produced"} <= table.roles(dim.axis) for dim in data):
++ if not data:
+@ a matrix is split where its role last changes | optim/muon.py | rules | orthogonal_layer_by_layer
+- first = next((i for i, dim in enumerate(data) if dim.role != data[0].role), 0)
++ first = next((i for i in range(len(data) - 1, 0, -1) if data[i - 1].role != data[i].role), 0)
+@ new coordinates share the old average | optim/rule.py | rules | fresh_run
+- jnp.where(seen > 0, weight / jnp.where(seen > 0, seen, 1), 0)
++ jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
+@ averages weigh every step alike | optim/rule.py | rules | average_of_where
+- weight = jnp.square(jnp.asarray(rate, float))
++ weight = jnp.asarray(rate, float)
+@ the offset of an average is carried as a moment | optim/carry.py | rules | carried_with_them
+- **dict.fromkeys(_DIFFERENCE, "difference")
++ **dict.fromkeys(_DIFFERENCE, "first")
+@ averages of copies behind gates are blank | maps.py | optim | average_of_the_parameters
+- keep = copies or moment == "weight"
++ keep = copies
 @ a wrong gradient passes | certify.py | certify | wrong_map
 - self.gradient <= 1e-10
 + self.gradient <= 1e10
@@ -286,9 +313,9 @@ TABLE = """
 @ a scanned layer is counted once | cost.py | subnet | costs_k_of_l
 - return params["length"] * sum(costs)
 + return sum(costs)
-@ updates go up the gradient | train/step.py | train | norms_are
-- u * -controls.rate.astype(u.dtype)
-+ u * controls.rate.astype(u.dtype)
+@ updates go up the gradient | optim/rule.py | train | norms_are
+- u * -jnp.asarray(rate, u.dtype)
++ u * jnp.asarray(rate, u.dtype)
 @ each part of a batch has a mean of its own | train/step.py | train | add_up
 - return jnp.sum(losses * counts) / weights
 + return jnp.sum(losses * counts) / jnp.sum(counts)

@@ -404,11 +404,11 @@ def fixed(name: Name) -> Any:
     """A rule at one rate, shown curvature at every step, as an optax transformation."""
     rule = plain(name)
 
-    def update(gradient, state, params):
-        more = {"curvature": gradient, "labels": 8.0} if name == "sophia" else {}
-        return rule.update(gradient, state, params, rate=0.1, **more)
+    def update(updates, state, params=None):
+        more = {"curvature": updates, "labels": 8.0} if name == "sophia" else {}
+        return rule.update(updates, state, params, rate=0.1, **more)
 
-    return optax.GradientTransformation(rule.init, update)
+    return optax.GradientTransformation(lambda params: rule.init(params), update)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -55,4 +55,4 @@ def scale_by_sophia(b1: float = 0.965, b2: float = 0.99, rho: float = 0.04) -> A
         )
         return out, SophiaState(m, h)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
