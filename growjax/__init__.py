@@ -39,6 +39,8 @@ from growjax.subnet import step_key as step_key
 
 def __getattr__(name: str):
     """Plans are one dot deep too, but what runs them (optax, grain, rich) is loaded when it is used."""
+    if name == "hf":
+        return importlib.import_module("growjax.hf")
     if name in ("Plan", "Stage"):
         return getattr(importlib.import_module("growjax.train"), name)
     raise AttributeError(f"module 'growjax' has no attribute {name!r}")

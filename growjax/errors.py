@@ -63,6 +63,10 @@ class EvalError(GrowjaxError):
     """A task, its data, a tokenizer or a model do not fit together."""
 
 
+class HuggingFaceError(GrowjaxError):
+    """A Hugging Face folder is broken or unknown, or a model cannot be written as one."""
+
+
 class TrainingError(GrowjaxError):
     """Training cannot go on: a loss is not finite, or a growth changed the function."""
 

@@ -25,7 +25,7 @@ from growjax.models import (
     LlamaConfig,
     T5Config,
 )
-from growjax.nn import Block
+from growjax.nn import Block, Rotary, RotaryScaling
 
 
 V = 11
@@ -171,6 +171,24 @@ def test_llama(tied):
             x = x + feed_forward(q.mlp, rms_norm(x, q.mlp_norm, 1e-3), "silu")
         head = p.embedding.table.T if tied else p.head
         close(ours, rms_norm(x, p.norm, 1e-3) @ head)
+
+
+def test_rotary_frequencies_are_lowered_where_they_turn_too_slowly():
+    plain = np.repeat(500.0 ** -(np.arange(0, 16, 2) / 16), 2)
+    with jax.enable_x64(True):
+        scaled = Rotary(16, 500.0, RotaryScaling(8.0, low=1.0, high=4.0, length=64)).freqs
+        linear = Rotary(16, 500.0, RotaryScaling(8.0)).freqs
+    for found, freq in zip(np.asarray(scaled), plain, strict=True):
+        wave = 2 * np.pi / freq
+        mix = (64 / wave - 1.0) / (4.0 - 1.0)
+        between = (1 - mix) * freq / 8 + mix * freq
+        expected = freq / 8 if wave > 64 / 1.0 else freq if wave < 64 / 4.0 else between
+        assert abs(found - expected) <= 1e-15
+    np.testing.assert_allclose(linear, plain / 8, rtol=1e-15)
+    assert len({float(f / p) for f, p in zip(np.asarray(scaled), plain, strict=True)}) > 3
+    for wrong in (dict(factor=0.0), dict(factor=2.0, low=4.0), dict(factor=2.0, length=-1)):
+        with pytest.raises(AxisError, match="scaling: expected a positive factor and length"):
+            RotaryScaling(**wrong)
 
 
 @pytest.mark.parametrize("post_norm", [True, False])

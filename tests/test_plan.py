@@ -14,6 +14,7 @@ from growjax.budget import Schedule
 from growjax.data import MLM, UL2, Causal, SpanCorruption
 from growjax.errors import DataError, GrowthError, LayoutError, PlanError
 from growjax.models import BERTConfig, LlamaConfig, T5Config
+from growjax.nn import RotaryScaling
 from growjax.train import Layout, Optimizer, Plan, Stage, load_plan, save_plan
 from growjax.train.as_json import differences, from_dict, to_dict
 from tests.runs import SMALL, every_kind, plan, steps
@@ -228,7 +229,15 @@ PLANS = {
     "Llama": lambda: plan(
         steps(2, subnet=gj.random_part(mlp=16)),
         model=LlamaConfig(
-            layers=2, embed=16, heads=4, kv_heads=2, head_dim=8, mlp=32, vocab=384, dtype="bfloat16"
+            layers=2,
+            embed=16,
+            heads=4,
+            kv_heads=2,
+            head_dim=8,
+            mlp=32,
+            vocab=384,
+            dtype="bfloat16",
+            scaling=RotaryScaling(8.0, length=64),
         ),
         layout=Layout(data=2, fsdp=4, tensor=2),
         optimizer=Optimizer("lion", clip=None),

@@ -18,6 +18,7 @@ from growjax.nn import (
     Embedding,
     Norm,
     Rotary,
+    RotaryScaling,
     Stacked,
     causal,
     empty_cache,
@@ -31,6 +32,7 @@ from growjax.nn import (
 class LlamaConfig:
     """Sizes and choices of a `Llama`; `heads` are query heads, `bias` is that of attention alone.
 
+    `theta` and `scaling` (a `growjax.nn.RotaryScaling`) set the frequencies of the rotary positions.
     `dtype` is that of the activations (None: the parameters'); norms, softmax and logits stay in
     float32 at least.
     """
@@ -43,6 +45,7 @@ class LlamaConfig:
     mlp: int
     vocab: int
     theta: float = 10000.0
+    scaling: RotaryScaling | None = None
     eps: float = 1e-5
     tied: bool = False
     bias: bool = False
@@ -80,7 +83,7 @@ class Llama(eqx.Module):
         c = config
         k_embed, k_blocks, k_head = jax.random.split(key, 3)
         self.embedding = Embedding(c.vocab, c.embed, key=k_embed)
-        self.rotary = Rotary(c.head_dim, c.theta)
+        self.rotary = Rotary(c.head_dim, c.theta, c.scaling)
 
         def block(key):
             return make_block(

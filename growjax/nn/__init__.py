@@ -7,6 +7,7 @@ from growjax.nn.assembly import make_block as make_block
 from growjax.nn.attention import Attention as Attention
 from growjax.nn.attention import Cache as Cache
 from growjax.nn.attention import Rotary as Rotary
+from growjax.nn.attention import RotaryScaling as RotaryScaling
 from growjax.nn.attention import rotate as rotate
 from growjax.nn.block import Block as Block
 from growjax.nn.embedding import Embedding as Embedding

@@ -6,7 +6,9 @@ Heads are factored so that grouped queries come out right by construction: queri
 is copied. The softmax is our own: `jax.nn.dot_product_attention` computes it in float32 even under x64.
 """
 
+import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import equinox as eqx
@@ -22,19 +24,56 @@ from growjax.nn.linear import affine, normal
 from growjax.nn.norm import Norm
 
 
+@dataclasses.dataclass(frozen=True)
+class RotaryScaling:
+    """How frequencies are lowered, so that a model reads more than it was trained on.
+
+    All are divided by `factor` (Chen et al., "Position Interpolation", 2023); or, if `length` says what
+    the model was trained on, only those that turn less than `low` times in it, and none that turns
+    more than `high` times (Llama 3).
+
+    **Example**
+
+        RotaryScaling(8.0, low=1.0, high=4.0, length=8192)        # Llama 3.1
+    """
+
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    length: int | None = None
+
+    def __post_init__(self):
+        if not (self.factor > 0 and 0 < self.low < self.high and (self.length or 1) > 0):
+            raise AxisError(
+                f"scaling: expected a positive factor and length, and 0 < low < high, got {self}"
+            )
+
+    def __call__(self, freqs: Float[Array, " n"]) -> Float[Array, " n"]:
+        """The frequencies that the model is run with."""
+        if self.length is None:
+            return freqs / self.factor
+        turns = self.length * freqs / (2 * math.pi)
+        kept = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return freqs * (kept + (1 - kept) / self.factor)
+
+
 class Rotary(eqx.Module):
     """Rotary position embeddings on neighbouring pairs of coordinates.
 
     The frequencies are data, one per coordinate: a head that grows keeps those it has, and new pairs,
     appended at the end, repeat them. (Halves instead of pairs would have to grow in two places.)
-    Su et al., "RoFormer", 2021.
+    `theta` and `scaling` say what they were made of. Su et al., "RoFormer", 2021.
     """
 
     freqs: Float[Array, " head_dim"] = buffer("head_dim")
+    theta: float = eqx.field(static=True, default=10000.0)
+    scaling: RotaryScaling | None = eqx.field(static=True, default=None)
 
-    def __init__(self, head_dim: int, theta: float = 10000.0):
+    def __init__(self, head_dim: int, theta: float = 10000.0, scaling: RotaryScaling | None = None):
         pairs = jnp.arange(0, head_dim, 2) / head_dim
-        self.freqs = jnp.repeat(theta**-pairs, 2)
+        freqs = theta**-pairs
+        self.freqs = jnp.repeat(freqs if scaling is None else scaling(freqs), 2)
+        self.theta, self.scaling = theta, scaling
 
     def __check_init__(self):
         if self.freqs.shape[-1] % 2:

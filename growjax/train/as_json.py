@@ -16,6 +16,7 @@ from growjax.budget import Schedule
 from growjax.errors import GrowjaxError, PlanError
 from growjax.growth import Chain, Operator
 from growjax.models import BERTConfig, GPTConfig, LlamaConfig, T5Config
+from growjax.nn import RotaryScaling
 from growjax.optim.recipe import Optimizer
 from growjax.parallel import Layout
 from growjax.train.plan import Plan
@@ -32,7 +33,7 @@ _KNOWN: dict[str, type] = {
     cls.__name__: cls
     for cls in [
         *(Plan, Stage, Schedule, Optimizer, Layout),
-        *(GPTConfig, BERTConfig, LlamaConfig, T5Config),
+        *(GPTConfig, BERTConfig, LlamaConfig, RotaryScaling, T5Config),
         *_classes(data),
         *(c for c in _classes(budget) if issubclass(c, budget.Clock)),
         *(c for c in _classes(select) if issubclass(c, select.Selector)),

@@ -1,0 +1,148 @@
+"""BERT: with or without its heads and their prefix, gamma and beta, tied or with a decoder of its own."""
+
+from typing import Any
+
+from growjax.axes import sizes
+from growjax.hf.family import Family, Said, activation_name, epsilon, is_tied
+from growjax.hf.gpt2 import head_dim_limits
+from growjax.hf.table import Row, linear, norm
+from growjax.models import BERT, BERTConfig
+
+
+_HEADS = "(kv_heads group head_dim)"
+_BLOCK = "blocks.block"
+_WORDS = "embeddings.word_embeddings.weight"
+_DECODER = "cls.predictions.decoder"
+
+
+def _rows(config: BERTConfig) -> tuple[Row, ...]:
+    def product(name: str, leaf: str, into: str, out: str) -> list[Row]:
+        return linear(f"encoder.layer.{{}}.{name}", f"{_BLOCK}.{leaf}", into, out)
+
+    bias = "mlm.decoder_bias: vocab"
+    if config.tied:
+        words = Row(_WORDS, "embedding.table: vocab embed", others=(f"{_DECODER}.weight",))
+        head = [Row("cls.predictions.bias", bias, others=(f"{_DECODER}.bias",))]
+    else:
+        words = Row(_WORDS, "embedding.table: vocab embed")
+        # Where the decoder is its own, so is its bias; the other one is there and not used
+        unused = ("cls.predictions.bias",)
+        head = [
+            Row(f"{_DECODER}.weight", "mlm.decoder: vocab embed"),
+            Row(f"{_DECODER}.bias", bias, others=unused, all_names=True),
+        ]
+    return (
+        words,
+        Row("embeddings.position_embeddings.weight", "position.table: positions embed"),
+        Row("embeddings.token_type_embeddings.weight", "token_type.table: token_types embed"),
+        *norm("embeddings.LayerNorm", "embedding_norm"),
+        *product("attention.self.query", "attention.q", "embed", _HEADS),
+        *product("attention.self.key", "attention.k", "embed", _HEADS),
+        *product("attention.self.value", "attention.v", "embed", _HEADS),
+        *product("attention.output.dense", "attention.o", _HEADS, "embed"),
+        *norm("encoder.layer.{}.attention.output.LayerNorm", f"{_BLOCK}.attention_norm"),
+        *product("intermediate.dense", "mlp.up", "embed", "mlp"),
+        *product("output.dense", "mlp.down", "mlp", "embed"),
+        *norm("encoder.layer.{}.output.LayerNorm", f"{_BLOCK}.mlp_norm"),
+        *linear("pooler.dense", "pooler.weight", "embed", "embed2"),
+        *linear("cls.predictions.transform.dense", "mlm.weight", "embed", "embed2"),
+        *norm("cls.predictions.transform.LayerNorm", "mlm.norm"),
+        *head,
+        *linear("cls.seq_relationship", "nsp", "embed", "nsp"),
+    )
+
+
+def _read(said: Said, same: Any) -> BERTConfig:
+    embed, heads = said.size("hidden_size"), said.size("num_attention_heads")
+    has = said.names.__contains__
+    return BERTConfig(
+        layers=said.layers("num_hidden_layers"),
+        embed=embed,
+        heads=heads,
+        head_dim=said.share("hidden_size", embed, heads),
+        mlp=said.size("intermediate_size"),
+        vocab=said.size("vocab_size"),
+        positions=said.size("max_position_embeddings"),
+        token_types=said.size("type_vocab_size", default=2),
+        activation=said.activation("hidden_act", "gelu"),
+        eps=said.number("layer_norm_eps", default=1e-12),
+        tied=is_tied(said, same, head=f"{_DECODER}.weight", words=[_WORDS], default=True),
+        mlm_head=any(name.startswith("cls.predictions.") for name in said.names),
+        pooler=has("pooler.dense.weight") or has("cls.seq_relationship.weight"),
+        nsp_head=has("cls.seq_relationship.weight"),
+    )
+
+
+def _write(config: BERTConfig) -> dict[str, Any]:
+    c = config
+    return {
+        "num_hidden_layers": c.layers,
+        "hidden_size": c.embed,
+        "num_attention_heads": c.heads,
+        "intermediate_size": c.mlp,
+        "vocab_size": c.vocab,
+        "max_position_embeddings": c.positions,
+        "type_vocab_size": c.token_types,
+        "hidden_act": activation_name(c.activation),
+        "layer_norm_eps": c.eps,
+        "tie_word_embeddings": c.tied,
+    }
+
+
+def _config_of(model: BERT) -> BERTConfig:
+    n, block = sizes(model), model.blocks.block
+    first = model.embedding_norm or model.norm
+    assert first is not None
+    return BERTConfig(
+        layers=n["layers"],
+        embed=n["embed"],
+        heads=n["kv_heads"] * n["group"],
+        head_dim=n["head_dim"],
+        mlp=n["mlp"],
+        vocab=n["vocab"],
+        positions=n["positions"],
+        token_types=n["token_types"],
+        post_norm=block.post_norm,
+        norm="layer" if first.centre else "rms",
+        bias=block.attention.q_bias is not None,
+        qk_norm=block.attention.q_norm is not None,
+        glu=block.mlp.glu is not None,
+        activation=block.mlp.activation,
+        eps=epsilon(first.eps),
+        tied=model.mlm is None or model.mlm.decoder is None,
+        dtype=model.dtype,
+        remat=model.blocks.remat,
+        mlm_head=model.mlm is not None,
+        nsp_head=model.nsp is not None,
+        pooler=model.pooler is not None,
+    )
+
+
+def _architecture(config: BERTConfig) -> str:
+    if config.mlm_head:
+        return "BertForPreTraining" if config.nsp_head else "BertForMaskedLM"
+    return "BertForNextSentencePrediction" if config.nsp_head else "BertModel"
+
+
+BERT_ = Family(
+    model_type="bert",
+    model=BERT,
+    architecture=_architecture,
+    base="BertModel",
+    prefix="bert.",
+    heads=("cls.",),
+    rows=_rows,
+    read=_read,
+    write=_write,
+    config_of=_config_of,
+    limits=head_dim_limits,
+    only={"norm": "layer", "post_norm": True, "bias": True, "qk_norm": False, "glu": False},
+    fixed={
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "add_cross_attention": False,
+    },
+    ignored=("embeddings.position_ids", "embeddings.token_type_ids"),
+    renamed={".gamma": ".weight", ".beta": ".bias"},
+    zero_biases=True,
+)

@@ -1,0 +1,261 @@
+"""`load` and `save`: the same rows in both directions, and every tensor and every leaf accounted for."""
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from growjax.axes import Axes, axes_of, put
+from growjax.errors import HuggingFaceError, raise_all
+from growjax.hf.bert import BERT_
+from growjax.hf.family import Family, Said
+from growjax.hf.files import (
+    CONFIG,
+    Folder,
+    Tensor,
+    copy_companions,
+    inside,
+    open_folder,
+    read_json,
+    shortened,
+    write_json,
+    write_weights,
+    written_whole,
+)
+from growjax.hf.gpt2 import GPT2
+from growjax.hf.llama import LLAMA
+from growjax.hf.stock import buffers_of, shapes_of, stock
+from growjax.hf.t5 import T5_
+from growjax.hf.table import Row
+
+
+FAMILIES = {family.model_type: family for family in (BERT_, GPT2, LLAMA, T5_)}
+_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def load(folder: str | Path, *, dtype: str | None = None, ignore: Sequence[str] = ()) -> Any:
+    """The model in a Hugging Face folder: a BERT, GPT-2, Llama or T5 (also v1.1, UL2) with its weights.
+
+    **Arguments**
+
+    - `folder`: with `config.json` and `model.safetensors`, or shards and their index. Nothing is
+      downloaded, executed or unpickled, and nothing outside the folder is read.
+    - `dtype`: of the parameters; by default they stay as they are in the file. Epsilons and rotary
+      frequencies are float32 at least.
+    - `ignore`: patterns of tensors that may be left over, such as `"classifier.*"`.
+
+    Every tensor is used and every parameter is filled, or `HuggingFaceError` lists what is not; it is
+    also what broken files, unknown configurations and numbers that are not finite raise.
+
+    **Example**
+
+        model = gj.hf.load("bert-base-uncased")
+        hidden = model(tokens).hidden              # [T, embed]
+    """
+    with open_folder(folder) as found:
+        family = _family_of(found)
+        names = _canonical(found, family)
+        said = Said(found.config, names)
+
+        def same(one: str, other: str) -> bool:
+            one, other = names[one], names[other]
+            if found.tensors[one].shape != found.tensors[other].shape:
+                return False
+            return np.array_equal(found.read(one), found.read(other))
+
+        said.fixed({**family.fixed, "quantization_config": None})
+        config = family.read(said, same)
+        said.check(family.model_type)
+        shapes = shapes_of(config, family)
+        table = axes_of(shapes)
+        rows = _rows_of(family, config, table)
+        _check_coverage(found, names, rows, table, (*family.ignored, *ignore), dtype)
+        values = {}
+        for row in rows:
+            for leaf, array in _filled(found, names, row, table, same, dtype).items():
+                values[table[leaf].steps] = jnp.asarray(array)
+    for path, value in buffers_of(config, family).items():
+        if value is not None:
+            values[table[path].steps] = value
+    return put(shapes, values)
+
+
+def save(
+    model: Any, folder: str | Path, *, source: str | Path | None = None, shard: int = 5 * 10**9
+) -> None:
+    """Write a BERT, GPT, Llama or T5 as a folder that `transformers` loads, with equal outputs.
+
+    **Arguments**
+
+    - `folder`: must be empty or not there; it gets its name when it is whole.
+    - `source`: the folder that the model came from: its tokenizer is copied, and what its `config.json`
+      says besides sizes (special tokens, dropout rates) is kept.
+    - `shard`: the largest size of a file, in bytes; more than one get an index.
+
+    A grown model is written as a stock one: open gates, branch multipliers and scales are folded into
+    its weights. Raises `GateError` while gates are not open, and `HuggingFaceError` with everything that
+    the family cannot say (a `head_dim` that it derives, epsilons that differ, QK-norms).
+
+    **Example**
+
+        gj.hf.save(gj.grow(gj.copy(embed=768, heads=24), model), "grown", source="all-MiniLM-L6-v2")
+    """
+    matching = [family for family in FAMILIES.values() if family.model is type(model)]
+    if not matching:
+        known = ", ".join(family.model.__name__ for family in FAMILIES.values())
+        raise HuggingFaceError(f"model: expected one of {known}, got a {type(model).__name__}")
+    (family,) = matching
+    model, config = stock(model, family)
+    table = axes_of(model)
+    prefix = "" if family.architecture(config) == family.base else family.prefix
+    tensors: dict[str, Tensor] = {}
+    for row in _rows_of(family, config, table):
+        for layer in range(_layers(row, table)):
+            tensor = _tensor(row, layer, table)
+            for name in row.names(layer)[: None if row.all_names else 1]:
+                tensors[name if name.startswith(family.heads) else prefix + name] = tensor
+    dtype = str(np.asarray(model.embedding.table).dtype)
+    said = {} if source is None else read_json(inside(Path(source), CONFIG))
+    said |= family.write(config) | {
+        "model_type": family.model_type,
+        "architectures": [family.architecture(config)],
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    with written_whole(folder) as partial:
+        write_json(partial / CONFIG, said)
+        write_weights(partial, tensors, shard)
+        if source is not None:
+            copy_companions(Path(source), partial)
+
+
+def _family_of(folder: Folder) -> Family:
+    kind = folder.config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise HuggingFaceError(
+            f"{folder.path / CONFIG}: model_type: expected one of {known}, got {kind!r}"
+        )
+    return FAMILIES[kind]
+
+
+def _canonical(folder: Folder, family: Family) -> dict[str, str]:
+    """The names of a file by how the table spells them."""
+    found: dict[str, str] = {}
+    twice = []
+    for name in folder.tensors:
+        ours = name.removeprefix(family.prefix)
+        for old, new in family.renamed.items():
+            ours = ours.removesuffix(old) + new if ours.endswith(old) else ours
+        if ours in found:
+            twice.append(f"{name} and {found[ours]}")
+        found[ours] = name
+    raise_all(HuggingFaceError, f"{folder.path}: the same tensor twice:", shortened(twice))
+    return found
+
+
+def _rows_of(family: Family, config: Any, table: Axes) -> list[Row]:
+    """The rows of what this model has."""
+    rows = family.rows(config)
+    return [row for row in rows if all(_has(table, leaf) for leaf in row.leaves)]
+
+
+def _has(table: Axes, leaf: str) -> bool:
+    return leaf in table and table[leaf].value is not None
+
+
+def _layers(row: Row, table: Axes) -> int:
+    return table.size(table[row.leaves[0]].dims[0].axis) if row.layered else 1
+
+
+def _check_coverage(
+    folder: Folder,
+    names: Mapping[str, str],
+    rows: Sequence[Row],
+    table: Axes,
+    ignored: Sequence[str],
+    dtype: str | None,
+) -> None:
+    """Every tensor used or ignored, every leaf filled, every shape and type as it must be."""
+    complaints, used = [], set()
+    for row in rows:
+        shape, kinds = row.shape(table), set()
+        for layer in range(_layers(row, table)):
+            spellings = row.names(layer)
+            there = [name for name in spellings if name in names]
+            used.update(there)
+            if not there:
+                complaints.append(f"{spellings[0]}: not in the file")
+            for name in there:
+                entry = folder.tensors[names[name]]
+                kinds.add(entry.dtype)
+                if entry.dtype not in _NAMES:
+                    complaints.append(f"{name}: is of type {entry.dtype}, expected a floating one")
+                if entry.shape != shape:
+                    complaints.append(
+                        f"{name}: expected the shape {list(shape)}, got {list(entry.shape)}"
+                    )
+        if dtype is None and len(kinds) > 1:
+            complaints.append(
+                f"{row.name}: {', '.join(sorted(kinds))} in different layers; pass dtype="
+            )
+        if dtype is None and "F64" in kinds and not jax.config.read("jax_enable_x64"):
+            complaints.append(f"{row.name}: is of type F64; enable x64, or pass dtype='float32'")
+    left = [
+        f"{name}: nothing in this model is called so"
+        for name in names
+        if name not in used and not any(fnmatch.fnmatchcase(name, p) for p in ignored)
+    ]
+    raise_all(
+        HuggingFaceError,
+        f"{folder.path} does not hold this model, as its config.json describes it:",
+        shortened(sorted(complaints) + sorted(left)),
+    )
+
+
+def _filled(
+    folder: Folder,
+    names: Mapping[str, str],
+    row: Row,
+    table: Axes,
+    same: Callable[[str, str], bool],
+    dtype: str | None,
+) -> dict[str, np.ndarray]:
+    """The leaves of a row, from all its layers."""
+    found: dict[str, np.ndarray] = {}
+    layers = _layers(row, table)
+    for layer in range(layers):
+        there = [name for name in row.names(layer) if name in names]
+        differing = [] if row.all_names else [n for n in there[1:] if not same(there[0], n)]
+        raise_all(
+            HuggingFaceError,
+            f"{folder.path}: {there[0]} is there under other names too, with other numbers:",
+            differing,
+        )
+        tensor = folder.read(names[there[0]])
+        tensor = tensor if dtype is None else tensor.astype(jnp.dtype(dtype))
+        for leaf, array in zip(row.leaves, row.unpack(table, tensor), strict=True):
+            if not row.layered:
+                found[leaf] = array
+                continue
+            if leaf not in found:
+                found[leaf] = np.empty((layers, *array.shape), array.dtype)
+            found[leaf][layer] = array
+    return found
+
+
+def _tensor(row: Row, layer: int, table: Axes) -> Tensor:
+    """The tensor of one layer, to be made when it is written."""
+    leaves = [table[leaf].value for leaf in row.leaves]
+    size = sum(leaf.nbytes for leaf in leaves) // _layers(row, table)
+
+    def make() -> np.ndarray:
+        arrays = [np.asarray(leaf) for leaf in leaves]
+        arrays = [array[layer] for array in arrays] if row.layered else arrays
+        return row.pack(table, arrays)
+
+    return Tensor(size, make)

@@ -1,0 +1,130 @@
+"""GPT-2: weights that are `[in, out]`, and one tensor for queries, keys and values."""
+
+from typing import Any
+
+from growjax.axes import sizes
+from growjax.hf.family import Family, Said, activation_name, epsilon, is_tied
+from growjax.hf.table import Row, linear, norm
+from growjax.models import GPT, GPTConfig
+
+
+_HEADS = "(kv_heads group head_dim)"
+_BLOCK = "blocks.block"
+
+
+def _rows(config: GPTConfig) -> tuple[Row, ...]:
+    def product(name: str, leaf: str, into: str, out: str) -> list[Row]:
+        return linear(f"h.{{}}.{name}", f"{_BLOCK}.{leaf}", into, out, transposed=True)
+
+    words = Row("wte.weight", "embedding.table: vocab embed", others=("lm_head.weight",))
+    return (
+        words if config.tied else Row("wte.weight", words.holds),
+        Row("wpe.weight", "position.table: positions embed"),
+        *norm("h.{}.ln_1", f"{_BLOCK}.attention_norm"),
+        *product("attn.c_attn", "attention.q|k|v", "embed", _HEADS),
+        *product("attn.c_proj", "attention.o", _HEADS, "embed"),
+        *norm("h.{}.ln_2", f"{_BLOCK}.mlp_norm"),
+        *product("mlp.c_fc", "mlp.up", "embed", "mlp"),
+        *product("mlp.c_proj", "mlp.down", "mlp", "embed"),
+        *norm("ln_f", "norm"),
+        Row("lm_head.weight", "head: vocab embed"),
+    )
+
+
+def _read(said: Said, same: Any) -> GPTConfig:
+    embed, heads = said.size("n_embd", "hidden_size"), said.size("n_head", "num_attention_heads")
+    return GPTConfig(
+        layers=said.layers("n_layer", "num_hidden_layers"),
+        embed=embed,
+        heads=heads,
+        head_dim=said.share("n_embd", embed, heads),
+        mlp=said.size("n_inner", default=4 * embed),
+        vocab=said.size("vocab_size"),
+        positions=said.size("n_positions", "n_ctx", "max_position_embeddings"),
+        activation=said.activation("activation_function", "gelu_new"),
+        eps=said.number("layer_norm_epsilon", default=1e-5),
+        tied=is_tied(said, same, head="lm_head.weight", words=["wte.weight"], default=True),
+    )
+
+
+def _write(config: GPTConfig) -> dict[str, Any]:
+    c = config
+    return {
+        "n_layer": c.layers,
+        "n_embd": c.embed,
+        "n_head": c.heads,
+        "n_inner": c.mlp,
+        "vocab_size": c.vocab,
+        "n_positions": c.positions,
+        "n_ctx": c.positions,
+        "activation_function": activation_name(c.activation),
+        "layer_norm_epsilon": c.eps,
+        "tie_word_embeddings": c.tied,
+    }
+
+
+def _config_of(model: GPT) -> GPTConfig:
+    n, block = sizes(model), model.blocks.block
+    return GPTConfig(
+        layers=n["layers"],
+        embed=n["embed"],
+        heads=n["kv_heads"] * n["group"],
+        kv_heads=n["kv_heads"],
+        head_dim=n["head_dim"],
+        mlp=n["mlp"],
+        vocab=n["vocab"],
+        positions=n.get("positions", 1),
+        norm="layer" if model.norm.centre else "rms",
+        post_norm=block.post_norm,
+        bias=block.attention.q_bias is not None,
+        qk_norm=block.attention.q_norm is not None,
+        glu=block.mlp.glu is not None,
+        activation=block.mlp.activation,
+        tied=model.head is None,
+        position="rotary" if model.position is None else "learned",
+        eps=epsilon(model.norm.eps),
+        dtype=model.dtype,
+        remat=model.blocks.remat,
+    )
+
+
+def head_dim_limits(config: Any) -> list[str]:
+    """GPT-2 and BERT derive the size of a head, and have as many keys as queries."""
+    c, complaints = config, []
+    if c.heads * c.head_dim != c.embed:
+        complaints.append(
+            f"head_dim: it is embed / heads there, so {c.heads} heads of {c.head_dim} would need "
+            f"embed={c.heads * c.head_dim}, and it is {c.embed}; grow heads along with embed"
+        )
+    if getattr(c, "kv_heads", None) not in (None, c.heads):
+        complaints.append(f"kv_heads: {c.kv_heads} for {c.heads} queries; no keys are shared there")
+    return complaints
+
+
+GPT2 = Family(
+    model_type="gpt2",
+    model=GPT,
+    architecture=lambda config: "GPT2LMHeadModel",
+    prefix="transformer.",
+    heads=("lm_head.",),
+    rows=_rows,
+    read=_read,
+    write=_write,
+    config_of=_config_of,
+    limits=head_dim_limits,
+    only={
+        "norm": "layer",
+        "post_norm": False,
+        "bias": True,
+        "qk_norm": False,
+        "glu": False,
+        "position": "learned",
+    },
+    fixed={
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    },
+    ignored=("h.*.attn.bias", "h.*.attn.masked_bias"),
+    zero_biases=True,
+)

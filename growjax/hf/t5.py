@@ -1,0 +1,170 @@
+"""T5, T5 v1.1 and UL2: a head that may be tied and may be scaled, each said in several ways."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from growjax.axes import put, sizes
+from growjax.hf.family import Family, Said, activation_name, epsilon, is_tied
+from growjax.hf.table import Row, linear, norm
+from growjax.models import T5, T5Config
+
+
+_HEADS = "(kv_heads group head_dim)"
+_WORDS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
+def _rows(config: T5Config) -> tuple[Row, ...]:
+    aliases = (*_WORDS[1:], "lm_head.weight") if config.tied else _WORDS[1:]
+    up = "wi_1" if config.glu else "wi"
+    return (
+        Row(_WORDS[0], "embedding.table: vocab embed", others=aliases),
+        *_stack("encoder", up, 1),
+        *_stack("decoder", up, 2),
+        Row("lm_head.weight", "head: vocab embed"),
+    )
+
+
+def _stack(stack: str, up: str, mlp: int) -> list[Row]:
+    """The rows of the encoder or the decoder, whose feed-forward is its `mlp`-th sub-layer."""
+    first = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    rows = [Row(first, f"{stack}_bias.table: buckets (kv_heads group)")]
+    parts = [("SelfAttention", "attention"), ("EncDecAttention", "cross")][:mlp]
+    for i, (there, here) in enumerate(parts):
+        layer = f"{stack}.block.{{}}.layer.{i}"
+        rows.append(norm(f"{layer}.layer_norm", f"{stack}.block.{here}_norm")[0])
+        for name in ("q", "k", "v"):
+            leaf = f"{stack}.block.{here}.{name}"
+            rows.append(linear(f"{layer}.{there}.{name}", leaf, "embed", _HEADS)[0])
+        rows.append(linear(f"{layer}.{there}.o", f"{stack}.block.{here}.o", _HEADS, "embed")[0])
+    layer, leaf = f"{stack}.block.{{}}.layer.{mlp}", f"{stack}.block.mlp"
+    return [
+        *rows,
+        norm(f"{layer}.layer_norm", f"{leaf}_norm")[0],
+        linear(f"{layer}.DenseReluDense.wi_0", f"{leaf}.glu", "embed", "mlp")[0],
+        linear(f"{layer}.DenseReluDense.{up}", f"{leaf}.up", "embed", "mlp")[0],
+        linear(f"{layer}.DenseReluDense.wo", f"{leaf}.down", "mlp", "embed")[0],
+        norm(f"{stack}.final_layer_norm", f"{stack}_norm")[0],
+    ]
+
+
+def _read(said: Said, same: Any) -> T5Config:
+    activation, glu = _feed_forward(said)
+    layers = said.layers("num_layers")
+    buckets = said.size("relative_attention_num_buckets", default=32)
+    reach = said.size("relative_attention_max_distance", default=128)
+    if buckets % 4 or reach <= buckets // 2:
+        said.complaints.append(
+            "relative_attention_num_buckets: expected a multiple of 4, and a max_distance of more than "
+            f"its half, got {buckets} and {reach}"
+        )
+        said.check("t5")
+    tied = is_tied(said, same, head="lm_head.weight", words=_WORDS, default=True, by_content=True)
+    # One flag meant both until transformers 5, which forces it to true and writes another one
+    one_flag = said.flag("tie_word_embeddings", default=True)
+    return T5Config(
+        encoder_layers=layers,
+        decoder_layers=said.layers("num_decoder_layers", default=layers),
+        embed=said.size("d_model", "hidden_size"),
+        heads=said.size("num_heads", "num_attention_heads"),
+        head_dim=said.size("d_kv", "head_dim", default=64),
+        mlp=said.size("d_ff"),
+        vocab=said.size("vocab_size"),
+        buckets=buckets,
+        max_distance=reach,
+        activation=activation,
+        glu=glu,
+        tied=tied,
+        scale_output=said.flag("scale_decoder_outputs", default=one_flag),
+        eps=said.number("layer_norm_epsilon", default=1e-6),
+    )
+
+
+def _feed_forward(said: Said) -> tuple[str, bool]:
+    """The activation and whether it is gated; `gated-gelu` means the tanh form, `gelu` the exact one."""
+    value = said.get("feed_forward_proj", default="relu")
+    gated, _, name = value.rpartition("-") if isinstance(value, str) else ("?", "", "")
+    if gated not in ("", "gated"):
+        said.complaints.append(
+            f"feed_forward_proj: expected an activation, or gated- and one, got {value!r}"
+        )
+        return "relu", False
+    name = "gelu_new" if value == "gated-gelu" else name
+    return said.known("feed_forward_proj", name), bool(gated)
+
+
+def _write(config: T5Config) -> dict[str, Any]:
+    c = config
+    name = "gelu" if c.glu and c.activation == "gelu_tanh" else activation_name(c.activation)
+    return {
+        "num_layers": c.encoder_layers,
+        "num_decoder_layers": c.decoder_layers,
+        "d_model": c.embed,
+        "num_heads": c.heads,
+        "d_kv": c.head_dim,
+        "d_ff": c.mlp,
+        "vocab_size": c.vocab,
+        "relative_attention_num_buckets": c.buckets,
+        "relative_attention_max_distance": c.max_distance,
+        "feed_forward_proj": f"gated-{name}" if c.glu else name,
+        "layer_norm_epsilon": c.eps,
+        "tie_word_embeddings": c.tied,
+        "scale_decoder_outputs": c.tied,
+        "is_encoder_decoder": True,
+    }
+
+
+def _config_of(model: T5) -> T5Config:
+    n, block = sizes(model), model.encoder.block
+    return T5Config(
+        encoder_layers=n["encoder_layers"],
+        decoder_layers=n["decoder_layers"],
+        embed=n["embed"],
+        heads=n["kv_heads"] * n["group"],
+        head_dim=n["head_dim"],
+        mlp=n["mlp"],
+        vocab=n["vocab"],
+        buckets=n["buckets"],
+        max_distance=model.encoder_bias.max_distance,
+        activation=block.mlp.activation,
+        glu=block.mlp.glu is not None,
+        tied=model.head is None,
+        scale_output=model.output_scale is not None,
+        eps=epsilon(model.encoder_norm.eps),
+        dtype=model.dtype,
+        remat=model.encoder.remat,
+    )
+
+
+def _settled(model: T5) -> T5:
+    """A tied head scaled by `embed ** -0.5` and one of its own not at all: what all readers agree on."""
+    dtype = model.embedding.table.dtype
+    tied, scale = model.head is None, model.output_scale
+    wanted = jnp.asarray(sizes(model)["embed"] ** -0.5 if tied else 1.0, dtype)
+    have = jnp.ones((), dtype) if scale is None else scale.astype(dtype)
+    weight = model.decoder_norm.weight
+    assert weight is not None
+    folded = weight if bool(have == wanted) else weight * (have / wanted)
+    return put(
+        model, {("decoder_norm", "weight"): folded, ("output_scale",): wanted if tied else None}
+    )
+
+
+def _limits(config: T5Config) -> list[str]:
+    if config.glu and config.activation == "gelu":
+        return ["activation: a gated GELU is the tanh form there, and this is the exact one"]
+    return []
+
+
+T5_ = Family(
+    model_type="t5",
+    model=T5,
+    architecture=lambda config: "T5ForConditionalGeneration",
+    rows=_rows,
+    read=_read,
+    write=_write,
+    config_of=_config_of,
+    limits=_limits,
+    scale=lambda head_dim: 1.0,
+    settled=_settled,
+)

@@ -1,0 +1,162 @@
+"""Grown models as stock Hugging Face folders: folded into plain weights, or refused with the reason."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import growjax as gj
+from growjax.axes import put
+from growjax.certify import distance
+from growjax.errors import GateError, HuggingFaceError
+from tests.folders import batch, build, outputs
+
+
+# Grown models ------------------------------------------------------------------------------------
+
+GROWN: dict[str, tuple[str, Any]] = {
+    "gpt2 wider": ("gpt2", gj.copy(embed=16, heads=4, mlp=9)),
+    "gpt2 larger heads": ("gpt2", gj.copy(embed=16, head_dim=8)),
+    "gpt2 more units": ("gpt2", gj.chain(gj.zeros(mlp=10), gj.stack(layers=4, branch="zero"))),
+    "bert wider": ("bert", gj.copy(embed=16, heads=4, mlp=12)),
+    "llama wider": ("llama", gj.zeros(embed=12, heads=4, mlp=9)),
+    "llama copied": ("llama tied", gj.copy(embed=16, heads=8, kv_heads=4)),
+    "llama deeper": ("llama", gj.stack(layers=5, branch="zero")),
+    "t5 wider": ("t5", gj.copy(embed=16, head_dim=6, heads=4)),
+    "t5 padded": ("t5", gj.zeros(embed=12, mlp=9)),
+    "t5 v1.1 wider": ("t5 v1.1", gj.chain(gj.copy(embed=16), gj.zeros(head_dim=5, heads=3))),
+}
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_a_grown_model_is_a_stock_one_with_the_function_of_the_small(name, tmp_path):
+    family, op = GROWN[name]
+    with jax.enable_x64(True):
+        small = build(family, jnp.float64)
+        big = gj.grow(op, small, key=jax.random.key(1))
+        gj.hf.save(big, tmp_path / "big")
+        again = gj.hf.load(tmp_path / "big")
+        for model in (big, small):
+            assert distance(outputs(model, batch(model)), outputs(again, batch(model)))[1] <= 1e-12
+
+
+def _steps(key, shape, dtype):
+    """Something to fill new weights with that need not be drawn."""
+    return jnp.sin(jnp.arange(np.prod(shape), dtype=dtype) + 1).reshape(shape)
+
+
+def test_branch_multipliers_and_open_gates_are_folded(tmp_path):
+    with jax.enable_x64(True):
+        for name in ("gpt2", "bert", "t5"):
+            model = build(name, jnp.float64)
+            stack = "decoder" if name == "t5" else "blocks"
+            depth = getattr(model, stack).block.mlp.up.shape[0]
+            branch = jnp.linspace(0.5, 2.0, depth)
+            model = gj.msg(mlp=9, embed=12, heads=3, init=_steps)(model, key=jax.random.key(0))
+            model = gj.ramp(put(model, {(stack, "branch"): branch}), 1.0)
+            gj.hf.save(model, tmp_path / name)
+            again = gj.hf.load(tmp_path / name)
+            found = outputs(again, batch(model))
+            assert distance(outputs(model, batch(model)), found)[1] <= 1e-12
+            unscaled = put(model, {(stack, "branch"): None})
+            assert distance(outputs(unscaled, batch(model)), found)[1] > 1e-3
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("name", ["t5", "ul2"])
+def test_the_scale_of_a_head_is_written_so_that_every_reader_agrees(name, scaled, tmp_path):
+    with jax.enable_x64(True):
+        model = build(name, jnp.float64, scale_output=scaled)
+        gj.hf.save(model, tmp_path / "model")
+        said = json.loads((tmp_path / "model" / "config.json").read_text())
+        assert said["tie_word_embeddings"] == said["scale_decoder_outputs"] == (name == "t5")
+        again = gj.hf.load(tmp_path / "model")
+        assert distance(outputs(model, batch(model)), outputs(again, batch(model)))[1] <= 1e-12
+
+
+def test_biases_that_a_model_has_not_are_zeros(tmp_path):
+    for name in ("gpt2", "bert"):
+        model = build(name, bias=False)
+        gj.hf.save(model, tmp_path / name)
+        again = gj.hf.load(tmp_path / name)
+        assert not np.any(again.blocks.block.attention.q_bias)
+        assert distance(outputs(model, batch(model)), outputs(again, batch(model)))[1] <= 1e-6
+
+
+def _mixed_epsilon() -> Any:
+    model = build("llama")
+    eps = model.blocks.block.mlp_norm.eps
+    return put(model, {("blocks", "block", "mlp_norm", "eps"): eps.at[1].set(1e-3)})
+
+
+def _switched_off() -> Any:
+    return put(build("gpt2"), {("blocks", "active"): jnp.asarray([True, False])})
+
+
+def _grown(name: str, op: Any) -> Any:
+    return gj.grow(op, build(name), key=jax.random.key(0))
+
+
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "gates": (
+        lambda: gj.ramp(_grown("gpt2", gj.msg(mlp=9)), 0.5),
+        GateError,
+        "blocks.block.mlp.gate: level 0.5",
+    ),
+    "heads": (
+        lambda: _grown("bert", gj.zeros(heads=4)),
+        HuggingFaceError,
+        "4 heads of 4 would need embed=16, and it is 8; grow heads along with embed",
+    ),
+    "embed": (
+        lambda: _grown("llama", gj.zeros(embed=10)),
+        HuggingFaceError,
+        "embed: transformers wants a multiple of heads=4, and it is 10",
+    ),
+    "frequencies": (
+        lambda: _grown("llama", gj.copy(head_dim=8)),
+        HuggingFaceError,
+        "rotary.freqs: the config there can only say",
+    ),
+    "epsilon": (_mixed_epsilon, HuggingFaceError, "blocks.block.mlp_norm.eps: the config there"),
+    "active": (_switched_off, HuggingFaceError, "blocks.active: layers are switched off"),
+    "QK-norm": (lambda: build("llama", qk_norm=True), HuggingFaceError, "qk_norm: it is False"),
+    "rotary": (
+        lambda: build("gpt2", position="rotary", kv_heads=1),
+        HuggingFaceError,
+        "position: it is 'learned' there, and 'rotary' here",
+    ),
+    "shared keys": (
+        lambda: build("gpt2", kv_heads=1),
+        HuggingFaceError,
+        "kv_heads: 1 for 2 queries",
+    ),
+    "pre-LN": (lambda: build("bert", post_norm=False), HuggingFaceError, "post_norm: it is True"),
+    "exact GELU": (
+        lambda: build("t5 v1.1", activation="gelu"),
+        HuggingFaceError,
+        "a gated GELU is the tanh form there",
+    ),
+    "grouped queries in T5": (
+        lambda: _grown("t5", gj.copy(group=2)),
+        HuggingFaceError,
+        "attention.q: expected the shape",
+    ),
+    "another model": (
+        lambda: gj.nn.MLP(4, 4, key=jax.random.key(0)),
+        HuggingFaceError,
+        "expected one of BERT, GPT, Llama, T5, got a MLP",
+    ),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_cannot_be_said_there_is_refused(why, tmp_path):
+    make, error, message = REFUSED[why]
+    with pytest.raises(error) as caught:
+        gj.hf.save(make(), tmp_path / "out")
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
