@@ -74,6 +74,16 @@ def test_decoders(model, window):
     agree(language.loglikelihoods(TEXTS), expected)
 
 
+def test_a_token_may_stand_before_every_context():
+    start = SPECIAL["bos"]
+    expected = []
+    for before, after in [encoded(*text) for text in TEXTS[:3]]:
+        whole = [start, *before, *after]
+        expected.append(likelihood(run(LLAMA, whole[:-1])[-len(after) :], whole[-len(after) :]))
+    language = LanguageModel(LLAMA, TOKENIZER, start=start, always=True)
+    agree(language.loglikelihoods(TEXTS[:3]), expected)
+
+
 def test_greedy_is_what_the_model_would_say():
     language = LanguageModel(GPT_32, TOKENIZER)
     tokens = [*b"abc"]
@@ -149,13 +159,12 @@ def test_batches_do_not_change_likelihoods():
 
 
 def test_bits_per_byte_by_hand():
-    """Windows of 32: every byte is predicted once, the first of a window from the one before."""
+    """Windows of 32: every byte is predicted once; the last window reaches back."""
     text = "The quick brown fox jumps over the lazy d\u00f6g"
     tokens = [SPECIAL["eos"], *text.encode()]
     total = 0.0
-    for i in range(0, len(tokens) - 1, 32):
-        part = tokens[i : i + 33]
-        total += likelihood(run(GPT_32, part[:-1]), part[1:])[0]
+    total += likelihood(run(GPT_32, tokens[:32]), tokens[1:33])[0]
+    total += likelihood(run(GPT_32, tokens[-33:-1])[-12:], tokens[-12:])[0]
     found = bits_per_byte(LanguageModel(GPT_32, TOKENIZER), [text])
     assert found["bytes"] == found["tokens"] == len(text) + 1 == 44
     assert found["bits_per_byte"] == pytest.approx(-total / 44 / math.log(2), rel=1e-5)

@@ -31,7 +31,7 @@ def generate(
     temperature: float = 0.0,
     key: PRNGKeyArray | None = None,
 ) -> list[str]:
-    """What a decoder writes after each prompt, without the prompt.
+    """What a decoder writes after each prompt, without the prompt and without special tokens.
 
     **Arguments**
 
@@ -60,7 +60,10 @@ def generate(
         )
     if temperature and key is None:
         raise EvalError("temperature: drawing needs a `key`")
-    encoded = [language.encode(prompt)[-room:] or [language.first] for prompt in prompts]
+    encoded = [language.encode(prompt) for prompt in prompts]
+    if language.kind == "causal":
+        encoded = [language.begun(tokens) for tokens in encoded]
+    encoded = [tokens[-room:] for tokens in encoded]
     rows: dict[int, list[int]] = {}
     for i, tokens in enumerate(encoded):
         rows.setdefault(bucket(len(tokens) + 1), []).append(i)
@@ -118,7 +121,10 @@ def _text(tokenizer: Tokenizer, tokens: np.ndarray, until: Sequence[str]) -> tup
     """The text of some tokens up to where it ends, and whether it does end."""
     vocabulary = tokenizer.vocabulary
     ends = np.flatnonzero(np.isin(tokens, [vocabulary.specials.get(n, -1) for n in ("eos", "sep")]))
-    text = tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)
+    tokens = tokens[: ends[0]] if len(ends) else tokens
+    # A model may have more rows than there are tokens; and special ones are no text
+    tokens = tokens[tokens < vocabulary.size]
+    text = tokenizer.decode(tokens[vocabulary.is_text[tokens]])
     cuts = [text.index(stop) for stop in until if stop and stop in text]
     return text[: min(cuts)] if cuts else text, bool(cuts) or bool(len(ends))
 

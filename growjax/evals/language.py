@@ -46,6 +46,7 @@ class LanguageModel:
     - `tokenizer`: what it was trained with.
     - `longest`: how many tokens it reads at once; None is as many as it has positions, or 1,024.
     - `start`: the token before a text; None is what `growjax.data` puts between documents.
+    - `always`: whether `start` stands before a context as well, as Llama was trained.
     - `batch_tokens`: how many tokens, padding included, go through the model at once.
 
     An encoder's likelihood is the pseudo-log-likelihood: the sum over the tokens, each masked while all
@@ -64,6 +65,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     longest: int | None = None
     start: int | None = None
+    always: bool = False
     batch_tokens: int = 8192
 
     def __post_init__(self):
@@ -98,6 +100,11 @@ class LanguageModel:
         """The token before a text."""
         return self.tokenizer.vocabulary.separator if self.start is None else self.start
 
+    def begun(self, context: list[int]) -> list[int]:
+        """A context with the token before a text in front of it, if there should be one."""
+        needed = not context or (self.always and context[0] != self.first)
+        return [self.first, *context] if needed else context
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without special ones."""
         return self.tokenizer.encode(text).tolist()
@@ -131,7 +138,7 @@ class LanguageModel:
     def rolling(self, texts: Sequence[str]) -> list[float]:
         """The log-likelihood of each whole text, in nats: in windows, each token is predicted once.
 
-        A window sees the last token of the one before it, and no more.
+        A window begins where the one before it ends, and the last one reaches back to be full.
         """
         pairs, owner = [], []
         for i, text in enumerate(texts):
@@ -155,10 +162,11 @@ class LanguageModel:
         else:
             before = [self.first, *tokens]
             for i in range(0, len(tokens), self.window):
-                yield before[i : i + 1], tokens[i : i + self.window]
+                end = min(i + self.window, len(tokens))
+                yield before[max(0, end - self.window) : i + 1], tokens[i:end]
 
     def _causal(self, context: list[int], continuation: list[int]) -> Row:
-        whole = [*(context or [self.first]), *continuation][-(self.window + 1) :]
+        whole = [*self.begun(context), *continuation][-(self.window + 1) :]
         weights = np.zeros(len(whole) - 1, bool)
         weights[max(0, len(weights) - len(continuation)) :] = True
         return {"tokens": _ints(whole[:-1]), "targets": _ints(whole[1:]), "weights": weights}

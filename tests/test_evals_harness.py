@@ -1,0 +1,204 @@
+"""The harness over our models, and next to its own over the same weights. Skipped without it."""
+
+import json
+import os
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'growjax[eval]'")
+# The harness and what it brings warn about each other
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+import growjax as gj  # noqa: E402
+from growjax.data import ByteTokenizer, load_tokenizer  # noqa: E402
+from growjax.errors import EvalError  # noqa: E402
+from growjax.evals import LanguageModel, generate  # noqa: E402
+from growjax.evals.extra import extra  # noqa: E402
+from growjax.evals.harness import HarnessModel, run_harness  # noqa: E402
+from growjax.models import GPT, T5, GPTConfig, Llama, LlamaConfig, T5Config  # noqa: E402
+
+
+TOKENIZER = ByteTokenizer(sentinels=0, multiple=1)
+SIZES: dict = dict(embed=16, heads=2, head_dim=8, mlp=32)
+FACTS = [("sky", "blue", "red"), ("grass", "green", "pink"), ("snow", "white", "brown")]
+
+
+def sharp(model):
+    trained, rest = gj.partition(model)
+    return eqx.combine(jax.tree.map(lambda x: 4 * x, trained), rest)
+
+
+def language() -> LanguageModel:
+    config = GPTConfig(layers=2, positions=96, vocab=TOKENIZER.vocabulary.size, **SIZES)
+    return LanguageModel(sharp(GPT(config, key=jax.random.key(2))), TOKENIZER)
+
+
+TASKS: dict[str, dict[str, Any]] = {
+    "colours": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "The colour of {{thing}} is",
+        "doc_to_choice": "{{[right, wrong]}}",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "costs": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{thing}} {{thing}} is {{right}} and is not {{wrong}} at all, at all",
+        "metric_list": [{"metric": "bits_per_byte"}, {"metric": "word_perplexity"}],
+    },
+    "says": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{thing}} is",
+        "doc_to_target": "{{right}}",
+        "generation_kwargs": {"until": ["e", "\n"], "max_gen_toks": 12, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def include(tmp_path):
+    """A folder of tasks over a local file, as anybody would write them."""
+    rows = [dict(zip(("thing", "right", "wrong"), fact, strict=True)) for fact in FACTS]
+    data = tmp_path / "facts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(data)}}}
+    for name, task in TASKS.items():
+        whole = {"task": name, "validation_split": "validation", **where, **task}
+        # YAML reads JSON
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(whole))
+    return tmp_path
+
+
+def test_all_types_of_requests(include):
+    """What the harness makes of a model is what we make of it by hand."""
+    ours = language()
+    found = run_harness(ours, [*TASKS], include=include, shots=0)
+    contexts = [f"The colour of {thing} is" for thing, _, _ in FACTS]
+    pairs = [(c, f" {x}") for c, fact in zip(contexts, FACTS, strict=True) for x in fact[1:]]
+    scores = np.reshape([s.logprob for s in ours.loglikelihoods(pairs)], (3, 2))
+    assert found["colours"]["acc"] == np.mean(scores[:, 0] > scores[:, 1])
+    lengths = [[len(x) for x in fact[1:]] for fact in FACTS]
+    normed = scores / np.array(lengths)
+    assert found["colours"]["acc_norm"] == np.mean(normed[:, 0] > normed[:, 1])
+
+    texts = [f"{t} {t} is {r} and is not {w} at all, at all" for t, r, w in FACTS]
+    bits = -sum(ours.rolling(texts)) / sum(map(len, texts)) / np.log(2)
+    assert found["costs"]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert (
+        found["says"] == {"exact_match": 0.0, "sample_len": 3} or found["says"]["exact_match"] == 0
+    )
+
+
+def requests(*args):
+    return [type("Instance", (), {"args": a})() for a in args]
+
+
+def test_answers_come_in_the_order_of_the_questions():
+    ours = language()
+    options = {"until": ["zz"], "max_gen_toks": 7}
+    asked = [
+        (p, options if i % 2 else {**options, "max_gen_toks": 3}) for i, p in enumerate("abcde")
+    ]
+    found = HarnessModel(ours).generate_until(requests(*asked))
+    long, short = (generate(ours, list("abcde"), new=n, until=["zz"]) for n in (7, 3))
+    assert found == [long[i] if i % 2 else short[i] for i in range(5)]
+    pairs = [("the", " cat"), ("", "x"), ("a", " very long continuation"), ("b", "c")]
+    scored = HarnessModel(ours).loglikelihood(requests(*pairs), disable_tqdm=True)
+    np.testing.assert_allclose(
+        [s for s, _ in scored], [s.logprob for s in ours.loglikelihoods(pairs)]
+    )
+
+
+def test_what_a_model_cannot_do_is_refused(include):
+    model = HarnessModel(language())
+    for odd in ({"do_sample": True, "top_k": 5}, {"num_beams": 4}):
+        with pytest.raises(EvalError, match="top_k=5|num_beams=4"):
+            model.generate_until(requests(("a", {"until": [], **odd})))
+    with pytest.raises(EvalError, match="know nothing of missing"):
+        run_harness(language(), ["missing"], include=include)
+
+
+# Next to the harness's own -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    """A byte-level BPE with some merges and an end of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<pad>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    made.train_from_iterator(
+        [f"The colour of {' '.join(fact)} is not is" for fact in FACTS], trainer
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+def cases(vocab: int):
+    key = jax.random.key(3)
+    gpt = GPTConfig(layers=2, positions=64, vocab=vocab, **SIZES)
+    llama = LlamaConfig(layers=2, kv_heads=1, vocab=vocab, **SIZES)
+    t5 = T5Config(encoder_layers=2, decoder_layers=2, vocab=vocab, **SIZES)
+    return {"gpt": GPT(gpt, key=key), "llama": Llama(llama, key=key), "t5": T5(t5, key=key)}
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama", "t5"])
+def test_the_numbers_are_those_of_the_harness_own_model(name, include, tokenizer_file, tmp_path):
+    hf: Any = pytest.importorskip("growjax.hf")
+    pytest.importorskip("accelerate", reason="needs torch and transformers: lm-eval[hf]")
+    load: Any = extra("lm_eval.models.huggingface").HFLM
+    tokenizer = load_tokenizer(tokenizer_file)
+    model = sharp(cases(tokenizer.vocabulary.size)[name])
+    hf.save(model, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    pad = tokenizer.vocabulary.specials["pad"]
+    said = {**json.loads(config.read_text()), "pad_token_id": pad, "decoder_start_token_id": pad}
+    config.write_text(json.dumps(said))
+    theirs = load(
+        pretrained=str(tmp_path / "model"),
+        tokenizer=extra("transformers").PreTrainedTokenizerFast(
+            tokenizer_file=str(tokenizer_file), eos_token="<|endoftext|>", pad_token="<pad>"
+        ),
+        max_length=64,
+        device="cpu",
+        batch_size=2,
+        dtype="float32",
+        backend="seq2seq" if name == "t5" else "causal",
+    )
+    ours = HarnessModel(LanguageModel(model, tokenizer, longest=64))
+    texts = ["The sky is blue and " * 9, "snow", "grass is not pink"]
+    pairs = [("The sky is", " blue"), ("", "snow"), ("of  ", "grass is"), ("x" * 90, " green" * 3)]
+    if name == "t5":
+        # Theirs puts no end after the text that the encoder reads, with a tokenizer that has none
+        texts, pairs = texts[1:], [pair for pair in pairs if not pair[0]]
+    for a, b in zip(
+        ours.loglikelihood(requests(*pairs), disable_tqdm=True),
+        theirs.loglikelihood(requests(*pairs), disable_tqdm=True),
+        strict=True,
+    ):
+        assert abs(a[0] - b[0]) < 1e-3 and a[1] == b[1]
+    rolling = requests(*[(text,) for text in texts])
+    np.testing.assert_allclose(
+        ours.loglikelihood_rolling(rolling),
+        theirs.loglikelihood_rolling(rolling, disable_tqdm=True),
+        atol=1e-3,
+        rtol=1e-6,
+    )
+    if name != "t5":
+        options = {"until": ["\n"], "max_gen_toks": 20, "do_sample": False}
+        asked = requests(("The colour of snow is", options), ("grass", options))
+        assert ours.generate_until(asked) == theirs.generate_until(asked, disable_tqdm=True)
