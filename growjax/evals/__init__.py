@@ -1,6 +1,9 @@
 """Evaluation: fine-tuning, zero-shot and few-shot tasks, and their metrics."""
 
 from growjax.evals.blimp import blimp as blimp
+from growjax.evals.finetune import FineTuned as FineTuned
+from growjax.evals.finetune import Recipe as Recipe
+from growjax.evals.finetune import fine_tune as fine_tune
 from growjax.evals.generate import generate as generate
 from growjax.evals.glue import TASKS as TASKS
 from growjax.evals.glue import Example as Example
