@@ -71,7 +71,7 @@ def test_the_rate_rises_for_a_tenth_and_falls_to_nothing():
 def test_a_step_is_adamw_without_decay_on_biases_and_norms():
     classifier = room.Classifier(MODEL, 2, key=jax.random.key(1))
     trained, rest = gj.partition(classifier)
-    optimizer, update = room._program(0.5, 0.999, 1e-6, 0.01)
+    optimizer, update = room._program(0.1, 0.999, 1e-6, 1.0)
     rows = [room._encoded(TOKENIZER, e, RTE, 16) for e in entailments(4, 0)]
     batch = room._collated(rows, 4)
 
@@ -86,23 +86,23 @@ def test_a_step_is_adamw_without_decay_on_biases_and_norms():
 
     slopes = eqx.filter_jit(eqx.filter_grad(loss))(trained)
     norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(slopes)))
-    assert norm > 0.5
+    assert norm > 0.1
     ours, _ = update(trained, rest, optimizer.init(trained), batch, jnp.float32(0.1), True)
     places = {
-        "a matrix": (lambda m: m.weight, 0.01),
-        "a matrix of the encoder": (lambda m: m.encoder.blocks.block.mlp.up, 0.01),
-        "the pooler's": (lambda m: m.pooler.weight, 0.01),
+        "a matrix": (lambda m: m.weight, 1.0),
+        "a matrix of the encoder": (lambda m: m.encoder.blocks.block.mlp.up, 1.0),
+        "the pooler's": (lambda m: m.pooler.weight, 1.0),
         "a bias": (lambda m: m.bias, 0.0),
         "a norm": (lambda m: m.encoder.embedding_norm.weight, 0.0),
     }
     for name, (where, decay) in places.items():
         # Adam's first step is the sign of the gradient, but where that is nearly nothing
-        g, p = np.asarray(where(slopes)) * 0.5 / norm, np.asarray(where(trained))
+        g, p = np.asarray(where(slopes)) * 0.1 / norm, np.asarray(where(trained))
         expected = p - 0.1 * (g / (np.abs(g) + 1e-6) + decay * p)
         clear = np.abs(g) > 1e-5
         assert clear.mean() > 0.3
         np.testing.assert_allclose(
-            np.asarray(where(ours))[clear], expected[clear], atol=3e-3, err_msg=name
+            np.asarray(where(ours))[clear], expected[clear], atol=2e-4, err_msg=name
         )
 
 
