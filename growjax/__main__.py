@@ -177,6 +177,65 @@ def inspect(path: tyro.conf.Positional[Path]) -> None:
     describe(path, Console())
 
 
+@app.command(name="eval")
+def evaluate(
+    checkpoint: tyro.conf.Positional[Path],
+    tasks: tuple[str, ...],
+    data: Path | None = None,
+    text: tuple[Path, ...] = (),
+    tokenizer: str | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    longest: int | None = None,
+    seed: int = 0,
+    seeds: int = 5,
+    rate: float = 5e-5,
+    batch: int = 32,
+    epochs: int | None = None,
+    length: int = 128,
+    include: Path | None = None,
+    out: Path = Path("eval.json"),
+) -> None:
+    """Score a checkpoint on some tasks, print a table and write the numbers as JSON.
+
+    Args:
+        checkpoint: The folder of a run, of one checkpoint, or of a Hugging Face model.
+        tasks: bpb, blimp, primitives, qa/NAME, glue/NAME, superglue/NAME, or one of lm-eval's. \
+            A number of examples to show may stand behind it, as in qa/nq_open@5.
+        data: The folder with glue, superglue, blimp and qa in it.
+        text: Files of text for bpb.
+        tokenizer: "bytes" or a file; by default what the model was trained with.
+        shots: How many solved examples to show before a question.
+        limit: How many pairs, problems or questions of a task to ask at most.
+        longest: How many tokens to read at once, for models without a limit of their own.
+        seed: Of problems, masks and examples.
+        seeds: How many times to fine-tune, from seed 0 on.
+        rate: The highest learning rate of fine-tuning.
+        batch: Examples a step of fine-tuning.
+        epochs: Of fine-tuning; by default 3, or 5 below 10,000 examples.
+        length: The longest input of fine-tuning, in tokens.
+        include: A folder of task definitions for the harness.
+        out: The file to write; it must not be there.
+    """
+    from rich.console import Console
+
+    from growjax.evals import Recipe, Settings
+    from growjax.evals.commands import eval_checkpoint
+
+    settings = Settings(
+        data=data,
+        texts=text,
+        shots=shots,
+        limit=limit,
+        seed=seed,
+        recipe=Recipe(batch=batch, rate=rate, epochs=epochs, length=length),
+        seeds=tuple(range(seeds)),
+        longest=longest,
+        include=include,
+    )
+    eval_checkpoint(checkpoint, tasks, settings, tokenizer=tokenizer, out=out, console=Console())
+
+
 @app.command
 def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
     """Write one HTML page about some runs, with their losses against cost, tokens and seconds.

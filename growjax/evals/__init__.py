@@ -13,6 +13,11 @@ from growjax.evals.language import LanguageModel as LanguageModel
 from growjax.evals.language import Scored as Scored
 from growjax.evals.language import bits_per_byte as bits_per_byte
 from growjax.evals.language import masked_bits as masked_bits
+from growjax.evals.primitives import PRIMITIVES as PRIMITIVES
+from growjax.evals.primitives import primitives as primitives
 from growjax.evals.questions import Question as Question
+from growjax.evals.questions import closed_book as closed_book
 from growjax.evals.questions import read_questions as read_questions
 from growjax.evals.questions import read_squad as read_squad
+from growjax.evals.tasks import Settings as Settings
+from growjax.evals.tasks import evaluate as evaluate

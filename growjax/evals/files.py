@@ -1,6 +1,7 @@
 """Local files of data sets, compressed or not."""
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -8,7 +9,7 @@ import lzma
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from growjax.errors import EvalError, raise_all
 
@@ -34,22 +35,34 @@ def find(folder: str | Path, *names: str) -> Path:
     )
 
 
+@contextlib.contextmanager
+def _text(path: Path) -> Iterator[TextIO]:
+    """A text file in UTF-8, open for reading; what is wrong with it is an `EvalError`."""
+    try:
+        with _OPEN.get(path.suffix, open)(path, "rb") as file:  # type: ignore[operator]
+            # A byte-order mark, as MRPC has one, belongs to no column
+            yield io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
+    except (UnicodeDecodeError, lzma.LZMAError, OSError, EOFError) as error:
+        raise EvalError(f"{path}: cannot be read: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """The whole of a text file in UTF-8."""
+    with _text(path) as file:
+        return file.read()
+
+
 def read_lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file without their ends; a line is what `\\n` ends and nothing else."""
-    with _OPEN.get(path.suffix, open)(path, "rb") as file:  # type: ignore[operator]
-        # A byte-order mark, as MRPC has one, belongs to no column
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
-        try:
-            for line in text:
-                yield line.rstrip("\r\n")
-        except (UnicodeDecodeError, lzma.LZMAError, OSError, EOFError) as error:
-            raise EvalError(f"{path}: cannot be read: {error}") from error
+    with _text(path) as file:
+        for line in file:
+            yield line.rstrip("\r\n")
 
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds."""
     try:
-        return json.loads("\n".join(read_lines(path)))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise EvalError(f"{path}: is not JSON: {error}") from error
 

@@ -1,16 +1,21 @@
-"""Questions and their accepted answers: SQuAD, and the closed-book sets.
+"""Questions and their accepted answers: SQuAD, and the closed-book sets, which are asked here.
 
 Rajpurkar et al., "SQuAD", EMNLP 2016; Roberts et al., "How Much Knowledge Can You Pack Into the
 Parameters of a Language Model?", EMNLP 2020.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from growjax.errors import EvalError
 from growjax.evals.files import read_json, read_lines, read_records
+from growjax.evals.generate import generate
+from growjax.evals.language import LanguageModel
+from growjax.evals.metrics import Scores, answers, normalise_triviaqa
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,3 +93,46 @@ def _entries(path: Path) -> Iterator[Mapping[str, Any]]:
         return
     whole = read_json(path)
     yield from whole["Data"] if isinstance(whole, Mapping) else whole
+
+
+def closed_book(
+    language: LanguageModel,
+    questions: Sequence[Question],
+    *,
+    examples: Sequence[Question] | None = None,
+    shots: int = 5,
+    new: int = 32,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Scores:
+    """Questions answered from memory: exact match and token F1 after TriviaQA's normalisation.
+
+    **Arguments**
+
+    - `language`: a decoder, or an encoder-decoder.
+    - `questions`: those that are asked; with `limit` only the first so many.
+    - `examples`: where the `shots` answered questions before each one are drawn from, with `seed`; None
+      is `questions`, without the one that is asked.
+    - `new`: how many tokens an answer may have; it ends with its line.
+
+    Raises `EvalError` if there are too few questions.
+
+    **Example**
+
+        questions = read_questions("qa/nq_open/NQ-open.dev.jsonl.xz")
+        closed_book(LanguageModel(model, tokenizer), questions, shots=1, limit=500)["exact_match"]
+    """
+    asked, pool = questions[:limit], questions if examples is None else examples
+    if not asked or len(pool) < shots + (examples is None):
+        raise EvalError(
+            f"closed-book questions: expected some, and {shots} others to show, got {len(asked)} and "
+            f"{len(pool)}"
+        )
+    prompts = []
+    for i, question in enumerate(asked):
+        order = np.random.default_rng([seed, i]).permutation(len(pool)).tolist()
+        shown = [pool[j] for j in order if examples is not None or j != i][:shots]
+        solved = [f"Question: {q.question}\nAnswer: {q.answers[0]}\n\n" for q in shown]
+        prompts.append(f"{''.join(solved)}Question: {question.question}\nAnswer:")
+    given = generate(language, prompts, new=new, until=["\n"])
+    return answers(given, [question.answers for question in asked], normalise_triviaqa)

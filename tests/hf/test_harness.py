@@ -11,7 +11,7 @@ import pytest
 
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'growjax[eval]'")
+pytest.importorskip("lm_eval", reason="needs the harness: pip install 'growjax[eval]'")
 # The harness and what it brings warn about each other
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -1,0 +1,289 @@
+"""Problems, questions and tasks by name, on models that are known to solve them or not to."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+import growjax as gj
+from growjax.data import ByteTokenizer
+from growjax.errors import EvalError
+from growjax.evals import (
+    LanguageModel,
+    Recipe,
+    Settings,
+    bits_per_byte,
+    blimp,
+    closed_book,
+    evaluate,
+    primitives,
+)
+from growjax.evals.commands import eval_checkpoint, open_model
+from growjax.evals.primitives import PRIMITIVES, problems
+from growjax.evals.questions import Question
+from growjax.models import BERT, GPT, BERTConfig, GPTConfig
+
+
+TOKENIZER = ByteTokenizer(sentinels=0, multiple=1)
+V = TOKENIZER.vocabulary.size
+SIZES: dict = dict(embed=16, heads=2, head_dim=8, mlp=24, vocab=V)
+GPT_512 = GPT(GPTConfig(layers=1, positions=512, **SIZES), key=jax.random.key(3))
+BERT_64 = BERT(BERTConfig(layers=1, positions=64, **SIZES), key=jax.random.key(3))
+
+
+# Primitives --------------------------------------------------------------------------------------
+
+
+def solved(name: str, line: str) -> str:
+    """The answer to a problem, found by reading it as a person would."""
+    if name == "copy":
+        words = line.split()
+        return " " + words[words.index(words[-1]) + 1]
+    *said, asked = line.split(",")
+    values = dict(part.split("=") for part in said)
+    value = values.get(asked[:-1], "")
+    while value and not value.isdigit():
+        if value in values:
+            value = values[value]
+        else:
+            one, sign, other = re.fullmatch(r"(\w)([+-])(\w)", value).groups()  # type: ignore[union-attr]
+            value = str(int(values[one]) + int(sign + values[other]))
+    return value
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_problems_have_the_answers_that_they_say(name):
+    found = problems(name, 60, shots=2, seed=4)
+    for problem in found:
+        *shown, asked = problem.prompt.split("\n")
+        assert solved(name, asked) == problem.answer
+        assert len(shown) == 2
+        for line in shown:
+            cut = line.rindex(" " if name == "copy" else "=") + (name != "copy")
+            assert solved(name, line[:cut]) == line[cut:]
+        assert problem.options.count(problem.answer) == 1
+    assert len({p.prompt for p in found}) == 60
+    assert len({p.answer for p in found}) >= 5
+    assert problems(name, 3, shots=2, seed=4) == found[:3]
+    assert problems(name, 60, shots=2, seed=5) != found
+
+
+def test_depth_is_how_often_one_must_look_further():
+    for depth in range(3):
+        for problem in problems(f"variables-{depth}", 20, shots=0):
+            values = dict(part.split("=") for part in problem.prompt.split(",")[:-1])
+            at, looked = values[problem.prompt.split(",")[-1][:-1]], 0
+            while not at.isdigit():
+                at, looked = values[at], looked + 1
+            assert looked == depth
+
+
+def test_what_a_model_knows_is_counted(monkeypatch):
+    """Likelihoods by an oracle that is right about four problems of five, and unsure of one of those."""
+    asked = problems("arithmetic", 5, shots=1, seed=2)
+    knows = {p.prompt: p.answer for p in asked[:4]}
+
+    def oracle(self, pairs):
+        from growjax.evals import Scored
+
+        found = []
+        for context, continuation in pairs:
+            assert continuation.endswith("\n")
+            right = knows.get(context) == continuation[:-1]
+            found.append(
+                Scored(
+                    -1.0 if right else -2.0 - ord(continuation[0]) / 100,
+                    right and context != asked[0].prompt,
+                )
+            )
+        return found
+
+    monkeypatch.setattr(LanguageModel, "loglikelihoods", oracle)
+    found = primitives(LanguageModel(GPT_512, TOKENIZER), "arithmetic", count=5, shots=1, seed=2)
+    lucky = asked[4].answer == "0"
+    assert found == {"exact_match": 3 / 5, "choice": (4 + lucky) / 5, "chance": pytest.approx(0.1)}
+
+
+def test_unknown_problems_are_refused():
+    with pytest.raises(EvalError, match="expected one of 'copy'"):
+        problems("riddles", 3)
+    with pytest.raises(EvalError, match="1 problem or more, got 0"):
+        primitives(LanguageModel(GPT_512, TOKENIZER), "copy", count=0)
+
+
+# Closed-book questions ---------------------------------------------------------------------------
+
+
+QUESTIONS = [Question(str(i), f"what is {i}", (f"the {i}", f"No. {i}")) for i in range(6)]
+
+
+def test_questions_are_asked_after_answered_ones(monkeypatch):
+    """EM over what is written; the asked question is never among those shown."""
+    prompts = []
+
+    def writes(language, given, *, new, until):
+        prompts.extend(given)
+        assert (new, list(until)) == (9, ["\n"])
+        return [" No 0!", " nothing", " no-2"]
+
+    monkeypatch.setitem(closed_book.__globals__, "generate", writes)
+    language = LanguageModel(GPT_512, TOKENIZER)
+    found = closed_book(language, QUESTIONS, shots=2, new=9, limit=3, seed=1)
+    assert found["exact_match"] == pytest.approx(2 / 3)
+    shape = r"(Question: what is (\d)\nAnswer: the \2\n\n){2}Question: what is (\d)\nAnswer:"
+    for i, prompt in enumerate(prompts):
+        assert re.fullmatch(shape, prompt)
+        assert prompt.count(f"what is {i}\n") == 1 and prompt.endswith(f"what is {i}\nAnswer:")
+    once = list(prompts)
+    prompts.clear()
+    closed_book(language, QUESTIONS, shots=2, new=9, limit=3, seed=1)
+    assert prompts == once
+    prompts.clear()
+    closed_book(language, QUESTIONS[:3], examples=QUESTIONS[5:], shots=1, new=9)
+    assert all(prompt.startswith("Question: what is 5\nAnswer: the 5\n\n") for prompt in prompts)
+
+
+def test_too_few_questions_are_refused():
+    language = LanguageModel(GPT_512, TOKENIZER)
+    for asked, shots in (([], 0), (QUESTIONS[:2], 2)):
+        with pytest.raises(EvalError, match="closed-book questions: expected some"):
+            closed_book(language, asked, shots=shots)
+
+
+# Tasks by name -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of data, as `Settings` wants it."""
+    files = {
+        "blimp/data/one.jsonl": {"sentence_good": "a b", "sentence_bad": "b a"},
+        "qa/trivia/dev.jsonl": {"question": "q", "answer": ["a"]},
+        "qa/trivia/train.jsonl": {"question": "r", "answer": ["b"]},
+    }
+    for name, record in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(record) + "\n")
+    (tmp_path / "glue" / "RTE").mkdir(parents=True)
+    for split in ("train", "dev"):
+        rows = "0\ta\tb\tentailment\n1\ta\tc\tnot_entailment\n"
+        (tmp_path / "glue" / "RTE" / f"{split}.tsv").write_text(
+            f"index\tsentence1\tsentence2\tlabel\n{rows}"
+        )
+    (tmp_path / "text.txt").write_text("Some text, not in any corpus.\n")
+    return tmp_path
+
+
+def test_tasks_of_a_decoder(data):
+    settings = Settings(data=data, texts=(data / "text.txt",), limit=2, shots=0)
+    told = []
+    names = ["bpb", "blimp", "primitives", "qa/trivia@1", "qa/trivia/dev.jsonl"]
+    found = evaluate(GPT_512, names, TOKENIZER, settings, done=lambda *args: told.append(args))
+    assert told == list(found.items())
+    assert [*found] == ["bpb", "blimp", *(f"primitives/{n}" for n in PRIMITIVES), *names[3:]]
+    language = LanguageModel(GPT_512, TOKENIZER)
+    assert found["bpb"] == bits_per_byte(language, ["Some text, not in any corpus.\n"])
+    assert found["blimp"] == blimp(language, data / "blimp")
+    assert found["primitives/copy"] == primitives(language, "copy", count=2, shots=0)
+    assert set(found["qa/trivia@1"]) == {"exact_match", "f1"}
+
+
+def test_tasks_of_an_encoder(data):
+    recipe = Recipe(batch=2, epochs=1, length=16)
+    settings = Settings(data=data, texts=(data / "text.txt",), recipe=recipe, seeds=(0, 1))
+    found = evaluate(BERT_64, ["bpb", "blimp", "glue/rte"], TOKENIZER, settings)
+    assert found["bpb"]["masked_bits"] > 0
+    assert found["glue/rte"]["seeds"] == 2 and 0 <= found["glue/rte"]["accuracy"] <= 1
+
+
+def test_everything_that_is_lacking_is_said_at_once(data):
+    settings = Settings(data=data, texts=(data / "lost.txt",))
+    names = ["bpb", "glue/rte", "glue/cola", "glue/xyz", "primitives/x", "qa/none", "blimp@many"]
+    with pytest.raises(EvalError) as caught:
+        evaluate(GPT_512, names, TOKENIZER, settings)
+    said = str(caught.value).splitlines()[1:]
+    starts = ["bpb: ", "glue/cola: ", "glue/xyz: ", "primitives/x: ", "qa/none: ", "blimp@many: "]
+    assert [line.strip(" -").split(":")[0] + ": " for line in said] == starts
+    assert "lost.txt" in said[0]
+    with pytest.raises(EvalError, match="expected the folder of data, with blimp in it"):
+        evaluate(GPT_512, ["blimp"], TOKENIZER)
+    (data / "qa" / "trivia" / "other.dev.jsonl").write_text("{}")
+    with pytest.raises(
+        EvalError, match=r"name one of qa/trivia/dev.jsonl, qa/trivia/other.dev.jsonl"
+    ):
+        evaluate(GPT_512, ["qa/trivia"], TOKENIZER, settings)
+
+
+def test_a_task_of_the_harness_needs_the_harness(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.delitem(sys.modules, "growjax.evals.harness", raising=False)
+    with pytest.raises(EvalError, match=r"needs lm_eval .*pip install 'growjax\[eval\]'"):
+        evaluate(GPT_512, ["hellaswag"], TOKENIZER)
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_scored_on_the_command_line(run, data, tmp_path):
+    """The last checkpoint of a run, with the tokenizer it was trained with."""
+    _, _, folder = run
+    out = tmp_path / "scores" / "eval.json"
+    arguments = [
+        "eval",
+        folder,
+        "--tasks",
+        "bpb",
+        "blimp",
+        "--data",
+        data,
+        "--text",
+        data / "text.txt",
+        "--limit",
+        "5",
+        "--out",
+        out,
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "growjax", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=Path(gj.__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert "bits_per_byte" in done.stdout and "paradigm" not in done.stdout
+    model, tokenizer, start = open_model(folder)
+    assert start is None and record["tokenizer"] == tokenizer.vocabulary.digest
+    text = (data / "text.txt").read_text()
+    ours = bits_per_byte(LanguageModel(model, tokenizer), [text])
+    assert record["results"]["bpb"] == pytest.approx(ours, rel=1e-4)
+    assert record["settings"]["limit"] == 5
+    with pytest.raises(EvalError, match="is there already"):
+        eval_checkpoint(folder, ["bpb"], Settings(), out=out, console=Console())
+
+
+def test_a_folder_of_hugging_face(tmp_path):
+    """Its weights, the tokenizer beside them and, for a BERT, whether it is an uncased one."""
+    pytest.importorskip("safetensors")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "A"]
+    sizes: dict = {**SIZES, "vocab": 8}
+    model = BERT(BERTConfig(layers=1, positions=16, **sizes), key=jax.random.key(1))
+    gj.hf.save(model, tmp_path / "bert")
+    with pytest.raises(EvalError, match=r"expected tokenizer.json or vocab.txt"):
+        open_model(tmp_path / "bert")
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "bert" / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    found, tokenizer, start = open_model(tmp_path / "bert")
+    assert tokenizer.encode("a A b").tolist() == [5, 7, 6] and start is None
+    tokens = jnp.array([2, 5, 7, 3])
+    np.testing.assert_array_equal(found(tokens).hidden, model(tokens).hidden)
+    with pytest.raises(EvalError, match="it is none"):
+        open_model(tmp_path / "nowhere")
