@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from growjax.evals import (
     LanguageModel,
     Recipe,
     Settings,
+    SpanRecipe,
     bits_per_byte,
     blimp,
     closed_book,
@@ -29,6 +31,7 @@ from growjax.evals.commands import eval_checkpoint, open_model
 from growjax.evals.primitives import PRIMITIVES, problems
 from growjax.evals.questions import Question
 from growjax.models import BERT, GPT, BERTConfig, GPTConfig
+from growjax.train.saving import load_model
 
 
 TOKENIZER = ByteTokenizer(sentinels=0, multiple=1)
@@ -177,6 +180,11 @@ def data(tmp_path):
         (tmp_path / "glue" / "RTE" / f"{split}.tsv").write_text(
             f"index\tsentence1\tsentence2\tlabel\n{rows}"
         )
+    qas = [{"id": "1", "question": "q", "answers": [{"text": "b", "answer_start": 2}]}]
+    squad = {"data": [{"paragraphs": [{"context": "a b c", "qas": qas}]}]}
+    (tmp_path / "squad").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "squad" / f"{split}-v1.1.json").write_text(json.dumps(squad))
     (tmp_path / "text.txt").write_text("Some text, not in any corpus.\n")
     return tmp_path
 
@@ -184,7 +192,7 @@ def data(tmp_path):
 def test_tasks_of_a_decoder(data):
     settings = Settings(data=data, texts=(data / "text.txt",), limit=2, shots=0)
     told = []
-    names = ["bpb", "blimp", "primitives", "qa/trivia@1", "qa/trivia/dev.jsonl"]
+    names = ["bpb", "blimp", "primitives", "qa/trivia@1", "primitives/variables-0@2"]
     found = evaluate(GPT_512, names, TOKENIZER, settings, done=lambda *args: told.append(args))
     assert told == list(found.items())
     assert [*found] == ["bpb", "blimp", *(f"primitives/{n}" for n in PRIMITIVES), *names[3:]]
@@ -192,25 +200,32 @@ def test_tasks_of_a_decoder(data):
     assert found["bpb"] == bits_per_byte(language, ["Some text, not in any corpus.\n"])
     assert found["blimp"] == blimp(language, data / "blimp")
     assert found["primitives/copy"] == primitives(language, "copy", count=2, shots=0)
+    assert found[names[-1]] == primitives(language, "variables-0", count=2, shots=2)
     assert set(found["qa/trivia@1"]) == {"exact_match", "f1"}
 
 
 def test_tasks_of_an_encoder(data):
     recipe = Recipe(batch=2, epochs=1, length=16)
-    settings = Settings(data=data, texts=(data / "text.txt",), recipe=recipe, seeds=(0, 1))
-    found = evaluate(BERT_64, ["bpb", "blimp", "glue/rte"], TOKENIZER, settings)
+    points = SpanRecipe(Recipe(epochs=1, length=32, batch=2), stride=8, query=4)
+    settings = Settings(
+        data=data, texts=(data / "text.txt",), recipe=recipe, spans=points, seeds=(0, 1)
+    )
+    names = ["bpb", "blimp", "glue/rte", "squad/v1.1"]
+    found = evaluate(BERT_64, names, TOKENIZER, settings)
+    # The text is "a b c": some of it is always the answer, rightly or wrongly
+    assert found["squad/v1.1"]["seeds"] == 2 and "f1" in found["squad/v1.1"]
     assert found["bpb"]["masked_bits"] > 0
     assert found["glue/rte"]["seeds"] == 2 and 0 <= found["glue/rte"]["accuracy"] <= 1
 
 
 def test_everything_that_is_lacking_is_said_at_once(data):
     settings = Settings(data=data, texts=(data / "lost.txt",))
-    names = ["bpb", "glue/rte", "glue/cola", "glue/xyz", "primitives/x", "qa/none", "blimp@many"]
+    wrong = ["glue/cola", "glue/xyz", "primitives/x", "qa/none", "blimp@many", "squad/v2.0"]
+    names = ["bpb", "glue/rte", *wrong]
     with pytest.raises(EvalError) as caught:
         evaluate(GPT_512, names, TOKENIZER, settings)
     said = str(caught.value).splitlines()[1:]
-    starts = ["bpb: ", "glue/cola: ", "glue/xyz: ", "primitives/x: ", "qa/none: ", "blimp@many: "]
-    assert [line.strip(" -").split(":")[0] + ": " for line in said] == starts
+    assert [line.strip(" -").split(":")[0] for line in said] == ["bpb", *wrong]
     assert "lost.txt" in said[0]
     with pytest.raises(EvalError, match="expected the folder of data, with blimp in it"):
         evaluate(GPT_512, ["blimp"], TOKENIZER)
@@ -261,6 +276,8 @@ def test_a_checkpoint_is_scored_on_the_command_line(run, data, tmp_path):
     record = json.loads(out.read_text())
     assert "bits_per_byte" in done.stdout and "paradigm" not in done.stdout
     model, tokenizer, start = open_model(folder)
+    last = max((folder / "checkpoints").iterdir())
+    assert eqx.tree_equal(model, open_model(last)[0], load_model(last)[0])
     assert start is None and record["tokenizer"] == tokenizer.vocabulary.digest
     text = (data / "text.txt").read_text()
     ours = bits_per_byte(LanguageModel(model, tokenizer), [text])

@@ -32,6 +32,10 @@ class Tokenizer(Protocol):
         """The ids of a document, without special tokens."""
         ...
 
+    def places(self, text: str) -> Int[np.ndarray, "n 2"]:
+        """For each token of a text, the characters from which and before which it stands there."""
+        ...
+
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of some ids, for people to read."""
         ...
@@ -88,6 +92,12 @@ class ByteTokenizer:
         data = text.encode() if isinstance(text, str) else text
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
+    def places(self, text: str) -> Int[np.ndarray, "n 2"]:
+        # A byte of the form 10xxxxxx continues a character
+        starts = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
+        characters = np.cumsum(starts) - 1
+        return np.stack([characters, characters + 1], 1)
+
     def decode(self, tokens: Iterable[int]) -> str:
         vocabulary = self.vocabulary
         names = {i: f"<{name}>" for name, i in vocabulary.specials.items()}
@@ -138,6 +148,10 @@ class LibraryTokenizer:
     def encode(self, text: str | bytes) -> Int[np.ndarray, " n"]:
         text = text.decode() if isinstance(text, bytes) else text
         return np.array(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def places(self, text: str) -> Int[np.ndarray, "n 2"]:
+        found = self._inner.encode(text, add_special_tokens=False).offsets
+        return np.array(found, int).reshape(-1, 2)
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._inner.decode([int(t) for t in tokens], skip_special_tokens=False)

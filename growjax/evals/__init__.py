@@ -19,5 +19,7 @@ from growjax.evals.questions import Question as Question
 from growjax.evals.questions import closed_book as closed_book
 from growjax.evals.questions import read_questions as read_questions
 from growjax.evals.questions import read_squad as read_squad
+from growjax.evals.spans import SpanRecipe as SpanRecipe
+from growjax.evals.spans import fine_tune_spans as fine_tune_spans
 from growjax.evals.tasks import Settings as Settings
 from growjax.evals.tasks import evaluate as evaluate

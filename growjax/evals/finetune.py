@@ -12,7 +12,7 @@ One convention is not kept: the models of growjax have no dropout, so there is n
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -30,6 +30,9 @@ from growjax.models import BERT
 from growjax.models.bert import Pooler
 from growjax.nn import logits
 from growjax.optim import matrices
+
+
+Model = TypeVar("Model", bound=eqx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +182,9 @@ def fine_tune(
     }
     runs = []
     for seed in seeds:
-        epochs = []
-        for classifier in _train(model, task, rows, recipe, seed):
+        epochs, fresh = [], Classifier(model, task.outputs, key=jax.random.key(seed))
+        loss = _label_loss if task.labels else _value_loss
+        for classifier in train_epochs(fresh, rows, recipe, seed, _collated, loss):
             found = {n: score(task, dev[n], _outputs(classifier, task, scored[n])) for n in dev}
             whole = next(iter(found.values())) if len(dev) == 1 else _named(found)
             epochs.append(whole)
@@ -228,7 +232,7 @@ def _encoded(tokenizer: Tokenizer, example: Example, task: Task, length: int) ->
     return _Row(tokens, second, task.labels.index(str(label)) if task.labels else float(label))
 
 
-def _width(longest: int) -> int:
+def width(longest: int) -> int:
     """The shape of a batch: a power of two, or one and a half of one."""
     whole = max(16, 1 << max(longest - 1, 0).bit_length())
     return whole * 3 // 4 if longest <= whole * 3 // 4 and whole > 16 else whole
@@ -236,7 +240,7 @@ def _width(longest: int) -> int:
 
 def _collated(rows: Sequence[_Row], size: int) -> dict[str, np.ndarray]:
     """A batch of `size` rows, each with its choices; rows that are not there weigh nothing."""
-    shape = (size, len(rows[0].tokens), _width(max(row.length for row in rows)))
+    shape = (size, len(rows[0].tokens), width(max(row.length for row in rows)))
     tokens, lengths, second = (
         np.zeros(shape, np.int32),
         np.zeros(shape[:2], int),
@@ -259,28 +263,36 @@ def _collated(rows: Sequence[_Row], size: int) -> dict[str, np.ndarray]:
 # Training ----------------------------------------------------------------------------------------
 
 
-def _train(
-    model: BERT, task: Task, rows: Sequence[_Row], recipe: Recipe, seed: int
-) -> Iterator[Classifier]:
-    """The classifier after each epoch."""
+def train_epochs(
+    model: Model,
+    rows: Sequence[Any],
+    recipe: Recipe,
+    seed: int,
+    collate: Callable[[Sequence[Any], int], dict[str, np.ndarray]],
+    loss: Callable[[Model, dict[str, Any]], Float[Array, " batch"]],
+) -> Iterator[Model]:
+    """A model with its head after each epoch over some rows, in an order of its seed.
+
+    `collate` makes a batch of some rows and its size, with a `weight` for each; `loss` is that of every
+    row of a batch.
+    """
     epochs = recipe.epochs or (5 if len(rows) < 10_000 else 3)
     starts = range(0, len(rows), recipe.batch)
-    trained, rest = partition(Classifier(model, task.outputs, key=jax.random.key(seed)))
-    optimizer, update = _program(recipe.clip, recipe.b2, recipe.eps, recipe.weight_decay)
+    trained, rest = partition(model)
+    optimizer, update = _program(loss, recipe.clip, recipe.b2, recipe.eps, recipe.weight_decay)
     state, step, rng = optimizer.init(trained), 0, np.random.default_rng(seed)
     for _ in range(epochs):
         order = rng.permutation(len(rows))
         for start in starts:
             chosen = [rows[i] for i in order[start : start + recipe.batch]]
             rate = jnp.float32(recipe.rate_at(step, epochs * len(starts)))
-            batch = _collated(chosen, recipe.batch)
-            trained, state = update(trained, rest, state, batch, rate, bool(task.labels))
+            trained, state = update(trained, rest, state, collate(chosen, recipe.batch), rate)
             step += 1
         yield eqx.combine(trained, rest)
 
 
 @functools.lru_cache
-def _program(clip: float, b2: float, eps: float, decay: float) -> tuple[Any, Any]:
+def _program(loss: Any, clip: float, b2: float, eps: float, decay: float) -> tuple[Any, Any]:
     """An optimizer and the step that uses it, the same ones for every seed and task."""
     optimizer = optax.chain(
         optax.clip_by_global_norm(clip),
@@ -289,21 +301,25 @@ def _program(clip: float, b2: float, eps: float, decay: float) -> tuple[Any, Any
     )
 
     @eqx.filter_jit
-    def update(trained, rest, state, batch, rate, labelled):
-        def loss(trained):
-            found = jax.vmap(_row(eqx.combine(trained, rest)))(batch)
-            if labelled:
-                chosen = batch["target"].astype(jnp.int32)
-                each = optax.softmax_cross_entropy_with_integer_labels(found, chosen)
-            else:
-                each = (found[:, 0] - batch["target"]) ** 2
+    def update(trained, rest, state, batch, rate):
+        def mean(trained):
+            each = loss(eqx.combine(trained, rest), batch)
             return jnp.sum(each * batch["weight"]) / jnp.sum(batch["weight"])
 
-        slopes = eqx.filter_grad(loss)(trained)
+        slopes = eqx.filter_grad(mean)(trained)
         updates, state = optimizer.update(slopes, state, trained)
         return jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), trained, updates), state
 
     return optimizer, update
+
+
+def _label_loss(model: Classifier, batch: dict[str, Any]) -> Array:
+    found, chosen = jax.vmap(_row(model))(batch), batch["target"].astype(jnp.int32)
+    return optax.softmax_cross_entropy_with_integer_labels(found, chosen)
+
+
+def _value_loss(model: Classifier, batch: dict[str, Any]) -> Array:
+    return (jax.vmap(_row(model))(batch)[:, 0] - batch["target"]) ** 2
 
 
 def _row(model: Classifier) -> Callable[[Mapping[str, Array]], Array]:

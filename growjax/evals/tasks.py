@@ -14,7 +14,12 @@ from growjax.evals.glue import TASKS, read_task
 from growjax.evals.language import LanguageModel, bits_per_byte, masked_bits
 from growjax.evals.metrics import Scores
 from growjax.evals.primitives import PRIMITIVES, primitives
-from growjax.evals.questions import closed_book, read_questions
+from growjax.evals.questions import closed_book, read_questions, read_squad
+from growjax.evals.spans import SpanRecipe, fine_tune_spans
+
+
+# The threshold of no answer, for the version that has such questions
+_SQUAD = {"squad/v1.1": None, "squad/v2.0": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +28,12 @@ class Settings:
 
     **Fields**
 
-    - `data`: the folder with `glue`, `superglue`, `blimp` and `qa` in it, each as it is published.
+    - `data`: the folder with `glue`, `superglue`, `squad`, `blimp` and `qa` in it, as they are published.
     - `texts`: the files for `bpb`, a document each.
     - `shots`: how many solved examples stand before a question; None is what is usual for the task.
     - `limit`: of how many pairs, problems, questions or documents; None is all. Fine-tuning knows none.
     - `seed`: of problems, masks and of the choice of examples.
-    - `recipe`, `seeds`: of fine-tuning.
+    - `recipe`, `spans`, `seeds`: of fine-tuning; `spans` is that on SQuAD.
     - `longest`, `start`, `always`: see `LanguageModel`.
     - `include`: a folder with tasks of your own for the harness.
     """
@@ -39,6 +44,7 @@ class Settings:
     limit: int | None = None
     seed: int = 0
     recipe: Recipe = Recipe()
+    spans: SpanRecipe = SpanRecipe()
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     longest: int | None = None
     start: int | None = None
@@ -68,6 +74,7 @@ def evaluate(
         | `primitives`, `primitives/copy`, ... | reasoning primitives, all or one |
         | `qa/NAME` | closed-book questions of the folder or file `NAME` in `qa` |
         | `glue/rte`, ..., `superglue/boolq`, ... | fine-tuning of an encoder |
+        | `squad/v1.1`, `squad/v2.0` | fine-tuning of an encoder that points at the answer |
         | any other | a task of the lm-evaluation-harness |
 
     - `done`: is told every result at once.
@@ -85,7 +92,7 @@ def evaluate(
     results: dict[str, Scores] = {}
     for name in names:
         bare, shots = _shots(name, settings)
-        if bare in TASKS:
+        if bare in TASKS or bare in _SQUAD:
             found = {name: _fine_tuned(model, tokenizer, bare, settings)}
         else:
             if language is None:
@@ -100,11 +107,18 @@ def evaluate(
 
 
 def _fine_tuned(model: Any, tokenizer: Tokenizer, name: str, settings: Settings) -> Scores:
-    task, folder = TASKS[name], _folder(settings, name.partition("/")[0])
-    train = read_task(task, folder, "train")
-    dev = {split: read_task(task, folder, split) for split in task.dev}
+    folder = _folder(settings, name.partition("/")[0])
+    if name in _SQUAD:
+        train, dev = (read_squad(find(folder, file)) for file in _squad_files(name))
+        recipe = dataclasses.replace(settings.spans, threshold=_SQUAD[name])
+        return fine_tune_spans(
+            model, tokenizer, train, dev, recipe=recipe, seeds=settings.seeds
+        ).summary()
+    task = TASKS[name]
+    examples = read_task(task, folder, "train")
+    sets = {split: read_task(task, folder, split) for split in task.dev}
     found = fine_tune(
-        model, tokenizer, task, train, dev, recipe=settings.recipe, seeds=settings.seeds
+        model, tokenizer, task, examples, sets, recipe=settings.recipe, seeds=settings.seeds
     )
     return found.summary()
 
@@ -177,6 +191,11 @@ def _faults(names: Sequence[str], settings: Settings) -> list[str]:
                 for split in ("train", *task.dev):
                     end = "tsv" if task.examples is None else "jsonl"
                     find(_folder(settings, kind) / task.folder, f"{split}.{end}")
+            elif kind == "squad":
+                if bare not in _SQUAD:
+                    raise EvalError(f"expected one of {', '.join(_SQUAD)}")
+                for file in _squad_files(bare):
+                    find(_folder(settings, kind), file)
             elif kind == "primitives" and rest not in PRIMITIVES:
                 raise EvalError(f"expected one of {', '.join(PRIMITIVES)} behind primitives/")
             elif kind == "qa":
@@ -198,6 +217,11 @@ def _folder(settings: Settings, kind: str) -> Path:
     if settings.data is None:
         raise EvalError(f"expected the folder of data, with {kind} in it, and none was named")
     return Path(settings.data) / kind
+
+
+def _squad_files(name: str) -> tuple[str, str]:
+    version = name.partition("/")[2]
+    return f"train-{version}.json", f"dev-{version}.json"
 
 
 def _blimp(settings: Settings) -> Path:
