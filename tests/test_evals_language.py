@@ -232,7 +232,7 @@ def pairs(tmp_path):
     folder = tmp_path / "data"
     write_pairs(folder, "one", "islands", [("an a", "an z"), ("z to a", "z to z")])
     write_pairs(folder, "two", "islands", [("b a", "b z"), ("z", "a"), ("a", "z"), ("q", "q")])
-    write_pairs(folder, "three", "binding", [("z", "a")])
+    write_pairs(folder, "three", "s-selection", [("z", "a")])
     return folder
 
 
@@ -256,7 +256,7 @@ def test_blimp(kind, packed, pairs, tmp_path):
     found = blimp(language, path)
     assert found == {
         "accuracy": (1 + 1 / 2 + 0) / 3,
-        "phenomenon/binding": 0.0,
+        "phenomenon/argument_structure": 0.0,
         "phenomenon/islands": 0.75,
         "paradigm/one": 1.0,
         "paradigm/three": 0.0,

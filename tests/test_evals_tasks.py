@@ -192,7 +192,7 @@ def data(tmp_path):
 def test_tasks_of_a_decoder(data):
     settings = Settings(data=data, texts=(data / "text.txt",), limit=2, shots=0)
     told = []
-    names = ["bpb", "blimp", "primitives", "qa/trivia@1", "primitives/variables-0@2"]
+    names = ["bpb", "blimp", "primitives", "qa/trivia@1"]
     found = evaluate(GPT_512, names, TOKENIZER, settings, done=lambda *args: told.append(args))
     assert told == list(found.items())
     assert [*found] == ["bpb", "blimp", *(f"primitives/{n}" for n in PRIMITIVES), *names[3:]]
@@ -200,8 +200,17 @@ def test_tasks_of_a_decoder(data):
     assert found["bpb"] == bits_per_byte(language, ["Some text, not in any corpus.\n"])
     assert found["blimp"] == blimp(language, data / "blimp")
     assert found["primitives/copy"] == primitives(language, "copy", count=2, shots=0)
-    assert found[names[-1]] == primitives(language, "variables-0", count=2, shots=2)
     assert set(found["qa/trivia@1"]) == {"exact_match", "f1"}
+
+
+def test_the_number_of_shots_of_a_name_comes_first(monkeypatch):
+    asked = []
+    fake = lambda language, name, **more: asked.append((name, more)) or {}  # noqa: E731
+    monkeypatch.setitem(evaluate.__globals__, "primitives", fake)
+    for settings in (Settings(shots=7, seed=3), Settings()):
+        evaluate(GPT_512, ["primitives/copy@2", "primitives/copy"], TOKENIZER, settings)
+    shots = [more.get("shots") for _, more in asked]
+    assert shots == [2, 7, 2, None] and asked[0][1]["seed"] == 3
 
 
 def test_tasks_of_an_encoder(data):

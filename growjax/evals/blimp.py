@@ -11,6 +11,10 @@ from growjax.evals.language import LanguageModel
 from growjax.evals.metrics import Scores
 
 
+# What the files call by another name than the paper, which counts 12 phenomena
+_PAPERS = {"s-selection": "argument_structure"}
+
+
 def blimp(language: LanguageModel, path: str | Path, *, limit: int | None = None) -> Scores:
     """The share of pairs whose good sentence is the likelier one; half of them is chance.
 
@@ -22,8 +26,8 @@ def blimp(language: LanguageModel, path: str | Path, *, limit: int | None = None
     - `limit`: how many pairs of each file; None is all 1,000.
 
     `{"accuracy": ...}` is the mean over the files; `phenomenon/...` is that over the files of each of
-    the 12 phenomena, and `paradigm/...` that of each file. A tie is an error. Raises `EvalError` if there
-    are no files, or other ones.
+    the paper's 12 phenomena, and `paradigm/...` that of each file. A tie is an error. Raises `EvalError`
+    if there are no files, or other ones.
 
     **Example**
 
@@ -34,7 +38,8 @@ def blimp(language: LanguageModel, path: str | Path, *, limit: int | None = None
         for record in records[:limit]:
             try:
                 pairs.append((record["sentence_good"], record["sentence_bad"]))
-                terms.setdefault(record.get("linguistics_term", "other"), {})[name] = None
+                term = record.get("linguistics_term", "other")
+                terms.setdefault(_PAPERS.get(term, term), {})[name] = None
             except KeyError as error:
                 raise EvalError(
                     f"{path}: {name} has no {error}, as the pairs of BLiMP have"
