@@ -117,26 +117,37 @@ def plan(
 
 @app.command
 def grow(
-    checkpoint: tyro.conf.Positional[Path],
     to: dict[str, int],
     out: Path,
-    by: str = "msg",
+    checkpoint: tyro.conf.Positional[Path | None] = None,
+    from_hf: Path | None = None,
+    by: str | None = None,
     seed: int = 0,
 ) -> None:
     """Grow a checkpoint, optimizer state and all, into a new one, and print its certificate.
 
     Args:
-        checkpoint: The folder of one checkpoint.
         to: Axes and the sizes to reach, such as: --to mlp 2048 embed 384.
         out: The folder to write; it must not be there.
-        by: Operators joined by +: msg, copy, zeros for widths, stack for layers.
+        checkpoint: The folder of one checkpoint.
+        from_hf: A Hugging Face folder instead; what is written is one, too.
+        by: Operators joined by +: msg, copy, zeros for widths, stack or expand for layers. By default
+            msg, and copy for a Hugging Face folder, which cannot hold gates.
         seed: Of what is drawn.
     """
+    if (checkpoint is None) == (from_hf is None):
+        raise GrowjaxError("grow: expected one of CHECKPOINT and --from-hf")
+    if from_hf is not None:
+        from growjax.train.commands import grow_pretrained
+
+        print(grow_pretrained(from_hf, by or "copy", to, out, seed=seed))
+        return
+    assert checkpoint is not None
     from growjax.train.checkpoint import read_lineage
     from growjax.train.commands import grow_checkpoint, operator_of
     from growjax.train.saving import model_of
 
-    op = operator_of(by, to, model_of(read_lineage(checkpoint)))
+    op = operator_of(by or "msg", to, model_of(read_lineage(checkpoint)))
     print(grow_checkpoint(checkpoint, op, out, seed=seed))
 
 

@@ -181,7 +181,7 @@ def test_operators_are_named_by_families_and_sizes():
     assert operator_of("msg", {"layers": 8}, model) == gj.msg(layers=8)
     with pytest.raises(GrowthError, match="nothing in 'stack' grows mlp"):
         operator_of("stack", {"mlp": 32}, model)
-    with pytest.raises(GrowthError, match="expected some of msg, stack, copy, zeros"):
+    with pytest.raises(GrowthError, match="expected some of msg, stack, copy, zeros, expand"):
         operator_of("double", {"mlp": 32}, model)
 
 

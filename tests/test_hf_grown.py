@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 
 import growjax as gj
+from growjax.__main__ import app
 from growjax.axes import put
 from growjax.certify import distance
-from growjax.errors import GateError, HuggingFaceError
+from growjax.errors import (
+    CheckpointError,
+    GateError,
+    GrowjaxError,
+    GrowthError,
+    HuggingFaceError,
+)
 from tests.folders import batch, build, outputs
 
 
@@ -160,3 +167,28 @@ def test_what_cannot_be_said_there_is_refused(why, tmp_path):
         gj.hf.save(make(), tmp_path / "out")
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+# From the command line ---------------------------------------------------------------------------
+
+
+def test_a_folder_is_grown_into_a_folder_with_a_certificate_and_a_card(tmp_path, capsys):
+    gj.hf.save(build("gpt2"), tmp_path / "small")
+    args = ["grow", "--from-hf", str(tmp_path / "small"), "--to", "mlp", "9", "layers", "4"]
+    args += ["--by", "zeros+expand", "--out"]
+    app.cli(prog="growjax", args=[*args, str(tmp_path / "big")])
+    assert "exact-given-init, keeps its promise" in capsys.readouterr().out
+    small, big = gj.hf.load(tmp_path / "small"), gj.hf.load(tmp_path / "big")
+    assert gj.sizes(big)["mlp"] == 9 and gj.sizes(big)["layers"] == 4
+    assert distance(outputs(small, batch(small)), outputs(big, batch(big)))[1] <= 1e-5
+    record = json.loads((tmp_path / "big" / "certificate.json").read_text())
+    assert record["certificate"]["passed"] and record["certificate"]["axes"]["layers"] == [2, 4]
+    card = (tmp_path / "big" / "README.md").read_text()
+    assert "# small, grown" in card and "keeps its promise" in card and "zeros(mlp=9)" in card
+    with pytest.raises(CheckpointError, match="is there already"):
+        app.cli(prog="growjax", args=[*args, str(tmp_path / "big")])
+    with pytest.raises(GrowthError, match="msg leaves gates at 0, and a stock model has none"):
+        app.cli(prog="growjax", args=[*args, str(tmp_path / "other"), "--by", "msg"])
+    with pytest.raises(GrowjaxError, match="expected one of CHECKPOINT and --from-hf"):
+        app.cli(prog="growjax", args=["grow", "--to", "mlp", "9", "--out", str(tmp_path / "x")])
+    assert not (tmp_path / "other").exists()

@@ -85,7 +85,12 @@ def load(folder: str | Path, *, dtype: str | None = None, ignore: Sequence[str] 
 
 
 def save(
-    model: Any, folder: str | Path, *, source: str | Path | None = None, shard: int = 5 * 10**9
+    model: Any,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    shard: int = 5 * 10**9,
+    more: Mapping[str, str] | None = None,
 ) -> None:
     """Write a BERT, GPT, Llama or T5 as a folder that `transformers` loads, with equal outputs.
 
@@ -95,6 +100,7 @@ def save(
     - `source`: the folder that the model came from: its tokenizer is copied, and what its `config.json`
       says besides sizes (special tokens, dropout rates) is kept.
     - `shard`: the largest size of a file, in bytes; more than one get an index.
+    - `more`: texts to write beside it, by file name, such as a `README.md`.
 
     A grown model is written as a stock one: open gates, branch multipliers and scales are folded into
     its weights. Raises `GateError` while gates are not open, and `HuggingFaceError` with everything that
@@ -131,6 +137,8 @@ def save(
         write_weights(partial, tensors, shard)
         if source is not None:
             copy_companions(Path(source), partial)
+        for name, text in (more or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
 
 
 def _family_of(folder: Folder) -> Family:

@@ -1,5 +1,6 @@
 """What the command line does with plans and checkpoints, as functions."""
 
+import functools
 import json
 import runpy
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from growjax.cost import parameters
 from growjax.errors import CheckpointError, GrowthError, PlanError
 from growjax.gates import is_gated, ungated
 from growjax.growth import Chain, Operator, chain
+from growjax.hf.card import written_by
+from growjax.hf.convert import load as load_folder
 from growjax.parallel import Layout
 from growjax.train.as_json import from_dict, load_plan, to_dict
 from growjax.train.checkpoint import Checkpoints, load, numbered, read_lineage, write
@@ -35,7 +38,11 @@ OPERATORS = {
     "stack": growth.stack,
     "copy": growth.copy,
     "zeros": growth.zeros,
+    "expand": functools.partial(growth.stack, order="interleave", branch="zero"),
 }
+
+
+_DEPTH = {"stack", "expand"}
 
 
 def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
@@ -123,8 +130,8 @@ def show_plan(
 def operator_of(by: str, to: Mapping[str, int], model: Any) -> Operator | Chain:
     """The operator that a command line names: one family, or some joined by `+`, and sizes to reach.
 
-    Each size goes to the first family named that can grow its axis: `stack` takes the stacks of layers
-    of the model (or of its shapes) and no other axis.
+    Each size goes to the first family named that can grow its axis: `stack` and `expand` (copies whose
+    branches are zero) take the stacks of layers of the model (or of its shapes) and no other axis.
 
     **Example**
 
@@ -140,10 +147,10 @@ def operator_of(by: str, to: Mapping[str, int], model: Any) -> Operator | Chain:
     table, left, found = axes_of(model), dict(to), []
     stacks = [axis for axis in left if "stack" in table.roles(axis)]
     for family in families:
-        if family == "stack":
+        if family in _DEPTH:
             takes = [axis for axis in left if axis in stacks]
         else:
-            takes = [axis for axis in left if "stack" not in families or axis not in stacks]
+            takes = [axis for axis in left if not _DEPTH & {*families} or axis not in stacks]
         if takes:
             wanted = {axis: left.pop(axis) for axis in takes}
             found.append(OPERATORS[family](**wanted))
@@ -188,6 +195,33 @@ def grow_checkpoint(
         "certificate": certificate.to_dict(),
     }
     write(out, grown, after).result()
+    return certificate
+
+
+def grow_pretrained(
+    source: str | Path, by: str, to: Mapping[str, int], out: str | Path, *, seed: int = 0
+) -> Certificate:
+    """Grow a Hugging Face folder into another one, with a certificate and a card that says how.
+
+    Raises `GrowthError` for an operator that leaves gates, which no file there can hold; nothing is
+    written then, or if the certificate is not passed (`CheckpointError`).
+    """
+    source, out = Path(source), Path(out)
+    if out.exists():
+        raise CheckpointError(f"{out}: is there already, and nothing is overwritten")
+    if "msg" in by.split("+"):
+        raise GrowthError(
+            "by: msg leaves gates at 0, and a stock model has none; use copy or zeros for widths and "
+            "expand for layers, or gj.hf.save after the gates were opened in training"
+        )
+    model = load_folder(source)
+    op = operator_of(by, to, model)
+    certificate = certify_model(model, op, seed)
+    if not certificate.passed:
+        raise CheckpointError(
+            f"{source}: growing it by {op} is not what it promises:\n{certificate}"
+        )
+    written_by(op, model, certificate, source, out, key=purpose_key(seed, "grow"), seed=seed)
     return certificate
 
 
