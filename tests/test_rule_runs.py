@@ -6,11 +6,14 @@ AdamW's are in `test_train`.
 import dataclasses
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 import growjax as gj
 from growjax.train import Optimizer, Options, Schedule, Step, load_plan, save_plan, train
-from tests.runs import feed, losses, plan, same, steps
+from growjax.train.checkpoint import load
+from tests.runs import SMALL, feed, losses, plan, same, steps
 
 
 RATES = {"nadamw": 1e-2, "ademamix": 1e-2, "lion": 3e-3, "sgd": 0.3}
@@ -43,6 +46,24 @@ def test_a_run_learns_and_goes_on_bitwise(name, programs, tmp_path):
         again = records(saved)
         assert again[0].resumed and same(again, first)
         assert losses(again) == {n: x for n, x in found.items() if n >= int(saved[:8])}
+
+
+def test_sophia_sees_the_curvature_of_the_head_and_of_all_below_it(tmp_path):
+    """In the first step already: the loss is that of the words, not of hidden states."""
+    model = dataclasses.replace(SMALL, tied=False)
+    made = plan(steps(1), model=model, optimizer=Optimizer("sophia"))
+    list(train(made, feed(made), run=tmp_path, options=Options(held_out=4, keep_last=9)))
+    trained = gj.partition(made.spans[0].model)[0]
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        jax.eval_shape(made.optimizer.build().init, trained),
+    )
+    path = tmp_path / "checkpoints" / "00000001-00"
+    _, (_, sophia, *_) = load(path, {"optimizer": shapes}, only=("optimizer",)).popitem()
+    assert np.all(np.asarray(sophia.h.head) > 0)
+    for h in jax.tree.leaves(sophia.h):
+        assert np.any(np.asarray(h) > 0) and np.all(np.asarray(h) >= 0)
 
 
 def test_every_field_survives_the_trip_through_json(tmp_path):
