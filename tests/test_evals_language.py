@@ -47,8 +47,13 @@ def likelihood(logits, targets):
     return sum(logp[i, t] for i, t in enumerate(targets)), greedy
 
 
-def run(model, *args, **kwargs) -> Any:
-    return eqx.filter_jit(model)(*(np.array(a) for a in args), **kwargs)
+def run(model, *rows) -> Any:
+    """What a model makes of one sequence or pair, in one shape for all lengths."""
+    length = len(rows[-1])
+    padded = [np.array([*row, *[0] * (32 - len(row))]) for row in rows]
+    real = np.arange(32) < len(rows[0])
+    masks = {BERT: {"mask": real}, T5: {"encoder_mask": real}}.get(type(model), {})
+    return jax.tree.map(lambda x: x[:length], eqx.filter_jit(model)(*padded, **masks))
 
 
 def agree(ours, expected):

@@ -324,7 +324,10 @@ def _value_loss(model: Classifier, batch: dict[str, Any]) -> Array:
 
 def _row(model: Classifier) -> Callable[[Mapping[str, Array]], Array]:
     """The outputs for one example: those of its text, or one for each choice."""
-    read = lambda row: jax.vmap(model)(row["tokens"], row["types"], row["mask"]).reshape(-1)  # noqa: E731
+
+    def read(row: Mapping[str, Array]) -> Array:
+        return jax.vmap(model)(row["tokens"], row["types"], row["mask"]).reshape(-1)
+
     return read
 
 
