@@ -1,5 +1,6 @@
 """Caches: a model that goes on where it was is the model that read everything at once."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +12,7 @@ import pytest
 import growjax as gj
 from growjax.axes import axes_of, put
 from growjax.data import ByteTokenizer
-from growjax.errors import EvalError
+from growjax.errors import AxisError, EvalError
 from growjax.evals import LanguageModel, generate
 from growjax.evals import generate as room
 from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, Llama, LlamaConfig, T5Config
@@ -103,6 +104,21 @@ def test_what_comes_later_in_a_cache_is_not_seen():
     dirty = jax.tree.map(lambda x: jnp.full_like(x, 9.0), model.cache(16))
     found = [extend(model, jnp.asarray(TOKENS), cache, 0)[0] for cache in (dirty, model.cache(16))]
     assert np.array_equal(*found)
+
+
+def test_cross_attention_needs_something_to_read():
+    model, x = build("t5"), jnp.ones((1, SIZES["embed"]))
+    with pytest.raises(AxisError, match="memory: expected what the cross-attention reads"):
+        model.decoder.extend(x, model.cache(jnp.asarray(SOURCE), 16).seen, None, 0)
+
+
+def test_caches_in_bfloat16():
+    model, config = CASES["llama, grouped"]
+    half = model(dataclasses.replace(config, dtype="bfloat16"), key=jax.random.key(0))
+    assert half.cache(8).keys.dtype == jnp.bfloat16
+    expected = np.asarray(whole(half, TOKENS))
+    error = np.abs(in_parts(half, TOKENS, [4, 8]) - expected).max()
+    assert error <= 0.02 * np.abs(expected).max()
 
 
 # Texts -------------------------------------------------------------------------------------------

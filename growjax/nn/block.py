@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from growjax import axes
+from growjax.errors import AxisError
 from growjax.gates import Gate, gated
 from growjax.nn.attention import Attention, Cache
 from growjax.nn.mlp import MLP
@@ -65,7 +66,9 @@ class Block(eqx.Module):
         h = self._input(x, self.attention_norm)
         y, cache = self.attention.extend(h, cache, at, bias=bias, turn=turn)
         x = self._add(x, y, self.attention_norm, branch)
-        if self.cross is not None and self.cross_norm is not None and memory is not None:
+        if self.cross is not None and self.cross_norm is not None:
+            if memory is None:
+                raise AxisError("memory: expected what the cross-attention reads, got None")
             queries = self.cross.ask(self._input(x, self.cross_norm))
             y = self.cross.read(queries, memory, mask=memory_mask)
             x = self._add(x, y, self.cross_norm, branch)
