@@ -214,7 +214,7 @@ def stability(size: Literal["smoke", "small", "paper"] = "smoke", out: Path = Pa
         means = np.array([[found[variant, d, i]["mean"] for d in s.depths] for i in range(s.seeds)])
         slopes = np.polyfit(np.log(s.depths), np.log(means).T, 1)[0]
         forms = [closed_form(variant, d) for d in s.depths]
-        expected = round(float(np.polyfit(np.log(s.depths), np.log(forms), 1)[0]), 3)
+        expected = round(float(np.polyfit(np.log(s.depths), np.log(forms), 1)[0]), 3) + 0.0
         for name, slope in (("limit", theory), ("closed form at these depths", expected)):
             near = bool(abs(slopes.mean() - slope) < 0.1)
             question = f"{variant}: is the slope within 0.1 of {slope} ({name})?"
