@@ -8,7 +8,8 @@ import numpy as np
 import growjax as gj
 from growjax.data import ByteTokenizer, Causal, Corpus
 from growjax.models import GPTConfig
-from growjax.train import CorpusFeed, End, Plan, Schedule, Stage, Step
+from growjax.train import CorpusFeed, End, Plan, Schedule, Stage, Step, cross_entropy
+from growjax.train.step import Programs
 
 
 SMALL = GPTConfig(layers=2, embed=16, heads=2, head_dim=8, mlp=16, vocab=384, positions=16)
@@ -63,3 +64,9 @@ def weights(records: list[Any]) -> list[np.ndarray]:
 
 def same(a: list[Any], b: list[Any]) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
+
+
+def programs_of(plan: Plan) -> Programs:
+    """What the trainer compiles for a plan, on one device."""
+    mesh = plan.layout.mesh(jax.devices()[:1])
+    return Programs(plan.optimizer.build(), cross_entropy, mesh, plan.layout)

@@ -20,7 +20,7 @@ from growjax.select import RhoLoss, SelectiveBackprop
 from growjax.train import Options, Schedule, Stage, cross_entropy, train
 from growjax.train.losses import drawn_loss
 from growjax.train.stages import Work, step_flops
-from tests.runs import BATCH, SMALL, feed, losses, plan, same, steps, weights
+from tests.runs import BATCH, SMALL, feed, losses, plan, programs_of, same, steps, weights
 
 
 OPTIONS = Options(held_out=4)
@@ -168,18 +168,19 @@ class Watching(Optimizer):
         return 2
 
     def build(self) -> Rule:
-        def update(gradient, state, params, *, rate, curvature=None):
+        def update(gradient, state, params, *, rate, curvature=None, labels):
             del params
             if curvature is None:
                 return jax.tree.map(jnp.zeros_like, gradient), state
-            return jax.tree.map(lambda g: -rate * g, curvature), state
+            # As many labels as there are places that count
+            return jax.tree.map(lambda g: -rate * labels * g, curvature), state
 
         return Rule(lambda params: (), update)
 
 
 def test_a_second_gradient_is_taken_when_a_rule_asks_for_it(programs):
     """That of labels which the model draws itself: at every place that counts, whatever the text says."""
-    made = plan(steps(4), optimizer=Watching(), rate=Schedule(1.0, "constant", warmup=0.0))
+    made = plan(steps(4), optimizer=Watching(), rate=Schedule(0.01, "constant", warmup=0.0))
     assert made.spans[0].works == (Work(None, True), Work()) * 2
     assert [i for i, _ in made.spans[0].programs] == [0, 1]
     plain = plan(steps(1)).flops
@@ -196,7 +197,9 @@ def test_a_second_gradient_is_taken_when_a_rule_asks_for_it(programs):
         found, counts = jax.vmap(lambda row: drawn_loss(eqx.combine(trained, rest), row))(rows)
         return (found * counts).sum() / counts.sum()
 
-    expected = jax.tree.map(lambda p, g: p - g, trained, jax.grad(loss)(trained))
+    labels = rows["weights"].sum()
+    assert labels > BATCH
+    expected = jax.tree.map(lambda p, g: p - 0.01 * labels * g, trained, jax.grad(loss)(trained))
     for x, y in zip(after, jax.tree.leaves(eqx.combine(expected, rest)), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
@@ -223,7 +226,7 @@ def test_drawn_labels_are_the_models_own():
 def test_what_becomes_of_the_optimizer(carried, programs):
     """Copied layers keep their moments, start again alone, or everything starts again."""
     made = plan(steps(3), steps(1, grow=gj.stack(layers=4), carry=carried))
-    ahead = gj.train.transition.Ahead(made, _programs(made), background=False)
+    ahead = gj.train.transition.Ahead(made, programs_of(made), background=False)
     state = ahead.get(("birth", 0, None))(np.int32(0))
     ones = state._replace(optimizer=jax.tree.map(jnp.ones_like, state.optimizer))
     grown = ahead.get(("grow", 1, None))(ones, np.int32(0))
@@ -233,11 +236,6 @@ def test_what_becomes_of_the_optimizer(carried, programs):
     assert moment.tolist() == kept == adam.ages.of["layers"].tolist()
     embedding = float(np.mean(adam.mu.embedding.table))
     assert embedding == (0 if carried == "reset" else 1)
-
-
-def _programs(of):
-    mesh = of.layout.mesh(jax.devices()[:1])
-    return gj.train.step.Programs(of.optimizer.build(), cross_entropy, mesh, of.layout)
 
 
 def test_a_rewound_rate_starts_again_from_its_peak():

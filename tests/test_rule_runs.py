@@ -11,9 +11,20 @@ import numpy as np
 import pytest
 
 import growjax as gj
-from growjax.train import Optimizer, Options, Schedule, Step, load_plan, save_plan, train
+from growjax.data import held_out_batch
+from growjax.train import (
+    Optimizer,
+    Options,
+    Schedule,
+    Step,
+    cross_entropy,
+    load_plan,
+    save_plan,
+    train,
+)
 from growjax.train.checkpoint import load
-from tests.runs import SMALL, feed, losses, plan, same, steps
+from growjax.train.saving import load_model, model_of
+from tests.runs import SMALL, feed, losses, plan, programs_of, same, steps
 
 
 RATES = {"nadamw": 1e-2, "ademamix": 1e-2, "lion": 3e-3, "sgd": 0.3}
@@ -46,6 +57,32 @@ def test_a_run_learns_and_goes_on_bitwise(name, programs, tmp_path):
         again = records(saved)
         assert again[0].resumed and same(again, first)
         assert losses(again) == {n: x for n, x in found.items() if n >= int(saved[:8])}
+
+
+def test_what_is_handed_out_is_what_was_judged(programs, tmp_path):
+    """An average, where the rule averages: at the end of a run, and in its checkpoints."""
+    made = plan(
+        steps(4),
+        optimizer=Optimizer("schedule_free"),
+        rate=Schedule(3e-2, "constant", warmup=0.0),
+    )
+    options = Options(evaluate_every=made.flops / 2, held_out=4, save_every=4, keep_last=9)
+    data = feed(made)
+    *_, last, _, end = train(made, data, run=tmp_path, options=options, cache=programs)
+    rows = held_out_batch(data.kept, made.objective, 4)
+
+    def loss(model: Any) -> float:
+        found, counts = jax.vmap(lambda row: cross_entropy(model, row))(rows)
+        return float((found * counts).sum() / counts.sum())
+
+    saved = tmp_path / "checkpoints" / "00000004-00"
+    found, lineage = load_model(saved)
+    shapes = programs_of(made).shapes(model_of(lineage))
+    training = load(saved, shapes).model
+    assert loss(end.model) == pytest.approx(last.held_out, rel=1e-5)
+    assert abs(loss(training) - last.held_out) > 1e-3
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(end.model), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
 
 
 def test_sophia_sees_the_curvature_of_the_head_and_of_all_below_it(tmp_path):

@@ -364,7 +364,7 @@ def test_schedule_free_is_that_of_optax_at_a_rate_that_never_falls(rates):
         path, reference = follow(optim.Rule(theirs.init, update), params, gradients, rates)
         last = lambda tree: jax.tree.map(lambda x: x[-1], tree)  # noqa: E731
         judged = optax.contrib.schedule_free_eval_params(reference, last(path))
-        pairs = [(ours, path), (rule.judged(last(ours), state), judged)]
+        pairs = [(ours, path), (rule.evaluated(last(ours), state), judged)]
         for a, b in pairs:
             for x, y in zip(leaves(a), leaves(b), strict=True):
                 np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
@@ -378,7 +378,7 @@ def test_what_is_judged_is_the_average_of_where_the_base_rule_went():
         base = optim.rule(optax.identity())
         rule = optim.schedule_free(base, b1)
         path, state = follow(rule, params, gradients, rates)
-        found = rule.judged(jax.tree.map(lambda x: x[-1], path), state)
+        found = rule.evaluated(jax.tree.map(lambda x: x[-1], path), state)
         for x, y, start, *g in zip(
             leaves(found), leaves(path), leaves(params), *map(leaves, gradients), strict=True
         ):
@@ -394,7 +394,7 @@ def test_rules_that_do_not_average_are_judged_as_they_are():
         rule = plain(name, scale_by_parameter=True)
         updates, state = rule.update(drawn(params), rule.init(params), params, rate=0.1)
         assert all(u.dtype == jnp.bfloat16 for u in leaves(updates))
-        assert (rule.judged(params, state) is params) == (name != "schedule_free")
+        assert (rule.evaluated(params, state) is params) == (name != "schedule_free")
 
 
 # Growth --------------------------------------------------------------------------------------
@@ -453,7 +453,7 @@ def test_new_coordinates_move_as_in_a_fresh_run(name):
     carried = gj.carry(op, state, model, key=KEY)
     grown = trained(gj.grow(op, model, key=KEY))
     if name == "schedule_free":
-        judged = rule.judged(grown, carried)
+        judged = rule.evaluated(grown, carried)
         assert np.array_equal(judged.up[:, 4:], grown.up[:, 4:])
         assert not np.any(judged.up[:, :4] == grown.up[:, :4])
     old, new = grown, grown
@@ -486,10 +486,10 @@ def test_an_average_of_the_parameters_is_carried_with_them():
         gradients = [drawn(trained(model), seed) for seed in range(4)]
         path, state = follow(rule, trained(model), gradients, [0.1] * 4)
         model = jax.tree.map(lambda x: x[-1], path)
-        judged = rule.judged(trained(model), state)
+        judged = rule.evaluated(trained(model), state)
         op = gj.copy(mlp=9, shares="random")
         carried = gj.carry(op, state, model)
-        found = rule.judged(trained(gj.grow(op, model)), carried)
+        found = rule.evaluated(trained(gj.grow(op, model)), carried)
         for a, b in zip(leaves(found), leaves(trained(gj.grow(op, judged))), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10)
         assert np.array_equal(carried.total, state.total)

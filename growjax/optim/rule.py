@@ -18,12 +18,17 @@ class Rule(NamedTuple):
     - `update(gradient, state, params, *, rate, curvature=None, labels=1) -> (updates, state)`: what to
       add to the parameters. `curvature` is a second gradient, for rules that asked for one, and `labels`
       how many it is the mean over (see `growjax.optim.scale_by_sophia`).
-    - `judged(params, state) -> params`: what is evaluated; not what is trained for rules that average.
+    - `judged(params, state) -> params`: what is evaluated if that is not what is trained, as in rules
+      that average; None in all others.
     """
 
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any]]
-    judged: Callable[[Any, Any], Any] = lambda params, state: params
+    judged: Callable[[Any, Any], Any] | None = None
+
+    def evaluated(self, params: Any, state: Any) -> Any:
+        """The parameters to evaluate, to hand out and to keep in the end."""
+        return params if self.judged is None else self.judged(params, state)
 
 
 def rule(tx: Any) -> Rule:

@@ -357,7 +357,7 @@ class _Loop:
     def _end(self, span: Span, i: int, *, finished: bool) -> End:
         if self.saves:
             self.saves.wait()
-        model = opened(self.state.model, span.stage.level(i - 1) if i else 0.0)
+        model = opened(self.programs.judged(self.state), span.stage.level(i - 1) if i else 0.0)
         spent = self.clock.spent
         return End(
             ungated(model) if finished else model,

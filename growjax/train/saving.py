@@ -152,20 +152,24 @@ def model_of(lineage: Mapping[str, Any]) -> Any:
 def load_model(path: str | Path) -> tuple[Any, dict[str, Any]]:
     """The model in a checkpoint, its gates as far open as they were, and its lineage.
 
-    Raises `CheckpointError` if it is not whole.
+    It is the one to evaluate: the average, if the optimizer averages. Raises `CheckpointError` if the
+    checkpoint is not whole.
 
     **Example**
 
         model, lineage = load_model("runs/first/checkpoints/00000400-01")
     """
     lineage = read_lineage(path)
-    model = model_of(lineage)
+    trained, rest = partition(model_of(lineage))
+    optimizer = from_dict(lineage["optimizer"]).build()
+    wanted = {"trained": trained, "rest": rest}
+    if optimizer.judged is not None:
+        wanted["optimizer"] = jax.eval_shape(optimizer.init, trained)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    trained, rest = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), partition(model)
-    )
-    found = load(path, {"trained": trained, "rest": rest}, only=("trained", "rest"))
-    return opened(eqx.combine(found["trained"], found["rest"]), lineage["level"]), lineage
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), wanted)
+    found = load(path, shapes, only=tuple(wanted))
+    trained = optimizer.evaluated(found["trained"], found.get("optimizer"))
+    return opened(eqx.combine(trained, found["rest"]), lineage["level"]), lineage
 
 
 def _movable(plan: Plan) -> Plan:

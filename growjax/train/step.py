@@ -101,6 +101,11 @@ class Programs:
         trained, rest = partition(model)
         return State(trained, rest, self.optimizer.init(trained))
 
+    def judged(self, state: State) -> Any:
+        """The model to evaluate, which is not the one that trains if the optimizer averages."""
+        trained = self.optimizer.evaluated(state.trained, state.optimizer)
+        return eqx.combine(trained, state.rest)
+
     def shardings(self, state: State) -> State:
         """Where each array of a state (or of its shapes) lives."""
         everywhere = replicated(self.mesh)
@@ -226,8 +231,15 @@ def _step(
         rows = {**batch, "key": jax.random.key_data(keys)}
         _, curvature = _loss_and_gradient(programs, drawn_loss, work.part, state, rows, controls)
         curvature = jax.lax.with_sharding_constraint(curvature, where)
+    # Labels were drawn at the places that count
+    labels = jnp.sum(batch["weights"])
     updates, optimizer = programs.optimizer.update(
-        gradient, state.optimizer, state.trained, rate=controls.rate, curvature=curvature
+        gradient,
+        state.optimizer,
+        state.trained,
+        rate=controls.rate,
+        curvature=curvature,
+        labels=labels,
     )
     report = Report(loss, optax.tree.norm(gradient), optax.tree.norm(state.trained))
     return State(optax.apply_updates(state.trained, updates), state.rest, optimizer), report
@@ -329,6 +341,5 @@ def _grow(
 
 
 def _evaluate(programs: Programs, state: State, batch: Mapping[str, Array], level: Array):
-    judged = programs.optimizer.judged(state.trained, state.optimizer)
-    model = gathered(opened(eqx.combine(judged, state.rest), level), programs.mesh)
+    model = gathered(opened(programs.judged(state), level), programs.mesh)
     return jax.vmap(lambda row: programs.loss(model, row))(batch)
