@@ -188,7 +188,7 @@ def test_rotary_frequencies_are_lowered_where_they_turn_too_slowly():
     assert len(set((np.asarray(scaled) / plain).round(6))) == 3  # all, some and none of it
     for wrong in ((0.0,), (2.0, 4.0), (2.0, 1.0, 4.0, -1)):
         with pytest.raises(AxisError, match="scaling: expected a positive factor and length"):
-            RotaryScaling(*wrong)
+            RotaryScaling(*wrong)  # pyright: ignore
 
 
 @pytest.mark.parametrize("post_norm", [True, False])

@@ -68,7 +68,8 @@ def test_what_is_handed_out_is_what_was_judged(programs, tmp_path):
     )
     options = Options(evaluate_every=made.flops / 2, held_out=4, save_every=4, keep_last=9)
     data = feed(made)
-    *_, last, _, end = train(made, data, run=tmp_path, options=options, cache=programs)
+    records: Any = list(train(made, data, run=tmp_path, options=options, cache=programs))
+    last, end = records[-3], records[-1]
     rows = held_out_batch(data.kept, made.objective, 4)
 
     def loss(model: Any) -> float:
