@@ -39,6 +39,10 @@ class BudgetError(GrowjaxError):
     """A reference clock does not know an operation, or a budget makes no sense."""
 
 
+class UndecayedError(BudgetError):
+    """A score was taken before the learning rate had fallen, and is not comparable."""
+
+
 class SelectError(GrowjaxError):
     """A rule for choosing examples contradicts itself or lacks what it compares with."""
 

@@ -12,4 +12,12 @@ from growjax.budget.clock import Op as Op
 from growjax.budget.clock import load_clock as load_clock
 from growjax.budget.clock import recharge as recharge
 from growjax.budget.clock import save_clock as save_clock
+from growjax.budget.paired import Comparison as Comparison
+from growjax.budget.paired import Outcome as Outcome
+from growjax.budget.paired import Reach as Reach
+from growjax.budget.paired import SpeedUp as SpeedUp
+from growjax.budget.paired import compare as compare
+from growjax.budget.paired import cost_to_reach as cost_to_reach
+from growjax.budget.paired import speed_up as speed_up
+from growjax.budget.paired import t_interval as t_interval
 from growjax.budget.schedule import Schedule as Schedule

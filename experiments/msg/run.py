@@ -1,0 +1,177 @@
+"""Masked structural growth over all dimensions, against training the large model from scratch.
+
+`python -m experiments.msg.run --size smoke`; see the README next to this file.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import growjax as gj
+from experiments.study import COMPUTE, Cell
+from experiments.summary import Study
+from growjax.data import MLM, Causal, Objective
+from growjax.growth import Operator
+from growjax.models import BERTConfig, GPTConfig
+from growjax.train import Optimizer, Plan, Schedule, Stage
+
+
+Workload = Literal["bert", "gpt", "bert-large"]
+SEEDS = {"smoke": 1, "small": 6, "paper": 1}
+STUDY = Study("msg", baseline="control", target="scratch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """The sizes of a schedule in its order: mlp, layers, embed, heads, layers; and its training."""
+
+    layers: tuple[int, int, int]
+    embed: tuple[int, int]
+    mlp: tuple[int, int]
+    heads: tuple[int, int]
+    head_dim: int
+    vocab: int
+    length: int
+    batch: int
+    steps: int
+    rate: float
+
+
+SIZES: dict[str, dict[Workload, Size]] = {
+    "smoke": {
+        w: Size((1, 2, 4), (8, 16), (16, 32), (1, 2), 8, 384, 32, 4, 12, 3e-3)
+        for w in ("bert", "gpt")
+    },
+    "small": {
+        w: Size((3, 6, 12), (32, 64), (64, 256), (2, 4), 16, 384, 64, 16, 600, 3e-3)
+        for w in ("bert", "gpt")
+    },
+    # The released orders and shapes of BERT-base and -large. Step numbers were not released, and nothing
+    # is known of GPT-2's stages: README.md
+    "paper": {
+        "bert": Size(
+            (3, 6, 12), (512, 768), (768, 3072), (8, 12), 64, 30_592, 128, 256, 1_000_000, 1e-4
+        ),
+        "bert-large": Size(
+            (6, 12, 24), (512, 1024), (1024, 4096), (8, 16), 64, 30_592, 128, 256, 1_000_000, 5e-5
+        ),
+        "gpt": Size(
+            (3, 6, 12), (512, 768), (768, 3072), (8, 12), 64, 50_304, 1024, 256, 300_000, 6e-4
+        ),
+    },
+}
+
+
+def cells(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
+    """The arms of one seed; all but `scratch` cost what `msg` does."""
+    if workload not in SIZES[size]:
+        return
+    s = SIZES[size][workload]
+    objective = objective_of(workload, s)
+    make = functools.partial(
+        Plan,
+        batch=s.batch,
+        objective=objective,
+        rate=Schedule(s.rate, warmup=0.05),
+        optimizer=Optimizer(b2=0.98, weight_decay=0.01),
+        seed=seed,
+    )
+    compute = COMPUTE[size]
+    small, whole = (dataclasses.replace(model(workload, s, n), **compute) for n in (0, -1))
+    sixth = s.steps // 6
+    tokens = sixth * s.batch * objective.raw_length
+    ramp = max(sixth // 10, 1)
+
+    def grown(name: str, grow: Any, ramp: int = 0, rewind: Any = "stretch") -> Plan:
+        """The released order: mlp, layers, embed, heads, layers, in stages of equally many steps."""
+        stages = [Stage("small", tokens=tokens)]
+        for n, (axis, new) in enumerate(released_order(s)):
+            # The published rule goes back to the peak at the first two growths
+            back = rewind if n < 2 else None
+            stages.append(
+                Stage(f"{axis} {new}", tokens=tokens, grow=grow(axis, new), rewind=back, ramp=ramp)
+            )
+        return make(name, small, tuple(stages))
+
+    def masked(axis: str, new: int, init: Any = "normal") -> Operator:
+        sizes: dict[str, Any] = {axis: new}
+        return gj.msg(init=init, **sizes)
+
+    def copied(axis: str, new: int) -> Operator:
+        # Uneven shares: equal copies would receive equal gradients for ever
+        sizes: dict[str, Any] = {axis: new}
+        return gj.stack(**sizes) if axis == "layers" else gj.copy(shares="random", **sizes)
+
+    msg = grown("msg", masked, ramp)
+    scratch = make(
+        "scratch", whole, (Stage("whole model", tokens=s.steps * s.batch * objective.raw_length),)
+    )
+
+    def equal(name: str, *stages: Stage, config: Any = whole) -> Plan:
+        return make(name, config, stages, budget=msg.flops)
+
+    depths = [
+        Stage(f"{s.layers[0]} layers", share=0.2),
+        Stage(f"{s.layers[1]} layers", share=0.3, grow=gj.stack(layers=s.layers[1])),
+        Stage(f"{s.layers[2]} layers", share=0.5, grow=gj.stack(layers=s.layers[2])),
+    ]
+    arms = [
+        scratch,
+        equal("control", Stage("whole model", share=1.0)),
+        msg,
+        grown("no mask", masked, 1),
+        equal("stacking", *depths, config=dataclasses.replace(whole, layers=s.layers[0])),
+    ]
+    if size == "smoke":
+        arms = arms[:3]
+    # A norm averages over embed, so only a whole multiple can be copied without a change
+    elif s.embed[1] % s.embed[0] == 0:
+        arms.append(grown("bert2BERT-like", copied))
+    if size != "smoke":
+        arms += [
+            grown("msg, no rewind", masked, ramp, rewind=None),
+            grown("msg, copies", functools.partial(masked, init="copy"), ramp),
+            grown("msg, matched", functools.partial(masked, init="matched"), ramp),
+            grown("no mask, copies", functools.partial(masked, init="copy"), 1),
+        ]
+    for plan in arms:
+        yield Cell(workload, "1x", plan)
+
+
+def released_order(s: Size) -> list[tuple[str, int]]:
+    """The growths of the released plans, in their order."""
+    return [
+        ("mlp", s.mlp[1]),
+        ("layers", s.layers[1]),
+        ("embed", s.embed[1]),
+        ("heads", s.heads[1]),
+        ("layers", s.layers[2]),
+    ]
+
+
+def objective_of(workload: Workload, s: Size) -> Objective:
+    """What is predicted: the next token, or masked ones."""
+    return Causal(s.length, packing="concat") if workload == "gpt" else MLM(s.length)
+
+
+def model(workload: Workload, s: Size, n: int) -> BERTConfig | GPTConfig:
+    """The smallest model of a schedule (`n` = 0) or the largest (-1); BERT is post-LN, as published."""
+    fields: dict[str, Any] = {
+        "layers": s.layers[n],
+        "embed": s.embed[n],
+        "mlp": s.mlp[n],
+        "heads": s.heads[n],
+        "head_dim": s.head_dim,
+        "vocab": s.vocab,
+        "positions": s.length,
+    }
+    if workload == "gpt":
+        return GPTConfig(**fields)
+    return BERTConfig(**fields, pooler=False, nsp_head=False)
+
+
+if __name__ == "__main__":
+    from experiments.main import main
+
+    main(STUDY, cells, SEEDS, ("bert", "gpt"))

@@ -1,0 +1,198 @@
+"""Stacking, layer dropping, batch selection and optimizers against a baseline that is fully decayed.
+
+`python -m experiments.no_train_no_gain.run --size smoke`; see the README next to this file.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import growjax as gj
+from experiments.study import COMPUTE, Cell
+from experiments.summary import Study
+from growjax.budget import A100_T5, RTX3090_BERT, DepthClock, Op
+from growjax.data import MLM, Objective, SpanCorruption
+from growjax.models import BERTConfig, T5Config
+from growjax.select import RhoLoss, SelectiveBackprop
+from growjax.train import Optimizer, Plan, Schedule, Stage
+
+
+Workload = Literal["bert", "t5"]
+SEEDS = {"smoke": 1, "small": 6, "paper": 3}
+STUDY = Study(
+    "no_train_no_gain",
+    baseline="AdamW",
+    clocks={"the RTX 3090, BERT": RTX3090_BERT, "the A100, T5": A100_T5},
+)
+BUDGETS = {"smoke": (1,), "small": (1, 2, 4), "paper": (1, 2, 4)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How large the models are, and how many steps the baseline trains for at the smallest budget."""
+
+    layers: int
+    embed: int
+    heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    length: int
+    batch: int
+    steps: int
+    accumulate: int = 1
+
+
+SIZES: dict[str, dict[Workload, Size]] = {
+    "smoke": {w: Size(4, 16, 2, 8, 32, 384, 32, 4, 12) for w in ("bert", "t5")},
+    "small": {
+        "bert": Size(8, 64, 4, 16, 128, 384, 64, 16, 100),
+        "t5": Size(4, 64, 4, 16, 128, 384, 64, 16, 100),
+    },
+    # 6, 12 and 24 hours of one RTX 3090 (BERT) and one A100 (T5)
+    "paper": {
+        "bert": Size(16, 768, 12, 64, 1536, 32_768, 128, 1536, 7_989, accumulate=12),
+        "t5": Size(12, 768, 12, 64, 2048, 32_128, 512, 144, 20_951, accumulate=2),
+    },
+}
+# Peak learning rates. Those of the paper are its own; the others are of the ledger (README.md).
+RATES: dict[str, dict[str, float]] = {
+    "paper": {"adamw": 1e-3, "lion": 7e-4, "sophia": 4e-4, "muon": 1e-3, "schedule_free": 1e-3},
+    "small": {"adamw": 4e-3, "lion": 1e-3, "sophia": 1e-3, "muon": 4e-3, "schedule_free": 8e-3},
+}
+RATES["smoke"] = RATES["small"]
+TRIALS = (0.5, 1.0, 2.0)
+
+
+def cells(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
+    """Every method at every budget, for one seed."""
+    for times in BUDGETS[size]:
+        yield from arms(size, workload, seed, times, RATES[size])
+
+
+def trials(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
+    """The tuning ledger: every method at three learning rates and the smallest budget."""
+    for factor in TRIALS:
+        rates = {name: factor * rate for name, rate in RATES[size].items()}
+        for cell in arms(size, workload, 1000 + seed, 1, rates):
+            plan = dataclasses.replace(cell.plan, name=f"{cell.plan.name} x{factor}")
+            yield dataclasses.replace(cell, plan=plan, budget="tuning")
+
+
+def arms(
+    size: str, workload: Workload, seed: int, times: int, rates: dict[str, float]
+) -> Iterator[Cell]:
+    """The methods at one budget, each fully decayed at its end (but Schedule-Free, by design)."""
+    s, bert = SIZES[size][workload], workload == "bert"
+    clock: DepthClock = RTX3090_BERT if bert else A100_T5
+    objective: Objective = MLM(s.length) if bert else SpanCorruption(s.length)
+    stacks = ("layers",) if bert else ("encoder_layers", "decoder_layers")
+    step = clock.cost(Op("train", s.layers, s.batch, objective.raw_length, 0)) / 1e9
+    budget = times * s.steps * step
+    decayed = Schedule(rates["adamw"], "linear", warmup=0.5)
+    if not bert:
+        decayed = Schedule(rates["adamw"], "cosine", warmup=0.1526, start=0.5, final=1e-5)
+    adamw = Optimizer(b2=0.98, weight_decay=0.01, clip=0.5 if bert else 1.0)
+    whole = dataclasses.replace(model(workload, s, s.layers), **COMPUTE[size])
+    plan = functools.partial(
+        Plan,
+        model=whole,
+        batch=s.batch,
+        objective=objective,
+        rate=decayed,
+        optimizer=adamw,
+        clock=clock,
+        budget=budget,
+        accumulate=s.accumulate,
+        seed=seed,
+    )
+    everything = (Stage("whole model", share=1.0),)
+    cell = functools.partial(Cell, workload, f"{times}x")
+
+    def by(name: str, **changes: Any) -> Plan:
+        """The baseline with another rule of updates, at its own rate."""
+        return plan(
+            name.replace("_", "-"),
+            stages=everything,
+            optimizer=dataclasses.replace(adamw, name=name, **changes),
+            rate=dataclasses.replace(decayed, peak=rates[name]),
+        )
+
+    def stacked(name: str, carry: Any) -> Plan:
+        depths = [s.layers // 4, s.layers // 2, s.layers]
+        stages = [Stage(f"{depths[0]} layers", share=0.125)]
+        for depth, share in zip(depths[1:], (0.175, 0.7), strict=True):
+            grow = gj.stack(**dict.fromkeys(stacks, depth))
+            stages.append(Stage(f"{depth} layers", share=share, grow=grow, carry=carry))
+        small = dataclasses.replace(model(workload, s, depths[0]), **COMPUTE[size])
+        return plan(name, stages=tuple(stages), model=small)
+
+    # At its plateau layer dropping runs three layers of four
+    gamma = (100 if bert else 20) / (times * s.steps / 0.75)
+
+    def dropping(name: str, inverse: bool) -> Plan:
+        drop = gj.progressive_layer_drop(rate=gamma, inverse=inverse, axis=stacks)
+        return plan(name, stages=(Stage("dropping", share=1.0, subnet=drop),))
+
+    def selecting(name: str, select: Any, **changes: Any) -> Plan:
+        return plan(name, stages=(Stage("selecting", share=1.0, select=select),), **changes)
+
+    # The second model of RHO: trained on text of its own, charged to nobody
+    second = plan("irreducible", stages=everything, budget=s.steps * step)
+    free = dataclasses.replace(clock, forward=0.0)
+    yield cell(plan("AdamW", stages=everything))
+    yield cell(stacked("stacking", "zero"))
+    yield cell(dropping("layer dropping", inverse=False))
+    yield cell(selecting("selective backprop", SelectiveBackprop(1.0)))
+    yield cell(selecting("RHO", RhoLoss(2)), second)
+    yield cell(by("lion", b2=0.99, weight_decay=0.1))
+    yield cell(by("sophia", b1=0.965, b2=0.99, weight_decay=0.015, rho=0.01))
+    if size == "smoke":
+        return
+    yield cell(stacked("stacking, moments copied", "dual"))
+    yield cell(dropping("layer dropping, 1/p", inverse=True))
+    yield cell(
+        selecting("selective backprop, free", SelectiveBackprop(1.0), clock=free), clock=clock
+    )
+    yield cell(selecting("RHO, free", RhoLoss(2), clock=free), second, clock=clock)
+    bare = dataclasses.replace(clock, curvature=0.0)
+    sophia = by("sophia", b1=0.965, b2=0.99, weight_decay=0.015, rho=0.01)
+    yield cell(dataclasses.replace(sophia, name="sophia, free", clock=bare), clock=clock)
+    yield cell(by("muon"))
+    free_of_schedules = by("schedule_free")
+    constant = Schedule(rates["schedule_free"], "constant", warmup=0.05)
+    yield cell(dataclasses.replace(free_of_schedules, rate=constant))
+    to_zero = Schedule(rates["adamw"], "linear", warmup=0.05)
+    yield cell(plan("decay to zero", stages=everything, rate=to_zero))
+    yield cell(plan("WSD", stages=everything, rate=dataclasses.replace(to_zero, shape="wsd")))
+    if not bert:
+        scaled = dataclasses.replace(adamw, scale_by_parameter=True, b2=0.999)
+        # A step of a share of each tensor's size needs a rate that is larger by about that size
+        rate = dataclasses.replace(decayed, peak=2e-2)
+        yield cell(plan("AdamWScale", stages=everything, optimizer=scaled, rate=rate))
+
+
+def model(workload: Workload, s: Size, layers: int) -> BERTConfig | T5Config:
+    """The crammed BERT (pre-LN, gated, no biases) or T5 v1.1, with so many layers (in each stack)."""
+    fields: dict[str, Any] = {
+        k: getattr(s, k) for k in ("embed", "heads", "head_dim", "mlp", "vocab")
+    }
+    if workload == "t5":
+        return T5Config.v1_1(encoder_layers=layers, decoder_layers=layers, **fields)
+    return BERTConfig(
+        layers=layers,
+        positions=s.length,
+        post_norm=False,
+        bias=False,
+        glu=True,
+        pooler=False,
+        nsp_head=False,
+        **fields,
+    )
+
+
+if __name__ == "__main__":
+    from experiments.main import main
+
+    main(STUDY, cells, SEEDS, ("bert", "t5"), trials)

@@ -1,0 +1,224 @@
+"""The page of a study: loss against cost, what its comparisons say, and every run."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.summary import Group, Row, Study, by
+from growjax.report import Plot, Table, write_page
+from growjax.report.page import canvas, look, style
+
+
+_NOTES = (
+    "Held-out losses are of the whole model, in nats per predicted token (a byte), over windows that "
+    "nobody trained on. Curves are means over seeds. Every arm's learning rate is decayed at its own "
+    "end, unless it says otherwise; only ends compare with ends.",
+    "At equal cost: differences are paired by seed (same birth, text and masks). Better and worse take "
+    "a paired t-test adjusted by Holm's method and the flipping of signs to agree; fewer than six seeds "
+    "decide nothing.",
+    "A speed-up is what the baseline would need for the arm's loss, over what the arm was given: decayed "
+    "reads it off the ends of baselines that were decayed within their own budgets, naive off the way of "
+    "the largest baseline, whose learning rate was still high.",
+    "Seconds are those of training on the machine at hand, which did other things as well.",
+    "Nobody is charged for compiling, growing, evaluating, tuning, or the second model of RHO.",
+)
+
+
+def write_report(path: Path, study: Study, runs: Group, rows: Sequence[Row]) -> None:
+    """Write the page."""
+    plots = []
+    for (workload, budget), group in sorted(by(runs, "workload", "budget").items()):
+        plots.append(_loss_plot(f"{workload}, {budget}", group))
+        plots += _length_plot(f"{workload}, {budget}", group)
+    for workload, group in by(runs, "workload").items():
+        plots += _frontier_plot(workload, group, study)
+    tables = [*_row_tables(rows), _runs_table(runs), *_downstream_table(runs), *_ledger(runs)]
+    write_page(path, study.name, plots, tables, _NOTES)
+
+
+# Plots -------------------------------------------------------------------------------------------
+
+
+def _loss_plot(title: str, group: Group) -> Plot:
+    with style():
+        figure, axes = canvas(4.4)
+        late = []
+        for n, (arm, runs) in enumerate(by(group, "arm").items()):
+            points = list(zip(*(r["curve"] for r in runs), strict=False))
+            x = [statistics.fmean(p[0] for p in at) for at in points]
+            y = [statistics.fmean(p[1] for p in at) for at in points]
+            axes.plot(x, y, label=f"{arm}  {y[-1]:.3f}", **look(n))
+            axes.plot(x[-1], y[-1], "o", color=look(n)["color"], markersize=4)
+            late += [value for at, value in zip(x, y, strict=True) if at > x[-1] / 4]
+            for stage in runs[0]["stages"][1:]:
+                at = stage["start"]
+                axes.plot(at, _height(x, y, at), "|", color=look(n)["color"], markersize=9)
+        spread = max(late) - min(late)
+        axes.set_ylim(min(late) - 0.05 * spread, max(late))
+        axes.set_xlabel(_unit(group))
+        axes.set_ylabel("held-out loss (nats)")
+        axes.legend(loc="upper right", title="arm, final loss", alignment="left", fontsize=8)
+    seeds = len({r["seed"] for r in group})
+    caption = f"Means over at most {seeds} seeds. Bars across a line are where its stages begin."
+    return Plot(f"{title}: loss against cost", figure, caption)
+
+
+def _length_plot(title: str, group: Group) -> list[Plot]:
+    with_lengths = [r for r in group if "by_length" in r]
+    if not with_lengths:
+        return []
+    with style():
+        figure, axes = canvas(3.4)
+        for n, (arm, runs) in enumerate(by(with_lengths, "arm").items()):
+            lengths = sorted(map(int, runs[0]["by_length"]))
+            y = [statistics.fmean(r["by_length"][str(k)][0] for r in runs) for k in lengths]
+            axes.plot(lengths, y, marker="o", markersize=3, label=arm, **look(n))
+        axes.set_xlabel("layers of the path")
+        axes.set_ylabel("held-out loss (nats)")
+        axes.legend(fontsize=8)
+    caption = "Of the trained models, along random paths; the last point is the whole model."
+    return [Plot(f"{title}: loss against path length", figure, caption)]
+
+
+def _frontier_plot(workload: str, group: Group, study: Study) -> list[Plot]:
+    """Ends of all budgets: the baseline's are a line that others should be below."""
+    if len({r["budget"] for r in group}) < 2:
+        return []
+    with style():
+        figure, axes = canvas(3.8)
+        for n, (arm, runs) in enumerate(by(group, "arm").items()):
+            ends = sorted(
+                (statistics.fmean(r["spent"] for r in at), statistics.fmean(r["score"] for r in at))
+                for at in by(runs, "budget").values()
+            )
+            width = 2.6 if arm == study.baseline else 1.2
+            line = look(n) | {"linewidth": width}
+            axes.plot(*zip(*ends, strict=True), marker="o", markersize=3, label=arm, **line)
+        axes.set_xscale("log")
+        axes.set_xlabel(_unit(group))
+        axes.set_ylabel("held-out loss at the end (nats)")
+        axes.legend(fontsize=7, ncols=2)
+    caption = f"Each point is a run decayed to its own end; the thick line is {study.baseline}."
+    return [Plot(f"{workload}: ends at every budget", figure, caption)]
+
+
+def _unit(group: Group) -> str:
+    return "training FLOPs" if group[0]["unit"] == "FLOPs" else "reference seconds"
+
+
+def _height(x: Sequence[float], y: Sequence[float], at: float) -> float:
+    """The height of a curve at a place; its first or last beyond."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(zip(x, y, strict=True)):
+        if x0 <= at <= x1:
+            return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return y[0] if at < x[0] else y[-1]
+
+
+# Tables ------------------------------------------------------------------------------------------
+
+
+def _row_tables(rows: Sequence[Row]) -> list[Table]:
+    ranks = [row for row in rows if "order" in row]
+    speeds = [row for row in rows if "naive" in row]
+    said = [row for row in rows if "order" not in row and "naive" not in row]
+    tables = [_said_table(said)]
+    if speeds:
+        columns = ("arm", "decayed", "95 %", "naive", "seeds")
+        cells = [
+            [
+                f"{row['workload']}, {row['budget']}: {row['question']}",
+                _number(row["estimate"], ".2f"),
+                _interval(row["interval"], ".2f"),
+                _number(row["naive"], ".2f"),
+                str(row["seeds"]),
+            ]
+            for row in speeds
+        ]
+        note = (
+            "- is a loss that no baseline had: worse than the smallest or better than the largest."
+        )
+        tables.append(Table("Speed-ups, honest and naive", columns, cells, note))
+    if ranks:
+        columns = ("question", "arms", "order, best first")
+        cells = [
+            [
+                f"{row['workload']}, {row['budget']}: {row['question']}",
+                str(row["estimate"]),
+                ", ".join(row["order"]),
+            ]
+            for row in ranks
+        ]
+        tables.append(Table("The same runs on other clocks", columns, cells))
+    return tables
+
+
+def _said_table(rows: Sequence[Row]) -> Table:
+    cells = [
+        [
+            f"{row['workload']}, {row['budget']}: {row['question']}",
+            f"{row['estimate']:+.4f}",
+            _interval(row["interval"], "+.4f"),
+            _number(row.get("p_holm"), ".3f"),
+            _number(row.get("cost_to_reach"), ".2f"),
+            str(row["seeds"]),
+            row["verdict"],
+        ]
+        for row in rows
+    ]
+    columns = ("question", "difference", "95 %", "p (Holm)", "cost to reach", "seeds", "verdict")
+    return Table("What they say", columns, cells)
+
+
+def _runs_table(runs: Group) -> Table:
+    cells = []
+    for key, found in by(runs, "workload", "budget", "arm").items():
+        scores = [r["score"] for r in found]
+        mean = statistics.fmean(scores)
+        cells.append(
+            [
+                ", ".join(key),
+                str(len(found)),
+                f"{mean:.4f}",
+                f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "-",
+                f"{mean / math.log(2):.4f}",
+                f"{statistics.fmean(r['spent'] for r in found):.4g}",
+                f"{statistics.fmean(r['steps'] for r in found):.0f}",
+                f"{statistics.fmean(r['seconds'] for r in found):.0f}",
+            ]
+        )
+    columns = ("run", "seeds", "nats", "deviation", "bits", "cost", "steps", "seconds")
+    return Table("Runs", columns, cells, "Bits are per predicted byte.")
+
+
+def _downstream_table(runs: Group) -> list[Table]:
+    found = [r | {"downstream": r.get("texts", {}) | r.get("downstream", {})} for r in runs]
+    judged = [r for r in found if r["downstream"]]
+    if not judged:
+        return []
+    names = list(dict.fromkeys(name for r in judged for name in r["downstream"]))
+    cells = []
+    for key, found in by(judged, "workload", "budget", "arm").items():
+        values = [[r["downstream"][n] for r in found if n in r["downstream"]] for n in names]
+        means = [_number(statistics.fmean(v) if v else None, ".4f") for v in values]
+        cells.append([", ".join(key), str(len(found)), *means])
+    caption = "Of the trained models, means over seeds; losses on other texts are nats per byte."
+    return [Table("Downstream", ("run", "seeds", *names), cells, caption)]
+
+
+def _ledger(runs: Group) -> list[Table]:
+    trials = [r for r in runs if r["budget"] == "tuning"]
+    if not trials:
+        return []
+    cells = [[f"{r['workload']}, {r['arm']}", f"{r['score']:.4f}"] for r in trials]
+    caption = "As many trials for every method, at the smallest budget; charged to nobody."
+    return [Table("Tuning ledger", ("trial", "nats"), cells, caption)]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _interval(value: Sequence[float] | None, form: str) -> str:
+    return "-" if value is None else f"{value[0]:{form}} to {value[1]:{form}}"

@@ -1,0 +1,179 @@
+"""RaPTr against the full model, stochastic depth, layer dropping and stacking, at equal FLOPs.
+
+`python -m experiments.raptr.run --size smoke`; see the README next to this file.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+import growjax as gj
+from experiments.study import COMPUTE, Cell, loss_on
+from experiments.summary import Study
+from experiments.text import Texts
+from growjax.data import MLM, UL2, Causal, Denoiser, Mixture, Objective, PrefixLM
+from growjax.models import BERTConfig, GPTConfig
+from growjax.train import Optimizer, Plan, Schedule, Stage
+
+
+Workload = Literal["bert", "ul2"]
+SEEDS = {"smoke": 1, "small": 6, "paper": 1}
+STUDY = Study("raptr", baseline="full at equal FLOPs", target="full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How large the models are and how long the full model trains, in steps."""
+
+    layers: int
+    embed: int
+    heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    length: int
+    batch: int
+    steps: int
+    rate: float
+
+
+SIZES: dict[str, dict[Workload, Size]] = {
+    "smoke": {w: Size(4, 16, 2, 8, 32, 384, 32, 4, 12, 3e-3) for w in ("bert", "ul2")},
+    "small": {w: Size(12, 64, 4, 16, 256, 384, 64, 16, 400, 3e-3) for w in ("bert", "ul2")},
+    # BERT's batch, steps and rate and UL2's shape are not in any source that was read: README.md
+    "paper": {
+        "bert": Size(12, 768, 12, 64, 3072, 30_592, 512, 256, 675_000, 1e-4),
+        "ul2": Size(24, 2048, 32, 64, 5120, 32_128, 1280, 512, 400_000, 1e-2),
+    },
+}
+
+
+def objective(workload: Workload, length: int) -> Objective:
+    """Masked language modelling, or 60 % causal, 20 % prefix and 20 % span corruption in a decoder."""
+    if workload == "bert":
+        return MLM(length)
+    targets = max(length // 4, 8)
+    spans = UL2(length - targets, targets, (Denoiser("R", 0.15, 3.0),), form="decoder")
+    return Mixture((Causal(length, packing="concat"), PrefixLM(length), spans), (0.6, 0.2, 0.2))
+
+
+def cells(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
+    """The arms of one seed. All but `full` and `raptr proportional` cost what `raptr` does."""
+    s = SIZES[size][workload]
+    make = functools.partial(
+        Plan,
+        batch=s.batch,
+        objective=objective(workload, s.length),
+        rate=Schedule(s.rate, warmup=0.05),
+        optimizer=Optimizer(b2=0.98, weight_decay=0.01),
+        seed=seed,
+    )
+    whole = dataclasses.replace(model(workload, s), **COMPUTE[size])
+    half = s.layers // 2
+    # 6-8-10-12 of 12 layers: half of them and then three more stages up to all
+    lengths = tuple(round(s.layers * (3 + n) / 6) for n in range(4))
+    tokens = s.steps * s.batch * make.keywords["objective"].raw_length
+
+    def path(name: str, **how: Any) -> Plan:
+        schedule = gj.path_schedule(lengths, layers=s.layers, steps=s.steps, **how)
+        return make(name, whole, (Stage(subnet=schedule),))
+
+    raptr = path("raptr")
+    mean = sum(lengths) / 4
+
+    def equal(name: str, *stages: Stage, config: Any = whole) -> Plan:
+        return make(name, config, stages, budget=raptr.flops)
+
+    def drawn(name: str, subnet: gj.Subnet) -> Plan:
+        return equal(name, Stage("drawn", share=1.0, subnet=subnet))
+
+    def grown(name: str, order: Any, depths: tuple[int, ...]) -> Plan:
+        """Stages of equally many steps, so of costs in proportion to their depth."""
+        small = dataclasses.replace(whole, layers=depths[0])
+        stages = [Stage(f"{depths[0]} layers", tokens=1)] + [
+            Stage(f"{d} layers", tokens=1, grow=gj.stack(layers=d, order=order)) for d in depths[1:]
+        ]
+        each = [span.flops[0] for span in make(name, small, tuple(stages)).spans]
+        shares = [cost / sum(each) for cost in each]
+        stages = [
+            dataclasses.replace(stage, tokens=None, share=x)
+            for stage, x in zip(stages, shares, strict=True)
+        ]
+        return equal(name, *stages, config=small)
+
+    full = make("full", whole, (Stage("whole model", tokens=tokens),))
+    step = full.flops / full.steps
+    pld_steps = raptr.flops / (step * 0.75)
+    arms = [
+        full,
+        raptr,
+        equal("full at equal FLOPs", Stage("whole model", share=1.0)),
+        drawn("constant p", gj.random_path(mean, keep=(0, -1), mode="bernoulli")),
+        drawn("PLD", gj.progressive_layer_drop(rate=100 / pld_steps)),
+        drawn("LayerDrop", gj.random_path(0.8 * s.layers, keep=(), mode="bernoulli")),
+        grown("stacking", "top", (half, (half + s.layers) // 2, s.layers)),
+        grown("MIDAS", "middle", tuple(range(half // 2, s.layers + 1, half // 2))),
+    ]
+    if size == "smoke":
+        arms = arms[:4]
+    else:
+        arms += [
+            path("raptr proportional", stages="proportional"),
+            path("raptr, sqrt scale", scale="sqrt_gap"),
+            path("raptr, no fixed layers", keep=()),
+            path("raptr, full first", warmup=s.steps // 13),
+            equal("random part", *_parts(s)),
+        ]
+    look = functools.partial(by_length, lengths=lengths) if size != "paper" else None
+    for plan in arms:
+        yield Cell(workload, "1x", plan, after=look)
+
+
+def model(workload: Workload, s: Size) -> BERTConfig | GPTConfig:
+    """A pre-LN encoder or decoder with everything at its final size."""
+    fields: dict[str, Any] = {
+        k: getattr(s, k) for k in ("layers", "embed", "heads", "head_dim", "mlp", "vocab")
+    }
+    if workload == "bert":
+        return BERTConfig(
+            **fields, positions=s.length, post_norm=False, pooler=False, nsp_head=False
+        )
+    return GPTConfig(**fields, positions=s.length, norm="rms", bias=False, position="rotary")
+
+
+def _parts(s: Size) -> list[Stage]:
+    """Random heads and hidden units of every layer: half, then three stages up to all."""
+    shares = [(3 + n) / 18 for n in range(4)]
+    found = []
+    for n, share in enumerate(shares):
+        heads, mlp = max(round(s.heads * (3 + n) / 6), 1), round(s.mlp * (3 + n) / 6)
+        part = gj.random_part(heads=heads, mlp=mlp) if n < 3 else None
+        found.append(Stage(f"{mlp} units", share=share, subnet=part))
+    return found
+
+
+def by_length(plan: Plan, trained: Any, texts: Texts, lengths: tuple[int, ...]) -> dict[str, Any]:
+    """The loss of the trained model along random paths of each length: mean and standard error."""
+    del lengths
+    layers = plan.spans[-1].sizes["layers"]
+    found: dict[str, tuple[float, float]] = {}
+    for k in sorted({*range(max(2, layers // 3), layers + 1, max(layers // 6, 1)), layers}):
+        path = gj.random_path(k)
+        draws = 1 if k == layers else 4
+        losses = [
+            loss_on(plan, path(trained, key=jax.random.key(i)), texts.valid, 2 * plan.batch)
+            for i in range(draws)
+        ]
+        spread = float(np.std(losses, ddof=1) / draws**0.5) if draws > 1 else 0.0
+        found[str(k)] = (float(np.mean(losses)), spread)
+    return {"by_length": found}
+
+
+if __name__ == "__main__":
+    from experiments.main import main
+
+    main(STUDY, cells, SEEDS, ("bert", "ul2"))

@@ -1,0 +1,237 @@
+"""What the experiments share: cells of arm, budget and seed, each run once and kept as a line of JSON.
+
+A cell whose line is there is not run again, so that a study of hours is run in pieces, by as many
+processes as there are seeds. Every arm of a seed has the same birth, the same order of the same text and
+the same masks; only what the arm is about differs.
+"""
+
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from experiments.text import Texts
+from growjax.budget import Clock
+from growjax.cost import parameters
+from growjax.data import ByteTokenizer, Corpus, held_out_batch
+from growjax.models import BERT
+from growjax.subnet import RandomPath
+from growjax.train import CorpusFeed, End, Growth, Options, Plan, Step, cross_entropy, train
+
+
+MARKS = 24
+# How blocks are computed. Small ones on a CPU are bound by memory, so keeping less of them is faster
+COMPUTE: dict[str, dict[str, Any]] = {
+    "smoke": {"remat": "nothing"},
+    "small": {"remat": "nothing"},
+    "paper": {"remat": "dots", "dtype": "bfloat16"},
+}
+# A trained model's scores on tasks, higher is better
+Judge = Callable[[Any], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    **Fields**
+
+    - `workload`: what kind of model and objective, such as "bert".
+    - `budget`: its name among the budgets of the study, such as "2x".
+    - `plan`: the run; its name is the arm, its seed the pair.
+    - `reference`: a run on the proxy text whose model a selector compares with. Nobody is charged for it.
+    - `clock`: under which the arm is compared, if it is charged less by its own (a "free" variant).
+    - `after`: further numbers about the trained model, by name.
+    """
+
+    workload: str
+    budget: str
+    plan: Plan
+    reference: Plan | None = None
+    clock: Clock | None = None
+    after: Callable[[Plan, Any, Texts], dict[str, Any]] | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        return self.workload, self.budget, self.plan.name, self.plan.seed
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of results; none if it is not there."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, str, str, int]:
+    return row["workload"], row["budget"], row["arm"], row["seed"]
+
+
+def run(
+    cells: Sequence[Cell],
+    texts: Texts,
+    out: Path,
+    console: Console | None = None,
+    judge: Judge | None = None,
+) -> None:
+    """Run the cells that have no line in `out` yet, and add theirs; `judge` adds scores of tasks."""
+    console = console or Console()
+    done = {key_of(row) for row in read(out)}
+    todo = [cell for cell in cells if cell.key not in done]
+    programs: dict[str, Any] = {}
+    references: dict[str, Any] = {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for n, cell in enumerate(todo):
+        start = time.perf_counter()
+        row = run_cell(cell, texts, programs, references, judge)
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        console.print(
+            f"{n + 1}/{len(todo)} {' '.join(map(str, cell.key))}: {row['score']:.4f} nats, "
+            f"{row['steps']} steps, {time.perf_counter() - start:.0f} s"
+        )
+
+
+def run_cell(
+    cell: Cell,
+    texts: Texts,
+    programs: dict[str, Any],
+    references: dict[str, Any],
+    judge: Judge | None = None,
+) -> dict[str, Any]:
+    """Run one cell and return everything that is kept of it."""
+    plan, reference = cell.plan, None
+    if cell.reference is not None:
+        key = f"{cell.workload} {cell.reference.seed}"
+        if key not in references:
+            references[key] = _trained(cell.reference, texts.proxy, texts.valid, programs)
+        reference = references[key]
+    feed = CorpusFeed(plan, texts.training, texts.valid)
+    options = Options(evaluate_every=plan.cost / MARKS, held_out=_held_out(plan))
+    curve, growths, speeds = [], [], defaultdict(list)
+    last = end = None
+    for record in train(plan, feed, options=options, reference=reference, cache=programs):
+        if isinstance(record, Step):
+            last = record
+            speeds[_depth(plan, record)].append(record.took)
+            if record.held_out is not None:
+                curve.append((record.spent, record.held_out))
+        elif isinstance(record, Growth):
+            growths.append(_growth(plan, record))
+        elif isinstance(record, End):
+            end = record
+    assert last is not None and last.held_out is not None and end is not None
+    rate = plan.learning_rate(plan.cost)
+    row = {
+        "workload": cell.workload,
+        "budget": cell.budget,
+        "arm": plan.name,
+        "seed": plan.seed,
+        "clock": (cell.clock or plan.clock).identity,
+        "unit": plan.clock.unit,
+        "spent": last.spent,
+        "score": last.held_out,
+        "decayed": rate <= 0.01 * plan.rate.peak,
+        "curve": curve,
+        "steps": plan.steps,
+        "tokens": plan.tokens,
+        "flops": plan.flops,
+        "seconds": last.seconds,
+        "parameters": parameters(end.model),
+        "stages": list(_stages(plan)),
+        "growths": growths,
+        "operations": [[*op, n] for span in plan.spans for op, n in span.ops],
+        # Not charged to anybody
+        "compile_seconds": end.compile_seconds,
+        "held_out_seconds": end.held_out_seconds,
+        "step_seconds": {str(d): statistics.median(s) for d, s in sorted(speeds.items())},
+        "text": texts.name,
+        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}",
+    }
+    if texts.others:
+        row["texts"] = {name: loss_on(plan, end.model, t) for name, t in texts.others.items()}
+    if judge is not None:
+        row["downstream"] = judge(end.model)
+    return row | (cell.after(plan, end.model, texts) if cell.after else {})
+
+
+def loss_on(plan: Plan, model: Any, corpus: Corpus, rows: int | None = None) -> float:
+    """Nats per token of a model on a text, through the objective of the plan's last stage."""
+    objective, batch = plan.spans[-1].objective, plan.spans[-1].batch
+    examples = held_out_batch(corpus, objective, rows or _held_out(plan))
+    program = jax.jit(lambda m, e: jax.vmap(lambda row: cross_entropy(m, row))(e))
+    total = count = 0.0
+    for start in range(0, len(examples["targets"]), batch):
+        part = {k: jnp.asarray(v[start : start + batch]) for k, v in examples.items()}
+        losses, weights = map(np.asarray, program(model, part))
+        total, count = total + (losses * weights).sum(), count + weights.sum()
+    return float(total / count)
+
+
+def _held_out(plan: Plan) -> int:
+    """As many sequences as make a held-out set of a fixed number of predictions, roughly."""
+    return 8 * plan.batch
+
+
+def _trained(plan: Plan, training: Corpus, valid: Corpus, programs: dict[str, Any]) -> Any:
+    feed = CorpusFeed(plan, training, valid)
+    return list(train(plan, feed, options=Options(held_out=plan.batch), cache=programs))[-1].model  # type: ignore
+
+
+def blimp_judge(data: Path) -> Judge:
+    """Scores a model by its share of BLiMP's minimal pairs, a few of each of the 67 kinds.
+
+    An encoder takes a pass for every byte of a sentence, so it sees one pair of each kind.
+    """
+    from growjax.evals import Settings, evaluate
+
+    def judge(model: Any) -> dict[str, float]:
+        settings = Settings(data=data, limit=1 if isinstance(model, BERT) else 4)
+        found = evaluate(model, ["blimp"], ByteTokenizer(), settings)
+        return {"blimp": float(found["blimp"]["accuracy"])}
+
+    return judge
+
+
+def _depth(plan: Plan, record: Step) -> int:
+    span = plan.spans[record.stage]
+    part = span.works[record.step - span.start].part
+    known = span.sizes
+    if isinstance(part, RandomPath):
+        return int(part.length)
+    return next(n for axis, n in known.items() if axis.endswith("layers"))
+
+
+def _growth(plan: Plan, record: Growth) -> dict[str, Any]:
+    return {
+        "spent": plan.spans[record.stage].spent / plan.clock.per_unit,
+        "grew": record.grew,
+        "before": record.crossing.before,
+        "after": record.crossing.after,
+        "stall": record.stall,
+    }
+
+
+def _stages(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Where stages start and stop, in the clock's unit; those of a path schedule one by one."""
+    for span in plan.spans:
+        at = np.cumsum([span.spent, *span.costs]) / plan.clock.per_unit
+        lengths = [w.part.length if isinstance(w.part, RandomPath) else None for w in span.works]
+        schedule = getattr(span.stage.subnet, "stages", None)
+        cuts = [s.start for s in schedule] if schedule else [0]
+        for a, b in zip(cuts, [*cuts[1:], span.steps], strict=True):
+            label = span.stage.name or f"stage {span.index}"
+            if schedule:
+                label = f"path {lengths[a]}"
+            yield {"label": label, "start": float(at[a]), "stop": float(at[b])}

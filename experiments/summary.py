@@ -1,0 +1,266 @@
+"""From lines of results to what they say: rows of question, estimate, interval, seeds and verdict."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.study import read
+from growjax.budget import (
+    Clock,
+    FlopsClock,
+    Op,
+    Outcome,
+    compare,
+    cost_to_reach,
+    recharge,
+    speed_up,
+    t_interval,
+)
+
+
+Row = dict[str, Any]
+Group = Sequence[Row]
+# Runs whose cost differs by more than this are not compared as of equal cost
+_EQUAL = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What the rows of a study are about.
+
+    **Fields**
+
+    - `name`: of its folder.
+    - `baseline`: the arm that all others of the same cost are compared with.
+    - `target`: an arm at a cost of its own whose loss others should reach for less, such as training
+      from scratch.
+    - `clocks`: under which the ranking is worked out again, besides FLOPs.
+    """
+
+    name: str
+    baseline: str
+    target: str | None = None
+    clocks: Mapping[str, Clock] = dataclasses.field(default_factory=dict)
+
+
+def summarise(study: Study, runs: Group, command: str) -> list[Row]:
+    """Every row that the runs allow; an arm is compared over the seeds that it shares with another."""
+    rows: list[Row] = []
+    for (workload, budget), group in sorted(by(runs, "workload", "budget").items()):
+        here = {"workload": workload, "budget": budget}
+        if any(r["arm"] == study.baseline for r in group):
+            rows += [here | row for row in _equal_cost(group, study.baseline)]
+        if study.target and any(r["arm"] == study.target for r in group):
+            rows += [here | row for row in _against_target(group, study.target)]
+    for workload, group in by(runs, "workload").items():
+        if any(r["arm"] == study.baseline for r in group):
+            rows += [{"workload": workload} | row for row in _speed_ups(group, study)]
+            rows += [{"workload": workload} | row for row in _rankings(group, study)]
+    return [_known(row) | {"command": command} for row in rows]
+
+
+def write_summary(results: Path, study: Study, command: str) -> list[Row]:
+    """Write `summary.json` and `report.html` next to the lines of results, and return the summary."""
+    from experiments.page import write_report  # matplotlib
+
+    runs = read(results)
+    rows = summarise(study, runs, command)
+    text = json.dumps(rows, indent=1) + "\n"
+    (results.parent / "summary.json").write_text(text, encoding="utf-8")
+    write_report(results.parent / "report.html", study, runs, rows)
+    return rows
+
+
+def by(runs: Group, *names: str) -> dict[Any, list[Row]]:
+    """Runs by some of their fields, in the order in which they come; trials of the ledger left out."""
+    found: dict[Any, list[Row]] = defaultdict(list)
+    for run in runs:
+        if run["budget"] != "tuning":
+            key = tuple(run[name] for name in names)
+            found[key if len(names) > 1 else key[0]].append(run)
+    return dict(found)
+
+
+def whole_arms(group: Group, baseline: str) -> list[Row]:
+    """The runs of those arms that have every seed of the baseline, at each budget that it has."""
+    needed = {(r["budget"], r["seed"]) for r in group if r["arm"] == baseline}
+    have = {arm: {(r["budget"], r["seed"]) for r in runs} for arm, runs in by(group, "arm").items()}
+    return [r for r in group if needed <= have.get(r["arm"], set())]
+
+
+def outcome(run: Row, budget: float, clock: Clock | None = None) -> Outcome:
+    """One line of results as what `growjax.budget` compares, charged on another clock if there is one."""
+    spent = run["spent"] if clock is None else on_clock(run, clock)
+    curve = tuple((at * spent / run["spent"], loss) for at, loss in run["curve"])
+    return Outcome(
+        arm=run["arm"],
+        seed=run["seed"],
+        budget=budget,
+        clock=run["clock"] if clock is None else clock.identity,
+        spent=spent,
+        score=run["score"],
+        decayed=run["decayed"],
+        curve=curve,
+    )
+
+
+def on_clock(run: Row, clock: Clock) -> float:
+    """What the operations of a run cost on a clock, in its unit."""
+    counts = {Op(*op): n for *op, n in run["operations"]}
+    return recharge(counts, clock) / clock.per_unit
+
+
+# Rows --------------------------------------------------------------------------------------------
+
+
+def _equal_cost(group: Group, baseline: str) -> Iterator[Row]:
+    """The loss, and what was measured downstream, against the baseline at its cost."""
+    budget = statistics.median(r["spent"] for r in group if r["arm"] == baseline)
+    same = [r for r in group if abs(r["spent"] / budget - 1) <= _EQUAL]
+    # What is measured, and 1 where less of it is better
+    measures: dict[str, tuple[str, int]] = {"score": ("held-out nats, lower is better", 1)}
+    measures |= {n: (f"{n}, nats, lower is better", 1) for n in same[0].get("texts", {})}
+    measures |= {n: (f"{n}, higher is better", -1) for n in same[0].get("downstream", {})}
+    for name, (what, sign) in measures.items():
+        values = [r | r.get("texts", {}) | r.get("downstream", {}) for r in same]
+        outcomes = [outcome(r | {"score": sign * r[name]}, budget) for r in values]
+        for c in compare(outcomes, baseline, allow_undecayed=True):
+            yield {
+                "question": f"{c.arm} against {baseline} at equal cost: {what}",
+                "estimate": sign * c.mean,
+                "interval": sorted(sign * x for x in c.t_interval),
+                "bootstrap": sorted(sign * x for x in c.bca_interval),
+                "p": c.p,
+                "p_t": c.p_t,
+                "p_holm": c.p_holm,
+                "detectable": c.detectable,
+                "margin": c.margin,
+                "seeds": len(c.seeds),
+                "undecayed": list(c.undecayed),
+                "verdict": c.verdict,
+                "reason": c.reason,
+            }
+
+
+def _against_target(group: Group, target: str) -> Iterator[Row]:
+    """Every arm against one at another cost: how far from its loss, and for what share of its cost."""
+    known = {(r["arm"], r["seed"]): r for r in group}
+    arms = [arm for arm in dict.fromkeys(r["arm"] for r in group) if arm != target]
+    outcomes = [outcome(r, r["spent"]) for r in group]
+    for reach in cost_to_reach(outcomes, *arms, target=target):
+        seeds = [s for arm, s in known if arm == reach.arm and (target, s) in known]
+        pairs = [(known[reach.arm, s], known[target, s]) for s in seeds]
+        gaps = [a["score"] - b["score"] for a, b in pairs]
+        yield {
+            "question": f"{reach.arm} against {target}, each at its own cost: held-out nats",
+            "estimate": statistics.fmean(gaps),
+            "interval": list(t_interval(gaps)),
+            "cost": statistics.fmean(a["spent"] / b["spent"] for a, b in pairs),
+            "flops": statistics.fmean(a["flops"] / b["flops"] for a, b in pairs),
+            "seconds": statistics.fmean(a["seconds"] / b["seconds"] for a, b in pairs),
+            "cost_to_reach": reach.mean,
+            "cost_to_reach_interval": reach.interval and list(reach.interval),
+            "reason": reach.reason,
+            "seeds": len(seeds),
+            "verdict": "not reached by every seed" if reach.mean is None else "reached",
+        }
+
+
+def _speed_ups(group: Group, study: Study) -> Iterator[Row]:
+    """What the baseline would need for each arm's loss: decayed, and looked at on its way."""
+    outcomes = [outcome(r, _times(r["budget"])) for r in group]
+    budgets = {o.budget for o in outcomes if o.arm == study.baseline}
+    if len(budgets) < 2:
+        return
+    for arm in dict.fromkeys(o.arm for o in outcomes if o.arm != study.baseline):
+        for s in speed_up(outcomes, arm, study.baseline, allow_undecayed=True):
+            yield {
+                "budget": f"{s.budget:g}x",
+                "question": f"speed-up of {arm} over decayed {study.baseline}",
+                "estimate": s.decayed,
+                "interval": s.decayed_interval and list(s.decayed_interval),
+                "naive": s.naive,
+                "naive_interval": s.naive_interval and list(s.naive_interval),
+                "reason": s.reason,
+                "seeds": len(s.seeds),
+                "verdict": "unknown"
+                if s.decayed is None
+                else "faster"
+                if s.decayed > 1
+                else "slower",
+            }
+
+
+def _rankings(group: Group, study: Study) -> Iterator[Row]:
+    """Who comes where when all are charged on another clock."""
+    base = [r for r in group if r["arm"] == study.baseline]
+    if len({r["budget"] for r in base}) < 2:
+        return
+    clocks: dict[str, Clock] = {"FLOPs": FlopsClock(), **study.clocks}
+    for budget, runs in sorted(by(group, "budget").items()):
+        # Arms that are charged less by a clock of their own have no place under another
+        paid = [r for r in whole_arms(runs, study.baseline) if not r["arm"].endswith(", free")]
+        usual = _order(paid, base, None)
+        for name, clock in clocks.items():
+            if clock.identity == base[0]["clock"]:
+                continue
+            order = _order(paid, base, clock)
+            moved = [a for a, b in zip(usual, order, strict=True) if a != b]
+            yield {
+                "budget": budget,
+                "question": f"arms that change their place when charged by {name}",
+                "estimate": len(moved),
+                "interval": None,
+                "order": order,
+                "usual_order": usual,
+                "seeds": len({r["seed"] for r in paid}),
+                "verdict": "changed" if moved else "unchanged",
+            }
+
+
+def _order(runs: Group, base: Group, clock: Clock | None) -> list[str]:
+    """Arms from best to worst by how far their loss is below the baseline's at the same cost.
+
+    The baseline's loss at any cost is on a straight line, in the logarithm, between its budgets' ends.
+    """
+
+    def cost(run: Row) -> float:
+        return math.log(run["spent"] if clock is None else on_clock(run, clock))
+
+    ends: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for r in base:
+        ends[r["budget"]].append((cost(r), r["score"]))
+    line = sorted(tuple(map(float, np.mean(points, axis=0))) for points in ends.values())
+    gaps: dict[str, list[float]] = defaultdict(list)
+    for r in runs:
+        gaps[r["arm"]].append(r["score"] - _on_line(line, cost(r)))
+    return sorted(gaps, key=lambda arm: statistics.fmean(gaps[arm]))
+
+
+def _on_line(points: Sequence[tuple[float, ...]], x: float) -> float:
+    """The height of a broken line, whose first and last pieces go on."""
+    n = max(1, min(sum(p[0] < x for p in points), len(points) - 1))
+    (x0, y0), (x1, y1) = points[n - 1], points[n]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def _times(budget: str) -> float:
+    return float(budget.removesuffix("x"))
+
+
+def _known(row: Row) -> Row:
+    """The row with None for what one seed cannot tell; JSON has no NaN."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, list) and any(isinstance(v, float) and math.isnan(v) for v in value):
+            return None
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return {name: known(value) for name, value in row.items()}

@@ -1,0 +1,254 @@
+"""The studies at their smallest size: every arm runs, costs what it should, and is reported."""
+
+import dataclasses
+import functools
+import itertools
+import json
+from typing import Any
+
+import jax
+import pytest
+
+from experiments import study
+from experiments.msg import run as msg
+from experiments.no_train_no_gain import run as ntng
+from experiments.raptr import run as raptr
+from experiments.study import Cell
+from experiments.summary import on_clock, summarise, whole_arms, write_summary
+from experiments.text import BETWEEN, Texts, load_texts
+from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock
+from growjax.data import ByteTokenizer, Corpus
+from growjax.errors import DataError
+from growjax.train import load_plan, save_plan
+from tests.runs import TEXT
+
+
+STUDIES = {
+    "raptr": (raptr, ("bert", "ul2")),
+    "msg": (msg, ("bert", "gpt")),
+    "no_train_no_gain": (ntng, ("bert", "t5")),
+}
+# What the tests train; the others are worked out, and their programs are the same
+ARMS = {
+    ("raptr", "ul2"): {"full", "raptr", "full at equal FLOPs", "constant p"},
+    ("msg", "bert"): {"scratch", "control", "msg"},
+    ("no_train_no_gain", "bert"): {"AdamW", "stacking", "RHO", "sophia"},
+}
+
+
+@pytest.fixture(scope="module")
+def texts() -> Texts:
+    documents, tokenizer = TEXT.split(". "), ByteTokenizer()
+    parts = documents[100:], documents[50:100], documents[:50]
+    training, proxy, valid = (Corpus.of(part, tokenizer) for part in parts)
+    return Texts(training, proxy, valid, {"same": valid}, "numbers")
+
+
+@functools.cache
+def cells(name: str, size: str, workload: str, seed: int = 0) -> dict[str, Cell]:
+    """The cells of the smallest budget: working out those of the others takes as long again."""
+    found = STUDIES[name][0].cells(size, workload, seed)
+    first = itertools.takewhile(lambda cell: cell.budget == "1x", found)
+    return {cell.plan.name: cell for cell in first}
+
+
+@pytest.mark.parametrize("name, workload", ARMS)
+def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path, programs):
+    about = STUDIES[name][0].STUDY
+    wanted = [
+        c for c in cells(name, "smoke", workload).values() if c.plan.name in ARMS[name, workload]
+    ]
+    out = tmp_path / "smoke.jsonl"
+    judge = {"blimp": 0.5}
+    study.run(wanted[:1], texts, out, judge=lambda model: judge)
+    study.run(wanted, texts, out, judge=lambda model: judge)
+    with out.open("a") as file:
+        file.write('{"workload": "cut of')  # killed while it wrote
+    rows = study.read(out)
+    assert [study.key_of(r) for r in rows] == [c.key for c in wanted]
+    by_arm = {r["arm"]: r for r in rows}
+    for cell in wanted:
+        row = by_arm[cell.plan.name]
+        assert row["score"] == row["curve"][-1][1] and row["decayed"]
+        assert row["spent"] == pytest.approx(cell.plan.cost / cell.plan.clock.per_unit)
+        assert row["texts"]["same"] > 0 and row["downstream"] == judge
+        assert row["stages"][-1]["stop"] == pytest.approx(row["spent"])
+        assert sum(n for *_, n in row["operations"]) >= row["steps"]
+        assert on_clock(row, FlopsClock()) == pytest.approx(row["flops"])
+    summary = write_summary(out, about, "here")
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    page = (tmp_path / "report.html").read_text()
+    assert all(arm in page for arm in by_arm)
+    # One seed decides nothing
+    equal = [r for r in summary if "p" in r]
+    assert equal and {r["verdict"] for r in equal} == {"undecided"}
+    assert {r["question"].split(": ")[1].split(",")[0] for r in equal} == {
+        "held-out nats",
+        "same",
+        "blimp",
+    }
+    for row in equal:
+        arm = row["question"].split(" against ")[0]
+        gap = {r["arm"]: r["score"] for r in rows}
+        if "held-out" in row["question"]:
+            assert row["estimate"] == pytest.approx(gap[arm] - gap[about.baseline])
+        elif "blimp" in row["question"]:
+            assert row["estimate"] == 0
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("size", ["smoke", "small"])
+def test_arms_that_are_compared_cost_the_same(name, size):
+    module, (workload, _) = STUDIES[name]
+    found = cells(name, size, workload)
+    base = found[module.STUDY.baseline].plan
+    for key, cell in found.items():
+        if key in (module.STUDY.target, "raptr proportional", "raptr, full first"):
+            continue
+        step = max(max(span.costs) for span in cell.plan.spans)
+        assert abs(cell.plan.cost - base.cost) <= max(step, 0.03 * base.cost), key
+        assert (cell.clock or cell.plan.clock).identity == base.clock.identity
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_seeds_differ_in_nothing_but_the_seed(name):
+    workload = STUDIES[name][1][1]
+    one, two = (cells(name, "smoke", workload, seed) for seed in (0, 1))
+    for key, cell in one.items():
+        other = two[key].plan
+        assert dataclasses.replace(other, seed=0) == cell.plan or "scale" in key
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_plan_survives_the_trip_through_json(name, tmp_path):
+    for cell in cells(name, "smoke", STUDIES[name][1][1]).values():
+        save_plan(cell.plan, tmp_path / "plan.json")
+        assert load_plan(tmp_path / "plan.json") == cell.plan
+
+
+def test_raptr_saves_a_quarter_of_its_blocks():
+    """Paths of 6, 8, 10 and 12 of 12 layers: four thirds of the whole model's block FLOPs saved."""
+    arms = itertools.islice(raptr.cells("small", "bert", 0), 2)
+    whole, plan = (cell.plan for cell in arms)
+    assert (whole.name, plan.name) == ("full", "raptr")
+    assert plan.steps == whole.steps
+    lengths = [s.path.length for s in plan.stages[0].subnet.stages]  # type: ignore
+    assert lengths == [6, 8, 10, 12]
+    (span,) = plan.spans
+    layers = {w.part.length: f for w, f in zip(span.works, span.flops, strict=True)}  # type: ignore
+    block = (layers[12] - layers[6]) / 6
+    outside = layers[12] - 12 * block
+    rest = outside * plan.steps
+    assert (whole.flops - rest) / (plan.flops - rest) == pytest.approx(4 / 3, rel=0.01)
+
+
+def test_msg_grows_in_the_released_order():
+    for workload in ("bert", "gpt"):
+        plan = cells("msg", "smoke", workload)["msg"].plan
+        sizes = [span.sizes for span in plan.spans]
+        changed = [[axis for axis in a if a[axis] != b[axis]] for a, b in itertools.pairwise(sizes)]
+        heads = [["kv_heads"], ["heads"]]
+        assert changed[:3] == [["mlp"], ["layers"], ["embed"]] and changed[4] == ["layers"]
+        assert changed[3] in heads
+        scratch = cells("msg", "smoke", workload)["scratch"].plan
+        assert sizes[-1] == scratch.spans[0].sizes
+        assert all(span.stage.ramp for span in plan.spans[1:])
+
+
+def test_no_train_no_gain_charges_the_papers_clock():
+    found = cells("no_train_no_gain", "small", "bert")
+    plan, stacking = found["AdamW"].plan, found["stacking"].plan
+    assert plan.clock == RTX3090_BERT and plan.steps == 100
+    shares = [sum(span.costs) / stacking.cost for span in stacking.spans]
+    assert shares == pytest.approx([0.125, 0.175, 0.7], abs=0.02)
+    free, paid = (found[n].plan for n in ("RHO, free", "RHO"))
+    assert free.steps == plan.steps and paid.steps == pytest.approx(plan.steps / 1.824, abs=1)
+    for times in (2, 4):
+        more = next(ntng.arms("small", "bert", 0, times, ntng.RATES["small"]))
+        assert more.plan.steps == 100 * times and more.budget == f"{times}x"
+    trial = list(ntng.trials("smoke", "bert", 0))
+    names = [c.plan.name.rpartition(" x") for c in trial]
+    assert {n for *_, n in names} == {"0.5", "1.0", "2.0"} and len(trial) == 3 * 7
+    assert {c.budget for c in trial} == {"tuning"} and trial[0].plan.seed == 1000
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_paper_presets_can_be_planned(name):
+    for workload in STUDIES[name][1]:
+        first = next(iter(STUDIES[name][0].cells("paper", workload, 0)))
+        assert jax.tree.leaves(first.plan.spans[0].model) and first.plan.steps > 1000
+
+
+# Rows out of made-up lines -----------------------------------------------------------------------
+
+
+def line(arm: str, budget: int, seed: int, score: float, depth: int = 8, **more: Any) -> dict:
+    """A run of 10 steps per unit of budget; on the published clocks it costs what its depth does."""
+    op = ["train", depth, 16, 64, 1000]
+    run = {"operations": [[*op, 10 * budget]], "arm": arm, "budget": f"{budget}x", "seed": seed}
+    spent = on_clock(run, RTX3090_BERT)
+    curve = [(spent / 2, score + 1), (spent, score)]
+    return run | {
+        "workload": "bert",
+        "clock": RTX3090_BERT.identity,
+        "unit": "seconds",
+        "spent": spent,
+        "score": score,
+        "decayed": True,
+        "curve": curve,
+        "flops": spent,
+        "seconds": 1.0,
+        **more,
+    }
+
+
+def test_speed_ups_and_rankings_under_other_clocks():
+    """A shallow arm gains where depth is dear and nothing where all steps cost the same."""
+    base = {1: 3.0, 2: 2.8, 4: 2.6}
+    runs = [line("AdamW", b, s, loss + 0.01 * s) for b, loss in base.items() for s in range(6)]
+    runs += [line("shallow", 2, s, 2.79 + 0.01 * s, depth=4) for s in range(6)]
+    runs += [line("dear", 2, s, 2.75 + 0.01 * s) for s in range(6)]
+    about = dataclasses.replace(ntng.STUDY, clocks={"the A100, T5": A100_T5})
+    rows = summarise(about, runs, "here")
+    speed = {r["question"]: r for r in rows if "naive" in r}
+    fast = speed["speed-up of shallow over decayed AdamW"]
+    cheaper = runs[6]["spent"] / runs[18]["spent"]
+    assert fast["estimate"] == pytest.approx(2**0.05 * cheaper, rel=1e-3)
+    assert fast["verdict"] == "faster" and fast["seeds"] == 6
+    ranks = {(r["question"].rpartition(" by ")[2], r["budget"]): r for r in rows if "order" in r}
+    flops, other = ranks["FLOPs", "2x"], ranks["the A100, T5", "2x"]
+    assert flops["usual_order"] == ["shallow", "dear", "AdamW"]
+    assert flops["order"] == ["dear", "shallow", "AdamW"]
+    assert flops["estimate"] == 2 and flops["verdict"] == "changed"
+    assert other["order"] == ["shallow", "dear", "AdamW"] and other["verdict"] == "unchanged"
+
+
+def test_an_arm_with_fewer_seeds_is_compared_over_those():
+    runs = [line("AdamW", 1, s, 3.0 + 0.01 * s) for s in range(6)]
+    runs += [line("few", 1, s, 2.0 + 0.01 * s) for s in (1, 3)]
+    (row,) = summarise(ntng.STUDY, runs, "here")
+    assert row["seeds"] == 2 and row["estimate"] == pytest.approx(-1.0)
+    assert row["verdict"] == "undecided" and row["command"] == "here"
+    assert whole_arms(runs, "AdamW") == runs[:6]
+
+
+def test_texts_share_no_document(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name in ("train", "valid"):
+        articles = [f"{name} article {n}, " + "word " * (n % 7 + 3) for n in range(60)]
+        (folder / f"{name}.txt").write_text(BETWEEN.join(articles))
+    found = load_texts(folder, tmp_path / "cache", {"more": folder / "valid.txt"})
+    tokenizer = ByteTokenizer()
+
+    def titles(corpus: Corpus) -> set[str]:
+        ends = [*corpus.starts[1:].tolist(), len(corpus)]
+        pairs = zip(corpus.starts.tolist(), ends, strict=True)
+        return {tokenizer.decode(corpus.read(a, b)).split(",")[0] for a, b in pairs}
+
+    parts = [titles(c) for c in (found.training, found.proxy, found.valid)]
+    assert all(parts) and not parts[0] & parts[1] and len(parts[2]) == 60
+    assert len(parts[0] | parts[1]) == 60 and len(found.others["more"]) == len(found.valid)
+    with pytest.raises(DataError, match="expected valid.txt"):
+        (folder / "valid.txt").unlink()
+        load_texts(folder, tmp_path / "cache")
