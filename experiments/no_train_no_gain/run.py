@@ -50,10 +50,10 @@ SIZES: dict[str, dict[Workload, Size]] = {
         "bert": Size(8, 64, 4, 16, 128, 384, 64, 16, 100),
         "t5": Size(4, 64, 4, 16, 128, 384, 64, 16, 100),
     },
-    # 6, 12 and 24 hours of one RTX 3090 (BERT) and one A100 (T5)
+    # 6, 12 and 24 hours of one RTX 3090 (BERT) and one A100 (T5), whatever they are run on; for 16 chips
     "paper": {
-        "bert": Size(16, 768, 12, 64, 1536, 32_768, 128, 1536, 7_989, accumulate=12),
-        "t5": Size(12, 768, 12, 64, 2048, 32_128, 512, 144, 20_951, accumulate=2),
+        "bert": Size(16, 768, 12, 64, 1536, 32_768, 128, 1536, 7_989, accumulate=4),
+        "t5": Size(12, 768, 12, 64, 2048, 32_128, 512, 144, 20_951),
     },
 }
 # Peak learning rates. Those of the paper are its own; the others are of the ledger (README.md).
