@@ -355,6 +355,32 @@ TABLE = """
 @ a schedule of the steps, not of the cost | train/plan.py | plan | follows_cost
 - rate = self.rate.at(spent / self.flops)
 + rate = self.rate.at(min(spent / self.flops, 1.0) ** 0.5)
+@ Holm forgets the ranks before | budget/paired.py | paired | holm or more_arms
+- highest = max(highest, min((len(p) - rank) * p[i], 1.0))
++ highest = min((len(p) - rank) * p[i], 1.0)
+@ no adjustment for many arms | budget/paired.py | paired | more_arms
+- verdict, reason = _verdict(differences, p, p_holm, width, alpha)
++ verdict, reason = _verdict(differences, p, p_t, width, alpha)
+@ five seeds decide | budget/paired.py | paired | verdicts
+- _SEEDS = 6
++ _SEEDS = 5
+@ signs are not looked at | budget/paired.py | paired | agree or verdict or flip
+- if p <= alpha and p_holm <= alpha:
++ if p <= alpha:
+@ an undecayed run is compared | budget/paired.py | paired | may_not
+- if undecayed and not allow_undecayed:
++ if undecayed and allow_undecayed:
+@ the first crossing counts | budget/paired.py | paired | last_crossing
+- elif y1 > goal:
+-             found = None
++ elif y1 > goal:
++             pass
+@ the frontier is read without the logarithm | budget/paired.py | paired | decayed_ends
+- honest.append(None if place is None else math.exp(place) / spent)
++ honest.append(None if place is None else place / spent)
+@ naive and honest are the same | budget/paired.py | paired | decayed_ends
+- on_way = _arrival(base[budgets[-1], s].curve, score, first=True)
++ on_way = _arrival(base[budgets[0], s].curve, score, first=True)
 """
 
 

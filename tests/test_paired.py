@@ -111,7 +111,7 @@ def test_verdicts():
     assert verdict(-0.3) == "better" and verdict(0.3) == "worse"
     assert verdict(0.0, margin=0.02) == "equivalent"
     assert verdict(0.0, margin=0.005) == "undecided"
-    assert verdict(-0.3, n=5) == "undecided"
+    assert verdict(-0.3, n=5) == verdict(0.0, margin=0.02, n=5) == "undecided"
     # The default margin is the baseline's own spread
     (found,) = compare([*runs("base", BASE), *runs("arm", np.add(BASE, NOISE))], "base")
     assert found.margin == pytest.approx(np.std(BASE, ddof=1)) and found.verdict == "equivalent"
@@ -182,10 +182,12 @@ def test_cost_to_reach_is_the_last_crossing():
         *runs("target", [2.5, 2.5], budget=10.0),
         *runs("arm", [1.0, 1.0], budget=5.0, curve=curve),
         *runs("never", [1.0, 3.0], budget=5.0, curve=((0.0, 4.0), (5.0, 3.0))),
+        *runs("left", [3.0, 3.0], budget=5.0, curve=((0.0, 4.0), (1.0, 2.0), (5.0, 3.0))),
     ]
-    arm, never = cost_to_reach(outcomes, "arm", "never", target="target")
+    arm, never, left = cost_to_reach(outcomes, "arm", "never", "left", target="target")
     # From 3.5 at 2 to 1.5 at 4 it passes 2.5 at 3, and 3 of 10 is the share
     assert arm.shares == pytest.approx((0.3, 0.3)) and arm.mean == pytest.approx(0.3)
+    assert left.shares == (None, None) and left.mean is None
     assert never.mean is None and never.reason == "0 of 2 seeds reached the loss of target"
     with pytest.raises(BudgetError, match="no runs"):
         cost_to_reach(outcomes, "nobody", target="target")
