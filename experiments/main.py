@@ -54,7 +54,7 @@ def main(
             shard: run the seeds that are I modulo N, so that N processes share the work.
             plans: run nothing; write the plans of seed 0 there, for `growjax plan` and `growjax train`.
             report: run nothing; report on what is there.
-            tune: run the tuning ledger instead: every method at three learning rates, one seed.
+            tune: run the tuning ledger instead: every method at four learning rates, one seed.
         """
         if size not in seeds:
             raise SystemExit(f"size: expected one of {', '.join(seeds)}, got {size!r}")

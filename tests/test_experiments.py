@@ -164,11 +164,12 @@ def test_no_train_no_gain_charges_the_papers_clock():
     free, paid = (found[n].plan for n in ("RHO, free", "RHO"))
     assert free.steps == plan.steps and paid.steps == pytest.approx(plan.steps / 1.824, abs=1)
     for times in (2, 4):
-        more = next(ntng.arms("small", "bert", 0, times, ntng.RATES["small"]))
+        more = next(ntng.arms("small", "bert", 0, times, ntng.RATES["small"]["bert"]))
         assert more.plan.steps == 100 * times and more.budget == f"{times}x"
     trial = list(ntng.trials("smoke", "bert", 0))
-    names = [c.plan.name.rpartition(" x") for c in trial]
-    assert {n for *_, n in names} == {"0.5", "1.0", "2.0"} and len(trial) == 3 * 7
+    lion = [c.plan for c in trial if c.plan.name.startswith("lion")]
+    assert [p.rate.peak for p in lion] == [0.0005, 0.001, 0.002, 0.004] and len(trial) == 4 * 7
+    assert lion[0].name == "lion at 0.0005"
     assert {c.budget for c in trial} == {"tuning"} and trial[0].plan.seed == 1000
 
 

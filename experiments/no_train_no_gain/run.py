@@ -56,27 +56,37 @@ SIZES: dict[str, dict[Workload, Size]] = {
         "t5": Size(12, 768, 12, 64, 2048, 32_128, 512, 144, 20_951),
     },
 }
-# Peak learning rates. Those of the paper are its own; the others are of the ledger (README.md).
-RATES: dict[str, dict[str, float]] = {
-    "paper": {"adamw": 1e-3, "lion": 7e-4, "sophia": 4e-4, "muon": 1e-3, "schedule_free": 1e-3},
-    "small": {"adamw": 4e-3, "lion": 1e-3, "sophia": 1e-3, "muon": 4e-3, "schedule_free": 8e-3},
+# Peak learning rates: of the paper its own, the others the best of the ledger (README.md)
+RATES: dict[str, dict[Workload, dict[str, float]]] = {
+    "paper": {
+        "bert": {"adamw": 1e-3, "lion": 7e-4, "sophia": 4e-4, "muon": 1e-3, "schedule_free": 1e-3},
+        "t5": {
+            **{"adamw": 2e-2, "dropping": 1e-2, "lion": 7.5e-4, "sophia": 1e-3},
+            **{"muon": 2e-2, "schedule_free": 2e-2},
+        },
+    },
+    "small": {
+        "bert": {"adamw": 4e-3, "lion": 1e-3, "sophia": 1e-3, "muon": 4e-3, "schedule_free": 8e-3},
+        "t5": {"adamw": 8e-3, "lion": 2e-3, "sophia": 2e-3, "muon": 8e-3, "schedule_free": 1.6e-2},
+    },
 }
 RATES["smoke"] = RATES["small"]
-TRIALS = (0.5, 1.0, 2.0)
+TRIALS = (0.5, 1.0, 2.0, 4.0)
 
 
 def cells(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
     """Every method at every budget, for one seed."""
     for times in BUDGETS[size]:
-        yield from arms(size, workload, seed, times, RATES[size])
+        yield from arms(size, workload, seed, times, RATES[size][workload])
 
 
 def trials(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
-    """The tuning ledger: every method at three learning rates and the smallest budget."""
+    """The tuning ledger: every method at four learning rates and the smallest budget."""
     for factor in TRIALS:
-        rates = {name: factor * rate for name, rate in RATES[size].items()}
+        rates = {name: factor * rate for name, rate in RATES[size][workload].items()}
         for cell in arms(size, workload, 1000 + seed, 1, rates):
-            plan = dataclasses.replace(cell.plan, name=f"{cell.plan.name} x{factor}")
+            name = f"{cell.plan.name} at {cell.plan.rate.peak:g}"
+            plan = dataclasses.replace(cell.plan, name=name)
             yield dataclasses.replace(cell, plan=plan, budget="tuning")
 
 
@@ -94,6 +104,10 @@ def arms(
     if not bert:
         decayed = Schedule(rates["adamw"], "cosine", warmup=0.1526, start=0.5, final=1e-5)
     adamw = Optimizer(b2=0.98, weight_decay=0.01, clip=0.5 if bert else 1.0)
+    scaled = dataclasses.replace(adamw, b2=0.999, weight_decay=0.0, scale_by_parameter=True)
+    # The paper's T5 takes steps in proportion to its tensors and decays nothing, whatever the rule
+    published = size == "paper" and not bert
+    base = scaled if published else adamw
     whole = dataclasses.replace(model(workload, s, s.layers), **COMPUTE[size])
     plan = functools.partial(
         Plan,
@@ -101,7 +115,7 @@ def arms(
         batch=s.batch,
         objective=objective,
         rate=decayed,
-        optimizer=adamw,
+        optimizer=base,
         clock=clock,
         budget=budget,
         accumulate=s.accumulate,
@@ -115,7 +129,7 @@ def arms(
         return plan(
             name.replace("_", "-"),
             stages=everything,
-            optimizer=dataclasses.replace(adamw, name=name, **changes),
+            optimizer=dataclasses.replace(base, name=name, **changes),
             rate=dataclasses.replace(decayed, peak=rates[name]),
         )
 
@@ -133,7 +147,8 @@ def arms(
 
     def dropping(name: str, inverse: bool) -> Plan:
         drop = gj.progressive_layer_drop(rate=gamma, inverse=inverse, axis=stacks)
-        return plan(name, stages=(Stage("dropping", share=1.0, subnet=drop),))
+        rate = dataclasses.replace(decayed, peak=rates.get("dropping", rates["adamw"]))
+        return plan(name, stages=(Stage("dropping", share=1.0, subnet=drop),), rate=rate)
 
     def selecting(name: str, select: Any, **changes: Any) -> Plan:
         return plan(name, stages=(Stage("selecting", share=1.0, select=select),), **changes)
@@ -146,8 +161,10 @@ def arms(
     yield cell(dropping("layer dropping", inverse=False))
     yield cell(selecting("selective backprop", SelectiveBackprop(1.0)))
     yield cell(selecting("RHO", RhoLoss(2)), second)
-    yield cell(by("lion", b2=0.99, weight_decay=0.1))
-    yield cell(by("sophia", b1=0.965, b2=0.99, weight_decay=0.015, rho=0.01))
+    decay = {"lion": 0.0 if published else 0.1, "sophia": 0.0 if published else 0.015}
+    sophia = by("sophia", b1=0.965, b2=0.99, weight_decay=decay["sophia"], rho=0.01)
+    yield cell(by("lion", b2=0.99, weight_decay=decay["lion"]))
+    yield cell(sophia)
     if size == "smoke":
         return
     yield cell(stacked("stacking, moments copied", "dual"))
@@ -157,7 +174,6 @@ def arms(
     )
     yield cell(selecting("RHO, free", RhoLoss(2), clock=free), second, clock=clock)
     bare = dataclasses.replace(clock, curvature=0.0)
-    sophia = by("sophia", b1=0.965, b2=0.99, weight_decay=0.015, rho=0.01)
     yield cell(dataclasses.replace(sophia, name="sophia, free", clock=bare), clock=clock)
     yield cell(by("muon"))
     free_of_schedules = by("schedule_free")
@@ -166,8 +182,7 @@ def arms(
     to_zero = Schedule(rates["adamw"], "linear", warmup=0.05)
     yield cell(plan("decay to zero", stages=everything, rate=to_zero))
     yield cell(plan("WSD", stages=everything, rate=dataclasses.replace(to_zero, shape="wsd")))
-    if not bert:
-        scaled = dataclasses.replace(adamw, scale_by_parameter=True, b2=0.999)
+    if not bert and not published:
         # A step of a share of each tensor's size needs a rate that is larger by about that size
         rate = dataclasses.replace(decayed, peak=2e-2)
         yield cell(plan("AdamWScale", stages=everything, optimizer=scaled, rate=rate))
