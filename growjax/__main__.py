@@ -116,6 +116,34 @@ def plan(
 
 
 @app.command
+def calibrate(
+    plans: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path,
+    name: str | None = None,
+    warmup: int = 50,
+    steps: int = 1000,
+    blocks: int = 20,
+) -> None:
+    """Measure what every operation of some plans takes on this machine, and write the clock as JSON.
+
+    Args:
+        plans: JSON files, or Python files that define `plan`.
+        out: The file to write; it must not be there.
+        name: Of the clock; by default that of the file.
+        warmup: Steps of each operation before it is timed.
+        steps: Steps that are timed.
+        blocks: In how many blocks; the device is waited for at the end of each.
+    """
+    from rich.console import Console
+
+    from growjax.train.commands import calibrate_plans
+
+    calibrate_plans(
+        plans, out, name=name, console=Console(), warmup=warmup, steps=steps, blocks=blocks
+    )
+
+
+@app.command
 def grow(
     to: dict[str, int],
     out: Path,

@@ -284,7 +284,7 @@ def test_train_from_the_command_line_and_go_on(tmp_path):
 
 
 def test_every_command_explains_itself(capsys):
-    for command in ("demo", "plan", "train", "grow", "certify", "inspect", "report"):
+    for command in "demo plan train calibrate grow certify inspect report".split():
         with pytest.raises(SystemExit) as stop:
             app.cli(prog="growjax", args=[command, "--help"])
         assert stop.value.code == 0 and "usage: growjax" in capsys.readouterr().out

@@ -21,6 +21,8 @@ from growjax.errors import BudgetError, raise_all
 
 
 OpKind = Literal["train", "forward", "curvature"]
+# Above this share of their median, the mean of some steps is not that of an undisturbed machine
+_EVEN = 1.02
 
 
 class Op(NamedTuple):
@@ -153,11 +155,22 @@ class DepthClock(Clock):
         return f"{self.name} {_digest(dataclasses.asdict(self))}"
 
 
+class Timing(NamedTuple):
+    """How an operation was timed: over how many steps, and nanoseconds a step of the blocks of them."""
+
+    steps: int
+    mean: float
+    median: float
+    p5: float
+    p95: float
+
+
 @dataclasses.dataclass(frozen=True)
 class MeasuredClock(Clock):
     """Charges the seconds that each operation took where it was measured, and knows no others.
 
-    `entries` are pairs of an operation and its nanoseconds; `growjax.train.calibrate` makes them.
+    `entries` are pairs of an operation and its nanoseconds, `timings` how each was timed, in the same
+    order or not at all; `growjax.train.calibrate` makes them.
 
     **Example**
 
@@ -167,6 +180,7 @@ class MeasuredClock(Clock):
     name: str
     entries: tuple[tuple[Op, int], ...]
     provenance: str = ""
+    timings: tuple[Timing, ...] = ()
 
     unit = "seconds"
     per_unit = 10**9
@@ -175,7 +189,13 @@ class MeasuredClock(Clock):
         # Plans come back from JSON with lists for tuples
         known = tuple((Op(*op), int(ns)) for op, ns in self.entries)
         object.__setattr__(self, "entries", known)
+        object.__setattr__(self, "timings", tuple(Timing(*timing) for timing in self.timings))
         object.__setattr__(self, "_known", dict(known))
+        if self.timings and len(self.timings) != len(known):
+            raise BudgetError(
+                f"clock {self.name!r}: timings: expected none or one for each of {len(known)} "
+                f"operations, got {len(self.timings)}"
+            )
 
     def cost(self, op: Op) -> int:
         """Nanoseconds; raises `BudgetError` for an operation that was not measured."""
@@ -185,6 +205,14 @@ class MeasuredClock(Clock):
                 f"clock {self.name!r}: {op} was never measured; calibrate it with this plan as well"
             )
         return known[op]
+
+    def faults(self) -> list[str]:
+        """Which operations took steps of uneven length: something else had a say, so measure again."""
+        return [
+            f"{op}: {timing.mean / timing.median:.3f} of the median on average, expected at most {_EVEN}"
+            for (op, _), timing in zip(self.entries, self.timings, strict=bool(self.timings))
+            if timing.mean > _EVEN * timing.median
+        ]
 
     @property
     def identity(self) -> str:

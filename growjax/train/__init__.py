@@ -5,6 +5,7 @@ from growjax.optim.recipe import Optimizer as Optimizer
 from growjax.parallel import Layout as Layout
 from growjax.train.as_json import load_plan as load_plan
 from growjax.train.as_json import save_plan as save_plan
+from growjax.train.calibration import calibrate as calibrate
 from growjax.train.feed import CorpusFeed as CorpusFeed
 from growjax.train.feed import Feed as Feed
 from growjax.train.loop import Options as Options

@@ -36,6 +36,7 @@ _KNOWN: dict[str, type] = {
         *(GPTConfig, BERTConfig, LlamaConfig, RotaryScaling, T5Config),
         *_classes(data),
         *(c for c in _classes(budget) if issubclass(c, budget.Clock)),
+        *(budget.Op, budget.Timing),
         *(c for c in _classes(select) if issubclass(c, select.Selector)),
         *(c for c in _classes(subnet) if issubclass(c, subnet.Subnet)),
         *(subnet.PathSchedule, subnet.PathStage),

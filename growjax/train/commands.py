@@ -15,15 +15,17 @@ from rich.table import Table
 
 from growjax import growth
 from growjax.axes import axes_of, sizes
+from growjax.budget import MeasuredClock, Op, Timing, save_clock
 from growjax.certify import Certificate, certify
 from growjax.cost import parameters
-from growjax.errors import CheckpointError, GrowthError, PlanError
+from growjax.errors import BudgetError, CheckpointError, GrowthError, PlanError
 from growjax.gates import is_gated, ungated
 from growjax.growth import Chain, Operator, chain
 from growjax.hf.card import written_by
 from growjax.hf.convert import load as load_folder
 from growjax.parallel import Layout
 from growjax.train.as_json import from_dict, load_plan, to_dict
+from growjax.train.calibration import calibrate
 from growjax.train.checkpoint import Checkpoints, load, numbered, read_lineage, write
 from growjax.train.dryrun import dry_run
 from growjax.train.losses import cross_entropy, reads_pairs
@@ -125,6 +127,48 @@ def show_plan(
     compiled = compile_for(plan, target)
     console.print(compiled)
     compiled.check()
+
+
+def calibrate_plans(
+    plans: Sequence[str | Path],
+    out: str | Path,
+    *,
+    name: str | None = None,
+    console: Console,
+    warmup: int = 50,
+    steps: int = 1000,
+    blocks: int = 20,
+) -> MeasuredClock:
+    """Measure the operations of the plans in some files, print each and write the clock that charges all.
+
+    The numbers are those of `growjax.train.calibrate`. Uneven steps are printed, and the clock is written
+    all the same. Raises `BudgetError` if `out` is there: results were charged on it.
+    """
+    out = Path(out)
+    if out.exists():
+        raise BudgetError(f"{out}: is there already, and nothing is overwritten")
+
+    def show(op: Op, timing: Timing) -> None:
+        mean, p5, p95 = (ns / 1e6 for ns in (timing.mean, timing.p5, timing.p95))
+        console.print(
+            f"{op.kind} of {op.depth} layers, {op.rows} x {op.length} tokens: {mean:.3f} ms "
+            f"(blocks: {p5:.3f} to {p95:.3f})"
+        )
+
+    clock = calibrate(
+        *map(read_plan, plans),
+        name=name or out.stem,
+        warmup=warmup,
+        steps=steps,
+        blocks=blocks,
+        seen=show,
+    )
+    for fault in clock.faults():
+        console.print(f"uneven: {fault}", markup=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_clock(clock, out)
+    console.print(f"{out}: {clock.identity}", markup=False)
+    return clock
 
 
 def operator_of(by: str, to: Mapping[str, int], model: Any) -> Operator | Chain:

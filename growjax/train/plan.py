@@ -272,6 +272,7 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
             flops,
             costs,
             steps.ops(),
+            steps.firsts(),
             model,
             batch,
             objective,

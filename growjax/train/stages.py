@@ -88,7 +88,8 @@ class Span(NamedTuple):
 
     `start` is its first step; `tokens` and `spent` what was seen and spent before it. Of its step i,
     `works[i]` says what it does, `flops[i]` its training FLOPs and `costs[i]` what the clock charges for
-    it. `model` has the shapes it trains, gates included.
+    it. `ops` are all operations of the stage and how often each is done, and `firsts` which of its steps
+    does each first. `model` has the shapes it trains, gates included.
     """
 
     index: int
@@ -100,6 +101,7 @@ class Span(NamedTuple):
     flops: tuple[int, ...]
     costs: tuple[int, ...]
     ops: tuple[tuple[Op, int], ...]
+    firsts: tuple[int, ...]
     model: Any
     batch: int
     objective: Objective
@@ -151,6 +153,7 @@ class Steps:
         self.start, self.seed, self.clock, self.every = start, seed, clock, curvature_every
         self.known: dict[Any, tuple[Op, ...]] = {}
         self.often: dict[Op, int] = {}
+        self.first: dict[Op, int] = {}
         self.coins: dict[int, Any] = {}
         table = axes_of(model)
         self.stacks = {a: n for a, n in table.sizes.items() if "stack" in table.roles(a)}
@@ -178,6 +181,7 @@ class Steps:
             spent += more
             for op in ops:
                 self.often[op] = self.often.get(op, 0) + 1
+                self.first.setdefault(op, i)
             yield work, flops, cost
 
     def step(self, i: int) -> tuple[Work, tuple[Op, ...]]:
@@ -192,6 +196,10 @@ class Steps:
     def ops(self) -> tuple[tuple[Op, int], ...]:
         """Every operation so far, and how often."""
         return tuple(self.often.items())
+
+    def firsts(self) -> tuple[int, ...]:
+        """Of each of them, the step that does it first."""
+        return tuple(self.first[op] for op in self.often)
 
     def _ops(self, work: Work, drawn: int | None) -> Iterator[Op]:
         part = work.part
