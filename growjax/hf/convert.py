@@ -57,19 +57,7 @@ def load(folder: str | Path, *, dtype: str | None = None, ignore: Sequence[str] 
         hidden = model(tokens).hidden              # [T, embed]
     """
     with open_folder(folder) as found:
-        family = _family_of(found)
-        names = _canonical(found, family)
-        said = Said(found.config, names)
-
-        def same(one: str, other: str) -> bool:
-            one, other = names[one], names[other]
-            if found.tensors[one].shape != found.tensors[other].shape:
-                return False
-            return np.array_equal(found.read(one), found.read(other))
-
-        said.fixed({**family.fixed, "quantization_config": None})
-        config = family.read(said, same)
-        said.check(family.model_type)
+        family, names, same, config = _described(found)
         shapes = shapes_of(config, family)
         table = axes_of(shapes)
         rows = _rows_of(family, config, table)
@@ -82,6 +70,39 @@ def load(folder: str | Path, *, dtype: str | None = None, ignore: Sequence[str] 
         if value is not None:
             values[table[path].steps] = value
     return put(shapes, values)
+
+
+def config(folder: str | Path) -> Any:
+    """The configuration that builds the model in a Hugging Face folder, such as a `GPTConfig`.
+
+    Its tensors are not read, but for those that may be tied. Raises `HuggingFaceError` as `load` does.
+
+    **Example**
+
+        gj.Plan(model=gj.hf.config("gpt2"), start=Start("gpt2"), ...)
+    """
+    with open_folder(folder) as found:
+        return _described(found)[-1]
+
+
+def _described(
+    found: Folder,
+) -> tuple[Family, dict[str, str], Callable[[str, str], bool], Any]:
+    """The family, the names, whether two tensors are the same, and the configuration of a folder."""
+    family = _family_of(found)
+    names = _canonical(found, family)
+    said = Said(found.config, names)
+
+    def same(one: str, other: str) -> bool:
+        one, other = names[one], names[other]
+        if found.tensors[one].shape != found.tensors[other].shape:
+            return False
+        return np.array_equal(found.read(one), found.read(other))
+
+    said.fixed({**family.fixed, "quantization_config": None})
+    config = family.read(said, same)
+    said.check(family.model_type)
+    return family, names, same, config
 
 
 def save(

@@ -22,3 +22,4 @@ from growjax.train.records import Saved as Saved
 from growjax.train.records import Step as Step
 from growjax.train.stages import Span as Span
 from growjax.train.stages import Stage as Stage
+from growjax.train.stages import Start as Start

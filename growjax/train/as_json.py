@@ -20,7 +20,7 @@ from growjax.nn import RotaryScaling
 from growjax.optim.recipe import Optimizer
 from growjax.parallel import Layout
 from growjax.train.plan import Plan
-from growjax.train.stages import Stage
+from growjax.train.stages import Stage, Start
 
 
 def _classes(module: Any) -> list[type]:
@@ -32,7 +32,7 @@ def _classes(module: Any) -> list[type]:
 _KNOWN: dict[str, type] = {
     cls.__name__: cls
     for cls in [
-        *(Plan, Stage, Schedule, Optimizer, Layout),
+        *(Plan, Stage, Start, Schedule, Optimizer, Layout),
         *(GPTConfig, BERTConfig, LlamaConfig, RotaryScaling, T5Config),
         *_classes(data),
         *(c for c in _classes(budget) if issubclass(c, budget.Clock)),

@@ -151,8 +151,8 @@ def calibrate_plans(
     def show(op: Op, timing: Timing) -> None:
         mean, p5, p95 = (ns / 1e6 for ns in (timing.mean, timing.p5, timing.p95))
         console.print(
-            f"{op.kind} of {op.depth} layers, {op.rows} x {op.length} tokens: {mean:.3f} ms "
-            f"(blocks: {p5:.3f} to {p95:.3f})"
+            f"{op.kind} of {op.depth} layers, {op.rows} x {op.length} tokens, {op.flops:.4g} FLOPs: "
+            f"{mean:.3f} ms (blocks: {p5:.3f} to {p95:.3f})"
         )
 
     clock = calibrate(
@@ -304,6 +304,13 @@ def describe(path: str | Path, console: Console) -> None:
         console.print(f"grown by {growth.from_dict(op)}")
     if lineage["parent"]:
         console.print(f"after {lineage['parent']}")
+    if start := lineage.get("start"):
+        console.print(
+            f"started from {start['folder']} ({start['is']}), which took {start['tokens']:,} tokens and "
+            f"{start['flops']:.4g} training FLOPs"
+            if start["flops"] is not None
+            else f"started from {start['folder']} ({start['is']})"
+        )
     if is_gated(model):
         console.print(f"behind gates at {lineage['level']:.2f}")
     if lineage["certificate"]:

@@ -75,6 +75,7 @@ class StageFacts:
 class DryRun:
     """What `dry_run` found; it prints as a table.
 
+    `start` is the folder of the model that it starts from, if there is one;
     `devices` is what it was worked out for and `mesh` how many of them each axis has, if they can be
     laid out so. `refusals` says why the plan cannot be run as it is, if it cannot.
     """
@@ -85,6 +86,7 @@ class DryRun:
     stages: tuple[StageFacts, ...]
     saved: float
     refusals: tuple[str, ...]
+    start: str | None = None
 
     @property
     def flops(self) -> int:
@@ -110,7 +112,8 @@ class DryRun:
             table.add_column(f"{stage.index} {stage.name}", justify="right")
         for name, cells in _rows(self.stages):
             table.add_row(name, *cells)
-        notes = [
+        notes = [] if self.start is None else [f"starts from the model in {self.start}"]
+        notes += [
             f"stage {stage.index}: every device holds all of {', '.join(stage.unsplit)}"
             for stage in self.stages
             if stage.unsplit
@@ -140,8 +143,15 @@ def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:
     lasts = zip(plan.spans, whole, strict=True)
     stages = tuple(_facts(plan, span, cost, mesh) for span, cost in lasts)
     refusals += _disagreements(stages)
+    if plan.start is not None:
+        # Checkpoints bring Orbax with them, which takes a second
+        from growjax.train.starting import start_faults
+
+        refusals += start_faults(plan)
     saved = 1 - plan.flops / sum(whole)
-    return DryRun(plan.name, devices, mesh and dict(mesh.shape), stages, saved, tuple(refusals))
+    start = plan.start and plan.start.folder
+    shape = mesh and dict(mesh.shape)
+    return DryRun(plan.name, devices, shape, stages, saved, tuple(refusals), start)
 
 
 def _facts(plan: Plan, span: Span, whole: int, mesh: Any) -> StageFacts:
@@ -152,9 +162,9 @@ def _facts(plan: Plan, span: Span, whole: int, mesh: Any) -> StageFacts:
     ends = span.spent + span.costs[0] / 2, last - span.costs[-1] / 2
     state = growing = None
     if mesh is not None:
-        state = _state_bytes(plan, span, mesh)
-        if grow is not None and span.index:
-            growing = sum(state) + sum(_state_bytes(plan, plan.spans[span.index - 1], mesh))
+        state = _state_bytes(plan, span.model, mesh)
+        if grow is not None:
+            growing = sum(state) + sum(_state_bytes(plan, plan.before(span.index), mesh))
     return StageFacts(
         index=span.index,
         name=span.stage.name,
@@ -198,10 +208,10 @@ def _xla_flops(plan: Plan, span: Span) -> float:
     return total
 
 
-def _state_bytes(plan: Plan, span: Span, mesh: Any) -> tuple[int, int]:
+def _state_bytes(plan: Plan, model: Any, mesh: Any) -> tuple[int, int]:
     """Bytes of the fullest device: those of the model, and those of the optimizer."""
     programs = Programs(plan.optimizer.build(), cross_entropy, mesh, plan.layout)
-    shapes = programs.shapes(span.model)
+    shapes = programs.shapes(model)
     where = programs.shardings(shapes)
     model = [(shapes.trained, where.trained), (shapes.rest, where.rest)]
     return sum(per_device_bytes(*pair) for pair in model), per_device_bytes(

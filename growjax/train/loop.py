@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from growjax.axes import sizes
 from growjax.errors import CheckpointError, GrowjaxError, PlanError, TrainingError
 from growjax.gates import opened, ungated
 from growjax.parallel import from_host, replicated
@@ -161,10 +162,12 @@ class _Loop:
         found = self.saves.resume(self.programs, self.feed.digest) if self.saves else None
         stage, step = (found.stage, found.step) if found else (0, 0)
         with self.clock.apart("birth"):
-            if found is None:
+            if found is not None:
+                self.state = found.state
+            elif plan.start is None:
                 self.state = self.ahead.get(("birth", 0, None))(np.int32(plan.seed))
             else:
-                self.state = found.state
+                self.state = self._started()
         self.ahead.start(stage)
         if found:
             span = plan.spans[stage]
@@ -172,8 +175,10 @@ class _Loop:
             self.flops, self.clock.before = found.flops, found.seconds
         yield Begin(stage, step, found and found.path, self.programs.mesh.size)
 
+        if found is None and plan.start is not None and plan.stages[0].grow is None:
+            yield from self._save(plan.spans[0], 0)
         for span in plan.spans[stage:]:
-            if span.index > stage:
+            if span.index > stage or (found is None and span.stage.grow is not None):
                 yield from self._enter(span)
             with self.feed.stream(span, step - span.start) as stream:
                 for i in range(step - span.start, span.steps):
@@ -189,6 +194,15 @@ class _Loop:
                 yield from self._save(span, step)
         yield from self._save(plan.spans[-1], step)
         yield self._end(plan.spans[-1], plan.spans[-1].steps, finished=True)
+
+    def _started(self) -> State:
+        """The state of a trained model that the plan starts from."""
+        from growjax.train.starting import read_start
+
+        model, said = read_start(self.plan, self.programs.mesh)
+        if self.saves:
+            self.saves.start = said
+        return self.programs.start(model)
 
     # One step ---------------------------------------------------------------------------------
 
@@ -278,7 +292,6 @@ class _Loop:
 
     def _enter(self, span: Span) -> Iterator[Record]:
         """Grow into a stage, if it grows, and put the grown state on record before it trains."""
-        before = self.plan.spans[span.index - 1]
         if span.stage.grow is None:
             # Gates of the stage before are open by now; without them the function is the same.
             self.state = self.state._replace(rest=ungated(self.state.rest))
@@ -294,7 +307,7 @@ class _Loop:
         saved = list(self._save(span, span.start, crossing))
         stall = time.perf_counter() - start
         self.ahead.start(span.index)
-        old, new = before.sizes, span.sizes
+        old, new = sizes(self.plan.before(span.index)), span.sizes
         grew = {a: (old.get(a, 0), n) for a, n in new.items() if n != old.get(a)}
         yield Growth(span.index, span.start, self.flops, grew, crossing, stall, compile_wait)
         yield from saved

@@ -27,7 +27,7 @@ from growjax.parallel import Layout
 from growjax.select import Selector
 from growjax.subnet import PathSchedule, Subnet
 from growjax.train.losses import reads_pairs
-from growjax.train.stages import Carry, Rewind, Span, Stage, Steps
+from growjax.train.stages import Carry, Rewind, Span, Stage, Start, Steps
 
 
 ModelConfig = GPTConfig | BERTConfig | LlamaConfig | T5Config
@@ -54,6 +54,8 @@ class Plan:
     - `data`: what it trains on; None if `train` is given its own.
     - `tokenizer`: "bytes", or the path of a `tokenizers` file.
     - `seed`: of the model, its growth, its sub-networks and the order of the data.
+    - `start`: a trained model to start from, instead of drawing one. Whether it has the shapes of `model`
+      is seen before the first step; it becomes a larger one by the first stage's `grow` alone.
 
     Raises `PlanError` that lists every fault.
 
@@ -77,6 +79,7 @@ class Plan:
     data: Source | None = None
     tokenizer: str = "bytes"
     seed: int = 0
+    start: Start | None = None
 
     def __post_init__(self):
         faults = list(_length_faults(self))
@@ -86,8 +89,17 @@ class Plan:
         raise_all(PlanError, f"plan {self.name!r} cannot be run:", faults)
 
     def build(self) -> Any:
-        """The model at birth."""
-        return build(self.model, self.key("model"))
+        """The model before the first stage, all of its parameters drawn."""
+        return birth(self, self.seed)
+
+    @functools.cached_property
+    def origin(self) -> Any:
+        """The shapes of the model before the first stage."""
+        return eqx.filter_eval_shape(self.build)
+
+    def before(self, index: int) -> Any:
+        """The shapes of the model that a stage finds, gates included."""
+        return self.spans[index - 1].model if index else self.origin
 
     def key(self, name: str) -> PRNGKeyArray:
         """The key for one purpose: the same in every run of this plan."""
@@ -142,6 +154,14 @@ def build(config: ModelConfig, key: PRNGKeyArray) -> Any:
     return _MODELS[type(config)](config, key=key)
 
 
+def birth(plan: Plan, seed: Any) -> Any:
+    """The model before the first stage of a plan, drawn from this seed (or from one that is traced)."""
+    model = build(plan.model, purpose_key(seed, "model"))
+    for op in plan.start.operators if plan.start else ():
+        model = ungated(op(model, key=purpose_key(seed, "grow")))
+    return model
+
+
 def purpose_key(seed: int, name: str) -> PRNGKeyArray:
     """The key for one purpose of a run: "model" or "grow"."""
     return fold_in_name(jax.random.key(seed), name)
@@ -172,6 +192,8 @@ def _length_faults(plan: Plan) -> Iterator[str]:
         yield f"seed: expected an integer of 0 or more, below 2**31, got {plan.seed!r}"
     if not plan.stages:
         yield "stages: expected at least one"
+    if plan.start is not None:
+        yield from _start_faults(plan.start)
     shares = [stage.share for stage in plan.stages if stage.share is not None]
     if shares and plan.budget is None:
         yield "budget: the stages are shares of it, so it must be given"
@@ -183,6 +205,15 @@ def _length_faults(plan: Plan) -> Iterator[str]:
         yield f"clock: it charges {plan.clock.unit}, and stages last seconds; give a reference clock"
     if shares and (len(shares) < len(plan.stages) or abs(sum(shares) - 1) > 1e-6):
         yield f"stages: every one must have a share and all together 1, got {shares}"
+
+
+def _start_faults(start: Any) -> Iterator[str]:
+    if not isinstance(start, Start):
+        yield f"start: expected one such as Start('runs/small'), got {start!r}"
+    elif not isinstance(start.folder, str) or not start.folder:
+        yield f"start: folder: expected the name of one, got {start.folder!r}"
+    elif not all(isinstance(op, Operator | Chain) for op in start.operators):
+        yield f"start: operators: expected some such as gj.stack(layers=6), got {start.operators!r}"
 
 
 def _stage_faults(stage: Stage) -> Iterator[str]:
@@ -230,8 +261,12 @@ def _fit_faults(plan: Plan) -> list[str]:
 def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
     """Work out every stage from shapes alone, and add what does not fit to `faults`."""
     faults = [] if faults is None else faults
-    model = eqx.filter_eval_shape(plan.build)
     spans: list[Span] = []
+    try:
+        model = plan.origin
+    except GrowjaxError as error:
+        faults.append("start: " + str(error).replace("\n", "\n    "))
+        return spans
     start, tokens, spent, share = 0, 0, 0, 0.0
     for n, stage in enumerate(plan.stages):
         where = f"stage {n} {stage.name!r}: "

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+from jax.sharding import Mesh
 
 from growjax import growth
 from growjax.axes import partition
 from growjax.errors import CheckpointError, raise_all
 from growjax.gates import opened, ungated
+from growjax.parallel import model_shardings, replicated, state_shardings
 from growjax.train.as_json import differences, from_dict, load_plan, save_plan, to_dict
 from growjax.train.checkpoint import Checkpoints, load, numbered, read_lineage
 from growjax.train.plan import Plan, build
@@ -45,6 +47,7 @@ class Saves:
             run / "checkpoints", keep_last=keep_last, keep_every=keep_every
         )
         self.parent: str | None = None
+        self.start: dict[str, Any] | None = None
         file = run / "plan.json"
         if file.exists():
             old = _movable(load_plan(file))
@@ -77,7 +80,7 @@ class Saves:
                 "goes on with what it began with"
             )
         span = self.plan.spans[lineage["stage"]]
-        self.parent = path.name
+        self.parent, self.start = path.name, lineage.get("start")
         state = load(path, programs.shapes(span.model))
         return Found(
             str(path),
@@ -114,9 +117,12 @@ class Saves:
             "model": to_dict(self.plan.model),
             "optimizer": to_dict(self.plan.optimizer),
             "operators": [
-                to_dict(s.stage.grow)
-                for s in self.plan.spans[: span.index + 1]
-                if s.stage.grow is not None
+                *map(to_dict, self.plan.start.operators if self.plan.start else ()),
+                *(
+                    to_dict(s.stage.grow)
+                    for s in self.plan.spans[: span.index + 1]
+                    if s.stage.grow is not None
+                ),
             ],
             "gated": span.stage.grow is not None,
             "level": level,
@@ -130,6 +136,7 @@ class Saves:
             "seconds": seconds,
             "data": data,
             "parent": self.parent,
+            "start": self.start,
             "checksums": numbered(state, seal),
             "certificate": None if crossing is None else dataclasses.asdict(crossing),
         }
@@ -149,11 +156,12 @@ def model_of(lineage: Mapping[str, Any]) -> Any:
     return model if lineage["gated"] else ungated(model)
 
 
-def load_model(path: str | Path) -> tuple[Any, dict[str, Any]]:
+def load_model(path: str | Path, mesh: Mesh | None = None) -> tuple[Any, dict[str, Any]]:
     """The model in a checkpoint, its gates as far open as they were, and its lineage.
 
-    It is the one to evaluate: the average, if the optimizer averages. Raises `CheckpointError` if the
-    checkpoint is not whole.
+    It is the one to evaluate: the average, if the optimizer averages. On a `mesh` it is split as for
+    training; without one it lies on the first device. Raises `CheckpointError` if the checkpoint is not
+    whole.
 
     **Example**
 
@@ -165,8 +173,19 @@ def load_model(path: str | Path) -> tuple[Any, dict[str, Any]]:
     wanted = {"trained": trained, "rest": rest}
     if optimizer.judged is not None:
         wanted["optimizer"] = jax.eval_shape(optimizer.init, trained)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), wanted)
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        where = jax.tree.map(lambda _: here, wanted)
+    else:
+        where = {
+            "trained": model_shardings(trained, mesh),
+            "rest": jax.tree.map(lambda _: replicated(mesh), rest),
+        }
+        if "optimizer" in wanted:
+            where["optimizer"] = state_shardings(wanted["optimizer"], trained, mesh)
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), wanted, where
+    )
     found = load(path, shapes, only=tuple(wanted))
     trained = optimizer.evaluated(found["trained"], found.get("optimizer"))
     return opened(eqx.combine(trained, found["rest"]), lineage["level"]), lineage
@@ -174,4 +193,5 @@ def load_model(path: str | Path) -> tuple[Any, dict[str, Any]]:
 
 def _movable(plan: Plan) -> Plan:
     """The plan without what may change when a run goes on."""
-    return dataclasses.replace(plan, layout=type(plan.layout)(), data=None)
+    start = plan.start and dataclasses.replace(plan.start, folder="it was read at the start")
+    return dataclasses.replace(plan, layout=type(plan.layout)(), data=None, start=start)

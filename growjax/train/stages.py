@@ -25,6 +25,25 @@ Rewind = Literal["stretch", "slope"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Start:
+    """A model that was trained already, for a plan to start from: its parameters, and nothing else.
+
+    **Fields**
+
+    - `folder`: of a growjax checkpoint, of a run (its last checkpoint), or of a Hugging Face model.
+    - `operators`: what that model grew by since it was what the plan's `model` describes, in order.
+
+    **Example**
+
+        Plan("grown", small, (Stage(tokens=400_000, grow=gj.stack(layers=6)),), start=Start("runs/small"),
+             batch=16, objective=Causal(128), rate=Schedule(2e-3))
+    """
+
+    folder: str
+    operators: tuple[Operator | Chain, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """One stage of a plan: grow first (or not), then train for a while.
 

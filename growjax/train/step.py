@@ -136,6 +136,14 @@ class Programs:
             out_shardings=self.shardings(jax.eval_shape(create, SEED)),
         )
 
+    def start(self, model: Any) -> State:
+        """The state of a model that is there, each array where it belongs: a fresh optimizer."""
+        shapes = jax.eval_shape(self.state_of, model)
+        where = self.shardings(shapes)
+        trained, rest = jax.device_put(partition(model), (where.trained, where.rest))
+        fresh = jax.jit(self.optimizer.init, out_shardings=where.optimizer)
+        return State(trained, rest, fresh(trained))
+
     def step(self, shapes: State, work: Work, select: Selector | None = None) -> Any:
         """(State, batch, Controls, reference) -> (State, Report); the old state's memory is reused.
 

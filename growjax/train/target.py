@@ -246,7 +246,7 @@ def compile_for(
     programs = Programs(plan.optimizer.build(), cross_entropy, mesh, layout, plan.accumulate)
     memory = GENERATIONS[target.partition(":")[0]].memory
     wanted = range(len(plan.spans)) if stages is None else stages
-    todo = [n for i in wanted for n in needs(plan.spans[i], first=i == 0)]
+    todo = [n for i in wanted for n in needs(plan.spans[i], first=False)]
     with concurrent.futures.ThreadPoolExecutor(workers, "compile") as pool:
         found = tuple(pool.map(lambda need: _compile(plan, programs, need), todo))
     refusals = list(_refusals(plan, mesh.size, memory, todo, found))

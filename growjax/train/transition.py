@@ -21,7 +21,7 @@ import numpy as np
 from growjax.data.objectives import batch_shapes
 from growjax.errors import TrainingError
 from growjax.parallel import replicated, split_rows
-from growjax.train.plan import Plan, build, purpose_key
+from growjax.train.plan import Plan, birth
 from growjax.train.stages import Span, Work
 from growjax.train.step import SEED, Controls, Programs, State
 
@@ -123,10 +123,8 @@ def lower(plan: Plan, programs: Programs, need: Need, reference: Any = None) -> 
     number = functools.partial(jax.ShapeDtypeStruct, (), sharding=replicated(programs.mesh))
     seed = number(SEED.dtype)
     if kind == "birth":
-        born = lambda seed: build(plan.model, purpose_key(seed, "model"))  # noqa: E731
-        return programs.birth(born).lower(seed)
-    trains = plan.spans[index - 1] if kind in ("grow", "before") else span
-    shapes = programs.shapes(trains.model)
+        return programs.birth(functools.partial(birth, plan)).lower(seed)
+    shapes = programs.shapes(plan.before(index) if kind in ("grow", "before") else span.model)
     if kind == "grow":
         assert span.stage.grow is not None
         return programs.growth(shapes, span.stage.grow, span.stage.carry).lower(shapes, seed)
