@@ -7,9 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,51 +242,3 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(run, programs, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and 5 <= last <= 7
     records = list(train(whole, feed(whole), run=tmp_path, cache=programs))
     assert records[0].step == last and same(records, run[1])
-
-
-def test_a_run_killed_anywhere_goes_on_with_the_same_command(run, tmp_path):
-    """The process dies, as on a lost machine: between steps, while saving, and in a growth."""
-    script = textwrap.dedent(
-        """
-        import os, signal, sys
-        sys.path.insert(0, sys.argv[1])
-        from growjax.train import Growth, Options, Saved, Step, train
-        from growjax.train import loop
-        from tests.runs import every_kind, feed
-
-        die, die_in_growth = sys.argv[3], loop.cross
-        def cross(*args):
-            grown = die_in_growth(*args)
-            if die == "growth":
-                os.kill(os.getpid(), signal.SIGKILL)
-            return grown
-        loop.cross = cross
-        plan = every_kind()
-        for r in train(plan, feed(plan), run=sys.argv[2], options=Options(held_out=4, save_every=2)):
-            if isinstance(r, Step):
-                print(r.step, repr(r.loss), flush=True)
-            if die == "step" and isinstance(r, Step) and r.step == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if die == "save" and isinstance(r, Saved) and r.step == 8:
-                os.kill(os.getpid(), signal.SIGKILL)
-        """
-    )
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    expected, seen = losses(run[1]), {}
-    for die, code in [("growth", -9), ("step", -9), ("save", -9), ("never", 0)]:
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(ROOT), str(tmp_path / "run"), die],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == code, done.stderr
-        for line in done.stdout.splitlines():
-            n, loss = line.split()
-            assert float(loss) == seen.setdefault(int(n), float(loss))
-    assert seen.keys() == expected.keys()
-    assert [seen[n] for n in expected] == pytest.approx(list(expected.values()), rel=1e-6)
