@@ -3,22 +3,27 @@
 import contextlib
 import errno
 import gc
+import io
 import json
+import math
 import os
 import shutil
 import signal
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import growjax as gj
 from growjax import train as trainer
+from growjax.data import Text, batches
 from growjax.errors import CheckpointError, DataError, TrainingError
-from growjax.train import Begin, Options, Plan, Saved, Step
+from growjax.train import Begin, Options, Plan, Saved, Step, clock, read_journal, transition, watch
 from tests.runs import every_kind, feed, losses, plan, same, steps
 
 
@@ -193,17 +198,94 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(run, programs, tmp_path):
     assert records[0].step == 4 and same(records, run[1])
 
 
-def test_data_that_vanish_end_in_an_error(run, programs):
-    def vanish(n, batch):
-        if n == 4:
-            raise DataError("shard-3.npy: the file is gone")
-        return batch
+def overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
 
-    whole, seen = run[0], []
-    with pytest.raises(DataError, match="shard-3.npy"):
-        for record in train(whole, Reading(feed(whole), vanish), cache=programs):
+
+HARM = {
+    "gone": (Path.unlink, "No such file or directory, while it was read"),
+    "cut off": (
+        lambda path: path.write_bytes(b"\0" * 10),
+        "expected .* tokens, and the file now ends",
+    ),
+    "bad bytes": (
+        overwrite,
+        "expected words below 384 .* got 65535: the file was changed",
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_data_that_are_harmed_end_in_an_error_that_loses_nothing(programs, harm, tmp_path):
+    """While they are read, and until they are thrown away; then the run goes on as if nothing was."""
+    (tmp_path / "text").mkdir()
+    for n in range(20):
+        (tmp_path / "text" / f"{n}.txt").write_text(f"{n} times {n} is {n * n}. " * 9)
+    p = plan(steps(16), data=Text(str(tmp_path / "text")))
+    options = Options(held_out=4, save_every=2)
+
+    def running(name: str) -> Any:
+        return train(p, run=tmp_path / name / "run", options=options, cache=programs)
+
+    whole = list(running("whole"))
+    spoil, message = HARM[harm]
+    seen = []
+    with pytest.raises(DataError, match=f"tokens.bin: {message}"):
+        for record in running("harmed"):
             seen.append(record)
-    assert list(losses(seen)) == [0, 1, 2]
+            if isinstance(record, Step) and record.step == 3:
+                (tokens,) = (tmp_path / "harmed" / "cache").glob("*/train*/tokens.bin")
+                spoil(tokens)
+    assert 3 <= max(losses(seen)) < 15
+    with pytest.raises(
+        DataError, match="is damaged; delete it and it is made anew(.|\n)*tokens.bin"
+    ):
+        next(running("harmed"))
+    shutil.rmtree(tmp_path / "harmed" / "cache")
+    again = list(running("harmed"))
+    assert again[0].step >= 4 and same(again, whole)
+    assert losses(again) == {n: x for n, x in losses(whole).items() if n >= again[0].step}
+
+
+def test_text_that_is_none_is_named_before_anything_is_trained(tmp_path):
+    (tmp_path / "good.txt").write_text("words " * 200)
+    (tmp_path / "bad.txt").write_bytes(b"some\n\xff\xfe words " * 50)
+    p = plan(steps(2), data=Text(str(tmp_path), "*.txt"))
+    with pytest.raises(DataError, match=r"bad.txt, line 2: byte 0xff is not UTF-8"):
+        next(train(p, run=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_is_full_for_the_journal_loses_nothing(run, programs, tmp_path):
+    whole, options = run[0], Options(held_out=4, save_every=2)
+    records = train(whole, feed(whole), run=tmp_path, options=options, cache=programs)
+    seen = []
+    with contextlib.closing(records), pytest.raises(TrainingError, match="No space left"):
+        for record in watch(records, whole, run=tmp_path):
+            seen.append(record)
+            if isinstance(record, Step) and record.step == 4:
+                break
+        (tmp_path / "metrics.jsonl").unlink()
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+        for record in watch(records, whole, run=tmp_path):
+            seen.append(record)
+    assert list(losses(seen)) == [0, 1, 2, 3, 4]
+    again = list(train(whole, feed(whole), run=tmp_path, options=options, cache=programs))
+    assert again[0].step == 4 and same(again, run[1])
+
+
+def test_a_run_whose_plan_was_lost_is_not_taken_for_another(run, programs, tmp_path):
+    whole, folder, _ = damaged(run, tmp_path)
+    (folder / "plan.json").unlink()
+    other = every_kind(seed=7, optimizer=trainer.Optimizer(b2=0.9))
+    with pytest.raises(CheckpointError, match=r"another plan(.|\n)*seed: was 0, is 7") as error:
+        list(train(other, feed(other), run=folder, cache=programs))
+    assert "plan.optimizer.b2: was" in str(error.value) and not (folder / "plan.json").exists()
+    records = train(whole, feed(whole), run=folder, cache=programs)
+    assert next(records).step == 18 and trainer.load_plan(folder / "plan.json") == whole
+    records.close()
 
 
 class Broken(gj.Operator):
@@ -223,12 +305,30 @@ def test_a_growth_that_breaks_its_promise_is_undone(programs, tmp_path):
         list(train(p, feed(p), cache=programs))
 
 
-def test_a_clock_that_jumps_is_not_looked_at(run, programs, monkeypatch):
+def test_a_clock_that_jumps_is_not_looked_at(run, programs, monkeypatch, tmp_path):
+    """Back and forth by years; what is computed is the same, and what is shown makes some sense."""
     whole, records, _ = run
-    monkeypatch.setattr(time, "time", lambda: 0.0)
-    again = list(train(whole, feed(whole), options=Options(held_out=4), cache=programs))
-    assert losses(again) == losses(records)
-    assert all(r.took >= 0 and r.seconds < 1000 for r in again if isinstance(r, Step))
+    draw = np.random.default_rng(0)
+
+    def jumping() -> float:
+        return float(draw.uniform(-1e9, 1e9))
+
+    monkeypatch.setattr(time, "time", jumping)
+    for module in (clock, batches, transition):
+        counters = types.SimpleNamespace(perf_counter=jumping)
+        monkeypatch.setattr(module, "time", counters)
+    shown = io.StringIO()
+    console = Console(file=shown, width=120, force_terminal=True, get_time=jumping)
+    running = train(whole, feed(whole), options=Options(held_out=4), cache=programs)
+    again = list(watch(running, whole, run=tmp_path, console=console))
+    assert losses(again) == losses(records) and same(again, records)
+    done = [r for r in again if isinstance(r, Step)]
+    assert all(r.took >= 0 and r.waited >= 0 and math.isfinite(r.seconds) for r in done)
+    assert all(a.seconds <= b.seconds for a, b in zip(done, done[1:], strict=False))
+    rows = [row for row in read_journal(tmp_path) if row["kind"] == "step"]
+    assert [row["step"] for row in rows] == list(range(whole.steps))
+    assert all(math.isfinite(row.get("tokens_per_second", 1.0)) for row in rows)
+    assert "stack and" in shown.getvalue()
 
 
 def test_a_signal_saves_and_ends_and_the_run_goes_on(run, programs, tmp_path):

@@ -149,7 +149,7 @@ class Stream:
         except GrowjaxError:
             self.close()
             raise
-        self.waited += time.perf_counter() - start
+        self.waited += max(time.perf_counter() - start, 0.0)
         self._next += 1
         return self._next - 1, batch
 

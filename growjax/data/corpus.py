@@ -81,7 +81,7 @@ class Corpus:
         return len(self.tokens)
 
     def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        """Some tokens, as int32. Raises `DataError` if their file is gone or has become shorter.
+        """Some tokens, as int32. Raises `DataError` if their file is gone, shorter, or holds no words.
 
         The file is read and not mapped: a mapped file that shrinks ends the process without a word.
         """
@@ -95,6 +95,11 @@ class Corpus:
         if len(found) < stop - start:
             raise DataError(
                 f"{self.path}: expected {len(self)} tokens, and the file now ends before token {stop}"
+            )
+        if found.size and found.max() >= self.vocabulary.size:
+            raise DataError(
+                f"{self.path}: expected words below {self.vocabulary.size} between tokens {start} and "
+                f"{stop}, got {found.max()}: the file was changed; delete its folder and it is made anew"
             )
         return found.astype(np.int32)
 

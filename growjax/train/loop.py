@@ -16,7 +16,6 @@ import functools
 import math
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -297,7 +296,7 @@ class _Loop:
             self.state = self.state._replace(rest=ungated(self.state.rest))
             self.ahead.start(span.index)
             return
-        start, waited = time.perf_counter(), self.ahead.waited
+        start, waited = self.clock.now(), self.ahead.waited
         with self.clock.apart("grow"):
             self.state, crossing = cross(
                 self.plan, span, self.state, self.ahead.get, functools.partial(self._probe, span)
@@ -305,7 +304,7 @@ class _Loop:
             self.ahead.get(("step", span.index, span.works[0]))
         compile_wait = self.ahead.waited - waited
         saved = list(self._save(span, span.start, crossing))
-        stall = time.perf_counter() - start
+        stall = self.clock.now() - start
         self.ahead.start(span.index)
         old, new = sizes(self.plan.before(span.index)), span.sizes
         grew = {a: (old.get(a, 0), n) for a, n in new.items() if n != old.get(a)}

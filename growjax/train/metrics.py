@@ -10,7 +10,7 @@ import importlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import jax
 from rich.console import Console
@@ -131,8 +131,7 @@ def watch(
                 devices = record.devices
             row = as_row(record, plan, devices)
             if journal is not None:
-                journal.write(json.dumps(row) + "\n")
-                journal.flush()
+                _write(journal, row)
             if isinstance(record, Step):
                 numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
                 for sink in sinks:
@@ -140,6 +139,20 @@ def watch(
             if bars is not None:
                 bars.show(record, row)
             yield record
+
+
+def _write(journal: IO[str], row: dict[str, Any]) -> None:
+    try:
+        journal.write(json.dumps(row) + "\n")
+        journal.flush()
+    except OSError as error:
+        # Else closing it would try once more, and hide what happened
+        with contextlib.suppress(OSError):
+            journal.close()
+        raise TrainingError(
+            f"{journal.name}: could not be written: {error.strerror}. Its checkpoints are whole; make "
+            "room, and the same command goes on from the last one"
+        ) from error
 
 
 def as_row(record: Record, plan: Plan, devices: int) -> dict[str, Any]:

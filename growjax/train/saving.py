@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,9 +55,6 @@ class Saves:
             faults = list(differences(to_dict(old), to_dict(_movable(plan))))
             hint = "choose another folder, or go on with that one"
             raise_all(CheckpointError, f"{run} holds the run of another plan; {hint}:", faults)
-        elif jax.process_index() == 0:
-            run.mkdir(parents=True, exist_ok=True)
-            save_plan(plan, file)
 
     def last(self) -> Path | None:
         """The last whole checkpoint."""
@@ -71,9 +69,19 @@ class Saves:
     def resume(self, programs: Programs, data: str) -> Found | None:
         """The state to go on from, on the mesh of the programs; None in a new run."""
         path = self.last()
-        if path is None:
+        lineage = None if path is None else read_lineage(path)
+        if lineage is not None:
+            # Where the plan in the folder was lost, its checkpoints still say whose they are
+            said = self._said(lineage["stage"])
+            # Through the values, so that a field which did not exist then has its default
+            was = {name: to_dict(from_dict(lineage.get(name))) for name in said}
+            faults = list(differences(*json.loads(json.dumps([was, said]))))
+            raise_all(CheckpointError, f"{path} is of the run of another plan:", faults)
+        if not (self.run / "plan.json").exists() and jax.process_index() == 0:
+            self.run.mkdir(parents=True, exist_ok=True)
+            save_plan(self.plan, self.run / "plan.json")
+        if path is None or lineage is None:
             return None
-        lineage = read_lineage(path)
         if lineage["data"] != data:
             raise CheckpointError(
                 f"{path}: it was trained on other data (digest {lineage['data']}, now {data}); a run "
@@ -113,22 +121,10 @@ class Saves:
             return None
         lineage = {
             "growjax": importlib.metadata.version("growjax"),
-            "plan": self.plan.name,
-            "model": to_dict(self.plan.model),
-            "optimizer": to_dict(self.plan.optimizer),
-            "operators": [
-                *map(to_dict, self.plan.start.operators if self.plan.start else ()),
-                *(
-                    to_dict(s.stage.grow)
-                    for s in self.plan.spans[: span.index + 1]
-                    if s.stage.grow is not None
-                ),
-            ],
+            **self._said(span.index),
             "gated": span.stage.grow is not None,
             "level": level,
             "sizes": span.sizes,
-            "seed": self.plan.seed,
-            "tokenizer": self.plan.tokenizer,
             "stage": span.index,
             "step": step,
             "tokens": span.tokens + (step - span.start) * span.step_tokens,
@@ -143,6 +139,20 @@ class Saves:
         path = self.checkpoints.save(step, span.index, state, lineage)
         self.parent = path.name
         return path
+
+    def _said(self, stage: int) -> dict[str, Any]:
+        """What a checkpoint of one stage says about the plan."""
+        plan = self.plan
+        grown = [s.grow for s in plan.stages[: stage + 1] if s.grow is not None]
+        earlier = plan.start.operators if plan.start else ()
+        return {
+            "plan": plan.name,
+            "model": to_dict(plan.model),
+            "optimizer": to_dict(plan.optimizer),
+            "operators": [to_dict(op) for op in (*earlier, *grown)],
+            "seed": plan.seed,
+            "tokenizer": plan.tokenizer,
+        }
 
 
 def model_of(lineage: Mapping[str, Any]) -> Any:
