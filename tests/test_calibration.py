@@ -107,7 +107,7 @@ def test_a_second_gradient_is_what_the_step_without_one_does_not_take(monkeypatc
     assert clock.timings[1] == Timing(4, 70.0, 60.0, 50.0, 80.0)
 
 
-def test_uneven_steps_are_said(measured):
+def test_uneven_steps_are_said():
     op = Op("train", 2, 4, 8, 1)
     even, uneven = Timing(9, 10.1, 10.0, 9.0, 12.0), Timing(9, 10.3, 10.0, 9.0, 12.0)
     assert MeasuredClock("a", ((op, 10),), "", (even,)).faults() == []

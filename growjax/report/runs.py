@@ -78,6 +78,7 @@ def read_run(run: str | Path) -> dict[str, Any]:
         "speed": [
             (row["tokens"], row["tokens_per_second"]) for row in steps if "tokens_per_second" in row
         ],
+        "scores": marks[-1].get("scores") or {},
         "growths": [row for row in rows if row["kind"] == "growth"],
         "last": steps[-1],
         "waited": sum(row["waited"] for row in steps),
@@ -144,6 +145,10 @@ def _losses(arms: Sequence[Mapping[str, Any]]) -> Figure:
     )
 
 
+def _number(x: float | None) -> str:
+    return "-" if x is None else f"{x:.4g}"
+
+
 def _tables(arms: Sequence[Mapping[str, Any]]) -> list[Table]:
     results = [
         [
@@ -172,6 +177,13 @@ def _tables(arms: Sequence[Mapping[str, Any]]) -> list[Table]:
     ]
     heads = ("run", "held-out loss", "FLOPs", "tokens", "seconds", "waited for data", "finished")
     tables = [Table("Results", heads, results, "Losses in nats per token; seconds of training.")]
+    scores = dict.fromkeys(name for arm in arms for name in arm["scores"])
+    if scores:
+        rows = [
+            [arm["name"], *(_number(arm["scores"].get(name)) for name in scores)] for arm in arms
+        ]
+        words = "What the runs' hooks said of their last models that were looked at."
+        tables.append(Table("Scores", ("run", *scores), rows, words))
     if growths:
         heads = (
             "what grew",

@@ -16,7 +16,7 @@ import functools
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from growjax.axes import sizes
-from growjax.errors import CheckpointError, GrowjaxError, PlanError, TrainingError
+from growjax.errors import CheckpointError, GrowjaxError, PlanError, TrainingError, raise_all
 from growjax.gates import opened, ungated
 from growjax.parallel import from_host, replicated
 from growjax.train.clock import Clock
@@ -38,6 +38,10 @@ from growjax.train.step import Controls, Programs, State
 from growjax.train.transition import Ahead, cross
 
 
+# The model that is judged and the record of the step it was judged after, to numbers by name
+Hook = Callable[[Any, Step], Mapping[str, float]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How a plan is run. None of it changes what is computed.
@@ -47,6 +51,10 @@ class Options:
     - `evaluate_every`: what is spent between looks at the held-out loss, in the whole numbers of the
       plan's clock (a twentieth of `plan.cost`, say); after the last step anyway.
     - `held_out`: how many sequences that is taken over.
+    - `hooks`: what else to know of the model whenever the held-out loss is looked at: functions of the
+      model and of that step's record to numbers by name, which become its `scores`. The model is the one
+      that is judged (the average, if the optimizer averages), its gates as open as they are; its arrays
+      are the run's own, and gone after the next step. Nobody is charged for it, in cost or in seconds.
     - `save_every`: steps between checkpoints, besides those on both sides of every growth.
     - `keep_last`, `keep_every`: how many of the latest checkpoints stay, and which others.
     - `background`: compile the next stage while this one trains.
@@ -55,6 +63,7 @@ class Options:
 
     evaluate_every: float = math.inf
     held_out: int = 64
+    hooks: Sequence[Hook] = ()
     save_every: int | None = None
     keep_last: int = 2
     keep_every: int | None = None
@@ -230,7 +239,8 @@ class _Loop:
         )
         every, last = options.evaluate_every, n == plan.steps - 1
         if last or self.spent // every > (self.spent - cost) // every:
-            yield from self._flush(self._held_out_loss(span, level))
+            for step in self._flush(self._held_out_loss(span, level)):
+                yield self._scored(step) if options.hooks else step
         if self.profiling and options.profile and n == options.profile[1]:
             yield from self._flush()
             jax.profiler.stop_trace()
@@ -286,6 +296,31 @@ class _Loop:
             waited,
             held_out,
         )
+
+    def _scored(self, step: Step) -> Step:
+        """The record of a step with what the hooks say of the model."""
+        scores: dict[str, float] = {}
+        with self.clock.apart("hooks", self.state):
+            model = self._judged(step.level)
+            for hook in self.options.hooks:
+                name = getattr(hook, "__name__", type(hook).__name__)
+                where = f"plan {self.plan.name!r}: hook {name}, after step {step.step}"
+                try:
+                    said = {key: float(value) for key, value in hook(model, step).items()}
+                except GrowjaxError:
+                    raise
+                except Exception as error:
+                    raise TrainingError(
+                        f"{where}: expected numbers by name, got {type(error).__name__}: {error}"
+                    ) from error
+                twice = sorted(said.keys() & scores.keys())
+                raise_all(TrainingError, f"{where}: another hook says these, too:", twice)
+                scores |= said
+        return dataclasses.replace(step, scores=scores)
+
+    def _judged(self, level: float) -> Any:
+        """The model that is evaluated, its gates at a level."""
+        return opened(self.programs.judged(self.state), level)
 
     # Between stages ---------------------------------------------------------------------------
 
@@ -369,7 +404,7 @@ class _Loop:
     def _end(self, span: Span, i: int, *, finished: bool) -> End:
         if self.saves:
             self.saves.wait()
-        model = opened(self.programs.judged(self.state), span.stage.level(i - 1) if i else 0.0)
+        model = self._judged(span.stage.level(i - 1) if i else 0.0)
         spent = self.clock.spent
         return End(
             ungated(model) if finished else model,
@@ -377,6 +412,7 @@ class _Loop:
             self.ahead.compiled,
             spent.get("compile", 0.0) + spent.get("grow", 0.0) + spent.get("birth", 0.0),
             spent.get("held_out", 0.0),
+            spent.get("hooks", 0.0),
         )
 
 

@@ -134,6 +134,7 @@ def watch(
                 _write(journal, row)
             if isinstance(record, Step):
                 numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+                numbers |= {f"scores/{k}": v for k, v in (record.scores or {}).items()}
                 for sink in sinks:
                     sink.write(record.step, numbers)
             if bars is not None:

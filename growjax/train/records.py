@@ -23,6 +23,7 @@ class Step:
     `step` counts from 0. `tokens`, `flops`, `spent` and `seconds` are what the run has used once it is
     done, over all its sessions: `spent` is what the plan's clock charges, in its unit; seconds are those
     spent training, not compiling, growing, evaluating or saving.
+    `scores` are what the run's hooks said of it, at the same marks; None without hooks.
     `took` are the seconds since the step before was reported, `waited` those of them spent waiting for
     data. Losses are in nats per token: `loss` of the part that was trained, on its batch; `held_out` of
     the whole model.
@@ -42,6 +43,7 @@ class Step:
     took: float
     waited: float
     held_out: float | None = None
+    scores: dict[str, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,7 @@ class End:
     programs: int
     compile_seconds: float
     held_out_seconds: float
+    hook_seconds: float = 0.0
 
 
 Record = Begin | Step | Growth | Saved | End
