@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import growjax as gj
+from growjax.errors import GateError
 from tests.hf.oracle import MASK, TOKENS, outputs, reloaded
 
 
@@ -22,35 +23,61 @@ def source() -> Path:
     return Path(_PACKAGE.origin).parent / "model"
 
 
+WIDER = gj.copy(embed=768, heads=24, mlp=2048)
+
+
 def hidden(model) -> np.ndarray:
     """Hidden states of real tokens, with the token types of the oracle all 0."""
     run = jax.vmap(lambda t, m: model(t, mask=m).hidden)
     return np.asarray(run(jnp.asarray(TOKENS), jnp.asarray(MASK)))[MASK]
 
 
-def test_a_real_encoder_is_grown_and_read_by_transformers(source, tmp_path, monkeypatch):
+@pytest.fixture
+def theirs(source, monkeypatch) -> np.ndarray:
+    """Hidden states of the source by transformers."""
     monkeypatch.setattr("tests.hf.oracle.TYPES", np.zeros_like(TOKENS))
-    theirs = outputs(reloaded(source, "BertModel"))["hidden"]
+    return outputs(reloaded(source, "BertModel"))["hidden"]
+
+
+def test_a_real_encoder_is_read_and_grown_in_width_to_the_same_function(source, theirs, tmp_path):
     small = gj.hf.load(source)
-    found = hidden(small)
-    assert np.abs(found - theirs).max() <= 2e-5
+    assert np.abs(hidden(small) - theirs).max() <= 2e-5
+    wide = gj.grow(WIDER, small)
+    gj.hf.save(wide, tmp_path / "wide", source=source)
+    found = outputs(reloaded(tmp_path / "wide"))["hidden"]
+    assert np.abs(found - np.tile(theirs, 2)).max() <= 2e-5
+    name = "tokenizer.json"
+    assert (tmp_path / "wide" / name).read_bytes() == (source / name).read_bytes()
 
-    op = gj.copy(embed=768, heads=24, mlp=2048)
-    big = gj.grow(op, small)
-    assert np.abs(hidden(big) - np.tile(found, 2)).max() <= 1e-5
-    with jax.enable_x64(True):
-        wide = gj.hf.load(source, dtype="float64")
-        gap = np.abs(hidden(gj.grow(op, wide)) - np.tile(hidden(wide), 2)).max()
-        assert gap <= 1e-12 * np.abs(found).max()
-    gj.hf.save(big, tmp_path / "big", source=source)
-    assert np.abs(outputs(reloaded(tmp_path / "big"))["hidden"] - np.tile(theirs, 2)).max() <= 2e-5
-    assert (tmp_path / "big" / "tokenizer.json").read_bytes() == (
-        source / "tokenizer.json"
-    ).read_bytes()
 
-    # No post-LN block is the identity, so depth comes behind gates, and they are opened to be written
-    deep = gj.grow(gj.msg(layers=8), small, key=jax.random.key(0))
-    assert np.abs(hidden(deep) - found).max() <= 1e-5
-    deep = gj.ramp(deep, 1.0)
-    gj.hf.save(deep, tmp_path / "deep", source=source)
-    assert np.abs(outputs(reloaded(tmp_path / "deep"))["hidden"] - hidden(deep)).max() <= 5e-5
+def test_a_real_encoder_is_grown_in_every_dimension_certified_and_read_by_transformers(
+    source, theirs, tmp_path
+):
+    """No post-LN block is the identity, so depth comes behind gates, which are opened to be written."""
+    small, key = gj.hf.load(source), jax.random.key(0)
+    op = gj.chain(WIDER, gj.msg(layers=8))
+    certificate = gj.certify(op, small, jnp.asarray(TOKENS[:, :8]), key=key)
+    print(certificate)
+    assert certificate.passed and certificate.exactness == "exact-given-init"
+    assert certificate.axes == {
+        "embed": (384, 768),
+        "kv_heads": (12, 24),
+        "mlp": (1536, 2048),
+        "layers": (6, 8),
+    }
+    moved = {d.dtype: max(d.absolute, d.relative) for d in certificate.forward}
+    assert moved["float32"] <= 1e-5 and moved["float64"] <= 1e-12
+    assert certificate.gradient is not None and certificate.gradient <= 1e-10
+
+    big = gj.grow(op, small, key=key)
+    assert np.abs(hidden(big) - np.tile(theirs, 2)).max() <= 2e-5
+    with pytest.raises(GateError, match="ramp these first"):
+        gj.hf.save(big, tmp_path / "closed", source=source)
+    opened = gj.ramp(big, 1.0)
+    gj.hf.save(opened, tmp_path / "big", source=source)
+    again = reloaded(tmp_path / "big")
+    assert (again.config.num_hidden_layers, again.config.hidden_size) == (8, 768)
+    found = outputs(again)["hidden"]
+    assert np.abs(found - hidden(opened)).max() <= 5e-5
+    # Opening the gates is what changes the function, and it does
+    assert np.abs(found - np.tile(theirs, 2)).max() > 1e-2
