@@ -112,6 +112,22 @@ def _pipe(folder: Path) -> None:
     os.mkfifo(folder / WEIGHTS)
 
 
+def _long_header(folder: Path) -> None:
+    with (folder / WEIGHTS).open("wb") as file:
+        file.write(struct.pack("<Q", 30_000_000))
+        file.truncate(40_000_000)  # nothing of it is on the disk
+
+
+def _long_config(folder: Path) -> None:
+    os.truncate(folder / "config.json", 25_000_001)
+
+
+def _many_twice(folder: Path) -> None:
+    """A search for each name among all would take minutes."""
+    names = ",".join(f'"{n}":{{}}' for n in range(200_000))
+    header(folder, lambda text: "{" + names + ',"0":{}}')
+
+
 def _config(text: str) -> Any:
     return lambda folder: (folder / "config.json").write_text(text)
 
@@ -119,6 +135,9 @@ def _config(text: str) -> Any:
 SPOILT: dict[str, tuple[Any, str]] = {
     "cut off": (_cut, "not whole"),
     "a huge header": (_huge, "a header of 4,611,686,018,427,387,904 bytes"),
+    "a long header": (_long_header, "a header of 30,000,000 bytes in a file of 40,000,000"),
+    "a long config": (_long_config, "25,000,001 bytes are no plausible JSON"),
+    "many names, one twice": (_many_twice, "'0' is there twice"),
     "nothing in it": (lambda f: (f / WEIGHTS).write_bytes(b""), "it is cut off, or no safetensors"),
     "overlapping offsets": (_overlap, "not whole"),
     "a name twice": (_twice, "'transformer.ln_f.weight' is there twice"),

@@ -4,6 +4,7 @@ A folder may come from anywhere. Nothing in it is executed or unpickled, nothing
 and sizes are checked before memory is taken: what a header promises must be what the file holds.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -124,8 +125,9 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = sorted({name for name in found if names.count(name) > 1})[:_SHOWN]
+            # One pass: a hostile header has millions of names
+            counts = collections.Counter(name for name, _ in pairs)
+            twice = sorted(name for name, count in counts.items() if count > 1)[:_SHOWN]
             raise ValueError(f"{', '.join(map(repr, twice))} is there twice")
         return found
 
