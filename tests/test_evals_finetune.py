@@ -239,6 +239,27 @@ def test_models_without_a_pooler_and_sets_with_names():
     assert {"matched_accuracy", "mismatched_accuracy"} <= set(found.summary())
 
 
+def test_the_last_epoch_alone_can_be_scored():
+    train, told = entailments(16, 1), []
+    recipe = Recipe(batch=16, epochs=2, length=16)
+    whole, last = (
+        fine_tune(
+            MODEL,
+            TOKENIZER,
+            RTE,
+            train,
+            {"dev": train},
+            recipe=recipe,
+            seeds=[0],
+            after_epoch=lambda *args: told.append(args[:2]),
+            last_only=last_only,
+        )
+        for last_only in (False, True)
+    )
+    assert told == [(0, 1), (0, 2), (0, 2)]
+    assert last.runs == (whole.runs[0][1:],) and last.last == whole.last
+
+
 def test_what_does_not_fit_is_refused():
     train = entailments(2, 0)
     gpt = GPT(GPTConfig(layers=1, positions=8, **SIZES), key=jax.random.key(0))

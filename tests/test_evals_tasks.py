@@ -30,7 +30,7 @@ from growjax.evals import (
 from growjax.evals.commands import eval_checkpoint, open_model
 from growjax.evals.primitives import PRIMITIVES, problems
 from growjax.evals.questions import Question
-from growjax.models import BERT, GPT, BERTConfig, GPTConfig
+from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, T5Config
 from growjax.train.saving import load_model
 
 
@@ -225,6 +225,20 @@ def test_tasks_of_an_encoder(data):
     assert found["squad/v1.1"]["seeds"] == 2 and "f1" in found["squad/v1.1"]
     assert found["bpb"]["masked_bits"] > 0
     assert found["glue/rte"]["seeds"] == 2 and 0 <= found["glue/rte"]["accuracy"] <= 1
+
+
+def test_tasks_of_a_pair_that_is_growing(data):
+    """Gates that stand open, in the middle of a stage, are as good as dropped ones."""
+    config = T5Config(encoder_layers=1, decoder_layers=1, **SIZES)
+    model = gj.grow(gj.msg(mlp=32), T5(config, key=jax.random.key(3)), key=jax.random.key(4))
+    settings = Settings(data=data, texts=(data / "text.txt",), limit=2, shots=1)
+    names = ["bpb", "blimp", "primitives/variables-0"]
+    opened = gj.ramp(model, 1.0)
+    found, settled = (evaluate(m, names, TOKENIZER, settings) for m in (opened, gj.settle(opened)))
+    assert [*found] == names
+    for task, scores in found.items():
+        assert scores == pytest.approx(settled[task], rel=1e-5)
+        assert all(type(x) is float and np.isfinite(x) for x in scores.values())
 
 
 def test_everything_that_is_lacking_is_said_at_once(data):

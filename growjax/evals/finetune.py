@@ -75,6 +75,10 @@ class Recipe:
         ]
         raise_all(EvalError, "this recipe cannot be used:", faults)
 
+    def epochs_of(self, examples: int) -> int:
+        """How often so many examples are gone through."""
+        return self.epochs or (5 if examples < 10_000 else 3)
+
     def rate_at(self, step: int, steps: int) -> float:
         """The learning rate of a step, of those there are."""
         rise = round(self.warmup * steps)
@@ -109,7 +113,10 @@ class Classifier(eqx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class FineTuned:
-    """What came of fine-tuning: the scores of every seed after every epoch, `runs[seed][epoch]`."""
+    """What came of fine-tuning: the scores of every seed after every epoch, `runs[seed][epoch]`.
+
+    With `last_only` a run has one entry, that of the last epoch.
+    """
 
     task: str
     runs: tuple[tuple[Scores, ...], ...]
@@ -148,6 +155,7 @@ def fine_tune(
     recipe: Recipe | None = None,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     after_epoch: Callable[[int, int, Scores], None] | None = None,
+    last_only: bool = False,
 ) -> FineTuned:
     """Fine-tune an encoder on one task, once for each seed, and score it after every epoch.
 
@@ -158,6 +166,7 @@ def fine_tune(
       each stands before its metrics.
     - `seeds`: of the head and of the order of the examples.
     - `after_epoch`: is told the seed, the epoch and the scores.
+    - `last_only`: score the last epoch alone, which is what counts; the best one is not known then.
 
     The last batch of an epoch may be smaller; no batch compiles anew. Raises `EvalError` for a model that
     is no encoder, and if something is lacking.
@@ -184,12 +193,15 @@ def fine_tune(
     for seed in seeds:
         epochs, fresh = [], Classifier(model, task.outputs, key=jax.random.key(seed))
         loss = _label_loss if task.labels else _value_loss
-        for classifier in train_epochs(fresh, rows, recipe, seed, _collated, loss):
+        trained = train_epochs(fresh, rows, recipe, seed, _collated, loss)
+        for epoch, classifier in enumerate(trained, 1):
+            if last_only and epoch < recipe.epochs_of(len(rows)):
+                continue
             found = {n: score(task, dev[n], _outputs(classifier, task, scored[n])) for n in dev}
             whole = next(iter(found.values())) if len(dev) == 1 else _named(found)
             epochs.append(whole)
             if after_epoch is not None:
-                after_epoch(seed, len(epochs), whole)
+                after_epoch(seed, epoch, whole)
         runs.append(tuple(epochs))
     return FineTuned(task.name, tuple(runs))
 
@@ -276,7 +288,7 @@ def train_epochs(
     `collate` makes a batch of some rows and its size, with a `weight` for each; `loss` is that of every
     row of a batch.
     """
-    epochs = recipe.epochs or (5 if len(rows) < 10_000 else 3)
+    epochs = recipe.epochs_of(len(rows))
     starts = range(0, len(rows), recipe.batch)
     trained, rest = partition(model)
     optimizer, update = _program(loss, recipe.clip, recipe.b2, recipe.eps, recipe.weight_decay)
