@@ -48,6 +48,7 @@ def test_the_rows_say_what_the_lines_say(out):
     lines = {tuple(line["cell"]): line["score"] for line in read(out)}
     rows = json.loads((out / "summary.json").read_text())["glue-smoke"]
     assert len(rows) == 6
+    assert len((out / "glue-smoke.md").read_text().splitlines()) == 4
     for task in ("glue/rte", "glue/cola"):
         ungrown, grown, gap = [row for row in rows if row["question"].startswith(task)]
         for row, arm in ((ungrown, "ungrown"), (grown, "grown")):
@@ -58,6 +59,21 @@ def test_the_rows_say_what_the_lines_say(out):
         gaps = [lines[task, "grown", seed] - lines[task, "ungrown", seed] for seed in (0, 1)]
         assert gap["interval"] == pytest.approx([min(gaps), max(gaps)], abs=1e-4)
         assert gap["verdict"] == ("yes" if max(map(abs, gaps)) <= 0.02 else "no")
+
+
+def test_the_table_has_medians_and_spreads():
+    lines = [
+        {"cell": ["t", arm, seed], "score": score, "constant": 0.5}
+        for arm, scores in {"a": [0.25, 0.75, 0.5], "b": [1.0]}.items()
+        for seed, score in enumerate(scores)
+    ]
+    lines.append({"cell": ["u", "a", 0], "score": 0.0, "constant": 0.0})
+    assert run.table(lines).splitlines() == [
+        "| task | constant | a | b |",
+        "| --- | --- | --- | --- |",
+        "| t | 0.500 | 0.500 (0.250 to 0.750; 3 seeds) | 1.000 (1.000 to 1.000; 1 seed) |",
+        "| u | 0.000 | 0.000 (0.000 to 0.000; 1 seed) |  |",
+    ]
 
 
 def test_the_grown_model_is_larger_and_computes_the_same(out, made):

@@ -219,7 +219,24 @@ def _glue(
     rows = []
     for task in dict.fromkeys(line["cell"][0] for line in lines):
         rows += rows_of(task, [line for line in lines if line["cell"][0] == task], command)
+    (out / f"glue-{name}.md").write_text(table(lines))
     return summarise(out, f"glue-{name}", rows)
+
+
+def table(lines: Sequence[Mapping]) -> str:
+    """A row for each task: its constant answer, and of every arm the median, lowest to highest."""
+    arms = list(dict.fromkeys(line["cell"][1] for line in lines))
+    rows = [["task", "constant", *arms], ["---"] * (2 + len(arms))]
+    for task in dict.fromkeys(line["cell"][0] for line in lines):
+        row = []
+        for arm in arms:
+            found = [x["score"] for x in lines if x["cell"][:2] == [task, arm]]
+            spread = f"{min(found, default=0):.3f} to {max(found, default=0):.3f}"
+            seeds = f"{len(found)} seed{'s' * (len(found) != 1)}"
+            row.append(f"{np.median(found):.3f} ({spread}; {seeds})" if found else "")
+        floor = next(line["constant"] for line in lines if line["cell"][0] == task)
+        rows.append([task, f"{floor:.3f}", *row])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def rows_of(task: str, lines: Sequence[Mapping], command: str) -> list[dict]:
