@@ -22,7 +22,6 @@ import tyro
 
 import growjax as gj
 from experiments.downstream.made_up import make_up
-from experiments.theory.run import cells, summarise
 from growjax.data import Tokenizer
 from growjax.errors import EvalError, raise_all
 from growjax.evals import TASKS, Example, Recipe, Task, fine_tune, read_task
@@ -213,14 +212,26 @@ def _glue(
     arms = ("ungrown", "grown", "transformers")[: 3 if with_transformers else 2]
     # Seeds outermost: a run that is cut short has whole seeds
     wanted = [(t, arm, seed) for seed in range(size.seeds) for t in shared for arm in arms]
-    cells(path, wanted, lambda t, *cell: shared[t].run(*cell) | {"settings": settings[t]})
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = _read(path)
+    there = {tuple(line["cell"]) for line in lines}
+    out.mkdir(parents=True, exist_ok=True)
+    for cell in wanted:
+        if cell not in there:
+            task, *rest = cell
+            found = shared[task].run(*rest)
+            lines.append({"cell": list(cell), **found, "settings": settings[task]})
+            with path.open("a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
     command = f"python -m experiments.downstream.run --size {name}"
     rows = []
     for task in dict.fromkeys(line["cell"][0] for line in lines):
         rows += rows_of(task, [line for line in lines if line["cell"][0] == task], command)
     (out / f"glue-{name}.md").write_text(table(lines))
-    return summarise(out, f"glue-{name}", rows)
+    # The rows of other sizes stay
+    summary = out / "summary.json"
+    before = json.loads(summary.read_text()) if summary.exists() else {}
+    summary.write_text(json.dumps({**before, f"glue-{name}": rows}, indent=1) + "\n")
+    return rows
 
 
 def table(lines: Sequence[Mapping]) -> str:
@@ -289,10 +300,13 @@ def _digest(folder: Path) -> str:
     return whole.hexdigest()[:12]
 
 
+def _read(path: Path) -> list[dict[str, Any]]:
+    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+
+
 def _expect_the_same(path: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    lines = path.read_text().splitlines() if path.exists() else []
     faults = []
-    for line in map(json.loads, lines):
+    for line in _read(path):
         task, arm, seed = line["cell"]
         wanted = settings.get(task, line["settings"])
         faults += [
