@@ -195,6 +195,30 @@ def test_it_stops_working_when_all_texts_have_ended(monkeypatch):
     assert len(calls) == 4
 
 
+def test_short_prompts_go_along_with_long_ones(monkeypatch):
+    """A step costs as much for one text as for many, so batches are few; answers keep their order."""
+    widths, batch = [], room.__globals__["_batch"]
+
+    def counted(language, prompts, width, *more):
+        widths.append((len(prompts), width))
+        return batch(language, prompts, width, *more)
+
+    monkeypatch.setitem(room.__globals__, "_batch", counted)
+    prompts = ["x" * n + "abcdefgh"[n % 8] for n in (1, 40, 3, 20, 2)]
+    found = generate(looping("abcdefgh"), prompts, new=2)
+    assert found == ["cd", "bc", "ef", "fg", "de"]
+    assert widths == [(5, 64)]
+    # 1,000 tokens hold 15 rows of 64 + 2, and three batches of 14 are as few; then 55 of 16 + 2
+    language = looping("abcdefgh")
+    object.__setattr__(language, "batch_tokens", 1000)
+    widths.clear()
+    assert (
+        generate(language, [prompts[1]] * 12 + [prompts[0]] * 30, new=2)
+        == ["bc"] * 12 + ["cd"] * 30
+    )
+    assert widths == [(14, 64), (28, 16)]
+
+
 def test_drawing():
     """Drawn by likelihood: at a high temperature anything, at a low one what is likeliest."""
     language, key = looping("abcdefgh"), jax.random.key(5)

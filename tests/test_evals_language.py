@@ -135,6 +135,15 @@ def test_shapes_are_few():
     assert again[::-1] == found
 
 
+def test_batches_are_nearly_full_and_their_sizes_few():
+    assert [rooms.batch_rows(n, 32) for n in (1, 5, 32, 33, 48, 1000)] == [1, 5, 32, 20, 24, 32]
+    assert rooms.batch_rows(7, 0) == 1
+    for members in range(1, 400):
+        rows = rooms.batch_rows(members, 64)
+        assert -(-members // rows) * rows <= max(1.25 * members, members + 1)
+    assert {rooms.batch_rows(n, 64) for n in range(600, 2000)} == {64}
+
+
 class CountTraces:
     """How often a program of this room is traced, and so compiled."""
 

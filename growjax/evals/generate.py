@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from growjax.data import Tokenizer
 from growjax.errors import EvalError
-from growjax.evals.language import LanguageModel, bucket
+from growjax.evals.language import LanguageModel, batch_rows, bucket
 
 
 # Steps between two looks at the text: enough to keep the host out of the way, few enough not to waste
@@ -64,19 +64,18 @@ def generate(
     if language.kind == "causal":
         encoded = [language.begun(tokens) for tokens in encoded]
     encoded = [tokens[-room:] for tokens in encoded]
-    rows: dict[int, list[int]] = {}
-    for i, tokens in enumerate(encoded):
-        rows.setdefault(bucket(len(tokens) + 1), []).append(i)
     written = [""] * len(prompts)
-    for width, members in sorted(rows.items(), reverse=True):
-        count = min(max(1, language.batch_tokens // (width + new)), bucket(len(members), 1))
-        for start in range(0, len(members), count):
-            chosen = members[start : start + count]
-            filled = [encoded[i] for i in chosen + chosen[:1] * (count - len(chosen))]
-            draws = jnp.array(chosen + chosen[:1] * (count - len(chosen)))
-            found = _batch(language, filled, width, new, until, temperature, key, draws)
-            for i, text in zip(chosen, found, strict=False):
-                written[i] = text
+    # Longest first. Steps cost more than padding, so short prompts go along with long ones
+    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+    while order:
+        width = bucket(len(encoded[order[0]]) + 1)
+        count = batch_rows(len(order), language.batch_tokens // (width + new))
+        chosen, order = order[:count], order[count:]
+        filled = [encoded[i] for i in chosen + chosen[:1] * (count - len(chosen))]
+        draws = jnp.array(chosen + chosen[:1] * (count - len(chosen)))
+        found = _batch(language, filled, width, new, until, temperature, key, draws)
+        for i, text in zip(chosen, found, strict=False):
+            written[i] = text
     return written
 
 

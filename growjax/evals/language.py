@@ -269,6 +269,18 @@ def bucket(length: int, least: int = 16) -> int:
     return max(least, 1 << max(length - 1, 0).bit_length())
 
 
+def batch_rows(members: int, most: int) -> int:
+    """How many rows the batches of some members have: alike, and nearly full, if there are few of them.
+
+    A power of two or a quarter, a half or three quarters more, so that sizes stay few. Of many members
+    it is `most`, whatever their number.
+    """
+    most = max(1, most)
+    least = -(-members // -(-members // most))
+    step = max(1, (1 << max(least - 1, 0).bit_length()) // 8)
+    return min(most, -(-least // step) * step)
+
+
 def in_batches(
     program: Callable[[dict[str, np.ndarray]], Any], rows: Sequence[Row], batch_tokens: int
 ) -> list[tuple]:
@@ -285,7 +297,7 @@ def in_batches(
         shapes.setdefault((read, own), []).append(i)
     results: list[Any] = [None] * len(rows)
     for (read, own), members in sorted(shapes.items(), reverse=True):
-        count = min(max(1, batch_tokens // (read + own)), bucket(len(members), 1))
+        count = batch_rows(len(members), batch_tokens // (read + own))
         for i in range(0, len(members), count):
             chosen = members[i : i + count]
             filled = chosen + chosen[:1] * (count - len(chosen))
