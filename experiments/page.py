@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments.summary import Group, Row, Study, by
 from growjax.report import Plot, Table, write_page
-from growjax.report.page import canvas, look, style
+from growjax.report.page import canvas, look, scale, style
 
 
 _NOTES = (
@@ -42,22 +42,23 @@ def write_report(path: Path, study: Study, runs: Group, rows: Sequence[Row]) -> 
 
 
 def _loss_plot(title: str, group: Group) -> Plot:
+    unit, label = _unit(group)
     with style():
         figure, axes = canvas(4.4)
         late = []
         for n, (arm, runs) in enumerate(by(group, "arm").items()):
             points = list(zip(*(r["curve"] for r in runs), strict=False))
-            x = [statistics.fmean(p[0] for p in at) for at in points]
+            x = [statistics.fmean(p[0] for p in at) / unit for at in points]
             y = [statistics.fmean(p[1] for p in at) for at in points]
             axes.plot(x, y, label=f"{arm}  {y[-1]:.3f}", **look(n))
             axes.plot(x[-1], y[-1], "o", color=look(n)["color"], markersize=4)
             late += [value for at, value in zip(x, y, strict=True) if at > x[-1] / 4]
             for stage in runs[0]["stages"][1:]:
-                at = stage["start"]
+                at = stage["start"] / unit
                 axes.plot(at, _height(x, y, at), "|", color=look(n)["color"], markersize=9)
         spread = max(late) - min(late)
         axes.set_ylim(min(late) - 0.05 * spread, max(late))
-        axes.set_xlabel(_unit(group))
+        axes.set_xlabel(label)
         axes.set_ylabel("held-out loss (nats)")
         axes.legend(loc="upper right", title="arm, final loss", alignment="left", fontsize=8)
     seeds = len({r["seed"] for r in group})
@@ -86,26 +87,34 @@ def _frontier_plot(workload: str, group: Group, study: Study) -> list[Plot]:
     """Ends of all budgets: the baseline's are a line that others should be below."""
     if len({r["budget"] for r in group}) < 2:
         return []
+    unit, label = _unit(group)
     with style():
         figure, axes = canvas(3.8)
         for n, (arm, runs) in enumerate(by(group, "arm").items()):
             ends = sorted(
-                (statistics.fmean(r["spent"] for r in at), statistics.fmean(r["score"] for r in at))
+                (
+                    statistics.fmean(r["spent"] for r in at) / unit,
+                    statistics.fmean(r["score"] for r in at),
+                )
                 for at in by(runs, "budget").values()
             )
             width = 2.6 if arm == study.baseline else 1.2
             line = look(n) | {"linewidth": width}
             axes.plot(*zip(*ends, strict=True), marker="o", markersize=3, label=arm, **line)
         axes.set_xscale("log")
-        axes.set_xlabel(_unit(group))
+        axes.set_xlabel(label)
         axes.set_ylabel("held-out loss at the end (nats)")
         axes.legend(fontsize=7, ncols=2)
     caption = f"Each point is a run decayed to its own end; the thick line is {study.baseline}."
     return [Plot(f"{workload}: ends at every budget", figure, caption)]
 
 
-def _unit(group: Group) -> str:
-    return "training FLOPs" if group[0]["unit"] == "FLOPs" else "reference seconds"
+def _unit(group: Group) -> tuple[float, str]:
+    """What to divide costs by, and what they are then."""
+    if group[0]["unit"] != "FLOPs":
+        return 1.0, "reference seconds"
+    unit, name = scale(max(r["spent"] for r in group))
+    return unit, f"training {name}"
 
 
 def _height(x: Sequence[float], y: Sequence[float], at: float) -> float:

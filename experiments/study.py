@@ -36,6 +36,8 @@ COMPUTE: dict[str, dict[str, Any]] = {
     "small": {"remat": "nothing"},
     "paper": {"remat": "dots", "dtype": "bfloat16"},
 }
+# Multiples of a study's learning rates that its ledger tries
+TRIALS = (0.5, 1.0, 2.0, 4.0)
 # A trained model's scores on tasks, higher is better
 Judge = Callable[[Any], dict[str, float]]
 
@@ -64,6 +66,13 @@ class Cell:
     @property
     def key(self) -> tuple[str, str, str, int]:
         return self.workload, self.budget, self.plan.name, self.plan.seed
+
+
+def as_trial(cell: Cell) -> Cell:
+    """A cell of the tuning ledger, which is charged to nobody and compared with nothing."""
+    name = f"{cell.plan.name} at {cell.plan.rate.peak:g}"
+    plan = dataclasses.replace(cell.plan, name=name)
+    return dataclasses.replace(cell, plan=plan, budget="tuning", after=None)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

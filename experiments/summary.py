@@ -20,6 +20,7 @@ from growjax.budget import (
     compare,
     cost_to_reach,
     recharge,
+    sign_flip,
     speed_up,
     t_interval,
 )
@@ -158,18 +159,21 @@ def _against_target(group: Group, target: str) -> Iterator[Row]:
         seeds = [s for arm, s in known if arm == reach.arm and (target, s) in known]
         pairs = [(known[reach.arm, s], known[target, s]) for s in seeds]
         gaps = [a["score"] - b["score"] for a, b in pairs]
+        low, high = t_interval(gaps)
+        told = "lower" if high < 0 else "higher" if low > 0 else "not told apart"
         yield {
             "question": f"{reach.arm} against {target}, each at its own cost: held-out nats",
             "estimate": statistics.fmean(gaps),
-            "interval": list(t_interval(gaps)),
+            "interval": [low, high],
+            "p": sign_flip(gaps),
             "cost": statistics.fmean(a["spent"] / b["spent"] for a, b in pairs),
             "flops": statistics.fmean(a["flops"] / b["flops"] for a, b in pairs),
             "seconds": statistics.fmean(a["seconds"] / b["seconds"] for a, b in pairs),
             "cost_to_reach": reach.mean,
             "cost_to_reach_interval": reach.interval and list(reach.interval),
-            "reason": reach.reason,
+            "reason": reach.reason or f"every seed reached the loss of {target}",
             "seeds": len(seeds),
-            "verdict": "not reached by every seed" if reach.mean is None else "reached",
+            "verdict": told if len(seeds) >= 6 else "undecided",
         }
 
 

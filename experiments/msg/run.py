@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import growjax as gj
-from experiments.study import COMPUTE, Cell
+from experiments.study import COMPUTE, TRIALS, Cell, as_trial
 from experiments.summary import Study
 from growjax.data import MLM, Causal, Objective
 from growjax.growth import Operator
@@ -63,8 +63,16 @@ SIZES: dict[str, dict[Workload, Size]] = {
 }
 
 
-def cells(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
-    """The arms of one seed; all but `scratch` cost what `msg` does."""
+def trials(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
+    """The tuning ledger: the arms that decide, at four learning rates."""
+    for factor in TRIALS:
+        for cell in cells(size, workload, 1000 + seed, factor):
+            if cell.plan.name in ("scratch", "control", "msg"):
+                yield as_trial(cell)
+
+
+def cells(size: str, workload: Workload, seed: int, factor: float = 1.0) -> Iterator[Cell]:
+    """The arms of one seed; all but `scratch` cost what `msg` does. `factor` is of learning rates."""
     if workload not in SIZES[size]:
         return
     s = SIZES[size][workload]
@@ -73,7 +81,7 @@ def cells(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
         Plan,
         batch=s.batch,
         objective=objective,
-        rate=Schedule(s.rate, warmup=0.05),
+        rate=Schedule(factor * s.rate, warmup=0.05),
         optimizer=Optimizer(b2=0.98, weight_decay=0.01),
         seed=seed,
     )
@@ -174,4 +182,4 @@ def model(workload: Workload, s: Size, n: int) -> BERTConfig | GPTConfig:
 if __name__ == "__main__":
     from experiments.main import main
 
-    main(STUDY, cells, SEEDS, ("bert", "gpt"))
+    main(STUDY, cells, SEEDS, ("bert", "gpt"), trials)

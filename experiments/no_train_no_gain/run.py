@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import growjax as gj
-from experiments.study import COMPUTE, Cell
+from experiments.study import COMPUTE, TRIALS, Cell, as_trial
 from experiments.summary import Study
 from growjax.budget import A100_T5, RTX3090_BERT, DepthClock, Op
 from growjax.data import MLM, Objective, SpanCorruption
@@ -71,7 +71,6 @@ RATES: dict[str, dict[Workload, dict[str, float]]] = {
     },
 }
 RATES["smoke"] = RATES["small"]
-TRIALS = (0.5, 1.0, 2.0, 4.0)
 
 
 def cells(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
@@ -85,9 +84,7 @@ def trials(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
     for factor in TRIALS:
         rates = {name: factor * rate for name, rate in RATES[size][workload].items()}
         for cell in arms(size, workload, 1000 + seed, 1, rates):
-            name = f"{cell.plan.name} at {cell.plan.rate.peak:g}"
-            plan = dataclasses.replace(cell.plan, name=name)
-            yield dataclasses.replace(cell, plan=plan, budget="tuning")
+            yield as_trial(cell)
 
 
 def arms(

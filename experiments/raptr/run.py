@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import growjax as gj
-from experiments.study import COMPUTE, Cell, loss_on
+from experiments.study import COMPUTE, TRIALS, Cell, as_trial, loss_on
 from experiments.summary import Study
 from experiments.text import Texts
 from growjax.data import MLM, UL2, Causal, Denoiser, Mixture, Objective, PrefixLM
@@ -63,14 +63,25 @@ def objective(workload: Workload, length: int) -> Objective:
     return Mixture((Causal(length, packing="concat"), PrefixLM(length), spans), (0.6, 0.2, 0.2))
 
 
-def cells(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
-    """The arms of one seed. All but `full` and `raptr proportional` cost what `raptr` does."""
+def trials(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
+    """The tuning ledger: the arms that decide, at four learning rates."""
+    for factor in TRIALS:
+        for cell in cells(size, workload, 1000 + seed, factor):
+            if cell.plan.name in ("full at equal FLOPs", "raptr", "stacking"):
+                yield as_trial(cell)
+
+
+def cells(size: str, workload: Workload, seed: int, factor: float = 1.0) -> Iterator[Cell]:
+    """The arms of one seed; `factor` is of learning rates.
+
+    All but `full`, `raptr proportional` and `raptr, full first` cost what `raptr` does.
+    """
     s = SIZES[size][workload]
     make = functools.partial(
         Plan,
         batch=s.batch,
         objective=objective(workload, s.length),
-        rate=Schedule(s.rate, warmup=0.05),
+        rate=Schedule(factor * s.rate, warmup=0.05),
         # A peak of 1e-2 is one of steps in proportion to their tensors, as Adafactor's are
         optimizer=Optimizer(b2=0.98, weight_decay=0.01, scale_by_parameter=s.rate >= 1e-2),
         layout=Layout(fsdp=s.fsdp),
@@ -180,4 +191,4 @@ def by_length(plan: Plan, trained: Any, texts: Texts, lengths: tuple[int, ...]) 
 if __name__ == "__main__":
     from experiments.main import main
 
-    main(STUDY, cells, SEEDS, ("bert", "ul2"))
+    main(STUDY, cells, SEEDS, ("bert", "ul2"), trials)

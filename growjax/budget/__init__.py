@@ -19,6 +19,7 @@ from growjax.budget.paired import Reach as Reach
 from growjax.budget.paired import SpeedUp as SpeedUp
 from growjax.budget.paired import compare as compare
 from growjax.budget.paired import cost_to_reach as cost_to_reach
+from growjax.budget.paired import sign_flip as sign_flip
 from growjax.budget.paired import speed_up as speed_up
 from growjax.budget.paired import t_interval as t_interval
 from growjax.budget.schedule import Schedule as Schedule
