@@ -88,6 +88,7 @@ def _frontier_plot(workload: str, group: Group, study: Study) -> list[Plot]:
     if len({r["budget"] for r in group}) < 2:
         return []
     unit, label = _unit(group)
+    marks: list[float] = []
     with style():
         figure, axes = canvas(3.8)
         for n, (arm, runs) in enumerate(by(group, "arm").items()):
@@ -101,7 +102,11 @@ def _frontier_plot(workload: str, group: Group, study: Study) -> list[Plot]:
             width = 2.6 if arm == study.baseline else 1.2
             line = look(n) | {"linewidth": width}
             axes.plot(*zip(*ends, strict=True), marker="o", markersize=3, label=arm, **line)
+            if arm == study.baseline:
+                marks = [x for x, _ in ends]
         axes.set_xscale("log")
+        axes.set_xticks(marks, [f"{x:.3g}" for x in marks])
+        axes.minorticks_off()
         axes.set_xlabel(label)
         axes.set_ylabel("held-out loss at the end (nats)")
         axes.legend(fontsize=7, ncols=2)

@@ -198,8 +198,9 @@ def cost_figure(arms: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def look(n: int) -> dict[str, Any]:
-    """Colour and dashes of the nth line of a figure."""
-    return {"color": _SERIES[n % len(_SERIES)], "linestyle": _DASHES[n % len(_DASHES)]}
+    """Colour and dashes of the nth line of a figure; colours come again, with dashes of their own."""
+    dashes = _DASHES[n] if n < len(_DASHES) else (0, (3, 1, 1, 1, 1, 1))
+    return {"color": _SERIES[n % len(_SERIES)], "linestyle": dashes}
 
 
 def _stages(strip: Axes, arm: Mapping[str, Any], row: int, unit: float) -> None:
