@@ -1,12 +1,18 @@
-"""The smallest size of the theory experiments: closed forms, slopes, and the bound at a boundary."""
+"""The smallest size of the theory experiments, and their parts by hand."""
 
 import json
+from typing import Any
 
+import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
 
-from experiments.theory import run
+import growjax as gj
+from experiments.theory import blocks, cells, fit, polynomials, run, stability
+from growjax.growth import sources
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +22,7 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(out):
-    return run.stability("smoke", out)
+    return stability.stability("smoke", out)
 
 
 def read(out):
@@ -31,16 +37,15 @@ def test_slopes_are_those_of_the_closed_forms(rows):
 
 
 def test_means_are_the_closed_forms(rows, out):
-    cells = read(out)
-    for variant in run.VARIANTS:
-        for depth in run.SIZES["smoke"].depths:
-            means = [c["mean"] for c in cells if c["cell"][:2] == [variant, depth]]
-            assert np.mean(means) == pytest.approx(run.closed_form(variant, depth), rel=0.2)
+    lines = read(out)
+    for variant in stability.VARIANTS:
+        for depth in stability.SIZES["smoke"].depths:
+            means = [c["mean"] for c in lines if c["cell"][:2] == [variant, depth]]
+            assert np.mean(means) == pytest.approx(stability.closed_form(variant, depth), rel=0.2)
 
 
 def test_early_layers_matter_most_under_residual_and_norm(rows, out):
-    cells = read(out)
-    deepest = [c["ratios"] for c in cells if c["cell"][:2] == ["residual + norm", 32]]
+    deepest = [c["ratios"] for c in read(out) if c["cell"][:2] == ["residual + norm", 32]]
     ratios, layers = np.mean(deepest, axis=0), np.arange(1, 33)
     slope = np.polyfit(np.log(layers + 1), np.log(ratios), 1)[0]
     assert slope == pytest.approx(-0.5, abs=0.1)
@@ -48,36 +53,36 @@ def test_early_layers_matter_most_under_residual_and_norm(rows, out):
 
 def test_closed_forms_reach_their_limits():
     depths = np.array([2**16, 2**18])
-    for variant, limit in run.VARIANTS.items():
-        logs = np.log([run.closed_form(variant, int(d)) for d in depths])
+    for variant, limit in stability.VARIANTS.items():
+        logs = np.log([stability.closed_form(variant, int(d)) for d in depths])
         assert np.diff(logs)[0] / np.log(4) == pytest.approx(limit, abs=0.01)
 
 
 def test_the_loss_at_the_boundary_stays_within_its_bound_sample_by_sample(rows, out):
-    cells = read(out)
-    assert len(cells) == 48
-    assert all(0 < c["worst_gap_over_bound"] <= 1 for c in cells)
+    found = read(out)
+    assert len(found) == 48
+    assert all(0 < c["worst_gap_over_bound"] <= 1 for c in found)
 
 
 def test_the_bound_and_the_gap_by_hand():
     whole, parts = jnp.array([[2.0, 0.0]]), jnp.array([[[0.0, 2.0]], [[2.0, 0.0]]])
-    gap, bound = run.boundary(whole, parts, jnp.array([[1.0, 0.0]]))
+    gap, bound = stability.boundary(whole, parts, jnp.array([[1.0, 0.0]]))
     assert gap[0] == pytest.approx(2**0.5 / 2)  # losses sqrt(2) and 0, against 0
     assert bound[0] == pytest.approx(2**0.5)  # 2 * mean(sqrt(8) / 2, 0)
 
 
 def test_few_removed_layers_add_up_as_orthogonal_errors(out):
-    found = run.removed("smoke", out)
+    found = stability.removed("smoke", out)
     assert [row["verdict"] for row in found[:3]] == ["yes"] * 3, found
     # first order no longer: errors saturate once half of the layers are gone
     assert found[-1]["estimate"] < 0.9
 
 
 def test_a_removed_layer_is_the_identity():
-    net = run.network("residual + norm", 3, 8, run.gj.step_key(0, 0))
+    net = stability.network("residual + norm", 3, 8, gj.step_key(0, 0))
     x = jnp.arange(16.0).reshape(2, 8)
     flags = jnp.array([[True, False, True], [False, False, False]])
-    got = run.outputs(net, x, flags)
+    got = stability.outputs(net, x, flags)
     expected = x
     for layer in (0, 2):
         centred = expected - expected.mean(-1, keepdims=True)
@@ -85,6 +90,18 @@ def test_a_removed_layer_is_the_identity():
         expected = expected + normed @ net.block.weight[layer]
     scale = jnp.max(jnp.abs(jnp.stack([expected, x])))
     np.testing.assert_allclose(got, jnp.stack([expected, x]) / scale, atol=1e-5)
+
+
+@given(st.integers(0, 2**20), st.integers(1, 5), st.floats(-3, 3))
+def test_no_change_of_the_loss_at_a_boundary_is_above_its_bound(seed, layers, scale):
+    rng = np.random.default_rng(seed)
+    whole, target = rng.normal(size=(2, 7, 4))
+    parts = whole + 10**scale * rng.normal(size=(layers, 7, 4))
+    gap, bound = stability.boundary(jnp.asarray(whole), jnp.asarray(parts), jnp.asarray(target))
+    assert (gap <= bound + 1e-5).all()
+
+
+# Cells and rows ----------------------------------------------------------------------------------
 
 
 def test_finished_cells_are_not_run_again(tmp_path):
@@ -95,13 +112,250 @@ def test_finished_cells_are_not_run_again(tmp_path):
         return {"square": i * i}
 
     path = tmp_path / "cells.jsonl"
-    run.cells(path, [(1,), (2,)], cell)
-    done = run.cells(path, [(3,), (2,)], cell)
+    cells.cells(path, [(1,), (2,)], cell)
+    done = cells.cells(path, [(3,), (2,)], cell)
     assert ran == [1, 2, 3]
     assert [c["square"] for c in done] == [9, 4]
 
 
+def test_a_line_that_was_cut_off_is_run_again(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    cells.cells(path, [(1,), (2,)], lambda i: {"square": i * i})
+    path.write_text(path.read_text()[:-4])
+    for _ in range(2):  # and what is appended stands on a line of its own
+        done = cells.cells(path, [(1,), (2,), (3,)], lambda i: {"square": -i})
+        assert [c["square"] for c in done] == [1, -2, -3]
+
+
 def test_intervals_are_those_of_student():
-    mean, low, high = run.interval([1.0, 2.0, 3.0])
+    mean, low, high = cells.interval([1.0, 2.0, 3.0])
     assert mean == 2.0
     assert high - mean == pytest.approx(mean - low) == pytest.approx(4.302653 / 3**0.5)
+
+
+def test_a_verdict_needs_the_whole_interval():
+    values = [1.0, 2.0, 3.0]  # 2 plus or minus 2.484
+    assert cells.within(values, -1, 5) == "yes"
+    assert cells.within(values, 0, 5) == cells.within(values, -1, 4) == "undecided"
+    assert cells.within(values, 4.5, 9) == cells.within(values, -9, -0.5) == "no"
+
+
+def test_every_experiment_has_its_command():
+    assert list(run.COMMANDS) == ["stability", "removed", "polynomials", "blocks"]
+
+
+# Training in phases ------------------------------------------------------------------------------
+
+
+def toy(layers=8):
+    sets = np.eye(2, 4, dtype=bool)
+    task = polynomials.Polynomial(jnp.asarray(sets), jnp.ones(2), 8)
+    return task, polynomials.Network(4, 6, 5, layers, key=jax.random.key(0))
+
+
+def trained(phases, every, seed=0, layers=8):
+    task, net = toy(layers)
+    return list(fit.fit(net, phases, task, rate=1e-2, every=every, seed=seed))
+
+
+def test_phases_follow_each_other_however_often_one_looks():
+    phases = [fit.Phase(4, gj.random_path(3)), fit.Phase(2)]
+    often, once = trained(phases, 2), trained(phases, 4)
+    assert [step for step, _ in often] == [2, 4, 6]
+    assert [step for step, _ in once] == [4, 6]
+    for a, b in zip(jax.tree.leaves(often[-1][1]), jax.tree.leaves(once[-1][1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    other = trained(phases, 4, seed=1)[-1][1]
+    assert not np.allclose(other.out, once[-1][1].out)
+
+
+def test_what_no_path_came_through_is_as_it_was_born():
+    _, born = toy()
+    (_, after), *_ = trained([fit.Phase(4, gj.random_path(2))], 4)
+    same = np.asarray(after.blocks.block.mlp.up == born.blocks.block.mlp.up).all(axis=(1, 2))
+    assert same.tolist() == [False, *[True] * 6, False]
+
+
+def test_growth_in_a_phase_copies_layers_and_their_moments(monkeypatch):
+    carried = []
+    carry = gj.carry
+    monkeypatch.setattr(gj, "carry", lambda *a, **k: carried.append(carry(*a, **k)) or carried[-1])
+    phases = [fit.Phase(3), fit.Phase(1, grow=gj.stack(layers=4, order="top"))]
+    (_, small), (_, big) = trained(phases, 3, layers=2)
+    assert [gj.sizes(m)["layers"] for m in (small, big)] == [2, 4]
+    moments = [x for x in jax.tree.leaves(carried[0]) if x.shape == (4, 6, 5)]
+    assert moments
+    for moment in moments:
+        assert np.abs(moment[:2]).min() > 0
+        np.testing.assert_array_equal(moment[2:], moment[:2])
+
+
+def test_the_whole_network_is_no_path():
+    stages = fit.staged(gj.path_schedule((2, 4), layers=4, steps=10))
+    assert stages == [fit.Phase(5, gj.random_path(2)), fit.Phase(5)]
+
+
+# Polynomials -------------------------------------------------------------------------------------
+
+
+def cube(bits):
+    return 1.0 - 2 * ((np.arange(2**bits)[:, None] >> np.arange(bits)) & 1)
+
+
+@given(st.integers(6, 32), st.integers(0, 2**20))
+def test_half_of_each_degree_extends_a_term_of_the_one_below(bits, seed):
+    sets = polynomials.staircase(bits, seed)
+    terms = polynomials.TERMS
+    assert len(np.unique(sets, axis=0)) == len(sets) == 5 * terms
+    assert sets.sum(axis=1).tolist() == np.repeat(range(1, 6), terms).tolist()
+    for degree in range(1, 5):
+        below, here = sets[(degree - 1) * terms :][:terms], sets[degree * terms :][:terms]
+        nested = [any((small <= big).all() for small in below) for big in here]
+        assert sum(nested) >= terms // 2
+
+
+def test_a_monomial_is_the_product_of_its_bits():
+    sets = polynomials.staircase(6, 0)
+    x = cube(6)
+    expected = np.stack([x[:, row].prod(axis=1) for row in sets], axis=1)
+    got = np.asarray(polynomials.monomials(jnp.asarray(x), jnp.asarray(sets)))
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_allclose(got.T @ got / len(x), np.eye(len(sets)))
+
+
+def test_points_are_uniform_on_the_cube():
+    x = np.asarray(polynomials.points(jax.random.key(0), 4096, 20))
+    assert x.shape == (4096, 20)
+    assert set(np.unique(x)) == {-1.0, 1.0}
+    assert np.abs(x.mean(axis=0)).max() < 5 / 64
+    assert np.abs(x.T @ x / 4096 - np.eye(20)).max() < 5 / 64
+
+
+def test_coefficients_are_exact_on_any_sample():
+    task, _ = toy()
+    x = polynomials.points(jax.random.key(1), 50, 4)
+    model = lambda x: 0.25 * x[:, 0] - 3 * x[:, 1]  # noqa: E731
+    found, loss = polynomials.measure(model, task, x)
+    np.testing.assert_allclose(found, [0.25, -3], atol=1e-5)
+    expected = np.mean(np.asarray(x[:, 0] * 0.75 + x[:, 1] * 4) ** 2)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_network_is_its_blocks_on_a_stream():
+    _, net = toy(layers=2)
+    x = jnp.asarray(cube(4))
+    stream = np.asarray(x @ net.into)
+    for layer in range(2):
+        mlp = jax.tree.map(lambda a, layer=layer: np.asarray(a[layer]), net.blocks.block.mlp)
+        centred = stream - stream.mean(-1, keepdims=True)
+        normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+        stream = stream + np.maximum(normed @ mlp.up + mlp.up_bias, 0) @ mlp.down + mlp.down_bias
+    np.testing.assert_allclose(net(x), stream @ net.out + net.bias, atol=1e-5)
+
+
+def test_arms_train_for_as_long_and_constant_p_at_the_cost_of_raptr():
+    arms: Any = polynomials.arms(8, 400)
+    assert {sum(p.steps for p in phases) for _, phases in arms.values()} == {400}
+    lengths = {
+        name: [8 if p.subnet is None else p.subnet.length for p in arms[name][1]]
+        for name in ("full", "RaPTr", "constant p")
+    }
+    assert lengths == {"full": [8], "RaPTr": [2, 4, 6, 8], "constant p": [5]}
+    assert [p.grow and dict(p.grow.sizes)["layers"] for p in arms["stacking"][1]] == [None, 4, 6, 8]
+    assert arms["stacking"][0] == 2
+    for floor in (0.5, 0.25):
+        (drop,) = [p.subnet for p in arms[f"PLD {floor}"][1]]
+        assert drop.theta(400) == pytest.approx(floor, abs=1e-6)
+
+
+def test_times_and_their_order():
+    steps, curves = [1, 2, 3], np.array([[0.9, 0, 0.8], [0, 0.85, 0], [1, 1, 0.2]])
+    times = polynomials.reached(steps, curves[:, [0, 1, 2]])
+    assert times.tolist() == [1, 2, 1]
+    assert polynomials.ordered(times) == 0.5
+    never = polynomials.reached(steps, 0 * curves)
+    assert np.isinf(never).all()
+
+
+@pytest.fixture(scope="module")
+def learned(out):
+    rows = polynomials.polynomials("smoke", out)
+    lines = (out / "polynomials-smoke.jsonl").read_text().splitlines()
+    return rows, [json.loads(line) for line in lines]
+
+
+# What is asked is a mean of two seeds, far above 0.1 here.
+def test_growing_paths_capture_high_degrees_that_falling_ones_do_not(learned):
+    rows, _ = learned
+    estimates = {row["question"]: row["estimate"] for row in rows}
+    assert estimates["degrees 4 and 5: does RaPTr capture over 0.1 more than PLD 0.25?"] > 0.2
+    assert (
+        estimates["full: does the whole network leave less than 5% of the variance at the end?"]
+        < 0.05
+    )
+
+
+def test_low_degrees_come_first(learned):
+    rows, lines = learned
+    found = [row for row in rows if "degree by degree" in row["question"]]
+    assert len(found) == 6
+    assert {row["verdict"] for row in found} == {"yes"}
+    assert all(len(line["captured"]) == len(line["steps"]) == 4 for line in lines)
+    for line in lines:  # what is reported of the degrees is what is reported of their terms
+        shares = np.reshape(line["terms"], (5, -1)).mean(axis=1)
+        np.testing.assert_allclose(line["captured"][-1], shares, atol=1e-3)
+
+
+# Two blocks --------------------------------------------------------------------------------------
+
+
+def test_one_block_alone_is_the_mean_over_both():
+    task, net = toy(layers=2)
+    x = polynomials.points(jax.random.key(1), 64, 4)
+    single = []
+    for layer in (0, 1):
+        part = gj.AxisMap("layers", np.array([layer]))
+        single.append(polynomials.measure(gj.maps.apply(part, net, None), task, x)[0])
+    np.testing.assert_allclose(blocks.alone(net, task, x), np.mean(single, axis=0), atol=1e-5)
+
+
+def test_the_product_is_read_when_its_factor_is_fitted():
+    run = {"alone": [[0.5, 0.1], [1.2, 0.2], [0.96, 0.3], [1.0, 0.4]]}
+    assert blocks.fitted(run) == 0.3
+    assert (
+        blocks.fitted({"alone": [[0.5, 0.1], [0.6, 0.2]]}) == 0.2
+    )  # never: what it had at the end
+
+
+def test_one_block_learns_the_product_and_both_mend_the_double_count(out):
+    rows = blocks.blocks("smoke", out)
+    estimates = [row["estimate"] for row in rows]
+    first, product, lost, growing, shrinking = estimates
+    assert first > 0.3
+    assert product > 1.1
+    assert lost < 0
+    assert growing < 0.01 < shrinking
+
+
+# Orders of stacking ------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 12), st.integers(2, 6))
+def test_the_share_of_neighbours_that_stacking_keeps(layers, factor):
+    def kept(order):
+        steps = np.diff(sources(order, layers, factor * layers))
+        return np.mean(steps == 1)
+
+    assert kept("repeat") == pytest.approx(factor * (layers - 1) / (factor * layers - 1))
+    assert kept("interleave") == pytest.approx((layers - 1) / (factor * layers - 1))
+
+
+@given(st.integers(1, 4), st.integers(2, 8))
+def test_growing_in_the_middle_keeps_both_ends(block, count):
+    layers = np.arange(block)
+    for n in range(1, count):
+        grown = layers[sources("middle", n * block, (n + 1) * block)]
+        assert (grown[:block] == layers[:block]).all()
+        assert (grown[-block:] == layers[-block:]).all()
+        layers = grown
+    assert len(layers) == count * block
