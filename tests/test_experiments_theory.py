@@ -1,8 +1,10 @@
 """The smallest size of the theory experiments, and their parts by hand."""
 
+import itertools
 import json
 from typing import Any
 
+import equinox as eqx
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,10 @@ import pytest
 from hypothesis import given
 
 import growjax as gj
-from experiments.theory import blocks, cells, fit, polynomials, run, stability
+from experiments.theory import blocks, cells, fit, polynomials, run, stability, trained
+from growjax.data import Text
 from growjax.growth import sources
+from growjax.train import cross_entropy
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +145,7 @@ def test_a_verdict_needs_the_whole_interval():
 
 
 def test_every_experiment_has_its_command():
-    assert list(run.COMMANDS) == ["stability", "removed", "polynomials", "blocks"]
+    assert list(run.COMMANDS) == ["stability", "removed", "trained", "polynomials", "blocks"]
 
 
 # Training in phases ------------------------------------------------------------------------------
@@ -153,25 +157,25 @@ def toy(layers=8):
     return task, polynomials.Network(4, 6, 5, layers, key=jax.random.key(0))
 
 
-def trained(phases, every, seed=0, layers=8):
+def fitted(phases, every, seed=0, layers=8):
     task, net = toy(layers)
     return list(fit.fit(net, phases, task, rate=1e-2, every=every, seed=seed))
 
 
 def test_phases_follow_each_other_however_often_one_looks():
     phases = [fit.Phase(4, gj.random_path(3)), fit.Phase(2)]
-    often, once = trained(phases, 2), trained(phases, 4)
+    often, once = fitted(phases, 2), fitted(phases, 4)
     assert [step for step, _ in often] == [2, 4, 6]
     assert [step for step, _ in once] == [4, 6]
     for a, b in zip(jax.tree.leaves(often[-1][1]), jax.tree.leaves(once[-1][1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
-    other = trained(phases, 4, seed=1)[-1][1]
+    other = fitted(phases, 4, seed=1)[-1][1]
     assert not np.allclose(other.out, once[-1][1].out)
 
 
 def test_what_no_path_came_through_is_as_it_was_born():
     _, born = toy()
-    (_, after), *_ = trained([fit.Phase(4, gj.random_path(2))], 4)
+    (_, after), *_ = fitted([fit.Phase(4, gj.random_path(2))], 4)
     same = np.asarray(after.blocks.block.mlp.up == born.blocks.block.mlp.up).all(axis=(1, 2))
     assert same.tolist() == [False, *[True] * 6, False]
 
@@ -181,7 +185,7 @@ def test_growth_in_a_phase_copies_layers_and_their_moments(monkeypatch):
     carry = gj.carry
     monkeypatch.setattr(gj, "carry", lambda *a, **k: carried.append(carry(*a, **k)) or carried[-1])
     phases = [fit.Phase(3), fit.Phase(1, grow=gj.stack(layers=4, order="top"))]
-    (_, small), (_, big) = trained(phases, 3, layers=2)
+    (_, small), (_, big) = fitted(phases, 3, layers=2)
     assert [gj.sizes(m)["layers"] for m in (small, big)] == [2, 4]
     moments = [x for x in jax.tree.leaves(carried[0]) if x.shape == (4, 6, 5)]
     assert moments
@@ -335,6 +339,121 @@ def test_one_block_learns_the_product_and_both_mend_the_double_count(out):
     assert product > 1.1
     assert lost < 0
     assert growing < 0.01 < shrinking
+
+
+# Trained networks --------------------------------------------------------------------------------
+
+TINY = trained.Size((4,), 16, 2, 12, 4, 12, 6, 2)
+
+
+def gpt(norm="LayerNorm"):
+    windows = jax.random.randint(jax.random.key(1), (6, 13), 0, 256)
+    return trained.network(TINY, 4, norm, jax.random.key(0)), windows
+
+
+@pytest.mark.parametrize("norm", trained.NORMS)
+def test_losses_without_a_layer_are_those_of_the_model_that_lacks_it(norm):
+    model, windows = gpt(norm)
+    ratios, losses = trained.removals(model, windows, 4)
+    assert ratios.shape == (4, 6, 12)
+    assert losses.shape == (5, 6, 12)
+    lacking = gj.AxisMap("layers", np.array([0, 1, 3]))
+    for got, part in ((losses[0], model), (losses[3], gj.maps.apply(lacking, model, None))):
+        for window, found in zip(windows, got, strict=True):
+            example = {"tokens": window[:-1], "targets": window[1:], "weights": jnp.ones(12)}
+            np.testing.assert_allclose(found, cross_entropy(part, example)[0], atol=1e-4)
+
+
+def test_distances_are_those_of_the_stream_that_the_head_reads():
+    model, windows = gpt()
+    ratios, _ = trained.removals(model, windows, 4)
+    eye = jnp.eye(4, dtype=bool)
+    whole, part = (trained.hidden(model, windows[2, :-1], on) for on in (eye.any(0), ~eye[1]))
+    expected = jnp.linalg.norm(whole - part, axis=-1) / jnp.linalg.norm(whole, axis=-1)
+    np.testing.assert_allclose(ratios[1, 2], expected, rtol=1e-4)
+    head: Any = model.head
+    scores = model.norm(whole) @ head
+    np.testing.assert_allclose(scores, model(windows[2, :-1]), atol=1e-4)
+
+
+def test_without_norms_a_block_reads_the_stream_as_it_is():
+    normed, bare = (gpt(norm)[0] for norm in trained.NORMS)
+    x = jax.random.normal(jax.random.key(2), (1, 16))  # one position attends to itself alone
+
+    def added(model, x):
+        layer = jax.tree.map(lambda a: a[0], eqx.filter(model.blocks.block, eqx.is_array))
+        block = eqx.combine(layer, model.blocks.block)
+        attended = x + block.attention(block.attention_norm(x))
+        return attended - x
+
+    np.testing.assert_allclose(added(bare, 2 * x), 2 * added(bare, x), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(added(normed, 2 * x), added(normed, x), rtol=1e-3, atol=1e-5)
+
+
+def test_the_bound_is_for_text_that_its_constant_has_not_seen():
+    model, windows = gpt()
+    ratios, losses = trained.removals(model, windows, 4)
+    found = trained.probe(model, windows, 4)
+    quotients = np.abs(losses[1:] - losses[0])[:, :3] / ratios[:, :3]
+    assert found["mu"] == pytest.approx(float(quotients.max()), rel=1e-4)
+    assert found["mean"] == pytest.approx(float(ratios[:, 3:].mean()), rel=1e-4)
+    assert found["bound"] == pytest.approx(found["mu"] * found["mean"])
+    assert found["loss"] == pytest.approx(float(losses[0, 3:].mean()), rel=1e-4)
+    gap = float(losses[1:, 3:].mean() - losses[0, 3:].mean())
+    assert found["gap"] == pytest.approx(gap, abs=1e-4)
+    np.testing.assert_allclose(found["ratios"], ratios[:, 3:].mean(axis=(1, 2)), atol=1e-4)
+
+
+def test_one_document_in_ten_is_held_out(tmp_path):
+    for n in range(10):
+        (tmp_path / f"{n}.txt").write_text(str(n) * 50)
+    train, held_out = trained.texts(Text(str(tmp_path)))
+    assert set(bytes(np.asarray(held_out))) == {ord("9")}
+    assert len(train) == 450
+    (tmp_path / "whole.txt").write_text("".join(chr(97 + n) * 30 for n in range(10)))
+    train, held_out = trained.texts(Text(str(tmp_path / "whole.txt")))
+    assert bytes(np.asarray(held_out)) == b"j" * 30
+    assert len(train) == 270
+    windows = trained.Bytes(train, 5, 20).draw(jax.random.key(0))
+    assert windows.shape == (5, 21)
+    assert all(bytes(np.asarray(w, np.uint8)) in bytes(np.asarray(train)) for w in windows)
+
+
+def test_a_network_is_seen_at_birth_before_the_last_stage_and_at_the_end():
+    text = jnp.asarray(np.tile(np.arange(97, 105, dtype=np.uint8), 40))
+    found = trained.trained_cell(TINY, (text, text), "LayerNorm", "RaPTr", 4, 0)
+    assert list(found) == ["birth", "boundary", "end"]
+    losses = [found[time]["loss"] for time in found]
+    assert losses[0] > losses[1] > losses[2]
+    assert [phase.subnet and phase.subnet.length for phase in phases_of("RaPTr")] == [2, 3, None]
+    assert [phase.subnet for phase in phases_of("full")] == [None] * 3
+
+
+def phases_of(arm) -> Any:
+    return trained.phases(arm, 4, 12)
+
+
+def test_rows_of_trained_networks_say_what_their_cells_do(tmp_path):
+    size = trained.SIZES["smoke"]
+    power = {"LayerNorm": -0.5, "no norm": 0.0}
+    for norm, arm in itertools.product(trained.NORMS, trained.ARMS):
+        for depth, seed in itertools.product(size.depths, range(size.seeds)):
+            mean = depth ** power[norm] * (1 + 0.01 * seed) * (0.5 if arm == "RaPTr" else 1)
+            seen = {"ratios": [mean] * depth, "mean": mean, "gap": -mean / 4, "bound": mean}
+            cell = {"cell": [norm, arm, depth, seed]}
+            with (tmp_path / "trained-smoke.jsonl").open("a") as file:
+                file.write(json.dumps(cell | dict.fromkeys(trained.TIMES, seen)) + "\n")
+    rows = {row["question"]: row for row in trained.trained("smoke", tmp_path)}
+    slope = rows["full, LayerNorm: does the mean ratio fall with depth (slope)?"]
+    assert (slope["estimate"], slope["verdict"]) == (-0.5, "yes")
+    assert rows["RaPTr, no norm: does the mean ratio fall with depth (slope)?"]["estimate"] == 0
+    assert rows["full, LayerNorm: is the gap L1 - L2 at the boundary above 0?"]["verdict"] == "no"
+    assert rows["full, LayerNorm: does the bound hold (worst gap over bound)?"]["estimate"] == 0.25
+    below = rows["LayerNorm: is RaPTr's mean ratio below that of full (log)?"]
+    assert below["estimate"] == pytest.approx(np.log(0.5), abs=1e-3)
+    steeper = rows["full: is the slope below 0 by more with LayerNorm than without?"]
+    assert (steeper["estimate"], steeper["verdict"]) == (-0.5, "yes")
+    assert (tmp_path / "trained.png").exists()
 
 
 # Orders of stacking ------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What happens to a network when layers are removed, and what paths of growing length can learn.
 
 `python -m experiments.theory.run NAME --size smoke|small|paper --out DIR`, where NAME is `stability`,
-`removed`, `polynomials` or `blocks`.
+`removed`, `trained`, `polynomials` or `blocks`.
 """
 
 import json
@@ -11,11 +11,13 @@ import tyro
 from experiments.theory.blocks import blocks
 from experiments.theory.polynomials import polynomials
 from experiments.theory.stability import removed, stability
+from experiments.theory.trained import trained
 
 
 COMMANDS = {
     "stability": stability,
     "removed": removed,
+    "trained": trained,
     "polynomials": polynomials,
     "blocks": blocks,
 }
