@@ -89,6 +89,16 @@ def texts(source: Source, size: int = BYTES) -> tuple[Array, Array]:
     return jnp.asarray(np.concatenate(train)), jnp.asarray(np.concatenate(held_out))
 
 
+class Bare(gj.nn.Norm):
+    """A norm that does nothing; its weights are there and get no gradient."""
+
+    def __init__(self, size: int):
+        super().__init__(size)
+
+    def __call__(self, x: Array) -> Array:
+        return x
+
+
 def network(size: Size, depth: int, norm: str, key) -> gj.models.GPT:
     """A GPT with an untied head, with or without the norms of its blocks."""
     s = size
@@ -107,7 +117,8 @@ def network(size: Size, depth: int, norm: str, key) -> gj.models.GPT:
     if norm == "LayerNorm":
         return model
     where = lambda m: (m.blocks.block.attention_norm, m.blocks.block.mlp_norm)  # noqa: E731
-    return eqx.tree_at(where, model, (eqx.nn.Identity(), eqx.nn.Identity()))
+    bare = eqx.filter_vmap(lambda _: Bare(s.embed))(jnp.arange(depth))
+    return eqx.tree_at(where, model, (bare, bare))
 
 
 def hidden(model: gj.models.GPT, tokens: Array, active: Array) -> Array:
