@@ -281,6 +281,11 @@ def test_times_and_their_order():
     assert np.isinf(never).all()
 
 
+def test_terms_that_extend_a_lower_one_are_told_from_the_others():
+    terms = [9.0] * 12 + [1.0, 0.5, 0.25, 0.25] + [1.0, 1.0, 0.5, 0.0]
+    assert polynomials.extended({"terms": terms}) == 0.875 - 0.25
+
+
 @pytest.fixture(scope="module")
 def learned(out):
     rows = polynomials.polynomials("smoke", out)

@@ -207,6 +207,12 @@ def ordered(times: np.ndarray) -> float:
     return float(np.mean(times[:-1] <= times[1:]))
 
 
+def extended(run: dict) -> float:
+    """In degrees 4 and 5: the share of terms that extend a lower one, minus that of the others."""
+    terms = np.array(run["terms"]).reshape(len(DEGREES), TERMS)[3:]
+    return float(terms[:, : TERMS // 2].mean() - terms[:, TERMS // 2 :].mean())
+
+
 def polynomials(size: SizeName = "smoke", out: Path = Path("out")):
     """The share of each degree that six ways of training capture."""
     s = SIZES[size]
@@ -228,6 +234,9 @@ def _rows(runs: dict[str, list[dict]], command: str) -> list[dict]:
     for other in [arm for arm in runs if arm.startswith("PLD")]:
         more = high["RaPTr"] - high[other]
         question = f"degrees 4 and 5: does RaPTr capture over 0.1 more than {other}?"
+        rows.append(row(question, more, within(more, 0.1, np.inf), command))
+        more = [extended(run) for run in runs[other]]
+        question = f"{other}: does it capture over 0.1 more of terms that extend a lower one?"
         rows.append(row(question, more, within(more, 0.1, np.inf), command))
     for other in ("full", "constant p", "stacking"):
         more = high["RaPTr"] - high[other]
