@@ -141,14 +141,15 @@ TABLE = """
 - return "<-" if self.k_norm is None else ""
 + return "<-"
 @ values without the gate of the group | nn/attention.py | gates | heads_mask and group
-- read = gated(jnp.einsum("kgts,skd->tkgd", weights, v), self.gate_group, -2)
-+ read = jnp.einsum("kgts,skd->tkgd", weights, v)
+- found = gated(jnp.einsum("kgts,skd->tkgd", weights, v), self.gate_group, -2)
++ found = jnp.einsum("kgts,skd->tkgd", weights, v)
 @ keys without the gate of heads | nn/attention.py | gates | heads_mask and kv_heads
-- k, v = (gated(h, self.gate_kv_heads, -2) for h in (k, v))
+- k, v = (gated(gated(h, self.gate_kv_heads, -2), self.gate_head_dim) for h in (k, v))
 + v = gated(v, self.gate_kv_heads, -2)
++         k, v = (gated(h, self.gate_head_dim) for h in (k, v))
 @ logits scaled by the new head_dim | nn/attention.py | growth | rotary_pairs and zeros
-- q * self.scale, k)
-+ q * q.shape[-1] ** -0.5, k)
+- queries * self.scale, k)
++ queries * queries.shape[-1] ** -0.5, k)
 @ bias of keys dropped | nn/attention.py | models | test_llama
 - affine("se,ekd->skd", source, self.k, self.k_bias)
 + affine("se,ekd->skd", source, self.k)
@@ -248,8 +249,8 @@ TABLE = """
 - return 1 - jnp.arange(1, layers + 1) / layers
 + return 1 - jnp.arange(layers) / layers
 @ kept branches multiplied by p | subnet.py | subnet | one_over_p
-- branch = 1 / p if self.inverse else None
-+ branch = p if self.inverse else None
+- return 1 / self.chances(on.shape[0], step) if self.inverse else None
++ return self.chances(on.shape[0], step) if self.inverse else None
 @ warm-up on top of the steps | subnet.py | subnet | shares_out_its_steps
 - np.round((steps - warmup) * np.cumsum(weights) / weights.sum())
 + np.round(steps * np.cumsum(weights) / weights.sum())
@@ -353,8 +354,8 @@ TABLE = """
 - return min((i + 1) / self.ramp, 1.0) if self.ramp else 1.0
 + return min((i + 2) / self.ramp, 1.0) if self.ramp else 1.0
 @ a schedule of the steps, not of the cost | train/plan.py | plan | follows_cost
-- rate = self.rate.at(spent / self.flops)
-+ rate = self.rate.at(min(spent / self.flops, 1.0) ** 0.5)
+- return climb * self.rate.at(done)
++ return climb * self.rate.at(min(done, 1.0) ** 0.5)
 @ Holm forgets the ranks before | budget/paired.py | paired | holm or more_arms
 - highest = max(highest, min((len(p) - rank) * p[i], 1.0))
 + highest = min((len(p) - rank) * p[i], 1.0)
@@ -381,8 +382,6 @@ TABLE = """
 @ naive and honest are the same | budget/paired.py | paired | decayed_ends
 - on_way = _arrival(base[budgets[-1], s].curve, score, first=True)
 + on_way = _arrival(base[budgets[0], s].curve, score, first=True)
-- return climb * self.rate.at(done)
-+ return climb * self.rate.at(min(done, 1.0) ** 0.5)
 @ nobody waits for a block of steps | train/calibration.py | calibration | waited_for
 - jax.block_until_ready(done)
 -         took.append
