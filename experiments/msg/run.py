@@ -72,9 +72,17 @@ def trials(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
 
 
 def cells(size: str, workload: Workload, seed: int, factor: float = 1.0) -> Iterator[Cell]:
-    """The arms of one seed; all but `scratch` cost what `msg` does. `factor` is of learning rates."""
-    if workload not in SIZES[size]:
-        return
+    """The arms of one seed; `factor` is of learning rates."""
+    if workload in SIZES[size]:
+        for plan in plans(size, workload, seed, factor):
+            yield Cell(workload, "1x", plan)
+
+
+def plans(size: str, workload: Workload, seed: int, factor: float) -> Iterator[Plan]:
+    """The plans of the arms, each worked out when it is asked for: long ones take a while.
+
+    All but `scratch` cost what `msg` does.
+    """
     s = SIZES[size][workload]
     objective = objective_of(workload, s)
     make = functools.partial(
@@ -111,40 +119,29 @@ def cells(size: str, workload: Workload, seed: int, factor: float = 1.0) -> Iter
         sizes: dict[str, Any] = {axis: new}
         return gj.stack(**sizes) if axis == "layers" else gj.copy(shares="random", **sizes)
 
-    msg = grown("msg", masked, ramp)
-    scratch = make(
-        "scratch", whole, (Stage("whole model", tokens=s.steps * s.batch * objective.raw_length),)
-    )
-
     def equal(name: str, *stages: Stage, config: Any = whole) -> Plan:
         return make(name, config, stages, budget=msg.flops)
 
-    depths = [
-        Stage(f"{s.layers[0]} layers", share=0.2),
-        Stage(f"{s.layers[1]} layers", share=0.3, grow=gj.stack(layers=s.layers[1])),
-        Stage(f"{s.layers[2]} layers", share=0.5, grow=gj.stack(layers=s.layers[2])),
-    ]
-    arms = [
-        scratch,
-        equal("control", Stage("whole model", share=1.0)),
-        msg,
-        grown("no mask", masked, 1),
-        equal("stacking", *depths, config=dataclasses.replace(whole, layers=s.layers[0])),
-    ]
+    everything = s.steps * s.batch * objective.raw_length
+    yield make("scratch", whole, (Stage("whole model", tokens=everything),))
+    msg = grown("msg", masked, ramp)
+    yield equal("control", Stage("whole model", share=1.0))
+    yield msg
     if size == "smoke":
-        arms = arms[:3]
+        return
+    yield grown("no mask", masked, 1)
+    depths = [Stage(f"{s.layers[0]} layers", share=0.2)] + [
+        Stage(f"{n} layers", share=share, grow=gj.stack(layers=n))
+        for n, share in zip(s.layers[1:], (0.3, 0.5), strict=True)
+    ]
+    yield equal("stacking", *depths, config=dataclasses.replace(whole, layers=s.layers[0]))
     # A norm averages over embed, so only a whole multiple can be copied without a change
-    elif s.embed[1] % s.embed[0] == 0:
-        arms.append(grown("bert2BERT-like", copied))
-    if size != "smoke":
-        arms += [
-            grown("msg, no rewind", masked, ramp, rewind=None),
-            grown("msg, copies", functools.partial(masked, init="copy"), ramp),
-            grown("msg, matched", functools.partial(masked, init="matched"), ramp),
-            grown("no mask, copies", functools.partial(masked, init="copy"), 1),
-        ]
-    for plan in arms:
-        yield Cell(workload, "1x", plan)
+    if s.embed[1] % s.embed[0] == 0:
+        yield grown("bert2BERT-like", copied)
+    yield grown("msg, no rewind", masked, ramp, rewind=None)
+    yield grown("msg, copies", functools.partial(masked, init="copy"), ramp)
+    yield grown("msg, matched", functools.partial(masked, init="matched"), ramp)
+    yield grown("no mask, copies", functools.partial(masked, init="copy"), 1)
 
 
 def released_order(s: Size) -> list[tuple[str, int]]:

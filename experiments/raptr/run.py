@@ -72,7 +72,14 @@ def trials(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
 
 
 def cells(size: str, workload: Workload, seed: int, factor: float = 1.0) -> Iterator[Cell]:
-    """The arms of one seed; `factor` is of learning rates.
+    """The arms of one seed; `factor` is of learning rates."""
+    look = by_length if size != "paper" else None
+    for plan in plans(size, workload, seed, factor):
+        yield Cell(workload, "1x", plan, after=look)
+
+
+def plans(size: str, workload: Workload, seed: int, factor: float) -> Iterator[Plan]:
+    """The plans of the arms, each worked out when it is asked for: long ones take a while.
 
     All but `full`, `raptr proportional` and `raptr, full first` cost what `raptr` does.
     """
@@ -97,9 +104,6 @@ def cells(size: str, workload: Workload, seed: int, factor: float = 1.0) -> Iter
         schedule = gj.path_schedule(lengths, layers=s.layers, steps=s.steps, **how)
         return make(name, whole, (Stage(subnet=schedule),))
 
-    raptr = path("raptr")
-    mean = sum(lengths) / 4
-
     def equal(name: str, *stages: Stage, config: Any = whole) -> Plan:
         return make(name, config, stages, budget=raptr.flops)
 
@@ -121,31 +125,23 @@ def cells(size: str, workload: Workload, seed: int, factor: float = 1.0) -> Iter
         return equal(name, *stages, config=small)
 
     full = make("full", whole, (Stage("whole model", tokens=tokens),))
-    step = full.flops / full.steps
-    pld_steps = raptr.flops / (step * 0.75)
-    arms = [
-        full,
-        raptr,
-        equal("full at equal FLOPs", Stage("whole model", share=1.0)),
-        drawn("constant p", gj.random_path(mean, keep=(0, -1), mode="bernoulli")),
-        drawn("PLD", gj.progressive_layer_drop(rate=100 / pld_steps)),
-        drawn("LayerDrop", gj.random_path(0.8 * s.layers, keep=(), mode="bernoulli")),
-        grown("stacking", "top", (half, (half + s.layers) // 2, s.layers)),
-        grown("MIDAS", "middle", tuple(range(half // 2, s.layers + 1, half // 2))),
-    ]
+    yield full
+    raptr = path("raptr")
+    yield raptr
+    yield equal("full at equal FLOPs", Stage("whole model", share=1.0))
+    yield drawn("constant p", gj.random_path(sum(lengths) / 4, keep=(0, -1), mode="bernoulli"))
     if size == "smoke":
-        arms = arms[:4]
-    else:
-        arms += [
-            path("raptr proportional", stages="proportional"),
-            path("raptr, sqrt scale", scale="sqrt_gap"),
-            path("raptr, no fixed layers", keep=()),
-            path("raptr, full first", warmup=s.steps // 13),
-            equal("random part", *_parts(s)),
-        ]
-    look = functools.partial(by_length, lengths=lengths) if size != "paper" else None
-    for plan in arms:
-        yield Cell(workload, "1x", plan, after=look)
+        return
+    pld_steps = raptr.flops / (full.flops / full.steps * 0.75)
+    yield drawn("PLD", gj.progressive_layer_drop(rate=100 / pld_steps))
+    yield drawn("LayerDrop", gj.random_path(0.8 * s.layers, keep=(), mode="bernoulli"))
+    yield grown("stacking", "top", (half, (half + s.layers) // 2, s.layers))
+    yield grown("MIDAS", "middle", tuple(range(half // 2, s.layers + 1, half // 2)))
+    yield path("raptr proportional", stages="proportional")
+    yield path("raptr, sqrt scale", scale="sqrt_gap")
+    yield path("raptr, no fixed layers", keep=())
+    yield path("raptr, full first", warmup=s.steps // 13)
+    yield equal("random part", *_parts(s))
 
 
 def model(workload: Workload, s: Size) -> BERTConfig | GPTConfig:
@@ -171,9 +167,8 @@ def _parts(s: Size) -> list[Stage]:
     return found
 
 
-def by_length(plan: Plan, trained: Any, texts: Texts, lengths: tuple[int, ...]) -> dict[str, Any]:
+def by_length(plan: Plan, trained: Any, texts: Texts) -> dict[str, Any]:
     """The loss of the trained model along random paths of each length: mean and standard error."""
-    del lengths
     layers = plan.spans[-1].sizes["layers"]
     found: dict[str, tuple[float, float]] = {}
     for k in sorted({*range(max(2, layers // 3), layers + 1, max(layers // 6, 1)), layers}):
