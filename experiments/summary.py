@@ -42,12 +42,14 @@ class Study:
     - `baseline`: the arm that all others of the same cost are compared with.
     - `target`: an arm at a cost of its own whose loss others should reach for less, such as training
       from scratch.
+    - `method`: the arm that the study is about, which all others of its cost are compared with as well.
     - `clocks`: under which the ranking is worked out again, besides FLOPs.
     """
 
     name: str
     baseline: str
     target: str | None = None
+    method: str | None = None
     clocks: Mapping[str, Clock] = dataclasses.field(default_factory=dict)
 
 
@@ -56,9 +58,13 @@ def summarise(study: Study, runs: Group, command: str) -> list[Row]:
     rows: list[Row] = []
     for (workload, budget), group in sorted(by(runs, "workload", "budget").items()):
         here = {"workload": workload, "budget": budget}
-        if any(r["arm"] == study.baseline for r in group):
+        arms = {r["arm"] for r in group}
+        if study.baseline in arms:
             rows += [here | row for row in _equal_cost(group, study.baseline)]
-        if study.target and any(r["arm"] == study.target for r in group):
+        if study.method and study.method in arms:
+            others = [r for r in group if r["arm"] not in (study.baseline, study.target)]
+            rows += [here | row for row in _equal_cost(others, study.method, tasks=False)]
+        if study.target and study.target in arms:
             rows += [here | row for row in _against_target(group, study.target)]
     for workload, group in by(runs, "workload").items():
         if any(r["arm"] == study.baseline for r in group):
@@ -121,14 +127,15 @@ def on_clock(run: Row, clock: Clock) -> float:
 # Rows --------------------------------------------------------------------------------------------
 
 
-def _equal_cost(group: Group, baseline: str) -> Iterator[Row]:
-    """The loss, and what was measured downstream, against the baseline at its cost."""
+def _equal_cost(group: Group, baseline: str, tasks: bool = True) -> Iterator[Row]:
+    """The loss, and with `tasks` what else was measured, against the baseline at its cost."""
     budget = statistics.median(r["spent"] for r in group if r["arm"] == baseline)
     same = [r for r in group if abs(r["spent"] / budget - 1) <= _EQUAL]
     # What is measured, and 1 where less of it is better
     measures: dict[str, tuple[str, int]] = {"score": ("held-out nats, lower is better", 1)}
-    measures |= {n: (f"{n}, nats, lower is better", 1) for n in same[0].get("texts", {})}
-    measures |= {n: (f"{n}, higher is better", -1) for n in same[0].get("downstream", {})}
+    if tasks:
+        measures |= {n: (f"{n}, nats, lower is better", 1) for n in same[0].get("texts", {})}
+        measures |= {n: (f"{n}, higher is better", -1) for n in same[0].get("downstream", {})}
     for name, (what, sign) in measures.items():
         values = [r | r.get("texts", {}) | r.get("downstream", {}) for r in same]
         outcomes = [outcome(r | {"score": sign * r[name]}, budget) for r in values]

@@ -224,6 +224,16 @@ def test_speed_ups_and_rankings_under_other_clocks():
     assert other["order"] == ["shallow", "dear", "AdamW"] and other["verdict"] == "unchanged"
 
 
+def test_the_arm_that_a_study_is_about_is_compared_with_its_rivals():
+    scores = {"AdamW": 3.0, "mine": 2.5, "rival": 2.6, "dear": 2.0}
+    runs = [line(a, 1, s, x + 0.01 * s) for a, x in scores.items() for s in range(6)]
+    about = dataclasses.replace(ntng.STUDY, method="mine", target="dear")
+    found = {r["question"]: r for r in summarise(about, runs, "here") if "p_holm" in r}
+    (question,) = (q for q in found if " against mine " in q)
+    assert question.startswith("rival") and found[question]["verdict"] == "worse"
+    assert found[question]["estimate"] == pytest.approx(0.1)
+
+
 def test_an_arm_with_fewer_seeds_is_compared_over_those():
     runs = [line("AdamW", 1, s, 3.0 + 0.01 * s) for s in range(6)]
     runs += [line("few", 1, s, 2.0 + 0.01 * s) for s in (1, 3)]

@@ -19,7 +19,7 @@ from growjax.train import Optimizer, Plan, Schedule, Stage
 
 Workload = Literal["bert", "gpt", "bert-large"]
 SEEDS = {"smoke": 1, "small": 6, "paper": 1}
-STUDY = Study("msg", baseline="control", target="scratch")
+STUDY = Study("msg", baseline="control", target="scratch", method="msg")
 
 
 @dataclasses.dataclass(frozen=True)

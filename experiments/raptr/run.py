@@ -22,7 +22,7 @@ from growjax.train import Layout, Optimizer, Plan, Schedule, Stage
 
 Workload = Literal["bert", "ul2"]
 SEEDS = {"smoke": 1, "small": 6, "paper": 1}
-STUDY = Study("raptr", baseline="full at equal FLOPs", target="full")
+STUDY = Study("raptr", baseline="full at equal FLOPs", target="full", method="raptr")
 
 
 @dataclasses.dataclass(frozen=True)
