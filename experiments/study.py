@@ -21,12 +21,14 @@ import numpy as np
 from rich.console import Console
 
 from experiments.text import Texts
+from growjax.axes import axes_of
 from growjax.budget import Clock
 from growjax.cost import parameters
 from growjax.data import ByteTokenizer, Corpus, held_out_batch
 from growjax.models import BERT
 from growjax.subnet import RandomPath
 from growjax.train import CorpusFeed, End, Growth, Options, Plan, Step, cross_entropy, train
+from growjax.train.stages import Span
 
 
 MARKS = 24
@@ -129,11 +131,16 @@ def run_cell(
     feed = CorpusFeed(plan, texts.training, texts.valid)
     options = Options(evaluate_every=plan.cost / MARKS, held_out=_held_out(plan))
     curve, growths, speeds = [], [], defaultdict(list)
+    depths: dict[Any, int] = {}
     last = end = None
     for record in train(plan, feed, options=options, reference=reference, cache=programs):
         if isinstance(record, Step):
             last = record
-            speeds[_depth(plan, record)].append(record.took)
+            span = plan.spans[record.stage]
+            work = record.stage, span.works[record.step - span.start].part
+            if work not in depths:
+                depths[work] = _depth(span, record.step - span.start)
+            speeds[depths[work]].append(record.took)
             if record.held_out is not None:
                 curve.append((record.spent, record.held_out))
         elif isinstance(record, Growth):
@@ -175,15 +182,20 @@ def run_cell(
     return row | (cell.after(plan, end.model, texts) if cell.after else {})
 
 
+@jax.jit
+def _losses(model: Any, examples: dict[str, Any]) -> Any:
+    """Losses and weights of some examples; one program for every model of the same shapes."""
+    return jax.vmap(lambda row: cross_entropy(model, row))(examples)
+
+
 def loss_on(plan: Plan, model: Any, corpus: Corpus, rows: int | None = None) -> float:
     """Nats per token of a model on a text, through the objective of the plan's last stage."""
     objective, batch = plan.spans[-1].objective, plan.spans[-1].batch
     examples = held_out_batch(corpus, objective, rows or _held_out(plan))
-    program = jax.jit(lambda m, e: jax.vmap(lambda row: cross_entropy(m, row))(e))
     total = count = 0.0
     for start in range(0, len(examples["targets"]), batch):
         part = {k: jnp.asarray(v[start : start + batch]) for k, v in examples.items()}
-        losses, weights = map(np.asarray, program(model, part))
+        losses, weights = map(np.asarray, _losses(model, part))
         total, count = total + (losses * weights).sum(), count + weights.sum()
     return float(total / count)
 
@@ -213,13 +225,13 @@ def blimp_judge(data: Path) -> Judge:
     return judge
 
 
-def _depth(plan: Plan, record: Step) -> int:
-    span = plan.spans[record.stage]
-    part = span.works[record.step - span.start].part
-    known = span.sizes
+def _depth(span: Span, i: int) -> int:
+    """How many layers the stage's step `i` trains; those of the deepest stack, if it trains all."""
+    part = span.works[i].part
     if isinstance(part, RandomPath):
         return int(part.length)
-    return next(n for axis, n in known.items() if axis.endswith("layers"))
+    table = axes_of(span.model)
+    return max(n for axis, n in table.sizes.items() if "stack" in table.roles(axis))
 
 
 def _growth(plan: Plan, record: Growth) -> dict[str, Any]:

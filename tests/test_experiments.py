@@ -11,6 +11,8 @@ import pytest
 
 from experiments import study
 from experiments.msg import run as msg
+from experiments.msg.run import released_order
+from experiments.msg.search import choices, probe
 from experiments.no_train_no_gain import run as ntng
 from experiments.raptr import run as raptr
 from experiments.study import Cell
@@ -153,6 +155,19 @@ def test_msg_grows_in_the_released_order():
         scratch = cells("msg", "smoke", workload)["scratch"].plan
         assert sizes[-1] == scratch.spans[0].sizes
         assert all(span.stage.ramp for span in plan.spans[1:])
+
+
+def test_a_search_tries_the_next_growth_of_every_dimension_at_the_same_cost():
+    left = released_order(msg.SIZES["smoke"]["gpt"])
+    assert sorted(choices(left)) == [("embed", 16), ("heads", 2), ("layers", 2), ("mlp", 32)]
+    assert ("layers", 4) in choices([x for x in left if x != ("layers", 2)])
+    plans = [
+        probe("smoke", "gpt", 0, [("mlp", 32)], c, 4) for c in (("layers", 2), ("heads", 2), None)
+    ]
+    step = max(max(span.costs) for plan in plans for span in plan.spans)
+    assert max(p.cost for p in plans) - min(p.cost for p in plans) <= 3 * step
+    assert [p.spans[-1].sizes["layers"] for p in plans] == [2, 1, 1]
+    assert [len(p.spans) for p in plans] == [3, 3, 2] and all(p.rate.decayed for p in plans)
 
 
 def test_no_train_no_gain_charges_the_papers_clock():
