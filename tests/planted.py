@@ -120,15 +120,15 @@ TABLE = """
 - return "<-" if self.k_norm is None else ""
 + return "<-"
 @ values without the gate of the group | nn/attention.py | gates | heads_mask and group
-- found = gated(jnp.einsum("kgts,skd->tkgd", weights, v), self.gate_group, -2)
-+ found = jnp.einsum("kgts,skd->tkgd", weights, v)
+- affine("tkgd,kgde->te", gated(found, self.gate_group, -2), self.o, self.o_bias)
++ affine("tkgd,kgde->te", found, self.o, self.o_bias)
 @ keys without the gate of heads | nn/attention.py | gates | heads_mask and kv_heads
 - k, v = (gated(gated(h, self.gate_kv_heads, -2), self.gate_head_dim) for h in (k, v))
 + v = gated(v, self.gate_kv_heads, -2)
 +         k, v = (gated(h, self.gate_head_dim) for h in (k, v))
 @ logits scaled by the new head_dim | nn/attention.py | growth | rotary_pairs and zeros
-- queries * self.scale, k)
-+ queries * queries.shape[-1] ** -0.5, k)
+- queries * self.scale, 0, 2)
++ queries * queries.shape[-1] ** -0.5, 0, 2)
 @ bias of keys dropped | nn/attention.py | models | test_llama
 - affine("se,ekd->skd", source, self.k, self.k_bias)
 + affine("se,ekd->skd", source, self.k)

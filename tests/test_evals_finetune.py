@@ -50,12 +50,6 @@ def test_pairs_are_framed_and_the_longer_one_is_cut():
     assert room._collated([single], 1)["types"].max() == 0
 
 
-def test_shapes_are_few():
-    widths = [room.width(n) for n in range(1, 129)]
-    assert sorted(set(widths)) == [16, 24, 32, 48, 64, 96, 128]
-    assert all(n <= width < 2 * max(n, 9) for n, width in enumerate(widths, 1))
-
-
 def test_the_rate_rises_for_a_tenth_and_falls_to_nothing():
     recipe = Recipe(rate=1.0, warmup=0.1)
     rates = [recipe.rate_at(step, 100) for step in range(100)]

@@ -207,8 +207,8 @@ def test_short_prompts_go_along_with_long_ones(monkeypatch):
     prompts = ["x" * n + "abcdefgh"[n % 8] for n in (1, 40, 3, 20, 2)]
     found = generate(looping("abcdefgh"), prompts, new=2)
     assert found == ["cd", "bc", "ef", "fg", "de"]
-    assert widths == [(5, 64)]
-    # 1,000 tokens hold 15 rows of 64 + 2, and three batches of 14 are as few; then 55 of 16 + 2
+    assert widths == [(5, 48)]
+    # 1,000 tokens hold 20 rows of 48 + 2, and three batches of 14 are as few; then 55 of 16 + 2
     language = looping("abcdefgh")
     object.__setattr__(language, "batch_tokens", 1000)
     widths.clear()
@@ -216,7 +216,7 @@ def test_short_prompts_go_along_with_long_ones(monkeypatch):
         generate(language, [prompts[1]] * 12 + [prompts[0]] * 30, new=2)
         == ["bc"] * 12 + ["cd"] * 30
     )
-    assert widths == [(14, 64), (28, 16)]
+    assert widths == [(14, 48), (28, 16)]
 
 
 def test_drawing():

@@ -124,15 +124,21 @@ def test_encoders_mask_one_token_at_a_time():
 
 
 def test_shapes_are_few():
-    """Requests of 40 lengths, in any order, compile one program for each of three buckets."""
+    """Requests of 40 lengths, in any order, compile one program for each of four buckets."""
     language = LanguageModel(GPT(GPTConfig(layers=1, positions=64, **SIZES), key=KEY), TOKENIZER)
     requests = [("a" * (1 + i % 40), "b" * (1 + i % 7)) for i in range(300)]
     with CountTraces() as traces:
         found = language.loglikelihoods(requests)
-        assert traces.count == 3
+        assert traces.count == 4
         again = language.loglikelihoods(requests[::-1])
-        assert traces.count == 3
+        assert traces.count == 4
     assert again[::-1] == found
+
+
+def test_lengths_are_padded_by_half_at_most():
+    lengths = [rooms.bucket(n) for n in range(1, 129)]
+    assert sorted(set(lengths)) == [16, 24, 32, 48, 64, 96, 128]
+    assert all(n <= length <= max(16, 1.5 * n) for n, length in enumerate(lengths, 1))
 
 
 def test_batches_are_nearly_full_and_their_sizes_few():

@@ -44,7 +44,11 @@ class Size:
 
 SIZES: dict[str, dict[Workload, Size]] = {
     "smoke": {w: Size(4, 16, 2, 8, 32, 384, 32, 4, 12, 3e-3) for w in ("bert", "ul2")},
-    "small": {w: Size(12, 64, 4, 16, 256, 384, 64, 16, 400, 3e-3) for w in ("bert", "ul2")},
+    # The rate of the decoder is the best of the ledger, for the baseline and for RaPTr (README.md)
+    "small": {
+        "bert": Size(12, 64, 4, 16, 256, 384, 64, 16, 400, 3e-3),
+        "ul2": Size(12, 64, 4, 16, 256, 384, 64, 16, 400, 6e-3),
+    },
     # Not all of it is in a source that was read, and what is not is said in README.md. For 16 and for
     # 256 chips
     "paper": {

@@ -25,6 +25,7 @@ from growjax.axes import param, partition, sizes
 from growjax.data import Tokenizer
 from growjax.errors import EvalError, raise_all
 from growjax.evals.glue import Example, Task, headline, score
+from growjax.evals.language import bucket
 from growjax.evals.metrics import Scores
 from growjax.models import BERT
 from growjax.models.bert import Pooler
@@ -244,15 +245,9 @@ def _encoded(tokenizer: Tokenizer, example: Example, task: Task, length: int) ->
     return _Row(tokens, second, task.labels.index(str(label)) if task.labels else float(label))
 
 
-def width(longest: int) -> int:
-    """The shape of a batch: a power of two, or one and a half of one."""
-    whole = max(16, 1 << max(longest - 1, 0).bit_length())
-    return whole * 3 // 4 if longest <= whole * 3 // 4 and whole > 16 else whole
-
-
 def _collated(rows: Sequence[_Row], size: int) -> dict[str, np.ndarray]:
     """A batch of `size` rows, each with its choices; rows that are not there weigh nothing."""
-    shape = (size, len(rows[0].tokens), width(max(row.length for row in rows)))
+    shape = (size, len(rows[0].tokens), bucket(max(row.length for row in rows)))
     tokens, lengths, second = (
         np.zeros(shape, np.int32),
         np.zeros(shape[:2], int),

@@ -131,12 +131,24 @@ def _text(tokenizer: Tokenizer, tokens: np.ndarray, until: Sequence[str]) -> tup
 @eqx.filter_jit
 def _read(model: Any, prompts: Int[Array, "B T"], size: int) -> Any:
     # Logits of the prompt are compiled away
-    return jax.vmap(lambda tokens: model.extend(tokens, model.cache(size), 0)[1])(prompts)
+    cache = jax.vmap(lambda tokens: model.extend(tokens, model.cache(size), 0)[1])(prompts)
+    return _layers_first(cache)
 
 
 @eqx.filter_jit
 def _read_pair(model: Any, prompts: Int[Array, "B S"], real: Array, size: int) -> Any:
-    return jax.vmap(lambda t, mask: model.cache(t, size, encoder_mask=mask))(prompts, real)
+    cache = jax.vmap(lambda t, mask: model.cache(t, size, encoder_mask=mask))(prompts, real)
+    return _layers_first(cache)
+
+
+def _layers_first(cache: Any) -> Any:
+    """A batch of caches with the batch behind the layers, which a scan would move there for every token."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, _batch_axis(x)), cache)
+
+
+def _batch_axis(x: Array) -> int:
+    # What has no layers has places alone, such as a mask
+    return int(x.ndim > 2)
 
 
 @eqx.filter_jit
@@ -152,9 +164,11 @@ def _write(
         )
         return jnp.where(heat > 0, drawn, scores[0].argmax()).astype(jnp.int32), cache
 
+    axes = jax.tree.map(_batch_axis, cache)
+
     def step(carry, _):
         token, at, cache = carry
-        token, cache = jax.vmap(one)(token, cache, at, keys)
+        token, cache = jax.vmap(one, (0, axes, 0, 0), (0, axes))(token, cache, at, keys)
         return (token, at + 1, cache), token
 
     carry = (last.astype(jnp.int32), at, cache)

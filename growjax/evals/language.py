@@ -1,7 +1,7 @@
 """What a model thinks of a text: log-likelihoods of tokens, for decoders, pairs and encoders alike.
 
 Requests have every length there is, and a program is compiled for one. So they are sorted, padded to
-the next power of two, and run in batches of the same number of tokens: a model compiles a handful of
+the next of a few lengths, and run in batches of the same number of tokens: a model compiles a handful of
 programs however many requests it gets, and only sums leave the device.
 """
 
@@ -264,9 +264,10 @@ def masked_bits(
 # Batches -----------------------------------------------------------------------------------------
 
 
-def bucket(length: int, least: int = 16) -> int:
-    """The shape that a length is padded to: the next power of two."""
-    return max(least, 1 << max(length - 1, 0).bit_length())
+def bucket(length: int) -> int:
+    """The shape that a length is padded to: a power of two from 16 on, or one and a half of one."""
+    whole = max(16, 1 << max(length - 1, 0).bit_length())
+    return whole * 3 // 4 if 16 < length <= whole * 3 // 4 else whole
 
 
 def batch_rows(members: int, most: int) -> int:

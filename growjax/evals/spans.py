@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from growjax.axes import param, sizes
 from growjax.data import Tokenizer
 from growjax.errors import EvalError, raise_all
-from growjax.evals.finetune import FineTuned, Recipe, train_epochs, width
+from growjax.evals.finetune import FineTuned, Recipe, train_epochs
+from growjax.evals.language import bucket
 from growjax.evals.metrics import Scores, answers
 from growjax.evals.questions import Question
 from growjax.models import BERT
@@ -218,7 +219,7 @@ def fine_tune_spans(
 
 
 def _collated(rows: Sequence[Window], size: int) -> dict[str, np.ndarray]:
-    length = width(max(len(row.tokens) for row in rows))
+    length = bucket(max(len(row.tokens) for row in rows))
     tokens, places = np.zeros((size, length), np.int32), np.arange(length)
     ends, firsts = np.zeros((size, 1), int), np.zeros((size, 1), int)
     target = np.zeros((size, 2), np.int32)

@@ -211,7 +211,7 @@ class T5(eqx.Module):
 
         `cache` holds the places before `at`; any others in it are not seen, and are written over.
         """
-        places = jnp.arange(cache.seen.keys.shape[1])
+        places = jnp.arange(cache.seen.keys.shape[2])
         x, seen = self.decoder.extend(
             self._embed(decoder_tokens),
             cache.seen,

@@ -96,7 +96,7 @@ def causal(
 def empty_cache(blocks: Stacked[Block], size: int, dtype: DTypeLike) -> Cache:
     """Room for the keys and values of `size` places in every layer of a decoder."""
     layers, _, kv_heads, head_dim = blocks.block.attention.k.shape
-    return Cache(*(jnp.zeros((layers, size, kv_heads, head_dim), dtype) for _ in range(2)))
+    return Cache(*(jnp.zeros((layers, kv_heads, size, head_dim), dtype) for _ in range(2)))
 
 
 def logits(x: Float[Array, "... embed"], head: Float[Array, "embed n"]) -> Float[Array, "... n"]:

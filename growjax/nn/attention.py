@@ -98,10 +98,13 @@ def rotate(x: Float[Array, "T ... head_dim"], turn: tuple[Array, Array] | None) 
 
 
 class Cache(NamedTuple):
-    """Keys and values of the places of a sequence, as attention reads them."""
+    """Keys and values of the places of a sequence, as attention reads them.
 
-    keys: Float[Array, "S kv_heads head_dim"]
-    values: Float[Array, "S kv_heads head_dim"]
+    Heads come first: products head by head read them as they lie, and nothing is moved for each token.
+    """
+
+    keys: Float[Array, "kv_heads S head_dim"]
+    values: Float[Array, "kv_heads S head_dim"]
 
 
 class Attention(eqx.Module):
@@ -196,9 +199,9 @@ class Attention(eqx.Module):
         `cache` has `S` places, of which those before `at` hold keys and values; `x` is put behind them.
         """
         new = self.remember(x, turn=turn)
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=1)
         cache = Cache(*(put(old, n.astype(old.dtype)) for old, n in zip(cache, new, strict=True)))
-        places = jnp.arange(cache.keys.shape[0])
+        places = jnp.arange(cache.keys.shape[1])
         mask = places[None, :] <= at + jnp.arange(x.shape[0])[:, None]
         return self.read(self.ask(x, turn=turn), cache, mask=mask, bias=bias), cache
 
@@ -219,7 +222,7 @@ class Attention(eqx.Module):
         v = affine("se,ekd->skd", source, self.v, self.v_bias)
         k = k if self.k_norm is None else self.k_norm(k)
         k, v = (gated(gated(h, self.gate_kv_heads, -2), self.gate_head_dim) for h in (k, v))
-        return Cache(rotate(k, turn), v)
+        return Cache(*(jnp.swapaxes(h, 0, 1) for h in (rotate(k, turn), v)))
 
     def read(
         self,
@@ -231,7 +234,8 @@ class Attention(eqx.Module):
     ) -> Float[Array, "T embed"]:
         """What queries find among keys and values, where `mask` is True."""
         k, v = (h.astype(queries.dtype) for h in seen)
-        logits = jnp.einsum("tkgd,skd->kgts", queries * self.scale, k)
+        q = jnp.moveaxis(queries * self.scale, 0, 2)
+        logits = jnp.einsum("kgtd,ksd->kgts", q, k)
         logits = logits.astype(jnp.promote_types(queries.dtype, jnp.float32))
         if bias is not None:
             logits = logits + bias.astype(logits.dtype)
@@ -239,5 +243,5 @@ class Attention(eqx.Module):
             # Finite, so that a row without any key gives an average instead of NaN.
             logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min / 2)
         weights = jax.nn.softmax(logits, axis=-1).astype(queries.dtype)
-        found = gated(jnp.einsum("kgts,skd->tkgd", weights, v), self.gate_group, -2)
-        return affine("tkgd,kgde->te", found, self.o, self.o_bias)
+        found = jnp.moveaxis(jnp.einsum("kgts,ksd->kgtd", weights, v), 2, 0)
+        return affine("tkgd,kgde->te", gated(found, self.gate_group, -2), self.o, self.o_bias)
