@@ -142,7 +142,7 @@ def _read_pair(model: Any, prompts: Int[Array, "B S"], real: Array, size: int) -
 
 
 def _layers_first(cache: Any) -> Any:
-    """A batch of caches with the batch behind the layers, which a scan would move there for every token."""
+    """A batch of caches, the batch behind the layers: a scan would move it there for every token."""
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, _batch_axis(x)), cache)
 
 
