@@ -137,7 +137,7 @@ def _row_tables(rows: Sequence[Row]) -> list[Table]:
     ranks = [row for row in rows if "order" in row]
     speeds = [row for row in rows if "naive" in row]
     said = [row for row in rows if "order" not in row and "naive" not in row]
-    tables = [_said_table(said)]
+    tables = [_said_table(said), *_clocks_table(rows)]
     if speeds:
         columns = ("arm", "decayed", "95 %", "naive", "seeds")
         cells = [
@@ -183,6 +183,23 @@ def _said_table(rows: Sequence[Row]) -> Table:
     ]
     columns = ("question", "difference", "95 %", "p (Holm)", "cost to reach", "seeds", "verdict")
     return Table("What they say", columns, cells)
+
+
+def _clocks_table(rows: Sequence[Row]) -> list[Table]:
+    """What arms cost, of what the target does, on clocks other than their own."""
+    cells = [
+        [
+            f"{row['workload']}, {row['budget']}: {row['question'].partition(',')[0]}",
+            name,
+            _number(found.get("cost"), ".2f"),
+            _number(found.get("cost_to_reach"), ".2f"),
+            f"{sum(x is not None for x in found.get('reached', ()))} of {row['seeds']}",
+        ]
+        for row in rows
+        for name, found in row.get("clocks", {}).items()
+    ]
+    columns = ("arm", "clock", "cost", "cost to reach its loss", "seeds that did")
+    return [Table("Charged by other clocks", columns, cells)] if cells else []
 
 
 def _runs_table(runs: Group) -> Table:

@@ -19,11 +19,13 @@ from growjax.budget import (
     Outcome,
     compare,
     cost_to_reach,
+    load_clock,
     recharge,
     sign_flip,
     speed_up,
     t_interval,
 )
+from growjax.errors import BudgetError
 
 
 Row = dict[str, Any]
@@ -65,7 +67,7 @@ def summarise(study: Study, runs: Group, command: str) -> list[Row]:
             others = [r for r in group if r["arm"] not in (study.baseline, study.target)]
             rows += [here | row for row in _equal_cost(others, study.method, tasks=False)]
         if study.target and study.target in arms:
-            rows += [here | row for row in _against_target(group, study.target)]
+            rows += [here | row for row in _against_target(group, study)]
     for workload, group in by(runs, "workload").items():
         if any(r["arm"] == study.baseline for r in group):
             rows += [{"workload": workload} | row for row in _speed_ups(group, study)]
@@ -74,10 +76,17 @@ def summarise(study: Study, runs: Group, command: str) -> list[Row]:
 
 
 def write_summary(results: Path, study: Study, command: str) -> list[Row]:
-    """Write `summary.json` and `report.html` next to the lines of results, and return the summary."""
+    """Write `summary.json` and `report.html` next to the lines of results, and return the summary.
+
+    A `clock.json` there, of `growjax calibrate`, is one more clock to charge runs by.
+    """
     from experiments.page import write_report  # matplotlib
 
     runs = read(results)
+    measured = results.parent / "clock.json"
+    if measured.exists():
+        clock = load_clock(measured)
+        study = dataclasses.replace(study, clocks={**study.clocks, clock.name: clock})
     rows = summarise(study, runs, command)
     text = json.dumps(rows, indent=1) + "\n"
     (results.parent / "summary.json").write_text(text, encoding="utf-8")
@@ -103,9 +112,15 @@ def whole_arms(group: Group, baseline: str) -> list[Row]:
 
 
 def outcome(run: Row, budget: float, clock: Clock | None = None) -> Outcome:
-    """One line of results as what `growjax.budget` compares, charged on another clock if there is one."""
-    spent = run["spent"] if clock is None else on_clock(run, clock)
-    curve = tuple((at * spent / run["spent"], loss) for at, loss in run["curve"])
+    """One line of results as what `growjax.budget` compares, charged on another clock if there is one.
+
+    The curve of a run that was charged its FLOPs is read along its operations in their order.
+    """
+    spent, curve = run["spent"], tuple(map(tuple, run["curve"]))
+    if clock is not None:
+        was, now = (_course(run, c) for c in (FlopsClock(), clock))
+        spent = float(now[-1])
+        curve = tuple((float(np.interp(at, was, now)), loss) for at, loss in curve)
     return Outcome(
         arm=run["arm"],
         seed=run["seed"],
@@ -122,6 +137,12 @@ def on_clock(run: Row, clock: Clock) -> float:
     """What the operations of a run cost on a clock, in its unit."""
     counts = {Op(*op): n for *op, n in run["operations"]}
     return recharge(counts, clock) / clock.per_unit
+
+
+def _course(run: Row, clock: Clock) -> Any:
+    """What was spent on a clock, in its unit, once each kind of operation was done, from nothing on."""
+    costs = [clock.cost(Op(*op)) * n for *op, n in run["operations"]]
+    return np.cumsum([0, *costs]) / clock.per_unit
 
 
 # Rows --------------------------------------------------------------------------------------------
@@ -157,8 +178,10 @@ def _equal_cost(group: Group, baseline: str, tasks: bool = True) -> Iterator[Row
             }
 
 
-def _against_target(group: Group, target: str) -> Iterator[Row]:
+def _against_target(group: Group, study: Study) -> Iterator[Row]:
     """Every arm against one at another cost: how far from its loss, and for what share of its cost."""
+    target = study.target
+    assert target is not None
     known = {(r["arm"], r["seed"]): r for r in group}
     arms = [arm for arm in dict.fromkeys(r["arm"] for r in group) if arm != target]
     outcomes = [outcome(r, r["spent"]) for r in group]
@@ -178,10 +201,33 @@ def _against_target(group: Group, target: str) -> Iterator[Row]:
             "seconds": statistics.fmean(a["seconds"] / b["seconds"] for a, b in pairs),
             "cost_to_reach": reach.mean,
             "cost_to_reach_interval": reach.interval and list(reach.interval),
+            "reached": list(reach.shares),
             "reason": reach.reason or f"every seed reached the loss of {target}",
             "seeds": len(seeds),
             "verdict": told if len(seeds) >= 6 else "undecided",
+        } | _elsewhere(pairs, target, study.clocks)
+
+
+def _elsewhere(
+    pairs: Sequence[tuple[Row, Row]], target: str, clocks: Mapping[str, Clock]
+) -> dict[str, Any]:
+    """The same two costs on every clock that knows all operations of both."""
+    found = {}
+    for name, clock in clocks.items():
+        both = [row for pair in pairs for row in pair]
+        try:
+            outcomes = [outcome(r, r["spent"], clock) for r in both]
+        except BudgetError as error:
+            found[name] = {"reason": str(error)}
+            continue
+        (reach,) = cost_to_reach(outcomes, both[0]["arm"], target=target)
+        shares = [a.spent / b.spent for a, b in zip(outcomes[::2], outcomes[1::2], strict=True)]
+        found[name] = {
+            "cost": statistics.fmean(shares),
+            "cost_to_reach": reach.mean,
+            "reached": list(reach.shares),
         }
+    return {"clocks": found} if found else {}
 
 
 def _speed_ups(group: Group, study: Study) -> Iterator[Row]:

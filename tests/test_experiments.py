@@ -16,9 +16,9 @@ from experiments.msg.search import choices, probe
 from experiments.no_train_no_gain import run as ntng
 from experiments.raptr import run as raptr
 from experiments.study import Cell
-from experiments.summary import on_clock, summarise, whole_arms, write_summary
+from experiments.summary import on_clock, outcome, summarise, whole_arms, write_summary
 from experiments.text import BETWEEN, Texts, load_texts
-from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock
+from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op
 from growjax.data import ByteTokenizer, Corpus
 from growjax.errors import DataError
 from growjax.train import load_plan, save_plan
@@ -247,6 +247,35 @@ def test_the_arm_that_a_study_is_about_is_compared_with_its_rivals():
     (question,) = (q for q in found if " against mine " in q)
     assert question.startswith("rival") and found[question]["verdict"] == "worse"
     assert found[question]["estimate"] == pytest.approx(0.1)
+
+
+def test_a_run_is_charged_by_another_clock_along_its_operations():
+    """Small steps first, which are dearer there than their FLOPs say; between them on a straight line."""
+    small, large = Op("train", 2, 16, 64, 100), Op("train", 4, 16, 64, 300)
+    clock = MeasuredClock("here", ((small, 10**9), (large, 2 * 10**9)))
+
+    def run(arm: str, operations: list, curve: list) -> dict:
+        return {
+            **line(arm, 1, 0, curve[-1][1]),
+            "operations": operations,
+            "curve": curve,
+            "clock": "FLOPs",
+            "spent": curve[-1][0],
+        }
+
+    grown = run("AdamW", [[*small, 10], [*large, 10]], [(500, 4.0), (2500, 3.0), (4000, 2.0)])
+    whole = run("whole", [[*large, 20]], [(3000, 4.0), (6000, 3.0)])
+    found = outcome(grown, 1.0, clock)
+    assert found.curve == ((5.0, 4.0), (20.0, 3.0), (30.0, 2.0)) and found.spent == 30.0
+    about = dataclasses.replace(ntng.STUDY, target="whole", clocks={"here": clock})
+    rows = {r["question"].partition(",")[0]: r for r in summarise(about, [grown, whole], "here")}
+    row = rows["AdamW against whole"]
+    assert row["cost"] == pytest.approx(4 / 6) and row["cost_to_reach"] == pytest.approx(2500 / 6000)
+    assert row["clocks"]["here"] == {"cost": 0.75, "cost_to_reach": 0.5, "reached": [0.5]}
+    # An operation that was never measured is a reason, and not a guess
+    other = dataclasses.replace(about, clocks={"here": MeasuredClock("here", ((small, 10**9),))})
+    rows = {r["question"].partition(",")[0]: r for r in summarise(other, [grown, whole], "here")}
+    assert "never measured" in rows["AdamW against whole"]["clocks"]["here"]["reason"]
 
 
 def test_an_arm_with_fewer_seeds_is_compared_over_those():
