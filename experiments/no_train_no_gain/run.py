@@ -67,7 +67,7 @@ RATES: dict[str, dict[Workload, dict[str, float]]] = {
     },
     "small": {
         "bert": {"adamw": 4e-3, "lion": 1e-3, "sophia": 1e-3, "muon": 4e-3, "schedule_free": 8e-3},
-        "t5": {"adamw": 8e-3, "lion": 2e-3, "sophia": 2e-3, "muon": 8e-3, "schedule_free": 1.6e-2},
+        "t5": {"adamw": 8e-3, "lion": 2e-3, "sophia": 2e-3, "muon": 1.6e-2, "schedule_free": 8e-3},
     },
 }
 RATES["smoke"] = RATES["small"]
