@@ -85,8 +85,7 @@ def main(
                     and (not budget or cell.budget in budget)
                 ]
                 run(todo, texts, results, console, judge)
-        command = f"python -m experiments.{about.name}.run --size {size}"
-        for row in write_summary(results, about, command):
+        for row in write_summary(results, about):
             estimate = row["estimate"]
             console.print(
                 f"{row['workload']} {row['budget']}: {row['question']}: "

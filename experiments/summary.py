@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.study import read
+from experiments.text import LIBRARY
 from growjax.budget import (
     Clock,
     FlopsClock,
@@ -75,7 +76,7 @@ def summarise(study: Study, runs: Group, command: str) -> list[Row]:
     return [_known(row) | {"command": command} for row in rows]
 
 
-def write_summary(results: Path, study: Study, command: str) -> list[Row]:
+def write_summary(results: Path, study: Study) -> list[Row]:
     """Write `summary.json` and `report.html` next to the lines of results, and return the summary.
 
     A `clock.json` there, of `growjax calibrate`, is one more clock to charge runs by.
@@ -87,11 +88,21 @@ def write_summary(results: Path, study: Study, command: str) -> list[Row]:
     if measured.exists():
         clock = load_clock(measured)
         study = dataclasses.replace(study, clocks={**study.clocks, clock.name: clock})
-    rows = summarise(study, runs, command)
+    rows = summarise(study, runs, command_for(study, results.stem, runs))
     text = json.dumps(rows, indent=1) + "\n"
     (results.parent / "summary.json").write_text(text, encoding="utf-8")
     write_report(results.parent / "report.html", study, runs, rows)
     return rows
+
+
+def command_for(study: Study, size: str, runs: Group) -> str:
+    """What makes such lines of results, with the names of texts in place of their paths."""
+    words = [f"python -m experiments.{study.name}.run --size {size}"]
+    words += [f"--text {name}" for name in sorted({run["text"] for run in runs} - {LIBRARY})]
+    others = {name: None for run in runs for name in run.get("texts", {})}
+    words += [f"--also {' '.join(f'{name}={name}' for name in others)}"] if others else []
+    words += ["--data DATA"] if any("downstream" in run for run in runs) else []
+    return " ".join(words)
 
 
 def by(runs: Group, *names: str) -> dict[Any, list[Row]]:

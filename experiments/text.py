@@ -17,6 +17,8 @@ from growjax.errors import DataError
 
 BETWEEN = "\x0c"
 _ARTICLE = re.compile(r"<doc [^>]*>\n(.*?)</doc>", re.DOTALL)
+# What a text is called that is always there
+LIBRARY = "Python's standard library"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ def load_texts(folder: Path | None, cache: Path, others: dict[str, Path] | None 
     if folder is None:
         training, rest = prepare(StandardLibrary(), tokenizer, cache, held_out=4)
         proxy, valid = _halves(rest)
-        return Texts(training, proxy, valid, more, "Python's standard library")
+        return Texts(training, proxy, valid, more, LIBRARY)
     missing = [n for n in ("train.txt", "valid.txt") if not (folder / n).is_file()]
     if missing:
         raise DataError(

@@ -77,10 +77,14 @@ def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path,
         assert row["stages"][-1]["stop"] == pytest.approx(row["spent"])
         assert sum(n for *_, n in row["operations"]) >= row["steps"]
         assert on_clock(row, FlopsClock()) == pytest.approx(row["flops"])
-    summary = write_summary(out, about, "here")
+    summary = write_summary(out, about)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     page = (tmp_path / "report.html").read_text()
     assert all(arm in page for arm in by_arm)
+    command = (
+        f"python -m experiments.{name}.run --size smoke --text numbers --also same=same --data DATA"
+    )
+    assert {r["command"] for r in summary} == {command}
     # One seed decides nothing
     equal = [r for r in summary if "p_holm" in r]
     assert equal and {r["verdict"] for r in equal} == {"undecided"}
@@ -270,7 +274,9 @@ def test_a_run_is_charged_by_another_clock_along_its_operations():
     about = dataclasses.replace(ntng.STUDY, target="whole", clocks={"here": clock})
     rows = {r["question"].partition(",")[0]: r for r in summarise(about, [grown, whole], "here")}
     row = rows["AdamW against whole"]
-    assert row["cost"] == pytest.approx(4 / 6) and row["cost_to_reach"] == pytest.approx(2500 / 6000)
+    assert row["cost"] == pytest.approx(4 / 6) and row["cost_to_reach"] == pytest.approx(
+        2500 / 6000
+    )
     assert row["clocks"]["here"] == {"cost": 0.75, "cost_to_reach": 0.5, "reached": [0.5]}
     # An operation that was never measured is a reason, and not a guess
     other = dataclasses.replace(about, clocks={"here": MeasuredClock("here", ((small, 10**9),))})

@@ -1,6 +1,6 @@
 """The studies at the papers' own sizes: every program fits the slice that it is meant for.
 
-Slow, so `make test-tpu` leaves it out: GROWJAX_PROFILE=deep make test-tpu ARGS=tests/tpu/test_presets.py
+Slow, so `make test-tpu` leaves it out: GROWJAX_PROFILE=deep make test-tpu ARGS="-s -k every_program_fits"
 """
 
 import pytest
