@@ -17,6 +17,7 @@ from growjax.models import BERTConfig, LlamaConfig, T5Config
 from growjax.nn import RotaryScaling
 from growjax.train import Layout, Optimizer, Plan, Stage, load_plan, save_plan
 from growjax.train.as_json import differences, from_dict, to_dict
+from growjax.train.stages import Steps
 from tests.runs import SMALL, every_kind, plan, steps
 
 
@@ -140,6 +141,28 @@ def test_a_plan_knows_its_cost_before_it_runs():
     assert set(paths[:4]) == wide and set(paths[4:8]) == wide | deep and set(paths[8:]) == deep
     assert run.flops == sum(map(sum, (span.flops for span in run.spans))) and run.steps == 21
     assert [i for i, _ in run.spans[3].programs] == [0, paths.index(max(deep))]
+
+
+@pytest.mark.parametrize(
+    "stage, rule",
+    [
+        (Stage(subnet=gj.path_schedule((2, 2.5, 3.25, 4), layers=4, steps=24)), "adamw"),
+        (steps(24, subnet=gj.random_path(2.5)), "adamw"),
+        (steps(24, subnet=gj.random_path(3)), "adamw"),
+        (steps(24, subnet=gj.random_path(2.5, mode="bernoulli")), "adamw"),
+        (steps(24), "sophia"),
+    ],
+)
+def test_a_step_does_what_it_would_do_alone(stage, rule):
+    """Steps that are alike are worked out together; which ones are is not taken for granted here."""
+    model = dataclasses.replace(SMALL, layers=4)
+    run = plan(stage, model=model, optimizer=Optimizer(rule), seed=5)
+    (span,) = run.spans
+    for i in range(24):
+        rules = {"seed": 5, "clock": run.clock, "curvature_every": run.optimizer.curvature_every}
+        alone = Steps(stage, span.model, span.batch, span.objective, start=0, **rules)
+        work, ops = alone.step(i)
+        assert span.works[i] == work and span.flops[i] == sum(op.flops for op in ops)
 
 
 def test_shares_of_a_budget_are_kept_to_within_half_a_step():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -89,6 +90,14 @@ class Stage:
         if isinstance(self.subnet, PathSchedule | RandomPath):
             return self.subnet.at(i, seed=seed)
         return self.subnet
+
+    def steady(self, i: int) -> float:
+        """The step before which the part is the one of step `i`, as far as that is known without a look."""
+        subnet, stop = self.subnet, math.inf
+        if isinstance(subnet, PathSchedule):
+            subnet, stop = next((s.path, s.stop) for s in subnet.stages if s.start <= i < s.stop)
+        by_chance = isinstance(subnet, RandomPath) and not float(subnet.length).is_integer()
+        return i + 1 if by_chance else stop
 
     def level(self, i: int) -> float:
         """How far the gates are open at the stage's step `i`."""
@@ -188,13 +197,17 @@ class Steps:
         self, what: Literal["steps", "flops", "cost"], amount: float
     ) -> Iterator[tuple[Work, int, int]]:
         """Work, FLOPs and cost of the steps that come closest to an amount, and of at least one."""
-        spent = 0.0
+        spent, stop = 0.0, 0.0
         for i in itertools.count():
             if what == "steps" and i >= amount:
                 return
-            work, ops = self.step(i)
-            flops, cost = sum(op.flops for op in ops), sum(map(self.clock.cost, ops))
-            more = {"steps": 1, "flops": flops, "cost": cost}[what]
+            # Plans have millions of steps, and most are like the one before
+            if i >= stop:
+                work, ops = self.step(i)
+                flops, cost = sum(op.flops for op in ops), sum(map(self.clock.cost, ops))
+                more = {"steps": 1, "flops": flops, "cost": cost}[what]
+                changes = self.every is not None or self._drawn(work.part, i) is not None
+                stop = i + 1 if changes else self.stage.steady(i)
             if i and spent + more / 2 > amount:
                 return
             spent += more
