@@ -149,7 +149,7 @@ def test_a_plan_knows_its_cost_before_it_runs():
         (Stage(subnet=gj.path_schedule((2, 2.5, 3.25, 4), layers=4, steps=24)), "adamw"),
         (steps(24, subnet=gj.random_path(2.5)), "adamw"),
         (steps(24, subnet=gj.random_path(3)), "adamw"),
-        (steps(24, subnet=gj.random_path(2.5, mode="bernoulli")), "adamw"),
+        (steps(24, subnet=gj.random_path(3, mode="bernoulli")), "adamw"),
         (steps(24), "sophia"),
     ],
 )
