@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 
 from experiments.study import Cell, blimp_judge, run
-from experiments.summary import Study, write_summary
+from experiments.summary import Study
 from experiments.text import load_texts
 from growjax.train import save_plan
 
@@ -85,6 +85,8 @@ def main(
                     and (not budget or cell.budget in budget)
                 ]
                 run(todo, texts, results, console, judge)
+        from experiments.page import write_summary  # matplotlib
+
         for row in write_summary(results, about):
             estimate = row["estimate"]
             console.print(

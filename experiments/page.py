@@ -1,12 +1,16 @@
-"""The page of a study: loss against cost, what its comparisons say, and every run."""
+"""The summary of a study and its page: loss against cost, what its comparisons say, and every run."""
 
+import dataclasses
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.summary import Group, Row, Study, by
+from experiments.study import read
+from experiments.summary import Group, Row, Study, by, command_for, summarise
+from growjax.budget import load_clock
 from growjax.report import Plot, Table, write_page
 from growjax.report.page import canvas, look, scale, style
 
@@ -24,6 +28,23 @@ _NOTES = (
     "Seconds are those of training on the machine at hand, which did other things as well.",
     "Nobody is charged for compiling, growing, evaluating, tuning, or the second model of RHO.",
 )
+
+
+def write_summary(results: Path, study: Study) -> list[Row]:
+    """Write `summary.json` and `report.html` next to the lines of results, and return the summary.
+
+    A `clock.json` there, of `growjax calibrate`, is one more clock to charge runs by.
+    """
+    runs = read(results)
+    measured = results.parent / "clock.json"
+    if measured.exists():
+        clock = load_clock(measured)
+        study = dataclasses.replace(study, clocks={**study.clocks, clock.name: clock})
+    rows = summarise(study, runs, command_for(study, results.stem, runs))
+    text = json.dumps(rows, indent=1) + "\n"
+    (results.parent / "summary.json").write_text(text, encoding="utf-8")
+    write_report(results.parent / "report.html", study, runs, rows)
+    return rows
 
 
 def write_report(path: Path, study: Study, runs: Group, rows: Sequence[Row]) -> None:

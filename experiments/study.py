@@ -45,6 +45,21 @@ Judge = Callable[[Any], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Size:
+    """How large the models of a study are, and how long the whole one trains, in steps."""
+
+    layers: int
+    embed: int
+    heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    length: int
+    batch: int
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Cell:
     """One run of a study.
 

@@ -1,17 +1,14 @@
 """From lines of results to what they say: rows of question, estimate, interval, seeds and verdict."""
 
 import dataclasses
-import json
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.study import read
 from experiments.text import LIBRARY
 from growjax.budget import (
     Clock,
@@ -20,7 +17,6 @@ from growjax.budget import (
     Outcome,
     compare,
     cost_to_reach,
-    load_clock,
     recharge,
     sign_flip,
     speed_up,
@@ -74,25 +70,6 @@ def summarise(study: Study, runs: Group, command: str) -> list[Row]:
             rows += [{"workload": workload} | row for row in _speed_ups(group, study)]
             rows += [{"workload": workload} | row for row in _rankings(group, study)]
     return [_known(row) | {"command": command} for row in rows]
-
-
-def write_summary(results: Path, study: Study) -> list[Row]:
-    """Write `summary.json` and `report.html` next to the lines of results, and return the summary.
-
-    A `clock.json` there, of `growjax calibrate`, is one more clock to charge runs by.
-    """
-    from experiments.page import write_report  # matplotlib
-
-    runs = read(results)
-    measured = results.parent / "clock.json"
-    if measured.exists():
-        clock = load_clock(measured)
-        study = dataclasses.replace(study, clocks={**study.clocks, clock.name: clock})
-    rows = summarise(study, runs, command_for(study, results.stem, runs))
-    text = json.dumps(rows, indent=1) + "\n"
-    (results.parent / "summary.json").write_text(text, encoding="utf-8")
-    write_report(results.parent / "report.html", study, runs, rows)
-    return rows
 
 
 def command_for(study: Study, size: str, runs: Group) -> str:

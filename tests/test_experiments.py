@@ -14,11 +14,12 @@ from experiments.msg import run as msg
 from experiments.msg.run import released_order
 from experiments.msg.search import choices, probe
 from experiments.no_train_no_gain import run as ntng
+from experiments.page import write_summary
 from experiments.raptr import run as raptr
 from experiments.study import Cell
-from experiments.summary import on_clock, outcome, summarise, whole_arms, write_summary
+from experiments.summary import on_clock, outcome, summarise, whole_arms
 from experiments.text import BETWEEN, Texts, load_texts
-from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op
+from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op, save_clock
 from growjax.data import ByteTokenizer, Corpus
 from growjax.errors import DataError
 from growjax.train import load_plan, save_plan
@@ -77,7 +78,15 @@ def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path,
         assert row["stages"][-1]["stop"] == pytest.approx(row["spent"])
         assert sum(n for *_, n in row["operations"]) >= row["steps"]
         assert on_clock(row, FlopsClock()) == pytest.approx(row["flops"])
+    ops = dict.fromkeys(Op(*op) for r in rows for *op, _ in r["operations"])
+    clock = MeasuredClock("here", tuple((op, 10**9) for op in ops))
+    save_clock(clock, tmp_path / "clock.json")
     summary = write_summary(out, about)
+    for row in (r for r in summary if "reached" in r):
+        assert row["clocks"]["here"]["cost"] == pytest.approx(
+            by_arm[row["question"].partition(" against ")[0]]["steps"]
+            / by_arm[about.target]["steps"]
+        )
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     page = (tmp_path / "report.html").read_text()
     assert all(arm in page for arm in by_arm)

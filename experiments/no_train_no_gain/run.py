@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import growjax as gj
+from experiments import study
 from experiments.study import COMPUTE, TRIALS, Cell, as_trial
 from experiments.summary import Study
 from growjax.budget import A100_T5, RTX3090_BERT, DepthClock, Op
@@ -29,18 +30,9 @@ BUDGETS = {"smoke": (1,), "small": (1, 2, 4), "paper": (1, 2, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
-    """How large the models are, and how many steps the baseline trains for at the smallest budget."""
+class Size(study.Size):
+    """At the smallest budget, with the number of parts that a batch is computed in."""
 
-    layers: int
-    embed: int
-    heads: int
-    head_dim: int
-    mlp: int
-    vocab: int
-    length: int
-    batch: int
-    steps: int
     accumulate: int = 1
 
 

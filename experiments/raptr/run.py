@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 import growjax as gj
+from experiments import study
 from experiments.study import COMPUTE, TRIALS, Cell, as_trial, loss_on
 from experiments.summary import Study
 from experiments.text import Texts
@@ -26,18 +27,9 @@ STUDY = Study("raptr", baseline="full at equal FLOPs", target="full", method="ra
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
-    """How large the models are and how long the full model trains, in steps."""
+class Size(study.Size):
+    """With a peak learning rate, and over how many devices parameters are spread."""
 
-    layers: int
-    embed: int
-    heads: int
-    head_dim: int
-    mlp: int
-    vocab: int
-    length: int
-    batch: int
-    steps: int
     rate: float
     fsdp: int = 1
 
