@@ -30,9 +30,9 @@ class Stacked(eqx.Module, Generic[Block]):
     - `active`: layers marked False are skipped by `lax.cond`, at no cost for their FLOPs.
 
     `remat="dots"` keeps matrix products and recomputes the rest, the fastest form even on a CPU but for
-    models of some 100,000 weights, where "nothing" is, which recomputes everything; "everything" keeps
-    everything. `read` is what a run does to one
-    layer's weights when the scan comes to them: it gathers them (`growjax.parallel.gathered`).
+    models of a few 100,000 weights, where "nothing" is, which recomputes everything; "everything" keeps
+    everything. `read` is what a run does to one layer's weights when the scan comes to them: it gathers
+    them (`growjax.parallel.gathered`).
     """
 
     block: Block = stack("{axis}")
