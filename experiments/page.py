@@ -39,7 +39,7 @@ def write_summary(results: Path, study: Study) -> list[Row]:
     measured = results.parent / "clock.json"
     if measured.exists():
         clock = load_clock(measured)
-        study = dataclasses.replace(study, clocks={**study.clocks, clock.name: clock})
+        study = dataclasses.replace(study, clocks={**study.clocks, clock.identity: clock})
     rows = summarise(study, runs, command_for(study, results.stem, runs))
     text = json.dumps(rows, indent=1) + "\n"
     (results.parent / "summary.json").write_text(text, encoding="utf-8")

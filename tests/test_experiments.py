@@ -83,7 +83,7 @@ def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path,
     save_clock(clock, tmp_path / "clock.json")
     summary = write_summary(out, about)
     for row in (r for r in summary if "reached" in r):
-        assert row["clocks"]["here"]["cost"] == pytest.approx(
+        assert row["clocks"][clock.identity]["cost"] == pytest.approx(
             by_arm[row["question"].partition(" against ")[0]]["steps"]
             / by_arm[about.target]["steps"]
         )

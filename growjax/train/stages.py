@@ -92,7 +92,7 @@ class Stage:
         return self.subnet
 
     def steady(self, i: int) -> float:
-        """The step before which the part is the one of step `i`, as far as that is known without a look."""
+        """Before which step the part is that of step `i`, as far as can be said without drawing."""
         subnet, stop = self.subnet, math.inf
         if isinstance(subnet, PathSchedule):
             subnet, stop = next((s.path, s.stop) for s in subnet.stages if s.start <= i < s.stop)
