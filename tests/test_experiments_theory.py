@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from typing import Any
 
 import equinox as eqx
@@ -485,3 +486,14 @@ def test_growing_in_the_middle_keeps_both_ends(block, count):
         assert (grown[-block:] == layers[-block:]).all()
         layers = grown
     assert len(layers) == count * block
+
+
+def test_networks_that_diverge_are_said_and_leave_valid_json(tmp_path):
+    found = cells.cells(
+        tmp_path / "c.jsonl", [("a",)], lambda name: {"end": {"x": [1.0, math.inf]}}
+    )
+    assert json.loads((tmp_path / "c.jsonl").read_text(), parse_constant=pytest.fail) == found[0]
+    assert found[0]["end"] == {"x": [1.0, None]}
+    said = cells.row("does it?", [1.0, math.nan], "yes", "here")
+    assert said["estimate"] is None and said["interval"] is None and said["verdict"] == "diverged"
+    assert cells.row("does it?", [1.0, 1.5], "yes", "here")["verdict"] == "yes"

@@ -1,6 +1,7 @@
 """Cells that are run once and kept, and the rows of `summary.json` that are made of them."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -21,10 +22,19 @@ def cells(path: Path, wanted: list[tuple], run: Callable[..., dict]) -> list[dic
     done = {tuple(cell["cell"]): cell for cell in map(json.loads, whole.splitlines())}
     for cell in wanted:
         if cell not in done:
-            done[cell] = {"cell": list(cell), **run(*cell)}
+            done[cell] = {"cell": list(cell), **_finite(run(*cell))}
             with path.open("a") as file:
                 file.write(json.dumps(done[cell]) + "\n")
     return [done[cell] for cell in wanted]
+
+
+def _finite(value):
+    """The same with None for what is not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def interval(values) -> tuple[float, float, float]:
@@ -50,7 +60,10 @@ def within(values, low: float, high: float) -> str:
 
 
 def row(question: str, values, verdict: bool | str, command: str) -> dict:
-    """One row of `summary.json`."""
+    """One row of `summary.json`; where a network diverged there is no number, and the verdict says so."""
+    if not np.all(np.isfinite(values)):
+        found = {"question": question, "estimate": None, "interval": None, "seeds": len(values)}
+        return found | {"verdict": "diverged", "command": command}
     estimate, low, high = (round(v, 4) for v in interval(values))
     if not isinstance(verdict, str):
         verdict = "yes" if verdict else "no"

@@ -205,7 +205,7 @@ def trained(size: SizeName = "smoke", out: Path = Path("out"), text: Path | None
     def table(net, time: str, what: str) -> np.ndarray:
         """`[seeds, depths]` of one number."""
         return np.array(
-            [[found[(*net, d, i)][time][what] for d in s.depths] for i in range(s.seeds)]
+            [[found[(*net, d, i)][time][what] for d in s.depths] for i in range(s.seeds)], float
         )
 
     command = f"python -m experiments.theory.run trained --size {size}"
@@ -258,9 +258,8 @@ def draw(s: Size, nets, found, table, path: Path) -> None:
         style = {"marker": "o", "markersize": 3, "linestyle": "-" if net[0] == NORMS[0] else "--"}
         color = "tab:blue" if net[1] == "full" else "tab:red"
         lines = [found[(*net, deepest, i)]["end"]["ratios"] for i in range(s.seeds)]
-        left.plot(
-            np.arange(1, deepest + 1), np.mean(lines, axis=0), color=color, label=label, **style
-        )
+        mean = np.mean(np.array(lines, float), axis=0)
+        left.plot(np.arange(1, deepest + 1), mean, color=color, label=label, **style)
         for panel, time, what in ((middle, "end", "mean"), (right, "boundary", "gap")):
             values = table(net, time, what)
             half = interval_half(values)
