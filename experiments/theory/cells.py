@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,7 +28,7 @@ def cells(path: Path, wanted: list[tuple], run: Callable[..., dict]) -> list[dic
     return [done[cell] for cell in wanted]
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     """The same with None for what is not finite, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _finite(x) for name, x in value.items()}
