@@ -1,6 +1,7 @@
 """From lines of results to what they say: rows of question, estimate, interval, seeds and verdict."""
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -17,7 +18,6 @@ from growjax.budget import (
     Outcome,
     compare,
     cost_to_reach,
-    recharge,
     sign_flip,
     speed_up,
     t_interval,
@@ -102,12 +102,15 @@ def whole_arms(group: Group, baseline: str) -> list[Row]:
 def outcome(run: Row, budget: float, clock: Clock | None = None) -> Outcome:
     """One line of results as what `growjax.budget` compares, charged on another clock if there is one.
 
-    The curve of a run that was charged its FLOPs is read along its operations in their order.
+    The curve of a run that was charged its FLOPs is read along its operations in their order. Raises
+    `BudgetError` for one that was charged anything else.
     """
     spent, curve = run["spent"], tuple(map(tuple, run["curve"]))
     if clock is not None:
+        if run["clock"] != FlopsClock().identity:
+            raise BudgetError(f"clock: expected a run charged its FLOPs, got {run['clock']!r}")
         was, now = (_course(run, c) for c in (FlopsClock(), clock))
-        spent = float(now[-1])
+        spent = now[-1]
         curve = tuple((float(np.interp(at, was, now)), loss) for at, loss in curve)
     return Outcome(
         arm=run["arm"],
@@ -123,14 +126,14 @@ def outcome(run: Row, budget: float, clock: Clock | None = None) -> Outcome:
 
 def on_clock(run: Row, clock: Clock) -> float:
     """What the operations of a run cost on a clock, in its unit."""
-    counts = {Op(*op): n for *op, n in run["operations"]}
-    return recharge(counts, clock) / clock.per_unit
+    return _course(run, clock)[-1]
 
 
-def _course(run: Row, clock: Clock) -> Any:
+def _course(run: Row, clock: Clock) -> list[float]:
     """What was spent on a clock, in its unit, once each kind of operation was done, from nothing on."""
-    costs = [clock.cost(Op(*op)) * n for *op, n in run["operations"]]
-    return np.cumsum([0, *costs]) / clock.per_unit
+    costs = (clock.cost(Op(*op)) * n for *op, n in run["operations"])
+    # Whole numbers of any size: the FLOPs of a long run do not fit into 64 bits
+    return [spent / clock.per_unit for spent in itertools.accumulate(costs, initial=0)]
 
 
 # Rows --------------------------------------------------------------------------------------------

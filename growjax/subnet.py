@@ -123,6 +123,11 @@ class RandomPath(Coins):
         low = math.floor(self.length)
         return self._with_length(low + int(draw < self.length - low))
 
+    def steady(self, step: int) -> float:
+        """The step before which `at` says what it says of `step`, as far as is known without drawing."""
+        by_chance = self.mode == "fixed" and not float(self.length).is_integer()
+        return step + 1 if by_chance else math.inf
+
     def _with_length(self, length: int) -> "RandomPath":
         return RandomPath(length, self.keep, self.scale, self.mode, self.axis)
 
@@ -394,9 +399,17 @@ class PathSchedule(NamedTuple):
 
     def at(self, step: int, *, seed: int = 0) -> RandomPath:
         """The path of one step, of whole length."""
+        return self._stage(step).path.at(step, seed=seed)
+
+    def steady(self, step: int) -> float:
+        """The step before which `at` says what it says of `step`, as far as is known without drawing."""
+        stage = self._stage(step)
+        return min(stage.path.steady(step), stage.stop)
+
+    def _stage(self, step: int) -> PathStage:
         for stage in self.stages:
             if stage.start <= step < stage.stop:
-                return stage.path.at(step, seed=seed)
+                return stage
         raise SubnetError(f"step {step} is outside the schedule's {self.stages[-1].stop} steps")
 
     @property

@@ -395,12 +395,12 @@ TABLE = """
 @ hooks are charged in seconds | train/loop.py | hooks | time_of_hooks
 - with self.clock.apart("hooks", self.state):
 + with contextlib.nullcontext():
-@ lengths drawn by chance once and for all | train/stages.py | plan | do_alone
-- return i + 1 if by_chance else stop
-+ return stop
-@ paths past the end of their stage | train/stages.py | plan | do_alone
-- subnet, stop = next((s.path, s.stop) for s in subnet.stages if s.start <= i < s.stop)
-+ subnet = next(s.path for s in subnet.stages if s.start <= i < s.stop)
+@ lengths drawn by chance once and for all | subnet.py | plan | do_alone
+- return step + 1 if by_chance else math.inf
++ return math.inf
+@ paths past the end of their stage | subnet.py | plan | do_alone
+- return min(stage.path.steady(step), stage.stop)
++ return stage.path.steady(step)
 @ curvature of the first step for all | train/stages.py | plan | do_alone
 - changes = self.every is not None or self._drawn(work.part, i) is not None
 + changes = self._drawn(work.part, i) is not None

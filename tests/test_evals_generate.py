@@ -195,6 +195,21 @@ def test_it_stops_working_when_all_texts_have_ended(monkeypatch):
     assert len(calls) == 4
 
 
+def test_a_batch_of_caches_has_its_layers_first():
+    """A scan over layers takes them first; anything else would be turned around for every token."""
+    inner = room.__globals__
+    one = inner["_read"](build("gpt"), jnp.zeros((3, 5), int), 16)
+    assert one.keys.shape == one.values.shape == (2, 3, 4, 16, 4)
+    real = jnp.ones((3, 5), bool)
+    pair = inner["_read_pair"](build("t5"), jnp.zeros((3, 5), int), real, 16)
+    assert pair.seen.keys.shape == (2, 3, 4, 16, 4) and pair.crossed.keys.shape == (2, 3, 4, 5, 4)
+    start = jnp.zeros(3, int)
+    keys = jax.random.split(jax.random.key(0), 3)
+    for name, cache in (("gpt", one), ("t5", pair)):
+        _, after = inner["_write"](build(name), cache, start, start, keys, jnp.float32(0))
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, cache)
+
+
 def test_short_prompts_go_along_with_long_ones(monkeypatch):
     """A step costs as much for one text as for many, so batches are few; answers keep their order."""
     widths, batch = [], room.__globals__["_batch"]

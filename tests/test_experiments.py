@@ -21,7 +21,7 @@ from experiments.summary import on_clock, outcome, summarise, whole_arms
 from experiments.text import BETWEEN, Texts, load_texts
 from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op, save_clock
 from growjax.data import ByteTokenizer, Corpus
-from growjax.errors import DataError
+from growjax.errors import BudgetError, DataError
 from growjax.train import load_plan, save_plan
 from tests.runs import TEXT
 
@@ -260,6 +260,15 @@ def test_the_arm_that_a_study_is_about_is_compared_with_its_rivals():
     (question,) = (q for q in found if " against mine " in q)
     assert question.startswith("rival") and found[question]["verdict"] == "worse"
     assert found[question]["estimate"] == pytest.approx(0.1)
+
+
+def test_what_a_run_costs_is_counted_whole():
+    """The same operation in two stages counts twice, and more FLOPs than 64 bits hold are no fewer."""
+    op = Op("train", 8, 16, 64, 10**15)
+    run = line("AdamW", 1, 0, 3.0) | {"operations": [[*op, 10_000], [*op, 20_000]]}
+    assert on_clock(run, FlopsClock()) == 3e19
+    with pytest.raises(BudgetError, match="expected a run charged its FLOPs"):
+        outcome(run, 1.0, A100_T5)
 
 
 def test_a_run_is_charged_by_another_clock_along_its_operations():

@@ -92,12 +92,10 @@ class Stage:
         return self.subnet
 
     def steady(self, i: int) -> float:
-        """Before which step the part is that of step `i`, as far as can be said without drawing."""
-        subnet, stop = self.subnet, math.inf
-        if isinstance(subnet, PathSchedule):
-            subnet, stop = next((s.path, s.stop) for s in subnet.stages if s.start <= i < s.stop)
-        by_chance = isinstance(subnet, RandomPath) and not float(subnet.length).is_integer()
-        return i + 1 if by_chance else stop
+        """The step before which the part is that of step `i`, as far as is known without drawing."""
+        if isinstance(self.subnet, PathSchedule | RandomPath):
+            return self.subnet.steady(i)
+        return math.inf
 
     def level(self, i: int) -> float:
         """How far the gates are open at the stage's step `i`."""
