@@ -19,6 +19,8 @@ from growjax.train import Optimizer, Plan, Schedule, Stage
 
 Workload = Literal["bert", "gpt", "bert-large"]
 SEEDS = {"smoke": 1, "small": 6, "paper": 1}
+# Multiples of the steps of a size; a longer run says what is left of a gain
+BUDGETS = {"smoke": (1,), "small": (1, 4), "paper": (1,)}
 STUDY = Study("msg", baseline="control", target="scratch", method="msg")
 
 
@@ -66,24 +68,27 @@ SIZES: dict[str, dict[Workload, Size]] = {
 def trials(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
     """The tuning ledger: the arms that decide, at four learning rates."""
     for factor in TRIALS:
-        for cell in cells(size, workload, 1000 + seed, factor):
-            if cell.plan.name in ("scratch", "control", "msg"):
-                yield as_trial(cell)
+        for plan in plans(SIZES[size][workload], size, workload, 1000 + seed, factor):
+            if plan.name in ("scratch", "control", "msg"):
+                yield as_trial(Cell(workload, "1x", plan))
 
 
-def cells(size: str, workload: Workload, seed: int, factor: float = 1.0) -> Iterator[Cell]:
-    """The arms of one seed; `factor` is of learning rates."""
-    if workload in SIZES[size]:
-        for plan in plans(size, workload, seed, factor):
-            yield Cell(workload, "1x", plan)
+def cells(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
+    """The arms of one seed at every budget."""
+    if workload not in SIZES[size]:
+        return
+    for times in BUDGETS[size]:
+        s = SIZES[size][workload]
+        longer = dataclasses.replace(s, steps=times * s.steps)
+        for plan in plans(longer, size, workload, seed):
+            yield Cell(workload, f"{times}x", plan)
 
 
-def plans(size: str, workload: Workload, seed: int, factor: float) -> Iterator[Plan]:
+def plans(s: Size, size: str, workload: Workload, seed: int, factor: float = 1.0) -> Iterator[Plan]:
     """The plans of the arms, each worked out when it is asked for: long ones take a while.
 
-    All but `scratch` cost what `msg` does.
+    All but `scratch` cost what `msg` does. `factor` is of learning rates.
     """
-    s = SIZES[size][workload]
     objective = objective_of(workload, s)
     make = functools.partial(
         Plan,

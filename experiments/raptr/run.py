@@ -23,6 +23,8 @@ from growjax.train import Layout, Optimizer, Plan, Schedule, Stage
 
 Workload = Literal["bert", "ul2"]
 SEEDS = {"smoke": 1, "small": 6, "paper": 1}
+# Multiples of the steps of a size; a longer run says what is left of a gain
+BUDGETS = {"smoke": (1,), "small": (1, 4), "paper": (1,)}
 STUDY = Study("raptr", baseline="full at equal FLOPs", target="full", method="raptr")
 
 
@@ -62,24 +64,27 @@ def objective(workload: Workload, length: int) -> Objective:
 def trials(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
     """The tuning ledger: the arms that decide, at four learning rates."""
     for factor in TRIALS:
-        for cell in cells(size, workload, 1000 + seed, factor):
-            if cell.plan.name in ("full at equal FLOPs", "raptr", "stacking"):
-                yield as_trial(cell)
+        for plan in plans(SIZES[size][workload], size, workload, 1000 + seed, factor):
+            if plan.name in ("full at equal FLOPs", "raptr", "stacking"):
+                yield as_trial(Cell(workload, "1x", plan))
 
 
-def cells(size: str, workload: Workload, seed: int, factor: float = 1.0) -> Iterator[Cell]:
-    """The arms of one seed; `factor` is of learning rates."""
+def cells(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
+    """The arms of one seed at every budget."""
     look = by_length if size != "paper" else None
-    for plan in plans(size, workload, seed, factor):
-        yield Cell(workload, "1x", plan, after=look)
+    for times in BUDGETS[size]:
+        s = SIZES[size][workload]
+        longer = dataclasses.replace(s, steps=times * s.steps)
+        for plan in plans(longer, size, workload, seed):
+            yield Cell(workload, f"{times}x", plan, after=look)
 
 
-def plans(size: str, workload: Workload, seed: int, factor: float) -> Iterator[Plan]:
+def plans(s: Size, size: str, workload: Workload, seed: int, factor: float = 1.0) -> Iterator[Plan]:
     """The plans of the arms, each worked out when it is asked for: long ones take a while.
 
-    All but `full`, `raptr proportional` and `raptr, full first` cost what `raptr` does.
+    All but `full`, `raptr proportional` and `raptr, full first` cost what `raptr` does. `factor` is of
+    learning rates.
     """
-    s = SIZES[size][workload]
     make = functools.partial(
         Plan,
         batch=s.batch,
