@@ -44,12 +44,11 @@ class Size:
     seeds: int
 
 
-# The rate is one of those published for small encoders; with fewer steps, the highest of them
 SIZES = {
     "smoke": Size(dict.fromkeys(NAMES, 64), Recipe(rate=1e-2, epochs=8, length=16), 2),
     "small": Size(
-        {"glue/rte": 128, "glue/mrpc": 160, "glue/cola": 320, "glue/sst-2": 256},
-        Recipe(rate=3e-4, epochs=3, length=64),
+        {"glue/rte": None, "glue/mrpc": 2048, "glue/cola": 4096, "glue/sst-2": 2048},
+        Recipe(rate=1e-4, epochs=3, length=64),
         3,
     ),
     "paper": Size(dict.fromkeys(NAMES), Recipe(rate=1e-4), 5),
