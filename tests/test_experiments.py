@@ -170,6 +170,19 @@ def test_msg_grows_in_the_released_order():
         assert all(span.stage.ramp for span in plan.spans[1:])
 
 
+@pytest.mark.parametrize("name, whole", [("msg", "scratch"), ("raptr", "full")])
+def test_a_longer_budget_takes_as_many_times_the_steps(name, whole, monkeypatch):
+    monkeypatch.setitem(STUDIES[name][0].BUDGETS, "smoke", (1, 4))
+    found = {
+        (c.budget, c.plan.name): c.plan for c in STUDIES[name][0].cells("smoke", "bert", 0)
+    }
+    arms = {arm for _, arm in found}
+    assert found.keys() == {(budget, arm) for budget in ("1x", "4x") for arm in arms}
+    for arm in (whole, name):
+        assert found["4x", arm].steps == 4 * found["1x", arm].steps
+        assert len(found["4x", arm].stages) == len(found["1x", arm].stages)
+
+
 def test_a_search_tries_the_next_growth_of_every_dimension_at_the_same_cost():
     left = released_order(msg.SIZES["smoke"]["gpt"])
     assert sorted(choices(left)) == [("embed", 16), ("heads", 2), ("layers", 2), ("mlp", 32)]
