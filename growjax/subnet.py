@@ -43,6 +43,17 @@ class Subnet(eqx.Module):
             model = maps.apply(move, model, None)
         return model
 
+    def running(
+        self, model, *, key: PRNGKeyArray, step: int | Int[Array, ""] = 0
+    ) -> dict[str, Bool[Array, " layers"]]:
+        """Of each stack that loses layers, which of them run for this key; see `growjax.optim.freeze`."""
+        table, found = axes_of(model), {}
+        for move in self.maps(table, key, step):
+            if "stack" in table.roles(move.axis):
+                chosen = jnp.zeros(table.size(move.axis), bool).at[move.source].set(True)
+                found[move.axis] = chosen if move.active is None else move.active
+        return found
+
 
 class Coins(Subnet):
     """A sub-network that skips each layer by a coin of its own: subclass it and write `chances`.

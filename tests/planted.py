@@ -407,4 +407,22 @@ TABLE = """
 @ coins of the first step for all | train/stages.py | plan | do_alone
 - changes = self.every is not None or self._drawn(work.part, i) is not None
 + changes = self.every is not None
+@ layers that are left out move on | train/step.py | freeze | trainer
+- updates, optimizer = freeze(running, updates, optimizer, state.optimizer)
++ freeze(running, updates, optimizer, state.optimizer)
+@ the paths of another step stay | train/step.py | freeze | trainer
+- running = work.part.running(state.model, key=key, step=controls.step)
++ running = work.part.running(state.model, key=key)
+@ layers that did not run grow older | optim/freeze.py | freeze | as_old
+- {axis: _chosen(running, axis, age, old.of[axis]) for axis, age in new.of.items()}
++ {axis: age for axis, age in new.of.items()}
+@ layers that did not run decay | optim/freeze.py | freeze | bitwise
+- return _rows(running, updates, still), jax.tree_util.tree_unflatten(structure, kept)
++ return updates, jax.tree_util.tree_unflatten(structure, kept)
+@ coins are all heads | subnet.py | freeze | with_a_gradient
+- found[move.axis] = chosen if move.active is None else move.active
++ found[move.axis] = chosen
+@ moments without a layer are left to chance | optim/freeze.py | freeze | refused
+- if slot.arrays() and getattr(value, "shape", slot.value.shape) != slot.value.shape:
++ if not slot.arrays():
 """

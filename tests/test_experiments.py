@@ -173,9 +173,7 @@ def test_msg_grows_in_the_released_order():
 @pytest.mark.parametrize("name, whole", [("msg", "scratch"), ("raptr", "full")])
 def test_a_longer_budget_takes_as_many_times_the_steps(name, whole, monkeypatch):
     monkeypatch.setitem(STUDIES[name][0].BUDGETS, "smoke", (1, 4))
-    found = {
-        (c.budget, c.plan.name): c.plan for c in STUDIES[name][0].cells("smoke", "bert", 0)
-    }
+    found = {(c.budget, c.plan.name): c.plan for c in STUDIES[name][0].cells("smoke", "bert", 0)}
     arms = {arm for _, arm in found}
     assert found.keys() == {(budget, arm) for budget in ("1x", "4x") for arm in arms}
     for arm in (whole, name):

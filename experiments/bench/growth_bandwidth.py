@@ -1,8 +1,8 @@
 """Growing about 100M parameters, in bytes read and written a second, over a plain copy of memory.
 
-Runs itself again with huge pages and one arena of memory that keeps what is freed, which must be asked for
-before Python starts: else the kernel clears every page of the grown model, which takes longer than writing
-it, and the copy, which writes to the same place each time, does not pay for that.
+Runs itself again with huge pages and one arena of memory that keeps what is freed, which must be asked
+for before Python starts: else the kernel clears every page of the grown model, which takes longer than
+writing it, and the copy, which writes to the same place each time, does not pay for that.
 """
 
 import os

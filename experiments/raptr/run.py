@@ -101,9 +101,9 @@ def plans(s: Size, size: str, workload: Workload, seed: int, factor: float = 1.0
     lengths = tuple(round(s.layers * (3 + n) / 6) for n in range(4))
     tokens = s.steps * s.batch * make.keywords["objective"].raw_length
 
-    def path(name: str, **how: Any) -> Plan:
+    def path(name: str, inactive: Any = "zero_grad", **how: Any) -> Plan:
         schedule = gj.path_schedule(lengths, layers=s.layers, steps=s.steps, **how)
-        return make(name, whole, (Stage(subnet=schedule),))
+        return make(name, whole, (Stage(subnet=schedule, inactive=inactive),))
 
     def equal(name: str, *stages: Stage, config: Any = whole) -> Plan:
         return make(name, config, stages, budget=raptr.flops)
@@ -142,6 +142,7 @@ def plans(s: Size, size: str, workload: Workload, seed: int, factor: float = 1.0
     yield path("raptr, sqrt scale", scale="sqrt_gap")
     yield path("raptr, no fixed layers", keep=())
     yield path("raptr, full first", warmup=s.steps // 13)
+    yield path("raptr, frozen", inactive="freeze")
     yield equal("random part", *_parts(s))
 
 

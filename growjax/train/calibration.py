@@ -23,7 +23,7 @@ from growjax.gates import ungated
 from growjax.parallel import from_host
 from growjax.train.losses import Loss, cross_entropy
 from growjax.train.plan import Plan
-from growjax.train.stages import Span, Work
+from growjax.train.stages import Span
 from growjax.train.step import Controls, Programs, State
 from growjax.train.transition import lower
 
@@ -94,7 +94,7 @@ def _operations(
                 forward, level = programs.evaluate(shapes), np.float32(span.stage.level(i))
                 yield op, lambda f=forward, s=state, b=batch, o=level: f(s, b, o)
                 continue
-            work = Work(span.works[i].part, op.kind == "curvature")
+            work = span.works[i]._replace(curvature=op.kind == "curvature")
             step = _Training(plan, span, i, programs.step(shapes, work), state, batch)
             yield op, step
             state = step.state

@@ -280,7 +280,7 @@ def _rows(stages: Sequence[StageFacts]) -> Iterator[tuple[str, list[str]]]:
 def said_work(work: Work) -> str:
     """What makes a step's program: `RandomPath(length=3), curvature`."""
     parts = [] if work.part is None else [said(work.part)]
-    return ", ".join([*parts, "curvature"] if work.curvature else parts)
+    return ", ".join([*parts, *(name for name in ("curvature", "freeze") if getattr(work, name))])
 
 
 def said(part: Any) -> str:

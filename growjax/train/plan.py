@@ -25,9 +25,9 @@ from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, Llama, LlamaCon
 from growjax.optim.recipe import Optimizer
 from growjax.parallel import Layout
 from growjax.select import Selector
-from growjax.subnet import PathSchedule, Subnet
+from growjax.subnet import Coins, PathSchedule, Subnet
 from growjax.train.losses import reads_pairs
-from growjax.train.stages import Carry, Rewind, Span, Stage, Start, Steps
+from growjax.train.stages import Carry, Inactive, Rewind, Span, Stage, Start, Steps
 
 
 ModelConfig = GPTConfig | BERTConfig | LlamaConfig | T5Config
@@ -194,6 +194,8 @@ def _length_faults(plan: Plan) -> Iterator[str]:
         yield "stages: expected at least one"
     if plan.start is not None:
         yield from _start_faults(plan.start)
+    if plan.layout.own_paths and any(stage.inactive == "freeze" for stage in plan.stages):
+        yield "layout: own_paths: a layer that one replica leaves out runs on another; freeze none"
     shares = [stage.share for stage in plan.stages if stage.share is not None]
     if shares and plan.budget is None:
         yield "budget: the stages are shares of it, so it must be given"
@@ -232,6 +234,11 @@ def _stage_faults(stage: Stage) -> Iterator[str]:
         yield f"grow: expected an operator such as gj.msg(mlp=2048), got {stage.grow!r}"
     if not (stage.subnet is None or scheduled or isinstance(stage.subnet, Subnet)):
         yield f"subnet: expected one such as gj.random_path(6), got {stage.subnet!r}"
+    if stage.inactive not in get_args(Inactive):
+        known = ", ".join(get_args(Inactive))
+        yield f"inactive: expected one of {known}, got {stage.inactive!r}"
+    elif stage.inactive == "freeze" and not (scheduled or isinstance(stage.subnet, Coins)):
+        yield f"inactive: only layers can stay as they were, give a path or drop, got {stage.subnet!r}"
     if not (stage.select is None or isinstance(stage.select, Selector)):
         yield f"select: expected one such as RhoLoss(), got {stage.select!r}"
     if stage.carry not in get_args(Carry):

@@ -23,6 +23,7 @@ from growjax.train.losses import predictions
 
 Carry = Literal["dual", "zero", "reset"]
 Rewind = Literal["stretch", "slope"]
+Inactive = Literal["zero_grad", "freeze"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,9 @@ class Stage:
     - `subnet`: trains only this part of the model. A `PathSchedule`'s steps count from the stage's
       first. Layers that are skipped by a coin of their own (`mode="bernoulli"`, progressive layer
       drop) are charged where they are drawn.
+    - `inactive`: layers that `subnet` leaves out of a step get a gradient of zero, and move on by their
+      momentum and weight decay ("zero_grad"), or stay as they were, with their moments and their age
+      ("freeze").
     - `select`: chooses each step's batch from several, such as `growjax.select.RhoLoss()`.
     - `rewarm`: the share of the stage's cost over which the learning rate climbs again, from 0.
     - `rewind`: the learning rate starts again from its peak: "stretch" falls to the schedule's own end,
@@ -79,6 +83,7 @@ class Stage:
     carry: Carry = "dual"
     ramp: int = 0
     subnet: Subnet | PathSchedule | None = None
+    inactive: Inactive = "zero_grad"
     select: Selector | None = None
     rewarm: float = 0.0
     rewind: Rewind | None = None
@@ -103,10 +108,15 @@ class Stage:
 
 
 class Work(NamedTuple):
-    """What makes one step's program: the part it trains, and whether it takes a second gradient."""
+    """What makes one step's program.
+
+    The part that it trains, whether it takes a second gradient, and whether layers that the part leaves
+    out stay as they were.
+    """
 
     part: Subnet | None = None
     curvature: bool = False
+    freeze: bool = False
 
 
 class Span(NamedTuple):
@@ -217,7 +227,7 @@ class Steps:
     def step(self, i: int) -> tuple[Work, tuple[Op, ...]]:
         """What the stage's step `i` does, and the operations that it takes."""
         refresh = self.every is not None and (self.start + i) % self.every == 0
-        work = Work(self.stage.part(i, self.seed), refresh)
+        work = Work(self.stage.part(i, self.seed), refresh, self.stage.inactive == "freeze")
         drawn = self._drawn(work.part, i)
         if (work, drawn) not in self.known:
             self.known[work, drawn] = tuple(self._ops(work, drawn))

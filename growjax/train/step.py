@@ -24,7 +24,7 @@ from growjax.axes import partition
 from growjax.gates import opened, ungated
 from growjax.growth import Chain, Operator
 from growjax.maps import fold_in_name
-from growjax.optim import carry
+from growjax.optim import carry, freeze
 from growjax.optim.recipe import Rule
 from growjax.parallel import (
     BATCH,
@@ -249,6 +249,10 @@ def _step(
         curvature=curvature,
         labels=labels,
     )
+    if work.freeze and work.part is not None:
+        key = step_key(controls.seed, controls.step)
+        running = work.part.running(state.model, key=key, step=controls.step)
+        updates, optimizer = freeze(running, updates, optimizer, state.optimizer)
     report = Report(loss, optax.tree.norm(gradient), optax.tree.norm(state.trained))
     return State(optax.apply_updates(state.trained, updates), state.rest, optimizer), report
 
