@@ -22,7 +22,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from growjax.errors import LayoutError, raise_all
-from growjax.parallel import Layout, per_device_bytes
+from growjax.gates import ungated
+from growjax.parallel import Layout, per_device_bytes, replicated
 from growjax.train.dryrun import amount, said_work
 from growjax.train.losses import cross_entropy
 from growjax.train.plan import Plan
@@ -211,6 +212,7 @@ def compile_for(
     *,
     layout: Layout | None = None,
     stages: Sequence[int] | None = None,
+    reference: Any = None,
     workers: int = 2,
 ) -> Target:
     """Compile every program of a plan for a TPU slice, on a machine that needs none.
@@ -220,6 +222,8 @@ def compile_for(
     - `target`: such as "v5e:16x16"; the generations are in `GENERATIONS`.
     - `layout`: instead of the plan's.
     - `stages`: only these, by number.
+    - `reference`: the second model that a selector compares with, or its shapes; if there is none, it
+      is taken to be as large as the model that trains.
     - `workers`: how many programs are compiled at once.
 
     Raises `LayoutError` if the compiler is not installed, the slice is unknown, or the layout or a batch
@@ -248,14 +252,19 @@ def compile_for(
     wanted = range(len(plan.spans)) if stages is None else stages
     todo = [n for i in wanted for n in needs(plan.spans[i], first=False)]
     with concurrent.futures.ThreadPoolExecutor(workers, "compile") as pool:
-        found = tuple(pool.map(lambda need: _compile(plan, programs, need), todo))
+        found = tuple(pool.map(lambda need: _compile(plan, programs, need, reference), todo))
     refusals = list(_refusals(plan, mesh.size, memory, todo, found))
     return Target(plan.name, target, mesh.size, memory, found, tuple(refusals))
 
 
-def _compile(plan: Plan, programs: Programs, need: Need) -> Compiled:
+def _compile(plan: Plan, programs: Programs, need: Need, reference: Any) -> Compiled:
     name, stage = _name(need), need[1]
-    lowered = lower(plan, programs, need)
+    everywhere = replicated(programs.mesh)
+    second = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        ungated(plan.spans[stage].model) if reference is None else reference,
+    )
+    lowered = lower(plan, programs, need, second)
     start = time.perf_counter()
     try:
         program = lowered.compile()

@@ -13,7 +13,8 @@ from rich.console import Console
 import growjax as gj
 from growjax.data import MLM, UL2, Causal
 from growjax.errors import LayoutError
-from growjax.models import BERTConfig, GPTConfig, LlamaConfig, T5Config
+from growjax.models import GPT, BERTConfig, GPTConfig, LlamaConfig, T5Config
+from growjax.select import RhoLoss
 from growjax.train import Layout, Plan, Schedule, Stage
 from growjax.train.commands import show_plan
 from growjax.train.dryrun import dry_run
@@ -139,6 +140,18 @@ def test_replicas_add_up_and_do_nothing_else():
     found = compile_for(plan(steps(4, "small"), layout=Layout(step="shard_map")), "v5e:4x4")
     step = by_name(found)[0, "step"].collectives
     assert step["all-reduce"] >= 1 and {k for k in COLLECTIVES if step[k]} == {"all-reduce"}
+
+
+def test_a_second_model_takes_the_memory_of_its_parameters():
+    def needed(**more: Any) -> int:
+        found = compile_for(plan(steps(4, "chosen", select=RhoLoss())), "v5e:4x4", **more)
+        return by_name(found)[0, "step"].arguments
+
+    whole = plan(steps(4, "small")).spans[0].model
+    smaller = GPT(dataclasses.replace(SMALL, layers=1), key=jax.random.key(0))
+    counts = [sum(x.size for x in jax.tree.leaves(model)) for model in (whole, smaller)]
+    saved = 4 * (counts[0] - counts[1])
+    assert needed() - needed(reference=smaller) == pytest.approx(saved, rel=0.02) and saved > 0
 
 
 def test_a_growth_fits_256_chips():
