@@ -52,7 +52,8 @@ def main(
             workload: the kinds of model to run.
             budget: the budgets to run; all if there is none.
             shard: run the seeds that are I modulo N, so that N processes share the work.
-            plans: run nothing; write the plans of seed 0 there, for `growjax plan` and `growjax train`.
+            plans: run nothing; write the plans of seed 0 there, for `growjax plan` and `growjax train`,
+                and those of second models next to them, for `growjax train --reference`.
             report: run nothing; report on what is there.
             tune: run the tuning ledger instead: every method at four learning rates, one seed.
         """
@@ -65,7 +66,10 @@ def main(
             plans.mkdir(parents=True, exist_ok=True)
             for cell in (c for w in workload for c in cells(size, w, 0)):
                 name = f"{cell.workload}-{cell.budget}-{cell.plan.name}".replace(" ", "_")
-                save_plan(cell.plan, plans / f"{name.replace('/', '_')}.json")
+                path = plans / f"{name.replace('/', '_')}.json"
+                save_plan(cell.plan, path)
+                if cell.reference is not None:
+                    save_plan(cell.reference, path.with_suffix(".reference.json"))
             return
         results = out / f"{size}.jsonl"
         if not report:

@@ -46,6 +46,7 @@ def train(
     keep_every: int | None = None,
     tracker: tuple[str, ...] = (),
     profile: tuple[int, int] | None = None,
+    reference: Path | None = None,
     hosts: bool = False,
 ) -> None:
     """Run a plan, or go on with it: the same command resumes after a kill, wherever it stopped.
@@ -61,6 +62,7 @@ def train(
         keep_every: Checkpoints at multiples of so many steps stay as well.
         tracker: Where the numbers go besides the journal: tensorboard, wandb.
         profile: First and last step of which to write a profile.
+        reference: A run, a checkpoint or a Hugging Face folder: the second model that RHO compares with.
         hosts: Join the other hosts of a pod first.
     """
     from growjax import parallel
@@ -70,6 +72,7 @@ def train(
 
     from rich.console import Console
 
+    from growjax.evals.commands import open_model
     from growjax.train import Options, watch
     from growjax.train import train as records
     from growjax.train.commands import read_plan
@@ -83,7 +86,8 @@ def train(
         keep_every=keep_every,
         profile=profile,
     )
-    running = records(what, run=run, options=options)
+    second = None if reference is None else open_model(reference)[0]
+    running = records(what, run=run, options=options, reference=second)
     for _ in watch(running, what, run=run, console=Console(), trackers=tracker):
         pass
 

@@ -425,4 +425,10 @@ TABLE = """
 @ moments without a layer are left to chance | optim/freeze.py | freeze | refused
 - if slot.arrays() and getattr(value, "shape", slot.value.shape) != slot.value.shape:
 + if not slot.arrays():
+@ second models of other words are taken | train/plan.py | methods | cannot_read
+- if mine != theirs:
++ if mine < theirs:
+@ the command line loses the second model | __main__.py | commands | rho_from
+- second = None if reference is None else open_model(reference)[0]
++ second = None
 """

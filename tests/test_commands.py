@@ -27,9 +27,10 @@ from growjax.errors import (
     TrainingError,
 )
 from growjax.report.runs import write_report
-from growjax.train import Options, load_plan, read_journal, save_plan, watch
+from growjax.select import RhoLoss
+from growjax.train import CorpusFeed, Options, Step, load_plan, read_journal, save_plan, watch
 from growjax.train.as_json import to_dict
-from growjax.train.checkpoint import read_lineage
+from growjax.train.checkpoint import Checkpoints, read_lineage
 from growjax.train.commands import describe, grow_checkpoint, operator_of, read_plan
 from growjax.train.metrics import peak_flops
 from growjax.train.saving import load_model
@@ -281,6 +282,27 @@ def test_train_from_the_command_line_and_go_on(tmp_path):
     )
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
     assert wrong.stderr.startswith("growjax: ") and "plan.seed: was 0, is 1" in wrong.stderr
+
+
+def test_rho_from_the_command_line_takes_its_second_model_from_a_run(tmp_path):
+    (tmp_path / "text").mkdir()
+    for n in range(40):
+        (tmp_path / "text" / f"{n}.txt").write_text(f"{n} times {n} is {n * n}. " * 40)
+    data = Text(str(tmp_path / "text"))
+    plain, chosen = plan(steps(2), data=data), plan(steps(2, select=RhoLoss()), data=data, seed=1)
+    save_plan(plain, tmp_path / "plain.json")
+    save_plan(chosen, tmp_path / "chosen.json")
+    command = ["train", tmp_path / "chosen.json", "--run", tmp_path / "b", "--held-out", 4]
+    alone = growjax(*command)
+    assert alone.returncode == 1 and "--reference FOLDER" in alone.stderr
+    first = growjax("train", tmp_path / "plain.json", "--run", tmp_path / "a", "--held-out", 4)
+    done = growjax(*command, "--reference", tmp_path / "a")
+    assert first.returncode == 0 and done.returncode == 0, first.stderr + done.stderr
+    found = [r["loss"] for r in read_journal(tmp_path / "b") if r["kind"] == "step"]
+    reference = load_model(Checkpoints(tmp_path / "a" / "checkpoints").found()[-1])[0]
+    corpus = CorpusFeed.of(chosen, tmp_path / "cache")
+    again = train(chosen, corpus, options=Options(held_out=4), reference=reference)
+    assert found == [r.loss for r in again if isinstance(r, Step)]
 
 
 def test_every_command_explains_itself(capsys):

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from experiments import study
+from experiments.main import main
 from experiments.msg import run as msg
 from experiments.msg.run import released_order
 from experiments.msg.search import choices, probe
@@ -217,6 +218,24 @@ def test_paper_presets_can_be_planned(name):
     for workload in STUDIES[name][1]:
         first = next(iter(STUDIES[name][0].cells("paper", workload, 0)))
         assert jax.tree.leaves(first.plan.spans[0].model) and first.plan.steps > 1000
+
+
+def test_plans_are_written_with_those_of_second_models(tmp_path, monkeypatch):
+    command = ["run", "--size", "smoke", "--workload", "bert", "--plans", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    main(ntng.STUDY, ntng.cells, ntng.SEEDS, ("bert", "t5"))
+    wanted = cells("no_train_no_gain", "smoke", "bert")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *(f"bert-1x-{name.replace(' ', '_')}.json" for name in wanted),
+        *(
+            f"bert-1x-{n.replace(' ', '_')}.reference.json"
+            for n, c in wanted.items()
+            if c.reference
+        ),
+    }
+    rho = wanted["RHO"]
+    assert load_plan(tmp_path / "bert-1x-RHO.json") == rho.plan
+    assert load_plan(tmp_path / "bert-1x-RHO.reference.json") == rho.reference
 
 
 # Rows out of made-up lines -----------------------------------------------------------------------

@@ -15,12 +15,14 @@ from growjax.axes import axes_of
 from growjax.budget import RTX3090_BERT, DepthClock, FlopsClock
 from growjax.data.batches import held_out_batch
 from growjax.errors import PlanError
+from growjax.models import T5Config
 from growjax.optim.recipe import Optimizer, Rule
 from growjax.select import RhoLoss, SelectiveBackprop
 from growjax.train import Options, Schedule, Stage, cross_entropy, train
 from growjax.train.losses import drawn_loss
+from growjax.train.plan import build
 from growjax.train.stages import Work, step_flops
-from tests.runs import BATCH, SMALL, feed, losses, plan, programs_of, same, steps, weights
+from tests.runs import BATCH, LENGTH, SMALL, feed, losses, plan, programs_of, same, steps, weights
 
 
 OPTIONS = Options(held_out=4)
@@ -75,6 +77,25 @@ def test_rho_without_its_second_model_stops_before_the_first_step():
     made = plan(steps(1, select=RhoLoss()))
     with pytest.raises(PlanError, match="reference: a stage's selector compares"):
         run(made)
+
+
+def test_a_second_model_that_cannot_read_what_is_offered_stops_it_as_well():
+    made = plan(steps(1, "chosen", select=RhoLoss()), steps(1, "all"))
+    small = dataclasses.replace(SMALL, vocab=300, positions=LENGTH - 1)
+    pairs = T5Config(1, 1, embed=16, heads=2, head_dim=8, mlp=16, vocab=SMALL.vocab)
+    for config, faults in {
+        small: [
+            "8 tokens are more than the model's 7",
+            "knows 300 words, and the model that trains 384",
+        ],
+        pairs: ["for one sequence, which is not what T5 reads"],
+    }.items():
+        with pytest.raises(PlanError) as error:
+            run(made, reference=eqx.filter_eval_shape(build, config, jax.random.key(0)))
+        assert all(fault in str(error.value) for fault in faults)
+        assert "stage 0 'chosen': reference: " in str(error.value) and "'all'" not in str(
+            error.value
+        )
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from growjax.parallel import from_host, replicated
 from growjax.train.clock import Clock
 from growjax.train.feed import CorpusFeed, Feed
 from growjax.train.losses import Loss, cross_entropy
-from growjax.train.plan import Plan
+from growjax.train.plan import Plan, reference_faults
 from growjax.train.records import Begin, End, Growth, Record, Saved, Step
 from growjax.train.stages import Span
 from growjax.train.step import Controls, Programs, State
@@ -106,10 +106,13 @@ def train(
     mesh = plan.layout.mesh(devices)
     programs = Programs(plan.optimizer.build(), loss, mesh, plan.layout, plan.accumulate)
     if reference is not None:
+        headline = f"plan {plan.name!r} cannot choose by this second model:"
+        raise_all(PlanError, headline, reference_faults(plan, reference))
         reference = jax.device_put(reference, replicated(mesh))
     elif any(s.stage.select is not None and s.stage.select.compares for s in plan.spans):
         raise PlanError(
-            f"plan {plan.name!r}: reference: a stage's selector compares with a second model; give it one"
+            f"plan {plan.name!r}: reference: a stage's selector compares with a second model; give it "
+            "one (`--reference FOLDER` on the command line)"
         )
     ahead = Ahead(
         plan,

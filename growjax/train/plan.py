@@ -349,8 +349,24 @@ def _shape_faults(plan: Plan, batch: int, objective: Objective, model: Any) -> I
     seq2seq = "encoder_tokens" in shapes
     if seq2seq != reads_pairs(model):
         kind = "an encoder and a decoder" if seq2seq else "one sequence"
-        name = type(plan.model).__name__
+        name = type(model).__name__
         yield f"objective: {objective} makes examples for {kind}, which is not what {name} reads"
+
+
+def reference_faults(plan: Plan, reference: Any) -> Iterator[str]:
+    """Why a second model cannot look at what the stages of a plan choose from, from shapes alone.
+
+    Models of other families, which go with a loss of their own, are not looked into.
+    """
+    for span in plan.spans if isinstance(reference, tuple(_MODELS.values())) else ():
+        if span.stage.select is None or not span.stage.select.compares:
+            continue
+        where = f"stage {span.index} {span.stage.name!r}: reference: "
+        for fault in _shape_faults(plan, span.batch, span.objective, reference):
+            yield where + fault
+        mine, theirs = span.sizes["vocab"], sizes(reference)["vocab"]
+        if mine != theirs:
+            yield f"{where}it knows {theirs} words, and the model that trains {mine}"
 
 
 def _ramp_faults(stage: Stage, model: Any, steps: int) -> Iterator[str]:
