@@ -36,8 +36,7 @@ def freeze(
         updates, after = tx.update(gradient, state, trained)
         updates, state = growjax.optim.freeze(path.running(model, key=key), updates, after, state)
 
-    RaPTr (Panigrahi et al., 2025) does not say what becomes of layers that are left out; its theory and
-    `optax` take the gradient of zero.
+    Panigrahi et al. (RaPTr, 2025) do not say which of the two happens to the layers that they leave out.
     """
 
     def shaped(node) -> bool:
