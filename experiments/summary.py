@@ -39,8 +39,8 @@ class Study:
 
     - `name`: of its folder.
     - `baseline`: the arm that all others of the same cost are compared with.
-    - `target`: an arm at a cost of its own whose loss others should reach for less, such as training
-      from scratch.
+    - `target`: the baseline at a cost of its own, whose loss others should reach for less, such as
+      training from scratch to the end.
     - `method`: the arm that the study is about, which all others of its cost are compared with as well.
     - `clocks`: under which the ranking is worked out again, besides FLOPs.
     """
@@ -222,28 +222,47 @@ def _elsewhere(
 
 
 def _speed_ups(group: Group, study: Study) -> Iterator[Row]:
-    """What the baseline would need for each arm's loss: decayed, and looked at on its way."""
-    outcomes = [outcome(r, _times(r["budget"])) for r in group]
-    budgets = {o.budget for o in outcomes if o.arm == study.baseline}
-    if len(budgets) < 2:
-        return
-    for arm in dict.fromkeys(o.arm for o in outcomes if o.arm != study.baseline):
-        for s in speed_up(outcomes, arm, study.baseline, allow_undecayed=True):
-            yield {
-                "budget": f"{s.budget:g}x",
-                "question": f"speed-up of {arm} over decayed {study.baseline}",
-                "estimate": s.decayed,
-                "interval": s.decayed_interval and list(s.decayed_interval),
-                "naive": s.naive,
-                "naive_interval": s.naive_interval and list(s.naive_interval),
-                "reason": s.reason,
-                "seeds": len(s.seeds),
-                "verdict": "unknown"
-                if s.decayed is None
-                else "faster"
-                if s.decayed > 1
-                else "slower",
-            }
+    """What the baseline would need for each arm's loss: decayed, and looked at on its way.
+
+    The target is the baseline at another cost, so its ends are among those that losses are read off.
+    """
+    same = (study.baseline, study.target)
+    arms = by([r for r in group if r["arm"] not in same], "arm")
+    for name, clock in {"": None, **study.clocks}.items():
+        ends: list[Outcome] = []
+        for (arm, _), runs in by(group, "arm", "budget").items():
+            if arm in same and (known := _charged(runs, clock)):
+                cost = statistics.median(o.spent for o in known)
+                ends += [dataclasses.replace(o, arm=study.baseline, budget=cost) for o in known]
+        if len({o.budget for o in ends}) < 2:
+            continue
+        more = f", charged by {name}" if name else ""
+        for arm, runs in arms.items():
+            outcomes = [*ends, *_charged(runs, clock)]
+            for s in speed_up(outcomes, arm, study.baseline, allow_undecayed=True):
+                yield {
+                    "budget": f"{s.budget:g}x",
+                    "question": f"speed-up of {arm} over decayed {study.baseline}{more}",
+                    "estimate": s.decayed,
+                    "interval": s.decayed_interval and list(s.decayed_interval),
+                    "naive": s.naive,
+                    "naive_interval": s.naive_interval and list(s.naive_interval),
+                    "reason": s.reason,
+                    "seeds": len(s.seeds),
+                    "verdict": "unknown"
+                    if s.decayed is None
+                    else "faster"
+                    if s.decayed > 1
+                    else "slower",
+                }
+
+
+def _charged(runs: Group, clock: Clock | None) -> list[Outcome]:
+    """Runs as outcomes on another clock, or on their own; none if it does not know all they did."""
+    try:
+        return [outcome(r, _times(r["budget"]), clock) for r in runs]
+    except BudgetError:
+        return []
 
 
 def _rankings(group: Group, study: Study) -> Iterator[Row]:

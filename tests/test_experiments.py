@@ -282,6 +282,18 @@ def test_speed_ups_and_rankings_under_other_clocks():
     assert other["order"] == ["shallow", "dear", "AdamW"] and other["verdict"] == "unchanged"
 
 
+def test_speed_ups_are_read_off_the_target_as_well():
+    """It is the baseline for longer: here twice as long, at the same budget of the study."""
+    runs = [line("AdamW", 1, s, 3.0 + 0.01 * s) for s in range(6)]
+    runs += [line("mine", 1, s, 2.9 + 0.01 * s) for s in range(6)]
+    about = dataclasses.replace(ntng.STUDY, target="whole")
+    assert not [r for r in summarise(about, runs, "here") if "naive" in r]
+    runs += [line("whole", 2, s, 2.8 + 0.01 * s) | {"budget": "1x"} for s in range(6)]
+    (found,) = [r for r in summarise(about, runs, "here") if "naive" in r]
+    assert found["question"] == "speed-up of mine over decayed AdamW" and found["budget"] == "1x"
+    assert found["estimate"] == pytest.approx(2**0.5, rel=1e-3) and found["seeds"] == 6
+
+
 def test_the_arm_that_a_study_is_about_is_compared_with_its_rivals():
     scores = {"AdamW": 3.0, "mine": 2.5, "rival": 2.6, "dear": 2.0}
     runs = [line(a, 1, s, x + 0.01 * s) for a, x in scores.items() for s in range(6)]
@@ -330,6 +342,29 @@ def test_a_run_is_charged_by_another_clock_along_its_operations():
     other = dataclasses.replace(about, clocks={"here": MeasuredClock("here", ((small, 10**9),))})
     rows = {r["question"].partition(",")[0]: r for r in summarise(other, [grown, whole], "here")}
     assert "never measured" in rows["AdamW against whole"]["clocks"]["here"]["reason"]
+
+
+def test_a_speed_up_on_another_clock_is_that_of_its_charges():
+    small, large = Op("train", 2, 16, 64, 100), Op("train", 4, 16, 64, 300)
+    clock = MeasuredClock("here", ((small, 10**9), (large, 2 * 10**9)))
+
+    def runs(arm: str, op: Op, count: int, score: float) -> list[dict]:
+        flops = float(op.flops * count)
+        charged = {"operations": [[*op, count]], "spent": flops, "clock": "FLOPs"}
+        curve = [(flops / 2, score + 1), (flops, score)]
+        return [line(arm, 1, s, score) | charged | {"curve": curve} for s in range(6)]
+
+    group = [*runs("AdamW", large, 10, 3.0), *runs("whole", large, 20, 2.8)]
+    group += runs("mine", small, 30, 2.9)
+    about = dataclasses.replace(ntng.STUDY, target="whole", clocks={"here": clock})
+    speed = {r["question"]: r for r in summarise(about, group, "here") if "naive" in r}
+    name = "speed-up of mine over decayed AdamW"
+    assert speed.keys() == {name, f"{name}, charged by here"}
+    assert speed[name]["estimate"] == pytest.approx(2**0.5)
+    assert speed[f"{name}, charged by here"]["estimate"] == pytest.approx(2**0.5 * 20 / 30)
+    # Of an arm that the clock does not know whole, nothing is said
+    other = dataclasses.replace(about, clocks={"here": MeasuredClock("here", ((large, 10**9),))})
+    assert {r["question"] for r in summarise(other, group, "here") if "naive" in r} == {name}
 
 
 def test_an_arm_with_fewer_seeds_is_compared_over_those():
