@@ -14,7 +14,7 @@ import growjax as gj
 from growjax.axes import axes_of
 from growjax.budget import RTX3090_BERT, DepthClock, FlopsClock
 from growjax.data.batches import held_out_batch
-from growjax.errors import PlanError
+from growjax.errors import CheckpointError, PlanError
 from growjax.models import T5Config
 from growjax.optim.recipe import Optimizer, Rule
 from growjax.select import RhoLoss, SelectiveBackprop
@@ -77,6 +77,28 @@ def test_rho_without_its_second_model_stops_before_the_first_step():
     made = plan(steps(1, select=RhoLoss()))
     with pytest.raises(PlanError, match="reference: a stage's selector compares"):
         run(made)
+
+
+def test_a_run_goes_on_with_the_second_model_that_it_began_with(programs, tmp_path):
+    made = plan(steps(4, select=RhoLoss()))
+    one, other = (dataclasses.replace(made, seed=n).build() for n in (5, 6))
+    options = dataclasses.replace(OPTIONS, save_every=2, keep_last=9)
+
+    def go(folder, reference):
+        return list(
+            train(
+                made, feed(made), run=folder, options=options, reference=reference, cache=programs
+            )
+        )
+
+    whole = go(tmp_path / "whole", one)
+    half = tmp_path / "half"
+    (half / "checkpoints").mkdir(parents=True)
+    saved = sorted((tmp_path / "whole" / "checkpoints").iterdir())
+    saved[0].rename(half / "checkpoints" / saved[0].name)
+    with pytest.raises(CheckpointError, match="chose by another second model"):
+        go(half, other)
+    assert same(go(half, one), whole)
 
 
 def test_a_second_model_that_cannot_read_what_is_offered_stops_it_as_well():

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -159,10 +160,16 @@ class _Loop:
         self.saves = None
         if run is not None:
             # Orbax takes a second to import, and a run that saves nothing does not need it
-            from growjax.train.saving import Saves
+            from growjax.train.saving import Saves, digest_of
 
-            kept = {"keep_last": options.keep_last, "keep_every": options.keep_every}
-            self.saves = Saves(plan, Path(run), **kept)
+            second = eqx.filter(ahead.reference, eqx.is_array)
+            self.saves = Saves(
+                plan,
+                Path(run),
+                keep_last=options.keep_last,
+                keep_every=options.keep_every,
+                reference=None if ahead.reference is None else digest_of(second),
+            )
         self.feed = feed or CorpusFeed.of(plan, Path(run or "runs/_").parent / "cache")
         self.spent, self.flops, self.profiling = 0, 0, False
         self.late: Callable[..., Step] | None = None

@@ -1,6 +1,7 @@
 """What a run writes about itself into its checkpoints, and how it finds its way back."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from growjax.train.as_json import differences, from_dict, load_plan, save_plan, 
 from growjax.train.checkpoint import Checkpoints, load, numbered, read_lineage
 from growjax.train.plan import Plan, build
 from growjax.train.stages import Span
-from growjax.train.step import Programs, State
+from growjax.train.step import Programs, State, checksums
 from growjax.train.transition import Crossing
 
 
@@ -38,12 +39,21 @@ class Found(NamedTuple):
 class Saves:
     """The checkpoints of one plan in the folder of its run, next to the plan itself.
 
-    Raises `CheckpointError` if the folder is that of another plan; where it is spread over devices and
-    where its data lie may differ.
+    `reference` is the digest of the second model that a selector compares with. Raises `CheckpointError`
+    if the folder is that of another plan; where it is spread over devices and where its data lie may
+    differ.
     """
 
-    def __init__(self, plan: Plan, run: Path, *, keep_last: int, keep_every: int | None):
-        self.plan, self.run = plan, run
+    def __init__(
+        self,
+        plan: Plan,
+        run: Path,
+        *,
+        keep_last: int,
+        keep_every: int | None,
+        reference: str | None = None,
+    ):
+        self.plan, self.run, self.reference = plan, run, reference
         self.checkpoints = Checkpoints(
             run / "checkpoints", keep_last=keep_last, keep_every=keep_every
         )
@@ -86,6 +96,11 @@ class Saves:
             raise CheckpointError(
                 f"{path}: it was trained on other data (digest {lineage['data']}, now {data}); a run "
                 "goes on with what it began with"
+            )
+        if lineage.get("reference") != self.reference:
+            raise CheckpointError(
+                f"{path}: it chose by another second model (digest {lineage.get('reference')}, now "
+                f"{self.reference}); a run goes on with what it began with"
             )
         span = self.plan.spans[lineage["stage"]]
         self.parent, self.start = path.name, lineage.get("start")
@@ -131,6 +146,7 @@ class Saves:
             "flops": flops,
             "seconds": seconds,
             "data": data,
+            "reference": self.reference,
             "parent": self.parent,
             "start": self.start,
             "checksums": numbered(state, seal),
@@ -153,6 +169,12 @@ class Saves:
             "seed": plan.seed,
             "tokenizer": plan.tokenizer,
         }
+
+
+def digest_of(tree: Any) -> str:
+    """A name for the numbers in a tree, the same on every mesh."""
+    found = json.dumps(numbered(tree, jax.jit(checksums)), sort_keys=True)
+    return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
 def model_of(lineage: Mapping[str, Any]) -> Any:

@@ -5,8 +5,6 @@ and a model of another size is loaded as what it is. It becomes a larger one by 
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +19,9 @@ from growjax.errors import CheckpointError, GrowjaxError, raise_all
 from growjax.gates import is_gated, ungated
 from growjax.hf.convert import config as read_config
 from growjax.hf.convert import load as load_folder
-from growjax.train.checkpoint import Checkpoints, numbered, read_lineage
+from growjax.train.checkpoint import Checkpoints, read_lineage
 from growjax.train.plan import Plan, build
-from growjax.train.saving import load_model, model_of
-from growjax.train.step import checksums
+from growjax.train.saving import digest_of, load_model, model_of
 
 
 # How a model computes and not what: these are the plan's, whatever the model was trained with
@@ -69,11 +66,10 @@ def read_start(plan: Plan, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
         before = source.lineage.get("start") or {"tokens": 0, "flops": 0}
     # How it computes is the plan's, and all of its numbers are the folder's
     model = jax.tree.unflatten(jax.tree.structure(plan.origin), jax.tree.leaves(model))
-    found = json.dumps(numbered(partition(model), jax.jit(checksums)), sort_keys=True)
     said: dict[str, Any] = {
         "folder": plan.start.folder,
         "is": name,
-        "digest": hashlib.sha256(found.encode()).hexdigest()[:16],
+        "digest": digest_of(partition(model)),
     }
     for what in ("tokens", "flops"):
         # Of a run that itself started from another one, both count; of a stranger nobody knows
