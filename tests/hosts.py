@@ -2,6 +2,7 @@
 
 python -m tests.hosts layouts FOLDER              8 devices in one process
 python -m tests.hosts rank FOLDER RANK PORT WHAT  one of two processes, one device each
+python -m tests.hosts start FOLDER                one process that starts from what the two made
 """
 
 import json
@@ -11,12 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
+import optax
 
 import growjax as gj
 from growjax import parallel
-from growjax.train import Layout, Options, Plan, Step, train
+from growjax.train import Layout, Options, Plan, Start, Step, train
 from tests.runs import feed, plan, steps
 
 
@@ -69,8 +72,24 @@ def layouts(folder: Path) -> None:
     print(json.dumps({"losses": found, "specs": sorted(specs), "devices": parallel.self_test()}))
 
 
+def started(folder: Path, layout: Layout) -> dict[str, list[float]]:
+    """Two steps from the model that `short` made, with a hook that reads all of it."""
+    start = Start(str(folder), (gj.msg(mlp=32, heads=4),))
+    of = plan(steps(4, "on"), start=start, layout=layout, batch=8)
+
+    def size(model: Any, step: Step) -> dict[str, float]:
+        return {"size": float(jax.jit(optax.tree.norm)(eqx.filter(model, eqx.is_array)))}
+
+    options = Options(held_out=8, evaluate_every=of.flops / 2, hooks=(size,))
+    found = [r for r in train(of, feed(of), options=options) if isinstance(r, Step)]
+    return {
+        "losses": [r.loss for r in found],
+        "sizes": [r.scores["size"] for r in found if r.scores],
+    }
+
+
 def rank(folder: Path, index: int, port: str, what: str) -> None:
-    """One of two hosts. `what` is "train", or "die" for the one that stops in the middle."""
+    """One of two hosts: "train", "start" (train, then start from that), or "die" in the middle."""
     parallel.connect(
         coordinator_address=f"127.0.0.1:{port}",
         num_processes=2,
@@ -88,11 +107,15 @@ def rank(folder: Path, index: int, port: str, what: str) -> None:
                 os._exit(9)
     batch = reading.batches(of.spans[0]).batch_at(0)
     assert len(batch["tokens"]) == 4 and np.all(batch["weights"] == 1)
+    if what == "start":
+        print(json.dumps(started(folder, of.layout)))
 
 
 if __name__ == "__main__":
     command, where, *rest = sys.argv[1:]
     if command == "layouts":
         layouts(Path(where))
+    elif command == "start":
+        print(json.dumps(started(Path(where), Layout())))
     else:
         rank(Path(where), int(rest[0]), *rest[1:])

@@ -69,7 +69,7 @@ def test_parameters_are_split_where_they_can_be(layouts):
 @pytest.fixture(scope="module")
 def two_hosts(tmp_path_factory):
     folder, port = tmp_path_factory.mktemp("hosts") / "run", free_port()
-    ranks = [start("rank", folder, i, port, "train") for i in range(2)]
+    ranks = [start("rank", folder, i, port, "start") for i in range(2)]
     done = [r.communicate(timeout=600) for r in ranks]
     assert [r.returncode for r in ranks] == [0, 0], done
     return folder, [out for out, _ in done]
@@ -85,6 +85,20 @@ def test_two_hosts_give_the_losses_of_one(layouts, two_hosts):
     assert first == second and list(first) == list(range(4))
     assert list(first.values()) == pytest.approx(layouts["losses"]["one"][:4], abs=3e-5)
     assert all(f"process {i} of 2 on" in out and "1 of 2" in out for i, out in enumerate(outs))
+
+
+def test_two_hosts_start_from_a_run_and_read_the_whole_model_in_hooks(two_hosts):
+    folder, outs = two_hosts
+    first, second = (json.loads(out.splitlines()[-1]) for out in outs)
+    alone = start("start", folder)
+    out, errors = alone.communicate(timeout=600)
+    assert alone.returncode == 0, errors
+    one = json.loads(out.splitlines()[-1])
+    assert first == second and len(first["losses"]) == len(first["sizes"]) == 2
+    for what in ("losses", "sizes"):
+        assert first[what] == pytest.approx(one[what], rel=1e-5)
+    # From the model that was trained, and not from one that was just born
+    assert one["losses"][0] < shown(outs[0])[0] - 0.01
 
 
 def test_a_host_that_dies_ends_the_other_and_both_go_on(two_hosts, tmp_path):
