@@ -15,6 +15,7 @@ import growjax as gj
 from growjax import optim
 from growjax.errors import PlanError, StateError
 from growjax.models import GPT
+from growjax.optim.age import Ages
 from growjax.parallel import Layout
 from growjax.train import Optimizer, Options, load_plan, save_plan, train
 from growjax.train.checkpoint import load
@@ -62,7 +63,7 @@ def rows(tree: Any, layers: np.ndarray) -> list[np.ndarray]:
 
 
 def ages(state: Any) -> list[np.ndarray]:
-    is_ages = lambda node: isinstance(node, optim.age.Ages)  # noqa: E731
+    is_ages = lambda node: isinstance(node, Ages)  # noqa: E731
     found = [x for x in jax.tree.leaves(state, is_leaf=is_ages) if is_ages(x)]
     return [np.asarray(x.of["layers"]) for x in found]
 
@@ -122,7 +123,7 @@ def test_what_did_not_run_is_bitwise_what_it_was_and_all_else_moves_as_usual(rul
 def test_a_layer_is_as_old_as_the_steps_that_it_ran():
     tx, path, model = RULES["adamw"], SUBNETS["path"], gpt()
     trained, rest = gj.partition(model)
-    state, seen = tx.init(trained), 0
+    state, seen = tx.init(trained), np.zeros(LAYERS, int)
     for key in KEYS[:4]:
         model = eqx.combine(trained, rest)
         updates, after = tx.update(gradient_of(path, model, key), state, trained)
@@ -161,7 +162,7 @@ def trained_for(count: int, subnet: Any, inactive: Any, folder: Any, programs: A
 def test_the_trainer_counts_a_layers_steps_by_the_paths_it_drew(name, programs, tmp_path):
     made, model, state = trained_for(5, TRAINED[name], "freeze", tmp_path, programs)
     draws = [TRAINED[name].running(model, key=gj.step_key(made.seed, n), step=n) for n in range(5)]
-    seen = sum(np.asarray(running.get("layers", np.ones(4))).astype(int) for running in draws)
+    seen = np.sum([running.get("layers", np.ones(4, bool)) for running in draws], axis=0)
     assert np.array_equal(ages(state)[0], seen) and seen.min() < 5
 
 
