@@ -81,8 +81,9 @@ CASES: dict[str, tuple[Any, str]] = {
 FOLDED = "t5 tied, unscaled"
 # The bias that counts is that of the decoder
 UNUSED = {("bert untied", "cls.predictions.bias")}
-# Of the largest output, which is a few units; a wrong epsilon or activation is off by 1e-4 and more
-LIMIT = {"bert": 5e-6, "gpt2": 5e-6, "llama": 5e-6, "t5": 2e-5, "ul2": 2e-4}
+# Outputs are a few units. Rounding alone differs from CPU to CPU, and takes Llama's up to 6e-6; a wrong
+# epsilon or activation is off by 1e-4 and more
+LIMIT = {"bert": 5e-6, "gpt2": 5e-6, "llama": 1e-5, "t5": 2e-5, "ul2": 2e-4}
 
 
 def ours(model: Any) -> dict[str, np.ndarray]:
