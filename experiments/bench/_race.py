@@ -1,5 +1,8 @@
 """Timing things against each other in one process, in turn, so that a slow minute slows them all."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +15,21 @@ import optax
 
 import growjax as gj
 from growjax.models import GPT, GPTConfig
+
+
+KEPT = {"hugetlb": 1, "arena_max": 1, "mmap_threshold": 1 << 32, "trim_threshold": 1 << 36}
+TUNABLES = ":".join(f"glibc.malloc.{name}={value}" for name, value in KEPT.items())
+
+
+def keep_memory(name: str) -> None:
+    """Run benchmark `name` again in a process with huge pages and one arena that keeps what is freed.
+
+    That must be asked for before Python starts, so this returns only in the second process.
+    """
+    if os.environ.get("GLIBC_TUNABLES") != TUNABLES:
+        again = [sys.executable, "-m", "experiments.bench", name]
+        done = subprocess.run(again, env={**os.environ, "GLIBC_TUNABLES": TUNABLES}, check=False)
+        sys.exit(done.returncode)
 
 
 class Times(NamedTuple):

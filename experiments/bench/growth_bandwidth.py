@@ -1,14 +1,11 @@
 """Growing about 100M parameters, in bytes read and written a second, over a plain copy of memory.
 
-Runs itself again with huge pages and one arena of memory that keeps what is freed, which must be asked
-for before Python starts: else the kernel clears every page of the grown model, which takes longer than
-writing it, and the copy, which writes to the same place each time, does not pay for that.
+The process keeps its memory (`_race.keep_memory`): else the kernel clears every page of the grown model,
+which takes longer than writing it, and the copy, which writes to the same place each time, does not pay
+for that.
 """
 
-import os
 import resource
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -17,20 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import growjax as gj
+from experiments.bench._race import keep_memory
 from growjax.models import GPT, GPTConfig
-
-
-KEPT = {"hugetlb": 1, "arena_max": 1, "mmap_threshold": 1 << 32, "trim_threshold": 1 << 36}
-MEMORY = ":".join(f"glibc.malloc.{name}={value}" for name, value in KEPT.items())
 
 
 def run() -> dict:
     """Race growth by width and by depth against `numpy.copyto` on warm memory."""
-    if os.environ.get("GLIBC_TUNABLES") != MEMORY:
-        again = [sys.executable, "-m", "experiments.bench", "growth_bandwidth"]
-        done = subprocess.run(again, env={**os.environ, "GLIBC_TUNABLES": MEMORY}, check=False)
-        sys.exit(done.returncode)
-
+    keep_memory("growth_bandwidth")
     config = GPTConfig(
         layers=12, embed=768, heads=12, head_dim=64, mlp=3072, vocab=32768, positions=1024
     )

@@ -2,7 +2,9 @@
 
 6 layers, embed 384, 6 heads of 64, mlp 1536, 8192 words tied, 8 sequences of 256, float32, AdamW. Against
 PyTorch eager (its own attention, fused AdamW), the same under `torch.compile`, and the GPT-2 of
-`transformers`. All in one process, in turn. Needs `pip install 'growjax[bench]'`.
+`transformers`. All in one process, in turn, that keeps its memory (`_race.keep_memory`): clearing pages
+is a good part of growjax's step otherwise. `of_peak` is each one's share of the speed of a large matrix
+product, the faster library's: no step can have all of it. Needs `pip install 'growjax[bench]'`.
 """
 
 import importlib
@@ -17,7 +19,8 @@ import numpy as np
 import optax
 
 import growjax as gj
-from experiments.bench._race import medians, race
+from experiments.bench._race import keep_memory, medians, race
+from growjax.cost import training_flops_per_token
 from growjax.models import GPT, GPTConfig
 from growjax.optim import adamw
 
@@ -31,6 +34,7 @@ def run() -> dict:
         torch, transformers = map(importlib.import_module, ("torch", "transformers"))
     except ImportError as error:
         sys.exit(f"torch_race: {error}; pip install 'growjax[bench]'")
+    keep_memory("torch_race")
     torch.manual_seed(0)
     rows = np.random.default_rng(0).integers(0, WORDS, (BATCH, LENGTH + 1))
     config = transformers.GPT2Config(
@@ -58,18 +62,30 @@ def run() -> dict:
     ratios = times[best].wall / times["growjax"].wall
     speed = {name: round(BATCH * LENGTH / (t / 1e3)) for name, t in ms.items()}
     print(f"tokens per second: {speed}")
+    peak = _peak(torch)
+    work = training_flops_per_token(_model(), LENGTH) * BATCH * LENGTH
     return {
         "ratio": round(float(np.median(ratios)), 3),
         "goal": 1.2,
         "quartiles": np.quantile(ratios, [0.25, 0.75]).round(3).tolist(),
         "best_other": best,
+        "of_peak": {name: round(work / (t / 1e3) / peak, 2) for name, t in ms.items()},
+        "peak_gigaflops": round(peak / 1e9),
         "tokens_per_second": speed,
         "torch_version": torch.__version__,
         "threads": torch.get_num_threads(),
     }
 
 
-def _growjax(rows: np.ndarray) -> Callable[[], object]:
+def _peak(torch: Any, size: int = 2048) -> float:
+    """FLOPs a second of a large matrix product, the faster library's."""
+    a = jnp.ones((size, size))
+    b, product = torch.ones(size, size), jax.jit(jnp.matmul)
+    best = min(medians(race({"jax": lambda: product(a, a), "torch": lambda: b @ b})).values())
+    return 2 * size**3 / (best / 1e3)
+
+
+def _model() -> GPT:
     config = GPTConfig(
         layers=LAYERS,
         embed=EMBED,
@@ -79,7 +95,11 @@ def _growjax(rows: np.ndarray) -> Callable[[], object]:
         vocab=WORDS,
         positions=LENGTH,
     )
-    trained, rest = gj.partition(GPT(config, key=jax.random.key(0)))
+    return GPT(config, key=jax.random.key(0))
+
+
+def _growjax(rows: np.ndarray) -> Callable[[], object]:
+    trained, rest = gj.partition(_model())
     tx = adamw(1e-3, weight_decay=0.01)
     tokens = jnp.asarray(rows, jnp.int32)
 
