@@ -249,12 +249,14 @@ def _speed_ups(group: Group, study: Study) -> Iterator[Row]:
                     "naive_interval": s.naive_interval and list(s.naive_interval),
                     "reason": s.reason,
                     "seeds": len(s.seeds),
-                    "verdict": "unknown"
-                    if s.decayed is None
-                    else "faster"
-                    if s.decayed > 1
-                    else "slower",
+                    "verdict": "unknown" if s.decayed is None else _pace(s.decayed_interval),
                 }
+
+
+def _pace(interval: tuple[float, float] | None) -> str:
+    """Which side of 1 a speed-up is on, if its whole interval is."""
+    low, high = interval or (-math.inf, math.inf)
+    return "faster" if low > 1 else "slower" if high < 1 else "undecided"
 
 
 def _charged(runs: Group, clock: Clock | None) -> list[Outcome]:
