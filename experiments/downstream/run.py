@@ -47,7 +47,7 @@ class Size:
 SIZES = {
     "smoke": Size(dict.fromkeys(NAMES, 64), Recipe(rate=1e-2, epochs=8, length=16), 2),
     "small": Size(
-        {"glue/rte": 1024, "glue/mrpc": 1024, "glue/cola": 2048, "glue/sst-2": 1024},
+        {"glue/rte": 256, "glue/mrpc": 256, "glue/cola": 2048, "glue/sst-2": 1024},
         Recipe(rate=1e-4, epochs=3, length=64),
         3,
     ),
