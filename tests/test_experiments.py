@@ -297,6 +297,11 @@ def test_speed_ups_are_read_off_the_target_as_well():
     (found,) = [r for r in summarise(about, runs, "here") if "naive" in r]
     assert found["question"] == "speed-up of mine over decayed AdamW" and found["budget"] == "1x"
     assert found["estimate"] == pytest.approx(2**0.5, rel=1e-3) and found["seeds"] == 6
+    assert found["verdict"] == "faster"
+    (one,) = [
+        r for r in summarise(about, [r for r in runs if r["seed"] == 0], "here") if "naive" in r
+    ]
+    assert one["estimate"] == pytest.approx(2**0.5, rel=1e-3) and one["verdict"] == "undecided"
 
 
 def test_the_arm_that_a_study_is_about_is_compared_with_its_rivals():
