@@ -127,8 +127,11 @@ def calibrate(
     warmup: int = 50,
     steps: int = 1000,
     blocks: int = 20,
+    cache: Path = Path("runs/cache"),
 ) -> None:
     """Measure what every operation of some plans takes on this machine, and write the clock as JSON.
+
+    Plans that name data are measured on them as well: steps that wait for data are said, not charged.
 
     Args:
         plans: JSON files, or Python files that define `plan`.
@@ -137,14 +140,14 @@ def calibrate(
         warmup: Steps of each operation before it is timed.
         steps: Steps that are timed.
         blocks: In how many blocks; the device is waited for at the end of each.
+        cache: Where the data of plans are kept once they are tokenised.
     """
     from rich.console import Console
 
     from growjax.train.commands import calibrate_plans
 
-    calibrate_plans(
-        plans, out, name=name, console=Console(), warmup=warmup, steps=steps, blocks=blocks
-    )
+    how = {"warmup": warmup, "steps": steps, "blocks": blocks, "cache": cache}
+    calibrate_plans(plans, out, name=name, console=Console(), **how)
 
 
 @app.command

@@ -431,4 +431,13 @@ TABLE = """
 @ the command line loses the second model | __main__.py | commands | rho_from
 - second = None if reference is None else open_model(reference)[0]
 + second = None
+@ a clock is calibrated on one batch of the data | train/calibration.py | calibration | in_turns
+- step.batch = from_host(rows, mesh)
++ from_host(rows, mesh)
+@ stages that choose are timed on what they are offered | train/calibration.py | calibration | as_well
+- if feed is not None and op.kind == "train" and span.stage.select is None:
++ if feed is not None and op.kind == "train":
+@ nobody says that steps wait for data | budget/clock.py | calibration | uneven_steps
+- if timing.fed is not None and timing.fed > _EVEN:
++ if timing.fed is not None and timing.fed > 2 * _EVEN:
 """

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import time
 from typing import Any
 
@@ -12,12 +13,13 @@ from rich.console import Console
 
 import growjax as gj
 from growjax.budget import MeasuredClock, Op, Timing, load_clock, save_clock
+from growjax.data import Text
 from growjax.errors import BudgetError, PlanError
 from growjax.select import RhoLoss
 from growjax.train import Layout, Optimizer, Plan, Stage, calibrate, calibration, save_plan
 from growjax.train.as_json import from_dict, to_dict
 from growjax.train.commands import calibrate_plans
-from tests.runs import SMALL, plan, steps
+from tests.runs import SMALL, TEXT, feed, plan, steps
 
 
 QUICK: dict[str, Any] = {"name": "here", "warmup": 1, "steps": 4, "blocks": 2}
@@ -98,6 +100,51 @@ def test_steps_are_timed_after_a_warmup_in_blocks_that_are_waited_for(monkeypatc
     assert timing.p5 == pytest.approx(4.7e6) and timing.p95 == pytest.approx(8.3e6)
 
 
+def test_steps_on_data_are_timed_in_turns_with_those_that_wait_for_nothing(monkeypatch):
+    """A machine that takes 10 ms for a step, on which a batch takes 1 ms, and the first one an hour."""
+    now, order = [0], []
+
+    class Step:
+        batch: Any = "the one that is there"
+
+        def __call__(self):
+            now[0] += 10 * 10**6
+            order.append(self.batch)
+            return 0
+
+    def stream():
+        for i in range(99):
+            now[0] += 10**6 if i else 3600 * 10**9
+            yield i, {"tokens": np.full((1,), i)}
+
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now[0])
+    monkeypatch.setattr(calibration, "from_host", lambda rows, mesh: int(rows["tokens"][0]))
+    step, batches = Step(), stream()
+    ratio = calibration._ratio(lambda: calibration._fed(step, batches, None), step, 6, blocks=3)
+    assert ratio == pytest.approx(1.1)
+    # The last batch stays for the steps that wait for none
+    assert order == [0, 1, 1, 1, 2, 3, 3, 3, 4, 5, 5, 5]
+
+
+def test_every_training_step_is_timed_on_its_data_as_well():
+    half = gj.random_path(1, keep=())
+    choosing = steps(2, "chosen", select=RhoLoss(offers=2), subnet=half)
+    whole, asked = plan(steps(2), steps(2, "deep", grow=gj.stack(layers=4)), choosing), []
+
+    class Asked:
+        def stream(self, span: Any, first: int) -> Any:
+            asked.append((span.index, first))
+            return feed(whole).stream(span, first)
+
+    feeds: Any = (None, Asked())
+    clock = calibrate(plan(steps(1)), whole, feeds=feeds, **QUICK)
+    fed = {op: timing.fed for (op, _), timing in zip(clock.entries, clock.timings, strict=True)}
+    _, deep, chosen = ([op for op, _ in span.ops if op.kind == "train"] for span in whole.spans)
+    # The first stage's was known from a plan without data, and the last one's steps are not all training
+    assert {op for op in fed if fed[op]} == {*deep} and asked == [(1, 0)]
+    assert {*chosen} < fed.keys()
+
+
 def test_a_second_gradient_is_what_the_step_without_one_does_not_take(monkeypatch):
     times = iter([Timing(4, 100.0, 90.0, 80.0, 120.0), Timing(4, 170.0, 160.0, 150.0, 180.0)])
     monkeypatch.setattr(calibration, "_timed", lambda *_: next(times))
@@ -114,6 +161,9 @@ def test_uneven_steps_are_said():
     (fault,) = MeasuredClock("a", ((op, 10),), "", (uneven,)).faults()
     assert "1.030 of the median" in fault and "depth=2" in fault
     assert MeasuredClock("by hand", ((op, 10),)).faults() == []
+    (fault,) = MeasuredClock("a", ((op, 10),), "", (even._replace(fed=1.03),)).faults()
+    assert "1.030 of its time with the run's data, expected at most 1.02" in fault
+    assert MeasuredClock("a", ((op, 10),), "", (even._replace(fed=1.01),)).faults() == []
     with pytest.raises(BudgetError, match="timings: expected none or one for each of 1 operations"):
         MeasuredClock("a", ((op, 10),), "", (even, even))
 
@@ -122,6 +172,9 @@ BAD = {
     "plans: expected at least one": lambda: calibrate(**QUICK),
     "warmup: expected 1 step or more": lambda: calibrate(plan(steps(1)), **COLD),
     "blocks: expected from 1 to the 4": lambda: calibrate(plan(steps(1)), **EMPTY),
+    "feeds: expected none, or one for each of 2 plans, got 1": lambda: calibrate(
+        plan(steps(1)), plan(steps(2)), feeds=(None,), **QUICK
+    ),
     "model.dtype: plans 'tiny' and 'tiny' share .* have None and 'bfloat16'": lambda: calibrate(
         plan(steps(1)),
         plan(steps(1), model=dataclasses.replace(SMALL, dtype="bfloat16")),
@@ -141,15 +194,17 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(message, monkeypa
 
 
 def test_calibrate_from_the_command_line(tmp_path):
-    small = plan(steps(1))
+    (tmp_path / "text.txt").write_text(TEXT.replace(". ", "\n\n"))
+    small = plan(steps(1), data=Text(str(tmp_path / "text.txt"), split="\n\n"))
     save_plan(small, tmp_path / "plan.json")
     shown, out = io.StringIO(), tmp_path / "clocks" / "here.json"
-    how: dict[str, Any] = {"warmup": 1, "steps": 2, "blocks": 1}
+    how: dict[str, Any] = {"warmup": 1, "steps": 2, "blocks": 1, "cache": tmp_path / "cache"}
     console = Console(file=shown, width=200)
     clock = calibrate_plans([tmp_path / "plan.json"], out, console=console, **how)
     assert load_clock(out) == clock and clock.name == "here"
     assert {op for op, _ in clock.entries} == operations(small)
     assert "train of 2 layers, 4 x 8 tokens" in shown.getvalue() and str(out) in shown.getvalue()
+    assert re.search(r"times \d+\.\d{3} with the plan's data", shown.getvalue())
     with pytest.raises(BudgetError, match="is there already, and nothing is overwritten"):
         calibrate_plans([tmp_path / "plan.json"], out, console=console, **how)
 

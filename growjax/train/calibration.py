@@ -2,14 +2,16 @@
 
 Each operation is timed by the program that trains with it, on a batch that is on the device already: no
 data, no host and no compiler have a say. The device is waited for at the end of a block of steps, and
-not at each, as in training. Compute on the machine that is the reference, once; charge anywhere.
+not at each, as in training. Compute on the machine that is the reference, once; charge anywhere. Whether
+a run there would wait for its data is measured next to it, and said; it is not charged.
 """
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from growjax.data.objectives import Window
 from growjax.errors import BudgetError, raise_all
 from growjax.gates import ungated
 from growjax.parallel import from_host
+from growjax.train.feed import Feed
 from growjax.train.losses import Loss, cross_entropy
 from growjax.train.plan import Plan
 from growjax.train.stages import Span
@@ -34,6 +37,7 @@ def calibrate(
     warmup: int = 50,
     steps: int = 1000,
     blocks: int = 20,
+    feeds: Sequence[Feed | None] = (),
     loss: Loss = cross_entropy,
     devices: list[Any] | None = None,
     seen: Callable[[Op, Timing], None] | None = None,
@@ -47,6 +51,9 @@ def calibrate(
     - `name`: of the machine; results compare under one clock only.
     - `warmup`, `steps`, `blocks`: steps of each operation that are not timed, that are, and in how many
       blocks. The clock charges the mean; `clock.faults()` says which means are not to be trusted.
+    - `feeds`: the data of each plan, or none at all. Steps of training are then timed on them as well, in
+      turns with the steps that wait for nothing, and `clock.faults()` says which take 2% longer. Stages
+      that choose among more rows are left out.
     - `loss`, `devices`: as in `train`.
     - `seen`: called with each operation once it is timed.
 
@@ -58,13 +65,18 @@ def calibrate(
 
         save_clock(calibrate(scratch, grown, name="one H100"), "clocks/h100.json")
     """
-    raise_all(BudgetError, "this cannot be measured:", _faults(plans, warmup, steps, blocks))
+    raise_all(BudgetError, "this cannot be measured:", _faults(plans, warmup, steps, blocks, feeds))
     known: dict[Op, Timing] = {}
-    for plan in plans:
+    for plan, feed in zip(plans, feeds or [None] * len(plans), strict=True):
         mesh = plan.layout.mesh(devices)
         programs = Programs(plan.optimizer.build(), loss, mesh, plan.layout, plan.accumulate)
-        for op, step in _operations(plan, programs, known):
+        for op, step, span, i in _operations(plan, programs, known):
             known[op] = _timed(step, warmup, steps, blocks)
+            # A stage that chooses offers more rows than these, and looks at them while data come
+            if feed is not None and op.kind == "train" and span.stage.select is None:
+                with feed.stream(span, i) as stream:
+                    fed = functools.partial(_fed, step, stream, mesh)
+                    known[op] = known[op]._replace(fed=_ratio(fed, step, steps, blocks))
             if op.kind == "curvature":
                 known[op] = _without(known[op], known[op._replace(kind="train")])
             if seen is not None:
@@ -76,8 +88,11 @@ def calibrate(
 
 def _operations(
     plan: Plan, programs: Programs, known: Mapping[Op, Any]
-) -> Iterator[tuple[Op, Callable[[], Any]]]:
-    """What is not known yet, and a function that does it once; each is done with before the next."""
+) -> Iterator[tuple[Op, Callable[[], Any], Span, int]]:
+    """What is not known yet, a function that does it once, and which step of which stage that is.
+
+    Each is done with before the next.
+    """
     seed = np.int32(plan.seed)
     state = lower(plan, programs, ("birth", 0, None)).compile()(seed)
     for span in plan.spans:
@@ -92,11 +107,11 @@ def _operations(
             batch = from_host(_rows(span.objective, op.rows, span.sizes["vocab"]), programs.mesh)
             if op.kind == "forward":
                 forward, level = programs.evaluate(shapes), np.float32(span.stage.level(i))
-                yield op, lambda f=forward, s=state, b=batch, o=level: f(s, b, o)
+                yield op, lambda f=forward, s=state, b=batch, o=level: f(s, b, o), span, i
                 continue
             work = span.works[i]._replace(curvature=op.kind == "curvature")
             step = _Training(plan, span, i, programs.step(shapes, work), state, batch)
-            yield op, step
+            yield op, step, span, i
             state = step.state
 
 
@@ -137,16 +152,35 @@ def _timed(step: Callable[[], Any], warmup: int, steps: int, blocks: int) -> Tim
     for _ in range(warmup):
         done = step()
     jax.block_until_ready(done)
-    took, counts = [], [len(part) for part in np.array_split(np.arange(steps), blocks)]
-    for count in counts:
-        start = time.perf_counter_ns()
-        for _ in range(count):
-            done = step()
-        jax.block_until_ready(done)
-        took.append(time.perf_counter_ns() - start)
-    each = np.asarray(took) / np.asarray(counts)
-    p5, median, p95 = np.percentile(each, [5, 50, 95])
-    return Timing(steps, sum(took) / steps, float(median), float(p5), float(p95))
+    counts = _counts(steps, blocks)
+    took = np.asarray([_block(step, count) for count in counts])
+    p5, median, p95 = np.percentile(took / counts, [5, 50, 95])
+    return Timing(steps, float(took.sum() / steps), float(median), float(p5), float(p95))
+
+
+def _ratio(a: Callable[[], Any], b: Callable[[], Any], steps: int, blocks: int) -> float:
+    """What one step takes over what another does: blocks of them in turns, and the median."""
+    return float(np.median([_block(a, n) / _block(b, n) for n in _counts(steps, blocks)]))
+
+
+def _counts(steps: int, blocks: int) -> list[int]:
+    return [len(part) for part in np.array_split(np.arange(steps), blocks)]
+
+
+def _block(step: Callable[[], Any], count: int) -> int:
+    """Nanoseconds of so many steps, and of waiting for the last of them."""
+    start = time.perf_counter_ns()
+    for _ in range(count):
+        done = step()
+    jax.block_until_ready(done)
+    return time.perf_counter_ns() - start
+
+
+def _fed(step: Any, stream: Any, mesh: Any) -> Any:
+    """A step on the next batch of a run."""
+    _, rows = next(stream)
+    step.batch = from_host(rows, mesh)
+    return step()
 
 
 def _without(timing: Timing, step: Timing) -> Timing:
@@ -166,9 +200,13 @@ def _conditions(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _faults(plans: tuple[Plan, ...], warmup: int, steps: int, blocks: int) -> Iterator[str]:
+def _faults(
+    plans: tuple[Plan, ...], warmup: int, steps: int, blocks: int, feeds: Sequence[Feed | None]
+) -> Iterator[str]:
     if not plans:
         yield "plans: expected at least one"
+    if feeds and len(feeds) != len(plans):
+        yield f"feeds: expected none, or one for each of {len(plans)} plans, got {len(feeds)}"
     if warmup < 1:
         yield f"warmup: expected 1 step or more, since the first one compiles, got {warmup}"
     if not 1 <= blocks <= steps:

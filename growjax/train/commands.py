@@ -28,6 +28,7 @@ from growjax.train.as_json import from_dict, load_plan, to_dict
 from growjax.train.calibration import calibrate
 from growjax.train.checkpoint import Checkpoints, load, numbered, read_lineage, write
 from growjax.train.dryrun import dry_run
+from growjax.train.feed import CorpusFeed
 from growjax.train.losses import cross_entropy, reads_pairs
 from growjax.train.plan import Plan, purpose_key
 from growjax.train.saving import load_model, model_of
@@ -138,11 +139,13 @@ def calibrate_plans(
     warmup: int = 50,
     steps: int = 1000,
     blocks: int = 20,
+    cache: str | Path = "runs/cache",
 ) -> MeasuredClock:
     """Measure the operations of the plans in some files, print each and write the clock that charges all.
 
-    The numbers are those of `growjax.train.calibrate`. Uneven steps are printed, and the clock is written
-    all the same. Raises `BudgetError` if `out` is there: results were charged on it.
+    The numbers are those of `growjax.train.calibrate`, and plans that name data are measured with them,
+    too. What is wrong with the clock is printed, and it is written all the same. Raises `BudgetError` if
+    `out` is there: results were charged on it.
     """
     out = Path(out)
     if out.exists():
@@ -150,21 +153,24 @@ def calibrate_plans(
 
     def show(op: Op, timing: Timing) -> None:
         mean, p5, p95 = (ns / 1e6 for ns in (timing.mean, timing.p5, timing.p95))
+        fed = "" if timing.fed is None else f", times {timing.fed:.3f} with the plan's data"
         console.print(
             f"{op.kind} of {op.depth} layers, {op.rows} x {op.length} tokens, {op.flops:.4g} FLOPs: "
-            f"{mean:.3f} ms (blocks: {p5:.3f} to {p95:.3f})"
+            f"{mean:.3f} ms (blocks: {p5:.3f} to {p95:.3f}){fed}"
         )
 
+    found = [read_plan(plan) for plan in plans]
     clock = calibrate(
-        *map(read_plan, plans),
+        *found,
         name=name or out.stem,
         warmup=warmup,
         steps=steps,
         blocks=blocks,
+        feeds=[None if plan.data is None else CorpusFeed.of(plan, cache) for plan in found],
         seen=show,
     )
     for fault in clock.faults():
-        console.print(f"uneven: {fault}", markup=False)
+        console.print(f"measure again: {fault}", markup=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_clock(clock, out)
     console.print(f"{out}: {clock.identity}", markup=False)
