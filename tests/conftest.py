@@ -11,10 +11,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if not DEEP:
     # Halves the time of thousands of tiny compilations; the deep profile runs what users run.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    flags = [os.environ.get("XLA_FLAGS", "")]
+    # Every core has a worker of its own, so nothing is won by splitting a small program into 32 parts
+    flags.append("--xla_cpu_parallel_codegen_split_count=1")
     if version("jaxlib").startswith("0.10."):
-        # Its older code generator takes a quarter of the time; later ones abort on an unknown flag.
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+        # Its older code generator takes a quarter of the time; later ones abort on an unknown flag
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -12,7 +12,10 @@ from growjax.train import CorpusFeed, End, Plan, Schedule, Stage, Step, cross_en
 from growjax.train.step import Programs
 
 
-SMALL = GPTConfig(layers=2, embed=16, heads=2, head_dim=8, mlp=16, vocab=384, positions=16)
+# Without biases, which would double the arrays and so the time that every program takes to compile
+SMALL = GPTConfig(
+    layers=2, embed=16, heads=2, head_dim=8, mlp=16, vocab=384, positions=16, bias=False
+)
 BATCH, LENGTH = 4, 8
 TOKENS = BATCH * LENGTH
 TEXT = "".join(f"{n} and {n * n % 97} is {n + n * n % 97}. " for n in range(700))

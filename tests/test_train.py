@@ -301,4 +301,5 @@ def test_a_checkpoint_of_another_size_is_refused_leaf_by_leaf(run):
         load(small, shapes, only=("trained", "rest"))
     text = str(error.value)
     assert "float32[2, 16, 16] in the checkpoint, expected float32[4, 16, 24]" in text
-    assert text.count("\n  - ") > 10 and "growjax grow" in text
+    # All that is in a layer, since there are more of them
+    assert text.count("\n  - ") == len(jax.tree.leaves(model.blocks)) and "growjax grow" in text
