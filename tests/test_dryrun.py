@@ -82,7 +82,7 @@ def test_counts_that_disagree_are_refused(monkeypatch):
 @pytest.mark.usefixtures("ours")
 def test_bytes_of_a_device_are_those_of_hand_arithmetic():
     """Float32 on 4 devices: all that has a dimension that 4 divides is split, and the rest is whole."""
-    fsdp = plan(steps(1), layout=Layout(fsdp=4))
+    fsdp = plan(steps(1), layout=Layout(fsdp=4), model=dataclasses.replace(SMALL, bias=True))
     (found,) = dry_run(fsdp).stages
     # [384, 16] words, [16, 16] positions; q, k, v, out [2, 16, 2, 8] and their biases; MLP; norms
     tables, attention, mlp = 384 * 16 + 16 * 16, 4 * 2 * 16 * 16, 2 * 2 * 16 * 16
