@@ -54,6 +54,11 @@ class Doom:
         setattr(module, name, asked)
 
 
+def say(what: Any) -> None:
+    """A line of JSON in one piece: a thread that ends the process cannot cut it off."""
+    os.write(sys.stdout.fileno(), (json.dumps(what) + "\n").encode())
+
+
 def session(folder: Path, said: str) -> None:
     """One session of the run, until its doom or the end."""
     doom, of = Doom(said), short()
@@ -66,7 +71,7 @@ def session(folder: Path, said: str) -> None:
         if isinstance(record, Growth):
             doom.at("growth")
         if isinstance(record, Step):
-            print(json.dumps([record.step, record.loss]), flush=True)
+            say([record.step, record.loss])
             doom.at("step")
             if said == "terminated twice":
                 for _ in range(2):
@@ -83,11 +88,11 @@ def main() -> None:
             try:
                 session(folder / ("whole" if said == "whole" else "killed"), said)
             except BaseException as error:
-                print(json.dumps(repr(error)), flush=True)
+                say(repr(error))
                 os._exit(1)
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        print(json.dumps({"doom": said, "status": os.waitstatus_to_exitcode(status)}), flush=True)
+        say({"doom": said, "status": os.waitstatus_to_exitcode(status)})
 
 
 if __name__ == "__main__":
