@@ -181,12 +181,16 @@ def _row_tables(rows: Sequence[Row]) -> list[Table]:
             [
                 f"{row['workload']}, {row['budget']}: {row['question']}",
                 str(row["estimate"]),
-                ", ".join(row["order"]),
+                ", ".join(row["order"]) + _unknown(row["left_out"]),
             ]
             for row in ranks
         ]
         tables.append(Table("The same runs on other clocks", columns, cells))
     return tables
+
+
+def _unknown(arms: Sequence[str]) -> str:
+    return f" (not known to it: {', '.join(arms)})" if arms else ""
 
 
 def _said_table(rows: Sequence[Row]) -> Table:

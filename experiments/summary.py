@@ -268,7 +268,7 @@ def _charged(runs: Group, clock: Clock | None) -> list[Outcome]:
 
 
 def _rankings(group: Group, study: Study) -> Iterator[Row]:
-    """Who comes where when all are charged on another clock."""
+    """Who comes where, of all that another clock knows, when it charges them."""
     base = [r for r in group if r["arm"] == study.baseline]
     if len({r["budget"] for r in base}) < 2:
         return
@@ -276,11 +276,11 @@ def _rankings(group: Group, study: Study) -> Iterator[Row]:
     for budget, runs in sorted(by(group, "budget").items()):
         # Arms that are charged less by a clock of their own have no place under another
         paid = [r for r in whole_arms(runs, study.baseline) if not r["arm"].endswith(", free")]
-        usual = _order(paid, base, None)
         for name, clock in clocks.items():
-            if clock.identity == base[0]["clock"]:
+            if clock.identity == base[0]["clock"] or not _knows(clock, base):
                 continue
-            order = _order(paid, base, clock)
+            told = [r for arm in by(paid, "arm").values() if _knows(clock, arm) for r in arm]
+            usual, order = _order(told, base, None), _order(told, base, clock)
             moved = [a for a, b in zip(usual, order, strict=True) if a != b]
             yield {
                 "budget": budget,
@@ -289,9 +289,18 @@ def _rankings(group: Group, study: Study) -> Iterator[Row]:
                 "interval": None,
                 "order": order,
                 "usual_order": usual,
-                "seeds": len({r["seed"] for r in paid}),
+                "left_out": sorted({r["arm"] for r in paid} - {*order}),
+                "seeds": len({r["seed"] for r in told}),
                 "verdict": "changed" if moved else "unchanged",
             }
+
+
+def _knows(clock: Clock, runs: Group) -> bool:
+    """Whether it can charge all that some runs did."""
+    try:
+        return bool([on_clock(run, clock) for run in runs])
+    except BudgetError:
+        return False
 
 
 def _order(runs: Group, base: Group, clock: Clock | None) -> list[str]:

@@ -285,6 +285,16 @@ def test_speed_ups_and_rankings_under_other_clocks():
     assert flops["order"] == ["dear", "shallow", "AdamW", "either", "behind"]
     assert flops["estimate"] == 2 and flops["verdict"] == "changed"
     assert other["order"] == flops["usual_order"] and other["verdict"] == "unchanged"
+    assert flops["left_out"] == other["left_out"] == []
+    # A clock ranks what it knows, and says what it does not; without the baseline it is silent
+    ops = {depth: Op("train", depth, 16, 64, 1000) for depth in (4, 8)}
+    some = {f"only {d}": MeasuredClock(f"{d}", ((op, 10**9),)) for d, op in ops.items()}
+    rows = summarise(dataclasses.replace(ntng.STUDY, clocks=some), runs, "here")
+    ranks = {(r["question"].rpartition(" by ")[2], r["budget"]): r for r in rows if "order" in r}
+    assert ("only 4", "2x") not in ranks
+    deep = ranks["only 8", "2x"]
+    assert deep["order"] == deep["usual_order"] == ["dear", "AdamW", "either", "behind"]
+    assert deep["left_out"] == ["shallow"]
 
 
 def test_speed_ups_are_read_off_the_target_as_well():
