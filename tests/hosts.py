@@ -19,7 +19,10 @@ import optax
 
 import growjax as gj
 from growjax import parallel
-from growjax.train import Layout, Options, Plan, Start, Step, train
+from growjax.train import Layout, Options, Plan, Start, Step, cross_entropy, train
+from growjax.train.checkpoint import load, numbered
+from growjax.train.step import Programs, checksums
+from growjax.train.transition import lower
 from tests.runs import feed, plan, steps
 
 
@@ -58,6 +61,7 @@ def layouts(folder: Path) -> None:
         for name, (layout, n) in ways.items()
     }
     halfway = sorted((folder / "both" / "checkpoints").iterdir())
+    grown = regrown(halfway[0])
     for path in halfway:
         if path.name > "00000001-00":
             shutil.rmtree(path)
@@ -69,7 +73,21 @@ def layouts(folder: Path) -> None:
     mesh = sharded.layout.mesh(devices)
     born = parallel.model_shardings(sharded.build(), mesh)
     specs = {str(sharding.spec) for sharding in jax.tree.leaves(born)}
-    print(json.dumps({"losses": found, "specs": sorted(specs), "devices": parallel.self_test()}))
+    said = {"losses": found, "specs": sorted(specs), "grown": grown}
+    print(json.dumps(said | {"devices": parallel.self_test()}))
+
+
+def regrown(checkpoint: Path) -> dict[str, dict[str, int]]:
+    """The checksums of what a checkpoint of eight devices grows into, read and grown on fewer."""
+    ways = {8: Layout(fsdp=2, tensor=2), 4: Layout(fsdp=4), 2: Layout(tensor=2), 1: Layout()}
+    found = {}
+    for n, layout in ways.items():
+        of, mesh = short(layout), layout.mesh(jax.devices()[:n])
+        programs = Programs(of.optimizer.build(), cross_entropy, mesh, layout)
+        state = load(checkpoint, programs.shapes(of.spans[0].model))
+        grown = lower(of, programs, ("grow", 1, None)).compile()(state, np.int32(of.seed))
+        found[f"{n} devices"] = numbered(grown, jax.jit(checksums))
+    return found
 
 
 def started(folder: Path, layout: Layout) -> dict[str, list[float]]:

@@ -440,4 +440,7 @@ TABLE = """
 @ nobody says that steps wait for data | budget/clock.py | calibration | uneven_steps
 - if timing.fed is not None and timing.fed > _EVEN:
 + if timing.fed is not None and timing.fed > 2 * _EVEN:
+@ what growth draws depends on the mesh | train/step.py | hosts | grown_alike
+- key = purpose_key(seed, "grow")
++ key = jax.random.fold_in(purpose_key(seed, "grow"), programs.mesh.size)
 """

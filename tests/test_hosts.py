@@ -55,6 +55,14 @@ def test_a_run_goes_on_with_fewer_devices(layouts):
     assert found == pytest.approx(one[1:], abs=3e-5)
 
 
+def test_what_eight_devices_saved_is_read_and_grown_alike_on_fewer(layouts):
+    """Bitwise, weights and moments, new and old; reading holds a checkpoint against its own checksums."""
+    whole, *fewer = layouts["grown"].values()
+    assert list(layouts["grown"]) == [f"{n} devices" for n in (8, 4, 2, 1)]
+    assert {name.partition(".")[0] for name in whole} == {"trained", "rest", "optimizer"}
+    assert all(found == whole for found in fewer)
+
+
 def test_replicas_may_draw_paths_of_their_own(layouts):
     one, own = layouts["losses"]["one"], layouts["losses"]["own paths"]
     assert own[:2] == pytest.approx(one[:2], abs=3e-5)  # before there are paths
