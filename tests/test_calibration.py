@@ -200,7 +200,10 @@ def test_calibrate_from_the_command_line(tmp_path):
     shown, out = io.StringIO(), tmp_path / "clocks" / "here.json"
     how: dict[str, Any] = {"warmup": 1, "steps": 2, "blocks": 1, "cache": tmp_path / "cache"}
     console = Console(file=shown, width=200)
-    clock = calibrate_plans([tmp_path / "plan.json"], out, console=console, **how)
+    # The second has no data to be timed on, and the same operations
+    save_plan(plan(steps(1)), tmp_path / "no data.json")
+    plans = [tmp_path / "plan.json", tmp_path / "no data.json"]
+    clock = calibrate_plans(plans, out, console=console, **how)
     assert load_clock(out) == clock and clock.name == "here"
     assert {op for op, _ in clock.entries} == operations(small)
     assert "train of 2 layers, 4 x 8 tokens" in shown.getvalue() and str(out) in shown.getvalue()

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import pytest
 
-from experiments import study
+from experiments import page, study
 from experiments.main import main
 from experiments.msg import run as msg
 from experiments.msg.run import released_order
@@ -295,6 +295,8 @@ def test_speed_ups_and_rankings_under_other_clocks():
     deep = ranks["only 8", "2x"]
     assert deep["order"] == deep["usual_order"] == ["dear", "AdamW", "either", "behind"]
     assert deep["left_out"] == ["shallow"]
+    cells = [cell for table in page._row_tables(rows) for row in table.rows for cell in row]
+    assert "dear, AdamW, either, behind (not known to it: shallow)" in cells
 
 
 def test_speed_ups_are_read_off_the_target_as_well():

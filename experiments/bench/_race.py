@@ -55,6 +55,12 @@ def race(runners: dict[str, Callable[[], object]], rounds: int = 30) -> dict[str
     return {name: Times(*np.array(t).T) for name, t in times.items()}
 
 
+def product_speed(size: int, *products: Callable[[], object]) -> float:
+    """FLOPs a second of the fastest of some products of two matrices of `size` rows and columns."""
+    times = medians(race({str(i): product for i, product in enumerate(products)}))
+    return 2 * size**3 / (min(times.values()) / 1e3)
+
+
 def ratio(a: Times, b: Times) -> dict[str, Any]:
     """The median of the ratios round by round, with its quartiles, and that of the cores' time."""
     low, middle, high = np.quantile(a.wall / b.wall, [0.25, 0.5, 0.75]).round(4).tolist()

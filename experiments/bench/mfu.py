@@ -12,15 +12,16 @@ no layer runs (the head and its loss, the embedding, the optimizer).
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
-from experiments.bench._race import medians, race
+from experiments.bench._race import product_speed
 from growjax.data import Causal
 from growjax.models import GPTConfig
-from growjax.train import Layout, Plan, Schedule, Stage, calibrate
+from growjax.train import Plan, Schedule, Stage, calibrate
 from growjax.train.metrics import peak_flops
 
 
@@ -43,7 +44,8 @@ def run() -> dict:
     device = jax.devices()[0]
     known = peak_flops(device.device_kind)
     config, batches, size = (LARGE, (8, 16, 32), 8192) if known else (SMALL, (8,), 2048)
-    product = _product(size, config.dtype or "float32")
+    square, product_of = jnp.ones((size, size), config.dtype or "float32"), jax.jit(jnp.matmul)
+    product = product_speed(size, lambda: product_of(square, square))
     peak = known or product
     found: dict[str, tuple[float, Plan]] = {}
     for plan in _settings(config, batches):
@@ -55,6 +57,8 @@ def run() -> dict:
         found[plan.name] = flops / seconds / peak, plan
         tokens = plan.batch * plan.objective.raw_length
         print(f"{plan.name}: MFU {found[plan.name][0]:.3f}, {tokens / seconds:.0f} tokens a second")
+    if not found:
+        sys.exit("mfu: no setting ran, for the reasons above")
     best = max(found, key=lambda name: found[name][0])
     mfu, plan = found[best]
     half = dataclasses.replace(
@@ -85,7 +89,6 @@ def _settings(config: GPTConfig, batches: tuple[int, ...]) -> Iterator[Plan]:
             batch=batch,
             objective=Causal(length, packing="concat"),
             rate=Schedule(1e-3),
-            layout=Layout(),
         )
 
 
@@ -94,10 +97,3 @@ def _timed(plan: Plan) -> tuple[float, float]:
     clock = calibrate(plan, name="mfu", warmup=3, steps=20, blocks=4, devices=jax.devices()[:1])
     ((op, nanoseconds),) = clock.entries
     return op.flops, nanoseconds / 1e9
-
-
-def _product(size: int, dtype: str) -> float:
-    """FLOPs a second of a large matrix product."""
-    a, product = jnp.ones((size, size), dtype), jax.jit(jnp.matmul)
-    times = race({"product": lambda: product(a, a)})
-    return 2 * size**3 / (medians(times)["product"] / 1e3)

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import growjax as gj
-from experiments.bench._race import keep_memory, medians, race
+from experiments.bench._race import keep_memory, medians, product_speed, race
 from growjax.cost import training_flops_per_token
 from growjax.models import GPT, GPTConfig
 from growjax.optim import adamw
@@ -81,8 +81,7 @@ def _peak(torch: Any, size: int = 2048) -> float:
     """FLOPs a second of a large matrix product, the faster library's."""
     a = jnp.ones((size, size))
     b, product = torch.ones(size, size), jax.jit(jnp.matmul)
-    best = min(medians(race({"jax": lambda: product(a, a), "torch": lambda: b @ b})).values())
-    return 2 * size**3 / (best / 1e3)
+    return product_speed(size, lambda: product(a, a), lambda: b @ b)
 
 
 def _model() -> GPT:
