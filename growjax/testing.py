@@ -113,7 +113,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _architecture("GPT", heads=4, kv_heads=2, position="rotary", qk_norm=True, norm="rms"),
     _architecture("GPT", post_norm=True, activation="gelu"),
     _architecture("BERT"),
-    _architecture("BERT", post_norm=False, glu=True, activation="silu"),
+    _architecture("BERT", post_norm=False, embedding_norm=True, glu=True, activation="silu"),
     _architecture("Llama", heads=2, kv_heads=1),
     _architecture("Llama", heads=4, kv_heads=2, tied=True, qk_norm=True, bias=True),
     _architecture("T5"),

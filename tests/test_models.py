@@ -191,16 +191,23 @@ def test_rotary_frequencies_are_lowered_where_they_turn_too_slowly():
             RotaryScaling(*wrong)  # pyright: ignore
 
 
-@pytest.mark.parametrize("post_norm", [True, False])
-def test_bert(post_norm):
+@pytest.mark.parametrize("post_norm, first", [(True, True), (False, False), (False, True)])
+def test_bert(post_norm, first):
     with jax.enable_x64(True):
-        config = BERTConfig(layers=3, positions=20, post_norm=post_norm, tied=post_norm, **SIZES)
+        config = BERTConfig(
+            layers=3,
+            positions=20,
+            post_norm=post_norm,
+            embedding_norm=first and not post_norm,
+            tied=post_norm,
+            **SIZES,
+        )
         model, types = build(BERT, config), np.array([0, 0, 1, 1, 1, 0, 1, 0, 0])
         mask = np.array([1, 1, 0, 1, 1, 1, 1, 0, 1], bool)
         ours = eqx.filter_jit(model)(TOKENS, token_types=types, mask=mask)
         p, norm = arrays(model), lambda h, n: layer_norm(h, n, 1e-12)
         x = p.embedding.table[TOKENS] + p.token_type.table[types] + p.position.table[: len(TOKENS)]
-        x = norm(x, p.embedding_norm) if post_norm else x
+        x = norm(x, p.embedding_norm) if first else x
         for q in layers_of(model.blocks):
             h = x if post_norm else norm(x, q.attention_norm)
             x = x + attend(q.attention, h, h, mask[None], 0.5)

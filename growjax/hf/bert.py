@@ -103,6 +103,7 @@ def _config_of(model: BERT) -> BERTConfig:
         positions=n["positions"],
         token_types=n["token_types"],
         post_norm=block.post_norm,
+        embedding_norm=not block.post_norm and model.embedding_norm is not None,
         norm="layer" if first.centre else "rms",
         bias=block.attention.q_bias is not None,
         qk_norm=block.attention.q_norm is not None,

@@ -1,6 +1,7 @@
 """BERT: an encoder, post-LN as published or pre-LN, with its two pre-training heads."""
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import equinox as eqx
@@ -30,9 +31,10 @@ class BERTConfig:
     """Sizes and choices of a `BERT`. The defaults are those of the published model.
 
     `post_norm=False` moves the norm of the embeddings behind the blocks, and each block's norms to
-    the front of their branches. `nsp_head` needs the `pooler`; `tied` is about the masked-language
-    head. `dtype` is that of the activations (None: the parameters'); norms, softmax and logits stay
-    in float32 at least.
+    the front of their branches; `embedding_norm` then keeps one on the embeddings all the same
+    (Geiping and Goldstein, "Cramming", 2023). `nsp_head` needs the `pooler`; `tied` is about the
+    masked-language head. `dtype` is that of the activations (None: the parameters'); norms, softmax
+    and logits stay in float32 at least.
     """
 
     layers: int
@@ -44,6 +46,7 @@ class BERTConfig:
     positions: int
     token_types: int = 2
     post_norm: bool = True
+    embedding_norm: bool = False
     norm: Literal["layer", "rms"] = "layer"
     bias: bool = True
     qk_norm: bool = False
@@ -169,10 +172,11 @@ class BERT(eqx.Module):
             )
 
         self.blocks = Stacked(block, c.layers, remat=c.remat, key=k_blocks)
-        # Post-LN the stream starts as a norm's output; pre-LN it ends in one.
-        side = "produced" if c.post_norm else "elementwise"
-        norm = Norm(c.embed, c.norm, bias=c.bias, eps=c.eps, side=side)
-        self.embedding_norm, self.norm = (norm, None) if c.post_norm else (None, norm)
+        # Post-LN the stream starts as a norm's output; pre-LN it ends in one, and may start so too.
+        norm = functools.partial(Norm, c.embed, c.norm, bias=c.bias, eps=c.eps)
+        starts = c.post_norm or c.embedding_norm
+        self.embedding_norm = norm(side="produced") if starts else None
+        self.norm = None if c.post_norm else norm()
         self.pooler = Pooler(c.embed, bias=c.bias, key=k_pooler) if c.pooler else None
         self.mlm = MLMHead(c, key=k_mlm) if c.mlm_head else None
         self.nsp = normal(k_nsp, (c.embed, 2), c.embed) if c.nsp_head else None
