@@ -443,4 +443,10 @@ TABLE = """
 @ what growth draws depends on the mesh | train/step.py | hosts | grown_alike
 - key = purpose_key(seed, "grow")
 + key = jax.random.fold_in(purpose_key(seed, "grow"), programs.mesh.size)
+@ norms on the embeddings are those of post-LN alone | models/bert.py | models | test_bert
+- starts = c.post_norm or c.embedding_norm
++ starts = c.post_norm
+@ an encoder's second norm is not read off it | hf/bert.py | hf | norms_is_read
+- embedding_norm=not block.post_norm and model.embedding_norm is not None,
++ embedding_norm=False,
 """

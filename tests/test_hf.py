@@ -1,5 +1,6 @@
 """Hugging Face folders: what is written is read back to the bit, under the names of each family."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file
 
 import growjax as gj
 from growjax.errors import HuggingFaceError
+from growjax.hf.bert import BERT_
 from tests.folders import MODELS, assert_same, build, rewritten
 
 
@@ -28,6 +30,15 @@ def saved(tmp_path):
 
 
 # There and back ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"post_norm": False}, {"post_norm": False, "embedding_norm": True, "bias": False}],
+)
+def test_where_a_bert_has_its_norms_is_read_off_it(changes):
+    expected = dataclasses.replace(MODELS["bert"][1], **changes)
+    assert BERT_.config_of(build("bert", **changes)) == expected
 
 
 @pytest.mark.parametrize("name", MODELS)
