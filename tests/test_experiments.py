@@ -198,14 +198,15 @@ def test_a_search_tries_the_next_growth_of_every_dimension_at_the_same_cost():
 def test_no_train_no_gain_charges_the_papers_clock():
     found = cells("no_train_no_gain", "small", "bert")
     plan, stacking = found["AdamW"].plan, found["stacking"].plan
-    assert plan.clock == RTX3090_BERT and plan.steps == 100
+    steps = ntng.SIZES["small"]["bert"].steps
+    assert plan.clock == RTX3090_BERT and plan.steps == steps
     shares = [sum(span.costs) / stacking.cost for span in stacking.spans]
     assert shares == pytest.approx([0.125, 0.175, 0.7], abs=0.02)
     free, paid = (found[n].plan for n in ("RHO, free", "RHO"))
     assert free.steps == plan.steps and paid.steps == pytest.approx(plan.steps / 1.824, abs=1)
     for times in (2, 4):
         more = next(ntng.arms("small", "bert", 0, times, ntng.RATES["small"]["bert"]))
-        assert more.plan.steps == 100 * times and more.budget == f"{times}x"
+        assert more.plan.steps == steps * times and more.budget == f"{times}x"
     trial = list(ntng.trials("smoke", "bert", 0))
     lion = [c.plan for c in trial if c.plan.name.startswith("lion")]
     assert [p.rate.peak for p in lion] == [0.0005, 0.001, 0.002, 0.004] and len(trial) == 4 * 7
