@@ -7,6 +7,10 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from experiments.study import read
 from experiments.summary import Group, Row, Study, by, command_for, summarise
@@ -15,6 +19,7 @@ from growjax.report import Plot, Table, write_page
 from growjax.report.page import canvas, look, scale, style
 
 
+Looks = dict[str, dict[str, Any]]
 _NOTES = (
     "Held-out losses are of the whole model, in nats per predicted token (a byte), over windows that "
     "nobody trained on. Curves are means over seeds. Every arm's learning rate is decayed at its own "
@@ -50,11 +55,13 @@ def write_summary(results: Path, study: Study) -> list[Row]:
 def write_report(path: Path, study: Study, runs: Group, rows: Sequence[Row]) -> None:
     """Write the page."""
     plots = []
+    # An arm looks the same in every figure
+    looks = {arm: look(n) for n, arm in enumerate(by(runs, "arm"))}
     for (workload, budget), group in sorted(by(runs, "workload", "budget").items()):
-        plots.append(_loss_plot(f"{workload}, {budget}", group))
-        plots += _length_plot(f"{workload}, {budget}", group)
+        plots.append(_loss_plot(f"{workload}, {budget}", group, looks))
+        plots += _length_plot(f"{workload}, {budget}", group, looks)
     for workload, group in by(runs, "workload").items():
-        plots += _frontier_plot(workload, group, study)
+        plots += _frontier_plot(workload, group, study, looks)
     tables = [*_row_tables(rows), _runs_table(runs), *_downstream_table(runs), *_ledger(runs)]
     write_page(path, study.name, plots, tables, _NOTES)
 
@@ -62,49 +69,49 @@ def write_report(path: Path, study: Study, runs: Group, rows: Sequence[Row]) -> 
 # Plots -------------------------------------------------------------------------------------------
 
 
-def _loss_plot(title: str, group: Group) -> Plot:
+def _loss_plot(title: str, group: Group, looks: Looks) -> Plot:
     unit, label = _unit(group)
     with style():
         figure, axes = canvas(4.4)
         late = []
-        for n, (arm, runs) in enumerate(by(group, "arm").items()):
+        for arm, runs in by(group, "arm").items():
             points = list(zip(*(r["curve"] for r in runs), strict=False))
             x = [statistics.fmean(p[0] for p in at) / unit for at in points]
             y = [statistics.fmean(p[1] for p in at) for at in points]
-            axes.plot(x, y, label=f"{arm}  {y[-1]:.3f}", **look(n))
-            axes.plot(x[-1], y[-1], "o", color=look(n)["color"], markersize=4)
+            axes.plot(x, y, label=f"{arm}  {y[-1]:.3f}", **looks[arm])
+            axes.plot(x[-1], y[-1], "o", color=looks[arm]["color"], markersize=4)
             late += [value for at, value in zip(x, y, strict=True) if at > x[-1] / 4]
             for stage in runs[0]["stages"][1:]:
                 at = stage["start"] / unit
-                axes.plot(at, _height(x, y, at), "|", color=look(n)["color"], markersize=9)
+                axes.plot(at, _height(x, y, at), "|", color=looks[arm]["color"], markersize=9)
         spread = max(late) - min(late)
         axes.set_ylim(min(late) - 0.05 * spread, max(late))
         axes.set_xlabel(label)
         axes.set_ylabel("held-out loss (nats)")
-        axes.legend(loc="upper right", title="arm, final loss", alignment="left", fontsize=8)
+        _legend(figure, axes, "arm, final loss")
     seeds = len({r["seed"] for r in group})
     caption = f"Means over at most {seeds} seeds. Bars across a line are where its stages begin."
     return Plot(f"{title}: loss against cost", figure, caption)
 
 
-def _length_plot(title: str, group: Group) -> list[Plot]:
+def _length_plot(title: str, group: Group, looks: Looks) -> list[Plot]:
     with_lengths = [r for r in group if "by_length" in r]
     if not with_lengths:
         return []
     with style():
         figure, axes = canvas(3.4)
-        for n, (arm, runs) in enumerate(by(with_lengths, "arm").items()):
+        for arm, runs in by(with_lengths, "arm").items():
             lengths = sorted(map(int, runs[0]["by_length"]))
             y = [statistics.fmean(r["by_length"][str(k)][0] for r in runs) for k in lengths]
-            axes.plot(lengths, y, marker="o", markersize=3, label=arm, **look(n))
+            axes.plot(lengths, y, marker="o", markersize=3, label=arm, **looks[arm])
         axes.set_xlabel("layers of the path")
         axes.set_ylabel("held-out loss (nats)")
-        axes.legend(fontsize=8)
+        _legend(figure, axes, "arm")
     caption = "Of the trained models, along random paths; the last point is the whole model."
     return [Plot(f"{title}: loss against path length", figure, caption)]
 
 
-def _frontier_plot(workload: str, group: Group, study: Study) -> list[Plot]:
+def _frontier_plot(workload: str, group: Group, study: Study, looks: Looks) -> list[Plot]:
     """Ends of all budgets: the baseline's are a line that others should be below."""
     if len({r["budget"] for r in group}) < 2:
         return []
@@ -112,7 +119,7 @@ def _frontier_plot(workload: str, group: Group, study: Study) -> list[Plot]:
     marks: list[float] = []
     with style():
         figure, axes = canvas(3.8)
-        for n, (arm, runs) in enumerate(by(group, "arm").items()):
+        for arm, runs in by(group, "arm").items():
             ends = sorted(
                 (
                     statistics.fmean(r["spent"] for r in at) / unit,
@@ -121,7 +128,7 @@ def _frontier_plot(workload: str, group: Group, study: Study) -> list[Plot]:
                 for at in by(runs, "budget").values()
             )
             width = 2.6 if arm == study.baseline else 1.2
-            line = look(n) | {"linewidth": width}
+            line = looks[arm] | {"linewidth": width}
             axes.plot(*zip(*ends, strict=True), marker="o", markersize=3, label=arm, **line)
             if arm == study.baseline:
                 marks = [x for x, _ in ends]
@@ -130,9 +137,18 @@ def _frontier_plot(workload: str, group: Group, study: Study) -> list[Plot]:
         axes.minorticks_off()
         axes.set_xlabel(label)
         axes.set_ylabel("held-out loss at the end (nats)")
-        axes.legend(fontsize=7, ncols=2)
+        _legend(figure, axes, "arm")
     caption = f"Each point is a run decayed to its own end; the thick line is {study.baseline}."
     return [Plot(f"{workload}: ends at every budget", figure, caption)]
+
+
+def _legend(figure: Figure, axes: Axes, title: str) -> None:
+    """Next to the figure, in the order of the lines' ends: arms are too many to lie between them."""
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    lines.sort(key=lambda line: line.get_ydata()[-1], reverse=True)
+    figure.legend(
+        handles=lines, loc="outside right upper", title=title, alignment="left", fontsize=8
+    )
 
 
 def _unit(group: Group) -> tuple[float, str]:

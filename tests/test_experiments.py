@@ -399,6 +399,30 @@ def test_an_arm_with_fewer_seeds_is_compared_over_those():
     assert whole_arms(runs, "AdamW") == runs[:6]
 
 
+def test_an_arm_looks_the_same_in_every_figure_and_like_no_other(monkeypatch, tmp_path):
+    """And the legend has them in the order of their ends, from the top."""
+    arms = [f"arm {n}" for n in range(18)]
+    first = [line(arm, 1, 0, 3.0 - 0.1 * (n % 5)) for n, arm in enumerate(arms)]
+    second = [line(arm, 2, 0, 2.0 - 0.1 * (n % 3)) for n, arm in enumerate(arms[::-2])]
+    runs = [{"steps": 1, "stages": []} | r for r in [*first, *second]]
+    plots: list[Any] = []
+    monkeypatch.setattr(page, "write_page", lambda path, name, found, *_: plots.extend(found))
+    page.write_report(tmp_path / "report.html", ntng.STUDY, runs, [])
+    assert [plot.title.partition(":")[0] for plot in plots] == ["bert, 1x", "bert, 2x", "bert"]
+    looks: dict[str, set[tuple[Any, ...]]] = {arm: set() for arm in arms}
+    for plot in plots:
+        (axes,), (legend,) = plot.figure.axes, plot.figure.legends
+        ends = {x.get_label(): x.get_ydata()[-1] for x in axes.get_lines()}
+        labels = [text.get_text() for text in legend.get_texts()]
+        assert [ends[x] for x in labels] == sorted((ends[x] for x in labels), reverse=True)
+        for drawn in axes.get_lines():
+            name = drawn.get_label().partition("  ")[0]
+            if name in looks:
+                looks[name].add((drawn.get_color(), str(drawn._unscaled_dash_pattern)))
+    assert {len(found) for found in looks.values()} == {1}
+    assert len(set.union(*looks.values())) == len(arms)
+
+
 def test_texts_share_no_document(tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()

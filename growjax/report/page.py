@@ -35,6 +35,7 @@ _COLOURS = {
 }
 _SERIES = [light for name, (light, _) in _COLOURS.items() if name.startswith("series")]
 _DASHES = ["-", "-", (0, (5, 2)), (0, (5, 1.5, 1, 1.5)), "-", (0, (1, 1.5))]
+_DASHES += [(0, (3, 1, 1, 1, 1, 1))] * len(_SERIES) + [(0, (8, 1.5))] * len(_SERIES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +200,7 @@ def cost_figure(arms: Sequence[Mapping[str, Any]]) -> Figure:
 
 def look(n: int) -> dict[str, Any]:
     """Colour and dashes of the nth line of a figure; colours come again, with dashes of their own."""
-    dashes = _DASHES[n] if n < len(_DASHES) else (0, (3, 1, 1, 1, 1, 1))
-    return {"color": _SERIES[n % len(_SERIES)], "linestyle": dashes}
+    return {"color": _SERIES[n % len(_SERIES)], "linestyle": _DASHES[n % len(_DASHES)]}
 
 
 def _stages(strip: Axes, arm: Mapping[str, Any], row: int, unit: float) -> None:
