@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from experiments.study import read
 from experiments.summary import Group, Row, Study, by, command_for, summarise
@@ -73,12 +73,13 @@ def _loss_plot(title: str, group: Group, looks: Looks) -> Plot:
     unit, label = _unit(group)
     with style():
         figure, axes = canvas(4.4)
-        late = []
+        late, last = [], []
         for arm, runs in by(group, "arm").items():
             points = list(zip(*(r["curve"] for r in runs), strict=False))
             x = [statistics.fmean(p[0] for p in at) / unit for at in points]
             y = [statistics.fmean(p[1] for p in at) for at in points]
-            axes.plot(x, y, label=f"{arm}  {y[-1]:.3f}", **looks[arm])
+            (drawn,) = axes.plot(x, y, label=f"{arm}  {y[-1]:.3f}", **looks[arm])
+            last.append((y[-1], drawn))
             axes.plot(x[-1], y[-1], "o", color=looks[arm]["color"], markersize=4)
             late += [value for at, value in zip(x, y, strict=True) if at > x[-1] / 4]
             for stage in runs[0]["stages"][1:]:
@@ -88,7 +89,7 @@ def _loss_plot(title: str, group: Group, looks: Looks) -> Plot:
         axes.set_ylim(min(late) - 0.05 * spread, max(late))
         axes.set_xlabel(label)
         axes.set_ylabel("held-out loss (nats)")
-        _legend(figure, axes, "arm, final loss")
+        _legend(figure, last, "arm, final loss")
     seeds = len({r["seed"] for r in group})
     caption = f"Means over at most {seeds} seeds. Bars across a line are where its stages begin."
     return Plot(f"{title}: loss against cost", figure, caption)
@@ -100,13 +101,15 @@ def _length_plot(title: str, group: Group, looks: Looks) -> list[Plot]:
         return []
     with style():
         figure, axes = canvas(3.4)
+        last = []
         for arm, runs in by(with_lengths, "arm").items():
             lengths = sorted(map(int, runs[0]["by_length"]))
             y = [statistics.fmean(r["by_length"][str(k)][0] for r in runs) for k in lengths]
-            axes.plot(lengths, y, marker="o", markersize=3, label=arm, **looks[arm])
+            (drawn,) = axes.plot(lengths, y, marker="o", markersize=3, label=arm, **looks[arm])
+            last.append((y[-1], drawn))
         axes.set_xlabel("layers of the path")
         axes.set_ylabel("held-out loss (nats)")
-        _legend(figure, axes, "arm")
+        _legend(figure, last, "arm")
     caption = "Of the trained models, along random paths; the last point is the whole model."
     return [Plot(f"{title}: loss against path length", figure, caption)]
 
@@ -117,6 +120,7 @@ def _frontier_plot(workload: str, group: Group, study: Study, looks: Looks) -> l
         return []
     unit, label = _unit(group)
     marks: list[float] = []
+    last = []
     with style():
         figure, axes = canvas(3.8)
         for arm, runs in by(group, "arm").items():
@@ -129,7 +133,10 @@ def _frontier_plot(workload: str, group: Group, study: Study, looks: Looks) -> l
             )
             width = 2.6 if arm == study.baseline else 1.2
             line = looks[arm] | {"linewidth": width}
-            axes.plot(*zip(*ends, strict=True), marker="o", markersize=3, label=arm, **line)
+            (drawn,) = axes.plot(
+                *zip(*ends, strict=True), marker="o", markersize=3, label=arm, **line
+            )
+            last.append((ends[-1][1], drawn))
             if arm == study.baseline:
                 marks = [x for x, _ in ends]
         axes.set_xscale("log")
@@ -137,15 +144,14 @@ def _frontier_plot(workload: str, group: Group, study: Study, looks: Looks) -> l
         axes.minorticks_off()
         axes.set_xlabel(label)
         axes.set_ylabel("held-out loss at the end (nats)")
-        _legend(figure, axes, "arm")
+        _legend(figure, last, "arm")
     caption = f"Each point is a run decayed to its own end; the thick line is {study.baseline}."
     return [Plot(f"{workload}: ends at every budget", figure, caption)]
 
 
-def _legend(figure: Figure, axes: Axes, title: str) -> None:
+def _legend(figure: Figure, ends: Sequence[tuple[float, Line2D]], title: str) -> None:
     """Next to the figure, in the order of the lines' ends: arms are too many to lie between them."""
-    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
-    lines.sort(key=lambda line: line.get_ydata()[-1], reverse=True)
+    lines = [line for _, line in sorted(ends, key=lambda end: end[0], reverse=True)]
     figure.legend(
         handles=lines, loc="outside right upper", title=title, alignment="left", fontsize=8
     )
