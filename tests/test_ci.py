@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -16,26 +17,48 @@ echo "$CI: $*"
 echo "said by $1"
 [ "$1" != "$FAIL" ]
 """
+# One target goes on until it is told to stop, and another stops the script
+STOPPED = """#!/usr/bin/env bash
+case "$1" in
+  test-tpu)
+    trap 'touch stopped; exit' TERM
+    touch started
+    for _ in {1..300}; do sleep 0.1; done ;;
+  lint)
+    until [ -e started ]; do sleep 0.1; done
+    kill "$PPID" ;;
+esac
+"""
+
+pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 
 
-@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def run(folder: Path, make: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The script in a repository of its own, over another `make`."""
+    (folder / "repo" / ".ci").mkdir(parents=True)
+    shutil.copy(CI, folder / "repo" / ".ci")
+    (folder / "make").write_text(make)
+    (folder / "make").chmod(0o755)
+    (folder / "said").mkdir()
+    env |= {"PATH": f"{folder}:{os.environ['PATH']}", "TMPDIR": str(folder / "said")}
+    command = ["bash", folder / "repo" / ".ci" / "run"]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+
+
 @pytest.mark.parametrize("fails", ["", "lint", "test", "test-tpu", "test-hf"])
 def test_ci_is_red_just_where_a_target_is(tmp_path, fails):
-    (tmp_path / "repo" / ".ci").mkdir(parents=True)
-    shutil.copy(CI, tmp_path / "repo" / ".ci")
-    (tmp_path / "make").write_text(MAKE)
-    (tmp_path / "make").chmod(0o755)
-    (tmp_path / "said").mkdir()
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    found = subprocess.run(
-        ["bash", tmp_path / "repo" / ".ci" / "run"],
-        env={"PATH": path, "FAIL": fails, "TMPDIR": str(tmp_path / "said")},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    found = run(tmp_path, MAKE, FAIL=fails)
     assert (found.returncode == 0) == (not fails), found.stderr
     for target in ("lint", "test", "test-tpu", "test-hf"):
         assert f"true: {target} " in found.stdout
     assert found.stdout.splitlines()[-1] == "said by test"
+    assert not list((tmp_path / "said").iterdir())
+
+
+def test_targets_end_with_ci(tmp_path):
+    assert run(tmp_path, STOPPED).returncode != 0
+    until = time.monotonic() + 30
+    while not (tmp_path / "repo" / "stopped").exists():
+        assert time.monotonic() < until, "a target went on without the script"
+        time.sleep(0.1)
     assert not list((tmp_path / "said").iterdir())

@@ -21,8 +21,9 @@ from experiments.study import Cell
 from experiments.summary import on_clock, outcome, summarise, whole_arms
 from experiments.text import BETWEEN, Texts, load_texts
 from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op, save_clock
-from growjax.data import ByteTokenizer, Corpus
+from growjax.data import MLM, ByteTokenizer, Corpus
 from growjax.errors import BudgetError, DataError
+from growjax.models import BERTConfig
 from growjax.train import load_plan, save_plan
 from tests.runs import TEXT
 
@@ -212,6 +213,18 @@ def test_no_train_no_gain_charges_the_papers_clock():
     assert [p.rate.peak for p in lion] == [0.0005, 0.001, 0.002, 0.004] and len(trial) == 4 * 7
     assert lion[0].name == "lion at 0.0005"
     assert {c.budget for c in trial} == {"tuning"} and trial[0].plan.seed == 1000
+
+
+def test_the_crammed_bert_is_that_of_the_paper_but_for_what_a_small_one_predicts():
+    for size, objective in [
+        ("paper", MLM(128, 0.15, frame=False)),
+        ("small", MLM(16, 0.3, frame=False)),
+    ]:
+        plan = cells("no_train_no_gain", size, "bert")["AdamW"].plan
+        assert plan.objective == objective
+        config = plan.model
+        assert isinstance(config, BERTConfig) and config.embedding_norm and config.glu
+        assert not (config.post_norm or config.bias or config.pooler or config.nsp_head)
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -43,7 +43,7 @@ class Size(study.Size):
 SIZES: dict[str, dict[Workload, Size]] = {
     "smoke": {w: Size(4, 16, 2, 8, 32, 384, 32, 4, 12) for w in ("bert", "t5")},
     "small": {
-        # Longer windows and fewer predictions leave it at how often each byte comes (README.md)
+        # With longer windows and fewer predictions it learns too little to compare (README.md)
         "bert": Size(8, 64, 4, 16, 128, 384, 16, 32, 500, masked=0.3),
         "t5": Size(4, 64, 4, 16, 128, 384, 64, 16, 100),
     },
@@ -53,7 +53,8 @@ SIZES: dict[str, dict[Workload, Size]] = {
         "t5": Size(12, 768, 12, 64, 2048, 32_128, 512, 144, 20_951),
     },
 }
-# Peak learning rates: of the paper its own, the others the best of the ledger (README.md)
+# Peak learning rates: of the paper its own, the others the best of the ledger (README.md). Of the small
+# BERT AdamW's alone was tuned
 RATES: dict[str, dict[Workload, dict[str, float]]] = {
     "paper": {
         "bert": {"adamw": 1e-3, "lion": 7e-4, "sophia": 4e-4, "muon": 1e-3, "schedule_free": 1e-3},
