@@ -220,8 +220,9 @@ def test_the_crammed_bert_is_that_of_the_paper_but_for_what_a_small_one_predicts
         ("paper", MLM(128, 0.15, frame=False)),
         ("small", MLM(16, 0.3, frame=False)),
     ]:
-        plan = cells("no_train_no_gain", size, "bert")["AdamW"].plan
-        assert plan.objective == objective
+        # The first alone: working out the others of the paper's size takes minutes
+        plan = next(ntng.cells(size, "bert", 0)).plan
+        assert plan.name == "AdamW" and plan.objective == objective
         config = plan.model
         assert isinstance(config, BERTConfig) and config.embedding_norm and config.glu
         assert not (config.post_norm or config.bias or config.pooler or config.nsp_head)
