@@ -228,6 +228,14 @@ def test_the_crammed_bert_is_that_of_the_paper_but_for_what_a_small_one_predicts
         assert not (config.post_norm or config.bias or config.pooler or config.nsp_head)
 
 
+@pytest.mark.parametrize("size, objective", [("paper", MLM(512, 0.15)), ("small", MLM(18, 0.3))])
+def test_the_bert_of_raptr_is_pre_norm_and_keeps_berts_norm_on_its_embeddings(size, objective):
+    plan = next(iter(raptr.cells(size, "bert", 0))).plan
+    assert plan.objective == objective
+    config = plan.model
+    assert isinstance(config, BERTConfig) and config.embedding_norm and not config.post_norm
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_paper_presets_can_be_planned(name):
     for workload in STUDIES[name][1]:
