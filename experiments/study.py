@@ -46,7 +46,10 @@ Judge = Callable[[Any], dict[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large the models of a study are, and how long the whole one trains, in steps."""
+    """How large the models of a study are, and how long the whole one trains, in steps.
+
+    `masked` is the share of a BERT's tokens that is predicted.
+    """
 
     layers: int
     embed: int
@@ -57,6 +60,7 @@ class Size:
     length: int
     batch: int
     steps: int
+    masked: float = dataclasses.field(default=0.15, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,13 +31,9 @@ BUDGETS = {"smoke": (1,), "small": (1, 2, 4), "paper": (1, 2, 4)}
 
 @dataclasses.dataclass(frozen=True)
 class Size(study.Size):
-    """At the smallest budget, with the number of parts that a batch is computed in.
-
-    `masked` is the share of a BERT's tokens that is predicted.
-    """
+    """At the smallest budget, with the number of parts that a batch is computed in."""
 
     accumulate: int = 1
-    masked: float = 0.15
 
 
 SIZES: dict[str, dict[Workload, Size]] = {

@@ -30,14 +30,10 @@ STUDY = Study("raptr", baseline="full at equal FLOPs", target="full", method="ra
 
 @dataclasses.dataclass(frozen=True)
 class Size(study.Size):
-    """With a peak learning rate, and over how many devices parameters are spread.
-
-    `masked` is the share of a BERT's tokens that is predicted.
-    """
+    """With a peak learning rate, and over how many devices parameters are spread."""
 
     rate: float
     fsdp: int = 1
-    masked: float = 0.15
 
 
 SIZES: dict[str, dict[Workload, Size]] = {
