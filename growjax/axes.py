@@ -24,6 +24,7 @@ several arrows may be mixed. Around a name:
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +62,7 @@ class Spec:
     means: tuple[str, ...] = ()
 
     @staticmethod
+    @functools.cache
     def parse(text: str) -> "Spec":
         """Read a spec; raises `AxisError` that says what is wrong with it.
 

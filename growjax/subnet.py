@@ -59,7 +59,7 @@ class Coins(Subnet):
     """A sub-network that skips each layer by a coin of its own: subclass it and write `chances`.
 
     All layers' weights stay in the program, and `lax.cond` skips those that the coins leave out, so one
-    program serves every draw. `tossed` gives the coins of many steps at once, to charge a run for what
+    program serves every draw. `tossed` gives the draws of many steps at once, to charge a run for what
     it draws.
     """
 
@@ -91,14 +91,20 @@ class Coins(Subnet):
         if len(set(layers.values())) > 1:
             raise SubnetError(f"axis: stacks that share their coins are equally deep, got {layers}")
         n = layers[self.stacks[0]]
-        on = self.coins(n, key) < jnp.asarray(self.chances(n, step), jnp.float32)
+        on = self.toss(n, key, step)
         branch = self.branches(on, step)
         return [AxisMap(axis, np.arange(n), active=on, branch=branch) for axis in self.stacks]
 
-    def tossed(self, layers: int, seed: int, first: int, count: int) -> np.ndarray:
-        """The uniform numbers [count, layers] of the steps from `first` on."""
+    def toss(self, layers: int, key: PRNGKeyArray, step) -> Bool[Array, " layers"]:
+        """Which layers run, for one draw."""
+        return self.coins(layers, key) < jnp.asarray(self.chances(layers, step), jnp.float32)
+
+    def tossed(
+        self, layers: int, seed: int, first: int, count: int
+    ) -> Bool[np.ndarray, "count layers"]:
+        """Which layers run at each of the steps from `first` on."""
         steps = jnp.arange(first, first + count)
-        return np.asarray(jax.vmap(lambda i: self.coins(layers, step_key(seed, i)))(steps))
+        return np.asarray(jax.vmap(lambda i: self.toss(layers, step_key(seed, i), i))(steps))
 
 
 def step_key(seed: int, step: int | Int[Array, ""]) -> PRNGKeyArray:

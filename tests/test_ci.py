@@ -15,11 +15,13 @@ CI = Path(__file__).parents[1] / ".ci" / "run"
 MAKE = """#!/usr/bin/env bash
 echo "$CI: $*"
 echo "said by $1"
+case "$1" in *.installed-dev) mkdir "$(dirname "$1")" ;; esac
 [ "$1" != "$FAIL" ]
 """
 # One target goes on until it is told to stop, and another stops the script
 STOPPED = """#!/usr/bin/env bash
 case "$1" in
+  *.installed-dev) mkdir "$(dirname "$1")" ;;
   test-tpu)
     trap 'touch stopped; exit' TERM
     touch started
@@ -53,6 +55,11 @@ def test_ci_is_red_just_where_a_target_is(tmp_path, fails):
         assert f"true: {target} " in found.stdout
     assert found.stdout.splitlines()[-1] == "said by test"
     assert not list((tmp_path / "said").iterdir())
+
+
+def test_what_cannot_be_installed_is_red(tmp_path):
+    found = run(tmp_path, MAKE, FAIL=".venv-ci/.installed-dev")
+    assert found.returncode != 0 and "said by test" not in found.stdout
 
 
 def test_targets_end_with_ci(tmp_path):

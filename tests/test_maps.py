@@ -67,16 +67,17 @@ def names(key, shape, dtype):
 
 def rule(x, roles, move: AxisMap, moment="weight"):
     """The definition: gather, fill what is new, and multiply by the share where it belongs."""
-    x, fresh = np.asarray(x), 7 if moment == "weight" else 0
-    power = {"weight": 1, "first": 1, "second": 2}[moment]
+    found: np.ndarray = np.asarray(x)
+    fresh, power = {"weight": (7, 1), "first": (0, 1), "second": (0, 2)}[moment]
     for dim in roles:
-        x = np.take(np.append(x, np.full_like(x.take([0], dim), fresh), dim), move.source, dim)
+        row = np.full_like(found.take([0], dim), fresh)
+        found = np.concatenate([found, row], dim).take(move.source, dim)
     share = np.asarray(move.share)
     for dim, role in roles.items() if move.share is not None else ():
         takes = (role == move.side) == (moment == "weight")
         if takes and role != "lookup":
-            x = x * np.expand_dims(share**power, [d for d in range(x.ndim) if d != dim])
-    return x
+            found *= np.expand_dims(share**power, [d for d in range(found.ndim) if d != dim])
+    return found
 
 
 SHARES = [0.0, 0.25, 0.5, 1.0, 2.0]

@@ -1,6 +1,7 @@
 """A stage of a plan, and what its steps do and cost, worked out from shapes alone."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -190,8 +191,8 @@ class Steps:
         self.known: dict[Any, tuple[Op, ...]] = {}
         self.often: dict[Op, int] = {}
         self.first: dict[Op, int] = {}
-        self.coins: dict[int, Any] = {}
-        table = axes_of(model)
+        self.tossed: dict[tuple[Coins, int], np.ndarray] = {}
+        self.axes = table = axes_of(model)
         self.stacks = {a: n for a, n in table.sizes.items() if "stack" in table.roles(a)}
         if isinstance(stage.subnet, PathSchedule):
             made_for, axis = stage.subnet.layers, stage.subnet.stages[0].path.axis
@@ -276,12 +277,12 @@ class Steps:
         """How many layers the coins of a step let run; None if there are no coins."""
         if not (isinstance(part, Coins) and part.tosses):
             return None
-        layers, many = axes_of(self.model).size(part.stacks[0]), 1024
-        first = (self.start + i) // many * many
-        if first not in self.coins:
-            self.coins = {first: part.tossed(layers, self.seed, first, many)}
+        layers, many = self.axes.size(part.stacks[0]), 1024
         n = self.start + i
-        return int((self.coins[first][n - first] < np.asarray(part.chances(layers, n))).sum())
+        first = n // many * many
+        if (part, first) not in self.tossed:
+            self.tossed = {(part, first): part.tossed(layers, self.seed, first, many).sum(1)}
+        return int(self.tossed[part, first][n - first])
 
 
 def _depths(stacks: tuple[str, ...], depth: int) -> list[Subnet]:
@@ -291,10 +292,18 @@ def _depths(stacks: tuple[str, ...], depth: int) -> list[Subnet]:
 
 def step_flops(model: Any, objective: Objective, batch: int, *parts: Subnet | None) -> int:
     """Model FLOPs of one training step: three forward passes of the part that is trained."""
+    leaves, structure = jax.tree.flatten((model, batch_shapes(objective, 1)))
+    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x for x in leaves)
+    return 3 * batch * _forward_flops(tuple(shapes), structure, parts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_flops(leaves: tuple, structure: Any, parts: tuple[Subnet | None, ...]) -> int:
+    """Of one sequence, by shapes alone: the plans of a study share most of them."""
 
     def forward(model, rows):
         for part in parts:
             model = model if part is None else part(model, key=jax.random.key(0))
         return jax.vmap(lambda row: predictions(model, row))(rows)
 
-    return 3 * batch * count_flops(forward, model, batch_shapes(objective, 1))
+    return count_flops(forward, *jax.tree.unflatten(structure, leaves))
