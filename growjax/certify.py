@@ -139,7 +139,8 @@ def certify(
         print(gj.certify(gj.msg(mlp=2048), small, tokens, key=jax.random.key(0)))
     """
     forward = forward or call
-    compute = _Compute(forward, loss or _Probe(forward, _shown(forward, op, model, batch)))
+    shown = shown_outputs(forward, op, model, batch)
+    compute = _Compute(forward, loss or _Probe(forward, shown))
     with jax.enable_x64(True):
         wide = _cast(model, jnp.float64)
         exact = _difference(op, wide, batch, key, compute)
@@ -205,30 +206,23 @@ def call(model, batch):
     return jax.vmap(model)(*batch) if isinstance(batch, tuple) else jax.vmap(model)(batch)
 
 
-Shapes = tuple[tuple[int, ...], ...]
 Shown = tuple[tuple[int, ...] | None, ...]
 
 
-def shapes_of(outputs) -> Shapes:
-    """The shape of every output."""
-    return tuple(y.shape for y in jax.tree.leaves(outputs))
-
-
-def shown_outputs(one: Shapes, other: Shapes) -> Shown:
-    """What a loss may look at, of two models' outputs: those that have the same shape in both.
+def shown_outputs(forward: Callable, op, model, batch) -> Shown:
+    """What a loss may look at: the shapes of the outputs that `op` leaves as they are.
 
     An output that grew shows copies one by one, so a loss of it is not symmetric in them. If every
-    output grew, their common corners are used all the same.
+    output grows, their old corners are used all the same.
     """
-    pairs = list(zip(one, other, strict=True))
-    none = not any(a == b for a, b in pairs)
-    return tuple(tuple(map(min, a, b)) if none or a == b else None for a, b in pairs)
 
+    def of(model):
+        with jax.enable_x64(True):
+            return [y.shape for y in jax.tree.leaves(eqx.filter_eval_shape(forward, model, batch))]
 
-def _shown(forward: Callable, op, model, batch) -> Shown:
-    with jax.enable_x64(True):
-        both = (eqx.filter_eval_shape(forward, m, batch) for m in (model, shapes(op, model)))
-        return shown_outputs(*map(shapes_of, both))
+    before, after = of(model), of(shapes(op, model))
+    none = not any(a == b for a, b in zip(before, after, strict=True))
+    return tuple(a if none or a == b else None for a, b in zip(before, after, strict=True))
 
 
 def probe(outputs, shown: Shown) -> Array:

@@ -31,13 +31,11 @@ from jaxtyping import Array, PRNGKeyArray
 from growjax import growth, models
 from growjax.axes import axes_of, get, partition, put, sizes
 from growjax.certify import (
-    Shapes,
     call,
     distance,
     filled,
     new_coordinates,
     probe,
-    shapes_of,
     shown_outputs,
 )
 from growjax.gates import Gate, ramp, settle
@@ -231,7 +229,7 @@ _FILLS = {"zeros": (0.0, 0.0), "scattered": (0.0, 1.0), "42": (42.0, 0.0), "1000
 
 
 @eqx.filter_jit
-def _observe(op, model, batch, other, offset, spread, opened, slopes) -> _Observation:
+def _observe(op, model, batch, shown, offset, spread, opened, slopes) -> _Observation:
     fill = _fill(offset, spread)
     trained, rest = partition(model)
 
@@ -252,7 +250,7 @@ def _observe(op, model, batch, other, offset, spread, opened, slopes) -> _Observ
 
     def objective(grown):
         outputs = call(eqx.combine(grown, others), batch)
-        return probe(outputs, shown_outputs(shapes_of(outputs), other)), outputs
+        return probe(outputs, shown), outputs
 
     gradient, outputs = jax.grad(objective, has_aux=True)(grown)
     return _Observation(eqx.combine(grown, others), outputs, gradient, transpose(gradient)[0])
@@ -266,6 +264,7 @@ class _Study:
 
     def __init__(self, op: Operator | Chain, model, batch: Batch, *, slopes: bool = True):
         self.op, self.model, self.batch, self._slopes = op, model, batch, slopes
+        self._shown = shown_outputs(call, op, model, batch)
         self._seen: dict[tuple, _Observation] = {}
 
     @property
@@ -282,16 +281,9 @@ class _Study:
         if at not in self._seen:
             with jax.enable_x64(True):
                 offset, spread, level = map(jnp.asarray, (*_FILLS[fill], opened))
-                given = (op, self.model, self.batch, self._shapes(op is not None))
+                given = (op, self.model, self.batch, self._shown)
                 self._seen[at] = _observe(*given, offset, spread, level, self._slopes)
         return self._seen[at]
-
-    def _shapes(self, small: bool) -> Shapes | None:
-        """Those of the other model's outputs: a loss looks at what both have."""
-        if not self._slopes:
-            return None
-        outputs = _outputs(self.model, self.batch) if small else self.big().outputs
-        return shapes_of(outputs)
 
     def preserves(self, rtol: float | None = None) -> None:
         _assert_same("outputs", self.small.outputs, self.big().outputs, rtol)

@@ -37,6 +37,13 @@ def test_every_operator_keeps_its_promise_on_every_architecture(case):
     testing.assert_contract(case.operator, case.model(), case.batch())
 
 
+def test_the_half_of_the_table_has_every_operator_and_every_architecture():
+    whole, half = testing.all_cases(), table()
+    for part in ("operator", "architecture"):
+        assert {getattr(case, part) for case in half} == {getattr(case, part) for case in whole}
+    assert DEEP == (len(half) == len(whole))
+
+
 @given(testing.cases(exactness=("exact", "exact-given-init")))
 def test_promises_hold_for_any_weights(case):
     testing.assert_contract(case.operator, case.model(), case.batch())

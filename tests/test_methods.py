@@ -1,6 +1,7 @@
 """What a plan may do besides growing: choose its examples, charge a clock, look at the curvature."""
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -177,21 +178,29 @@ def test_records_say_what_was_charged(programs):
 
 
 @pytest.mark.parametrize(
-    "subnet",
+    "stage",
     [
-        gj.random_path(2.5, mode="bernoulli"),
-        gj.progressive_layer_drop(floor=0.2, rate=0.02, inverse=False),
+        steps(300, subnet=gj.progressive_layer_drop(floor=0.2, rate=0.02, inverse=False)),
+        # Past the 1,024 steps whose coins are tossed at once
+        steps(1100, subnet=gj.random_path(2.5, mode="bernoulli")),
+        # Chances that change in the midst of those
+        Stage("", subnet=gj.path_schedule((2, 3, 4), layers=4, steps=300, mode="bernoulli")),
     ],
-    ids=lambda s: type(s).__name__,
+    ids=lambda stage: type(stage.subnet).__name__,
 )
-def test_layers_that_coins_leave_out_cost_nothing(subnet):
+def test_layers_that_coins_leave_out_cost_nothing(stage):
     """What is charged is what each step draws: as many layers as its own flags say."""
-    four = dataclasses.replace(SMALL, layers=4)
-    made = plan(steps(300, subnet=subnet), model=four, clock=CLOCK, seed=3)
-    axes = axes_of(eqx.filter_eval_shape(made.build))
-    drawn = jax.jit(
-        jax.vmap(lambda n: subnet.maps(axes, gj.step_key(3, n), n)[0].active.sum())  # type: ignore
-    )(jnp.arange(300))
+    made = plan(stage, model=dataclasses.replace(SMALL, layers=4), clock=CLOCK, seed=3)
+    axes, parts = axes_of(eqx.filter_eval_shape(made.build)), [w.part for w in made.spans[0].works]
+
+    def depth(part, n):
+        moves = part.maps(axes, gj.step_key(3, n), n)
+        return moves[0].active.sum() if moves else jnp.asarray(4)
+
+    drawn, each = np.zeros(made.steps, int), jnp.arange(made.steps)
+    for part in set(parts):
+        depths = jax.jit(jax.vmap(functools.partial(depth, part)))(each)
+        drawn = np.where([p == part for p in parts], depths, drawn)
     step = {d: s * 1e9 for d, s in enumerate((CLOCK.line[0], *CLOCK.seconds))}
     assert list(made.spans[0].costs) == pytest.approx([step[int(d)] for d in drawn], abs=1)
     assert len(set(drawn.tolist())) >= 3
