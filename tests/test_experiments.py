@@ -172,6 +172,13 @@ def test_msg_grows_in_the_released_order():
         assert all(span.stage.ramp for span in plan.spans[1:])
 
 
+def test_the_bert_of_msg_is_post_norm_as_published_but_for_the_small_one():
+    for size, post_norm, predicted in (("paper", True, MLM(128)), ("small", False, MLM(18, 0.3))):
+        plan = cells("msg", size, "bert")["scratch"].plan
+        assert isinstance(plan.model, BERTConfig) and plan.model.post_norm == post_norm
+        assert plan.objective == predicted
+
+
 @pytest.mark.parametrize("name, whole", [("msg", "scratch"), ("raptr", "full")])
 def test_a_longer_budget_takes_as_many_times_the_steps(name, whole, monkeypatch):
     monkeypatch.setitem(STUDIES[name][0].BUDGETS, "smoke", (1, 4))
