@@ -31,8 +31,8 @@ endif
 endif
 
 PY := $(VENV)/bin/python
-# Bytecode is made for what is imported, and not for all that comes with it
-PIP = $(PY) -m pip install -q --no-compile --disable-pip-version-check
+PIP_FLAGS ?=
+PIP = $(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS)
 BENCHES = $(patsubst experiments/bench/%.py,%,$(wildcard experiments/bench/[a-z]*.py))
 
 .PHONY: help demo test test-deep test-tpu run-test-tpu test-hf run-test-hf lint docs bench clean python

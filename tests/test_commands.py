@@ -42,11 +42,10 @@ train: Any = trainer.train
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, programs):
     """A whole run with its journal, stopped once on the way, and what was printed."""
     whole, folder, shown = every_kind(), tmp_path_factory.mktemp("runs") / "whole", io.StringIO()
     options = Options(evaluate_every=whole.flops / 4, held_out=4, save_every=2, keep_last=99)
-    programs: dict[str, Any] = {}
     console = Console(file=shown, width=120, force_terminal=False)
     for times in range(2):
         records = train(whole, feed(whole), run=folder, options=options, cache=programs)
@@ -107,7 +106,7 @@ def test_the_peak_of_a_device_is_that_of_its_longest_name():
     assert peak_flops("NVIDIA H200 SXM") == 989e12 and peak_flops("cpu") is None
 
 
-def test_trackers_get_the_numbers_of_every_step(run, monkeypatch, tmp_path):
+def test_trackers_get_the_numbers_of_every_step(programs, monkeypatch, tmp_path):
     from growjax.train import metrics
 
     seen: list[Any] = []
@@ -124,7 +123,7 @@ def test_trackers_get_the_numbers_of_every_step(run, monkeypatch, tmp_path):
 
     monkeypatch.setitem(metrics.TRACKERS, "tensorboard", Fake)
     p = plan(steps(2))
-    records = train(p, feed(p), options=Options(held_out=4))
+    records = train(p, feed(p), options=Options(held_out=4), cache=programs)
     done = list(watch(records, p, run=tmp_path, trackers=["tensorboard"]))
     expected = [(r.step, r.loss) for r in done if isinstance(r, trainer.Step)]
     assert seen == [("open", "tiny"), *expected, "closed"]

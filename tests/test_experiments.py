@@ -58,7 +58,7 @@ def cells(name: str, size: str, workload: str, seed: int = 0) -> dict[str, Cell]
 
 
 @pytest.mark.parametrize("name, workload", ARMS)
-def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path, programs):
+def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path):
     about = STUDIES[name][0].STUDY
     wanted = [
         c for c in cells(name, "smoke", workload).values() if c.plan.name in ARMS[name, workload]
@@ -174,9 +174,10 @@ def test_msg_grows_in_the_released_order():
 
 def test_the_bert_of_msg_is_post_norm_as_published_but_for_the_small_one():
     for size, post_norm, predicted in (("paper", True, MLM(128)), ("small", False, MLM(18, 0.3))):
-        plan = cells("msg", size, "bert")["scratch"].plan
-        assert isinstance(plan.model, BERTConfig) and plan.model.post_norm == post_norm
-        assert plan.objective == predicted
+        s = msg.SIZES[size]["bert"]
+        config = msg.model("bert", s, -1)
+        assert isinstance(config, BERTConfig) and config.post_norm == post_norm
+        assert msg.objective_of("bert", s) == predicted
 
 
 @pytest.mark.parametrize("name, whole", [("msg", "scratch"), ("raptr", "full")])

@@ -242,7 +242,9 @@ def test_whole_tasks_score_the_same_as_with_the_harness_own_model(both, include)
         tasks=[*TASKS],
         num_fewshot=1,
         bootstrap_iters=0,
-        task_manager=extra("lm_eval.tasks").TaskManager(include_path=str(include)),
+        task_manager=extra("lm_eval.tasks").TaskManager(
+            include_path=str(include), include_defaults=False
+        ),
         **dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"), 0),
         fewshot_random_seed=0,
     )

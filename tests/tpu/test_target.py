@@ -19,6 +19,7 @@ from growjax.train import Layout, Plan, Schedule, Stage
 from growjax.train.commands import show_plan
 from growjax.train.dryrun import dry_run
 from growjax.train.target import COLLECTIVES, Compiled, Target, compile_for
+from tests.conftest import DEEP
 
 
 SMALL = GPTConfig(
@@ -197,14 +198,26 @@ def test_every_family_and_layout_compiles(target):
     assert all(p.collectives["all-to-all"] == 0 and p.flops for p in found.programs)
 
 
-def test_what_does_not_fit_is_said_with_what_would_help():
+@pytest.fixture(scope="module")
+def refused() -> tuple[Plan, str]:
+    """A plan of far too large a batch, and what is said of its step."""
     large = plan(steps(4, "small"), batch=16 * 2**14, model=dataclasses.replace(SMALL, dtype=None))
     found = compile_for(large, "v5e:4x4")
-    (reason,) = [r for r in found.refusals if "step" in r]
-    assert re.match(r"stage 0 'small': step: needs [\d.]+ GiB of 16.00 GiB a chip; any", reason)
-    assert "accumulate=" in reason and "batch=" in reason and "fsdp=" not in reason
     with pytest.raises(LayoutError, match=r"does not fit v5e:4x4:\n  - stage 0 'small'"):
         found.check()
+    (reason,) = [r for r in found.refusals if "step" in r]
+    return large, reason
+
+
+def test_what_does_not_fit_is_said_with_what_would_help(refused):
+    _, reason = refused
+    assert re.match(r"stage 0 'small': step: needs [\d.]+ GiB of 16.00 GiB a chip; any", reason)
+    assert "accumulate=" in reason and "batch=" in reason and "fsdp=" not in reason
+
+
+@pytest.mark.skipif(not DEEP, reason="a minute: the deep profile runs it")
+def test_what_is_said_to_help_does(refused):
+    large, reason = refused
     parts = int(re.findall(r"accumulate=(\d+)", reason)[0])
     helped = compile_for(dataclasses.replace(large, accumulate=parts), "v5e:4x4")
     assert by_name(helped)[0, "step"].fits, "the remedy that was named does not help"
