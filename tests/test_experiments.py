@@ -180,6 +180,12 @@ def test_the_bert_of_msg_is_post_norm_as_published_but_for_the_small_one():
         assert msg.objective_of("bert", s) == predicted
 
 
+def test_arms_of_msg_that_do_not_grow_have_the_rate_that_suits_them():
+    peaks = {arm: cell.plan.rate.peak for arm, cell in cells("msg", "small", "bert").items()}
+    assert peaks.pop("scratch") == peaks.pop("control") == 1.5e-3
+    assert set(peaks.values()) == {3e-3}
+
+
 @pytest.mark.parametrize("name, whole", [("msg", "scratch"), ("raptr", "full")])
 def test_a_longer_budget_takes_as_many_times_the_steps(name, whole, monkeypatch):
     monkeypatch.setitem(STUDIES[name][0].BUDGETS, "smoke", (1, 4))

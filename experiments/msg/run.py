@@ -26,7 +26,10 @@ STUDY = Study("msg", baseline="control", target="scratch", method="msg")
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """The sizes of a schedule in its order: mlp, layers, embed, heads, layers; and its training."""
+    """The sizes of a schedule in its order: mlp, layers, embed, heads, layers; and its training.
+
+    `whole_rate` is the peak learning rate of arms that do not grow, where the ledger says another one.
+    """
 
     layers: tuple[int, int, int]
     embed: tuple[int, int]
@@ -38,6 +41,7 @@ class Size:
     batch: int
     steps: int
     rate: float
+    whole_rate: float | None = None
     masked: float = 0.15
     post_norm: bool = True
 
@@ -50,7 +54,7 @@ SIZES: dict[str, dict[Workload, Size]] = {
     },
     # A post-LN BERT, or one of longer windows and fewer predictions, learns too little to compare
     "small": {
-        "bert": Size(*SMALL, 18, 32, 1000, 3e-3, masked=0.3, post_norm=False),
+        "bert": Size(*SMALL, 18, 32, 1000, 3e-3, whole_rate=1.5e-3, masked=0.3, post_norm=False),
         "gpt": Size(*SMALL, 64, 16, 600, 3e-3),
     },
     # The released orders and shapes of BERT-base and -large. Step numbers were not released, and nothing
@@ -94,11 +98,15 @@ def plans(s: Size, size: str, workload: Workload, seed: int, factor: float = 1.0
     All but `scratch` cost what `msg` does. `factor` is of learning rates.
     """
     objective = objective_of(workload, s)
+
+    def rate(peak: float) -> Schedule:
+        return Schedule(factor * peak, warmup=0.05)
+
     make = functools.partial(
         Plan,
         batch=s.batch,
         objective=objective,
-        rate=Schedule(factor * s.rate, warmup=0.05),
+        rate=rate(s.rate),
         optimizer=Optimizer(b2=0.98, weight_decay=0.01),
         seed=seed,
     )
@@ -128,13 +136,14 @@ def plans(s: Size, size: str, workload: Workload, seed: int, factor: float = 1.0
         sizes: dict[str, Any] = {axis: new}
         return gj.stack(**sizes) if axis == "layers" else gj.copy(shares="random", **sizes)
 
-    def equal(name: str, *stages: Stage, config: Any = whole) -> Plan:
-        return make(name, config, stages, budget=msg.flops)
+    def equal(name: str, *stages: Stage, config: Any = whole, **more: Any) -> Plan:
+        return make(name, config, stages, budget=msg.flops, **more)
 
     everything = s.steps * s.batch * objective.raw_length
-    yield make("scratch", whole, (Stage("whole model", tokens=everything),))
+    at_its_own = rate(s.whole_rate or s.rate)
+    yield make("scratch", whole, (Stage("whole model", tokens=everything),), rate=at_its_own)
     msg = grown("msg", masked, ramp)
-    yield equal("control", Stage("whole model", share=1.0))
+    yield equal("control", Stage("whole model", share=1.0), rate=at_its_own)
     yield msg
     if size == "smoke":
         return
