@@ -37,7 +37,7 @@ STUDIES = {
 ARMS = {
     ("raptr", "ul2"): {"full", "raptr", "full at equal FLOPs", "constant p"},
     ("msg", "bert"): {"scratch", "control", "msg"},
-    ("no_train_no_gain", "bert"): {"AdamW", "stacking", "RHO", "sophia"},
+    ("no_train_no_gain", "bert"): {"AdamW", "stacking", "RHO"},
 }
 
 

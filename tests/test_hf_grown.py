@@ -62,7 +62,8 @@ def test_branch_multipliers_and_open_gates_are_folded(tmp_path):
             stack = "decoder" if name == "t5" else "blocks"
             depth = getattr(model, stack).block.mlp.up.shape[0]
             branch = jnp.linspace(0.5, 2.0, depth)
-            model = gj.msg(mlp=9, embed=12, heads=3, init=_steps)(model, key=jax.random.key(0))
+            op = gj.msg(mlp=9, embed=12, heads=3, init=_steps)
+            model = gj.grow(op, model, key=jax.random.key(0))
             model = gj.ramp(put(model, {(stack, "branch"): branch}), 1.0)
             gj.hf.save(model, tmp_path / name)
             again = gj.hf.load(tmp_path / name)

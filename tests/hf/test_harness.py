@@ -117,13 +117,35 @@ def test_answers_come_in_the_order_of_the_questions():
     )
 
 
-def test_what_a_model_cannot_do_is_refused(include):
+def test_what_a_model_cannot_do_is_refused():
     model = HarnessModel(language())
     for odd in ({"do_sample": True, "top_k": 5}, {"num_beams": 4}):
         with pytest.raises(EvalError, match="top_k=5|num_beams=4"):
             model.generate_until(requests(("a", {"until": [], **odd})))
-    with pytest.raises(EvalError, match="know nothing of missing"):
-        run_harness(language(), ["missing"], include=include)
+
+
+def test_the_harness_tasks_are_read_where_they_may_be_meant(include, monkeypatch):
+    """Not for tasks of one's own folder: there are thousands, which are not read here either."""
+    rooms, read = extra("lm_eval.tasks"), []
+    whole: Any = rooms.TaskManager
+
+    def known(include_path: str | None = None, include_defaults: bool = True) -> Any:
+        read.append((include_path is not None, include_defaults))
+        return whole(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(rooms, "TaskManager", known)
+    ours, theirs = (True, False), (True, True)
+    (include / "all.yaml").write_text(json.dumps({"group": "all", "task": ["says"]}))
+    assert harness._manager(["says", "costs"], include).all_groups == ["all"] and read == [ours]
+    for tasks in (["all"], ["says", "missing"], [{"task": "says"}]):
+        read.clear()
+        harness._manager(tasks, include)
+        assert read == [ours, theirs]
+    read.clear()
+    for folder in (None, include):
+        with pytest.raises(EvalError, match="know nothing of missing"):
+            run_harness(language(), ["missing"], include=folder)
+    assert read == [(False, True), ours, theirs]
 
 
 # Next to the harness's own -------------------------------------------------------------------------

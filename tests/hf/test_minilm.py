@@ -10,6 +10,7 @@ import pytest
 
 import growjax as gj
 from growjax.errors import GateError
+from tests.conftest import DEEP
 from tests.hf.oracle import MASK, TOKENS, outputs, reloaded
 
 
@@ -50,13 +51,14 @@ def test_a_real_encoder_is_read_and_grown_in_width_to_the_same_function(source, 
     assert (tmp_path / "wide" / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_a_real_encoder_is_grown_in_every_dimension_certified_and_read_by_transformers(
-    source, theirs, tmp_path
-):
-    """No post-LN block is the identity, so depth comes behind gates, which are opened to be written."""
+# No post-LN block is the identity, so depth comes behind gates, which are opened to be written
+EVERY_DIMENSION = gj.chain(WIDER, gj.msg(layers=8))
+
+
+@pytest.mark.skipif(not DEEP, reason="a minute: the deep profile runs it")
+def test_a_real_encoder_that_grows_in_every_dimension_is_certified(source):
     small, key = gj.hf.load(source), jax.random.key(0)
-    op = gj.chain(WIDER, gj.msg(layers=8))
-    certificate = gj.certify(op, small, jnp.asarray(TOKENS[:, :8]), key=key)
+    certificate = gj.certify(EVERY_DIMENSION, small, jnp.asarray(TOKENS[:, :8]), key=key)
     print(certificate)
     assert certificate.passed and certificate.exactness == "exact-given-init"
     assert certificate.axes == {
@@ -69,7 +71,12 @@ def test_a_real_encoder_is_grown_in_every_dimension_certified_and_read_by_transf
     assert moved["float32"] <= 1e-5 and moved["float64"] <= 1e-12
     assert certificate.gradient is not None and certificate.gradient <= 1e-10
 
-    big = gj.grow(op, small, key=key)
+
+def test_a_real_encoder_is_grown_in_every_dimension_and_read_by_transformers(
+    source, theirs, tmp_path
+):
+    small, key = gj.hf.load(source), jax.random.key(0)
+    big = gj.grow(EVERY_DIMENSION, small, key=key)
     assert np.abs(hidden(big) - np.tile(theirs, 2)).max() <= 2e-5
     with pytest.raises(GateError, match="ramp these first"):
         gj.hf.save(big, tmp_path / "closed", source=source)

@@ -143,6 +143,7 @@ def test_replicas_add_up_and_do_nothing_else():
     assert step["all-reduce"] >= 1 and {k for k in COLLECTIVES if step[k]} == {"all-reduce"}
 
 
+@pytest.mark.skipif(not DEEP, reason="half a minute: the deep profile runs it")
 def test_a_second_model_takes_the_memory_of_its_parameters():
     def needed(**more: Any) -> int:
         found = compile_for(plan(steps(4, "chosen", select=RhoLoss())), "v5e:4x4", **more)
