@@ -38,10 +38,10 @@ class Size(study.Size):
 
 SIZES: dict[str, dict[Workload, Size]] = {
     "smoke": {w: Size(4, 16, 2, 8, 32, 384, 32, 4, 12, 3e-3) for w in ("bert", "ul2")},
-    # The rate of the decoder is the best of the ledger, for the baseline and for RaPTr (README.md)
+    # Rates are the best of the ledger, for the baseline and for RaPTr (README.md)
     "small": {
         # With longer windows and fewer predictions a BERT learns too little to compare (README.md)
-        "bert": Size(12, 64, 4, 16, 256, 384, 18, 32, 1000, 3e-3, masked=0.3),
+        "bert": Size(12, 64, 4, 16, 256, 384, 18, 32, 1000, 1.5e-3, masked=0.3),
         "ul2": Size(12, 64, 4, 16, 256, 384, 64, 16, 400, 6e-3),
     },
     # Not all of it is in a source that was read, and what is not is said in README.md. For 16 and for
