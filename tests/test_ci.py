@@ -57,6 +57,13 @@ def test_ci_is_red_just_where_a_target_is(tmp_path, fails):
     assert not list((tmp_path / "said").iterdir())
 
 
+def test_bytecode_is_kept_whatever_the_environment_says(tmp_path):
+    """Or each of the dozens of processes that tests start makes it anew."""
+    make = MAKE.replace("$CI: $*", "$PYTHONDONTWRITEBYTECODE, $PIP_FLAGS")
+    found = run(tmp_path, make, FAIL="", PYTHONDONTWRITEBYTECODE="1")
+    assert found.stdout.startswith(", --no-compile\n")
+
+
 def test_what_cannot_be_installed_is_red(tmp_path):
     found = run(tmp_path, MAKE, FAIL=".venv-ci/.installed-dev")
     assert found.returncode != 0 and "said by test" not in found.stdout

@@ -37,7 +37,7 @@ STUDIES = {
 ARMS = {
     ("raptr", "ul2"): {"full", "raptr", "full at equal FLOPs", "constant p"},
     ("msg", "bert"): {"scratch", "control", "msg"},
-    ("no_train_no_gain", "bert"): {"AdamW", "stacking", "RHO"},
+    ("no_train_no_gain", "bert"): {"AdamW", "stacking", "RHO", "sophia"},
 }
 
 
@@ -177,6 +177,7 @@ def test_the_bert_of_msg_is_post_norm_as_published_but_for_the_small_one():
         s = msg.SIZES[size]["bert"]
         config = msg.model("bert", s, -1)
         assert isinstance(config, BERTConfig) and config.post_norm == post_norm
+        assert config.embedding_norm == (not post_norm)
         assert msg.objective_of("bert", s) == predicted
 
 

@@ -191,9 +191,8 @@ def model(workload: Workload, s: Size, n: int) -> BERTConfig | GPTConfig:
     }
     if workload == "gpt":
         return GPTConfig(**fields)
-    return BERTConfig(
-        **fields, post_norm=s.post_norm, embedding_norm=True, pooler=False, nsp_head=False
-    )
+    fields |= {"post_norm": s.post_norm, "embedding_norm": not s.post_norm}
+    return BERTConfig(**fields, pooler=False, nsp_head=False)
 
 
 if __name__ == "__main__":
