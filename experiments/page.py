@@ -96,21 +96,30 @@ def _loss_plot(title: str, group: Group, looks: Looks) -> Plot:
 
 
 def _length_plot(title: str, group: Group, looks: Looks) -> list[Plot]:
-    with_lengths = [r for r in group if "by_length" in r]
-    if not with_lengths:
+    """A panel for each share of the cost at which models were run along shorter paths."""
+    ends = [r for r in group if "by_length" in r]
+    if not ends:
         return []
+    shares = sorted({float(share) for r in ends for share in r.get("midway", ())})
+    last = []
     with style():
-        figure, axes = canvas(3.4)
-        last = []
-        for arm, runs in by(with_lengths, "arm").items():
-            lengths = sorted(map(int, runs[0]["by_length"]))
-            y = [statistics.fmean(r["by_length"][str(k)][0] for r in runs) for k in lengths]
-            (drawn,) = axes.plot(lengths, y, marker="o", markersize=3, label=arm, **looks[arm])
-            last.append((y[-1], drawn))
-        axes.set_xlabel("layers of the path")
-        axes.set_ylabel("held-out loss (nats)")
+        figure, panels = canvas(3.4, ncols=len(shares) + 1, sharey=True, squeeze=False)
+        for axes, share in zip(panels[0], [*shares, 1.0], strict=True):
+            at = ends
+            if share < 1:
+                at = [r | r["midway"][f"{share:g}"] for r in ends if "midway" in r]
+            for arm, runs in by(at, "arm").items():
+                lengths = sorted(map(int, runs[0]["by_length"]))
+                y = [statistics.fmean(r["by_length"][str(k)][0] for r in runs) for k in lengths]
+                (drawn,) = axes.plot(lengths, y, marker="o", markersize=3, label=arm, **looks[arm])
+                if share == 1:
+                    last.append((y[-1], drawn))
+            axes.set_xlabel("layers of the path")
+            if shares:
+                axes.set_title(f"{share:.3g} of the cost")
+        panels[0][0].set_ylabel("held-out loss (nats)")
         _legend(figure, last, "arm")
-    caption = "Of the trained models, along random paths; the last point is the whole model."
+    caption = "Along random paths of the model as it is by then; the last point is the whole model."
     return [Plot(f"{title}: loss against path length", figure, caption)]
 
 

@@ -75,6 +75,7 @@ class Cell:
     - `reference`: a run on the proxy text whose model a selector compares with. Nobody is charged for it.
     - `clock`: under which the arm is compared, if it is charged less by its own (a "free" variant).
     - `after`: further numbers about the trained model, by name.
+    - `midway`: the shares of the cost at which they are asked for as well, of the model as it is by then.
     """
 
     workload: str
@@ -83,6 +84,7 @@ class Cell:
     reference: Plan | None = None
     clock: Clock | None = None
     after: Callable[[Plan, Any, Texts], dict[str, Any]] | None = None
+    midway: tuple[float, ...] = ()
 
     @property
     def key(self) -> tuple[str, str, str, int]:
@@ -148,8 +150,15 @@ def run_cell(
             references[key] = _trained(cell.reference, texts.proxy, texts.valid, programs)
         reference = references[key]
     feed = CorpusFeed(plan, texts.training, texts.valid)
-    options = Options(evaluate_every=plan.cost / MARKS, held_out=_held_out(plan))
     curve, growths, speeds = [], [], defaultdict(list)
+    due, midway = sorted(cell.midway), {}
+
+    def look(model: Any, step: Step) -> dict[str, float]:
+        if cell.after and due and step.spent * plan.clock.per_unit >= due[0] * plan.cost:
+            midway[f"{due.pop(0):g}"] = cell.after(plan, model, texts)
+        return {}
+
+    options = Options(evaluate_every=plan.cost / MARKS, held_out=_held_out(plan), hooks=(look,))
     depths: dict[Any, int] = {}
     last = end = None
     for record in train(plan, feed, options=options, reference=reference, cache=programs):
@@ -198,6 +207,8 @@ def run_cell(
         row["texts"] = {name: loss_on(plan, end.model, t) for name, t in texts.others.items()}
     if judge is not None:
         row["downstream"] = judge(end.model)
+    if midway:
+        row["midway"] = midway
     return row | (cell.after(plan, end.model, texts) if cell.after else {})
 
 

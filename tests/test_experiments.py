@@ -23,7 +23,7 @@ from experiments.text import BETWEEN, Texts, load_texts
 from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op, save_clock
 from growjax.data import MLM, ByteTokenizer, Corpus
 from growjax.errors import BudgetError, DataError
-from growjax.models import BERTConfig
+from growjax.models import BERT, BERTConfig
 from growjax.train import load_plan, save_plan
 from tests.runs import TEXT
 
@@ -77,6 +77,9 @@ def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path)
         assert row["score"] == row["curve"][-1][1] and row["decayed"]
         assert row["spent"] == pytest.approx(cell.plan.cost / cell.plan.clock.per_unit)
         assert row["texts"]["same"] > 0 and row["downstream"] == judge
+        looks = list(row.get("midway", {}).values()) + [row] * bool(cell.midway)
+        assert len(looks) == len(cell.midway) + bool(cell.midway)
+        assert len({tuple(x["by_length"]["4"]) for x in looks}) == len(looks)
         assert row["stages"][-1]["stop"] == pytest.approx(row["spent"])
         assert sum(n for *_, n in row["operations"]) >= row["steps"]
         assert on_clock(row, FlopsClock()) == pytest.approx(row["flops"])
@@ -92,6 +95,7 @@ def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     page = (tmp_path / "report.html").read_text()
     assert all(arm in page for arm in by_arm)
+    assert all(f"{share} of the cost" in page for cell in wanted for share in cell.midway)
     command = (
         f"python -m experiments.{name}.run --size smoke --text numbers --also same=same --data DATA"
     )
@@ -157,6 +161,16 @@ def test_raptr_saves_a_quarter_of_its_blocks():
     outside = layers[12] - 12 * block
     rest = outside * plan.steps
     assert (whole.flops - rest) / (plan.flops - rest) == pytest.approx(4 / 3, rel=0.01)
+
+
+def test_losses_along_shorter_paths_are_looked_at_in_every_stage_of_raptr(texts):
+    """And of a stack that grows, at the depth that it has by then."""
+    cell = cells("raptr", "smoke", "bert")["raptr"]
+    cuts = [stage["start"] / cell.plan.cost for stage in study._stages(cell.plan)]
+    assert [sum(cut < share for cut in cuts) for share in (*cell.midway, 1.0)] == [1, 2, 3, 4]
+    config = dataclasses.replace(cell.plan.model, layers=2)
+    small = BERT(config, key=jax.random.key(0))
+    assert cell.after and list(cell.after(cell.plan, small, texts)["by_length"]) == ["2"]
 
 
 def test_msg_grows_in_the_released_order():

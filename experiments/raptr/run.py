@@ -25,6 +25,9 @@ Workload = Literal["bert", "ul2"]
 SEEDS = {"smoke": 1, "small": 6, "paper": 1}
 # Multiples of the steps of a size; a longer run says what is left of a gain
 BUDGETS = {"smoke": (1,), "small": (1, 4), "paper": (1,)}
+# Where losses along shorter paths are looked at on the way: RaPTr is then in its first, second and third
+# stage (and after the last step, in its fourth)
+MIDWAY = (1 / 8, 1 / 4, 1 / 2)
 STUDY = Study("raptr", baseline="full at equal FLOPs", target="full", method="raptr")
 
 
@@ -77,7 +80,7 @@ def cells(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
         s = SIZES[size][workload]
         longer = dataclasses.replace(s, steps=times * s.steps)
         for plan in plans(longer, size, workload, seed):
-            yield Cell(workload, f"{times}x", plan, after=look)
+            yield Cell(workload, f"{times}x", plan, after=look, midway=MIDWAY)
 
 
 def plans(s: Size, size: str, workload: Workload, seed: int, factor: float = 1.0) -> Iterator[Plan]:
@@ -175,15 +178,15 @@ def _parts(s: Size) -> list[Stage]:
     return found
 
 
-def by_length(plan: Plan, trained: Any, texts: Texts) -> dict[str, Any]:
-    """The loss of the trained model along random paths of each length: mean and standard error."""
-    layers = plan.spans[-1].sizes["layers"]
+def by_length(plan: Plan, model: Any, texts: Texts) -> dict[str, Any]:
+    """The loss of a model along random paths of each length: mean and standard error."""
+    layers = gj.axes_of(model).sizes["layers"]
     found: dict[str, tuple[float, float]] = {}
     for k in sorted({*range(max(2, layers // 3), layers + 1, max(layers // 6, 1)), layers}):
         path = gj.random_path(k)
         draws = 1 if k == layers else 4
         losses = [
-            loss_on(plan, path(trained, key=jax.random.key(i)), texts.valid, 2 * plan.batch)
+            loss_on(plan, path(model, key=jax.random.key(i)), texts.valid, 2 * plan.batch)
             for i in range(draws)
         ]
         spread = float(np.std(losses, ddof=1) / draws**0.5) if draws > 1 else 0.0
