@@ -23,8 +23,9 @@ from experiments.text import BETWEEN, Texts, load_texts
 from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op, save_clock
 from growjax.data import MLM, ByteTokenizer, Corpus
 from growjax.errors import BudgetError, DataError
-from growjax.models import BERT, BERTConfig
+from growjax.models import BERTConfig
 from growjax.train import load_plan, save_plan
+from growjax.train.plan import build
 from tests.runs import TEXT
 
 
@@ -168,8 +169,7 @@ def test_losses_along_shorter_paths_are_looked_at_in_every_stage_of_raptr(texts)
     cell = cells("raptr", "smoke", "bert")["raptr"]
     cuts = [stage["start"] / cell.plan.cost for stage in study._stages(cell.plan)]
     assert [sum(cut < share for cut in cuts) for share in (*cell.midway, 1.0)] == [1, 2, 3, 4]
-    config = dataclasses.replace(cell.plan.model, layers=2)
-    small = BERT(config, key=jax.random.key(0))
+    small = build(dataclasses.replace(cell.plan.model, layers=2), jax.random.key(0))
     assert cell.after and list(cell.after(cell.plan, small, texts)["by_length"]) == ["2"]
 
 
