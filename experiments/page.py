@@ -115,8 +115,9 @@ def _length_plot(title: str, group: Group, looks: Looks) -> list[Plot]:
                 if share == 1:
                     last.append((y[-1], drawn))
             axes.set_xlabel("layers of the path")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             if shares:
-                axes.set_title(f"{share:.3g} of the cost")
+                axes.set_title(f"{share:g} of the cost" if share < 1 else "the end")
         panels[0][0].set_ylabel("held-out loss (nats)")
         _legend(figure, last, "arm")
     caption = "Along random paths of the model as it is by then; the last point is the whole model."

@@ -96,7 +96,7 @@ def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     page = (tmp_path / "report.html").read_text()
     assert all(arm in page for arm in by_arm)
-    assert all(f"{share} of the cost" in page for cell in wanted for share in cell.midway)
+    assert all(f"{share:g} of the cost" in page for cell in wanted for share in cell.midway)
     command = (
         f"python -m experiments.{name}.run --size smoke --text numbers --also same=same --data DATA"
     )
