@@ -100,24 +100,24 @@ def _length_plot(title: str, group: Group, looks: Looks) -> list[Plot]:
     ends = [r for r in group if "by_length" in r]
     if not ends:
         return []
-    shares = sorted({float(share) for r in ends for share in r.get("midway", ())})
+    shares = sorted({share for r in ends for share in r.get("midway", ())}, key=float)
     last = []
     with style():
         figure, panels = canvas(3.4, ncols=len(shares) + 1, sharey=True, squeeze=False)
-        for axes, share in zip(panels[0], [*shares, 1.0], strict=True):
+        for axes, share in zip(panels[0], [*shares, None], strict=True):
             at = ends
-            if share < 1:
-                at = [r | r["midway"][f"{share:g}"] for r in ends if "midway" in r]
+            if share is not None:
+                at = [r | r["midway"][share] for r in ends if share in r.get("midway", ())]
             for arm, runs in by(at, "arm").items():
                 lengths = sorted(map(int, runs[0]["by_length"]))
                 y = [statistics.fmean(r["by_length"][str(k)][0] for r in runs) for k in lengths]
                 (drawn,) = axes.plot(lengths, y, marker="o", markersize=3, label=arm, **looks[arm])
-                if share == 1:
+                if share is None:
                     last.append((y[-1], drawn))
             axes.set_xlabel("layers of the path")
             axes.xaxis.get_major_locator().set_params(integer=True)
             if shares:
-                axes.set_title(f"{share:g} of the cost" if share < 1 else "the end")
+                axes.set_title("the end" if share is None else f"{share} of the cost")
         panels[0][0].set_ylabel("held-out loss (nats)")
         _legend(figure, last, "arm")
     caption = "Along random paths of the model as it is by then; the last point is the whole model."
