@@ -38,13 +38,12 @@ _NOTES = (
 def write_summary(results: Path, study: Study) -> list[Row]:
     """Write `summary.json` and `report.html` next to the lines of results, and return the summary.
 
-    A `clock.json` there, of `growjax calibrate`, is one more clock to charge runs by.
+    Each `clock*.json` there, of `growjax calibrate`, is one more clock to charge runs by.
     """
     runs = read(results)
-    measured = results.parent / "clock.json"
-    if measured.exists():
-        clock = load_clock(measured)
-        study = dataclasses.replace(study, clocks={**study.clocks, clock.identity: clock})
+    measured = [load_clock(path) for path in sorted(results.parent.glob("clock*.json"))]
+    clocks = {clock.identity: clock for clock in measured}
+    study = dataclasses.replace(study, clocks={**study.clocks, **clocks})
     rows = summarise(study, runs, command_for(study, results.stem, runs))
     text = json.dumps(rows, indent=1) + "\n"
     (results.parent / "summary.json").write_text(text, encoding="utf-8")

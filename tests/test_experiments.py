@@ -102,14 +102,16 @@ def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path)
         assert sum(n for *_, n in row["operations"]) >= row["steps"]
         assert on_clock(row, FlopsClock()) == pytest.approx(row["flops"])
     ops = dict.fromkeys(Op(*op) for r in rows for *op, _ in r["operations"])
-    clock = MeasuredClock("here", tuple((op, 10**9) for op in ops))
-    save_clock(clock, tmp_path / "clock.json")
+    clocks = [MeasuredClock(n, tuple((op, 10**9) for op in ops)) for n in ("here", "there")]
+    save_clock(clocks[0], tmp_path / "clock.json")
+    save_clock(clocks[1], tmp_path / "clock-there.json")
     summary = write_summary(out, about)
     for row in (r for r in summary if "reached" in r):
-        assert row["clocks"][clock.identity]["cost"] == pytest.approx(
-            by_arm[row["question"].partition(" against ")[0]]["steps"]
-            / by_arm[about.target]["steps"]
-        )
+        steps = by_arm[row["question"].partition(" against ")[0]]["steps"]
+        share = pytest.approx(steps / by_arm[about.target]["steps"])
+        assert {name: c["cost"] for name, c in row["clocks"].items()} == {
+            clock.identity: share for clock in clocks
+        }
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     page = (tmp_path / "report.html").read_text()
     assert all(arm in page for arm in by_arm)
@@ -216,6 +218,15 @@ def test_arms_of_msg_that_do_not_grow_have_the_rate_that_suits_them():
     peaks = {arm: cell.plan.rate.peak for arm, cell in cells("msg", "small", "bert").items()}
     assert peaks.pop("scratch") == peaks.pop("control") == 1.5e-3
     assert set(peaks.values()) == {3e-3}
+
+
+def test_the_small_model_of_msg_trains_for_what_growing_costs():
+    found = {arm: cell.plan for arm, cell in cells("msg", "small", "gpt").items()}
+    small, grown = found["stays small"], found["msg"]
+    assert small.spans[-1].sizes == grown.spans[0].sizes and len(small.spans) == 1
+    assert small.steps > 2 * grown.steps
+    assert abs(small.cost - grown.cost) <= small.spans[0].costs[0]
+    assert "stays small at 0.003" in {c.plan.name for c in msg.trials("small", "gpt", 0)}
 
 
 @pytest.mark.parametrize("name, whole", [("msg", "scratch"), ("raptr", "full")])

@@ -77,7 +77,7 @@ def trials(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
     """The tuning ledger: the arms that decide, at four learning rates."""
     for factor in TRIALS:
         for plan in plans(SIZES[size][workload], size, workload, 1000 + seed, factor):
-            if plan.name in ("scratch", "control", "msg"):
+            if plan.name in ("scratch", "control", "msg", "stays small"):
                 yield as_trial(Cell(workload, "1x", plan))
 
 
@@ -147,6 +147,8 @@ def plans(s: Size, size: str, workload: Workload, seed: int, factor: float = 1.0
     yield msg
     if size == "smoke":
         return
+    # Growing is for those who want the large model: with what it costs the small one trains far longer
+    yield equal("stays small", Stage("small", share=1.0), config=small)
     yield grown("no mask", masked, 1)
     depths = [Stage(f"{s.layers[0]} layers", share=0.2)] + [
         Stage(f"{n} layers", share=share, grow=gj.stack(layers=n))
