@@ -20,7 +20,7 @@ from growjax.train import Optimizer, Plan, Schedule, Stage
 Workload = Literal["bert", "gpt", "bert-large"]
 SEEDS = {"smoke": 1, "small": 6, "paper": 1}
 # Multiples of the steps of a size; a longer run says what is left of a gain
-BUDGETS = {"smoke": (1,), "small": (1, 4), "paper": (1,)}
+BUDGETS = {"smoke": (1,), "small": (1, 4, 16), "paper": (1,)}
 STUDY = Study("msg", baseline="control", target="scratch", method="msg")
 
 
