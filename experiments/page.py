@@ -41,9 +41,9 @@ def write_summary(results: Path, study: Study) -> list[Row]:
     Each `clock*.json` there, of `growjax calibrate`, is one more clock to charge runs by.
     """
     runs = read(results)
-    measured = [load_clock(path) for path in sorted(results.parent.glob("clock*.json"))]
-    clocks = {clock.identity: clock for clock in measured}
-    study = dataclasses.replace(study, clocks={**study.clocks, **clocks})
+    measured = map(load_clock, sorted(results.parent.glob("clock*.json")))
+    clocks = {**study.clocks, **{clock.identity: clock for clock in measured}}
+    study = dataclasses.replace(study, clocks=clocks)
     rows = summarise(study, runs, command_for(study, results.stem, runs))
     text = json.dumps(rows, indent=1) + "\n"
     (results.parent / "summary.json").write_text(text, encoding="utf-8")
