@@ -1,6 +1,7 @@
 """What the lines of a study say: its summary, other clocks, and the figures of its page."""
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from experiments import page
 from experiments.no_train_no_gain import run as ntng
 from experiments.summary import on_clock, outcome, summarise, whole_arms
-from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op
+from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op, save_clock
 from growjax.errors import BudgetError
 
 
@@ -168,6 +169,23 @@ def test_an_arm_with_fewer_seeds_is_compared_over_those():
     assert row["seeds"] == 2 and row["estimate"] == pytest.approx(-1.0)
     assert row["verdict"] == "undecided" and row["command"] == "here"
     assert whole_arms(runs, "AdamW") == runs[:6]
+
+
+def test_runs_are_charged_by_the_clocks_of_the_study_and_by_those_in_its_folder(
+    monkeypatch, tmp_path
+):
+    measured = [MeasuredClock(name, ((Op("train", 8, 16, 64, 1000), 1),)) for name in "ab"]
+    for clock in measured:
+        save_clock(clock, tmp_path / f"clock-{clock.name}.json")
+    runs = [line("AdamW", b, s, 3.0 - 0.1 * b) for b in (1, 2) for s in range(6)]
+    lines = "".join(json.dumps({"steps": 1, "stages": [], **run}) + "\n" for run in runs)
+    (tmp_path / "small.jsonl").write_text(lines)
+    monkeypatch.setattr(page, "command_for", lambda *_: "here")
+    monkeypatch.setattr(page, "write_report", lambda *_: None)
+    rows = page.write_summary(tmp_path / "small.jsonl", ntng.STUDY)
+    told = {r["question"].rpartition(" charged by ")[2] for r in rows if "order" in r}
+    published = {name for name, clock in ntng.STUDY.clocks.items() if clock != RTX3090_BERT}
+    assert told == {"FLOPs"} | published | {clock.identity for clock in measured}
 
 
 def test_an_arm_looks_the_same_in_every_figure_and_like_no_other(monkeypatch, tmp_path):
