@@ -52,17 +52,29 @@ def write_summary(results: Path, study: Study) -> list[Row]:
 
 
 def write_report(path: Path, study: Study, runs: Group, rows: Sequence[Row]) -> None:
-    """Write the page."""
+    """Write the page, and next to it what a README shows of each workload: `bert-loss.svg`, of the
+    smallest budget, and `bert-ends.svg`, of all budgets, if there are more than one.
+    """
     plots = []
     # An arm looks the same in every figure
     looks = {arm: look(n) for n, arm in enumerate(by(runs, "arm"))}
-    for (workload, budget), group in sorted(by(runs, "workload", "budget").items()):
-        plots.append(_loss_plot(f"{workload}, {budget}", group, looks))
-        plots += _length_plot(f"{workload}, {budget}", group, looks)
-    for workload, group in by(runs, "workload").items():
-        plots += _frontier_plot(workload, group, study, looks)
+    for workload, group in sorted(by(runs, "workload").items()):
+        budgets = sorted(by(group, "budget").items(), key=lambda at: min(r["spent"] for r in at[1]))
+        losses = [_loss_plot(f"{workload}, {budget}", at, looks) for budget, at in budgets]
+        lengths = [_length_plot(f"{workload}, {budget}", at, looks) for budget, at in budgets]
+        ends = _frontier_plot(workload, group, study, looks)
+        plots += [*losses, *itertools.chain(*lengths), *ends]
+        for name, shown in (("loss", losses[:1]), ("ends", ends)):
+            for plot in shown:
+                _picture(path.parent / f"{workload}-{name}.svg", plot.figure)
     tables = [*_row_tables(rows), _runs_table(runs), *_downstream_table(runs), *_ledger(runs)]
     write_page(path, study.name, plots, tables, _NOTES)
+
+
+def _picture(path: Path, figure: Figure) -> None:
+    """For where there is no page: on white, since its colours are those of a light page."""
+    with style():
+        figure.savefig(path, facecolor="white", metadata={"Date": None})
 
 
 # Plots -------------------------------------------------------------------------------------------
@@ -124,21 +136,23 @@ def _length_plot(title: str, group: Group, looks: Looks) -> list[Plot]:
 
 
 def _frontier_plot(workload: str, group: Group, study: Study, looks: Looks) -> list[Plot]:
-    """Ends of all budgets: the baseline's are a line that others should be below."""
-    if len({r["budget"] for r in group}) < 2:
+    """Ends of arms at more budgets than one: the baseline's are a line that others should be below."""
+    budgets = {arm: by(runs, "budget") for arm, runs in by(group, "arm").items()}
+    budgets = {arm: at for arm, at in budgets.items() if len(at) > 1}
+    if not budgets:
         return []
     unit, label = _unit(group)
     marks: list[float] = []
     last = []
     with style():
         figure, axes = canvas(3.8)
-        for arm, runs in by(group, "arm").items():
+        for arm, at in budgets.items():
             ends = sorted(
                 (
-                    statistics.fmean(r["spent"] for r in at) / unit,
-                    statistics.fmean(r["score"] for r in at),
+                    statistics.fmean(r["spent"] for r in runs) / unit,
+                    statistics.fmean(r["score"] for r in runs),
                 )
-                for at in by(runs, "budget").values()
+                for runs in at.values()
             )
             width = 2.6 if arm == study.baseline else 1.2
             line = looks[arm] | {"linewidth": width}

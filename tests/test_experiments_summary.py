@@ -192,12 +192,12 @@ def test_an_arm_looks_the_same_in_every_figure_and_like_no_other(monkeypatch, tm
     """And the legend has them in the order of their ends, from the top."""
     arms = [f"arm {n}" for n in range(18)]
     first = [line(arm, 1, 0, 3.0 - 0.1 * (n % 5)) for n, arm in enumerate(arms)]
-    second = [line(arm, 2, 0, 2.0 - 0.1 * (n % 3)) for n, arm in enumerate(arms[::-2])]
+    second = [line(arm, 16, 0, 2.0 - 0.1 * (n % 3)) for n, arm in enumerate(arms[::-2])]
     runs = [{"steps": 1, "stages": []} | r for r in [*first, *second]]
     plots: list[Any] = []
     monkeypatch.setattr(page, "write_page", lambda path, name, found, *_: plots.extend(found))
     page.write_report(tmp_path / "report.html", ntng.STUDY, runs, [])
-    assert [plot.title.partition(":")[0] for plot in plots] == ["bert, 1x", "bert, 2x", "bert"]
+    assert [plot.title.partition(":")[0] for plot in plots] == ["bert, 1x", "bert, 16x", "bert"]
     looks: dict[str, set[tuple[Any, ...]]] = {arm: set() for arm in arms}
     for plot in plots:
         (axes,), (legend,) = plot.figure.axes, plot.figure.legends
@@ -208,8 +208,23 @@ def test_an_arm_looks_the_same_in_every_figure_and_like_no_other(monkeypatch, tm
             name = drawn.get_label().partition("  ")[0]
             if name in looks:
                 looks[name].add((drawn.get_color(), str(drawn._unscaled_dash_pattern)))
+    (axes,) = plots[-1].figure.axes  # the ends of arms that have more than one
+    assert [x.get_label() for x in axes.get_lines()] == arms[1::2]
     assert {len(found) for found in looks.values()} == {1}
     assert len(set.union(*looks.values())) == len(arms)
+
+
+def test_pictures_of_a_workload_are_its_smallest_budget_and_the_ends_of_all(tmp_path):
+    runs = [line(arm, budget, 0, budget / 4) for budget in (16, 2) for arm in ("AdamW", "lion")]
+    runs += [{**line("AdamW", 1, 0, 3.0), "workload": "t5"}]
+    runs = [{"steps": 1, "stages": []} | r for r in runs]
+    page.write_report(tmp_path / "report.html", ntng.STUDY, runs, [])
+    pictures = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
+    assert pictures.keys() == {"bert-loss.svg", "bert-ends.svg", "t5-loss.svg"}
+    assert "lion  0.500" in pictures["bert-loss.svg"] and "AdamW  3.000" in pictures["t5-loss.svg"]
+    assert "at the end" in pictures["bert-ends.svg"]
+    page.write_report(tmp_path / "report.html", ntng.STUDY, runs, [])
+    assert {path.name: path.read_text() for path in tmp_path.glob("*.svg")} == pictures
 
 
 def test_every_look_along_shorter_paths_has_a_panel_with_the_runs_that_were_looked_at():
