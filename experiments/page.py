@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -95,7 +96,7 @@ def _loss_plot(title: str, group: Group, looks: Looks) -> Plot:
             late += [value for at, value in zip(x, y, strict=True) if at > x[-1] / 4]
             for stage in runs[0]["stages"][1:]:
                 at = stage["start"] / unit
-                axes.plot(at, _height(x, y, at), "|", color=looks[arm]["color"], markersize=9)
+                axes.plot(at, np.interp(at, x, y), "|", color=looks[arm]["color"], markersize=9)
         spread = max(late) - min(late)
         axes.set_ylim(min(late) - 0.05 * spread, max(late))
         axes.set_xlabel(label)
@@ -186,14 +187,6 @@ def _unit(group: Group) -> tuple[float, str]:
         return 1.0, "reference seconds"
     unit, name = scale(max(r["spent"] for r in group))
     return unit, f"training {name}"
-
-
-def _height(x: Sequence[float], y: Sequence[float], at: float) -> float:
-    """The height of a curve at a place; its first or last beyond."""
-    for (x0, y0), (x1, y1) in itertools.pairwise(zip(x, y, strict=True)):
-        if x0 <= at <= x1:
-            return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
-    return y[0] if at < x[0] else y[-1]
 
 
 # Tables ------------------------------------------------------------------------------------------

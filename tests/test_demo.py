@@ -8,6 +8,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -16,6 +17,7 @@ import growjax as gj
 from growjax import demo
 from growjax.errors import DataError
 from growjax.report import Plot, Table, write_page
+from growjax.report.page import arms_figure
 
 
 ROOT = Path(gj.__file__).parents[1]
@@ -153,6 +155,21 @@ def test_the_demo_end_to_end(tmp_path):
     for words in ("grown", "path 3", "nats per byte", "prefers-color-scheme:dark", "mlp 16 to 32"):
         assert words in text
     assert all(f"{arm['final']:.3f}" in text for arm in results["arms"])
+
+
+def test_bars_are_on_the_line_where_its_stages_begin():
+    stages = [
+        {"label": label, "start": start * 10**9, "stop": (start + 2) * 10**9}
+        for label, start in (("born", 0), ("grown", 2), ("again", 4))
+    ]
+    held_out = [[0, 5.0], [3 * 10**9, 2.0], [6 * 10**9, 1.0]]
+    arm = {"name": "grown", "held_out": held_out, "final": 1.0, "stages": stages}
+    loss, strip = arms_figure([arm]).axes
+    bars = [
+        np.asarray(line.get_xydata()).tolist() for line in loss.lines if line.get_marker() == "|"
+    ]
+    assert bars == [[[2, pytest.approx(3)]], [[4, pytest.approx(5 / 3)]]]  # in gigaFLOPs
+    assert [text.get_text() for text in strip.texts] == ["born", "grown", "again"]
 
 
 def test_a_page_escapes_what_it_is_given(tmp_path):

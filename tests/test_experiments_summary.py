@@ -12,6 +12,7 @@ from experiments.no_train_no_gain import run as ntng
 from experiments.summary import on_clock, outcome, summarise, whole_arms
 from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op, save_clock
 from growjax.errors import BudgetError
+from growjax.report.page import look
 
 
 def line(arm: str, budget: int, seed: int, score: float, depth: int = 8, **more: Any) -> dict:
@@ -212,6 +213,18 @@ def test_an_arm_looks_the_same_in_every_figure_and_like_no_other(monkeypatch, tm
     assert [x.get_label() for x in axes.get_lines()] == arms[1::2]
     assert {len(found) for found in looks.values()} == {1}
     assert len(set.union(*looks.values())) == len(arms)
+
+
+def test_bars_are_on_the_mean_line_where_its_stages_begin():
+    stages = [{"start": 0}, {"start": 2 * 10**9}]
+    runs = [
+        {"arm": "msg", "seed": seed, "spent": 4 * 10**9, "unit": "FLOPs", "stages": stages}
+        | {"curve": [(10**9, 3.0 + seed), (3 * 10**9, 2.0 - seed), (4 * 10**9, 1.0)]}
+        for seed in range(2)
+    ]
+    (axes,) = page._loss_plot("", runs, {"msg": look(0)}).figure.axes
+    (bar,) = [line for line in axes.lines if line.get_marker() == "|"]
+    assert np.asarray(bar.get_xydata()).tolist() == [[2, 2.5]]  # in gigaFLOPs
 
 
 def test_pictures_of_a_workload_are_its_smallest_budget_and_the_ends_of_all(tmp_path):

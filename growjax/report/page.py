@@ -8,13 +8,13 @@ import contextlib
 import dataclasses
 import html
 import io
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
@@ -156,8 +156,8 @@ def arms_figure(
             loss.plot([f / unit for f in x], y, label=f"{arm['name']}  {arm['final']:.3f}", **line)
             loss.plot(x[-1] / unit, y[-1], "o", color=line["color"], markersize=5)
             for stage in arm["stages"][1:]:
-                at = stage["start"] / unit
-                loss.plot(at, _at(x, y, stage["start"]), "|", color=line["color"], markersize=13)
+                at, height = stage["start"] / unit, np.interp(stage["start"], x, y)
+                loss.plot(at, height, "|", color=line["color"], markersize=13)
             _stages(strip, arm, n, unit)
         for arm in arms:
             if arm["name"] == target:
@@ -217,14 +217,6 @@ def _stages(strip: Axes, arm: Mapping[str, Any], row: int, unit: float) -> None:
             va="center_baseline",
             fontsize=8,
         )
-
-
-def _at(x: Sequence[float], y: Sequence[float], where: float) -> float:
-    """The curve's height at one place."""
-    for (x0, y0), (x1, y1) in itertools.pairwise(zip(x, y, strict=True)):
-        if x0 <= where <= x1:
-            return y0 if x1 == x0 else y0 + (y1 - y0) * (where - x0) / (x1 - x0)
-    return y[0]
 
 
 def scale(largest: float) -> tuple[float, str]:
