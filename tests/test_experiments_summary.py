@@ -218,8 +218,11 @@ def test_an_arm_looks_the_same_in_every_figure_and_like_no_other(monkeypatch, tm
 def test_bars_are_on_the_mean_line_where_its_stages_begin():
     stages = [{"start": 0}, {"start": 2 * 10**9}]
     runs = [
-        {"arm": "msg", "seed": seed, "spent": 4 * 10**9, "unit": "FLOPs", "stages": stages}
-        | {"curve": [(10**9, 3.0 + seed), (3 * 10**9, 2.0 - seed), (4 * 10**9, 1.0)]}
+        {"arm": "msg", "budget": "1x", "seed": seed, "unit": "FLOPs", "stages": stages}
+        | {
+            "spent": 4 * 10**9,
+            "curve": [(10**9, 3.0 + seed), (3 * 10**9, 2.0 - seed), (4 * 10**9, 1.0)],
+        }
         for seed in range(2)
     ]
     (axes,) = page._loss_plot("", runs, {"msg": look(0)}).figure.axes
