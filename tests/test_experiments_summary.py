@@ -9,8 +9,18 @@ import pytest
 
 from experiments import page
 from experiments.no_train_no_gain import run as ntng
-from experiments.summary import on_clock, outcome, summarise, whole_arms
-from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op, save_clock
+from experiments.summary import _on_line, on_clock, outcome, summarise, whole_arms
+from growjax.budget import (
+    A100_T5,
+    RTX3090_BERT,
+    FlopsClock,
+    MeasuredClock,
+    Op,
+    compare,
+    save_clock,
+    t_interval,
+)
+from growjax.budget.paired import bca_interval
 from growjax.errors import BudgetError
 from growjax.report.page import look
 
@@ -90,9 +100,100 @@ def test_speed_ups_are_read_off_the_target_as_well():
     assert one["estimate"] == pytest.approx(2**0.5, rel=1e-3) and one["verdict"] == "undecided"
 
 
+def test_rows_at_equal_cost_are_what_compare_says_of_every_measure():
+    """Where more is better, differences and their intervals keep their sign, and verdicts their sense."""
+    rng = np.random.default_rng(0)
+
+    def runs(arm: str, shift: float, depth: int = 8) -> list[dict]:
+        scores = 3 + shift + 0.05 * rng.normal(size=6)
+        tasks = [{"blimp": 0.5 - shift + 0.05 * rng.normal()} for _ in range(6)]
+        texts = [{"wiki": 4 - shift + 0.05 * rng.normal()} for _ in range(6)]
+        return [
+            line(arm, 1, s, float(scores[s]), depth, downstream=tasks[s], texts=texts[s])
+            for s in range(6)
+        ]
+
+    group = [*runs("AdamW", 0.0), *runs("mine", -0.3), *runs("level", 0.02)]
+    rows = summarise(ntng.STUDY, [*group, *runs("shallow", -1.0, depth=4)], "here")
+    found = {r["question"]: r for r in rows if "p_holm" in r}
+    measures = {
+        "held-out nats, lower is better": (1, lambda r: r["score"]),
+        "wiki, nats, lower is better": (1, lambda r: r["texts"]["wiki"]),
+        "blimp, higher is better": (-1, lambda r: r["downstream"]["blimp"]),
+    }
+    asked = "{} against AdamW at equal cost: {}".format
+    assert found.keys() == {asked(arm, m) for arm in ("mine", "level") for m in measures}
+    for measure, (sign, value) in measures.items():
+        outcomes = [outcome(r | {"score": sign * value(r)}, group[0]["spent"]) for r in group]
+        for told in compare(outcomes, "AdamW"):
+            row = found[asked(told.arm, measure)]
+            names = ("p", "p_t", "p_holm", "detectable", "margin", "verdict", "reason")
+            assert {n: row[n] for n in names} == {n: getattr(told, n) for n in names}
+            gaps = [value(r) for r in group if r["arm"] == told.arm]
+            gaps = [a - value(b) for a, b in zip(gaps, group[:6], strict=True)]
+            assert row["estimate"] == pytest.approx(np.mean(gaps))
+            assert row["interval"] == pytest.approx(t_interval(gaps))
+            assert row["bootstrap"] == pytest.approx(bca_interval(gaps), rel=0.05)
+            assert row["bootstrap"] != row["interval"]
+    better = [found[asked("mine", m)] for m in measures]
+    assert [r["verdict"] for r in better] == ["better", "worse", "better"]
+    assert [r["estimate"] > 0 for r in better] == [False, True, True]
+
+
+@pytest.mark.parametrize("seeds", [6, 5])
+def test_an_arm_is_told_from_the_target_by_its_whole_interval(seeds):
+    shifts = {"whole": 0.0, "below": -0.2, "above": 0.2, "level": 0.001}
+    noise = [0.03, -0.02, 0.01, -0.03, 0.02, -0.01]
+    runs = [
+        line(arm, 1 if arm == "whole" else 2, s, 3 + shift + (noise[s] if shift else 0.0))
+        | {"budget": "1x", "seconds": 8.0 if arm == "whole" else 2.0}
+        for arm, shift in shifts.items()
+        for s in range(seeds)
+    ]
+    about = dataclasses.replace(ntng.STUDY, baseline="none", target="whole", clocks={})
+    rows = {r["question"].partition(" ")[0]: r for r in summarise(about, runs, "here")}
+    told = {arm: row["verdict"] for arm, row in rows.items()}
+    said = ("lower", "higher", "not told apart") if seeds == 6 else ("undecided",) * 3
+    assert told == dict(zip(("below", "above", "level"), said, strict=True))
+    for row in rows.values():
+        assert row["cost"] == row["flops"] == pytest.approx(2) and row["seconds"] == 0.25
+
+
+def test_a_ranking_is_by_the_distance_from_the_baselines_line_in_the_logarithm():
+    """Free variants have no place in it, and its first and last pieces go on."""
+    line_of = [(0.0, 3.0), (1.0, 2.0), (2.0, 1.8)]
+    heights = {-1.0: 4.0, 0.5: 2.5, 1.0: 2.0, 1.5: 1.9, 3.0: 1.6}
+    assert {x: _on_line(line_of, x) for x in heights} == pytest.approx(heights)
+    # The baseline falls by 1 for every doubling: between 1 and 2 it is at 2.5 by 2 ** 0.5
+    base = [line("AdamW", b, s, y) for b, y in ((1, 3.0), (2, 2.0), (4, 1.0)) for s in range(2)]
+    rivals = {"ahead": 2.47, "behind": 2.53, "mine, free": 1.0}
+    half = [
+        line(arm, 1, s, y) | {"operations": [["train", 8, 16, 64, 1000, 14]]}
+        for arm, y in rivals.items()
+        for s in range(2)
+    ]
+    half = [r | {"spent": on_clock(r, RTX3090_BERT)} for r in half]
+    rows = summarise(dataclasses.replace(ntng.STUDY, clocks={}), [*base, *half], "here")
+    (rank,) = [r for r in rows if "order" in r and r["budget"] == "1x"]
+    assert rank["order"] == rank["usual_order"] == ["ahead", "AdamW", "behind"]
+
+
+def test_what_one_seed_cannot_tell_is_null_and_not_nan():
+    runs = [line(arm, 1, 0, 3.0) for arm in ("AdamW", "mine", "whole")]
+    about = dataclasses.replace(ntng.STUDY, target="whole")
+    rows = summarise(about, runs, "here")
+    assert len(rows) == 4 and all(r["interval"] is None for r in rows)
+    json.dumps(rows, allow_nan=False)
+
+
 def test_the_arm_that_a_study_is_about_is_compared_with_its_rivals():
+    """In the held-out loss alone, and not with the baseline and the target again."""
     scores = {"AdamW": 3.0, "mine": 2.5, "rival": 2.6, "dear": 2.0}
-    runs = [line(a, 1, s, x + 0.01 * s) for a, x in scores.items() for s in range(6)]
+    runs = [
+        line(a, 1, s, x + 0.01 * s, downstream={"blimp": 0.5 + 0.01 * s})
+        for a, x in scores.items()
+        for s in range(6)
+    ]
     about = dataclasses.replace(ntng.STUDY, method="mine", target="dear")
     found = {r["question"]: r for r in summarise(about, runs, "here") if "p_holm" in r}
     (question,) = (q for q in found if " against mine " in q)
@@ -219,15 +320,63 @@ def test_bars_are_on_the_mean_line_where_its_stages_begin():
     stages = [{"start": 0}, {"start": 2 * 10**9}]
     runs = [
         {"arm": "msg", "budget": "1x", "seed": seed, "unit": "FLOPs", "stages": stages}
-        | {
-            "spent": 4 * 10**9,
-            "curve": [(10**9, 3.0 + seed), (3 * 10**9, 2.0 - seed), (4 * 10**9, 1.0)],
-        }
-        for seed in range(2)
+        | {"spent": 5 * 10**9, "curve": [((1 + x) * 10**9, 3.0 + y), (3 * 10**9, 2.0), (5e9, 1.0)]}
+        for seed, x, y in ((0, 0.0, 0.0), (0, 0.5, 1.0), (1, 1.0, 0.8))
     ]
-    (axes,) = page._loss_plot("", runs, {"msg": look(0)}).figure.axes
+    plot = page._loss_plot("", runs, {"msg": look(0)})
+    (axes,) = plot.figure.axes
+    line, *_ = axes.lines
     (bar,) = [line for line in axes.lines if line.get_marker() == "|"]
-    assert np.asarray(bar.get_xydata()).tolist() == [[2, 2.5]]  # in gigaFLOPs
+    assert np.asarray(line.get_xydata()) == pytest.approx(np.array([[1.5, 3.6], [3, 2], [5, 1]]))
+    (at,) = np.asarray(bar.get_xydata())
+    assert at == pytest.approx([2, 3.6 - 1.6 / 3])  # in gigaFLOPs
+    assert "at most 2 seeds" in plot.caption
+
+
+def test_the_tables_of_a_page_say_what_the_runs_and_the_rows_do():
+    runs = [
+        line("AdamW", 1, s, 2.0 + s, seconds=5.0 + s, downstream={"blimp": 0.5 + 0.1 * s}, steps=7)
+        for s in range(3)
+    ]
+    trial = {**line("AdamW at 1", 1, 0, 2.5), "budget": "tuning"}
+    (cells,) = page._runs_table([*runs, trial]).rows
+    spent = f"{runs[0]['spent']:.4g}"
+    assert cells == ["bert, 1x, AdamW", "3", "3.0000", "1.0000", "4.3281", spent, "7", "6"]
+    (judged,) = page._downstream_table(runs)
+    assert judged.rows == [["bert, 1x, AdamW", "3", "0.6000"]]
+    (ledger,) = page._ledger([*runs, trial])
+    assert ledger.rows == [["bert, AdamW at 1", "2.5000"]] and page._ledger(runs) == []
+    where = {"workload": "bert", "budget": "1x", "seeds": 3, "interval": [-0.2, 0.1]}
+    clock = {"cost": 0.5, "cost_to_reach": 0.25, "reached": [0.2, None, 0.3]}
+    row = where | {"question": "mine against whole, so", "estimate": -0.1, "verdict": "lower"}
+    row |= {"p_holm": 0.04, "cost_to_reach": 0.375, "clocks": {"here": clock}}
+    fast = where | {"question": "speed-up", "estimate": 1.5, "naive": 2.5, "verdict": "undecided"}
+    said, clocks, speeds = page._row_tables([row, fast])
+    assert said.rows == [
+        ["bert, 1x: mine against whole, so", "-0.1000", "-0.2000 to +0.1000"]
+        + ["0.040", "0.38", "3", "lower"]
+    ]
+    assert clocks.rows == [["bert, 1x: mine against whole", "here", "0.50", "0.25", "2 of 3"]]
+    assert speeds.rows == [["bert, 1x: speed-up", "1.50", "-0.20 to 0.10", "2.50", "3"]]
+
+
+def test_ends_are_means_and_the_baseline_is_the_thick_line_with_the_ticks():
+    runs = [
+        line(arm, b, s, y + 0.2 * s)
+        for arm, ends in {"lion": {2: 3.0, 8: 2.0}, "AdamW": {1: 3.1, 4: 2.4}}.items()
+        for b, y in ends.items()
+        for s in range(2)
+    ]
+    (plot,) = page._frontier_plot("bert", runs, ntng.STUDY, {"AdamW": look(0), "lion": look(1)})
+    (axes,) = plot.figure.axes
+    drawn = {line.get_label(): line for line in axes.lines}
+    one = runs[-1]["spent"] / 4
+    wanted = {"lion": [[2 * one, 3.1], [8 * one, 2.1]], "AdamW": [[one, 3.2], [4 * one, 2.5]]}
+    for arm, ends in wanted.items():
+        assert np.asarray(drawn[arm].get_xydata()) == pytest.approx(np.array(ends))
+    assert drawn["AdamW"].get_linewidth() > 2 * drawn["lion"].get_linewidth()
+    assert list(axes.get_xticks()) == pytest.approx([one, 4 * one])
+    assert axes.get_xlabel() == "reference seconds"
 
 
 def test_pictures_of_a_workload_are_its_smallest_budget_and_the_ends_of_all(tmp_path):
@@ -239,6 +388,7 @@ def test_pictures_of_a_workload_are_its_smallest_budget_and_the_ends_of_all(tmp_
     assert pictures.keys() == {"bert-loss.svg", "bert-ends.svg", "t5-loss.svg"}
     assert "lion  0.500" in pictures["bert-loss.svg"] and "AdamW  3.000" in pictures["t5-loss.svg"]
     assert "at the end" in pictures["bert-ends.svg"]
+    assert all("fill: #ffffff" in picture for picture in pictures.values())  # no page is behind it
     page.write_report(tmp_path / "report.html", ntng.STUDY, runs, [])
     assert {path.name: path.read_text() for path in tmp_path.glob("*.svg")} == pictures
 
