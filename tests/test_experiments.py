@@ -20,10 +20,11 @@ from experiments.raptr import run as raptr
 from experiments.study import Cell
 from experiments.summary import on_clock
 from experiments.text import BETWEEN, Texts, load_texts
-from growjax.budget import RTX3090_BERT, FlopsClock, MeasuredClock, Op, save_clock
-from growjax.data import MLM, ByteTokenizer, Corpus
+from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op, save_clock
+from growjax.data import MLM, ByteTokenizer, Corpus, SpanCorruption
 from growjax.errors import DataError
 from growjax.models import BERTConfig
+from growjax.select import RhoLoss
 from growjax.train import Plan, load_plan, save_plan
 from growjax.train.plan import build
 from tests.runs import TEXT
@@ -272,6 +273,44 @@ def test_no_train_no_gain_charges_the_papers_clock():
     assert {c.budget for c in trial} == {"tuning"} and trial[0].plan.seed == 1000
 
 
+@pytest.mark.parametrize(
+    "workload, gamma, clock", [("bert", 100, RTX3090_BERT), ("t5", 20, A100_T5)]
+)
+def test_the_methods_are_those_of_the_paper(workload, gamma, clock):
+    found: dict[str, Any] = dict(cells("no_train_no_gain", "small", workload))
+    steps = ntng.SIZES["small"][workload].steps
+    for name, carry in {"stacking": "zero", "stacking, moments copied": "dual"}.items():
+        assert [stage.carry for stage in found[name].plan.stages[1:]] == [carry, carry]
+    for name, inverse in {"layer dropping": False, "layer dropping, 1/p": True}.items():
+        (drop,) = (stage.subnet for stage in found[name].plan.stages)
+        assert drop.inverse == inverse and drop.floor == 0.5
+        # Over the steps that the budget buys at the plateau, where three layers of four run
+        assert drop.rate * steps / 0.75 == pytest.approx(gamma)
+    sophia, lion, adamw = (found[n].plan.optimizer for n in ("sophia", "lion", "AdamW"))
+    assert (sophia.b1, sophia.b2, sophia.rho, sophia.weight_decay) == (0.965, 0.99, 0.01, 0.015)
+    assert (lion.b1, lion.b2, lion.weight_decay) == (0.9, 0.99, 0.1)
+    assert (adamw.b2, adamw.weight_decay, adamw.clip) == (0.98, 0.01, 0.5 if gamma == 100 else 1.0)
+    assert all(cell.plan.clock == clock for name, cell in found.items() if "free" not in name)
+    free = [found[f"{name}, free"] for name in ("RHO", "selective backprop", "sophia")]
+    assert all(cell.clock == clock for cell in free)
+    assert [(c.plan.clock.forward, c.plan.clock.curvature) for c in free] == [
+        (0.0, clock.curvature),
+        (0.0, clock.curvature),
+        (clock.forward, 0.0),
+    ]
+    longer = ntng.arms("small", workload, 0, 4, ntng.RATES["small"][workload])
+    rho = next(cell for cell in longer if cell.reference)
+    assert rho.budget == "4x" and rho.reference and rho.reference.steps == steps
+    (select,) = (stage.select for stage in rho.plan.stages)
+    assert isinstance(select, RhoLoss) and select.offers == 2
+    rate = found["AdamW"].plan.rate
+    if workload == "t5":
+        assert (rate.shape, rate.start, rate.final) == ("cosine", 0.5, 1e-5)
+        assert rate.warmup == pytest.approx(10_000 / 65_536, rel=1e-4)
+    else:
+        assert (rate.shape, rate.warmup) == ("linear", 0.5)
+
+
 def test_the_crammed_bert_is_that_of_the_paper_but_for_what_a_small_one_predicts():
     for size, objective in [
         ("paper", MLM(128, 0.15, frame=False)),
@@ -283,6 +322,14 @@ def test_the_crammed_bert_is_that_of_the_paper_but_for_what_a_small_one_predicts
         config = plan.model
         assert isinstance(config, BERTConfig) and config.embedding_norm and config.glu
         assert not (config.post_norm or config.bias or config.pooler or config.nsp_head)
+
+
+def test_the_t5_of_the_paper_takes_steps_in_proportion_to_its_tensors_and_decays_nothing():
+    plan = next(ntng.cells("paper", "t5", 0)).plan
+    rule = plan.optimizer
+    assert rule.scale_by_parameter and (rule.b2, rule.weight_decay, rule.clip) == (0.999, 0.0, 1.0)
+    assert plan.rate.peak == 2e-2
+    assert plan.objective == SpanCorruption(512)
 
 
 @pytest.mark.parametrize("size, objective", [("paper", MLM(512, 0.15)), ("small", MLM(18, 0.3))])
