@@ -169,7 +169,10 @@ def _frontier_plot(workload: str, group: Group, study: Study, looks: Looks) -> l
         axes.set_xlabel(label)
         axes.set_ylabel("held-out loss at the end (nats)")
         _legend(figure, last, "arm")
-    caption = f"Each point is a run decayed to its own end; the thick line is {study.baseline}."
+    caption = (
+        "Each point is the mean of runs that were decayed to their own ends, over the seeds that there "
+        f"are; the thick line is {study.baseline}."
+    )
     return [Plot(f"{workload}: ends at every budget", figure, caption)]
 
 
