@@ -26,9 +26,9 @@ from growjax.budget import Clock
 from growjax.cost import parameters
 from growjax.data import ByteTokenizer, Corpus, held_out_batch
 from growjax.models import BERT
+from growjax.plan.stages import Span
 from growjax.subnet import RandomPath
 from growjax.train import CorpusFeed, End, Growth, Options, Plan, Step, cross_entropy, train
-from growjax.train.stages import Span
 
 
 MARKS = 24

@@ -108,7 +108,7 @@ def plan(
         devices: For how many devices, if there is no target.
     """
     if target is not None:
-        from growjax.train.target import prepare
+        from growjax.forecast.pod import prepare
 
         prepare(target)  # before anything asks JAX for its devices
 
@@ -178,9 +178,9 @@ def grow(
         print(grow_pretrained(from_hf, by or "copy", to, out, seed=seed))
         return
     assert checkpoint is not None
-    from growjax.train.checkpoint import read_lineage
+    from growjax.runs.checkpoint import read_lineage
+    from growjax.runs.lineage import model_of
     from growjax.train.commands import grow_checkpoint, operator_of
-    from growjax.train.saving import model_of
 
     op = operator_of(by or "msg", to, model_of(read_lineage(checkpoint)))
     print(grow_checkpoint(checkpoint, op, out, seed=seed))
@@ -199,8 +199,8 @@ def certify(
         seed: Of what is drawn.
     """
     from growjax.gates import ungated
+    from growjax.runs.lineage import load_model
     from growjax.train.commands import certify_model, operator_of
-    from growjax.train.saving import load_model
 
     model = ungated(load_model(checkpoint)[0])
     certificate = certify_model(model, operator_of(by, to, model), seed)

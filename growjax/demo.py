@@ -25,7 +25,7 @@ from growjax.cost import parameters
 from growjax.data import ByteTokenizer, Causal, Corpus, StandardLibrary, Text, prepare
 from growjax.errors import DataError
 from growjax.growth import stack
-from growjax.growth.msg import msg
+from growjax.growth.masked import msg
 from growjax.models import GPTConfig
 from growjax.report import Plot, Table, arms_figure, cost_figure, write_page
 from growjax.subnet import PathSchedule, path_schedule

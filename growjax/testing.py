@@ -30,7 +30,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from growjax import growth, models
 from growjax.axes import axes_of, get, partition, put, sizes
-from growjax.certify import (
+from growjax.certificate import (
     call,
     distance,
     filled,

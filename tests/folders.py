@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from growjax.axes import axes_of, put
-from growjax.certify import call
+from growjax.certificate import call
 from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, Llama, LlamaConfig, T5Config
 from growjax.nn import RotaryScaling
 from growjax.testing import randomise

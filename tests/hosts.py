@@ -19,10 +19,10 @@ import optax
 
 import growjax as gj
 from growjax import parallel
+from growjax.programs.ahead import lower
+from growjax.programs.step import Programs, checksums
+from growjax.runs.checkpoint import load, numbered
 from growjax.train import Layout, Options, Plan, Start, Step, cross_entropy, train
-from growjax.train.checkpoint import load, numbered
-from growjax.train.step import Programs, checksums
-from growjax.train.transition import lower
 from tests.runs import feed, plan, steps
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import growjax as gj
-from growjax.train import Growth, Options, Plan, Step, checkpoint, loop, saving, train
+from growjax.runs import checkpoint, lineage
+from growjax.train import Growth, Options, Plan, Step, loop, train
 from tests.runs import feed, plan, steps
 
 
@@ -81,7 +82,7 @@ def session(folder: Path, said: str) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     # What orbax's first import brings is shared, too
-    assert saving.Saves
+    assert lineage.Saves
     for said in ["whole", *sys.argv[2:], "never"]:
         child = os.fork()
         if child == 0:

@@ -8,8 +8,8 @@ import numpy as np
 import growjax as gj
 from growjax.data import ByteTokenizer, Causal, Corpus
 from growjax.models import GPTConfig
+from growjax.programs.step import Programs
 from growjax.train import CorpusFeed, End, Plan, Schedule, Stage, Step, cross_entropy
-from growjax.train.step import Programs
 
 
 # Without biases, which would double the arrays and so the time that every program takes to compile

@@ -19,12 +19,12 @@ from growjax.budget import (
     FlopsClock,
     MeasuredClock,
     Op,
-    Schedule,
     load_clock,
     recharge,
     save_clock,
 )
 from growjax.errors import BudgetError, PlanError
+from growjax.plan.schedule import Schedule
 
 
 DAY = 86_400

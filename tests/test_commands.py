@@ -26,14 +26,14 @@ from growjax.errors import (
     PlanError,
     TrainingError,
 )
+from growjax.plan.files import to_dict
 from growjax.report.runs import write_report
+from growjax.runs.checkpoint import Checkpoints, read_lineage
+from growjax.runs.journal import peak_flops
+from growjax.runs.lineage import load_model
 from growjax.select import RhoLoss
 from growjax.train import CorpusFeed, Options, Step, load_plan, read_journal, save_plan, watch
-from growjax.train.as_json import to_dict
-from growjax.train.checkpoint import Checkpoints, read_lineage
 from growjax.train.commands import describe, grow_checkpoint, operator_of, read_plan
-from growjax.train.metrics import peak_flops
-from growjax.train.saving import load_model
 from tests.runs import every_kind, feed, plan, steps
 
 
@@ -107,7 +107,7 @@ def test_the_peak_of_a_device_is_that_of_its_longest_name():
 
 
 def test_trackers_get_the_numbers_of_every_step(programs, monkeypatch, tmp_path):
-    from growjax.train import metrics
+    from growjax.runs import journal as metrics
 
     seen: list[Any] = []
 

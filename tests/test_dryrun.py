@@ -13,16 +13,16 @@ import growjax as gj
 from growjax.cost import parameters
 from growjax.data import MLM, UL2
 from growjax.errors import LayoutError, PlanError
+from growjax.forecast import dryrun as module
+from growjax.forecast.dryrun import amount, dry_run
+from growjax.forecast.memory import kept_bytes, remedies, usage
+from growjax.forecast.pod import GENERATIONS, chips, compile_for
+from growjax.forecast.xla import xla_training_flops
 from growjax.models import BERTConfig, LlamaConfig, T5Config
+from growjax.plan.stages import step_flops
+from growjax.programs.ahead import Need
 from growjax.train import Layout, Optimizer, Plan
-from growjax.train import dryrun as module
 from growjax.train.commands import show_plan
-from growjax.train.dryrun import amount, dry_run
-from growjax.train.remedies import kept_bytes, remedies, usage
-from growjax.train.stages import step_flops
-from growjax.train.target import GENERATIONS, chips, compile_for
-from growjax.train.transition import Need
-from growjax.train.xla_count import xla_training_flops
 from tests.runs import SMALL, every_kind, plan, steps
 
 

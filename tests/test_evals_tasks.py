@@ -28,10 +28,10 @@ from growjax.evals import (
     primitives,
 )
 from growjax.evals.commands import eval_checkpoint, open_model
-from growjax.evals.primitives import PRIMITIVES, problems
 from growjax.evals.questions import Question
+from growjax.evals.reasoning import PRIMITIVES, problems
 from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, T5Config
-from growjax.train.saving import load_model
+from growjax.runs.lineage import load_model
 
 
 TOKENIZER = ByteTokenizer(sentinels=0, multiple=1)

@@ -24,9 +24,9 @@ from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op,
 from growjax.data import MLM, ByteTokenizer, Corpus, SpanCorruption
 from growjax.errors import DataError
 from growjax.models import BERTConfig
+from growjax.plan.plan import build
 from growjax.select import RhoLoss
 from growjax.train import Plan, load_plan, save_plan
-from growjax.train.plan import build
 from tests.runs import TEXT
 
 

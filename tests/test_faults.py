@@ -23,7 +23,17 @@ import growjax as gj
 from growjax import train as trainer
 from growjax.data import Text, batches
 from growjax.errors import CheckpointError, DataError, TrainingError
-from growjax.train import Begin, Options, Plan, Saved, Step, clock, read_journal, transition, watch
+from growjax.train import (
+    Begin,
+    Options,
+    Plan,
+    Saved,
+    Step,
+    read_journal,
+    stopwatch,
+    transition,
+    watch,
+)
 from tests.runs import every_kind, feed, losses, plan, same, steps
 
 
@@ -151,7 +161,7 @@ def test_half_a_checkpoint_does_not_look_whole(run, programs, tmp_path):
 
 
 def test_a_full_disk_is_an_error_that_loses_nothing(run, programs, monkeypatch, tmp_path):
-    from growjax.train import checkpoint
+    from growjax.runs import checkpoint
 
     whole = run[0]
     real = checkpoint.ocp.save_async
@@ -314,7 +324,7 @@ def test_a_clock_that_jumps_is_not_looked_at(run, programs, monkeypatch, tmp_pat
         return float(draw.uniform(-1e9, 1e9))
 
     monkeypatch.setattr(time, "time", jumping)
-    for module in (clock, batches, transition):
+    for module in (stopwatch, batches, transition):
         counters = types.SimpleNamespace(perf_counter=jumping)
         monkeypatch.setattr(module, "time", counters)
     shown = io.StringIO()

@@ -14,12 +14,12 @@ import pytest
 import growjax as gj
 from growjax import optim
 from growjax.errors import PlanError, StateError
+from growjax.forecast.dryrun import said_work
 from growjax.models import GPT
 from growjax.optim.age import Ages
 from growjax.parallel import Layout
+from growjax.runs.checkpoint import load
 from growjax.train import Optimizer, Options, load_plan, save_plan, train
-from growjax.train.checkpoint import load
-from growjax.train.dryrun import said_work
 from tests.runs import SMALL, feed, plan, programs_of, steps
 from tests.test_subnet import KEYS, LAYERS, gpt, outputs
 

@@ -14,9 +14,9 @@ import growjax as gj
 from growjax.data.objectives import batch_shapes
 from growjax.models import LlamaConfig
 from growjax.parallel import AXES, gathered, spec_of
+from growjax.plan.stages import Work
+from growjax.programs.step import Controls, Programs
 from growjax.train import Layout, Plan, cross_entropy
-from growjax.train.stages import Work
-from growjax.train.step import Controls, Programs
 from tests.runs import SMALL, plan, steps
 
 

@@ -11,7 +11,7 @@ import pytest
 import growjax as gj
 from growjax.__main__ import app
 from growjax.axes import put
-from growjax.certify import distance
+from growjax.certificate import distance
 from growjax.errors import (
     CheckpointError,
     GateError,

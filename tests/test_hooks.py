@@ -14,15 +14,15 @@ from growjax import train as trainer
 from growjax.errors import TrainingError
 from growjax.gates import is_gated
 from growjax.report.runs import write_report
+from growjax.runs import journal
 from growjax.train import (
     Optimizer,
     Options,
     Schedule,
     Step,
-    clock,
     cross_entropy,
-    metrics,
     read_journal,
+    stopwatch,
     watch,
 )
 from tests.runs import every_kind, feed, losses, plan, same, steps
@@ -74,7 +74,7 @@ def asked(run, programs, tmp_path_factory):
     )
     options = Options(evaluate_every=EVERY, held_out=4, hooks=hooks, save_every=2, keep_last=99)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(metrics.TRACKERS, "wandb", Tracker)
+        patch.setitem(journal.TRACKERS, "wandb", Tracker)
         records = train(whole, data, run=folder, options=options, cache=programs)
         records = list(watch(records, whole, run=folder, trackers=["wandb"]))
     return records, folder, options, told
@@ -142,7 +142,7 @@ def test_the_time_of_hooks_is_not_that_of_training(programs, monkeypatch):
         return {}
 
     counter = types.SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr(clock, "time", counter)
+    monkeypatch.setattr(stopwatch, "time", counter)
     p = plan(steps(3))
     options = Options(evaluate_every=p.flops / 3, held_out=4, hooks=[slow])
     records = list(train(p, feed(p), options=options, cache=programs))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import growjax as gj
-from growjax.train.checkpoint import read_lineage
+from growjax.runs.checkpoint import read_lineage
 from tests.conftest import DEEP
 from tests.killed import short
 

@@ -11,9 +11,9 @@ import pytest
 
 import growjax as gj
 from growjax.models import GPT, T5, Llama, LlamaConfig, T5Config
-from growjax.optim.recipe import Optimizer
+from growjax.plan.losses import predictions
+from growjax.plan.optimizer import Optimizer
 from growjax.train import cross_entropy
-from growjax.train.losses import predictions
 from tests.runs import SMALL
 
 

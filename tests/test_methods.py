@@ -17,12 +17,12 @@ from growjax.budget import RTX3090_BERT, DepthClock, FlopsClock
 from growjax.data.batches import held_out_batch
 from growjax.errors import CheckpointError, PlanError
 from growjax.models import T5Config
-from growjax.optim.recipe import Optimizer, Rule
+from growjax.plan.losses import drawn_loss
+from growjax.plan.optimizer import Optimizer, Rule
+from growjax.plan.plan import build
+from growjax.plan.stages import Work, step_flops
 from growjax.select import RhoLoss, SelectiveBackprop
 from growjax.train import Options, Schedule, Stage, cross_entropy, train
-from growjax.train.losses import drawn_loss
-from growjax.train.plan import build
-from growjax.train.stages import Work, step_flops
 from tests.runs import BATCH, LENGTH, SMALL, feed, losses, plan, programs_of, same, steps, weights
 
 

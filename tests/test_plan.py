@@ -10,14 +10,14 @@ import pytest
 
 import growjax as gj
 from growjax import data
-from growjax.budget import Schedule
 from growjax.data import MLM, UL2, Causal, SpanCorruption
 from growjax.errors import DataError, GrowthError, LayoutError, PlanError
 from growjax.models import BERTConfig, LlamaConfig, T5Config
 from growjax.nn import RotaryScaling
+from growjax.plan.files import differences, from_dict, to_dict
+from growjax.plan.schedule import Schedule
+from growjax.plan.stages import Steps
 from growjax.train import Layout, Optimizer, Plan, Stage, load_plan, save_plan
-from growjax.train.as_json import differences, from_dict, to_dict
-from growjax.train.stages import Steps
 from tests.runs import SMALL, every_kind, plan, steps
 
 

@@ -24,22 +24,26 @@ TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 LEVELS = [
     "errors",
     "axes",
-    "annotate gates",
+    "annotation gates",
     "maps",
     "nn",
     "models",
     "growth subnet",
     "optim parallel cost data",
-    "certify budget select",
-    "testing",
-    "hf",
+    "certificate budget select",
+    "testing hf",
+    "plan",
+    "programs",
+    "runs",
+    "forecast",
     "train",
     "evals report",
     "demo",
     "__main__",
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms.split()}
-CORE = {"errors", "axes", "annotate", "gates", "maps", "growth", "subnet"}
+FRONT = set("hf plan programs runs forecast train evals report demo __main__".split())
+CORE = {"errors", "axes", "annotation", "gates", "maps", "growth", "subnet"}
 
 
 def room(path: Path) -> str:
@@ -87,13 +91,36 @@ def test_growth_needs_jax_and_equinox_alone(path):
 
 
 def test_only_the_front_ends_import_training_and_reports():
-    above = {"train", "hf", "evals", "report", "demo", "__main__"}
+    above = {
+        "plan",
+        "programs",
+        "runs",
+        "forecast",
+        "train",
+        "hf",
+        "evals",
+        "report",
+        "demo",
+        "__main__",
+    }
     assert {name(p) for p in SOURCES if room(p) not in above and rooms_of(p) & above} == set()
 
 
 def test_the_top_level_loads_only_what_it_names():
     """Front ends must be imported by those who use them: they bring heavy dependencies."""
-    above = {"testing", "train", "hf", "evals", "report", "demo", "__main__"}
+    above = {
+        "testing",
+        "plan",
+        "programs",
+        "runs",
+        "forecast",
+        "train",
+        "hf",
+        "evals",
+        "report",
+        "demo",
+        "__main__",
+    }
     assert rooms_of(ROOT / "__init__.py").isdisjoint(above)
 
 

@@ -12,6 +12,8 @@ import pytest
 
 import growjax as gj
 from growjax.data import held_out_batch
+from growjax.runs.checkpoint import load
+from growjax.runs.lineage import load_model, model_of
 from growjax.train import (
     Optimizer,
     Options,
@@ -22,8 +24,6 @@ from growjax.train import (
     save_plan,
     train,
 )
-from growjax.train.checkpoint import load
-from growjax.train.saving import load_model, model_of
 from tests.runs import SMALL, feed, losses, plan, programs_of, same, steps
 
 

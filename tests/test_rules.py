@@ -13,8 +13,8 @@ import pytest
 import growjax as gj
 from growjax import optim, testing
 from growjax.axes import axes_of, get
-from growjax.optim.recipe import Name, Optimizer
 from growjax.optim.sophia import SophiaState
+from growjax.plan.optimizer import Name, Optimizer
 
 
 NAMES = get_args(Name)

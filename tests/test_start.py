@@ -16,14 +16,14 @@ from rich.console import Console
 import growjax as gj
 from growjax import train as trainer
 from growjax.errors import CheckpointError, PlanError
+from growjax.forecast.dryrun import dry_run
 from growjax.gates import ungated
 from growjax.models import GPTConfig
+from growjax.plan.files import from_dict, to_dict
+from growjax.runs.checkpoint import load, read_lineage
+from growjax.runs.lineage import load_model, model_of
 from growjax.train import Begin, Growth, Options, Plan, Schedule, Start, Step
-from growjax.train.as_json import from_dict, to_dict
-from growjax.train.checkpoint import load, read_lineage
 from growjax.train.commands import describe
-from growjax.train.dryrun import dry_run
-from growjax.train.saving import load_model, model_of
 from tests.runs import SMALL, every_kind, feed, losses, plan, programs_of, same, steps
 
 

@@ -18,10 +18,10 @@ from growjax import train as trainer
 from growjax.data import Causal
 from growjax.errors import CheckpointError
 from growjax.gates import ungated
+from growjax.programs.step import checksums
+from growjax.runs.checkpoint import load, read_lineage
+from growjax.runs.lineage import load_model, model_of
 from growjax.train import Begin, End, Growth, Options, Saved, Step
-from growjax.train.checkpoint import load, read_lineage
-from growjax.train.saving import load_model, model_of
-from growjax.train.step import checksums
 from tests.runs import TOKENS, every_kind, feed, losses, plan, same, steps
 
 

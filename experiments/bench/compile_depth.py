@@ -7,9 +7,9 @@ import jax
 
 from growjax.data import Causal
 from growjax.models import GPTConfig
+from growjax.programs.ahead import lower
+from growjax.programs.step import Programs
 from growjax.train import Layout, Plan, Schedule, Stage, cross_entropy
-from growjax.train.step import Programs
-from growjax.train.transition import lower
 
 
 def run() -> dict:

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from experiments.bench._race import product_speed
 from growjax.data import Causal
 from growjax.models import GPTConfig
+from growjax.runs.journal import peak_flops
 from growjax.train import Plan, Schedule, Stage, calibrate
-from growjax.train.metrics import peak_flops
 
 
 GOAL = 0.45

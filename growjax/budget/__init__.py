@@ -22,4 +22,3 @@ from growjax.budget.paired import cost_to_reach as cost_to_reach
 from growjax.budget.paired import sign_flip as sign_flip
 from growjax.budget.paired import speed_up as speed_up
 from growjax.budget.paired import t_interval as t_interval
-from growjax.budget.schedule import Schedule as Schedule

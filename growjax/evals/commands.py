@@ -17,8 +17,8 @@ from growjax.evals.files import read_json
 from growjax.evals.metrics import Scores
 from growjax.evals.tasks import Settings, evaluate
 from growjax.models import Llama
-from growjax.train.checkpoint import Checkpoints
-from growjax.train.saving import load_model
+from growjax.runs.checkpoint import Checkpoints
+from growjax.runs.lineage import load_model
 
 
 def eval_checkpoint(

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 
 from growjax.errors import EvalError
-from growjax.evals.extra import extra
-from growjax.evals.generate import generate
+from growjax.evals.generation import generate
 from growjax.evals.language import LanguageModel
 from growjax.evals.metrics import Scores
+from growjax.evals.optional import extra
 
 
 _TemplateLM: Any = extra("lm_eval.api.model").TemplateLM

@@ -21,7 +21,7 @@ from growjax.data import MLM, Tokenizer, Window
 from growjax.errors import EvalError
 from growjax.evals.metrics import Scores
 from growjax.models import BERT
-from growjax.train.losses import predictions, reads_pairs
+from growjax.plan.losses import predictions, reads_pairs
 
 
 Kind = Literal["causal", "seq2seq", "encoder"]

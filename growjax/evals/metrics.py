@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 
 from growjax.errors import EvalError
-from growjax.evals.extra import extra
+from growjax.evals.optional import extra
 
 
 Scores = dict[str, float]

@@ -13,7 +13,7 @@ import numpy as np
 
 from growjax.errors import EvalError
 from growjax.evals.files import read_json, read_lines, read_records
-from growjax.evals.generate import generate
+from growjax.evals.generation import generate
 from growjax.evals.language import LanguageModel
 from growjax.evals.metrics import Scores, answers, normalise_triviaqa
 

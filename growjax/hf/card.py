@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from growjax.axes import sizes
-from growjax.certify import Certificate
+from growjax.certificate import Certificate
 from growjax.cost import parameters
 from growjax.growth import grow, to_dict
 from growjax.hf.convert import save

@@ -6,11 +6,11 @@ from growjax.optim.age import not_biases as not_biases
 from growjax.optim.age import scale_by_adam as scale_by_adam
 from growjax.optim.age import scale_by_ademamix as scale_by_ademamix
 from growjax.optim.carry import carry as carry
-from growjax.optim.freeze import freeze as freeze
+from growjax.optim.freezing import freeze as freeze
 from growjax.optim.muon import hidden_matrices as hidden_matrices
 from growjax.optim.muon import scale_by_muon as scale_by_muon
-from growjax.optim.rule import Rule as Rule
-from growjax.optim.rule import rule as rule
-from growjax.optim.rule import schedule_free as schedule_free
+from growjax.optim.rules import Rule as Rule
+from growjax.optim.rules import rule as rule
+from growjax.optim.rules import schedule_free as schedule_free
 from growjax.optim.scale import scale_by_parameter as scale_by_parameter
 from growjax.optim.sophia import scale_by_sophia as scale_by_sophia

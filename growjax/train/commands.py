@@ -16,24 +16,24 @@ from rich.table import Table
 from growjax import growth
 from growjax.axes import axes_of, sizes
 from growjax.budget import MeasuredClock, Op, Timing, save_clock
-from growjax.certify import Certificate, certify
+from growjax.certificate import Certificate, certify
 from growjax.cost import parameters
 from growjax.errors import BudgetError, CheckpointError, GrowthError, PlanError
+from growjax.forecast.calibration import calibrate
+from growjax.forecast.dryrun import dry_run
+from growjax.forecast.pod import chips, compile_for
 from growjax.gates import is_gated, ungated
 from growjax.growth import Chain, Operator, chain
 from growjax.hf.card import written_by
 from growjax.hf.convert import load as load_folder
 from growjax.parallel import Layout
-from growjax.train.as_json import from_dict, load_plan, to_dict
-from growjax.train.calibration import calibrate
-from growjax.train.checkpoint import Checkpoints, load, numbered, read_lineage, write
-from growjax.train.dryrun import dry_run
-from growjax.train.feed import CorpusFeed
-from growjax.train.losses import cross_entropy, reads_pairs
-from growjax.train.plan import Plan, purpose_key
-from growjax.train.saving import load_model, model_of
-from growjax.train.step import Programs, checksums
-from growjax.train.target import chips, compile_for
+from growjax.plan.files import from_dict, load_plan, to_dict
+from growjax.plan.losses import cross_entropy, reads_pairs
+from growjax.plan.plan import Plan, purpose_key
+from growjax.programs.step import Programs, checksums
+from growjax.runs.checkpoint import Checkpoints, load, numbered, read_lineage, write
+from growjax.runs.feed import CorpusFeed
+from growjax.runs.lineage import load_model, model_of
 
 
 OPERATORS = {

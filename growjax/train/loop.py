@@ -29,14 +29,15 @@ from growjax.axes import sizes
 from growjax.errors import CheckpointError, GrowjaxError, PlanError, TrainingError, raise_all
 from growjax.gates import opened, ungated
 from growjax.parallel import from_host, replicated
-from growjax.train.clock import Clock
-from growjax.train.feed import CorpusFeed, Feed
-from growjax.train.losses import Loss, cross_entropy
-from growjax.train.plan import Plan, reference_faults
-from growjax.train.records import Begin, End, Growth, Record, Saved, Step
-from growjax.train.stages import Span
-from growjax.train.step import Controls, Programs, State
-from growjax.train.transition import Ahead, cross
+from growjax.plan.losses import Loss, cross_entropy
+from growjax.plan.plan import Plan, reference_faults
+from growjax.plan.stages import Span
+from growjax.programs.ahead import Ahead
+from growjax.programs.step import Controls, Programs, State
+from growjax.runs.feed import CorpusFeed, Feed
+from growjax.runs.records import Begin, End, Growth, Record, Saved, Step
+from growjax.train.stopwatch import Clock
+from growjax.train.transition import cross
 
 
 # The model that is judged and the record of the step it was judged after, to numbers by name
@@ -160,7 +161,7 @@ class _Loop:
         self.saves = None
         if run is not None:
             # Orbax takes a second to import, and a run that saves nothing does not need it
-            from growjax.train.saving import Saves, digest_of
+            from growjax.runs.lineage import Saves, digest_of
 
             second = eqx.filter(ahead.reference, eqx.is_array)
             self.saves = Saves(
@@ -215,7 +216,7 @@ class _Loop:
 
     def _started(self) -> State:
         """The state of a trained model that the plan starts from."""
-        from growjax.train.starting import read_start
+        from growjax.runs.start import read_start
 
         model, said = read_start(self.plan, self.programs.mesh)
         if self.saves:

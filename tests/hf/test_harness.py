@@ -19,8 +19,8 @@ import growjax as gj  # noqa: E402
 from growjax.data import ByteTokenizer, load_tokenizer  # noqa: E402
 from growjax.errors import EvalError  # noqa: E402
 from growjax.evals import LanguageModel, generate, harness  # noqa: E402
-from growjax.evals.extra import extra  # noqa: E402
 from growjax.evals.harness import HarnessModel, run_harness  # noqa: E402
+from growjax.evals.optional import extra  # noqa: E402
 from growjax.models import GPT, T5, GPTConfig, Llama, LlamaConfig, T5Config  # noqa: E402
 
 

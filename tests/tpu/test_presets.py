@@ -8,7 +8,7 @@ import pytest
 from experiments.msg import run as msg
 from experiments.no_train_no_gain import run as ntng
 from experiments.raptr import run as raptr
-from growjax.train.target import compile_for
+from growjax.forecast.pod import compile_for
 from tests.conftest import DEEP
 
 

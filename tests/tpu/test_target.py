@@ -13,12 +13,12 @@ from rich.console import Console
 import growjax as gj
 from growjax.data import MLM, UL2, Causal
 from growjax.errors import LayoutError
+from growjax.forecast.dryrun import dry_run
+from growjax.forecast.pod import COLLECTIVES, Compiled, Target, compile_for
 from growjax.models import GPT, BERTConfig, GPTConfig, LlamaConfig, T5Config
 from growjax.select import RhoLoss
 from growjax.train import Layout, Plan, Schedule, Stage
 from growjax.train.commands import show_plan
-from growjax.train.dryrun import dry_run
-from growjax.train.target import COLLECTIVES, Compiled, Target, compile_for
 from tests.conftest import DEEP
 
 

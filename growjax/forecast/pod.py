@@ -22,15 +22,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from growjax.errors import LayoutError, raise_all
+from growjax.forecast.dryrun import amount, said_work
+from growjax.forecast.memory import remedies
 from growjax.gates import ungated
 from growjax.parallel import Layout, per_device_bytes, replicated
-from growjax.train.dryrun import amount, said_work
-from growjax.train.losses import cross_entropy
-from growjax.train.plan import Plan
-from growjax.train.remedies import remedies
-from growjax.train.stages import Work
-from growjax.train.step import Programs
-from growjax.train.transition import Need, lower, needs
+from growjax.plan.losses import cross_entropy
+from growjax.plan.plan import Plan
+from growjax.plan.stages import Work
+from growjax.programs.ahead import Need, lower, needs
+from growjax.programs.step import Programs
 
 
 @dataclasses.dataclass(frozen=True)

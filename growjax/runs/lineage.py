@@ -17,12 +17,12 @@ from growjax.axes import partition
 from growjax.errors import CheckpointError, raise_all
 from growjax.gates import opened, ungated
 from growjax.parallel import model_shardings, replicated, state_shardings
-from growjax.train.as_json import differences, from_dict, load_plan, save_plan, to_dict
-from growjax.train.checkpoint import Checkpoints, load, numbered, read_lineage
-from growjax.train.plan import Plan, build
-from growjax.train.stages import Span
-from growjax.train.step import Programs, State, checksums
-from growjax.train.transition import Crossing
+from growjax.plan.files import differences, from_dict, load_plan, save_plan, to_dict
+from growjax.plan.plan import Plan, build
+from growjax.plan.stages import Span
+from growjax.programs.step import Programs, State, checksums
+from growjax.runs.checkpoint import Checkpoints, load, numbered, read_lineage
+from growjax.runs.records import Crossing
 
 
 class Found(NamedTuple):

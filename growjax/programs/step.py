@@ -25,7 +25,6 @@ from growjax.gates import opened, ungated
 from growjax.growth import Chain, Operator
 from growjax.maps import fold_in_name
 from growjax.optim import carry, freeze
-from growjax.optim.recipe import Rule
 from growjax.parallel import (
     BATCH,
     Layout,
@@ -35,11 +34,12 @@ from growjax.parallel import (
     split_rows,
     state_shardings,
 )
+from growjax.plan.losses import Loss, drawn_loss
+from growjax.plan.optimizer import Rule
+from growjax.plan.plan import purpose_key
+from growjax.plan.stages import Carry, Work
 from growjax.select import Selector
 from growjax.subnet import step_key
-from growjax.train.losses import Loss, drawn_loss
-from growjax.train.plan import purpose_key
-from growjax.train.stages import Carry, Work
 
 
 SEED = jax.ShapeDtypeStruct((), jnp.int32)

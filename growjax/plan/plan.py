@@ -14,7 +14,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from growjax.axes import axes_of, sizes
-from growjax.budget import Clock, FlopsClock, Schedule
+from growjax.budget import Clock, FlopsClock
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.data.sources import Source
 from growjax.errors import GrowjaxError, PlanError, raise_all
@@ -22,12 +22,13 @@ from growjax.gates import is_gated, ungated
 from growjax.growth import Chain, Operator
 from growjax.maps import fold_in_name
 from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, Llama, LlamaConfig, T5Config
-from growjax.optim.recipe import Optimizer
 from growjax.parallel import Layout
+from growjax.plan.losses import reads_pairs
+from growjax.plan.optimizer import Optimizer
+from growjax.plan.schedule import Schedule
+from growjax.plan.stages import Carry, Inactive, Rewind, Span, Stage, Start, Steps
 from growjax.select import Selector
 from growjax.subnet import Coins, PathSchedule, Subnet
-from growjax.train.losses import reads_pairs
-from growjax.train.stages import Carry, Inactive, Rewind, Span, Stage, Start, Steps
 
 
 ModelConfig = GPTConfig | BERTConfig | LlamaConfig | T5Config

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from growjax import budget, data, growth, select, subnet
-from growjax.budget import Schedule
 from growjax.errors import GrowjaxError, PlanError
 from growjax.growth import Chain, Operator
 from growjax.models import BERTConfig, GPTConfig, LlamaConfig, T5Config
 from growjax.nn import RotaryScaling
-from growjax.optim.recipe import Optimizer
 from growjax.parallel import Layout
-from growjax.train.plan import Plan
-from growjax.train.stages import Stage, Start
+from growjax.plan.optimizer import Optimizer
+from growjax.plan.plan import Plan
+from growjax.plan.schedule import Schedule
+from growjax.plan.stages import Stage, Start
 
 
 def _classes(module: Any) -> list[type]:

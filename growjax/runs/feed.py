@@ -11,8 +11,8 @@ import numpy as np
 
 from growjax.data import Batches, Corpus, Objective, held_out_batch, load_tokenizer, prepare
 from growjax.errors import DataError
-from growjax.train.plan import Plan
-from growjax.train.stages import Span
+from growjax.plan.plan import Plan
+from growjax.plan.stages import Span
 
 
 class Feed(Protocol):

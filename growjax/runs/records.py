@@ -3,7 +3,23 @@
 import dataclasses
 from typing import Any
 
-from growjax.train.transition import Crossing
+
+@dataclasses.dataclass(frozen=True)
+class Crossing:
+    """What a growth did: the loss on the same tokens before and after, and the seconds it took.
+
+    `change` is the mean absolute change of a token's loss, in nats; `limit` what rounding explains, or
+    None where the operator promises nothing.
+    """
+
+    operator: str
+    exactness: str
+    before: float
+    after: float
+    change: float
+    limit: float | None
+    grow_seconds: float
+    certify_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)

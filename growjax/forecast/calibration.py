@@ -23,12 +23,12 @@ from growjax.data.objectives import Window
 from growjax.errors import BudgetError, raise_all
 from growjax.gates import ungated
 from growjax.parallel import from_host
-from growjax.train.feed import Feed
-from growjax.train.losses import Loss, cross_entropy
-from growjax.train.plan import Plan
-from growjax.train.stages import Span
-from growjax.train.step import Controls, Programs, State
-from growjax.train.transition import lower
+from growjax.plan.losses import Loss, cross_entropy
+from growjax.plan.plan import Plan
+from growjax.plan.stages import Span
+from growjax.programs.ahead import lower
+from growjax.programs.step import Controls, Programs, State
+from growjax.runs.feed import Feed
 
 
 def calibrate(

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from growjax.errors import DataError, TrainingError
-from growjax.train.as_json import to_dict
-from growjax.train.plan import Plan
-from growjax.train.records import Begin, End, Growth, Record, Step
+from growjax.plan.files import to_dict
+from growjax.plan.plan import Plan
+from growjax.runs.records import Begin, End, Growth, Record, Step
 
 
 # Dense bfloat16 FLOPs a second of one device, by the beginning of the name that JAX gives it: makers'

@@ -8,8 +8,8 @@ import optax
 from growjax.errors import PlanError, raise_all
 from growjax.optim.age import matrices, not_biases, scale_by_adam, scale_by_ademamix
 from growjax.optim.muon import scale_by_muon
-from growjax.optim.rule import Rule as Rule
-from growjax.optim.rule import rule, schedule_free
+from growjax.optim.rules import Rule as Rule
+from growjax.optim.rules import rule, schedule_free
 from growjax.optim.scale import scale_by_parameter, scale_new
 from growjax.optim.sophia import scale_by_sophia
 

@@ -23,7 +23,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from growjax.errors import CheckpointError, raise_all
-from growjax.train.step import checksums
+from growjax.programs.step import checksums
 
 
 _NAME = re.compile(r"(\d{8})-(\d{2})")

@@ -15,14 +15,14 @@ import jax
 from growjax.axes import partition
 from growjax.data.objectives import batch_shapes
 from growjax.errors import GrowjaxError
+from growjax.forecast.dryrun import amount
 from growjax.parallel import per_device_bytes
+from growjax.plan.losses import cross_entropy
+from growjax.plan.plan import Plan
+from growjax.plan.stages import Span
+from growjax.programs.ahead import Need
+from growjax.programs.step import Programs
 from growjax.subnet import Subnet
-from growjax.train.dryrun import amount
-from growjax.train.losses import cross_entropy
-from growjax.train.plan import Plan
-from growjax.train.stages import Span
-from growjax.train.step import Programs
-from growjax.train.transition import Need
 
 
 class Use(NamedTuple):

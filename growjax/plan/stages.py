@@ -17,9 +17,9 @@ from growjax.cost import flops as count_flops
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.errors import PlanError
 from growjax.growth import Chain, Operator
+from growjax.plan.losses import predictions
 from growjax.select import Selector
 from growjax.subnet import Coins, PathSchedule, RandomPath, Subnet, random_path
-from growjax.train.losses import predictions
 
 
 Carry = Literal["dual", "zero", "reset"]

@@ -16,8 +16,8 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from growjax.axes import partition
 from growjax.data.objectives import Objective, batch_shapes
+from growjax.plan.losses import Loss, cross_entropy
 from growjax.subnet import Subnet
-from growjax.train.losses import Loss, cross_entropy
 
 
 _PRODUCTS = ("dot_general", "conv_general_dilated")
@@ -28,7 +28,7 @@ def xla_training_flops(
 ) -> int:
     """XLA's count of the products in the loss of one sequence and its gradient.
 
-    It should be that of `growjax.train.plan.step_flops` for a batch of one. `model` may hold shapes;
+    It should be that of `growjax.plan.plan.step_flops` for a batch of one. `model` may hold shapes;
     `part` is the sub-network that is trained.
     """
     trained, rest = partition(model)

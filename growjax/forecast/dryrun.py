@@ -1,7 +1,7 @@
 """A plan's dry run: what every stage trains, what it costs and where it will lie, before it starts.
 
 Everything is worked out from shapes. No array is made and nothing is compiled, so that a plan for a pod
-can be read on a laptop; `growjax.train.target` goes on to compile it for one.
+can be read on a laptop; `growjax.forecast.pod` goes on to compile it for one.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from rich.table import Table
 
 from growjax.cost import parameters
 from growjax.errors import LayoutError, PlanError, raise_all
+from growjax.forecast.xla import xla_training_flops
 from growjax.parallel import per_device_bytes, unsplit
+from growjax.plan.losses import cross_entropy
+from growjax.plan.plan import Plan
+from growjax.plan.stages import Span, Work, step_flops
+from growjax.programs.step import Programs
 from growjax.subnet import Coins
-from growjax.train.losses import cross_entropy
-from growjax.train.plan import Plan
-from growjax.train.stages import Span, Work, step_flops
-from growjax.train.step import Programs
-from growjax.train.xla_count import xla_training_flops
 
 
 # How far XLA's count of FLOPs may be from ours
@@ -145,7 +145,7 @@ def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:
     refusals += _disagreements(stages)
     if plan.start is not None:
         # Checkpoints bring Orbax with them, which takes a second
-        from growjax.train.starting import start_faults
+        from growjax.runs.start import start_faults
 
         refusals += start_faults(plan)
     saved = 1 - plan.flops / sum(whole)

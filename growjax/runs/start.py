@@ -19,9 +19,9 @@ from growjax.errors import CheckpointError, GrowjaxError, raise_all
 from growjax.gates import is_gated, ungated
 from growjax.hf.convert import config as read_config
 from growjax.hf.convert import load as load_folder
-from growjax.train.checkpoint import Checkpoints, read_lineage
-from growjax.train.plan import Plan, build
-from growjax.train.saving import digest_of, load_model, model_of
+from growjax.plan.plan import Plan, build
+from growjax.runs.checkpoint import Checkpoints, read_lineage
+from growjax.runs.lineage import digest_of, load_model, model_of
 
 
 # How a model computes and not what: these are the plan's, whatever the model was trained with

@@ -1,0 +1,1 @@
+"""What a run is, as values: the plan, its stages, losses, schedule and optimizer. Computes nothing."""

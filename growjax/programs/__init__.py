@@ -1,0 +1,1 @@
+"""What is compiled: birth, training step, growth and evaluation, ahead of time."""

@@ -1,0 +1,136 @@
+"""The programs of a plan, compiled one stage ahead of the training that needs them.
+
+The programs of a run are known from its plan. `Ahead` compiles those of the next stage in a thread, so
+that a growth costs the time to move the weights and not the time to compile.
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import threading
+import time
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from growjax.data.objectives import batch_shapes
+from growjax.parallel import replicated, split_rows
+from growjax.plan.plan import Plan, birth
+from growjax.plan.stages import Span, Work
+from growjax.programs.step import SEED, Controls, Programs
+
+
+Kind = Literal["birth", "grow", "before", "evaluate", "step", "seal"]
+Need = tuple[Kind, int, Work | None]
+
+
+class Ahead:
+    """Compiles the programs of a plan, one stage ahead of the training.
+
+    **Arguments**
+
+    - `cache`: compiled programs by a digest of their text, for runs that share some.
+    - `background`: False compiles when a program is asked for, and not before.
+    - `seal`: whether states will be saved, with a checksum.
+    - `reference`: the second model that a selector compares with.
+
+    `compiled` counts the programs that were; `waited` are the seconds that somebody waited for one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        programs: Programs,
+        *,
+        cache: dict[str, Any] | None = None,
+        background: bool = True,
+        seal: bool = False,
+        reference: Any = None,
+    ):
+        self.plan, self.programs, self.seal, self.reference = plan, programs, seal, reference
+        self.cache = {} if cache is None else cache
+        self.background = background
+        self.compiled, self.waited = 0, 0.0
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "compile")
+        self._lock = threading.Lock()
+        self._futures: dict[Need, concurrent.futures.Future] = {}
+
+    def start(self, index: int) -> None:
+        """Begin with what stage `index` still needs, then with the stage after it; forget older ones."""
+        with self._lock:
+            self._futures = {n: f for n, f in self._futures.items() if n[1] >= index}
+        if self.background:
+            for span in self.plan.spans[index : index + 2]:
+                for need in needs(span, first=span.index == index, seal=self.seal):
+                    self._submit(need)
+
+    def get(self, need: Need) -> Any:
+        """The compiled program, once it is there."""
+        start = time.perf_counter()
+        program = self._submit(need).result()
+        self.waited += time.perf_counter() - start
+        return program
+
+    def ready(self, need: Need) -> bool:
+        """Whether nobody would have to wait for a program."""
+        return need in self._futures and self._futures[need].done()
+
+    def close(self) -> None:
+        """Drop what has not begun."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(self, need: Need) -> concurrent.futures.Future:
+        with self._lock:
+            if need not in self._futures:
+                self._futures[need] = self._pool.submit(self._compile, need)
+            return self._futures[need]
+
+    def _compile(self, need: Need) -> Any:
+        lowered = lower(self.plan, self.programs, need, self.reference)
+        # The text has shapes and shardings, but not the trees that they are the leaves of
+        text = f"{lowered.in_tree} {lowered.out_tree} {lowered.as_text()}"
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if digest not in self.cache:
+            self.cache[digest] = lowered.compile()
+            self.compiled += 1
+        return self.cache[digest]
+
+
+def needs(span: Span, *, first: bool, seal: bool = False) -> list[Need]:
+    """What a stage needs, in order. The stage that a run starts in has grown already, or was born."""
+    grows = span.stage.grow is not None and not first
+    growth: list[Need] = [("grow", span.index, None), ("before", span.index, None)] if grows else []
+    steps: list[Need] = [("step", span.index, work) for _, work in span.programs]
+    saves: list[Need] = [("seal", span.index, None)] if seal else []
+    return [*growth, ("evaluate", span.index, None), *saves, *steps]
+
+
+def lower(plan: Plan, programs: Programs, need: Need, reference: Any = None) -> Any:
+    """One program of a plan, lowered for the shapes and shardings it will meet.
+
+    "before" evaluates the model that is about to grow, on the examples of the stage that it grows into.
+    """
+    kind, index, work = need
+    span = plan.spans[index]
+    number = functools.partial(jax.ShapeDtypeStruct, (), sharding=replicated(programs.mesh))
+    seed = number(SEED.dtype)
+    if kind == "birth":
+        return programs.birth(functools.partial(birth, plan)).lower(seed)
+    shapes = programs.shapes(plan.before(index) if kind in ("grow", "before") else span.model)
+    if kind == "grow":
+        assert span.stage.grow is not None
+        return programs.growth(shapes, span.stage.grow, span.stage.carry).lower(shapes, seed)
+    if kind == "seal":
+        return programs.seal(shapes).lower(shapes)
+    rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split_rows(programs.mesh)),
+        batch_shapes(span.objective, span.offered if kind == "step" else span.batch),
+    )
+    if kind != "step":
+        return programs.evaluate(shapes).lower(shapes, rows, number(jnp.float32))
+    assert work is not None
+    controls = Controls(number(jnp.float32), number(jnp.float32), number(jnp.int32), seed)
+    select = span.stage.select
+    second = reference if select is not None and select.compares else None
+    return programs.step(shapes, work, select).lower(shapes, rows, controls, second)

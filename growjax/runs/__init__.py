@@ -1,0 +1,1 @@
+"""A run's folder: checkpoints with their lineage, the journal, the data it reads, where it starts."""
