@@ -6,7 +6,7 @@ error and not a zero. Nothing is computed: shapes are enough.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -26,6 +26,16 @@ _CALLS = frozenset(
 _OPAQUE = frozenset("ffi_call pure_callback io_callback ragged_dot ragged_dot_general".split())
 
 
+def _attention(queries: tuple[int, ...], keys: tuple[int, ...], *_: tuple[int, ...]) -> int:
+    """All scores and all that is read, as if every tile were computed, whatever is skipped."""
+    return 4 * math.prod(queries) * keys[-2]
+
+
+# FLOPs of jitted functions, by name and from the shapes of their arguments: of those whose products stand
+# in a kernel or in a loop of unknown length. A run is charged the same for every body of attention.
+RULES: dict[str, Callable[..., int]] = {"blockwise_attention": _attention}
+
+
 def flops(fn: Any, *args: Any) -> int:
     """Matmul FLOPs of `fn(*args)`: two for every multiply-add of a product or convolution.
 
@@ -35,7 +45,8 @@ def flops(fn: Any, *args: Any) -> int:
     would drop. Everything that is not a product of arrays counts as 0.
 
     Raises `CostError` that lists every part that cannot be counted: a `while` of unknown length, a
-    kernel or a foreign call around a product.
+    kernel or a foreign call around a product. Jit such a function and put a rule under its name into
+    `growjax.cost.RULES`: from the shapes of its array arguments to its FLOPs.
 
     **Example**
 
@@ -86,6 +97,8 @@ def _count_equation(equation: Any, complaints: list[str]) -> int:
         kernel = equation.invars[1].aval.shape
         out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
         return 2 * math.prod(_out_shape(equation)) * math.prod(kernel) // out_features
+    if params.get("name") in RULES:
+        return RULES[params["name"]](*(x.aval.shape for x in equation.invars))
     if name in _OPAQUE:
         complaints.append(f"{name}: what it computes is not in the jaxpr")
         return 0

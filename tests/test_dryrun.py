@@ -235,3 +235,12 @@ def test_remedies_are_those_that_would_be_enough():
     assert said.startswith("not even fsdp=16") and said.endswith("or chips with more memory")
     growth: Need = ("grow", 0, None)
     assert remedies(run, growth, 16, use.state, use.state // 2).count("=") == 1
+
+
+def test_xla_counts_long_sequences_with_all_scores():
+    """Attention over tiles is a loop of unknown length; both counts are of all scores."""
+    config = gj.models.GPTConfig(
+        layers=2, embed=16, heads=2, head_dim=8, mlp=16, vocab=30, positions=256
+    )
+    model = eqx.filter_eval_shape(lambda: gj.models.GPT(config, key=jax.random.key(0)))
+    assert step_flops(model, Causal(256), 1) == xla_training_flops(model, Causal(256))

@@ -182,7 +182,7 @@ def test_embeddings_and_the_norm_before_the_head_are_masked(m):
         c, model = level(m, 4, 6), filled(lambda key: GPT(GPTConfig(**SIZES), key=key))
         table = np.asarray(model.embedding.table)
         x = c * (table[TOKENS] + np.asarray(model.position.table)[:3])
-        x = np.asarray(model.blocks(jnp.asarray(x), mask=causal(3)))
+        x = np.asarray(model.blocks(jnp.asarray(x), mask=causal()))
         x = masked_norm(x, c, np.asarray(model.norm.weight), np.asarray(model.norm.bias))
         close(behind(model, gate=c, norm__gate=c)(TOKENS), x @ table.T)
 

@@ -210,7 +210,7 @@ def composed(model, layers, multipliers, tokens):
     x = model.embedding(tokens) + model.position(jnp.arange(tokens.shape[0]))
     for scale, layer in zip(multipliers, layers, strict=True):
         block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks.block)
-        x = x + scale * block.attention(block.attention_norm(x), mask=causal(tokens.shape[0]))
+        x = x + scale * block.attention(block.attention_norm(x), mask=causal())
         x = x + scale * block.mlp(block.mlp_norm(x))
     return model.embedding.attend(model.norm(x))
 

@@ -16,7 +16,9 @@ from growjax.models.config import check_choices
 from growjax.nn import (
     ACTIVATIONS,
     Block,
+    Body,
     Embedding,
+    Mask,
     Norm,
     Stacked,
     affine,
@@ -55,6 +57,7 @@ class BERTConfig:
     eps: float = 1e-12
     tied: bool = True
     dtype: str | None = None
+    attention: Body = "auto"
     remat: Literal["dots", "nothing", "everything"] = "dots"
     mlm_head: bool = True
     nsp_head: bool = True
@@ -168,6 +171,7 @@ class BERT(eqx.Module):
                 glu=c.glu,
                 activation=c.activation,
                 eps=c.eps,
+                attention=c.attention,
                 key=key,
             )
 
@@ -198,7 +202,7 @@ class BERT(eqx.Module):
         # The norm's own gate hides what it produces; without one the sum is gated here.
         x = gated(x, self.gate) if self.embedding_norm is None else self.embedding_norm(x)
 
-        x = self.blocks(x, mask=None if mask is None else mask[None, :])
+        x = self.blocks(x, mask=Mask(keys=mask))
         hidden = x if self.norm is None else self.norm(x)
 
         pooled = None if self.pooler is None else self.pooler(hidden)

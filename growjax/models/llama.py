@@ -14,6 +14,7 @@ from growjax.gates import Gate, gated
 from growjax.models.config import check_choices, odd_rotary
 from growjax.nn import (
     Block,
+    Body,
     Cache,
     Embedding,
     Norm,
@@ -52,6 +53,7 @@ class LlamaConfig:
     qk_norm: bool = False
     activation: str = "silu"
     dtype: str | None = None
+    attention: Body = "auto"
     remat: Literal["dots", "nothing", "everything"] = "dots"
 
     def __post_init__(self):
@@ -99,6 +101,7 @@ class Llama(eqx.Module):
                 glu=True,
                 activation=c.activation,
                 eps=c.eps,
+                attention=c.attention,
                 key=key,
             )
 
@@ -115,16 +118,17 @@ class Llama(eqx.Module):
         positions: Int[Array, " T"] | None = None,
         mask: Bool[Array, " T"] | Bool[Array, "T T"] | None = None,
         prefix: Bool[Array, " T"] | None = None,
+        documents: Int[Array, " T"] | None = None,
     ) -> Float[Array, "T vocab"]:
         """Next-token logits; `positions` count from 0 by default.
 
-        `mask` is True at real tokens, or `[T, T]` where one may see the other (documents packed into
-        one sequence); tokens in the `prefix` are seen by all.
+        `mask` is True at real tokens, or `[T, T]` where one may see the other; tokens in the `prefix`
+        are seen by all; of `documents` packed into one sequence, tokens see only their own number.
         """
-        length = tokens.shape[0]
-        positions = jnp.arange(length) if positions is None else positions
+        positions = jnp.arange(tokens.shape[0]) if positions is None else positions
         x, turn = self._embed(tokens, positions)
-        return self._read_out(self.blocks(x, mask=causal(length, mask, prefix), turn=turn))
+        x = self.blocks(x, mask=causal(mask, prefix, documents), turn=turn)
+        return self._read_out(x)
 
     def cache(self, size: int) -> Cache:
         """An empty cache for `extend`, of `size` places."""

@@ -14,8 +14,10 @@ from growjax.gates import Gate, gated
 from growjax.models.config import check_choices
 from growjax.nn import (
     Block,
+    Body,
     Cache,
     Embedding,
+    Mask,
     Norm,
     RelativeBias,
     Stacked,
@@ -56,6 +58,7 @@ class T5Config:
     scale_output: bool | None = None
     eps: float = 1e-6
     dtype: str | None = None
+    attention: Body = "auto"
     remat: Literal["dots", "nothing", "everything"] = "dots"
 
     def __post_init__(self):
@@ -93,7 +96,7 @@ class T5Cache(NamedTuple):
 
     seen: Cache
     crossed: Cache
-    encoder_mask: Bool[Array, "1 S"] | None
+    encoder_mask: Mask
 
 
 class T5(eqx.Module):
@@ -140,6 +143,7 @@ class T5(eqx.Module):
                     eps=c.eps,
                     scale=1.0,
                     cross=cross,
+                    attention=c.attention,
                     key=key,
                 )
 
@@ -178,15 +182,14 @@ class T5(eqx.Module):
         decoder_mask: Bool[Array, " T"] | None = None,
     ) -> Float[Array, "T vocab"]:
         """Logits of the token after each decoder token; masks are True at real tokens."""
-        sees = None if encoder_mask is None else encoder_mask[None, :]
+        sees = Mask(keys=encoder_mask)
         memory = self._encode(encoder_tokens, sees)
-        positions = jnp.arange(decoder_tokens.shape[0])
         x = self.decoder(
             self._embed(decoder_tokens),
             memory,
-            mask=causal(decoder_tokens.shape[0], decoder_mask),
+            mask=causal(decoder_mask),
             memory_mask=sees,
-            bias=self.decoder_bias(positions, positions),
+            bias=self.decoder_bias.among(decoder_tokens.shape[0]),
         )
         return self._read_out(x)
 
@@ -198,7 +201,7 @@ class T5(eqx.Module):
         encoder_mask: Bool[Array, " S"] | None = None,
     ) -> T5Cache:
         """What `extend` reads: the encoded tokens, and room for `size` of the decoder's."""
-        sees = None if encoder_mask is None else encoder_mask[None, :]
+        sees = Mask(keys=encoder_mask)
         memory = self._encode(encoder_tokens, sees)
         crossed = eqx.filter_vmap(lambda block: block.cross.remember(memory))(self.decoder.block)
         seen = empty_cache(self.decoder, size, self.dtype or self.embedding.table.dtype)
@@ -222,9 +225,8 @@ class T5(eqx.Module):
         )
         return self._read_out(x), cache._replace(seen=seen)
 
-    def _encode(self, tokens: Int[Array, " S"], sees: Array | None) -> Float[Array, "S embed"]:
-        positions = jnp.arange(tokens.shape[0])
-        bias = self.encoder_bias(positions, positions)
+    def _encode(self, tokens: Int[Array, " S"], sees: Mask) -> Float[Array, "S embed"]:
+        bias = self.encoder_bias.among(tokens.shape[0])
         return self.encoder_norm(self.encoder(self._embed(tokens), mask=sees, bias=bias))
 
     def _read_out(self, x: Float[Array, "T embed"]) -> Float[Array, "T vocab"]:

@@ -10,10 +10,14 @@ from growjax.nn.attention import Rotary as Rotary
 from growjax.nn.attention import RotaryScaling as RotaryScaling
 from growjax.nn.attention import rotate as rotate
 from growjax.nn.block import Block as Block
+from growjax.nn.bodies import Bias as Bias
+from growjax.nn.bodies import Body as Body
+from growjax.nn.bodies import attend as attend
 from growjax.nn.embedding import Embedding as Embedding
 from growjax.nn.embedding import RelativeBias as RelativeBias
 from growjax.nn.linear import affine as affine
 from growjax.nn.linear import normal as normal
+from growjax.nn.mask import Mask as Mask
 from growjax.nn.mlp import ACTIVATIONS as ACTIVATIONS
 from growjax.nn.mlp import MLP as MLP
 from growjax.nn.norm import Norm as Norm

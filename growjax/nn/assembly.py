@@ -5,10 +5,12 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
 from growjax.nn.attention import Attention, Cache
 from growjax.nn.block import Block
+from growjax.nn.bodies import Body
+from growjax.nn.mask import Mask
 from growjax.nn.mlp import MLP
 from growjax.nn.norm import Norm
 from growjax.nn.stacked import Stacked
@@ -31,6 +33,7 @@ def make_block(
     eps: float = 1e-5,
     scale: float | None = None,
     cross: bool = False,
+    attention: Body = "auto",
     key: PRNGKeyArray,
 ) -> Block:
     """A `Block` from sizes and choices; `bias` is also that of the MLP unless `mlp_bias` is given.
@@ -41,7 +44,7 @@ def make_block(
     """
     k_attention, k_cross, k_mlp = jax.random.split(key, 3)
 
-    def attention(key):
+    def make_attention(key):
         made = Attention(
             embed,
             heads,
@@ -51,6 +54,7 @@ def make_block(
             qk_norm=qk_norm,
             eps=eps,
             scale=scale,
+            body=attention,
             key=key,
         )
         # Logits start with the same variance whatever the scale (T5 has 1, and small queries).
@@ -62,9 +66,9 @@ def make_block(
         return Norm(embed, norm, bias=bias, eps=eps, side=side)
 
     return Block(
-        attention=attention(k_attention),
+        attention=make_attention(k_attention),
         attention_norm=make_norm(),
-        cross=attention(k_cross) if cross else None,
+        cross=make_attention(k_cross) if cross else None,
         cross_norm=make_norm() if cross else None,
         mlp=MLP(
             embed,
@@ -80,17 +84,18 @@ def make_block(
 
 
 def causal(
-    length: int,
     mask: Bool[Array, " T"] | Bool[Array, "T T"] | None = None,
     prefix: Bool[Array, " T"] | None = None,
-) -> Bool[Array, "T T"]:
-    """Who sees whom in a decoder: True at [t, s] where s is not after t, or in the prefix.
+    documents: Int[Array, " T"] | None = None,
+) -> Mask:
+    """The mask of a decoder: one sees what is not after oneself, or in the prefix.
 
-    `mask` takes sight away: of tokens that are not real `[T]`, or pair by pair `[T, T]`.
+    `mask` takes sight away: of tokens that are not real `[T]`, or pair by pair `[T, T]`; `documents`
+    are told apart by their numbers.
     """
-    sees = jnp.tril(jnp.ones((length, length), bool))
-    sees = sees if prefix is None else sees | prefix[None, :]
-    return sees if mask is None else sees & mask
+    keys = mask if mask is None or mask.ndim == 1 else None
+    pairs = None if mask is None or mask.ndim == 1 else mask
+    return Mask(causal=True, prefix=prefix, keys=keys, documents=documents, pairs=pairs)
 
 
 def empty_cache(blocks: Stacked[Block], size: int, dtype: DTypeLike) -> Cache:

@@ -3,7 +3,7 @@
 Heads are factored so that grouped queries come out right by construction: queries are
 `[kv_heads, group, head_dim]`, keys and values `[kv_heads, head_dim]`. Scores contract a key's
 `head_dim` with a query's, so keys *consume* what queries produce, and take the share when `head_dim`
-is copied. The softmax is our own: `jax.nn.dot_product_attention` computes it in float32 even under x64.
+is copied. `growjax.nn.bodies` computes what the queries read; gates, norms and rotations act before it.
 """
 
 import dataclasses
@@ -14,13 +14,15 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from growjax import axes
 from growjax.axes import buffer, param
 from growjax.errors import AxisError
 from growjax.gates import Gate, gated
+from growjax.nn.bodies import Bias, Body, attend
 from growjax.nn.linear import affine, normal
+from growjax.nn.mask import ALL, Mask
 from growjax.nn.norm import Norm
 
 
@@ -134,6 +136,7 @@ class Attention(eqx.Module):
     gate_kv_heads: Gate | None = axes.gate("kv_heads")
     gate_group: Gate | None = axes.gate("group")
     gate_head_dim: Gate | None = axes.gate("head_dim")
+    body: Body = eqx.field(static=True, default="auto")
 
     def __init__(
         self,
@@ -146,6 +149,7 @@ class Attention(eqx.Module):
         qk_norm: bool = False,
         eps: float = 1e-6,
         scale: float | None = None,
+        body: Body = "auto",
         key: PRNGKeyArray,
     ):
         if heads % kv_heads:
@@ -166,6 +170,7 @@ class Attention(eqx.Module):
         )
         self.gate_kv_heads = self.gate_group = self.gate_head_dim = None
         self.scale = head_dim**-0.5 if scale is None else scale
+        self.body = body
 
     @property
     def key_side(self) -> str:
@@ -177,11 +182,11 @@ class Attention(eqx.Module):
         x: Float[Array, "T embed"],
         memory: Float[Array, "S embed"] | None = None,
         *,
-        mask: Bool[Array, "#T S"] | None = None,
-        bias: Float[Array, "kv_heads group T S"] | None = None,
+        mask: Mask = ALL,
+        bias: Bias | None = None,
         turn: tuple[Array, Array] | None = None,
     ) -> Float[Array, "T embed"]:
-        """Attend from `x` to `memory` (or to `x`), where `mask` is True, with `bias` on the logits."""
+        """Attend from `x` to `memory` (or to `x`) where `mask` allows it, with `bias` on the scores."""
         seen = self.remember(x if memory is None else memory, turn=turn)
         return self.read(self.ask(x, turn=turn), seen, mask=mask, bias=bias)
 
@@ -191,7 +196,7 @@ class Attention(eqx.Module):
         cache: Cache,
         at: Int[ArrayLike, ""],
         *,
-        bias: Float[Array, "kv_heads group T S"] | None = None,
+        bias: Bias | None = None,
         turn: tuple[Array, Array] | None = None,
     ) -> tuple[Float[Array, "T embed"], Cache]:
         """Attend from the places `at`, `at + 1`, ... of a sequence to themselves and those before.
@@ -202,7 +207,7 @@ class Attention(eqx.Module):
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=1)
         cache = Cache(*(put(old, n.astype(old.dtype)) for old, n in zip(cache, new, strict=True)))
         places = jnp.arange(cache.keys.shape[1])
-        mask = places[None, :] <= at + jnp.arange(x.shape[0])[:, None]
+        mask = Mask(pairs=places[None, :] <= at + jnp.arange(x.shape[0])[:, None])
         return self.read(self.ask(x, turn=turn), cache, mask=mask, bias=bias), cache
 
     def ask(
@@ -229,19 +234,11 @@ class Attention(eqx.Module):
         queries: Float[Array, "T kv_heads group head_dim"],
         seen: Cache,
         *,
-        mask: Bool[Array, "#T S"] | None = None,
-        bias: Float[Array, "kv_heads group T S"] | None = None,
+        mask: Mask = ALL,
+        bias: Bias | None = None,
     ) -> Float[Array, "T embed"]:
-        """What queries find among keys and values, where `mask` is True."""
+        """What queries find among keys and values, where `mask` allows it."""
         k, v = (h.astype(queries.dtype) for h in seen)
         q = jnp.moveaxis(queries * self.scale, 0, 2)
-        logits = jnp.einsum("kgtd,ksd->kgts", q, k)
-        logits = logits.astype(jnp.promote_types(queries.dtype, jnp.float32))
-        if bias is not None:
-            logits = logits + bias.astype(logits.dtype)
-        if mask is not None:
-            # Finite, so that a row without any key gives an average instead of NaN.
-            logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min / 2)
-        weights = jax.nn.softmax(logits, axis=-1).astype(queries.dtype)
-        found = jnp.moveaxis(jnp.einsum("kgts,ksd->kgtd", weights, v), 2, 0)
+        found = jnp.moveaxis(attend(q, k, v, mask, bias, body=self.body), 2, 0)
         return affine("tkgd,kgde->te", gated(found, self.gate_group, -2), self.o, self.o_bias)

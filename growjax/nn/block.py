@@ -1,5 +1,7 @@
 """The Transformer block: pre-LN or post-LN, with or without cross-attention."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
@@ -8,6 +10,7 @@ from growjax import axes
 from growjax.errors import AxisError
 from growjax.gates import Gate, gated
 from growjax.nn.attention import Attention, Cache
+from growjax.nn.mask import ALL, Mask
 from growjax.nn.mlp import MLP
 from growjax.nn.norm import Norm
 
@@ -33,9 +36,9 @@ class Block(eqx.Module):
         x: Float[Array, "T embed"],
         memory: Float[Array, "S embed"] | None = None,
         *,
-        mask: Array | None = None,
-        memory_mask: Array | None = None,
-        bias: Array | None = None,
+        mask: Mask = ALL,
+        memory_mask: Mask = ALL,
+        bias: Array | Callable | None = None,
         turn: tuple[Array, Array] | None = None,
         branch: Array | None = None,
     ) -> Float[Array, "T embed"]:
@@ -54,8 +57,8 @@ class Block(eqx.Module):
         memory: Cache | None,
         at: Int[ArrayLike, ""],
         *,
-        memory_mask: Array | None = None,
-        bias: Array | None = None,
+        memory_mask: Mask = ALL,
+        bias: Array | Callable | None = None,
         turn: tuple[Array, Array] | None = None,
         branch: Array | None = None,
     ) -> tuple[Float[Array, "T embed"], Cache]:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from growjax.axes import param
+from growjax.nn.bodies import LONG, Bias
 
 
 class Embedding(eqx.Module):
@@ -73,3 +74,8 @@ class RelativeBias(eqx.Module):
         far = jnp.minimum(near + (ratio * (buckets - near)).astype(jnp.int32), buckets - 1)
         bucket = offset + jnp.where(distance < near, distance, far)
         return jnp.moveaxis(jnp.take(self.table, bucket, axis=0, mode="clip"), (2, 3), (0, 1))
+
+    def among(self, length: int) -> Bias:
+        """The bias among the places of one sequence: written out once, or tile by tile if it is long."""
+        places = jnp.arange(length)
+        return self(places, places) if length * length < LONG else self

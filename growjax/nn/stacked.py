@@ -10,12 +10,17 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from growjax import axes
 from growjax.axes import stack
 from growjax.gates import Gate
+from growjax.nn.bodies import SAVED
 
 
 Block = TypeVar("Block", bound=eqx.Module)
 
 _POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Attention over tiles keeps what its own backward pass needs, or it would run a second time
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
     "nothing": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -68,15 +68,7 @@ def predictions(model: Any, example: Mapping[str, Array]) -> Float[Array, "T voc
     return model(
         example["tokens"],
         positions=example.get("positions"),
-        mask=_sees(example),
+        mask=example.get("mask"),
         prefix=example.get("prefix"),
+        documents=example.get("segments"),
     )
-
-
-def _sees(example: Mapping[str, Array]) -> Array | None:
-    """Who may see whom in a decoder, beyond what is causal: only one's own document, if told apart."""
-    segments, mask = example.get("segments"), example.get("mask")
-    if segments is None:
-        return mask
-    same = segments[:, None] == segments[None, :]
-    return same if mask is None else same & mask[None, :]

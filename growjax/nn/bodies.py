@@ -1,0 +1,245 @@
+"""Attention as one function, and the bodies that compute it.
+
+All bodies compute `softmax(queries @ keys + bias, where mask is True) @ values`. "einsum" writes all
+scores to memory, `[T, S]` a head, which is fastest for short sequences. "blockwise" never does: it goes
+over tiles of queries and keys with a running maximum and sum, and computes each tile again in the
+backward pass from the logarithm of the sum (Milakov and Gimelshein, arXiv:1805.02867, 2018; Dao et al.,
+"FlashAttention", 2022). Tiles that no query can see are skipped: in a decoder, half of them. It is
+plain JAX, so it runs everywhere, in float64 too, with a bias and with any mask.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from growjax.errors import AxisError
+from growjax.nn.mask import ALL, Mask
+
+
+Body = Literal["auto", "einsum", "blockwise"]
+# Bias on the scores: all of it, or a function of the places of queries and of keys
+Bias = Float[Array, "kv_heads group T S"] | Callable[[Array, Array], Array]
+
+# What "auto" decides: the fewest scores of one head for which tiles pay, and the side of a tile
+LONG = 256 * 256
+TILE = 256
+# The name under which a `jax.checkpoint` policy finds what the backward pass needs
+SAVED = "attention"
+
+
+def attend(
+    queries: Float[Array, "kv_heads group T head_dim"],
+    keys: Float[Array, "kv_heads S head_dim"],
+    values: Float[Array, "kv_heads S head_dim"],
+    mask: Mask = ALL,
+    bias: Bias | None = None,
+    *,
+    body: Body = "auto",
+) -> Float[Array, "kv_heads group T head_dim"]:
+    """What each query reads from the values; queries are scaled already.
+
+    Scores and sums are in float32 at least. A query that sees no key gets an average of some values, and
+    never NaN. `body` says how it is computed; "auto" takes tiles for long sequences. Raises `AxisError`
+    for a body that does not exist.
+
+    **Example**
+
+        attend(q * q.shape[-1] ** -0.5, k, v, Mask(causal=True, window=1024))
+    """
+    if body not in get_args(Body):
+        raise AxisError(f"body: expected one of {', '.join(get_args(Body))}, got {body!r}")
+    if body == "auto":
+        body = "blockwise" if queries.shape[2] * keys.shape[1] >= LONG else "einsum"
+    if body == "einsum":
+        return _einsum(queries, keys, values, mask, bias)
+    if bias is not None and not callable(bias):
+        bias = jax.tree_util.Partial(_slice, bias)
+    return blockwise_attention(queries, keys, values, mask, bias, TILE)
+
+
+def _einsum(queries, keys, values, mask, bias):
+    """All scores at once."""
+    rows, columns = jnp.arange(queries.shape[2]), jnp.arange(keys.shape[1])
+    scores = jnp.einsum("kgtd,ksd->kgts", queries, keys).astype(_wide(queries))
+    if bias is not None:
+        some = bias(rows, columns) if callable(bias) else bias
+        scores = scores + some.astype(scores.dtype)
+    seen = mask.tile(rows, columns, whole=True)
+    if seen is not None:
+        scores = jnp.where(seen, scores, _unseen(scores))
+    weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
+    return jnp.einsum("kgts,ksd->kgtd", weights, values)
+
+
+# Blockwise -----------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=5)  # under this name `growjax.cost` counts its FLOPs
+def blockwise_attention(queries, keys, values, mask, bias, tile):
+    """Attention over square tiles; `bias` is None or a pytree that is called with places."""
+    return _blockwise(queries, keys, values, mask, bias, tile)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _blockwise(queries, keys, values, mask, bias, tile):
+    return _forward(queries, keys, values, mask, bias, tile)[0]
+
+
+def _forward(queries, keys, values, mask, bias, tile):
+    """The output, and what the backward pass needs besides: the logarithm of each row's sum."""
+    length, total = queries.shape[2], keys.shape[1]
+    q, k, v = _padded(queries, 2, tile), _padded(keys, 1, tile), _padded(values, 1, tile)
+    wide = _wide(queries)
+
+    def row(i):
+        block = _block(q, i, 2, tile)
+
+        def add(j, carry):
+            out, top, sums = carry
+            scores, _ = _tile(block, _block(k, j, 1, tile), mask, bias, i, j, tile, total)
+            highest = jnp.maximum(top, scores.max(-1))
+            weights = jnp.exp(scores - highest[..., None])
+            fade = jnp.exp(top - highest)
+            found = jnp.einsum(
+                "kgts,ksd->kgtd",
+                weights.astype(v.dtype),
+                _block(v, j, 1, tile),
+                preferred_element_type=wide,
+            )
+            return out * fade[..., None] + found, highest, sums * fade + weights.sum(-1)
+
+        shape = block.shape[:3]
+        start = (
+            jnp.zeros(block.shape, wide),
+            jnp.full(shape, _unseen(jnp.zeros((), wide))),
+            jnp.zeros(shape, wide),
+        )
+        out, top, sums = jax.lax.fori_loop(*_reach(mask, i, tile, total), add, start)
+        return (out / sums[..., None]).astype(queries.dtype), top + jnp.log(sums)
+
+    rows = q.shape[2] // tile
+    if rows == 1:
+        out, logs = row(0)
+    else:
+        out, logs = (_joined(x) for x in jax.lax.map(row, jnp.arange(rows)))
+    out, logs = out[:, :, :length], logs[:, :, :length]
+    return checkpoint_name(out, SAVED), checkpoint_name(logs, SAVED)
+
+
+def _forward_rule(queries, keys, values, mask, bias, tile):
+    out, logs = _forward(queries, keys, values, mask, bias, tile)
+    return out, (queries, keys, values, mask, bias, out, logs)
+
+
+def _backward_rule(tile, residuals, gradient):
+    """Gradients by the rule of the softmax: of a score, `weight * (d weight - sum of out * d out)`."""
+    queries, keys, values, mask, bias, out, logs = residuals
+    total, wide = keys.shape[1], _wide(queries)
+    mean = jnp.sum(gradient.astype(wide) * out.astype(wide), -1)
+    q, do = _padded(queries, 2, tile), _padded(gradient, 2, tile)
+    logs, mean = _padded(logs, 2, tile), _padded(mean, 2, tile)
+    k, v = _padded(keys, 1, tile), _padded(values, 1, tile)
+
+    def product(spec, *arrays):
+        return jnp.einsum(spec, *arrays, preferred_element_type=wide)
+
+    def row(i, carry):
+        mine = [_block(x, i, 2, tile) for x in (q, do, logs, mean)]
+        block, d_out, log, average = mine
+
+        def add(j, carry):
+            dq, dk, dv, db = carry
+            k_block, v_block = _block(k, j, 1, tile), _block(v, j, 1, tile)
+            scores, seen = _tile(block, k_block, mask, bias, i, j, tile, total)
+            weights = jnp.exp(scores - log[..., None])
+            d_scores = weights * (product("kgtd,ksd->kgts", d_out, v_block) - average[..., None])
+            d_scores = d_scores if seen is None else jnp.where(seen, d_scores, 0)
+            if bias is not None:
+                places = _places(i, tile), _places(j, tile)
+                _, pull = jax.vjp(lambda b: b(*places).astype(wide), bias)
+                db = jax.tree.map(jnp.add, db, pull(d_scores)[0])
+            d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
+            dq = dq + product("kgts,ksd->kgtd", d_scores, k_block)
+            dk = _added(dk, product("kgts,kgtd->ksd", d_scores, block), j, tile)
+            dv = _added(dv, product("kgts,kgtd->ksd", weights, d_out), j, tile)
+            return dq, dk, dv, db
+
+        dq, dk, dv, db = carry
+        start = jnp.zeros(block.shape, wide), dk, dv, db
+        found, dk, dv, db = jax.lax.fori_loop(*_reach(mask, i, tile, total), add, start)
+        return _put(dq, found, i, tile), dk, dv, db
+
+    start = (*(jnp.zeros(x.shape, wide) for x in (q, k, v)), jax.tree.map(jnp.zeros_like, bias))
+    dq, dk, dv, db = jax.lax.fori_loop(0, q.shape[2] // tile, row, start)
+    dq = dq[:, :, : queries.shape[2]].astype(queries.dtype)
+    dk, dv = (x[:, :total].astype(y.dtype) for x, y in ((dk, keys), (dv, values)))
+    return dq, dk, dv, None, db
+
+
+_blockwise.defvjp(_forward_rule, _backward_rule)
+
+
+def _tile(queries, keys, mask, bias, i, j, tile, total):
+    """The scores of one tile, and which of them are of keys that are seen (None: all)."""
+    rows, columns = _places(i, tile), _places(j, tile)
+    scores = jnp.einsum("kgtd,ksd->kgts", queries, keys, preferred_element_type=_wide(queries))
+    if bias is not None:
+        scores = scores + bias(rows, columns).astype(scores.dtype)
+    seen = mask.tile(rows, columns)
+    if total % tile:
+        real = (columns < total)[None, :]
+        seen = real if seen is None else seen & real
+    return (scores if seen is None else jnp.where(seen, scores, _unseen(scores))), seen
+
+
+def _reach(mask, i, tile, total):
+    """The tiles of keys that the queries of tile `i` can see, as a range."""
+    low, high = mask.reach(i * tile, tile, total)
+    return low // tile, -(-high // tile)
+
+
+def _places(i, tile):
+    return i * tile + jnp.arange(tile)
+
+
+def _block(x, i, axis, tile):
+    return jax.lax.dynamic_slice_in_dim(x, i * tile, tile, axis)
+
+
+def _put(x, block, i, tile):
+    return jax.lax.dynamic_update_slice_in_dim(x, block, i * tile, 2)
+
+
+def _added(x, block, j, tile):
+    return jax.lax.dynamic_update_slice_in_dim(x, _block(x, j, 1, tile) + block, j * tile, 1)
+
+
+def _joined(x):
+    """Rows of tiles `[n, kv_heads, group, tile, ...]` as one sequence."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def _padded(x, axis, tile):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % tile)
+    return jnp.pad(x, widths)
+
+
+def _slice(bias, rows, columns):
+    """One tile of a bias that is there as a whole."""
+    return bias.at[:, :, rows[:, None], columns[None, :]].get(mode="clip")
+
+
+def _wide(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _unseen(scores):
+    # Finite, so that a row without any key gives an average instead of NaN
+    return jnp.finfo(scores.dtype).min / 2

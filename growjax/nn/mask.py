@@ -1,0 +1,89 @@
+"""Who sees whom in attention, as data: nothing of size `[T, S]` is kept for a long sequence."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Int
+
+
+class Mask(eqx.Module):
+    """Which of `S` keys each of `T` queries may see; every condition that is given must hold.
+
+    Rows and columns are places of one sequence (or of two, in cross-attention), counted from 0.
+
+    **Fields**
+
+    - `causal`: keys that are not after the query.
+    - `prefix`: keys that every query sees although they come after it (only with `causal`).
+    - `window`: keys fewer than so many places away. An array is fine, so that a scan over layers can
+      give each layer its own.
+    - `keys`: keys that are real tokens.
+    - `documents`: keys with the query's own number (documents packed into one sequence).
+    - `pairs`: any other choice, pair by pair; of size `[T, S]`, so for short sequences.
+
+    **Example**
+
+        Mask(causal=True, window=1024, documents=segments)
+    """
+
+    causal: bool = eqx.field(static=True, default=False)
+    prefix: Bool[Array, " S"] | None = None
+    window: Int[Array, ""] | int | None = None
+    keys: Bool[Array, " S"] | None = None
+    documents: Int[Array, " S"] | None = None
+    pairs: Bool[Array, "#T S"] | None = None
+
+    def tile(
+        self, rows: Int[Array, " t"], columns: Int[Array, " s"], *, whole: bool = False
+    ) -> Bool[Array, "#t #s"] | None:
+        """The part of the mask with these rows and columns; None where everything is seen.
+
+        `whole` says that they are all rows and all columns, in order: nothing is gathered then.
+        """
+
+        def at(values: Array, places: Array) -> Array:
+            if whole:
+                return values.reshape(places.shape)
+            return values.at[places].get(mode="clip")
+
+        query, key = rows[:, None], columns[None, :]
+        conditions = []
+        if self.causal:
+            behind = key <= query
+            conditions.append(behind if self.prefix is None else behind | at(self.prefix, key))
+        if self.window is not None:
+            conditions.append(jnp.abs(query - key) < self.window)
+        if self.keys is not None:
+            conditions.append(at(self.keys, key))
+        if self.documents is not None:
+            conditions.append(at(self.documents, query) == at(self.documents, key))
+        if self.pairs is not None and whole:
+            conditions.append(self.pairs)
+        elif self.pairs is not None:
+            row = jnp.minimum(
+                query, self.pairs.shape[0] - 1
+            )  # a row for each query, or one for all
+            conditions.append(self.pairs.at[row, key].get(mode="clip"))
+        if not conditions:
+            return None
+        seen = conditions[0]
+        for condition in conditions[1:]:
+            seen = seen & condition
+        return seen
+
+    def reach(
+        self, first: Int[ArrayLike, ""], count: int, keys: int
+    ) -> tuple[Int[Array, ""] | int, Int[Array, ""] | int]:
+        """The first key that any of `count` queries from `first` on can see, and the last, plus one.
+
+        Only what place alone decides: attention need not look at keys outside of it.
+        """
+        low, high = 0, keys
+        if self.window is not None:
+            low = jnp.maximum(first - self.window + 1, 0)
+            high = jnp.minimum(first + count - 1 + self.window, keys)
+        if self.causal and self.prefix is None:
+            high = jnp.minimum(first + count, high)
+        return low, high
+
+
+ALL = Mask()
