@@ -14,36 +14,12 @@ import pytest
 import growjax
 from growjax import axes, gates, growth, maps, models, nn, subnet
 from growjax.growth import operator
+from tests import rooms
+from tests.rooms import CORE, FRONT, LEVEL, ROOT
 
 
-ROOT = Path(growjax.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 TESTS = sorted(Path(__file__).parent.rglob("*.py"))
-
-# Lowest first. A room may import from the lines above its own, and from itself.
-LEVELS = [
-    "errors",
-    "axes",
-    "annotation gates",
-    "maps",
-    "nn",
-    "models",
-    "growth subnet",
-    "optim parallel cost data",
-    "certificate budget select",
-    "testing hf",
-    "plan",
-    "programs",
-    "runs",
-    "forecast",
-    "train",
-    "evals report",
-    "demo",
-    "__main__",
-]
-LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms.split()}
-FRONT = set("hf plan programs runs forecast train evals report demo __main__".split())
-CORE = {"errors", "axes", "annotation", "gates", "maps", "growth", "subnet"}
 
 
 def room(path: Path) -> str:
@@ -77,7 +53,7 @@ SOURCES = [path for path in FILES if path != ROOT / "__init__.py"]
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_a_room_imports_only_from_rooms_below(path):
     mine = room(path)
-    assert mine in LEVEL, f"give {mine} its place in LEVELS"
+    assert mine in LEVEL, f"give {mine} its place in tests/rooms.py"
     others = rooms_of(path) - {mine}
     assert others <= set(LEVEL), f"these are no rooms: {others - set(LEVEL)}"
     assert {other for other in others if LEVEL[other] >= LEVEL[mine]} == set()
@@ -91,37 +67,16 @@ def test_growth_needs_jax_and_equinox_alone(path):
 
 
 def test_only_the_front_ends_import_training_and_reports():
-    above = {
-        "plan",
-        "programs",
-        "runs",
-        "forecast",
-        "train",
-        "hf",
-        "evals",
-        "report",
-        "demo",
-        "__main__",
-    }
-    assert {name(p) for p in SOURCES if room(p) not in above and rooms_of(p) & above} == set()
+    others = [p for p in SOURCES if room(p) not in FRONT]
+    assert {name(p) for p in others if rooms_of(p) & FRONT} == set()
 
 
-def test_the_top_level_loads_only_what_it_names():
-    """Front ends must be imported by those who use them: they bring heavy dependencies."""
-    above = {
-        "testing",
-        "plan",
-        "programs",
-        "runs",
-        "forecast",
-        "train",
-        "hf",
-        "evals",
-        "report",
-        "demo",
-        "__main__",
-    }
-    assert rooms_of(ROOT / "__init__.py").isdisjoint(above)
+def test_the_architecture_page_is_up_to_date():
+    """`python -m tests.rooms` writes it."""
+    assert rooms.PAGE.read_text() == rooms.page()
+    assert {room(p) for p in SOURCES} == set(LEVEL)
+    lost = [room for room in LEVEL if not rooms.purpose(room).rstrip().endswith((".", ":"))]
+    assert not lost, f"the docstring of {', '.join(lost)} does not begin with a sentence"
 
 
 def test_importing_growjax_loads_no_heavy_or_development_package():
