@@ -5,7 +5,7 @@
 #   make test-deep    the tests at the deep profile, slow ones included
 #   make test-tpu     plans compiled for TPU slices, in .venv-tpu; needs no TPU (Linux)
 #   make test-hf      checkpoints against transformers, the harness against its own, in .venv-hf
-#   make lint         ruff and pyright
+#   make lint         ruff, pyright and mypy
 #   make docs         the site, into site/
 #   make bench NAME=  one of experiments/bench
 #   make clean        remove what was built; environments and runs/ stay
@@ -74,6 +74,8 @@ lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check growjax tests experiments
 	$(PY) -m ruff format --check growjax tests experiments
 	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) -m pyright --project tests/typing --pythonpath $(PY)
+	$(PY) -m mypy
 
 docs: $(VENV)/.installed-docs
 	$(PY) -m mkdocs build --strict
@@ -87,7 +89,7 @@ clean:
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
 	find growjax tests experiments -name __pycache__ -prune -exec rm -rf {} +
 
-$(VENV)/.installed: EXTRA =
+$(VENV)/.installed: EXTRA = [train]
 $(VENV)/.installed-dev: EXTRA = [dev]
 $(VENV)/.installed-dev-tpu: EXTRA = [dev,tpu]
 $(VENV)/.installed-docs: EXTRA = [docs]

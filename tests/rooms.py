@@ -16,7 +16,7 @@ PAGE = ROOT.parent / "docs" / "architecture.md"
 # Lowest first. A room may import from the lines above its own, and from itself.
 LEVELS = [
     "errors",
-    "axes",
+    "axes extras",
     "annotation gates",
     "maps",
     "nn",
@@ -89,8 +89,8 @@ understood, tested and used without anything further down. Rooms that share a li
 
 {core} need JAX and Equinox alone: an operator works in a
 notebook without a trainer. They know no model: what an array is called is the business of the model that
-declares it. The command line and what runs plans need `pip install 'growjax[train]'`; `import growjax` loads
-a room when it is first used.
+declares it. The command line and what runs plans need `pip install 'growjax[train]'`; `import growjax`
+loads a room when it is first used.
 
 | | room | what it does |
 |---|---|---|
