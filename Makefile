@@ -5,7 +5,8 @@
 #   make test-deep    the tests at the deep profile, slow ones included
 #   make test-tpu     plans compiled for TPU slices, in .venv-tpu; needs no TPU (Linux)
 #   make test-hf      checkpoints against transformers, the harness against its own, in .venv-hf
-#   make lint         ruff and pyright
+#   make test-mutations   planted bugs in the files that differ from BASE (main), which tests must see
+#   make lint         ruff, pyright and mypy
 #   make docs         the site, into site/
 #   make bench NAME=  one of experiments/bench
 #   make clean        remove what was built; environments and runs/ stay
@@ -35,7 +36,7 @@ PIP_FLAGS ?=
 PIP = $(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS)
 BENCHES = $(patsubst experiments/bench/%.py,%,$(wildcard experiments/bench/[a-z]*.py))
 
-.PHONY: help demo test test-deep test-tpu run-test-tpu test-hf run-test-hf lint docs bench clean python
+.PHONY: help demo test test-deep test-mutations test-tpu run-test-tpu test-hf run-test-hf lint docs bench clean python
 .DELETE_ON_ERROR:
 
 help:
@@ -70,10 +71,16 @@ test-hf:
 run-test-hf: $(VENV)/.installed-parity
 	@$(PY) -m pytest tests/hf $(ARGS)
 
+BASE ?= main
+test-mutations: $(VENV)/.installed-dev
+	@$(PY) -m tests.mutations --changed $(BASE) $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check growjax tests experiments
 	$(PY) -m ruff format --check growjax tests experiments
 	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) -m pyright --project tests/typing --pythonpath $(PY)
+	$(PY) -m mypy
 
 docs: $(VENV)/.installed-docs
 	$(PY) -m mkdocs build --strict
@@ -87,7 +94,7 @@ clean:
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
 	find growjax tests experiments -name __pycache__ -prune -exec rm -rf {} +
 
-$(VENV)/.installed: EXTRA =
+$(VENV)/.installed: EXTRA = [train]
 $(VENV)/.installed-dev: EXTRA = [dev]
 $(VENV)/.installed-dev-tpu: EXTRA = [dev,tpu]
 $(VENV)/.installed-docs: EXTRA = [docs]

@@ -1,18 +1,34 @@
-"""growjax: train a Transformer for less, by growing it or by training part of it, and know why."""
+"""growjax: train a Transformer for less, by growing it or by training part of it, and know why.
+
+Every room is one dot deep: `import growjax as gj`, then `gj.msg`, `gj.data.Text` or `gj.train.train`.
+What operators need is loaded at once, and the rest (data, plans, training, reports) on first use.
+"""
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
+from growjax import annotation as annotation
+from growjax import axes as axes
+from growjax import certificate as certificate
+from growjax import errors as errors
+from growjax import gates as gates
 from growjax import growth as growth
+from growjax import maps as maps
 from growjax import models as models
 from growjax import nn as nn
+from growjax import optim as optim
+from growjax import subnet as subnet
 from growjax.annotation import Annotated as Annotated
 from growjax.annotation import annotate as annotate
+from growjax.axes import active as active
 from growjax.axes import axes_of as axes_of
+from growjax.axes import branch as branch
 from growjax.axes import buffer as buffer
 from growjax.axes import gate as gate
 from growjax.axes import param as param
 from growjax.axes import partition as partition
 from growjax.axes import sizes as sizes
+from growjax.axes import stacked as stacked
 from growjax.certificate import Certificate as Certificate
 from growjax.certificate import certify as certify
 from growjax.gates import Gate as Gate
@@ -37,10 +53,43 @@ from growjax.subnet import random_path as random_path
 from growjax.subnet import step_key as step_key
 
 
-def __getattr__(name: str):
-    """Plans are one dot deep too, but what runs them (optax, grain, rich) is loaded when it is used."""
-    if name == "hf":
-        return importlib.import_module("growjax.hf")
-    if name in ("Plan", "Stage"):
-        return getattr(importlib.import_module("growjax.train"), name)
+if TYPE_CHECKING:
+    from growjax import budget as budget
+    from growjax import cost as cost
+    from growjax import data as data
+    from growjax import evals as evals
+    from growjax import forecast as forecast
+    from growjax import hf as hf
+    from growjax import parallel as parallel
+    from growjax import plan as plan
+    from growjax import programs as programs
+    from growjax import report as report
+    from growjax import runs as runs
+    from growjax import select as select
+    from growjax import testing as testing
+    from growjax import train as train
+    from growjax.plan import Plan as Plan
+    from growjax.plan import Stage as Stage
+
+
+__version__ = "0.1.0"
+
+# The names above that only a type checker has seen, and the module of each
+_ROOMS = (
+    "budget cost data evals forecast hf parallel plan programs report runs select testing train"
+)
+_LAZY = {name: f"growjax.{name}" for name in _ROOMS.split()}
+_PLANS = {"Plan": "growjax.plan", "Stage": "growjax.plan"}
+
+
+def __getattr__(name: str) -> Any:
+    """A room, or a name out of one, that is loaded when it is first used (PEP 562)."""
+    if name in _LAZY:
+        return importlib.import_module(_LAZY[name])
+    if name in _PLANS:
+        return getattr(importlib.import_module(_PLANS[name]), name)
     raise AttributeError(f"module 'growjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_PLANS})

@@ -1,11 +1,21 @@
 """The command line: `growjax COMMAND`, or `python -m growjax COMMAND`."""
 
+# ruff: noqa: E402 - a missing package is named before it is imported
+
 import sys
 from pathlib import Path
 
-import tyro
+from growjax import __version__
+from growjax.errors import ExtraError, GrowjaxError
+from growjax.extras import require
 
-from growjax.errors import GrowjaxError
+
+try:
+    require("the command line", "tyro", "rich")
+except ExtraError as error:
+    sys.exit(f"growjax: {error}")
+
+import tyro
 
 
 app = tyro.extras.SubcommandApp()
@@ -175,7 +185,7 @@ def grow(
     if from_hf is not None:
         from growjax.train.commands import grow_pretrained
 
-        print(grow_pretrained(from_hf, by or "copy", to, out, seed=seed))
+        print(grow_pretrained(by or "copy", to, from_hf, out, seed=seed))
         return
     assert checkpoint is not None
     from growjax.runs.checkpoint import read_lineage
@@ -183,7 +193,7 @@ def grow(
     from growjax.train.commands import grow_checkpoint, operator_of
 
     op = operator_of(by or "msg", to, model_of(read_lineage(checkpoint)))
-    print(grow_checkpoint(checkpoint, op, out, seed=seed))
+    print(grow_checkpoint(op, checkpoint, out, seed=seed))
 
 
 @app.command
@@ -203,7 +213,7 @@ def certify(
     from growjax.train.commands import certify_model, operator_of
 
     model = ungated(load_model(checkpoint)[0])
-    certificate = certify_model(model, operator_of(by, to, model), seed)
+    certificate = certify_model(operator_of(by, to, model), model, seed=seed)
     print(certificate)
     if not certificate.passed:
         sys.exit(1)
@@ -297,8 +307,14 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("repor
 
 def main() -> None:
     """Run one command; a fault in what was asked for is a message and not a traceback."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"growjax {__version__}")
+        return
     try:
-        app.cli(prog="growjax", description="Grow Transformers while they train.")
+        app.cli(
+            prog="growjax",
+            description="Grow Transformers while they train. `growjax --version` prints the version.",
+        )
     except GrowjaxError as error:
         sys.exit(f"growjax: {error}")
 

@@ -17,7 +17,7 @@ several arrows may be mixed. Around a name:
     [vocab]        looked up by index, not contracted
     <embed>        not a dimension: the leaf scales like a mean square over embed (a norm's epsilon)
     (heads dim)    one dimension of the array that holds two axes, the first one slower
-    layers: ...    before a colon: leading stack axes (`stack` and `Stacked` add them themselves)
+    layers: ...    before a colon: leading stack axes (`stacked` and `Stacked` add them themselves)
     {axis}         filled in from an attribute of the module
 
 `axes_of(model)` reads these declarations into one table; everything else in growjax follows from it.
@@ -149,17 +149,31 @@ def gate(spec: str) -> Any:
 
 
 def branch(spec: str) -> Any:
-    """Declare an optional multiplier of the residual branches along a stack axis."""
+    """Declare an optional multiplier of the residual branches along a stack axis, `[layers]`.
+
+    It is None until a sub-network or an operator sets it; the module multiplies its branches by it.
+    """
     return _field("branch", spec, default=None)
 
 
 def active(spec: str) -> Any:
-    """Declare an optional flag along a stack axis: layers marked False are skipped."""
+    """Declare an optional flag along a stack axis, boolean `[layers]`: layers marked False are skipped.
+
+    It is None, and every layer runs, until a sub-network sets it.
+    """
     return _field("active", spec, default=None)
 
 
-def stack(axis: str) -> Any:
-    """Declare a sub-module all of whose leaves carry a leading axis `axis`."""
+def stacked(axis: str) -> Any:
+    """Declare a sub-module all of whose arrays carry a leading axis: one block that stands for many.
+
+    **Example**
+
+        class Tower(eqx.Module):
+            block: Block = gj.stacked("layers")                  # every array of it is [layers, ...]
+            scale: Array | None = gj.branch("layers")            # multiplies residual branches
+            on: Array | None = gj.active("layers")               # layers marked False are skipped
+    """
     return eqx.field(metadata={_METADATA: axis})
 
 

@@ -115,7 +115,7 @@ class Certificate:
 
 def certify(
     op: Operator | Chain,
-    model,
+    model: Any,
     batch: Array | tuple[Array, ...],
     *,
     key: PRNGKeyArray | None = None,

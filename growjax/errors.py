@@ -75,6 +75,10 @@ class TrainingError(GrowjaxError):
     """Training cannot go on: a loss is not finite, or a growth changed the function."""
 
 
+class ExtraError(GrowjaxError, ImportError):
+    """A package is missing that one of the extras of `growjax[...]` brings."""
+
+
 def raise_all(error: type[GrowjaxError], headline: str, complaints: Iterable[str]) -> None:
     """Raise `error` with one line per complaint, or do nothing if there is none."""
     complaints = list(complaints)

@@ -7,7 +7,7 @@ Yao et al., "Masked Structural Growth for 2x Faster Language Model Pre-training"
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -17,6 +17,9 @@ from jaxtyping import Array, Bool, Float
 
 from growjax.axes import Slot, axes_of, put
 from growjax.errors import GateError, raise_all
+
+
+Model = TypeVar("Model")
 
 
 class Gate(eqx.Module):
@@ -61,7 +64,7 @@ def check_level(level) -> None:
         raise GateError(f"level: expected a number in [0, 1], got {level}")
 
 
-def ramp(model: Any, level: Any, *, axes: Sequence[str] | None = None) -> Any:
+def ramp(model: Model, level: Any, *, axes: Sequence[str] | None = None) -> Model:
     """Set every gate's new coordinates to `level`, from 0 (hidden) to 1 (ordinary).
 
     `level` may be a traced scalar, so that a whole ramp is one program. `axes` limits the change to
@@ -75,7 +78,7 @@ def ramp(model: Any, level: Any, *, axes: Sequence[str] | None = None) -> Any:
     return put(model, {slot.steps: slot.value.at(level) for slot in _gates(model, axes)})
 
 
-def settle(model: Any, *, axes: Sequence[str] | None = None) -> Any:
+def settle(model: Model, *, axes: Sequence[str] | None = None) -> Model:
     """Drop gates that are fully open: the same function, and the ungated program from now on.
 
     Raises `GateError` if one of them is not at 1 yet, or under `jit` (it changes the tree).
@@ -100,11 +103,11 @@ def is_gated(model: Any) -> bool:
     return any(slot.arrays() for slot in axes_of(model).of_kind("gate"))
 
 
-def opened(model: Any, level: Any) -> Any:
+def opened(model: Model, level: Any) -> Model:
     """The model with its gates, if it has any, at this level: `ramp` for any stage of a run."""
     return ramp(model, level) if is_gated(model) else model
 
 
-def ungated(model: Any) -> Any:
+def ungated(model: Model) -> Model:
     """The model without its gates: `settle` for shapes and under jit, where nobody can see levels."""
     return put(model, {slot.steps: None for slot in axes_of(model).of_kind("gate")})

@@ -13,7 +13,7 @@ stochastic depth (Huang et al. 2016) or LayerDrop (Fan et al. 2020).
 import abc
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import equinox as eqx
 import jax
@@ -29,17 +29,19 @@ from growjax.maps import AxisMap, fold_in_name
 
 Scale = Literal["none", "sqrt_gap", "linear_gap", "sqrt_global", "linear_global", "inverse_p"]
 
+Model = TypeVar("Model")
+
 
 class Subnet(eqx.Module):
     """A sub-network of a model: subclass it and write `maps`."""
 
     @abc.abstractmethod
-    def maps(self, axes: Axes, key: PRNGKeyArray, step) -> Sequence[AxisMap]:
+    def maps(self, axes: Axes, *, key: PRNGKeyArray, step) -> Sequence[AxisMap]:
         """The selections for one draw."""
 
-    def __call__(self, model, *, key: PRNGKeyArray, step: int | Int[Array, ""] = 0):
+    def __call__(self, model: Model, *, key: PRNGKeyArray, step: int | Int[Array, ""] = 0) -> Model:
         """The smaller model for this key (and, if the method has a schedule, this step)."""
-        for move in self.maps(axes_of(model), key, step):
+        for move in self.maps(axes_of(model), key=key, step=step):
             model = maps.apply(move, model, None)
         return model
 
@@ -48,7 +50,7 @@ class Subnet(eqx.Module):
     ) -> dict[str, Bool[Array, " layers"]]:
         """Of each stack that loses layers, which of them run for this key; see `growjax.optim.freeze`."""
         table, found = axes_of(model), {}
-        for move in self.maps(table, key, step):
+        for move in self.maps(table, key=key, step=step):
             if "stack" in table.roles(move.axis):
                 chosen = jnp.zeros(table.size(move.axis), bool).at[move.source].set(True)
                 found[move.axis] = chosen if move.active is None else move.active
@@ -81,30 +83,32 @@ class Coins(Subnet):
     def branches(self, on: Bool[Array, " layers"], step) -> Float[Array, " layers"] | None:
         """The multiplier of each layer's branches, given which run; None multiplies nothing."""
 
-    def coins(self, layers: int, key: PRNGKeyArray) -> Float[Array, " layers"]:
+    def coins(self, layers: int, *, key: PRNGKeyArray) -> Float[Array, " layers"]:
         """A uniform number for each layer; it runs where this is below its chance."""
         return jax.random.uniform(fold_in_name(key, "coins"), (layers,))
 
-    def flags(self, axes: Axes, key: PRNGKeyArray, step) -> list[AxisMap]:
+    def flags(self, axes: Axes, *, key: PRNGKeyArray, step) -> list[AxisMap]:
         """The maps of one draw: the same flags along every stack."""
         layers = {axis: _depth(axes, axis) for axis in self.stacks}
         if len(set(layers.values())) > 1:
             raise SubnetError(f"axis: stacks that share their coins are equally deep, got {layers}")
         n = layers[self.stacks[0]]
-        on = self.toss(n, key, step)
+        on = self.toss(n, key=key, step=step)
         branch = self.branches(on, step)
         return [AxisMap(axis, np.arange(n), active=on, branch=branch) for axis in self.stacks]
 
-    def toss(self, layers: int, key: PRNGKeyArray, step) -> Bool[Array, " layers"]:
+    def toss(self, layers: int, *, key: PRNGKeyArray, step) -> Bool[Array, " layers"]:
         """Which layers run, for one draw."""
-        return self.coins(layers, key) < jnp.asarray(self.chances(layers, step), jnp.float32)
+        return self.coins(layers, key=key) < jnp.asarray(self.chances(layers, step), jnp.float32)
 
     def tossed(
         self, layers: int, seed: int, first: int, count: int
     ) -> Bool[np.ndarray, "count layers"]:
         """Which layers run at each of the steps from `first` on."""
         steps = jnp.arange(first, first + count)
-        return np.asarray(jax.vmap(lambda i: self.toss(layers, step_key(seed, i), i))(steps))
+        return np.asarray(
+            jax.vmap(lambda i: self.toss(layers, key=step_key(seed, i), step=i))(steps)
+        )
 
 
 def step_key(seed: int, step: int | Int[Array, ""]) -> PRNGKeyArray:
@@ -175,7 +179,7 @@ class RandomPath(Coins):
         fixed = len({i % layers for i in self.keep})
         return 1.0 if layers == fixed else (self.length - fixed) / (layers - fixed)
 
-    def sample(self, layers: int, key: PRNGKeyArray) -> Int[Array, " length"]:
+    def sample(self, layers: int, *, key: PRNGKeyArray) -> Int[Array, " length"]:
         """The layers of one path of fixed length, ascending."""
         kept = self.kept(layers)
         free = np.setdiff1d(np.arange(layers), kept)
@@ -183,16 +187,16 @@ class RandomPath(Coins):
         path = jnp.concatenate([jnp.asarray(kept, jnp.int32), drawn[: self.length - len(kept)]])
         return jnp.sort(path)
 
-    def maps(self, axes: Axes, key: PRNGKeyArray, step) -> list[AxisMap]:
+    def maps(self, axes: Axes, *, key: PRNGKeyArray, step) -> list[AxisMap]:
         """A selection of layers, or flags for each of them, with multipliers for their branches."""
         layers = _depth(axes, self.axis)
         self.kept(layers)  # raises if the path does not fit
         if self.length == layers:
             return []
         if self.mode == "fixed":
-            path = self.sample(layers, key)
+            path = self.sample(layers, key=key)
             return [AxisMap(self.axis, path, branch=self._scales(path, layers))]
-        return self.flags(axes, key, step)
+        return self.flags(axes, key=key, step=step)
 
     @property
     def tosses(self) -> bool:
@@ -271,7 +275,7 @@ class RandomPart(Subnet):
     scale: Literal["none", "sqrt", "linear"] = eqx.field(static=True, default="none")
     per_layer: bool = eqx.field(static=True, default=True)
 
-    def maps(self, axes: Axes, key: PRNGKeyArray, step) -> list[AxisMap]:
+    def maps(self, axes: Axes, *, key: PRNGKeyArray, step) -> list[AxisMap]:
         """A selection along each axis, layer by layer."""
         counts, complaints = dict(self.counts), []
         if "heads" in counts and "heads" not in axes.sizes and "group" in axes.sizes:
@@ -355,7 +359,7 @@ class ProgressiveLayerDrop(Coins):
         """One over its chance for each layer, if asked for."""
         return 1 / self.chances(on.shape[0], step) if self.inverse else None
 
-    def maps(self, axes: Axes, key: PRNGKeyArray, step) -> list[AxisMap]:
+    def maps(self, axes: Axes, *, key: PRNGKeyArray, step) -> list[AxisMap]:
         """A flag for every layer and, if asked for, one over its probability on its branches."""
         raise_all(
             SubnetError,
@@ -370,7 +374,7 @@ class ProgressiveLayerDrop(Coins):
                 if not ok
             ],
         )
-        return self.flags(axes, key, step)
+        return self.flags(axes, key=key, step=step)
 
 
 def progressive_layer_drop(

@@ -14,11 +14,18 @@ batch, compile once, and raise `AssertionError` that says what moved and by how 
 Needs hypothesis and chex (the `dev` extra).
 """
 
+# ruff: noqa: E402 - a missing package is named before it is imported
+
 import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
+
+from growjax.extras import require
+
+
+require("growjax.testing", "chex", "hypothesis")
 
 import chex
 import equinox as eqx

@@ -2,6 +2,7 @@
 
     python -m tests.mutations                  all of them, after the tests have passed without any
     python -m tests.mutations --only 7 12      these
+    python -m tests.mutations --changed main   those in files that differ from what main has
     python -m tests.mutations --list
 
 The package and the tests are copied to a temporary folder first; the working tree is never touched.
@@ -69,12 +70,38 @@ def plant(folder: Path, bug: Mutation) -> str:
     return {0: "SURVIVED", 1: "caught"}.get(status, f"NO VERDICT (pytest exit status {status})")
 
 
+def changed(base: str) -> set[str]:
+    """Files that differ from where this branch left `base`; on `base` itself, from the last commit but one.
+
+    What is not committed yet counts.
+    """
+
+    def git(*arguments: str) -> list[str]:
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+
+    (start,) = git("merge-base", base, "HEAD")
+    if [start] == git("rev-parse", "HEAD") and not git("status", "--porcelain"):
+        start = "HEAD~"
+    return {*git("diff", "--name-only", start), *git("ls-files", "--others", "--exclude-standard")}
+
+
+def touches(bug: Mutation, files: set[str]) -> bool:
+    """Whether a change of these files can change what becomes of a bug."""
+    return f"growjax/{bug.file}" in files or f"tests/test_{bug.tests}.py" in files
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers from --list")
+    parser.add_argument("--changed", metavar="BRANCH", help="of the files that differ from it")
     parser.add_argument("--list", action="store_true", help="print the bugs and stop")
     args = parser.parse_args()
     chosen = {i: bug for i, bug in enumerate(mutations(), 1) if i in (args.only or [i])}
+    if args.changed:
+        files = changed(args.changed)
+        chosen = {i: bug for i, bug in chosen.items() if touches(bug, files)}
     if args.list:
         for i, bug in chosen.items():
             print(f"{i:3} {bug.name}  [growjax/{bug.file}; test_{bug.tests}.py -k '{bug.keyword}']")

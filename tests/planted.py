@@ -363,14 +363,14 @@ TABLE = """
 + on_way = _arrival(base[budgets[0], s].curve, score, first=True)
 @ nobody waits for a block of steps | forecast/calibration.py | calibration | waited_for
 - jax.block_until_ready(done)
--         took.append
-+ took.append
+-     return time.perf_counter_ns() - start
++ return time.perf_counter_ns() - start
 @ a second gradient is charged with its step | forecast/calibration.py | calibration | second_gradient
 - name: getattr(timing, name) - step.mean
 + name: getattr(timing, name)
 @ uneven steps are not told | budget/clock.py | calibration | uneven
-- if timing.mean > _EVEN * timing.median
-+ if timing.median > _EVEN * timing.mean
+- uneven, at_most = timing.mean / timing.median,
++ uneven, at_most = timing.median / timing.mean,
 @ plans start from the middle of a ramp | runs/start.py | start | is_refused
 - if is_gated(source.shapes) and lineage["level"] != 1:
 + if is_gated(source.shapes) and lineage["level"] > 1:
@@ -449,4 +449,53 @@ TABLE = """
 @ an encoder's second norm is not read off it | hf/bert.py | hf | norms_is_read
 - embedding_norm=not block.post_norm and model.embedding_norm is not None,
 + embedding_norm=False,
+@ the seed of random copies is ignored | growth/copying.py | survivors | random_copies or random_shares
+- np.random.default_rng(self.seed)
++ np.random.default_rng(0)
+@ random copies come in turn | growth/copying.py | survivors | random_copies
+- source = np.concatenate([np.arange(old), rng.integers(0, old, size - old)])
++ source = np.arange(size) % old
+@ copies of layers forget the name of the stream | growth/depth.py | survivors | knows_its_stream
+- move = AxisMap(axis, source, via=self.stream)
++ move = AxisMap(axis, source)
+@ shares of layers forget the name of the stream | growth/depth.py | survivors | stream
+- return AxisMap(axis, source, share=share, via=self.stream)
++ return AxisMap(axis, source, share=share)
+@ the second multiplier replaces the first | maps.py | survivors | two_multipliers
+- return kept if given is None else kept * given
++ return kept if given is None else given
+@ queries are gated before their norm | nn/attention.py | survivors | after_their_norm
+- q = q if self.q_norm is None else self.q_norm(q)
+-         q = gated(gated(q, self.gate_kv_heads, -3), self.gate_group, -2)
++ q = gated(gated(q, self.gate_kv_heads, -3), self.gate_group, -2)
++         q = q if self.q_norm is None else self.q_norm(q)
+@ keys are gated before their norm | nn/attention.py | survivors | after_their_norm
+- k = k if self.k_norm is None else self.k_norm(k)
+-         k, v = (gated(gated(h, self.gate_kv_heads, -2), self.gate_head_dim) for h in (k, v))
++ k, v = (gated(gated(h, self.gate_kv_heads, -2), self.gate_head_dim) for h in (k, v))
++         k = k if self.k_norm is None else self.k_norm(k)
+@ ages of axes in brackets stay apart | optim/age.py | survivors | two_axes_in_one
+- if all(count == 1 for count in slot.spec.groups):
++ if slot.spec.groups:
+@ norms in the activations' dtype | nn/norm.py | survivors | norm_is_computed
+- h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
++ h = x
+@ softmax in the activations' dtype | nn/attention.py | survivors | weighs_in_float32
+- logits = logits.astype(jnp.promote_types(queries.dtype, jnp.float32))
++ logits = logits.astype(queries.dtype)
+@ a thousand floors pass | certificate.py | survivors | sixteen
+- max(steps, 16 * self.floor)
++ max(steps, 1000 * self.floor)
+@ liveness behind open gates | certificate.py | survivors | where_the_gates_stand
+- grown = ramp(grown, level)
++ grown = ramp(grown, 1.0)
+@ an output that is not finite passes | certificate.py | survivors | not_finite
+- gap = gap if np.isfinite(gap) else np.inf
++ gap = gap if np.isfinite(gap) else 0.0
+@ what earlier operators made is forgotten | certificate.py | survivors | earlier_operators
+- new[move.axis] = move.is_new() | kept
++ new[move.axis] = move.is_new()
+@ buffers that are added to a mean are not touched | maps.py | survivors | epsilon
+- {slot.steps for slot in (*table.having(move.axis), *_mean_buffers(move, table))}
++ {slot.steps for slot in table.having(move.axis)}
 """

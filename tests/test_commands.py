@@ -189,7 +189,7 @@ def test_a_grown_checkpoint_is_certified_and_computes_the_same(run, tmp_path):
     _, folder, _ = run
     source = folder / "checkpoints" / "00000018-02"
     before = {p.name: p.stat().st_mtime_ns for p in source.rglob("*")}
-    certificate = grow_checkpoint(source, gj.msg(mlp=32, embed=24), tmp_path / "grown")
+    certificate = grow_checkpoint(gj.msg(mlp=32, embed=24), source, tmp_path / "grown")
     assert certificate.passed and certificate.exactness == "exact"
     assert before == {p.name: p.stat().st_mtime_ns for p in source.rglob("*")}
     small, old = load_model(source)
@@ -199,9 +199,9 @@ def test_a_grown_checkpoint_is_certified_and_computes_the_same(run, tmp_path):
     tokens = jax.numpy.arange(8)
     np.testing.assert_allclose(small(tokens), big(tokens), atol=1e-4)
     with pytest.raises(CheckpointError, match="is there already"):
-        grow_checkpoint(source, gj.msg(mlp=32), tmp_path / "grown")
+        grow_checkpoint(gj.msg(mlp=32), source, tmp_path / "grown")
     with pytest.raises(CheckpointError, match="its gates are at 0.75"):
-        grow_checkpoint(folder / "checkpoints" / "00000006-01", gj.msg(mlp=32), tmp_path / "other")
+        grow_checkpoint(gj.msg(mlp=32), folder / "checkpoints" / "00000006-01", tmp_path / "other")
 
 
 class Wrong(gj.Operator):
@@ -216,7 +216,7 @@ class Wrong(gj.Operator):
 def test_a_growth_that_fails_its_certificate_writes_nothing(run, tmp_path):
     source = run[1] / "checkpoints" / "00000018-02"
     with pytest.raises(CheckpointError, match="not what it promises"):
-        grow_checkpoint(source, Wrong(), tmp_path / "grown")
+        grow_checkpoint(Wrong(), source, tmp_path / "grown")
     assert not (tmp_path / "grown").exists()
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import growjax as gj
 from growjax.data import ByteTokenizer
-from growjax.errors import EvalError
+from growjax.errors import EvalError, ExtraError
 from growjax.evals import (
     LanguageModel,
     Recipe,
@@ -263,7 +263,7 @@ def test_a_task_of_the_harness_needs_the_harness(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     monkeypatch.delitem(sys.modules, "growjax.evals.harness", raising=False)
-    with pytest.raises(EvalError, match=r"needs lm_eval .*pip install 'growjax\[eval\]'"):
+    with pytest.raises(ExtraError, match=r"needs lm_eval: pip install 'growjax\[eval\]'"):
         evaluate(GPT_512, ["hellaswag"], TOKENIZER)
 
 

@@ -106,7 +106,7 @@ def test_what_did_not_run_is_bitwise_what_it_was_and_all_else_moves_as_usual(rul
         return (updates, after), optim.freeze(running, updates, after, state)
 
     (usual, usual_state), (updates, after) = step(state)
-    ran = np.asarray(path.sample(LAYERS, KEYS[1]))
+    ran = np.asarray(path.sample(LAYERS, key=KEYS[1]))
     left = np.setdiff1d(np.arange(LAYERS), ran)
     assert all(not row.any() for row in rows(updates, left))
     assert equal(rows(after, left), rows(state, left))
@@ -171,7 +171,7 @@ def test_a_layer_that_did_not_run_is_still_as_it_was_born(programs, tmp_path):
     made, still, _ = trained_for(1, path, "freeze", tmp_path / "a", programs)
     _, usual, _ = trained_for(1, path, "zero_grad", tmp_path / "b", programs)
     born = eqx.filter_jit(GPT)(DEEP, key=made.key("model"))
-    ran = np.asarray(path.sample(4, gj.step_key(made.seed, 0)))
+    ran = np.asarray(path.sample(4, key=gj.step_key(made.seed, 0)))
     left = np.setdiff1d(np.arange(4), ran)
     for x, y, z in zip(rows(still, left), rows(usual, left), rows(born, left), strict=True):
         np.testing.assert_array_equal(x, z)

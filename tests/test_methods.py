@@ -194,7 +194,7 @@ def test_layers_that_coins_leave_out_cost_nothing(stage):
     axes, parts = axes_of(eqx.filter_eval_shape(made.build)), [w.part for w in made.spans[0].works]
 
     def depth(part, n):
-        moves = part.maps(axes, gj.step_key(3, n), n)
+        moves = part.maps(axes, key=gj.step_key(3, n), step=n)
         return moves[0].active.sum() if moves else jnp.asarray(4)
 
     drawn, each = np.zeros(made.steps, int), jnp.arange(made.steps)

@@ -14,36 +14,12 @@ import pytest
 import growjax
 from growjax import axes, gates, growth, maps, models, nn, subnet
 from growjax.growth import operator
+from tests import rooms
+from tests.rooms import CORE, FRONT, LEVEL, ROOT
 
 
-ROOT = Path(growjax.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 TESTS = sorted(Path(__file__).parent.rglob("*.py"))
-
-# Lowest first. A room may import from the lines above its own, and from itself.
-LEVELS = [
-    "errors",
-    "axes",
-    "annotation gates",
-    "maps",
-    "nn",
-    "models",
-    "growth subnet",
-    "optim parallel cost data",
-    "certificate budget select",
-    "testing hf",
-    "plan",
-    "programs",
-    "runs",
-    "forecast",
-    "train",
-    "evals report",
-    "demo",
-    "__main__",
-]
-LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms.split()}
-FRONT = set("hf plan programs runs forecast train evals report demo __main__".split())
-CORE = {"errors", "axes", "annotation", "gates", "maps", "growth", "subnet"}
 
 
 def room(path: Path) -> str:
@@ -64,7 +40,8 @@ def imports(path: Path) -> set[str]:
 
 
 def rooms_of(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imports(path) if name.startswith("growjax.")}
+    rooms = {name.split(".")[1] for name in imports(path) if name.startswith("growjax.")}
+    return rooms - {"__version__"}
 
 
 def name(path: Path) -> str:
@@ -77,7 +54,7 @@ SOURCES = [path for path in FILES if path != ROOT / "__init__.py"]
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_a_room_imports_only_from_rooms_below(path):
     mine = room(path)
-    assert mine in LEVEL, f"give {mine} its place in LEVELS"
+    assert mine in LEVEL, f"give {mine} its place in tests/rooms.py"
     others = rooms_of(path) - {mine}
     assert others <= set(LEVEL), f"these are no rooms: {others - set(LEVEL)}"
     assert {other for other in others if LEVEL[other] >= LEVEL[mine]} == set()
@@ -91,37 +68,24 @@ def test_growth_needs_jax_and_equinox_alone(path):
 
 
 def test_only_the_front_ends_import_training_and_reports():
-    above = {
-        "plan",
-        "programs",
-        "runs",
-        "forecast",
-        "train",
-        "hf",
-        "evals",
-        "report",
-        "demo",
-        "__main__",
-    }
-    assert {name(p) for p in SOURCES if room(p) not in above and rooms_of(p) & above} == set()
+    others = [p for p in SOURCES if room(p) not in FRONT]
+    assert {name(p) for p in others if rooms_of(p) & FRONT} == set()
 
 
-def test_the_top_level_loads_only_what_it_names():
-    """Front ends must be imported by those who use them: they bring heavy dependencies."""
-    above = {
-        "testing",
-        "plan",
-        "programs",
-        "runs",
-        "forecast",
-        "train",
-        "hf",
-        "evals",
-        "report",
-        "demo",
-        "__main__",
-    }
-    assert rooms_of(ROOT / "__init__.py").isdisjoint(above)
+def test_the_architecture_page_is_up_to_date():
+    """`python -m tests.rooms` writes it."""
+    assert rooms.PAGE.read_text() == rooms.page()
+    assert {room(p) for p in SOURCES} == set(LEVEL)
+    lost = [room for room in LEVEL if not rooms.purpose(room).rstrip().endswith((".", ":"))]
+    assert not lost, f"the docstring of {', '.join(lost)} does not begin with a sentence"
+
+
+def test_the_top_level_loads_no_front_end():
+    """They bring heavy dependencies: `growjax.__getattr__` loads them when they are used."""
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    loaded = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    rooms = {f"{node.module}.{alias.name}".split(".")[1] for node in loaded for alias in node.names}
+    assert "growth" in rooms and rooms.isdisjoint(FRONT | {"testing", "data"})
 
 
 def test_importing_growjax_loads_no_heavy_or_development_package():
@@ -198,14 +162,18 @@ def test_growth_knows_no_leaf_by_its_name(path):
 
 # The surface ---------------------------------------------------------------------------------
 
-PUBLIC = {k: v for k, v in vars(growjax).items() if not k.startswith("_")}
+WRITTEN = [
+    str(alias.asname)
+    for node in ast.parse((ROOT / "__init__.py").read_text()).body
+    if isinstance(node, ast.ImportFrom) and str(node.module).startswith("growjax")
+    for alias in node.names
+]
+PUBLIC = {name: getattr(growjax, name) for name in WRITTEN}
 
 
 def test_the_top_level_is_small():
-    tree = ast.parse((ROOT / "__init__.py").read_text())
-    written = [str(a.asname) for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names]
-    assert "None" not in written and sorted(written) == sorted(set(written))
-    assert len(written) <= 40
+    assert "None" not in WRITTEN and sorted(WRITTEN) == sorted(set(WRITTEN))
+    assert len(set(WRITTEN) - set(LEVEL)) <= 40
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))

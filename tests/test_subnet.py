@@ -65,7 +65,7 @@ class Given(gj.Subnet):
 
     move: gj.AxisMap
 
-    def maps(self, axes, key, step):
+    def maps(self, axes, *, key, step):
         return [self.move]
 
 
@@ -94,7 +94,7 @@ def paths(draw):
 @given(paths(), st.integers(0, 2**31 - 1))
 def test_a_path_ascends_through_distinct_layers_and_holds_the_fixed_ones(drawn, seed):
     layers, fixed, path = drawn
-    kept = np.asarray(path.sample(layers, jax.random.key(seed)))
+    kept = np.asarray(path.sample(layers, key=jax.random.key(seed)))
     assert len(kept) == path.length
     assert (np.diff(kept) > 0).all()
     assert 0 <= kept[0] <= kept[-1] < layers
@@ -103,7 +103,7 @@ def test_a_path_ascends_through_distinct_layers_and_holds_the_fixed_ones(drawn, 
 
 def test_every_free_layer_is_drawn_equally_often():
     path, layers, p = gj.random_path(6), 12, 0.4
-    kept = np.asarray(jax.jit(jax.vmap(lambda key: path.sample(layers, key)))(KEYS))
+    kept = np.asarray(jax.jit(jax.vmap(lambda key: path.sample(layers, key=key)))(KEYS))
     counts = np.bincount(kept.ravel(), minlength=layers)
     free = counts[1:-1]
     assert counts[0] == counts[-1] == DRAWS
@@ -116,7 +116,7 @@ def test_every_free_layer_is_drawn_equally_often():
 
 def test_a_bernoulli_path_has_its_length_on_average_and_always_the_fixed_layers():
     path, axes = gj.random_path(3.5, mode="bernoulli"), axes_of(gpt())
-    on = jax.jit(jax.vmap(lambda key: path.maps(axes, key, 0)[0].active))(KEYS)
+    on = jax.jit(jax.vmap(lambda key: path.maps(axes, key=key, step=0)[0].active))(KEYS)
     p = path.probability(LAYERS)
     assert 2 + (LAYERS - 2) * p == pytest.approx(3.5)
     assert bool(on[:, 0].all() and on[:, -1].all())
@@ -127,11 +127,11 @@ def test_a_bernoulli_path_has_its_length_on_average_and_always_the_fixed_layers(
 
 def test_a_path_is_a_function_of_seed_and_step():
     path = gj.random_path(16)
-    draw = jax.jit(lambda step: path.sample(32, gj.step_key(7, step)))
+    draw = jax.jit(lambda step: path.sample(32, key=gj.step_key(7, step)))
     drawn = [tuple(draw(jnp.asarray(step)).tolist()) for step in range(20)]
-    assert drawn[3] == tuple(path.sample(32, gj.step_key(7, 3)).tolist())  # resumed, not jitted
+    assert drawn[3] == tuple(path.sample(32, key=gj.step_key(7, 3)).tolist())  # resumed, not jitted
     assert len(set(drawn)) == 20  # of 145,422,675 paths
-    assert tuple(path.sample(32, gj.step_key(8, 3)).tolist()) != drawn[3]
+    assert tuple(path.sample(32, key=gj.step_key(8, 3)).tolist()) != drawn[3]
 
 
 def test_a_fractional_length_rounds_by_chance_to_its_mean():
@@ -366,7 +366,7 @@ def test_units_differ_between_layers_unless_asked_not_to():
 def test_a_part_of_a_path_is_what_indexing_gives(scale, factor):
     """Path then part; consumers of the chosen units are scaled, output biases are not."""
     path, part = gj.random_path(3), gj.random_part(mlp=3, heads=1, scale=scale)
-    layers = np.asarray(path.sample(LAYERS, KEYS[0]))
+    layers = np.asarray(path.sample(LAYERS, key=KEYS[0]))
     short = taken(path, gpt())
     small, picked = taken(part, short), chosen(part, short)
     assert sizes(small) | dict(layers=3, mlp=3, kv_heads=1) == sizes(small)

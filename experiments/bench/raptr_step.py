@@ -27,12 +27,12 @@ def run() -> dict:
 
     @jax.jit
     def gather(blocks, i):
-        rows = path.sample(12, gj.step_key(0, i))
+        rows = path.sample(12, key=gj.step_key(0, i))
         return jax.tree.map(lambda a: jnp.take(a, rows, axis=0, mode="clip"), blocks)
 
     @jax.jit
     def scatter(rows, i):
-        index = path.sample(12, gj.step_key(0, i))
+        index = path.sample(12, key=gj.step_key(0, i))
         return jax.tree.map(lambda r: jnp.zeros((12, *r.shape[1:])).at[index].set(r), rows)
 
     def norm(model, i):

@@ -137,7 +137,7 @@ def removed_cell(size: Size, removed: int, seed: int) -> dict:
     """One residual network with norms that loses `removed` random layers, and what theory expects."""
     key, x, _ = _inputs(size, seed)
     path = gj.random_path(size.depth - removed, keep=())
-    paths = [path.sample(size.depth, gj.step_key(seed, i)) for i in range(size.draws)]
+    paths = [path.sample(size.depth, key=gj.step_key(seed, i)) for i in range(size.draws)]
     kept = np.stack([np.isin(np.arange(size.depth), p) for p in paths])
     flags = jnp.asarray(np.concatenate([np.ones((1, size.depth), bool), kept]))
     whole, *_ = parts = outputs(network("residual + norm", size.depth, size.embed, key), x, flags)

@@ -1,5 +1,12 @@
 """Text to train on: tokenizers, sources, corpora, objectives, and batches in a promised order."""
 
+# ruff: noqa: E402 - a missing package is named before it is imported
+
+from growjax.extras import require
+
+
+require("growjax.data", "grain")
+
 from growjax.data.batches import Batches as Batches
 from growjax.data.batches import Stream as Stream
 from growjax.data.batches import held_out_batch as held_out_batch

@@ -1,7 +1,6 @@
 """What `growjax eval` does, as functions."""
 
 import dataclasses
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from growjax import hf
+from growjax import __version__, hf
 from growjax.data import Tokenizer, load_tokenizer
 from growjax.errors import EvalError
 from growjax.evals.files import read_json
@@ -52,7 +51,7 @@ def eval_checkpoint(
     console.print(table_of(results))
     record = {
         "checkpoint": str(checkpoint),
-        "growjax": importlib.metadata.version("growjax"),
+        "growjax": __version__,
         "tokenizer": found.vocabulary.digest,
         "settings": dataclasses.asdict(settings),
         "results": results,

@@ -15,10 +15,11 @@ from growjax.errors import EvalError
 from growjax.evals.generation import generate
 from growjax.evals.language import LanguageModel
 from growjax.evals.metrics import Scores
-from growjax.evals.optional import extra
+from growjax.extras import load
 
 
-_TemplateLM: Any = extra("lm_eval.api.model").TemplateLM
+_USER = "a task of the lm-evaluation-harness"
+_TemplateLM: Any = load("lm_eval.api.model", _USER).TemplateLM
 
 
 class HarnessModel(_TemplateLM):
@@ -99,7 +100,7 @@ class HarnessModel(_TemplateLM):
 
 def _options(asked: Mapping[str, Any], window: int) -> dict[str, Any]:
     """The arguments of `generate` for what a task asks; raises `EvalError` for what it cannot do."""
-    asked = extra("lm_eval.models.utils").normalize_gen_kwargs(
+    asked = load("lm_eval.models.utils", _USER).normalize_gen_kwargs(
         dict(asked), default_max_gen_toks=min(256, window // 2)
     )
     sampled = asked.get("do_sample", False)
@@ -148,7 +149,7 @@ def run_harness(
             f"tasks: growjax and the harness know nothing of {', '.join(unknown)}; `lm-eval ls tasks` "
             "lists the harness's own"
         )
-    found = extra("lm_eval").simple_evaluate(
+    found = load("lm_eval", _USER).simple_evaluate(
         model=HarnessModel(language, seed=seed),
         tasks=list(tasks),
         num_fewshot=shots,
@@ -166,7 +167,7 @@ def run_harness(
 
 def _manager(tasks: Sequence[str | dict], include: str | Path | None) -> Any:
     """What knows the tasks. There are thousands of the harness's own, which groups and tags may reach."""
-    manager: Any = extra("lm_eval.tasks").TaskManager
+    manager: Any = load("lm_eval.tasks", _USER).TaskManager
     if include is not None:
         own = manager(include_path=str(include), include_defaults=False)
         if all(isinstance(name, str) and name in own.all_subtasks for name in tasks):

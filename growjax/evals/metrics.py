@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 
 from growjax.errors import EvalError
-from growjax.evals.optional import extra
+from growjax.extras import load
 
 
 Scores = dict[str, float]
@@ -27,7 +27,9 @@ Normalise = Callable[[str], str]
 def accuracy(truth: Sequence, predicted: Sequence) -> Scores:
     """The share of predictions that are right: `{"accuracy": ...}`."""
     _paired(truth, predicted)
-    return {"accuracy": float(extra("sklearn.metrics").accuracy_score(truth, predicted))}
+    return {
+        "accuracy": float(load("sklearn.metrics", "this metric").accuracy_score(truth, predicted))
+    }
 
 
 def f1(truth: Sequence, predicted: Sequence, positive: Hashable = "1") -> Scores:
@@ -36,7 +38,7 @@ def f1(truth: Sequence, predicted: Sequence, positive: Hashable = "1") -> Scores
     0 where nothing is predicted to be positive, as in the GLUE scripts.
     """
     _paired(truth, predicted)
-    found = extra("sklearn.metrics").f1_score(
+    found = load("sklearn.metrics", "this metric").f1_score(
         [label == positive for label in truth],
         [label == positive for label in predicted],
         zero_division=0,
@@ -47,7 +49,9 @@ def f1(truth: Sequence, predicted: Sequence, positive: Hashable = "1") -> Scores
 def macro_f1(truth: Sequence, predicted: Sequence) -> Scores:
     """The mean of the labels' F1, over those that are in either list, and the accuracy."""
     _paired(truth, predicted)
-    found = extra("sklearn.metrics").f1_score(truth, predicted, average="macro", zero_division=0)
+    found = load("sklearn.metrics", "this metric").f1_score(
+        truth, predicted, average="macro", zero_division=0
+    )
     return {"f1": float(found), **accuracy(truth, predicted)}
 
 
@@ -56,7 +60,11 @@ def matthews(truth: Sequence, predicted: Sequence) -> Scores:
     _paired(truth, predicted)
     if len(set(truth)) == 1 or len(set(predicted)) == 1:
         return {"matthews": 0.0}
-    return {"matthews": float(extra("sklearn.metrics").matthews_corrcoef(truth, predicted))}
+    return {
+        "matthews": float(
+            load("sklearn.metrics", "this metric").matthews_corrcoef(truth, predicted)
+        )
+    }
 
 
 def correlations(truth: Sequence[float], predicted: Sequence[float]) -> Scores:
@@ -67,7 +75,7 @@ def correlations(truth: Sequence[float], predicted: Sequence[float]) -> Scores:
     _paired(truth, predicted)
     if np.ptp(np.asarray(truth)) == 0 or np.ptp(np.asarray(predicted)) == 0:
         return {"pearson": 0.0, "spearman": 0.0, "constant": 1.0}
-    stats = extra("scipy.stats")
+    stats = load("scipy.stats", "this metric")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)
         pearson = stats.pearsonr(truth, predicted).statistic

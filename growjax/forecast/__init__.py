@@ -1,1 +1,6 @@
 """What a plan will cost, and whether it fits: dry run, XLA count, pods, memory, calibration."""
+
+from growjax.extras import require
+
+
+require("growjax.forecast", "rich")

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -18,6 +18,7 @@ from growjax.maps import AxisMap
 
 
 Exactness = Literal["exact", "exact-given-init", "approximate"]
+Model = TypeVar("Model")
 _STRENGTH: tuple[Exactness, ...] = ("exact", "exact-given-init", "approximate")
 
 
@@ -44,7 +45,7 @@ class Operator(eqx.Module):
     def maps(self, axes: Axes) -> Sequence[AxisMap]:
         """The index maps of this operator on a model with these axes, at most one per axis."""
 
-    def __call__(self, model, *, key: PRNGKeyArray | None = None):
+    def __call__(self, model: Model, *, key: PRNGKeyArray | None = None) -> Model:
         """The grown model: pure, and traceable by `jit`, `vmap` and `grad`."""
         for move in self.maps(axes_of(model)):
             model = maps.apply(move, model, key)
@@ -76,7 +77,7 @@ class Chain(eqx.Module):
         promises = [_STRENGTH.index(op.exactness) for op in self.operators]
         return _STRENGTH[max(promises, default=0)]
 
-    def __call__(self, model, *, key: PRNGKeyArray | None = None):
+    def __call__(self, model: Model, *, key: PRNGKeyArray | None = None) -> Model:
         """The model after every operator. All share the key: draws are told apart by leaf and index."""
         for op in self.operators:
             model = op(model, key=key)
@@ -105,7 +106,9 @@ def atoms(op: Operator | Chain) -> tuple[Operator, ...]:
     return op.operators if isinstance(op, Chain) else (op,)
 
 
-def grow(op: Operator | Chain, model, *, key: PRNGKeyArray | None = None, donate: bool = False):
+def grow(
+    op: Operator | Chain, model: Model, *, key: PRNGKeyArray | None = None, donate: bool = False
+) -> Model:
     """Grow a model: one jit-compiled, pure call of the operator.
 
     **Arguments**

@@ -1,10 +1,10 @@
 """The folder of a grown pre-trained model, with a certificate and a card that says how it was made."""
 
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
 
+from growjax import __version__
 from growjax.axes import sizes
 from growjax.certificate import Certificate
 from growjax.cost import parameters
@@ -27,7 +27,7 @@ def written_by(
     record = {"operator": to_dict(op), "seed": seed, "certificate": certificate.to_dict()}
     card = _CARD.format(
         source=source.name,
-        version=importlib.metadata.version("growjax"),
+        version=__version__,
         op=op,
         seed=seed,
         old=f"{parameters(model):,}",

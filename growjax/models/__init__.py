@@ -1,4 +1,4 @@
-"""Models: each file reads from top to bottom."""
+"""GPT, Llama, BERT and T5, each in a file that reads from top to bottom."""
 
 from growjax.models.bert import BERT as BERT
 from growjax.models.bert import BERTConfig as BERTConfig

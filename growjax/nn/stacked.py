@@ -8,7 +8,6 @@ import jax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from growjax import axes
-from growjax.axes import stack
 from growjax.gates import Gate
 from growjax.nn.bodies import SAVED
 
@@ -40,7 +39,7 @@ class Stacked(eqx.Module, Generic[Block]):
     them (`growjax.parallel.gathered`).
     """
 
-    block: Block = stack("{axis}")
+    block: Block = axes.stacked("{axis}")
     gate: Gate | None = axes.gate("{axis}")
     branch: Float[Array, " layers"] | None = axes.branch("{axis}")
     active: Bool[Array, " layers"] | None = axes.active("{axis}")

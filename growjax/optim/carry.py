@@ -44,12 +44,12 @@ _MOMENTS: dict[str, Moment] = {
 def carry(
     op: Operator | Chain,
     state: Any,
-    model,
+    model: Any,
     *,
     key: PRNGKeyArray | None = None,
     copies: Literal["dual", "zero"] = "dual",
     moments: Mapping[str, Moment] | None = None,
-):
+) -> Any:
     """The optimizer state of the grown model, for any chain of optax transformations.
 
     Every subtree shaped like the parameters moves: first moments by the share on the opposite side from

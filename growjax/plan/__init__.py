@@ -1,1 +1,11 @@
 """What a run is, as values: the plan, its stages, losses, schedule and optimizer. Computes nothing."""
+
+from growjax.plan.files import load_plan as load_plan
+from growjax.plan.files import save_plan as save_plan
+from growjax.plan.losses import cross_entropy as cross_entropy
+from growjax.plan.optimizer import Optimizer as Optimizer
+from growjax.plan.plan import Plan as Plan
+from growjax.plan.schedule import Schedule as Schedule
+from growjax.plan.stages import Span as Span
+from growjax.plan.stages import Stage as Stage
+from growjax.plan.stages import Start as Start

@@ -1,5 +1,12 @@
 """Reports: runs to one self-contained HTML page with plots and tables."""
 
+# ruff: noqa: E402 - a missing package is named before it is imported
+
+from growjax.extras import require
+
+
+require("growjax.report", "matplotlib")
+
 from growjax.report.page import Plot as Plot
 from growjax.report.page import Table as Table
 from growjax.report.page import arms_figure as arms_figure

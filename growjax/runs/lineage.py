@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import equinox as eqx
 import jax
 from jax.sharding import Mesh
 
-from growjax import growth
+from growjax import __version__, growth
 from growjax.axes import partition
 from growjax.errors import CheckpointError, raise_all
 from growjax.gates import opened, ungated
@@ -135,7 +134,7 @@ class Saves:
         if self.checkpoints.path(step, span.index).exists():
             return None
         lineage = {
-            "growjax": importlib.metadata.version("growjax"),
+            "growjax": __version__,
             **self._said(span.index),
             "gated": span.stage.grow is not None,
             "level": level,

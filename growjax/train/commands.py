@@ -210,7 +210,7 @@ def operator_of(by: str, to: Mapping[str, int], model: Any) -> Operator | Chain:
 
 
 def grow_checkpoint(
-    path: str | Path, op: Operator | Chain, out: str | Path, *, seed: int = 0
+    op: Operator | Chain, path: str | Path, out: str | Path, *, seed: int = 0
 ) -> Certificate:
     """Grow a checkpoint, optimizer state and all, into a new one; the old one is not touched.
 
@@ -225,7 +225,7 @@ def grow_checkpoint(
         raise CheckpointError(
             f"{path}: its gates are at {lineage['level']:.2f}; grow a checkpoint from after its ramp"
         )
-    certificate = certify_model(ungated(model), op, seed)
+    certificate = certify_model(op, ungated(model), seed=seed)
     if not certificate.passed:
         raise CheckpointError(f"{path}: growing it by {op} is not what it promises:\n{certificate}")
     layout = Layout()
@@ -249,7 +249,7 @@ def grow_checkpoint(
 
 
 def grow_pretrained(
-    source: str | Path, by: str, to: Mapping[str, int], out: str | Path, *, seed: int = 0
+    by: str, to: Mapping[str, int], source: str | Path, out: str | Path, *, seed: int = 0
 ) -> Certificate:
     """Grow a Hugging Face folder into another one, with a certificate and a card that says how.
 
@@ -266,7 +266,7 @@ def grow_pretrained(
         )
     model = load_folder(source)
     op = operator_of(by, to, model)
-    certificate = certify_model(model, op, seed)
+    certificate = certify_model(op, model, seed=seed)
     if not certificate.passed:
         raise CheckpointError(
             f"{source}: growing it by {op} is not what it promises:\n{certificate}"
@@ -275,7 +275,7 @@ def grow_pretrained(
     return certificate
 
 
-def certify_model(model: Any, op: Operator | Chain, seed: int = 0) -> Certificate:
+def certify_model(op: Operator | Chain, model: Any, *, seed: int = 0) -> Certificate:
     """The certificate of an operator on a model of ours, on sequences drawn at random."""
     known = sizes(model)
     length = min(known.get("positions", 32), 32)

@@ -1,5 +1,6 @@
 """The harness over our models, and next to its own over the same weights. Skipped without it."""
 
+import importlib
 import json
 import os
 from typing import Any
@@ -20,7 +21,6 @@ from growjax.data import ByteTokenizer, load_tokenizer  # noqa: E402
 from growjax.errors import EvalError  # noqa: E402
 from growjax.evals import LanguageModel, generate, harness  # noqa: E402
 from growjax.evals.harness import HarnessModel, run_harness  # noqa: E402
-from growjax.evals.optional import extra  # noqa: E402
 from growjax.models import GPT, T5, GPTConfig, Llama, LlamaConfig, T5Config  # noqa: E402
 
 
@@ -126,7 +126,7 @@ def test_what_a_model_cannot_do_is_refused():
 
 def test_the_harness_tasks_are_read_where_they_may_be_meant(include, monkeypatch):
     """Not for tasks of one's own folder: there are thousands, which are not read here either."""
-    rooms, read = extra("lm_eval.tasks"), []
+    rooms, read = importlib.import_module("lm_eval.tasks"), []
     whole: Any = rooms.TaskManager
 
     def known(include_path: str | None = None, include_defaults: bool = True) -> Any:
@@ -191,7 +191,7 @@ def ended(tokenizer_file, folder):
 
 
 def their_tokenizer(file) -> Any:
-    return extra("transformers").PreTrainedTokenizerFast(
+    return importlib.import_module("transformers").PreTrainedTokenizerFast(
         tokenizer_file=str(file), eos_token="<|endoftext|>", pad_token="<pad>"
     )
 
@@ -201,7 +201,7 @@ def both(tokenizer_file, tmp_path):
     """The same exported weights as a model of ours for the harness, and as its own."""
     hf: Any = pytest.importorskip("growjax.hf")
     pytest.importorskip("accelerate", reason="needs torch and transformers: lm-eval[hf]")
-    load: Any = extra("lm_eval.models.huggingface").HFLM
+    load: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
 
     def make(name: str) -> tuple[HarnessModel, Any]:
         tokenizer = load_tokenizer(tokenizer_file)
@@ -259,12 +259,12 @@ def test_the_numbers_are_those_of_the_harness_own_model(name, both, tokenizer_fi
 def test_whole_tasks_score_the_same_as_with_the_harness_own_model(both, include):
     ours, theirs = both("gpt")
     found = run_harness(ours.language, [*TASKS], include=include, shots=1)
-    whole = extra("lm_eval").simple_evaluate(
+    whole = importlib.import_module("lm_eval").simple_evaluate(
         model=theirs,
         tasks=[*TASKS],
         num_fewshot=1,
         bootstrap_iters=0,
-        task_manager=extra("lm_eval.tasks").TaskManager(
+        task_manager=importlib.import_module("lm_eval.tasks").TaskManager(
             include_path=str(include), include_defaults=False
         ),
         **dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"), 0),
