@@ -3,7 +3,7 @@
 from typing import Any
 
 from growjax.axes import sizes
-from growjax.hf.family import Family, Said, activation_name, epsilon, is_tied
+from growjax.hf.family import ConfigFile, Family, activation_name, epsilon, is_tied
 from growjax.hf.gpt2 import head_dim_limits
 from growjax.hf.table import Row, linear, norm
 from growjax.models import BERT, BERTConfig
@@ -52,22 +52,22 @@ def _rows(config: BERTConfig) -> tuple[Row, ...]:
     )
 
 
-def _read(said: Said, same: Any) -> BERTConfig:
-    embed, heads = said.size("hidden_size"), said.size("num_attention_heads")
-    has = said.names.__contains__
+def _read(file: ConfigFile, same: Any) -> BERTConfig:
+    embed, heads = file.size("hidden_size"), file.size("num_attention_heads")
+    has = file.names.__contains__
     return BERTConfig(
-        layers=said.layers("num_hidden_layers"),
+        layers=file.layers("num_hidden_layers"),
         embed=embed,
         heads=heads,
-        head_dim=said.share("hidden_size", embed, heads),
-        mlp=said.size("intermediate_size"),
-        vocab=said.size("vocab_size"),
-        positions=said.size("max_position_embeddings"),
-        token_types=said.size("type_vocab_size", default=2),
-        activation=said.activation("hidden_act", "gelu"),
-        eps=said.number("layer_norm_eps", default=1e-12),
-        tied=is_tied(said, same, head=f"{_DECODER}.weight", words=[_WORDS], default=True),
-        mlm_head=any(name.startswith("cls.predictions.") for name in said.names),
+        head_dim=file.share("hidden_size", embed, heads),
+        mlp=file.size("intermediate_size"),
+        vocab=file.size("vocab_size"),
+        positions=file.size("max_position_embeddings"),
+        token_types=file.size("type_vocab_size", default=2),
+        activation=file.activation("hidden_act", "gelu"),
+        eps=file.number("layer_norm_eps", default=1e-12),
+        tied=is_tied(file, same, head=f"{_DECODER}.weight", words=[_WORDS], default=True),
+        mlm_head=any(name.startswith("cls.predictions.") for name in file.names),
         pooler=has("pooler.dense.weight") or has("cls.seq_relationship.weight"),
         nsp_head=has("cls.seq_relationship.weight"),
     )

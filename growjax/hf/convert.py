@@ -12,7 +12,7 @@ import numpy as np
 from growjax.axes import Axes, axes_of, put
 from growjax.errors import HuggingFaceError, raise_all
 from growjax.hf.bert import BERT_
-from growjax.hf.family import Family, Said
+from growjax.hf.family import ConfigFile, Family
 from growjax.hf.files import (
     CONFIG,
     Folder,
@@ -34,6 +34,8 @@ from growjax.hf.table import Row
 
 
 FAMILIES = {family.model_type: family for family in (BERT_, GPT2, LLAMA, T5_)}
+# Keys of config.json that would change what any family computes.
+FIXED = {"quantization_config": None, "per_layer_config": None}
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -46,7 +48,8 @@ def load(folder: str | Path, *, dtype: str | None = None, ignore: Sequence[str] 
       downloaded, executed or unpickled, and nothing outside the folder is read.
     - `dtype`: of the parameters; by default they stay as they are in the file. Epsilons and rotary
       frequencies are float32 at least.
-    - `ignore`: patterns of tensors that may be left over, such as `"classifier.*"`.
+    - `ignore`: patterns of tensors that may be left over, such as `"classifier.*"`, and of keys of
+      `config.json` that change nothing, where the reader does not know them.
 
     Every tensor is used and every parameter is filled, or `HuggingFaceError` lists what is not; it is
     also what broken files, unknown configurations and numbers that are not finite raise.
@@ -57,7 +60,7 @@ def load(folder: str | Path, *, dtype: str | None = None, ignore: Sequence[str] 
         hidden = model(tokens).hidden              # [T, embed]
     """
     with open_folder(folder) as found:
-        family, names, same, config = _described(found)
+        family, names, same, config = _described(found, ignore)
         shapes = shapes_of(config, family)
         table = axes_of(shapes)
         rows = _rows_of(family, config, table)
@@ -86,12 +89,12 @@ def config(folder: str | Path) -> Any:
 
 
 def _described(
-    found: Folder,
+    found: Folder, ignore: Sequence[str] = ()
 ) -> tuple[Family, dict[str, str], Callable[[str, str], bool], Any]:
     """The family, the names, whether two tensors are the same, and the configuration of a folder."""
     family = _family_of(found)
     names = _canonical(found, family)
-    said = Said(found.config, names)
+    file = ConfigFile(found.config, names)
 
     def same(one: str, other: str) -> bool:
         one, other = names[one], names[other]
@@ -99,9 +102,10 @@ def _described(
             return False
         return np.array_equal(found.read(one), found.read(other))
 
-    said.fixed({**family.fixed, "quantization_config": None})
-    config = family.read(said, same)
-    said.check(family.model_type)
+    file.fixed({**family.fixed, **FIXED})
+    config = family.read(file, same)
+    file.unread(ignore)
+    file.check(family.model_type)
     return family, names, same, config
 
 
@@ -146,15 +150,17 @@ def save(
             for name in row.names(layer)[: None if row.all_names else 1]:
                 tensors[name if name.startswith(family.heads) else prefix + name] = tensor
     dtype = str(np.asarray(model.embedding.table).dtype)
-    said = {} if source is None else read_json(inside(Path(source), CONFIG))
-    said |= family.write(config) | {
+    kept = {} if source is None else read_json(inside(Path(source), CONFIG))
+    for alias in family.aliases:
+        kept.pop(alias, None)
+    written = family.write(config) | {
         "model_type": family.model_type,
         "architectures": [family.architecture(config)],
         "dtype": dtype,
         "torch_dtype": dtype,
     }
     with written_whole(folder) as partial:
-        write_json(partial / CONFIG, said)
+        write_json(partial / CONFIG, kept | written)
         write_weights(partial, tensors, shard)
         if source is not None:
             copy_companions(Path(source), partial)

@@ -1,6 +1,7 @@
 """What a family of checkpoints is: its rows, and its config.json in both directions."""
 
 import dataclasses
+import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from growjax.errors import HuggingFaceError, raise_all
+from growjax.hf.keys import is_tolerated
 from growjax.hf.table import Row
 
 
@@ -23,19 +25,25 @@ ACTIVATIONS: dict[str, str] = {
 }
 
 
-class Said:
-    """What a config.json says, read key by key; `check` raises everything that was wrong with it.
+class ConfigFile:
+    """A config.json, read key by key; `check` raises everything that was wrong with it.
 
-    A method takes the spellings of one key, newest first, and a default for where none is there.
+    A method takes the spellings of one key and a default for where none is there. Spellings that are
+    there with different values are a fault: readers disagree about which one wins.
     """
 
     def __init__(self, values: Mapping[str, Any], names: Iterable[str]):
         self.values, self.names, self.complaints = values, frozenset(names), []
+        self.read: set[str] = set()
 
     def get(self, *keys: str, default: Any = None) -> Any:
-        """The first of these keys that is there and not null."""
-        found = [self.values[key] for key in keys if self.values.get(key) is not None]
-        return found[0] if found else default
+        """The value under one of these keys; null counts as not there."""
+        self.read.update(keys)
+        given = {key: self.values[key] for key in keys if self.values.get(key) is not None}
+        if len({repr(value) for value in given.values()}) > 1:
+            pairs = ", ".join(f"{key}={value!r}" for key, value in given.items())
+            self.complaints.append(f"{keys[0]}: {pairs} are spellings of one key; keep one of them")
+        return next(iter(given.values()), default)
 
     def size(self, *keys: str, default: int | None = None) -> int:
         """A positive integer."""
@@ -55,8 +63,10 @@ class Said:
         return 1.0
 
     def flag(self, *keys: str, default: bool) -> bool:
-        """True or false."""
+        """True or false. Null is the default only where that is false: some readers take it for that."""
         value = self.get(*keys, default=default)
+        if default and any(self.values.get(key, default) is None for key in keys):
+            value = None
         if not isinstance(value, bool):
             self.complaints.append(f"{keys[0]}: expected true or false, got {value!r}")
         return bool(value)
@@ -88,11 +98,29 @@ class Said:
         return value
 
     def fixed(self, values: Mapping[str, Any]) -> None:
-        """Keys that change what is computed, and that must have one value if they are there."""
+        """Keys that change what is computed, and that must have one value if they are there.
+
+        Null is not that value, unless false or null is: readers take it for false.
+        """
+        self.read.update(values)
         for key, value in values.items():
-            if self.values.get(key, value) not in (value, None):
+            allowed = (value, None) if value in (None, False) else (value,)
+            if self.values.get(key, value) not in allowed:
                 self.complaints.append(
                     f"{key}: only {value!r} can be read, got {self.values[key]!r}"
+                )
+
+    def unread(self, ignored: Iterable[str] = ()) -> None:
+        """Complain of keys that nothing read, unless empty, `ignored` or known to be harmless."""
+        ignored = tuple(ignored)
+        for key, value in self.values.items():
+            empty = value in (None, "", [], {})
+            if key in self.read or empty or is_tolerated(key):
+                continue
+            if not any(fnmatch.fnmatchcase(key, pattern) for pattern in ignored):
+                self.complaints.append(
+                    f"{key}: an unknown key, {value!r} here; if it changes nothing that the model "
+                    f"computes, remove it or pass ignore=[{key!r}]"
                 )
 
     def check(self, model_type: str) -> None:
@@ -116,6 +144,7 @@ class Family:
     - `read`, `write`: config.json to config, given also whether two tensors are the same; and back.
     - `only`: the choices of the config that the family can say. `limits`: what else it cannot, in words.
     - `fixed`: keys of config.json that must have this value if they are there.
+    - `aliases`: other spellings of keys that are written, which would win over them in transformers.
     - `ignored`: patterns of names that hold nothing to be read. `renamed`: old endings and the new ones.
     - `scale`: what queries are multiplied by, given `head_dim`.
     - `settled`: the model with what its head is scaled by folded into its weights.
@@ -126,12 +155,13 @@ class Family:
     model: type
     architecture: Callable[[Any], str]
     rows: Callable[[Any], tuple[Row, ...]]
-    read: Callable[[Said, Callable[[str, str], bool]], Any]
+    read: Callable[[ConfigFile, Callable[[str, str], bool]], Any]
     write: Callable[[Any], dict[str, Any]]
     config_of: Callable[[Any], Any]
     limits: Callable[[Any], list[str]]
     only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
     prefix: str = ""
     heads: tuple[str, ...] = ()
     base: str = ""
@@ -148,7 +178,7 @@ def activation_name(activation: str) -> str:
 
 
 def is_tied(
-    said: Said,
+    file: ConfigFile,
     same: Callable[[str, str], bool],
     *,
     head: str,
@@ -161,12 +191,12 @@ def is_tied(
     `by_content`: a head of its own is believed where config.json says that it is tied (T5 as written
     by transformers 5). Elsewhere old and new readers would disagree, so that is a complaint.
     """
-    tied = said.flag("tie_word_embeddings", default=default)
-    words = [name for name in words if name in said.names]
-    if not tied or head not in said.names or not words or same(head, words[0]):
+    tied = file.flag("tie_word_embeddings", default=default)
+    words = [name for name in words if name in file.names]
+    if not tied or head not in file.names or not words or same(head, words[0]):
         return tied
     if not by_content:
-        said.complaints.append(
+        file.complaints.append(
             f"tie_word_embeddings: true, but {head} is there and is not {words[0]}; set it to false if "
             "the model has a head of its own, or remove that tensor"
         )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from growjax.axes import sizes
-from growjax.hf.family import Family, Said, activation_name, epsilon, is_tied
+from growjax.hf.family import ConfigFile, Family, activation_name, epsilon, is_tied
 from growjax.hf.table import Row, linear, norm
 from growjax.models import GPT, GPTConfig
 
@@ -31,19 +31,19 @@ def _rows(config: GPTConfig) -> tuple[Row, ...]:
     )
 
 
-def _read(said: Said, same: Any) -> GPTConfig:
-    embed, heads = said.size("n_embd", "hidden_size"), said.size("n_head", "num_attention_heads")
+def _read(file: ConfigFile, same: Any) -> GPTConfig:
+    embed, heads = file.size("n_embd", "hidden_size"), file.size("n_head", "num_attention_heads")
     return GPTConfig(
-        layers=said.layers("n_layer", "num_hidden_layers"),
+        layers=file.layers("n_layer", "num_hidden_layers"),
         embed=embed,
         heads=heads,
-        head_dim=said.share("n_embd", embed, heads),
-        mlp=said.size("n_inner", default=4 * embed),
-        vocab=said.size("vocab_size"),
-        positions=said.size("n_positions", "n_ctx", "max_position_embeddings"),
-        activation=said.activation("activation_function", "gelu_new"),
-        eps=said.number("layer_norm_epsilon", default=1e-5),
-        tied=is_tied(said, same, head="lm_head.weight", words=["wte.weight"], default=True),
+        head_dim=file.share("n_embd", embed, heads),
+        mlp=file.size("n_inner", default=4 * embed),
+        vocab=file.size("vocab_size"),
+        positions=file.size("n_positions", "n_ctx", "max_position_embeddings"),
+        activation=file.activation("activation_function", "gelu_new"),
+        eps=file.number("layer_norm_epsilon", default=1e-5),
+        tied=is_tied(file, same, head="lm_head.weight", words=["wte.weight"], default=True),
     )
 
 
@@ -124,7 +124,14 @@ GPT2 = Family(
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
+        "is_causal": True,
     },
+    aliases=(
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    ),
     ignored=("h.*.attn.bias", "h.*.attn.masked_bias"),
     zero_biases=True,
 )

@@ -3,11 +3,10 @@
 from typing import Any
 
 from growjax.axes import sizes
-from growjax.errors import AxisError
-from growjax.hf.family import Family, Said, activation_name, epsilon, is_tied
+from growjax.hf.family import ConfigFile, Family, activation_name, epsilon, is_tied
+from growjax.hf.rotary import read_rotary, write_rotary
 from growjax.hf.table import Row, linear, norm
 from growjax.models import Llama, LlamaConfig
-from growjax.nn import RotaryScaling
 
 
 _BLOCK = "blocks.block"
@@ -34,75 +33,38 @@ def _rows(config: LlamaConfig) -> tuple[Row, ...]:
     )
 
 
-def _read(said: Said, same: Any) -> LlamaConfig:
-    embed, heads = said.size("hidden_size"), said.size("num_attention_heads")
-    kv_heads = said.size("num_key_value_heads", default=heads)
-    said.share("num_key_value_heads", heads, kv_heads)
-    given = said.get("head_dim") is not None
-    head_dim = said.size("head_dim") if given else said.share("hidden_size", embed, heads)
+def _read(file: ConfigFile, same: Any) -> LlamaConfig:
+    embed, heads = file.size("hidden_size"), file.size("num_attention_heads")
+    kv_heads = file.size("num_key_value_heads", default=heads)
+    file.share("num_key_value_heads", heads, kv_heads)
+    given = file.get("head_dim") is not None
+    head_dim = file.size("head_dim") if given else file.share("hidden_size", embed, heads)
     if head_dim % 2:
-        said.complaints.append(f"head_dim: rotary positions turn pairs, got {head_dim}")
-    if said.complaints:  # the config would refuse these in its own words
-        said.check("llama")
-    theta, scaling = _rotary(said)
+        file.complaints.append(f"head_dim: rotary positions turn pairs, got {head_dim}")
+    if file.complaints:  # the config would refuse these in its own words
+        file.check("llama")
+    theta, scaling = read_rotary(file, positions=2048)
     return LlamaConfig(
-        layers=said.layers("num_hidden_layers"),
+        layers=file.layers("num_hidden_layers"),
         embed=embed,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp=said.size("intermediate_size"),
-        vocab=said.size("vocab_size"),
+        mlp=file.size("intermediate_size"),
+        vocab=file.size("vocab_size"),
         theta=theta,
         scaling=scaling,
-        eps=said.number("rms_norm_eps", default=1e-6),
+        eps=file.number("rms_norm_eps", default=1e-6),
         tied=is_tied(
-            said, same, head="lm_head.weight", words=["embed_tokens.weight"], default=False
+            file, same, head="lm_head.weight", words=["embed_tokens.weight"], default=False
         ),
-        bias=said.flag("attention_bias", default=False),
-        activation=said.activation("hidden_act", "silu"),
+        bias=file.flag("attention_bias", default=False),
+        activation=file.activation("hidden_act", "silu"),
     )
 
 
-def _rotary(said: Said) -> tuple[float, RotaryScaling | None]:
-    """Theta and the scaling, from `rope_parameters` or, as it was until transformers 5, apart."""
-    found = said.get("rope_parameters", "rope_scaling", default={})
-    if not isinstance(found, dict):
-        said.complaints.append(f"rope_parameters: expected an object, got {found!r}")
-        return 1.0, None
-    rope = Said({**found, "rope_theta": found.get("rope_theta", said.get("rope_theta"))}, ())
-    theta = rope.number("rope_theta", default=10000.0)
-    kind = rope.get("rope_type", "type", default="default")
-    rope.fixed({"partial_rotary_factor": 1.0})
-    scaling: dict[str, Any] = {}
-    if kind in ("linear", "llama3"):
-        scaling["factor"] = rope.number("factor", default=0.0)
-    if kind == "llama3":
-        scaling["low"] = rope.number("low_freq_factor", default=0.0)
-        scaling["high"] = rope.number("high_freq_factor", default=0.0)
-        scaling["length"] = rope.size("original_max_position_embeddings")
-    elif kind not in ("linear", "default"):
-        rope.complaints.append(f"rope_type: expected default, linear or llama3, got {kind!r}")
-    if scaling and not rope.complaints:
-        try:
-            return theta, RotaryScaling(**scaling)
-        except AxisError as error:
-            rope.complaints.append(str(error))
-    said.complaints.extend(f"rope_parameters.{fault}" for fault in rope.complaints)
-    return theta, None
-
-
 def _write(config: LlamaConfig) -> dict[str, Any]:
-    c, scaling = config, None
-    if c.scaling is not None:
-        scaling = {"rope_type": "linear", "factor": c.scaling.factor}
-        if c.scaling.length is not None:
-            scaling |= {
-                "rope_type": "llama3",
-                "low_freq_factor": c.scaling.low,
-                "high_freq_factor": c.scaling.high,
-                "original_max_position_embeddings": c.scaling.length,
-            }
+    c = config
     return {
         "num_hidden_layers": c.layers,
         "hidden_size": c.embed,
@@ -115,9 +77,7 @@ def _write(config: LlamaConfig) -> dict[str, Any]:
         "rms_norm_eps": c.eps,
         "attention_bias": c.bias,
         "mlp_bias": False,
-        "rope_theta": c.theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.theta} | (scaling or {}),
+        **write_rotary(c.theta, c.scaling),
         "tie_word_embeddings": c.tied,
     }
 
@@ -163,6 +123,7 @@ LLAMA = Family(
     config_of=_config_of,
     limits=_limits,
     only={"qk_norm": False},
-    fixed={"mlp_bias": False},
+    aliases=("partial_rotary_factor", "original_max_position_embeddings"),
+    fixed={"mlp_bias": False, "is_causal": True, "rope_interleaved": False},
     ignored=("layers.*.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"),
 )

@@ -1,11 +1,11 @@
-"""T5, T5 v1.1 and UL2: a head that may be tied and may be scaled, each said in several ways."""
+"""T5, T5 v1.1 and UL2: a head that may be tied and may be scaled, which files say in several ways."""
 
 from typing import Any
 
 import jax.numpy as jnp
 
 from growjax.axes import put, sizes
-from growjax.hf.family import Family, Said, activation_name, epsilon, is_tied
+from growjax.hf.family import ConfigFile, Family, activation_name, epsilon, is_tied
 from growjax.hf.table import Row, linear, norm
 from growjax.models import T5, T5Config
 
@@ -48,49 +48,54 @@ def _stack(stack: str, up: str, mlp: int) -> list[Row]:
     ]
 
 
-def _read(said: Said, same: Any) -> T5Config:
-    activation, glu = _feed_forward(said)
-    layers = said.layers("num_layers")
-    buckets = said.size("relative_attention_num_buckets", default=32)
-    reach = said.size("relative_attention_max_distance", default=128)
+def _read(file: ConfigFile, same: Any) -> T5Config:
+    activation, glu = _feed_forward(file)
+    layers = file.layers("num_layers", "num_hidden_layers")
+    buckets = file.size("relative_attention_num_buckets", default=32)
+    reach = file.size("relative_attention_max_distance", default=128)
     if buckets % 4 or reach <= buckets // 2:
-        said.complaints.append(
+        file.complaints.append(
             "relative_attention_num_buckets: expected a multiple of 4, and a max_distance of more than "
             f"its half, got {buckets} and {reach}"
         )
-        said.check("t5")
-    tied = is_tied(said, same, head="lm_head.weight", words=_WORDS, default=True, by_content=True)
+        file.check("t5")
+    tied = is_tied(file, same, head="lm_head.weight", words=_WORDS, default=True, by_content=True)
     # One flag meant both until transformers 5, which forces it to true and writes another one
-    one_flag = said.flag("tie_word_embeddings", default=True)
+    one_flag = file.flag("tie_word_embeddings", default=True)
     return T5Config(
         encoder_layers=layers,
-        decoder_layers=said.layers("num_decoder_layers", default=layers),
-        embed=said.size("d_model", "hidden_size"),
-        heads=said.size("num_heads", "num_attention_heads"),
-        head_dim=said.size("d_kv", "head_dim", default=64),
-        mlp=said.size("d_ff"),
-        vocab=said.size("vocab_size"),
+        decoder_layers=file.layers("num_decoder_layers", default=layers),
+        embed=file.size("d_model", "hidden_size"),
+        heads=file.size("num_heads", "num_attention_heads"),
+        head_dim=file.size("d_kv", "head_dim", default=64),
+        mlp=file.size("d_ff"),
+        vocab=file.size("vocab_size"),
         buckets=buckets,
         max_distance=reach,
         activation=activation,
         glu=glu,
         tied=tied,
-        scale_output=said.flag("scale_decoder_outputs", default=one_flag),
-        eps=said.number("layer_norm_epsilon", default=1e-6),
+        scale_output=file.flag("scale_decoder_outputs", default=one_flag),
+        eps=file.number("layer_norm_epsilon", default=1e-6),
     )
 
 
-def _feed_forward(said: Said) -> tuple[str, bool]:
-    """The activation and whether it is gated; `gated-gelu` means the tanh form, `gelu` the exact one."""
-    value = said.get("feed_forward_proj", default="relu")
+def _feed_forward(file: ConfigFile) -> tuple[str, bool]:
+    """The activation and whether it is gated.
+
+    `feed_forward_proj` says both: `gated-gelu` means the tanh form, `gelu` the exact one. What is derived
+    from it stands in the file too, as `dense_act_fn` and `is_gated_act`, which transformers lets win.
+    """
+    value = file.get("feed_forward_proj", default="relu")
     gated, _, name = value.rpartition("-") if isinstance(value, str) else ("?", "", "")
     if gated not in ("", "gated"):
-        said.complaints.append(
+        file.complaints.append(
             f"feed_forward_proj: expected an activation, or gated- and one, got {value!r}"
         )
         return "relu", False
     name = "gelu_new" if value == "gated-gelu" else name
-    return said.known("feed_forward_proj", name), bool(gated)
+    activation = file.activation("dense_act_fn", name)
+    return activation, file.flag("is_gated_act", default=bool(gated))
 
 
 def _write(config: T5Config) -> dict[str, Any]:
@@ -107,6 +112,8 @@ def _write(config: T5Config) -> dict[str, Any]:
         "relative_attention_num_buckets": c.buckets,
         "relative_attention_max_distance": c.max_distance,
         "feed_forward_proj": f"gated-{name}" if c.glu else name,
+        "dense_act_fn": activation_name(c.activation),
+        "is_gated_act": c.glu,
         "layer_norm_epsilon": c.eps,
         "tie_word_embeddings": c.tied,
         "scale_decoder_outputs": c.tied,
@@ -165,6 +172,8 @@ T5_ = Family(
     write=_write,
     config_of=_config_of,
     limits=_limits,
+    aliases=("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    fixed={"is_encoder_decoder": True, "is_decoder": False, "is_causal": True},
     scale=lambda head_dim: 1.0,
     settled=_settled,
 )

@@ -1,0 +1,227 @@
+"""The key sweep: every key of config.json that transformers knows is flipped, one at a time.
+
+What moves the outputs of transformers must move those of growjax equally, or be refused. Keys are those
+of the configuration class, their old spellings, and every word that the sources of the model and of what
+it calls look up in a configuration, so a new version of transformers brings its new keys with it.
+"""
+
+# pyright: reportMissingImports=false
+import copy
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers as hf
+
+import growjax as gj
+from growjax.errors import GrowjaxError
+from growjax.hf.convert import FAMILIES
+from growjax.hf.keys import is_tolerated
+from tests.hf.oracle import outputs, random_model
+from tests.hf.test_parity import CASES, ours
+
+
+class Absent:
+    """A key that is removed."""
+
+
+ABSENT = Absent()
+NUMBERS: list[Any] = [0, 1, 2, 3, 4, 8, 16, 56, 0.0, 0.5, 1.0, 0.01, 30.0]
+WORDS = [
+    "gelu",
+    "gelu_new",
+    "gelu_pytorch_tanh",
+    "relu",
+    "silu",
+    "tanh",
+    "gated-gelu",
+    "gated-relu",
+]
+WORDS += ["relative_key", "absolute", "full_attention", "sliding_attention", "bfloat16"]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+ROPES: list[Any] = [
+    {"rope_type": "default", "rope_theta": 100.0},
+    {"rope_type": "default", "partial_rotary_factor": 0.5},
+    {"rope_theta": 50.0},
+    {"rope_type": "linear", "factor": 4.0},
+    {"type": "linear", "factor": 4.0, "rope_theta": 100.0},
+    {"type": "linear", "rope_type": "default", "factor": 4.0},
+    {"factor": 4.0},
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    LLAMA3,
+    LLAMA3 | {"rope_theta": 500.0, "low_freq_factor": 2.0},
+    {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"},
+]
+
+
+def values_for(key: str, config: dict[str, Any]) -> list[Any]:
+    """What a key is set to: more values of its own kind, and one of every other."""
+    values = [True, False, None, ABSENT, 0, 3, 0.5, "gelu", [], [0, 1], {}, {"0": {"mlp": 2}}]
+    now = config.get(key)
+    if "rope" in key:
+        values += ROPES
+    if isinstance(now, int | float) or now is None:
+        values += NUMBERS
+    if isinstance(now, str) or "act" in key:
+        values += WORDS
+    return [value for value in values if key not in config or value is ABSENT or value != now]
+
+
+# Moves what transformers computes, and not what growjax does, on purpose
+EXEMPT = {
+    "dtype": "parameters keep the type that they have in the file",
+    "torch_dtype": "the same, in its old spelling",
+    "model_type": "chooses the family, and architectures the class",
+    "architectures": "chooses the class",
+}
+
+# Name to a case of the parity tests, what its config.json is changed by before a key is flipped, and
+# which keys are flipped
+ALL, ROTARY, T5 = "", "rope|rotary|position|theta", "act|feed|tie|scale|proj"
+OLD_ROPE = {"rope_parameters": ABSENT, "rope_theta": 200.0, "rope_scaling": None}
+BASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "bert": ("bert both heads", {}, ALL),
+    "gpt2": ("gpt2 n_inner", {}, ALL),
+    "llama": ("llama", {}, ALL),
+    "llama old": ("llama", OLD_ROPE, ROTARY),
+    "llama linear": ("llama linear", {}, ROTARY),
+    "llama3": ("llama3", {"max_position_embeddings": 24}, ROTARY),
+    "llama3 without a length": (
+        "llama3",
+        {"rope_parameters": ROPES[-1] | {"rope_theta": 500.0}, "max_position_embeddings": 24},
+        ROTARY,
+    ),
+    "llama3 old": ("llama3", OLD_ROPE | {"rope_scaling": LLAMA3}, ROTARY),
+    "t5": ("t5", {}, ALL),
+    "t5 v1.1": ("t5 v1.1", {"tie_word_embeddings": False}, T5),
+    "t5 of 2020": (
+        "t5 v1.1",
+        dict.fromkeys(("dense_act_fn", "is_gated_act", "scale_decoder_outputs"), ABSENT)
+        | {"tie_word_embeddings": False},
+        T5,
+    ),
+    "t5 act": ("t5", {"dense_act_fn": "gelu"}, T5),
+}
+
+
+def keys_of(cls: Any) -> list[str]:
+    """Every word that the sources of a model look up in its configuration."""
+    config = cls.config_class
+    source = lambda thing: inspect.getsource(sys.modules[thing.__module__])  # noqa: E731
+    made = source(config) + inspect.getsource(hf.configuration_utils)
+    made += inspect.getsource(hf.modeling_rope_utils)
+    used = source(cls) + inspect.getsource(hf.masking_utils) + inspect.getsource(hf.modeling_utils)
+    words = set(re.findall(r"config\.([a-z]\w+)\b(?!\()", made + used))
+    words |= set(re.findall(r"(?:config|self), \"(\w+)\"", made + used))
+    words |= set(re.findall(r"self\.([a-z]\w+)\b(?!\()", made))
+    words |= set(re.findall(r"kwargs\.(?:pop|get)\(\"(\w+)\"", made))
+    words |= set(config.__dataclass_fields__) | set(config.attribute_map)
+    words |= {"position_embedding_type"}  # of transformers 4, where it was looked up
+    return sorted(
+        word
+        for word in words
+        if not hasattr(config, word)
+        or word in {*config.__dataclass_fields__, *config.attribute_map}
+    )
+
+
+class Base:
+    """One checkpoint on disk, and what both libraries compute with it."""
+
+    def __init__(self, name: str, folder: Path):
+        case, changes, self.pattern = BASES[name]
+        config, architecture = CASES[case]
+        self.cls, self.folder = getattr(hf, architecture), folder
+        model = random_model(copy.deepcopy(config), architecture)
+        model.save_pretrained(folder)
+        self.json = changed(json.loads((folder / "config.json").read_text()), changes)
+        self.write(self.json)
+        self.config = gj.hf.config(folder)
+        self.theirs = self.of_transformers()
+        assert self.theirs is not None
+        self.ours = ours(gj.hf.load(folder))
+        self.computed: dict[str, Any] = {repr(self.config): self.ours}
+        assert distance(self.ours, self.theirs) <= LIMIT
+
+    def write(self, config: dict[str, Any]) -> None:
+        (self.folder / "config.json").write_text(json.dumps(config))
+
+    def of_transformers(self) -> dict[str, np.ndarray] | None:
+        """What transformers computes; None where it refuses, or would invent weights."""
+        try:
+            model, info = self.cls.from_pretrained(self.folder, output_loading_info=True)
+            if any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+                return None
+            return outputs(model.float().eval())
+        except Exception:  # noqa: BLE001 (it raises whatever it comes upon)
+            return None
+
+    def of_growjax(self) -> dict[str, np.ndarray] | None:
+        """What growjax computes; None where it refuses."""
+        try:
+            config = gj.hf.config(self.folder)
+            if repr(config) not in self.computed:
+                self.computed[repr(config)] = ours(gj.hf.load(self.folder))
+            return self.computed[repr(config)]
+        except GrowjaxError:
+            return None
+
+    def fault(self, key: str, value: Any) -> str | None:
+        """What is wrong when `key` has this value."""
+        self.write(changed(self.json, {key: value}))
+        shown = "absent" if value is ABSENT else json.dumps(value)
+        found = self.of_growjax()
+        if found is None and not is_tolerated(key):
+            return None
+        theirs = self.of_transformers()
+        if theirs is None:
+            return None
+        if found is None:
+            return f"{key}: {shown} is refused, though tolerated"
+        gap = distance(found, theirs)
+        return f"{key}: {shown} is off by {gap:.1e}" if gap > LIMIT else None
+
+
+LIMIT = 3e-5  # of the largest output; a wrong epsilon is off by more
+
+
+def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with some keys set, and others removed."""
+    merged = config | changes
+    return {key: value for key, value in merged.items() if value is not ABSENT}
+
+
+def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """The largest difference, over the largest output."""
+    if one.keys() != other.keys():
+        return np.inf
+    gaps = [np.abs(one[k] - other[k]).max() / np.abs(other[k]).max() for k in other]
+    return float(max(gaps)) if np.isfinite(gaps).all() else np.inf
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_what_moves_transformers_moves_growjax_equally_or_is_refused(name: str, tmp_path: Path):
+    base = Base(name, tmp_path / "model")
+    spellings = set(base.cls.config_class.attribute_map)
+    assert spellings <= set(FAMILIES[base.cls.config_class.model_type].aliases)
+    faults = []
+    for key in keys_of(base.cls):
+        if key in EXEMPT or not re.search(base.pattern, key):
+            continue
+        for value in values_for(key, base.json):
+            if fault := base.fault(key, value):
+                faults.append(fault)
+    assert not faults, "\n".join(faults)
