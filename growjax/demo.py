@@ -359,7 +359,6 @@ def verdict(arms: Sequence[Mapping[str, Any]]) -> str:
 _COLUMNS = (
     "arm",
     "held-out loss",
-    "parameters",
     "TFLOPs",
     "tokens",
     "seconds",
@@ -393,7 +392,6 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
         [
             arm["name"],
             f"{arm['final']:.3f}",
-            f"{arm['parameters']:,}",
             f"{arm['flops'] / 1e12:.3g}",
             f"{arm['tokens']:,}",
             f"{arm['seconds']:.0f}",
@@ -433,11 +431,13 @@ def write_report(path: Path, results: dict[str, Any]) -> Path:
         for arm in done
         for growth in arm["growths"]
     ]
+    smallest = min(arm["parameters"] for arm in done)
     data = (
         f"Text: {text['source']}, {text['files']} files, {text['training_bytes']:,} bytes to train "
         f"on and {text['held_out_bytes']:,} held out (digest {text['digest']}). Model: "
         f"{size['layers']} layers, embed {size['embed']}, {size['heads']} heads of "
-        f"{size['head_dim']}, mlp {size['mlp']}, {done[0]['parameters']:,} parameters; batches of "
+        f"{size['head_dim']}, mlp {size['mlp']}, {done[0]['parameters']:,} parameters "
+        f"({smallest:,} in small); batches of "
         f"{size['batch']} x {size['length']} bytes; seed {results['seed']}."
     )
     return write_page(
