@@ -47,21 +47,19 @@ def digest_of(windows: Mapping[str, np.ndarray]) -> str:
     return found.hexdigest()[:16]
 
 
-def losses_by_window(
-    model: Any, windows: Mapping[str, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Number of predictions in each window, and the sum of their losses in nats; float64[windows]."""
+def losses_by_window(model: Any, windows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The sum of losses in nats and the number of predictions of each window; float64[windows, 2]."""
     rows = len(windows["targets"])
-    counts, sums = np.zeros(rows), np.zeros(rows)
+    pairs = np.zeros((rows, 2))
     for start in range(0, rows, _BATCH):
         # The last batch is filled up with the last window, so that all have one program
         places = np.minimum(np.arange(start, start + _BATCH), rows - 1)
         part = {name: jnp.asarray(value[places]) for name, value in windows.items()}
         losses, weights = (np.asarray(x, np.float64) for x in token_losses(model, part))
         stop = min(start + _BATCH, rows)
-        counts[start:stop] = weights.sum(1)[: stop - start]
-        sums[start:stop] = (losses * weights).sum(1)[: stop - start]
-    return counts, sums
+        pairs[start:stop, 0] = (losses * weights).sum(1)[: stop - start]
+        pairs[start:stop, 1] = weights.sum(1)[: stop - start]
+    return pairs
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -77,8 +75,8 @@ class WindowFile:
     **Example**
 
         file = WindowFile(Path("results/small.jsonl"))
-        counts, losses = file.read()["gpt", "1x", "msg", 0]
-        (counts * losses).sum() / counts.sum()
+        sums, counts = file.read()["gpt", "1x", "msg", 0].T
+        sums.sum() / counts.sum()
     """
 
     def __init__(self, results: Path) -> None:
@@ -94,19 +92,21 @@ class WindowFile:
         """The runs that have a line: workload, budget, arm, seed."""
         return {_key(line) for line in self._lines() if "losses" in line}
 
-    def read(self) -> dict[Key, tuple[np.ndarray, np.ndarray]]:
-        """Of each run: predictions in each window and their mean loss (0 where there are none)."""
-        counts, found = {}, {}
+    def read(self) -> dict[Key, np.ndarray]:
+        """Of each run, the sum of losses in nats and the number of predictions; float64[windows, 2]."""
+        counts, windows = {}, {}
         for line in self._lines():
             if "losses" in line:
-                found[_key(line)] = counts[line["windows"]], _decoded(line["losses"], "<f2")
+                count = counts[line["windows"]]
+                sums = _decoded(line["losses"], "<f2") * count
+                windows[_key(line)] = np.stack([sums, count], axis=1)
             else:
                 counts[line["windows"]] = _decoded(line["counts"], "<u2")
-        return found
+        return windows
 
     def add(self, key: Key, score: float, model: Any, windows: Mapping[str, np.ndarray]) -> None:
         """Judge a model by some windows and add its line. `score` is what its line of results says."""
-        counts, sums = losses_by_window(model, windows)
+        sums, counts = losses_by_window(model, windows).T
         losses = np.divide(sums, counts, out=np.zeros(len(counts)), where=counts > 0)
         digest = digest_of(windows)
         lines = []
