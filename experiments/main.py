@@ -11,6 +11,7 @@ from rich.console import Console
 from experiments.study import Cell, blimp_judge, run
 from experiments.summary import Study
 from experiments.text import load_texts
+from experiments.windows import WINDOWS
 from growjax.train import save_plan
 
 
@@ -39,6 +40,7 @@ def main(
         plans: Path | None = None,
         report: bool = False,
         tune: bool = False,
+        again: bool = False,
     ) -> None:
         """Run the cells of a study that have no result yet, and report on all that do.
 
@@ -56,6 +58,7 @@ def main(
                 and those of second models next to them, for `growjax train --reference`.
             report: run nothing; report on what is there.
             tune: run the tuning ledger instead: every method at four learning rates, one seed.
+            again: run cells again that have a result but no losses by window, and add only these.
         """
         if size not in seeds:
             raise SystemExit(f"size: expected one of {', '.join(seeds)}, got {size!r}")
@@ -88,7 +91,7 @@ def main(
                     if (not only or cell.plan.name in only)
                     and (not budget or cell.budget in budget)
                 ]
-                run(todo, texts, results, console, judge)
+                run(todo, texts, results, console, judge, windows=WINDOWS[size], again=again)
         from experiments.page import write_summary  # matplotlib
 
         for row in write_summary(results, about):

@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 
 from experiments.text import Texts
+from experiments.windows import WindowFile, token_losses, windows_of
 from growjax.axes import axes_of
 from growjax.budget import Clock
 from growjax.cost import parameters
@@ -28,7 +29,7 @@ from growjax.data import ByteTokenizer, Corpus, held_out_batch
 from growjax.models import BERT
 from growjax.plan.stages import Span
 from growjax.subnet import RandomPath
-from growjax.train import CorpusFeed, End, Growth, Options, Plan, Step, cross_entropy, train
+from growjax.train import CorpusFeed, End, Growth, Options, Plan, Step, train
 
 
 MARKS = 24
@@ -98,6 +99,12 @@ def as_trial(cell: Cell) -> Cell:
     return dataclasses.replace(cell, plan=plan, budget="tuning", after=None)
 
 
+def fixed_name(config: Any) -> str:
+    """The name of an arm that has one size from start to end: layers (of each stack) by embed."""
+    layers = getattr(config, "layers", None) or config.encoder_layers
+    return f"fixed-{layers}x{config.embed}"
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a file of results; none if it is not there."""
     if not path.exists():
@@ -116,19 +123,41 @@ def run(
     out: Path,
     console: Console | None = None,
     judge: Judge | None = None,
+    *,
+    windows: int = 0,
+    again: bool = False,
 ) -> None:
-    """Run the cells that have no line in `out` yet, and add theirs; `judge` adds scores of tasks."""
+    """Run the cells that have no line in `out` yet, and add theirs.
+
+    **Arguments**
+
+    - `judge`: adds scores of tasks to the line.
+    - `windows`: of how many windows of held-out text losses are kept, in a `WindowFile` next to `out`;
+      none of trials.
+    - `again`: also run the cells that have a line, but no losses by window. Only the latter are kept of
+      them, with the score of this run, which need not be the line's bit for bit on another machine.
+    """
     console = console or Console()
     done = {key_of(row) for row in read(out)}
-    todo = [cell for cell in cells if cell.key not in done]
+    file = WindowFile(out)
+    judged = file.keys()
+
+    def lacks_windows(cell: Cell) -> bool:
+        return windows > 0 and cell.budget != "tuning" and cell.key not in judged
+
+    todo = [cell for cell in cells if cell.key not in done or (again and lacks_windows(cell))]
     programs: dict[str, Any] = {}
     references: dict[str, Any] = {}
     out.parent.mkdir(parents=True, exist_ok=True)
     for n, cell in enumerate(todo):
         start = time.perf_counter()
-        row = run_cell(cell, texts, programs, references, judge)
-        with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        row, model = run_cell(cell, texts, programs, references, judge)
+        if lacks_windows(cell):
+            examples = windows_of(texts.valid, cell.plan.spans[-1].objective, windows)
+            file.add(cell.key, row["score"], model, examples)
+        if cell.key not in done:
+            with out.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row) + "\n")
         console.print(
             f"{n + 1}/{len(todo)} {' '.join(map(str, cell.key))}: {row['score']:.4f} nats, "
             f"{row['steps']} steps, {time.perf_counter() - start:.0f} s"
@@ -141,8 +170,8 @@ def run_cell(
     programs: dict[str, Any],
     references: dict[str, Any],
     judge: Judge | None = None,
-) -> dict[str, Any]:
-    """Run one cell and return everything that is kept of it."""
+) -> tuple[dict[str, Any], Any]:
+    """Run one cell; return everything that is kept of it, and the trained model."""
     plan, reference = cell.plan, None
     if cell.reference is not None:
         key = f"{cell.workload} {cell.reference.seed}"
@@ -209,13 +238,7 @@ def run_cell(
         row["downstream"] = judge(end.model)
     if midway:
         row["midway"] = midway
-    return row | (cell.after(plan, end.model, texts) if cell.after else {})
-
-
-@jax.jit
-def _losses(model: Any, examples: dict[str, Any]) -> Any:
-    """Losses and weights of some examples; one program for every model of the same shapes."""
-    return jax.vmap(lambda row: cross_entropy(model, row))(examples)
+    return row | (cell.after(plan, end.model, texts) if cell.after else {}), end.model
 
 
 def loss_on(plan: Plan, model: Any, corpus: Corpus, rows: int | None = None) -> float:
@@ -225,7 +248,7 @@ def loss_on(plan: Plan, model: Any, corpus: Corpus, rows: int | None = None) -> 
     total = count = 0.0
     for start in range(0, len(examples["targets"]), batch):
         part = {k: jnp.asarray(v[start : start + batch]) for k, v in examples.items()}
-        losses, weights = map(np.asarray, _losses(model, part))
+        losses, weights = map(np.asarray, token_losses(model, part))
         total, count = total + (losses * weights).sum(), count + weights.sum()
     return float(total / count)
 

@@ -29,9 +29,9 @@ def demo(
     data: Path | None = None,
     seed: int = 0,
     out: Path = Path("runs/demo"),
-    steps: int = 400,
+    steps: int = 320,
 ) -> None:
-    """Train a small model in four ways at counted cost, and write a report. A few minutes on a CPU.
+    """Train a small model in five ways at counted cost, and write a report. A few minutes on a CPU.
 
     Args:
         data: A folder of text files to train on; by default, this Python's standard library.

@@ -1,7 +1,8 @@
-"""The demo: four ways to the same small language model, charged by the same FLOP count.
+"""The demo: five runs of a small language model, charged by the same FLOP count.
 
     scratch   the whole model from its first step
     control   the same, but at the cost of the grown run, its learning rate decayed within that
+    small     the model that the grown run starts as, which never grows, at the cost of the grown run
     grown     narrow and shallow first, then wider behind gates (MSG), then deeper by stacking
     raptr     the whole model, of which every step trains a random path of layers, longer and longer
 
@@ -13,7 +14,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
+from growjax.budget import Outcome, cost_to_reach
 from growjax.cost import parameters
 from growjax.data import ByteTokenizer, Causal, Corpus, StandardLibrary, Text, prepare
 from growjax.errors import DataError
@@ -72,7 +74,7 @@ def _source(path: Path | None) -> str:
 class Size:
     """How large the demo is. `steps` are those of the scratch run; the other arms follow from it."""
 
-    steps: int = 400
+    steps: int = 320
     layers: int = 6
     embed: int = 192
     heads: int = 6
@@ -85,7 +87,7 @@ class Size:
 
 
 def arms(size: Size, seed: int = 0) -> list[Plan]:
-    """The plans of the four arms. Control, grown and raptr cost the same, to within a step."""
+    """The plans of the five arms. All but scratch cost the same, to within a step."""
     whole = GPTConfig(
         layers=size.layers,
         embed=size.embed,
@@ -119,7 +121,8 @@ def arms(size: Size, seed: int = 0) -> list[Plan]:
         budget=0.75 * scratch.flops,
     )
     control = make("control", whole, (Stage("whole model", share=1.0),), budget=grown.flops)
-    return [scratch, control, grown, _raptr(make, whole, grown.flops)]
+    stays = make("small", small, (Stage("small model", share=1.0),), budget=grown.flops)
+    return [scratch, control, stays, grown, _raptr(make, whole, grown.flops)]
 
 
 def _raptr(make: Any, whole: GPTConfig, budget: float) -> Plan:
@@ -144,7 +147,7 @@ def run(
     size: Size = Size(),
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Train the four arms, print a table, and write `results.json` and `report.html` into `out`.
+    """Train the five arms, print a table, and write `results.json` and `report.html` into `out`.
 
     Returns what the JSON holds. Raises `DataError` if there is no text to train on.
 
@@ -174,8 +177,8 @@ def run(
         )
         for plan, bar in _bars(plans, console)
     ]
-    for arm in done:
-        arm["reached"] = reached(arm["held_out"], done[0]["final"], done[0]["flops"])
+    for arm, share in zip(done, reached(done, seed), strict=True):
+        arm["reached"] = share
     results = {
         "seed": seed,
         "size": dataclasses.asdict(size),
@@ -187,6 +190,7 @@ def run(
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     page = write_report(out / "report.html", results)
     _print_table(console, results)
+    console.print(verdict(done))
     compiling = sum(arm["compile_seconds"] for arm in done)
     console.print(
         f"{results['wall_seconds']:.0f} s in all, {compiling:.0f} of them compiling and growing. "
@@ -305,9 +309,49 @@ def _changes(costs: Sequence[int]) -> list[tuple[int, int]]:
     return [(i, c) for i, c in enumerate(costs) if i == 0 or c != costs[i - 1]]
 
 
-def reached(curve: Sequence[tuple[int, float]], target: float, flops: int) -> float | None:
-    """The share of `flops` at which a held-out curve is first at or below `target`, if it is."""
-    return next((spent / flops for spent, loss in curve if loss <= target), None)
+def reached(arms: Sequence[Mapping[str, Any]], seed: int = 0) -> list[float | None]:
+    """The share of the scratch run's FLOPs at which each arm reached scratch's final loss, and stayed.
+
+    None for an arm that ended above it.
+    """
+    outcomes = [
+        Outcome(
+            arm=arm["name"],
+            seed=seed,
+            budget=arm["flops"],
+            clock="FLOPs",
+            spent=arm["flops"],
+            score=arm["final"],
+            decayed=True,
+            curve=tuple(map(tuple, arm["held_out"])),
+        )
+        for arm in arms
+    ]
+    names = [arm["name"] for arm in arms]
+    return [reach.shares[0] for reach in cost_to_reach(outcomes, *names, target="scratch")]
+
+
+# A difference in nats that another seed may turn around
+_CLOSE = 0.01
+
+
+def verdict(arms: Sequence[Mapping[str, Any]]) -> str:
+    """Which arm has the lowest held-out loss of those that cost what the grown run costs."""
+    best, second, *_ = sorted(
+        (arm for arm in arms if arm["name"] != "scratch"), key=lambda arm: arm["final"]
+    )
+    grown = next(arm for arm in arms if arm["name"] == "grown")
+    gap = second["final"] - best["final"]
+    text = (
+        f"At equal cost ({grown['flops'] / 1e12:.3g} TFLOPs) the best arm is {best['name']}: held-out "
+        f"loss {best['final']:.3f}, {gap:.3f} below {second['name']}"
+    )
+    if second is not grown and best is not grown:
+        text += f" and {grown['final'] - best['final']:.3f} below grown"
+    text += f". It has {best['parameters']:,} of scratch's {arms[0]['parameters']:,} parameters."
+    if gap < _CLOSE:
+        text += " With another seed the order of the first two may change."
+    return text
 
 
 # Reporting ---------------------------------------------------------------------------------------
@@ -326,16 +370,19 @@ _NOTES = (
     "The learning rate is a function of the FLOPs spent: up to 2e-3 over the first 5 % of the arm's "
     "own cost, then linearly down to 0 at its end. So every arm is fully decayed where its curve ends, "
     "and only ends compare with ends.",
-    "The control is the from-scratch run at the cost of the grown run. What growing is worth is grown "
-    "against control; scratch shows what a third more compute buys.",
+    "The control is the from-scratch run at the cost of the grown run, and small is the model that the "
+    "grown run starts as, trained for all of that cost. If the large model is wanted, grown against "
+    "control says what growing is worth; if the lowest loss at this cost is wanted, grown has to beat "
+    "small as well. Scratch shows what a third more compute buys.",
     "Held-out loss is the mean over fixed windows of files that nobody trained on, of the whole "
     "model, also while only a path through it is trained. All arms see the same windows.",
-    "The last column is the share of the scratch run's FLOPs at which the arm's held-out loss was first "
-    "seen at or below the scratch run's final one. It is looked at every twentieth of those FLOPs.",
+    "The last column is the share of the scratch run's FLOPs from which on the arm's held-out loss was "
+    "at or below the scratch run's final one. The loss is measured every twentieth of those FLOPs, and "
+    "read off a straight line in between; a loss that rises above the final one again has not got there.",
     "Seconds are those spent training, without compiling, growing and evaluating. They depend on what "
     "else the machine does; FLOPs do not.",
-    "Runs this short favour shallow models: part of what growing gains here is that few layers learn "
-    "faster at first, which longer runs or other learning rates may not show.",
+    "Runs this short favour small models: few layers learn faster at first, and part of what growing "
+    "gains here is no more than that. With larger budgets larger models come first.",
     "One seed: differences of a hundredth of a nat may well change sign with another one.",
 )
 
@@ -384,16 +431,18 @@ def write_report(path: Path, results: dict[str, Any]) -> Path:
         for arm in done
         for growth in arm["growths"]
     ]
+    smallest = min(arm["parameters"] for arm in done)
     data = (
         f"Text: {text['source']}, {text['files']} files, {text['training_bytes']:,} bytes to train "
         f"on and {text['held_out_bytes']:,} held out (digest {text['digest']}). Model: "
         f"{size['layers']} layers, embed {size['embed']}, {size['heads']} heads of "
-        f"{size['head_dim']}, mlp {size['mlp']}, {done[0]['parameters']:,} parameters; batches of "
+        f"{size['head_dim']}, mlp {size['mlp']}, {done[0]['parameters']:,} parameters "
+        f"({smallest:,} in small); batches of "
         f"{size['batch']} x {size['length']} bytes; seed {results['seed']}."
     )
     return write_page(
         path,
-        "Four ways to the same model",
+        "Five runs of a small language model",
         plots=[
             Plot(
                 "Held-out loss against cost",
@@ -409,7 +458,12 @@ def write_report(path: Path, results: dict[str, Any]) -> Path:
             ),
         ],
         tables=[
-            Table("Results", _COLUMNS, _rows(results), f"Losses are in nats per byte. {data}"),
+            Table(
+                "Results",
+                _COLUMNS,
+                _rows(results),
+                f"{verdict(done)} Losses are in nats per byte. {data}",
+            ),
             Table(
                 "Growth",
                 ("what grew", "before step", "TFLOPs", "loss before", "loss after", "jump"),

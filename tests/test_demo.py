@@ -47,13 +47,15 @@ def write_files(folder: Path, files: int = 30, size: int = 8000) -> Path:
 
 def test_the_arms_cost_the_same():
     plans = {p.name: p for p in demo.arms(demo.Size())}
-    assert list(plans) == ["scratch", "control", "grown", "raptr"]
+    assert list(plans) == ["scratch", "control", "small", "grown", "raptr"]
     step = plans["scratch"].flops / plans["scratch"].steps
-    for name in ("control", "raptr"):
+    for name in ("control", "small", "raptr"):
         assert abs(plans[name].flops - plans["grown"].flops) <= step
     assert 0.7 <= plans["grown"].flops / plans["scratch"].flops <= 0.8
+    small = plans.pop("small")
+    assert len(small.spans) == 1 and small.spans[0].sizes == plans["grown"].spans[0].sizes
     ends = [p.spans[-1].sizes for p in plans.values()]
-    assert all(end == ends[0] for end in ends)
+    assert all(end == ends[0] for end in ends) and ends[0] != small.spans[0].sizes
     assert len(plans["grown"].spans) >= 3
 
 
@@ -78,11 +80,75 @@ def test_too_little_text_is_refused(tmp_path):
         demo.load_text(tmp_path / "text", tmp_path / "cache")
 
 
-def test_what_a_run_cost_to_reach_a_loss():
-    curve = [(10, 3.0), (20, 2.5), (30, 2.6), (40, 2.0)]
-    assert demo.reached(curve, 2.5, 40) == 0.5
-    assert demo.reached(curve, 2.0, 40) == 1.0
-    assert demo.reached(curve, 1.9, 40) is None
+def arm(name, held_out, parameters=100):
+    flops, final = held_out[-1]
+    return {
+        "name": name,
+        "held_out": held_out,
+        "flops": flops,
+        "final": final,
+        "parameters": parameters,
+    }
+
+
+def test_a_loss_is_reached_where_a_run_falls_to_it_for_the_last_time():
+    arms = [
+        arm("scratch", [(10, 3.0), (40, 2.5)]),
+        arm("early", [(10, 3.0), (20, 2.4), (30, 2.3)]),
+        arm("back again", [(10, 3.0), (20, 2.5), (24, 2.7), (28, 2.3)]),
+        arm("never", [(10, 3.0), (20, 2.4), (30, 2.6)]),
+    ]
+    shares = demo.reached(arms)
+    assert shares == [1.0, pytest.approx(18.333 / 40, abs=1e-4), pytest.approx(26 / 40), None]
+
+
+def ends(**losses):
+    sizes = {"scratch": (4, 10**6), "small": (3, 250)}
+    return [
+        arm(n, [(sizes.get(n, (3,))[0] * 10**12, x)], sizes.get(n, (0, 10**6))[1])
+        for n, x in losses.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    "losses, words, missing",
+    [
+        (
+            {"control": 2.4, "small": 2.0, "grown": 2.2, "raptr": 2.3},
+            [
+                "the best arm is small: held-out loss 2.000, 0.200 below grown.",
+                "It has 250 of scratch's",
+            ],
+            "another seed",
+        ),
+        (
+            {"control": 2.1, "small": 2.0, "grown": 2.2, "raptr": 2.3},
+            ["best arm is small", "0.100 below control and 0.200 below grown."],
+            "another seed",
+        ),
+        (
+            {"control": 2.4, "small": 2.25, "grown": 2.2, "raptr": 2.3},
+            [
+                "the best arm is grown: held-out loss 2.200, 0.050 below small.",
+                "It has 1,000,000 of",
+            ],
+            "another seed",
+        ),
+        (
+            {"control": 2.21, "small": 2.3, "grown": 2.5, "raptr": 2.204},
+            [
+                "the best arm is raptr: ",
+                "0.006 below control and 0.296 below grown.",
+                "another seed",
+            ],
+            "best arm is control",
+        ),
+    ],
+)
+def test_the_verdict_names_the_best_arm_of_equal_cost_whichever_it_is(losses, words, missing):
+    text = demo.verdict(ends(scratch=1.5, **losses))
+    assert text.startswith("At equal cost (3 TFLOPs) ") and "1.500" not in text
+    assert all(part in text for part in words) and missing not in text
 
 
 class Page(HTMLParser):
@@ -134,7 +200,7 @@ def test_the_demo_end_to_end(tmp_path):
     console.file.close()
 
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
-    scratch, control, grown, raptr = results["arms"]
+    scratch, control, small, grown, raptr = results["arms"]
     assert [g["grew"] for g in grown["growths"]] == [{"mlp": (16, 32)}, {"layers": (2, 4)}]
     assert [s["label"] for s in raptr["stages"]] == ["path 2", "path 3", "whole model"]
     assert scratch["reached"] is not None and scratch["reached"] <= 1
@@ -143,11 +209,17 @@ def test_the_demo_end_to_end(tmp_path):
         assert len(flops) == arm["steps"] and flops[-1] == arm["flops"]
         assert arm["held_out"][-1] == (arm["flops"], arm["final"])
         assert arm["stages"][-1]["stop"] == arm["flops"] and arm["costs"][0][0] == 0
-        assert arm["parameters"] == scratch["parameters"]
+        assert arm["parameters"] == scratch["parameters"] or arm is small
+    assert small["parameters"] < scratch["parameters"]
+    assert [arm["reached"] for arm in results["arms"]] == demo.reached(results["arms"])
+    best = min((arm for arm in results["arms"] if arm is not scratch), key=lambda arm: arm["final"])
 
     printed = console.export_text()
     assert "before step" in printed and "mlp 16 -> 32" in printed and "(jump " in printed
     assert all(f"{arm['final']:.3f}" in printed for arm in results["arms"])
+    verdict = demo.verdict(results["arms"])
+    assert f"the best arm is {best['name']}: " in verdict
+    assert verdict in " ".join(printed.split())
 
     text = (out / "report.html").read_text()
     page = check_page(text)
@@ -155,6 +227,7 @@ def test_the_demo_end_to_end(tmp_path):
     for words in ("grown", "path 3", "nats per byte", "prefers-color-scheme:dark", "mlp 16 to 32"):
         assert words in text
     assert all(f"{arm['final']:.3f}" in text for arm in results["arms"])
+    assert verdict.replace("'", "&#x27;") in text
 
 
 def test_bars_are_on_the_line_where_its_stages_begin():

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import growjax as gj
-from experiments.study import COMPUTE, TRIALS, Cell, as_trial
+from experiments.study import COMPUTE, TRIALS, Cell, as_trial, fixed_name
 from experiments.summary import Study
 from growjax.data import MLM, Causal, Objective
 from growjax.growth import Operator
@@ -77,7 +77,8 @@ def trials(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
     """The tuning ledger: the arms that decide, at four learning rates."""
     for factor in TRIALS:
         for plan in plans(SIZES[size][workload], size, workload, 1000 + seed, factor):
-            if plan.name in ("scratch", "control", "msg", "stays small"):
+            decides = plan.name in ("scratch", "control", "msg", "stays small")
+            if decides or plan.name.startswith("fixed"):
                 yield as_trial(Cell(workload, "1x", plan))
 
 
@@ -149,6 +150,11 @@ def plans(s: Size, size: str, workload: Workload, seed: int, factor: float = 1.0
         return
     # Growing is for those who want the large model: with what it costs the small one trains far longer
     yield equal("stays small", Stage("small", share=1.0), config=small)
+    # Nor for those who want the best loss at this cost, unless it beats the best size between the two.
+    # The first of these is what `stacking` starts as
+    for layers in s.layers[:-1]:
+        between = dataclasses.replace(whole, layers=layers)
+        yield equal(fixed_name(between), Stage("fixed size", share=1.0), config=between)
     yield grown("no mask", masked, 1)
     depths = [Stage(f"{s.layers[0]} layers", share=0.2)] + [
         Stage(f"{n} layers", share=share, grow=gj.stack(layers=n))

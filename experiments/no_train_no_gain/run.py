@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import growjax as gj
 from experiments import study
-from experiments.study import COMPUTE, TRIALS, Cell, as_trial
+from experiments.study import COMPUTE, TRIALS, Cell, as_trial, fixed_name
 from experiments.summary import Study
 from growjax.budget import A100_T5, RTX3090_BERT, DepthClock, Op
 from growjax.data import MLM, Objective, SpanCorruption
@@ -165,6 +165,10 @@ def arms(
     yield cell(sophia)
     if size == "smoke":
         return
+    # What stacking starts as and grows to next, and stays so for all of the cost
+    for layers in (s.layers // 4, s.layers // 2):
+        shallow = dataclasses.replace(model(workload, s, layers), **COMPUTE[size])
+        yield cell(plan(fixed_name(shallow), stages=everything, model=shallow))
     yield cell(stacked("stacking, moments copied", "dual"))
     yield cell(dropping("layer dropping, 1/p", inverse=True))
     yield cell(

@@ -13,7 +13,7 @@ import numpy as np
 
 import growjax as gj
 from experiments import study
-from experiments.study import COMPUTE, TRIALS, Cell, as_trial, loss_on
+from experiments.study import COMPUTE, TRIALS, Cell, as_trial, fixed_name, loss_on
 from experiments.summary import Study
 from experiments.text import Texts
 from growjax.data import MLM, UL2, Causal, Denoiser, Mixture, Objective, PrefixLM
@@ -69,7 +69,8 @@ def trials(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
     """The tuning ledger: the arms that decide, at four learning rates."""
     for factor in TRIALS:
         for plan in plans(SIZES[size][workload], size, workload, 1000 + seed, factor):
-            if plan.name in ("full at equal FLOPs", "raptr", "stacking"):
+            decides = plan.name in ("full at equal FLOPs", "raptr", "stacking")
+            if decides or plan.name.startswith("fixed"):
                 yield as_trial(Cell(workload, "1x", plan))
 
 
@@ -142,6 +143,10 @@ def plans(s: Size, size: str, workload: Workload, seed: int, factor: float = 1.0
     yield drawn("LayerDrop", gj.random_path(0.8 * s.layers, keep=(), mode="bernoulli"))
     yield grown("stacking", "top", (half, (half + s.layers) // 2, s.layers))
     yield grown("MIDAS", "middle", tuple(range(half // 2, s.layers + 1, half // 2)))
+    # What MIDAS and stacking start as, and stays so for all of the cost
+    for layers in (half // 2, half):
+        shallow = dataclasses.replace(whole, layers=layers)
+        yield equal(fixed_name(shallow), Stage("fixed size", share=1.0), config=shallow)
     yield path("raptr proportional", stages="proportional")
     yield path("raptr, sqrt scale", scale="sqrt_gap")
     yield path("raptr, no fixed layers", keep=())
