@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import growjax as gj
-from growjax.runs import checkpoint, lineage
-from growjax.train import Growth, Options, Plan, Step, loop, train
+from growjax.runs import checkpoint, saves
+from growjax.train import Growth, Options, Plan, Step, train
+from growjax.train import session as loop
 from tests.runs import feed, plan, steps
 
 
@@ -82,7 +83,7 @@ def session(folder: Path, said: str) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     # What orbax's first import brings is shared, too
-    assert lineage.Saves
+    assert saves.Saves
     for said in ["whole", *sys.argv[2:], "never"]:
         child = os.fork()
         if child == 0:
