@@ -24,7 +24,8 @@ from experiments.text import Texts
 from growjax.axes import axes_of
 from growjax.budget import Clock
 from growjax.cost import parameters
-from growjax.data import ByteTokenizer, Corpus, held_out_batch
+from growjax.data import ByteTokenizer, Corpus
+from growjax.errors import DataError
 from growjax.models import BERT
 from growjax.plan.stages import Span
 from growjax.subnet import RandomPath
@@ -32,6 +33,8 @@ from growjax.train import CorpusFeed, End, Growth, Options, Plan, Step, cross_en
 
 
 MARKS = 24
+# Windows of held-out text that losses are taken over: of every arm, whatever its batch
+HELD_OUT = 256
 # How blocks are computed. Small ones on a CPU are bound by memory, so keeping less of them is faster
 COMPUTE: dict[str, dict[str, Any]] = {
     "smoke": {"remat": "nothing"},
@@ -119,7 +122,13 @@ def run(
 ) -> None:
     """Run the cells that have no line in `out` yet, and add theirs; `judge` adds scores of tasks."""
     console = console or Console()
-    done = {key_of(row) for row in read(out)}
+    before = read(out)
+    if any(row.get("windows") != HELD_OUT for row in before):
+        raise DataError(
+            f"{out}: its losses were taken over other held-out windows than the {HELD_OUT} of now, and "
+            "the two do not compare; begin a new file"
+        )
+    done = {key_of(row) for row in before}
     todo = [cell for cell in cells if cell.key not in done]
     programs: dict[str, Any] = {}
     references: dict[str, Any] = {}
@@ -158,7 +167,7 @@ def run_cell(
             midway[f"{due.pop(0):g}"] = cell.after(plan, model, texts)
         return {}
 
-    options = Options(evaluate_every=plan.cost / MARKS, held_out=_held_out(plan), hooks=(look,))
+    options = Options(evaluate_every=plan.cost / MARKS, held_out=HELD_OUT, hooks=(look,))
     depths: dict[Any, int] = {}
     last = end = None
     for record in train(plan, feed, options=options, reference=reference, cache=programs):
@@ -186,6 +195,8 @@ def run_cell(
         "unit": plan.clock.unit,
         "spent": last.spent,
         "score": last.held_out,
+        "windows": HELD_OUT,
+        "end": end.held_out and {"loss": end.held_out.loss, "windows": end.held_out.windows},
         "decayed": rate <= 0.01 * plan.rate.peak,
         "curve": curve,
         "steps": plan.steps,
@@ -219,9 +230,9 @@ def _losses(model: Any, examples: dict[str, Any]) -> Any:
 
 
 def loss_on(plan: Plan, model: Any, corpus: Corpus, rows: int | None = None) -> float:
-    """Nats per token of a model on a text, through the objective of the plan's last stage."""
-    objective, batch = plan.spans[-1].objective, plan.spans[-1].batch
-    examples = held_out_batch(corpus, objective, rows or _held_out(plan))
+    """Nats per token of a model on windows of a text, through the plan's own objective."""
+    batch = plan.spans[-1].batch
+    examples = CorpusFeed(plan, corpus, corpus).held_out(plan.objective, rows or HELD_OUT)
     total = count = 0.0
     for start in range(0, len(examples["targets"]), batch):
         part = {k: jnp.asarray(v[start : start + batch]) for k, v in examples.items()}
@@ -230,14 +241,11 @@ def loss_on(plan: Plan, model: Any, corpus: Corpus, rows: int | None = None) -> 
     return float(total / count)
 
 
-def _held_out(plan: Plan) -> int:
-    """As many sequences as make a held-out set of a fixed number of predictions, roughly."""
-    return 8 * plan.batch
-
-
 def _trained(plan: Plan, training: Corpus, valid: Corpus, programs: dict[str, Any]) -> Any:
     feed = CorpusFeed(plan, training, valid)
-    return list(train(plan, feed, options=Options(held_out=plan.batch), cache=programs))[-1].model  # type: ignore
+    return list(
+        train(plan, feed, options=Options(held_out=plan.batch, held_out_end=0), cache=programs)
+    )[-1].model  # type: ignore
 
 
 def blimp_judge(data: Path) -> Judge:
@@ -276,13 +284,6 @@ def _growth(plan: Plan, record: Growth) -> dict[str, Any]:
 
 def _stages(plan: Plan) -> Iterator[dict[str, Any]]:
     """Where stages start and stop, in the clock's unit; those of a path schedule one by one."""
-    for span in plan.spans:
-        at = np.cumsum([span.spent, *span.costs]) / plan.clock.per_unit
-        lengths = [w.part.length if isinstance(w.part, RandomPath) else None for w in span.works]
-        schedule = getattr(span.stage.subnet, "stages", None)
-        cuts = [s.start for s in schedule] if schedule else [0]
-        for a, b in zip(cuts, [*cuts[1:], span.steps], strict=True):
-            label = span.stage.name or f"stage {span.index}"
-            if schedule:
-                label = f"path {lengths[a]}"
-            yield {"label": label, "start": float(at[a]), "stop": float(at[b])}
+    for era in plan.timeline(paths=True):
+        start, stop = (spent / plan.clock.per_unit for spent in era.spent)
+        yield {"label": era.label, "start": start, "stop": stop}

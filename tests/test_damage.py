@@ -15,6 +15,7 @@ from rich.console import Console
 
 from growjax import train as trainer
 from growjax.errors import CheckpointError, DamagedError, DataError
+from growjax.runs import hosts
 from growjax.runs.checkpoint import lineage_faults, load, read_lineage, sealed
 from growjax.runs.journal import Journal, lines_of
 from growjax.runs.lineage import optimizer_of
@@ -133,7 +134,10 @@ def test_a_run_falls_back_if_asked_to_and_ends_the_same(short, copied, programs)
     again = list(train(of, feed(of), run=folder, options=options, cache=programs))
     assert again[0].step == 2 and again[0].resumed == str(path.with_name("00000002-00"))
     (note,) = again[0].notes
-    assert "00000004-00 is not a whole checkpoint" in note and "set aside as 00000004-00.damaged" in note
+    assert (
+        "00000004-00 is not a whole checkpoint" in note
+        and "set aside as 00000004-00.damaged" in note
+    )
     assert path.with_name("00000004-00.damaged").is_dir()
     assert same(again, short[1]) and losses(again) == {
         n: x for n, x in losses(short[1]).items() if n >= 2
@@ -214,6 +218,22 @@ def test_a_lineage_that_does_not_fit_the_plan_is_refused_by_the_run(copied, prog
         next(train(of, feed(of), run=folder, cache=programs))
 
 
+def test_a_host_with_another_lineage_than_that_of_process_0_is_refused(
+    copied, programs, monkeypatch
+):
+    """Under the same name: as if another run had written into the folder that this host sees."""
+    of, folder, _ = copied
+    real = hosts.from_first
+
+    def other(make: Any) -> Any:
+        found = real(make)
+        return found | {"tokens": 1} if isinstance(found, dict) else found
+
+    monkeypatch.setattr(hosts, "from_first", other)
+    with pytest.raises(CheckpointError, match="is not the checkpoint that process 0 goes on from"):
+        next(train(of, feed(of), run=folder, cache=programs))
+
+
 # Journals ---------------------------------------------------------------------------------------
 
 
@@ -286,7 +306,9 @@ def test_a_path_means_a_checkpoint_or_the_last_one_of_a_run(short, tmp_path):
 def test_nothing_trains_inside_a_checkpoint(copied, programs, inside):
     of, _, path = copied
     before = sorted(path.rglob("*"))
-    with pytest.raises(CheckpointError, match=r"is a checkpoint, and nothing trains in it.*Start\("):
+    with pytest.raises(
+        CheckpointError, match=r"is a checkpoint, and nothing trains in it.*Start\("
+    ):
         next(train(of, feed(of), run=path / inside, cache=programs))
     assert sorted(path.rglob("*")) == before
     with pytest.raises(CheckpointError, match="the run's folder is the one above"):
