@@ -1,11 +1,15 @@
 """The command line and what stands behind it: plans from files, journals, growth of checkpoints."""
 
+import dataclasses
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,7 @@ from growjax.runs.checkpoint import read_lineage
 from growjax.runs.journal import peak_flops
 from growjax.runs.lineage import load_model
 from growjax.select import RhoLoss
-from growjax.train import CorpusFeed, Options, Step, load_plan, read_journal, save_plan, watch
+from growjax.train import CorpusFeed, Options, Run, Step, load_plan, read_journal, save_plan, watch
 from growjax.train.commands import describe, grow_checkpoint, operator_of, read_plan
 from tests.runs import every_kind, feed, plan, steps
 
@@ -167,6 +171,22 @@ def test_a_file_without_a_plan_is_said(tmp_path):
         read_plan(tmp_path / "nowhere.py")
 
 
+BROKEN = {
+    "import nothing_of_this_name\n": ":1: ModuleNotFoundError: No module named 'nothing_of_this_name'",
+    "plan = 1\nplan = 1 / 0\n": ":2: ZeroDivisionError: division by zero",
+    "plan = (\n": ":1: SyntaxError: ",
+    "raise SystemExit(3)\n": ":1: SystemExit: 3",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_fault_in_a_plans_file_is_said_with_its_line(text, tmp_path):
+    (tmp_path / "plan.py").write_text(text)
+    with pytest.raises(PlanError) as error:
+        read_plan(tmp_path / "plan.py")
+    assert str(error.value).startswith(f"{tmp_path / 'plan.py'}{BROKEN[text]}")
+
+
 # Growing checkpoints -----------------------------------------------------------------------------
 
 
@@ -186,7 +206,8 @@ def test_a_grown_checkpoint_is_certified_and_computes_the_same(run, tmp_path):
     _, folder, _ = run
     source = folder / "checkpoints" / "00000018-02"
     before = {p.name: p.stat().st_mtime_ns for p in source.rglob("*")}
-    certificate = grow_checkpoint(source, gj.msg(mlp=32, embed=24), tmp_path / "grown")
+    # Of the run, which means its last checkpoint
+    certificate = grow_checkpoint(folder, gj.msg(mlp=32, embed=24), tmp_path / "grown")
     assert certificate.passed and certificate.exactness == "exact"
     assert before == {p.name: p.stat().st_mtime_ns for p in source.rglob("*")}
     small, old = load_model(source)
@@ -280,6 +301,40 @@ def test_train_from_the_command_line_and_go_on(tmp_path):
     assert wrong.stderr.startswith("growjax: ") and "plan.seed: was 0, is 1" in wrong.stderr
 
 
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    (tmp_path / "text").mkdir()
+    for n in range(40):
+        (tmp_path / "text" / f"{n}.txt").write_text(f"{n} times {n} is {n * n}. " * 40)
+    save_plan(plan(steps(100_000), data=Text(str(tmp_path / "text"))), tmp_path / "plan.json")
+    command = [sys.executable, "-m", "growjax", "train", "plan.json", "--run", "run [x]"]
+    journal = tmp_path / "run [x]" / "metrics.jsonl"
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background lets its children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b'"step"') > 20):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    last = Run(tmp_path / "run [x]").checkpoint()
+    out = re.sub(r"\s+", "", out)
+    step = read_lineage(last)["step"]
+    assert f"stoppedbySIGINTbeforestep{step}of100000;savedin" in out and last.name in out, out
+    assert "Thesamecommandgoesonfromthere" in out and not (tmp_path / "run [x]" / "lock").exists()
+    rows = read_journal(tmp_path / "run [x]")
+    assert rows[-1] == rows[-1] | {"kind": "end", "finished": False, "signal": "SIGINT"}
+    assert [r["step"] for r in rows if r["kind"] == "step"] == list(range(step))
+
+
 def test_rho_from_the_command_line_takes_its_second_model_from_a_run(tmp_path):
     (tmp_path / "text").mkdir()
     for n in range(40):
@@ -313,6 +368,9 @@ def test_a_plan_is_shown_before_it_runs(tmp_path):
     shown = growjax("plan", tmp_path / "plan.json", "--devices", 4)
     assert shown.returncode == 0, shown.stderr
     assert "stack and paths" in shown.stdout and "exact" in shown.stdout
+    save_plan(dataclasses.replace(every_kind(), name="tiny [v2]"), tmp_path / "names.json")
+    names = growjax("plan", tmp_path / "names.json")
+    assert "tiny [v2]: " in names.stdout
     wrong = growjax("plan", tmp_path / "plan.json", "--devices", 4, "--change", "layout.fsdp=3")
     assert wrong.returncode == 1 and wrong.stderr.startswith("growjax: ")
 

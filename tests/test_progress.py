@@ -12,6 +12,7 @@ from rich.console import Console
 import growjax as gj
 from growjax import train as trainer
 from growjax.runs import progress
+from growjax.runs import watch as watching
 from growjax.runs.doing import Doing
 from growjax.runs.journal import Rates
 from growjax.train import Begin, End, HeldOut, Options, Saved, Stage, Step, watch
@@ -84,6 +85,21 @@ def test_many_stages_are_shown_around_the_one_that_trains():
         to.print(view)
     lines = capture.get().splitlines()
     assert len(lines) == progress.ROWS + 1 and any("stage 21" in line for line in lines)
+
+
+def test_large_imports_come_before_the_display(monkeypatch, tmp_path):
+    """Its thread would meet modules that are half imported, and die."""
+    order: list[str] = []
+    real = watching.importlib.import_module
+    monkeypatch.setattr(
+        watching.importlib, "import_module", lambda name: order.append(name) or real(name)
+    )
+    enter = progress.Progress.__enter__
+    monkeypatch.setattr(
+        progress.Progress, "__enter__", lambda self: order.append("display") or enter(self)
+    )
+    list(watch([], plan(steps(1)), run=tmp_path, console=console(terminal=True)[0]))
+    assert order == ["growjax.data.pipeline", "growjax.runs.saves", "display"]
 
 
 # Rates --------------------------------------------------------------------------------------------

@@ -291,7 +291,12 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
         try:
             if stage.grow is not None:
                 model = eqx.filter_eval_shape(stage.grow, model, key=plan.key("grow"))
-            if misfits := list(_shape_faults(plan, batch, objective, model)):
+            misfits = list(_shape_faults(plan, batch, objective, model))
+            if not misfits and stage.objective is not None:
+                # Held-out losses are taken through the plan's own, at every stage
+                own = _shape_faults(plan, batch, plan.objective, model)
+                misfits = [f"the plan's own, for held-out losses: {fault}" for fault in own]
+            if misfits:
                 faults += [where + fault for fault in misfits]
                 continue
             share += stage.share or 0.0

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -78,7 +78,9 @@ def _decoded(field: str, saved: Any) -> Any:
         raise CheckpointError(f"lineage: {field}: {error}") from error
 
 
-def load_model(path: str | Path, mesh: Mesh | None = None) -> tuple[Any, dict[str, Any]]:
+def load_model(
+    path: str | os.PathLike[str], mesh: Mesh | None = None
+) -> tuple[Any, dict[str, Any]]:
     """The model in a checkpoint (of a run, its last one), its gates as far open as they were, and its
     lineage.
 

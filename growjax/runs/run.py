@@ -57,7 +57,7 @@ class Run:
         Run("runs/first").last()      # runs/first/checkpoints/00000400-01
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         self.checkpoints_folder = self.folder / "checkpoints"
         self.plan_file = self.folder / "plan.json"
@@ -177,7 +177,7 @@ def step_of(checkpoint: Path) -> tuple[int, int]:
     return int(step), int(stage)
 
 
-def checkpoint_in(path: str | Path) -> Path:
+def checkpoint_in(path: str | os.PathLike[str]) -> Path:
     """The checkpoint that a path means: itself, or the newest one of a run.
 
     Raises `CheckpointError` if it is neither.

@@ -88,10 +88,11 @@ def watch(
         raise TrainingError(
             f"trackers: expected some of {', '.join(TRACKERS)} and a run folder, got {trackers}"
         )
-    if run is not None:
-        # Rich redraws in a thread while modules are imported, and an import of Orbax's size then may
-        # find a module half made: all of it before the display starts
-        importlib.import_module("growjax.runs.saves")
+    if console is not None and first:
+        # Rich redraws in a thread, and may then meet a module that is half imported: large imports that
+        # a run makes when it begins (Orbax, Grain) come before the display starts
+        for name in ("growjax.data.pipeline", *(["growjax.runs.saves"] if run is not None else [])):
+            importlib.import_module(name)
     with contextlib.ExitStack() as stack:
         progress = None
         if console is not None and first:

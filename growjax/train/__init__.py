@@ -23,5 +23,6 @@ from growjax.runs.records import Saved as Saved
 from growjax.runs.records import Step as Step
 from growjax.runs.run import Run as Run
 from growjax.runs.watch import watch as watch
+from growjax.train.loop import Training as Training
 from growjax.train.loop import train as train
 from growjax.train.options import Options as Options

@@ -75,7 +75,7 @@ def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
             raise PlanError(f"{path}: {error.strerror or error}") from error
         except GrowjaxError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PlanError(
                 f"{path}{_line_in(path, error)}: {type(error).__name__}: {error}"
             ) from error
@@ -96,7 +96,7 @@ def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
     return from_dict(saved)
 
 
-def _line_in(path: Path, error: Exception) -> str:
+def _line_in(path: Path, error: BaseException) -> str:
     """Where in a file an error came from, as `:LINE`."""
     if isinstance(error, SyntaxError):
         return f":{error.lineno}" if error.filename == str(path) else ""
