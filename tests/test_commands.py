@@ -265,6 +265,14 @@ def test_a_report_of_runs(run, tmp_path):
     last = [row for row in read_journal(folder) if row["kind"] == "step"][-1]
     assert f"{last['held_out']:.4f}" in text and text.count("<svg") == 5
     assert "stack and paths" in text and "mlp 16 to 24" in text and "exact" in text
+    # Dollar signs are no formula, neither of the run nor of its stages
+    named = dataclasses.replace(
+        whole, stages=(steps(3, "$$"), steps(6, "a $x$ b"), *whole.stages[2:])
+    )
+    shutil.copytree(folder, tmp_path / "run $y$ $$", ignore=shutil.ignore_patterns("checkpoints"))
+    save_plan(named, tmp_path / "run $y$ $$" / "plan.json")
+    text = write_report([tmp_path / "run $y$ $$"], tmp_path / "page.html").read_text()
+    assert all(f">{name}" in text for name in ("$$<", "a $x$ b<", "run $y$ $$"))
     (tmp_path / "empty").mkdir()
     shutil.copy(folder / "plan.json", tmp_path / "empty")
     (tmp_path / "empty" / "metrics.jsonl").write_text("")

@@ -201,6 +201,18 @@ def test_data_go_on_where_the_stage_before_left_off():
     ]
 
 
+def test_the_timeline_of_a_plan_lists_stages_and_paths():
+    p = every_kind()
+    assert [era.label for era in p.timeline()] == ["small", "ramp", "stack and paths"]
+    eras = p.timeline(paths=True)
+    assert [era.label for era in eras] == ["small", "ramp", "path 3", "path 3.5", "whole model"]
+    assert (eras[0].start, eras[0].flops[0], eras[0].spent[0]) == (0, 0, 0)
+    assert (eras[-1].stop, eras[-1].flops[1], eras[-1].spent[1]) == (p.steps, p.flops, p.cost)
+    for a, b in zip(eras, eras[1:], strict=False):
+        assert (a.stop, a.flops[1], a.spent[1]) == (b.start, b.flops[0], b.spent[0])
+    assert [era.start for era in p.timeline()] == [span.start for span in p.spans]
+
+
 def test_a_profile_is_of_the_steps_asked_for(programs, tmp_path):
     p = plan(steps(4))
     options = Options(held_out=4, profile=(1, 2))

@@ -58,24 +58,35 @@ class Rates:
 
     def __init__(self, plan: Plan, window: float = 10.0):
         self.plan, self.window = plan, window
+        # Seconds, tokens and FLOPs of each step in the window, and their sums
         self._laps: collections.deque[tuple[float, int, int]] = collections.deque()
+        self._seconds, self._tokens, self._flops = 0.0, 0, 0
 
     def add(self, step: Step) -> None:
         """Count a step."""
         span = self.plan.spans[step.stage]
-        self._laps.append((step.took, span.step_tokens, span.flops[step.step - span.start]))
-        seconds = sum(took for took, _, _ in self._laps)
-        while len(self._laps) > 1 and seconds - self._laps[0][0] >= self.window:
-            seconds -= self._laps.popleft()[0]
+        self._count((step.took, span.step_tokens, span.flops[step.step - span.start]), 1)
+        while len(self._laps) > 1 and self._seconds - self._laps[0][0] >= self.window:
+            self._count(self._laps[0], -1)
+
+    def _count(self, lap: tuple[float, int, int], sign: int) -> None:
+        """Add the newest lap, or take the oldest one out."""
+        self._seconds += sign * lap[0]
+        self._tokens += sign * lap[1]
+        self._flops += sign * lap[2]
+        if sign > 0:
+            self._laps.append(lap)
+        else:
+            self._laps.popleft()
 
     def of(self, devices: int) -> dict[str, float]:
         """Tokens and FLOPs a second and, where a device's peak is known, MFU; empty if no time passed."""
-        seconds = sum(took for took, _, _ in self._laps)
-        if seconds <= 0:
+        # Sums of seconds are rounded: what is left of an empty window is no time
+        if self._seconds <= 1e-9:
             return {}
-        flops = sum(flops for _, _, flops in self._laps) / seconds
+        flops = self._flops / self._seconds
         rates = {
-            "tokens_per_second": sum(tokens for _, tokens, _ in self._laps) / seconds,
+            "tokens_per_second": self._tokens / self._seconds,
             "flops_per_second": flops,
         }
         peak = peak_flops(jax.devices()[0].device_kind)

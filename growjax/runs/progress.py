@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -37,6 +38,8 @@ class Progress:
         self.plan, self.console, self.run = plan, console, run
         self.doing = doing
         self.done = [0] * len(plan.spans)
+        # FLOPs of each stage that are left after so many of its steps
+        self.after = [_left_after(span.flops) for span in plan.spans]
         self.stage = 0
         self.line = ""  # the numbers of the last step
         self.held_out = ""
@@ -151,7 +154,7 @@ class Progress:
         first = max(min(self.stage - ROWS // 2, len(self.plan.spans) - ROWS), 0)
         for span in self.plan.spans[first : first + ROWS]:
             name, done = span.stage.name or f"stage {span.index}", self.done[span.index]
-            left = sum(span.flops[done:])
+            left = self.after[span.index][done]
             bars.add_row(
                 Text(name[:14]),
                 ProgressBar(span.steps, done),
@@ -169,7 +172,7 @@ class Progress:
 
     def _left(self) -> float:
         """Seconds of training that are left, at the speed of the last ones."""
-        flops = sum(sum(s.flops[n:]) for s, n in zip(self.plan.spans, self.done, strict=True))
+        flops = sum(float(left[n]) for left, n in zip(self.after, self.done, strict=True))
         return flops / self.speed if self.speed else 0.0
 
     def _busy(self, words: str) -> None:
@@ -182,6 +185,12 @@ class Progress:
             self._timer = threading.Timer(PATIENCE, self.say, [f"{words} ..."])
             self._timer.daemon = True
             self._timer.start()
+
+
+def _left_after(flops: tuple[int, ...]) -> np.ndarray:
+    """What is left of a sum after 0, 1, ... of its terms: a plan has millions of steps."""
+    done = np.cumsum([0.0, *flops])
+    return done[-1] - done
 
 
 def clock(seconds: float) -> str:
