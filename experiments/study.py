@@ -187,7 +187,9 @@ def run_cell(
             midway[f"{due.pop(0):g}"] = cell.after(plan, model, texts)
         return {}
 
-    options = Options(evaluate_every=plan.cost / MARKS, held_out=_held_out(plan), hooks=(look,))
+    options = Options(
+        evaluate_every=plan.cost / MARKS, held_out=_held_out(plan), held_out_end=0, hooks=(look,)
+    )
     depths: dict[Any, int] = {}
     last = end = None
     for record in train(plan, feed, options=options, reference=reference, cache=programs):
@@ -254,13 +256,18 @@ def loss_on(plan: Plan, model: Any, corpus: Corpus, rows: int | None = None) -> 
 
 
 def _held_out(plan: Plan) -> int:
-    """As many sequences as make a held-out set of a fixed number of predictions, roughly."""
+    """As many sequences as make a held-out set of a fixed number of predictions, roughly.
+
+    The scores that are committed were taken so; losses over thousands of windows stand in a `WindowFile`.
+    """
     return 8 * plan.batch
 
 
 def _trained(plan: Plan, training: Corpus, valid: Corpus, programs: dict[str, Any]) -> Any:
     feed = CorpusFeed(plan, training, valid)
-    return list(train(plan, feed, options=Options(held_out=plan.batch), cache=programs))[-1].model  # type: ignore
+    return list(
+        train(plan, feed, options=Options(held_out=plan.batch, held_out_end=0), cache=programs)
+    )[-1].model  # type: ignore
 
 
 def blimp_judge(data: Path) -> Judge:
@@ -299,13 +306,6 @@ def _growth(plan: Plan, record: Growth) -> dict[str, Any]:
 
 def _stages(plan: Plan) -> Iterator[dict[str, Any]]:
     """Where stages start and stop, in the clock's unit; those of a path schedule one by one."""
-    for span in plan.spans:
-        at = np.cumsum([span.spent, *span.costs]) / plan.clock.per_unit
-        lengths = [w.part.length if isinstance(w.part, RandomPath) else None for w in span.works]
-        schedule = getattr(span.stage.subnet, "stages", None)
-        cuts = [s.start for s in schedule] if schedule else [0]
-        for a, b in zip(cuts, [*cuts[1:], span.steps], strict=True):
-            label = span.stage.name or f"stage {span.index}"
-            if schedule:
-                label = f"path {lengths[a]}"
-            yield {"label": label, "start": float(at[a]), "stop": float(at[b])}
+    for era in plan.timeline(paths=True):
+        start, stop = (spent / plan.clock.per_unit for spent in era.spent)
+        yield {"label": era.label, "start": start, "stop": stop}

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 - a missing package is named before it is imported
 
+import os
 import sys
 from pathlib import Path
 
@@ -50,10 +51,13 @@ def train(
     run: Path,
     change: tuple[str, ...] = (),
     evaluations: int = 20,
-    held_out: int = 64,
+    held_out: int = 256,
+    held_out_end: int = 4096,
     save_every: int | None = None,
+    save_minutes: float | None = 10.0,
     keep_last: int = 2,
     keep_every: int | None = None,
+    fall_back: bool = False,
     tracker: tuple[str, ...] = (),
     profile: tuple[int, int] | None = None,
     reference: Path | None = None,
@@ -61,15 +65,22 @@ def train(
 ) -> None:
     """Run a plan, or go on with it: the same command resumes after a kill, wherever it stopped.
 
+    Ctrl-C and SIGTERM finish the step, save and end; a second one ends at once. The exit status is 0 at
+    the end of the plan, 75 if SIGTERM stopped it (the same command goes on), 130 if Ctrl-C did, and 1
+    for an error.
+
     Args:
         plan: A JSON file, or a Python file that defines `plan`.
         run: The folder of its plan, journal and checkpoints. If there are some, it goes on from the last.
         change: Fields of the plan to change, such as batch=16 or model.dtype=bfloat16.
-        evaluations: How often to look at the held-out loss, evenly over the FLOPs.
-        held_out: Over how many sequences.
+        evaluations: How often to evaluate on held-out text, evenly over the cost.
+        held_out: Windows of held-out text that each evaluation takes; always the same ones.
+        held_out_end: Windows that the finished model is evaluated on; 0 for none.
         save_every: Steps between checkpoints; those on both sides of every growth are always written.
+        save_minutes: Minutes between checkpoints; None for none by time.
         keep_last: How many of the latest checkpoints stay.
         keep_every: Checkpoints at multiples of so many steps stay as well.
+        fall_back: Set a damaged checkpoint aside and go on from the one before it.
         tracker: Where the numbers go besides the journal: tensorboard, wandb.
         profile: First and last step of which to write a profile.
         reference: A run, a checkpoint or a Hugging Face folder: the second model that RHO compares with.
@@ -83,23 +94,27 @@ def train(
     from rich.console import Console
 
     from growjax.evals.commands import open_model
-    from growjax.train import Options, watch
-    from growjax.train import train as records
-    from growjax.train.commands import read_plan
+    from growjax.train import Options
+    from growjax.train.commands import read_plan, train_plan
 
-    what = read_plan(plan, change)
+    console = Console()
+    with console.status("reading the plan"):
+        what = read_plan(plan, change)
+        second = None if reference is None else open_model(reference)[0]
     options = Options(
         evaluate_every=what.cost / max(evaluations, 1),
         held_out=held_out,
+        held_out_end=held_out_end,
         save_every=save_every,
+        save_minutes=save_minutes,
         keep_last=keep_last,
         keep_every=keep_every,
+        fall_back=fall_back,
         profile=profile,
     )
-    second = None if reference is None else open_model(reference)[0]
-    running = records(what, run=run, options=options, reference=second)
-    for _ in watch(running, what, run=run, console=Console(), trackers=tracker):
-        pass
+    status = train_plan(what, run, options, reference=second, trackers=tracker, console=console)
+    if status:
+        _leave(status)
 
 
 @app.command
@@ -174,7 +189,7 @@ def grow(
     Args:
         to: Axes and the sizes to reach, such as: --to mlp 2048 embed 384.
         out: The folder to write; it must not be there.
-        checkpoint: The folder of one checkpoint.
+        checkpoint: The folder of a run (its last checkpoint) or of one checkpoint.
         from_hf: A Hugging Face folder instead; what is written is one, too.
         by: Operators joined by +: msg, copy, zeros for widths, stack or expand for layers. By default
             msg, and copy for a Hugging Face folder, which cannot hold gates.
@@ -190,8 +205,10 @@ def grow(
     assert checkpoint is not None
     from growjax.runs.checkpoint import read_lineage
     from growjax.runs.lineage import model_of
+    from growjax.runs.run import checkpoint_in
     from growjax.train.commands import grow_checkpoint, operator_of
 
+    checkpoint = checkpoint_in(checkpoint)
     op = operator_of(by or "msg", to, model_of(read_lineage(checkpoint)))
     print(grow_checkpoint(op, checkpoint, out, seed=seed))
 
@@ -203,7 +220,7 @@ def certify(
     """Print the certificate that growing a checkpoint would get; nothing is written.
 
     Args:
-        checkpoint: The folder of one checkpoint.
+        checkpoint: The folder of a run (its last checkpoint) or of one checkpoint.
         to: Axes and the sizes to reach, such as: --to mlp 2048 embed 384.
         by: Operators joined by +: msg, copy, zeros for widths, stack for layers.
         seed: Of what is drawn.
@@ -317,6 +334,16 @@ def main() -> None:
         )
     except GrowjaxError as error:
         sys.exit(f"growjax: {error}")
+    except KeyboardInterrupt:
+        print("growjax: interrupted; nothing that was saved is lost", file=sys.stderr)
+        _leave(130)
+
+
+def _leave(status: int) -> None:
+    """Exit now, without waiting for threads: one may be compiling what nobody needs any more."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from growjax.growth import stack
 from growjax.growth.masked import msg
 from growjax.models import GPTConfig
 from growjax.report import Plot, Table, arms_figure, cost_figure, write_page
-from growjax.subnet import PathSchedule, path_schedule
+from growjax.subnet import path_schedule
 from growjax.train import CorpusFeed, End, Growth, Options, Plan, Schedule, Stage, Step, train
 
 
@@ -236,7 +236,7 @@ def _run_arm(
     held_out: list[tuple[int, float]] = []
     growths: list[dict[str, Any]] = []
     seconds, end = 0.0, None
-    options = Options(evaluate_every=every, held_out=size.held_out)
+    options = Options(evaluate_every=every, held_out=size.held_out, held_out_end=0)
     for record in train(plan, feed, options=options, cache=programs):
         if isinstance(record, Step):
             losses.append((record.flops, record.loss))
@@ -277,31 +277,15 @@ def _run_arm(
         "compile_seconds": end.compile_seconds,
         "programs": end.programs,
         "parameters": parameters(end.model),
-        "stages": stages(plan),
+        "stages": [
+            {"label": era.label, "start": era.flops[0], "stop": era.flops[1]}
+            for era in plan.timeline(paths=True)
+        ],
         "costs": _changes([flops for span in plan.spans for flops in span.flops]),
         "growths": growths,
         "held_out": held_out,
         "loss": losses,
     }
-
-
-def stages(plan: Plan) -> list[dict[str, Any]]:
-    """Where each stage starts and stops, in FLOPs; a path schedule's stages count one by one."""
-    found, spent = [], 0
-    for span in plan.spans:
-        parts = [(span.stage.name, span.steps)]
-        if isinstance(span.stage.subnet, PathSchedule):
-            layers = span.sizes["layers"]
-            parts = [
-                (f"path {s.path.length}" if s.path.length < layers else "whole model", s.stop)
-                for s in span.stage.subnet.stages
-            ]
-        first = 0
-        for label, stop in parts:
-            start, spent = spent, spent + sum(span.flops[first:stop])
-            found.append({"label": label, "start": start, "stop": spent})
-            first = stop
-    return found
 
 
 def _changes(costs: Sequence[int]) -> list[tuple[int, int]]:

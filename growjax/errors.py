@@ -63,6 +63,10 @@ class CheckpointError(GrowjaxError):
     """A checkpoint is incomplete, altered, or not of the run that asks for it."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint's files were changed, cut off or lost since they were written."""
+
+
 class EvalError(GrowjaxError):
     """A task, its data, a tokenizer or a model do not fit together."""
 

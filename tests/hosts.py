@@ -8,7 +8,9 @@ python -m tests.hosts start FOLDER                one process that starts from w
 import json
 import os
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from growjax import parallel
 from growjax.programs.ahead import lower
 from growjax.programs.step import Programs, checksums
 from growjax.runs.checkpoint import load, numbered
-from growjax.train import Layout, Options, Plan, Start, Step, cross_entropy, train
+from growjax.train import End, Layout, Options, Plan, Start, Step, cross_entropy, train
 from tests.runs import feed, plan, steps
 
 
@@ -107,7 +109,11 @@ def started(folder: Path, layout: Layout) -> dict[str, list[float]]:
 
 
 def rank(folder: Path, index: int, port: str, what: str) -> None:
-    """One of two hosts: "train", "start" (train, then start from that), or "die" in the middle."""
+    """One of two hosts.
+
+    It may "train", "start" (train, then start from that), "die" in the middle, find a folder of its own
+    ("apart"), or be asked to "stop" and go on.
+    """
     parallel.connect(
         coordinator_address=f"127.0.0.1:{port}",
         num_processes=2,
@@ -115,6 +121,11 @@ def rank(folder: Path, index: int, port: str, what: str) -> None:
         timeout=60,
         heartbeat=10,
     )
+    if what == "stop":
+        stopped(folder, index)
+        return
+    if what == "apart":
+        folder = folder / str(index)
     of = short(Layout(fsdp=2))
     reading = feed(of)
     options = Options(held_out=8, evaluate_every=of.flops / 2, save_every=1, keep_last=9)
@@ -127,6 +138,28 @@ def rank(folder: Path, index: int, port: str, what: str) -> None:
     assert len(batch["tokens"]) == 4 and np.all(batch["weights"] == 1)
     if what == "start":
         print(json.dumps(started(folder, of.layout)))
+
+
+def stopped(folder: Path, index: int) -> None:
+    """Twelve steps at once; and again, where one host is told to stop and both go on after that."""
+    of = plan(steps(24), layout=Layout(fsdp=2), batch=8)
+    options = Options(held_out=8)
+
+    def session(name: str, asked: bool) -> dict[str, Any]:
+        losses = {}
+        for record in train(of, feed(of), run=folder / name, options=options):
+            if isinstance(record, Step):
+                losses[record.step] = record.loss
+                if asked:
+                    time.sleep(0.4)  # JAX's service looks for a signal once a second
+                    if index == 1 and record.step == 0:
+                        os.kill(os.getpid(), signal.SIGTERM)
+            if isinstance(record, End):
+                return {"losses": losses, "finished": record.finished, "signal": record.signal}
+        raise AssertionError("no end")
+
+    said = [session("whole", False), session("stopped", True), session("stopped", False)]
+    print(json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":

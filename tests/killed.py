@@ -4,19 +4,24 @@
 
 One session in FOLDER/whole from beginning to end, one a doom in FOLDER/killed, and one there to its end;
 each step and each end is a line of JSON. Processes are forked before JAX has looked for its devices: they
-share what was imported, and nothing else. A doom is a place and how often to come past it: `saving:2`.
+share what was imported, and nothing else. A doom is a place and how often to come past it, and kills
+there: `saving:2`. With a signal before it, that is sent instead, once or twice: `INT saving:2`, `TERM
+twice step:1`. The place `after:MS` comes so many milliseconds after the first record.
 """
 
 import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import growjax as gj
-from growjax.runs import checkpoint, lineage
-from growjax.train import Growth, Options, Plan, Step, loop, train
+from growjax.runs import checkpoint, saves
+from growjax.train import Begin, End, Growth, Options, Plan, Step, train
+from growjax.train import session as loop
+from growjax.train.commands import INTERRUPTED, STOPPED
 from tests.runs import feed, plan, steps
 
 
@@ -33,14 +38,31 @@ class Doom:
     """Ends this process at one place, when it comes past it for the nth time."""
 
     def __init__(self, said: str):
-        self.place, _, count = said.partition(":")
+        words = said.partition(" ") if said.split()[0] in ("INT", "TERM") else ("KILL", "", said)
+        self.signal, where = getattr(signal, f"SIG{words[0]}"), words[2]
+        self.times = 2 if where.startswith("twice ") else 1
+        self.place, _, count = where.removeprefix("twice ").partition(":")
         self.count = int(count or 1)
 
     def at(self, place: str) -> None:
         """Die, if this is the place and the time."""
-        self.count -= place == self.place
+        if place != self.place:
+            return
+        self.count -= 1
         if self.count == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.strike()
+
+    def strike(self) -> None:
+        """Send the signal, now."""
+        for _ in range(self.times):
+            os.kill(os.getpid(), self.signal)
+
+    def begin(self) -> None:
+        """Set the time of a doom that comes after some milliseconds."""
+        if self.place == "after":
+            timer = threading.Timer(self.count / 1000, self.strike)
+            timer.daemon = True
+            timer.start()
 
     def around(self, module: Any, name: str, before: str, after: str) -> None:
         """Be asked before and after each call of a function."""
@@ -60,38 +82,44 @@ def say(what: Any) -> None:
     os.write(sys.stdout.fileno(), (json.dumps(what) + "\n").encode())
 
 
-def session(folder: Path, said: str) -> None:
-    """One session of the run, until its doom or the end."""
+def session(folder: Path, said: str) -> int:
+    """One session of the run, until its doom or the end: its exit status, as the command line's."""
     doom, of = Doom(said), short()
     doom.around(loop, "cross", "before growth", "after growth")
     # Orbax goes on writing in threads of its own once the call has returned
     doom.around(checkpoint.ocp, "save_async", "before saving", "saving")
     doom.around(checkpoint.shutil, "rmtree", "before dropping", "dropping")
     options = Options(held_out=4, save_every=2)
+    status = 1
+    # A shell that runs the tests in the background lets them ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for record in train(of, feed(of), run=folder, options=options):
+        if isinstance(record, Begin):
+            doom.begin()
+        if isinstance(record, End):
+            asked = INTERRUPTED if record.signal == "SIGINT" else STOPPED
+            status = 0 if record.finished else asked
         if isinstance(record, Growth):
             doom.at("growth")
         if isinstance(record, Step):
             say([record.step, record.loss])
             doom.at("step")
-            if said == "terminated twice":
-                for _ in range(2):
-                    os.kill(os.getpid(), signal.SIGTERM)
+    return status
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     # What orbax's first import brings is shared, too
-    assert lineage.Saves
+    assert saves.Saves
     for said in ["whole", *sys.argv[2:], "never"]:
         child = os.fork()
         if child == 0:
             try:
-                session(folder / ("whole" if said == "whole" else "killed"), said)
+                status = session(folder / ("whole" if said == "whole" else "killed"), said)
             except BaseException as error:
                 say(repr(error))
                 os._exit(1)
-            os._exit(0)
+            os._exit(status)
         _, status = os.waitpid(child, 0)
         say({"doom": said, "status": os.waitstatus_to_exitcode(status)})
 

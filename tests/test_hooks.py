@@ -14,7 +14,7 @@ from growjax import train as trainer
 from growjax.errors import TrainingError
 from growjax.gates import is_gated
 from growjax.report.runs import write_report
-from growjax.runs import journal
+from growjax.runs import watch as watching
 from growjax.train import (
     Optimizer,
     Options,
@@ -74,7 +74,7 @@ def asked(run, programs, tmp_path_factory):
     )
     options = Options(evaluate_every=EVERY, held_out=4, hooks=hooks, save_every=2, keep_last=99)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(journal.TRACKERS, "wandb", Tracker)
+        patch.setitem(watching.TRACKERS, "wandb", Tracker)
         records = train(whole, data, run=folder, options=options, cache=programs)
         records = list(watch(records, whole, run=folder, trackers=["wandb"]))
     return records, folder, options, told

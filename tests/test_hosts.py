@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -107,6 +108,35 @@ def test_two_hosts_start_from_a_run_and_read_the_whole_model_in_hooks(two_hosts)
         assert first[what] == pytest.approx(one[what], rel=1e-5)
     # From the model that was trained, and not from one that was just born
     assert one["losses"][0] < shown(outs[0])[0] - 0.01
+
+
+def test_hosts_that_see_different_checkpoints_do_not_go_on(two_hosts, tmp_path):
+    """As where a shared folder shows one of them an older state."""
+    folder, _ = two_hosts
+    for i in range(2):
+        shutil.copytree(folder, tmp_path / str(i))
+    shutil.rmtree(sorted((tmp_path / "1" / "checkpoints").iterdir())[-1])
+    port = free_port()
+    ranks = [start("rank", tmp_path, i, port, "apart") for i in range(2)]
+    done = [r.communicate(timeout=300) for r in ranks]
+    for rank, (_, errors) in zip(ranks, done, strict=True):
+        assert rank.returncode == 1, errors
+        assert "CheckpointError: the hosts cannot go on together" in errors, errors
+        assert "process 1: " in errors and "00000004-01: expected a checkpoint" in errors, errors
+
+
+def test_two_hosts_stop_before_the_same_step_and_go_on(tmp_path):
+    port = free_port()
+    ranks = [start("rank", tmp_path, i, port, "stop") for i in range(2)]
+    done = [r.communicate(timeout=300) for r in ranks]
+    assert [r.returncode for r in ranks] == [0, 0], done
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in done)
+    assert first == second
+    whole, stopped, rest = first
+    assert whole["finished"] and rest["finished"] and len(whole["losses"]) == 12
+    assert not stopped["finished"] and stopped["signal"] == "SIGTERM"
+    assert 0 < len(stopped["losses"]) < 12 and not stopped["losses"].keys() & rest["losses"].keys()
+    assert stopped["losses"] | rest["losses"] == whole["losses"]
 
 
 def test_a_host_that_dies_ends_the_other_and_both_go_on(two_hosts, tmp_path):

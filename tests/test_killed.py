@@ -18,7 +18,8 @@ ROOT = Path(gj.__file__).parents[1]
 # In the order of a run: it grows before steps 3 and 9, and its gates open in steps 3 to 6
 DOOMS = {
     "step:2": "before the first growth, and before anything was saved",
-    "terminated twice": "the second signal ends it at once",
+    "TERM twice step:1": "the second signal ends it at once",
+    "INT twice step:1": "as Ctrl-C does",
     "before growth:1": "when the transition is about to begin",
     "after growth:1": "in the transition: grown, and not on record",
     "saving:1": "in the transition: the grown state is being written",
@@ -27,7 +28,11 @@ DOOMS = {
     "before dropping:1": "when a checkpoint is not needed any more",
     "before saving:1": "between two checkpoints",
     "saving:2": "while the second one is written",
+    "TERM saving:1": "asked to stop while the checkpoint of that very step is written",
+    "INT before growth:1": "asked to stop while it grows",
+    "INT step:2": "asked to stop between two checkpoints",
 }
+ENDS = {"TERM twice step:1": -15, "INT twice step:1": -2, "TERM": 75, "INT": 130}
 
 
 def killed(folder: Path, dooms: list[str]) -> list[int]:
@@ -77,11 +82,27 @@ def killed(folder: Path, dooms: list[str]) -> list[int]:
 
 def test_a_run_that_is_killed_everywhere_ends_bitwise_the_same(tmp_path):
     found = dict(zip(DOOMS, killed(tmp_path / "runs", list(DOOMS)), strict=True))
-    assert found == {doom: -15 if doom.startswith("term") else -9 for doom in DOOMS}
-    if DEEP:
-        draw, kills = random.Random(0), 0
-        places = [doom.partition(":")[0] for doom in DOOMS if ":" in doom]
-        while kills < 50:
-            dooms = [f"{draw.choice(places)}:{draw.randint(1, 2)}" for _ in range(10)]
-            folder = tmp_path / f"random {kills}"
-            kills += killed(folder, dooms).count(-9)
+    expected = {doom: ENDS.get(doom, ENDS.get(doom.split()[0], -9)) for doom in DOOMS}
+    assert found == expected
+
+
+def test_a_run_that_is_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
+    """In saves and growths, too: one of each kind here, 50 kills and 20 signals in the deep profile."""
+    draw = random.Random(0)
+    wanted = {-9: 50, 75: 20, 130: 20} if DEEP else {-9: 1, 75: 1, 130: 1}
+    kinds = {-9: "", 75: "TERM ", 130: "INT "}
+    done = dict.fromkeys(wanted, 0)
+    for attempt in range(200 if DEEP else 6):
+        if all(done[status] >= n for status, n in wanted.items()):
+            return
+        # The shorter ones come in the first steps, which a run that dies then repeats
+        dooms = [
+            f"{kind}after:{draw.randint(0, 900 if DEEP else 300)}"
+            for _ in range(3 if DEEP else 1)
+            for kind in kinds.values()
+        ]
+        for status in killed(tmp_path / f"runs {attempt}", dooms):
+            # A run may also have reached its end before
+            assert status in (*wanted, 0)
+            done[status] = done.get(status, 0) + 1
+    raise AssertionError(f"too few of them came in time: {done}")

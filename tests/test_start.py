@@ -147,9 +147,9 @@ def test_lineage_records_what_a_run_started_from(second, run, programs, tmp_path
 
 
 def test_a_smaller_model_becomes_a_larger_one_by_its_operator_alone(run, programs, monkeypatch):
-    from growjax.train import loop
+    from growjax.train import session
 
-    monkeypatch.setattr(loop._Loop, "_step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(session.Session, "train", lambda *_: pytest.fail("a step was taken"))
     large = dataclasses.replace(SMALL, layers=4, mlp=24)
     of = plan(steps(1), model=large, start=Start(at(run[2], "00000003-00")))
     with pytest.raises(CheckpointError) as error:

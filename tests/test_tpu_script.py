@@ -21,6 +21,7 @@ case "$*" in
   *"growjax train"*)
     if [ ! -e "$FAKE/tried" ]; then
       touch "$FAKE/tried"
+      [ "$HOW" != saved ] || exit 75
       [ "$HOW" = fault ] || touch "$FAKE/lost"
       [ "$HOW" = asked ] || exit 1
     else
@@ -70,6 +71,15 @@ def test_a_preempted_run_starts_over_and_everything_is_removed(how, tmp_path):
     once = ["create", "scp", "growjax train", "delete"]
     assert (status, calls) == (0, once + once), said
     assert "preempted" in said and "finished; its folder is gs://b/growjax" in said
+
+
+@needs_tools
+def test_a_run_that_stopped_and_saved_is_gone_on_with_where_it_is(tmp_path):
+    """The machines are still well, and it is no fault."""
+    status, calls, said = run(tmp_path, "saved")
+    once = ["scp", "growjax train"]
+    assert (status, calls) == (0, ["create", *once, *once, "delete"]), said
+    assert "stopped, and saved" in said and "finished" in said
 
 
 @needs_tools

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import pytest
 import growjax as gj
 from growjax import train as trainer
 from growjax.data import Causal
-from growjax.errors import CheckpointError
+from growjax.errors import CheckpointError, TrainingError
 from growjax.gates import ungated
 from growjax.programs.step import checksums
 from growjax.runs.checkpoint import load, read_lineage
 from growjax.runs.lineage import load_model, model_of
-from growjax.train import Begin, End, Growth, Options, Saved, Step
+from growjax.train import Begin, End, Growth, Options, Saved, Step, session
 from tests.runs import TOKENS, every_kind, feed, losses, plan, same, steps
 
 
@@ -79,10 +80,51 @@ def test_held_out_losses_are_of_the_number_of_sequences_asked_for(run):
     """Six sequences fill a batch and a half: the other half must not count."""
     whole, records, folder = run
     model, _ = load_model(folder / "checkpoints" / "00000018-02")
-    rows = feed(whole).held_out(whole.objective, 8)
+    rows = feed(whole).held_out(whole.objective, 6)
     found = [trainer.cross_entropy(model, row(rows, i)) for i in range(6)]
     mean = sum(jnp.sum(a * w) for a, w in found) / sum(jnp.sum(w) for _, w in found)
     assert float(mean) == pytest.approx(records[-3].held_out, rel=1e-5)
+
+
+JUDGED = {
+    "batch": {"batch": 8},
+    "accumulate": {"accumulate": 2},
+    "stage's batch": {"stage": {"batch": 12}},
+    "stage's objective": {"stage": {"objective": Causal(16, packing="concat")}},
+}
+
+
+@pytest.mark.parametrize("change", JUDGED)
+def test_held_out_losses_depend_on_neither_batch_nor_stage(programs, change):
+    """On the model as it was born, or nearly: window by window, marks and end alike."""
+    still = trainer.Schedule(1e-30, "constant", warmup=0.0)
+    changes = dict(JUDGED[change])
+    stage = changes.pop("stage", {})
+
+    def judged(of: Any) -> tuple[float, Any]:
+        # 13 and 30 fill no whole number of any of the batches
+        options = Options(held_out=13, held_out_end=30)
+        records = list(train(of, feed(of), options=options, cache=programs))
+        return records[-2].held_out, records[-1].held_out
+
+    few, many = judged(plan(steps(3), rate=still))
+    other_few, other_many = judged(plan(steps(6, **stage), rate=still, **changes))
+    assert many.windows == other_many.windows == 30 and np.all(many.weights == 8)
+    np.testing.assert_allclose(other_many.sums, many.sums, rtol=1e-5)
+    assert np.array_equal(other_many.weights, many.weights)
+    assert other_few == pytest.approx(few, rel=1e-6) and few != many.loss
+
+
+def test_the_end_is_judged_on_every_window_there_is(run):
+    whole, records, folder = run
+    end = records[-1].held_out
+    text = feed(whole).kept
+    assert end.windows == (len(text) - 1) // 8 and end.weights.sum() == 8 * end.windows
+    model, _ = load_model(folder)
+    rows = feed(whole).held_out(whole.objective, end.windows)
+    for i in (0, end.windows // 2, end.windows - 1):
+        loss, weights = trainer.cross_entropy(model, row(rows, i))
+        assert float(jnp.sum(loss * weights)) == pytest.approx(end.sums[i], rel=1e-5)
 
 
 def test_ramps_open_in_their_steps_and_leave_no_gates(run):
@@ -159,6 +201,18 @@ def test_data_go_on_where_the_stage_before_left_off():
     ]
 
 
+def test_the_timeline_of_a_plan_lists_stages_and_paths():
+    p = every_kind()
+    assert [era.label for era in p.timeline()] == ["small", "ramp", "stack and paths"]
+    eras = p.timeline(paths=True)
+    assert [era.label for era in eras] == ["small", "ramp", "path 3", "path 3.5", "whole model"]
+    assert (eras[0].start, eras[0].flops[0], eras[0].spent[0]) == (0, 0, 0)
+    assert (eras[-1].stop, eras[-1].flops[1], eras[-1].spent[1]) == (p.steps, p.flops, p.cost)
+    for a, b in zip(eras, eras[1:], strict=False):
+        assert (a.stop, a.flops[1], a.spent[1]) == (b.start, b.flops[0], b.spent[0])
+    assert [era.start for era in p.timeline()] == [span.start for span in p.spans]
+
+
 def test_a_profile_is_of_the_steps_asked_for(programs, tmp_path):
     p = plan(steps(4))
     options = Options(held_out=4, profile=(1, 2))
@@ -208,6 +262,46 @@ def test_a_resumed_run_is_bitwise_the_same(run, programs, name, tmp_path):
     assert marks[0] == marks[1]
     seconds = [r.seconds for r in again if isinstance(r, Step)]
     assert all(s > read_lineage(folder / "checkpoints" / name)["seconds"] for s in seconds)
+
+
+def test_checkpoints_are_written_by_time(programs, tmp_path):
+    p = plan(steps(5))
+    options = Options(held_out=4, save_minutes=1e-9, keep_last=9)
+    records = list(train(p, feed(p), run=tmp_path, options=options, cache=programs))
+    assert [r.step for r in records if isinstance(r, Saved)] == [1, 2, 3, 4, 5]
+    options = Options(held_out=4, keep_last=9)
+    records = list(train(p, feed(p), run=tmp_path / "b", options=options, cache=programs))
+    assert [r.step for r in records if isinstance(r, Saved)] == [5]
+
+
+def test_hosts_agree_on_the_time_to_save_and_seldom_ask(monkeypatch):
+    """Of two clocks that differ, that of process 0 counts, and both save before the same step."""
+    sent: list[int] = []
+    clocks = [types.SimpleNamespace(time=0.0, now=None) for _ in range(2)]
+    for clock in clocks:
+        clock.now = lambda clock=clock: clock.time
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    timers = [session.SaveTimer(1.0, clock) for clock in clocks]
+    for timer in timers:
+        timer.restart(0)
+    saves = []
+    for n in range(1, 2000):
+        clocks[0].time, clocks[1].time = 0.1 * n, 0.17 * n
+        monkeypatch.setattr(session.hosts, "number_of_first", lambda x: sent.append(x) or x)
+        first = timers[0].due(n)
+        monkeypatch.setattr(session.hosts, "number_of_first", lambda x: sent[-1])
+        assert timers[1].due(n) == first
+        if first:
+            saves.append(n)
+            for timer in timers:
+                timer.restart(n)
+    assert saves == [600, 1200, 1800] and len(sent) < 60
+
+
+def test_options_that_make_no_sense_are_refused_at_once():
+    with pytest.raises(TrainingError) as error:
+        Options(evaluate_every=0, held_out=0, save_every=0, save_minutes=-1, keep_last=-1)
+    assert str(error.value).count("\n  - ") == 5
 
 
 def test_lineage_says_everything(run):

@@ -43,7 +43,7 @@ def run() -> dict:
     for name, background in [("ahead", True), ("naive", False)]:
         # Another seed, so that nothing that one compiled is of use to the other
         p = plan(seed=int(background))
-        options = Options(background=background, held_out=BATCH)
+        options = Options(background=background, held_out=BATCH, held_out_end=0)
         records = list(train(p, CorpusFeed(p, *corpora), options=options))
         took = {
             s: [r.took for r in records if isinstance(r, Step) and r.stage == s] for s in (0, 1)

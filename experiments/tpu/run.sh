@@ -90,7 +90,7 @@ train() {
   everywhere "venv/bin/growjax train plan.json --run 'runs/$name' --hosts --save-every $save_every"
 }
 
-# A run that was asked to stop ends well too; its journal says which it was.
+# The journal says whether the plan came to its end.
 finished() {
   gcloud storage cat "gs://$bucket/$name/metrics.jsonl" | tail -n 1 | grep -q '"finished": true'
 }
@@ -101,9 +101,21 @@ cp "$plan" "$work/plan.json"
 for ((attempt = 1; attempt <= retries; attempt++)); do
   obtain
   say "attempt $attempt: installing"
-  if prepare && say "training" && train && finished; then
-    say "finished; its folder is gs://$bucket/$name"
-    exit 0
+  status=1
+  if prepare; then
+    say "training"
+    status=0
+    train || status=$?
+    if [ "$status" = 0 ] && finished; then
+      say "finished; its folder is gs://$bucket/$name"
+      exit 0
+    fi
+  fi
+  if [ "$status" = 75 ]; then
+    # What growjax exits with once it was asked to stop and has saved
+    say "stopped, and saved"
+    sleep "$poll"
+    continue
   fi
   # A preemption is seen a little later than the connection that it cut
   sleep "$poll"

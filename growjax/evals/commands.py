@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from growjax import __version__, hf
@@ -16,7 +17,6 @@ from growjax.evals.files import read_json
 from growjax.evals.metrics import Scores
 from growjax.evals.tasks import Settings, evaluate
 from growjax.models import Llama
-from growjax.runs.checkpoint import Checkpoints
 from growjax.runs.lineage import load_model
 
 
@@ -44,7 +44,9 @@ def eval_checkpoint(
 
     def done(task: str, scores: Scores) -> None:
         console.print(
-            f"{task}: {next(iter(scores))} {next(iter(scores.values())):.4f}", style="dim"
+            f"{task}: {next(iter(scores))} {next(iter(scores.values())):.4f}",
+            style="dim",
+            markup=False,
         )
 
     results = evaluate(model, tasks, found, settings, done=done)
@@ -58,7 +60,7 @@ def eval_checkpoint(
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1, default=str) + "\n")
-    console.print(f"written to {out}")
+    console.print(f"written to {out}", markup=False)
     return results
 
 
@@ -79,11 +81,6 @@ def open_model(
     if (path / "config.json").is_file():
         found = load_tokenizer(tokenizer) if tokenizer else _tokenizer_in(path)
         return hf.load(path), found, found.vocabulary.specials.get("bos")
-    if (path / "checkpoints").is_dir():
-        whole = Checkpoints(path / "checkpoints").found()
-        if not whole:
-            raise EvalError(f"{path}: a run without a whole checkpoint")
-        path = whole[-1]
     if not path.is_dir():
         raise EvalError(
             f"{path}: expected a run, a checkpoint or a Hugging Face folder; it is none"
@@ -113,5 +110,6 @@ def table_of(results: Mapping[str, Scores]) -> Table:
         shown = {name: x for name, x in scores.items() if not name.startswith("paradigm/")}
         for i, (name, value) in enumerate(shown.items()):
             number = f"{value:,.0f}" if value == int(value) and value > 1 else f"{value:.4f}"
-            table.add_row(task if i == 0 else "", name, number)
+            # Names of tasks may come from a user's files, and are no markup
+            table.add_row(escape(task) if i == 0 else "", escape(name), number)
     return table

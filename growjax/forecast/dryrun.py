@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from growjax.cost import parameters
 from growjax.errors import LayoutError, PlanError, raise_all
@@ -104,21 +105,23 @@ class DryRun:
     def __rich__(self) -> RenderableType:
         mesh = self.mesh and " x ".join(f"{name}={n}" for name, n in self.mesh.items())
         table = Table(
-            title=f"{self.plan}: {self.flops:.4g} FLOPs, {self.saved:.1%} saved",
+            title=Text(f"{self.plan}: {self.flops:.4g} FLOPs, {self.saved:.1%} saved"),
             caption=f"{self.devices} devices: {mesh or 'cannot be laid out'}",
         )
         table.add_column("stage")
         for stage in self.stages:
-            table.add_column(f"{stage.index} {stage.name}", justify="right")
+            table.add_column(Text(f"{stage.index} {stage.name}"), justify="right")
         for name, cells in _rows(self.stages):
-            table.add_row(name, *cells)
+            table.add_row(name, *map(Text, cells))
         notes = [] if self.start is None else [f"starts from the model in {self.start}"]
         notes += [
             f"stage {stage.index}: every device holds all of {', '.join(stage.unsplit)}"
             for stage in self.stages
             if stage.unsplit
         ]
-        return Group(table, *notes, *(f"refused: {reason}" for reason in self.refusals))
+        lines = [*notes, *(f"refused: {reason}" for reason in self.refusals)]
+        # Names of plans, stages and folders may hold brackets, and are no markup
+        return Group(table, *map(Text, lines))
 
 
 def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:

@@ -20,6 +20,7 @@ import jax
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from growjax.errors import LayoutError, raise_all
 from growjax.forecast.dryrun import amount, said_work
@@ -118,7 +119,9 @@ class Target:
 
     def __rich__(self) -> RenderableType:
         table = Table(
-            title=f"{self.plan} on {self.target}: {self.chips} chips of {amount(self.memory)}",
+            title=Text(
+                f"{self.plan} on {self.target}: {self.chips} chips of {amount(self.memory)}"
+            ),
             caption="memory is a chip's; the rest counts the body of a scan once. Compiled in "
             f"{sum(p.seconds for p in self.programs):.0f} s",
             box=box.SIMPLE_HEAD,
@@ -131,14 +134,14 @@ class Target:
             counts = [f"{n} {kind}" for kind, n in p.collectives.items() if n]
             estimate = "unknown" if p.optimal_seconds is None else f"{p.optimal_seconds:.3g}"
             table.add_row(
-                f"{p.stage} {p.name}",
+                Text(f"{p.stage} {p.name}"),
                 f"{amount(p.memory)}{'' if p.fits else ' (too much)'}",
                 amount(p.temporaries),
                 "\n".join(counts) or "none",
                 "unknown" if p.flops is None else f"{p.flops:.3g}",
                 estimate,
             )
-        return Group(table, *(f"refused: {reason}" for reason in self.refusals))
+        return Group(table, *(Text(f"refused: {reason}") for reason in self.refusals))
 
 
 def chips(target: str) -> int:

@@ -27,6 +27,7 @@ from growjax.plan.losses import reads_pairs
 from growjax.plan.optimizer import Optimizer
 from growjax.plan.schedule import Schedule
 from growjax.plan.stages import Carry, Inactive, Rewind, Span, Stage, Start, Steps
+from growjax.plan.timeline import Era, timeline
 from growjax.select import Selector
 from growjax.subnet import Coins, PathSchedule, Subnet
 
@@ -110,6 +111,13 @@ class Plan:
     def spans(self) -> tuple[Span, ...]:
         """The stages worked out: what a dry run shows."""
         return tuple(_work_out(self))
+
+    def timeline(self, *, paths: bool = False) -> tuple[Era, ...]:
+        """The stages by name, with the steps, FLOPs and cost that each begins and ends at.
+
+        With `paths`, each length of a path schedule stands by itself.
+        """
+        return tuple(timeline(self.spans, paths=paths))
 
     @functools.cached_property
     def cost(self) -> int:
@@ -283,7 +291,12 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
         try:
             if stage.grow is not None:
                 model = eqx.filter_eval_shape(stage.grow, model, key=plan.key("grow"))
-            if misfits := list(_shape_faults(plan, batch, objective, model)):
+            misfits = list(_shape_faults(plan, batch, objective, model))
+            if not misfits and stage.objective is not None:
+                # Held-out losses are taken through the plan's own, at every stage
+                own = _shape_faults(plan, batch, plan.objective, model)
+                misfits = [f"the plan's own, for held-out losses: {fault}" for fault in own]
+            if misfits:
                 faults += [where + fault for fault in misfits]
                 continue
             share += stage.share or 0.0

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -65,10 +66,14 @@ class Ahead:
                 for need in needs(span, first=span.index == index, seal=self.seal):
                     self._submit(need)
 
-    def get(self, need: Need) -> Any:
-        """The compiled program, once it is there."""
+    def get(self, need: Need, meanwhile: Callable[[], None] | None = None) -> Any:
+        """The compiled program, once it is there; `meanwhile` is called now and then until it is."""
         start = time.perf_counter()
-        program = self._submit(need).result()
+        future = self._submit(need)
+        while meanwhile is not None and not future.done():
+            meanwhile()
+            concurrent.futures.wait([future], timeout=0.2)
+        program = future.result()
         self.waited += time.perf_counter() - start
         return program
 
@@ -109,7 +114,7 @@ def needs(span: Span, *, first: bool, seal: bool = False) -> list[Need]:
 def lower(plan: Plan, programs: Programs, need: Need, reference: Any = None) -> Any:
     """One program of a plan, lowered for the shapes and shardings it will meet.
 
-    "before" evaluates the model that is about to grow, on the examples of the stage that it grows into.
+    "before" evaluates the model that is about to grow, in batches of the stage that it grows into.
     """
     kind, index, work = need
     span = plan.spans[index]
@@ -125,7 +130,10 @@ def lower(plan: Plan, programs: Programs, need: Need, reference: Any = None) -> 
         return programs.seal(shapes).lower(shapes)
     rows = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split_rows(programs.mesh)),
-        batch_shapes(span.objective, span.offered if kind == "step" else span.batch),
+        # What is evaluated is the same at every stage; only a step's examples are the stage's own
+        batch_shapes(span.objective, span.offered)
+        if kind == "step"
+        else batch_shapes(plan.objective, span.batch),
     )
     if kind != "step":
         return programs.evaluate(shapes).lower(shapes, rows, number(jnp.float32))

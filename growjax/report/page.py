@@ -153,7 +153,9 @@ def arms_figure(
         for n, arm in enumerate(arms):
             line = look(n)
             x, y = zip(*arm["held_out"], strict=True)
-            loss.plot([f / unit for f in x], y, label=f"{arm['name']}  {arm['final']:.3f}", **line)
+            loss.plot(
+                [f / unit for f in x], y, label=f"{plain(arm['name'])}  {arm['final']:.3f}", **line
+            )
             loss.plot(x[-1] / unit, y[-1], "o", color=line["color"], markersize=5)
             for stage in arm["stages"][1:]:
                 at, height = stage["start"] / unit, np.interp(stage["start"], x, y)
@@ -170,7 +172,7 @@ def arms_figure(
         loss.set_ylim(low - 0.06 * (high - low), high + 0.03 * (high - low))
         loss.set_ylabel(f"held-out loss (nats per {per})")
         loss.legend(loc="upper right", title="arm, final loss", alignment="left")
-        strip.set_yticks(range(len(arms)), [arm["name"] for arm in arms])
+        strip.set_yticks(range(len(arms)), [plain(arm["name"]) for arm in arms])
         strip.set_ylim(len(arms) - 0.5, -0.5)
         strip.tick_params(length=0)
         strip.grid(False)
@@ -189,13 +191,18 @@ def cost_figure(arms: Sequence[Mapping[str, Any]]) -> Figure:
             starts, costs = zip(*[*arm["costs"], (arm["steps"], arm["costs"][-1][1])], strict=True)
             # Apart by less than a line's width, so that arms of equal cost can be told apart.
             shown = [cost / unit * (1 + 0.012 * ((len(arms) - 1) / 2 - n)) for cost in costs]
-            axes.step(starts, shown, where="post", label=arm["name"], **look(n))
+            axes.step(starts, shown, where="post", label=plain(arm["name"]), **look(n))
         axes.set_xlabel("step")
         axes.set_ylabel(f"{name} per step")
         axes.set_ylim(0, None)
         axes.set_xlim(0, None)
         axes.legend(loc="lower right", ncols=len(arms))
     return figure
+
+
+def plain(name: str) -> str:
+    """A name for a figure's text: dollar signs in it are no formula."""
+    return name.replace("$", r"\$")
 
 
 def look(n: int) -> dict[str, Any]:
@@ -210,7 +217,7 @@ def _stages(strip: Axes, arm: Mapping[str, Any], row: int, unit: float) -> None:
         strip.barh(row, stop - start, 0.78, start, color=colour, alpha=0.22, linewidth=0)
         strip.plot([start, start], [row - 0.39, row + 0.39], color=colour, linewidth=1.6)
         strip.annotate(
-            stage["label"],
+            plain(stage["label"]),
             (start, row),
             xytext=(5, 0),
             textcoords="offset points",

@@ -8,8 +8,18 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from growjax.errors import DataError
-from growjax.report.page import Plot, Table, arms_figure, canvas, look, scale, style, write_page
-from growjax.train import Plan, load_plan, read_journal
+from growjax.report.page import (
+    Plot,
+    Table,
+    arms_figure,
+    canvas,
+    look,
+    plain,
+    scale,
+    style,
+    write_page,
+)
+from growjax.train import Run
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
@@ -61,8 +71,9 @@ _NOTES = (
 
 def read_run(run: str | Path) -> dict[str, Any]:
     """What the figures need to know of one run, by its plan and its journal."""
-    plan, rows = load_plan(Path(run) / "plan.json"), read_journal(run)
+    plan, rows = Run(run).plan(), Run(run).rows()
     steps = [row for row in rows if row["kind"] == "step"]
+    spent = steps[-1]["flops"] if steps else 0
     marks = [row for row in steps if row["held_out"] is not None]
     if not marks:
         raise DataError(f"{run}: nothing was evaluated in it yet")
@@ -71,7 +82,11 @@ def read_run(run: str | Path) -> dict[str, Any]:
         "held_out": [(row["flops"], row["held_out"]) for row in marks],
         "final": marks[-1]["held_out"],
         "finished": any(row["kind"] == "end" and row["finished"] for row in rows),
-        "stages": _stages(plan, steps[-1]["flops"]),
+        "stages": [
+            {"label": era.label, "start": era.flops[0], "stop": min(era.flops[1], spent)}
+            for era in plan.timeline()
+            if era.flops[0] < spent
+        ],
         "tokens": [(row["tokens"], row["held_out"]) for row in marks],
         "seconds": [(row["seconds"], row["held_out"]) for row in marks],
         "loss": [(row["flops"], row["loss"]) for row in steps],
@@ -83,17 +98,6 @@ def read_run(run: str | Path) -> dict[str, Any]:
         "last": steps[-1],
         "waited": sum(row["waited"] for row in steps),
     }
-
-
-def _stages(plan: Plan, spent: int) -> list[dict[str, Any]]:
-    found, start = [], 0
-    for span in plan.spans:
-        stop = min(start + sum(span.flops), spent)
-        if stop > start or not found:
-            label = span.stage.name or f"stage {span.index}"
-            found.append({"label": label, "start": start, "stop": stop})
-        start = stop
-    return found
 
 
 def _mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -117,7 +121,7 @@ def _figure(
         for n, arm in enumerate(arms):
             given = points(arm)
             if given:
-                axes.plot(*zip(*given, strict=True), label=arm["name"], **look(n))
+                axes.plot(*zip(*given, strict=True), label=plain(arm["name"]), **look(n))
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.set_xlim(0, None)

@@ -32,7 +32,10 @@ class Feed(Protocol):
         ...
 
     def held_out(self, objective: Objective, rows: int) -> Mapping[str, np.ndarray]:
-        """Examples that are never trained on, the same on every host and at every stage."""
+        """At most so many examples that are never trained on, spread evenly over all that there are.
+
+        They depend on the objective and the number alone: the same on every host and at every stage.
+        """
         ...
 
 
@@ -95,4 +98,6 @@ class CorpusFeed:
         return self.batches(span).iterate(first)
 
     def held_out(self, objective: Objective, rows: int) -> Mapping[str, np.ndarray]:
-        return held_out_batch(self.kept, objective, rows)
+        # No more than stand side by side: overlapping ones would count the same tokens twice
+        disjoint = (len(self.kept) - objective.lookahead) // objective.raw_length
+        return held_out_batch(self.kept, objective, max(min(rows, disjoint), 1))

@@ -1,27 +1,26 @@
-"""What a run shows and keeps: a line of progress, a journal in JSON lines, and trackers if asked for.
+"""The journal of a run: a line of JSON for every record, only ever added to.
 
-The journal is only ever added to. A resumed run goes over the steps after its checkpoint again; whoever
-reads a journal with `read_journal` sees each step once.
+A resumed run goes over the steps after its checkpoint again; whoever reads a journal with `read_journal`
+sees each step once.
 """
 
+import collections
 import contextlib
 import dataclasses
-import importlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from growjax.errors import DataError, TrainingError
-from growjax.plan.files import to_dict
 from growjax.plan.plan import Plan
-from growjax.runs.records import Begin, End, Growth, Record, Step
+from growjax.runs.records import End, Record, Step
 
 
+NAME = "metrics.jsonl"
 # Dense bfloat16 FLOPs a second of one device, by the beginning of the name that JAX gives it: makers'
 # data sheets. The longest match counts.
 PEAK = {
@@ -45,131 +44,148 @@ def peak_flops(kind: str) -> float | None:
     return PEAK[max(known, key=len)] if known else None
 
 
-class Tracker(Protocol):
-    """Something that takes numbers by name."""
-
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Take the numbers of one step."""
-        ...
-
-    def close(self) -> None:
-        """Write what is not written yet."""
-        ...
-
-
-class TensorBoard:
-    """Numbers as TensorBoard event files; needs `tensorboardX`."""
-
-    def __init__(self, run: Path, plan: Plan):
-        del plan
-        self.writer = _library("tensorboardX").SummaryWriter(str(run / "tensorboard"))
-
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class WandB:
-    """Numbers to Weights & Biases, under the name of the plan; needs `wandb`."""
-
-    def __init__(self, run: Path, plan: Plan):
-        options = {"name": plan.name, "dir": str(run), "config": to_dict(plan), "id": run.name}
-        self.run = _library("wandb").init(project="growjax", resume="allow", **options)
-
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        self.run.log(numbers, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}
-
-
-def watch(
-    records: Iterable[Record],
-    plan: Plan,
-    *,
-    run: str | Path | None = None,
-    console: Console | None = None,
-    trackers: Sequence[str] = (),
-) -> Iterator[Record]:
-    """Pass on the records of `train`, and on the way show them, keep them and send them to trackers.
+class Rates:
+    """How fast a run trains, over the last seconds of training: one step's lap says little.
 
     **Arguments**
 
-    - `run`: the folder of the journal, `metrics.jsonl`; None keeps none.
-    - `console`: where the progress is drawn; None draws none.
-    - `trackers`: of "tensorboard" and "wandb".
+    - `plan`: whose steps they are.
+    - `window`: seconds of training that a rate is taken over; longer if one step takes longer.
 
-    **Example**
-
-        for record in watch(train(plan, run=run), plan, run=run, console=Console()):
-            ...
+    A step's lap is the time until its numbers came, which is later for one and sooner for the next; their
+    sum over some seconds is right.
     """
-    first = jax.process_index() == 0
-    unknown = [name for name in trackers if name not in TRACKERS]
-    if unknown or (trackers and run is None):
-        raise TrainingError(
-            f"trackers: expected some of {', '.join(TRACKERS)} and a run folder, got {trackers}"
-        )
-    with contextlib.ExitStack() as stack:
-        sinks = [TRACKERS[n](Path(run), plan) for n in trackers if run is not None and first]
-        for sink in sinks:
-            stack.callback(sink.close)
-        journal = None
-        if run is not None and first:
-            Path(run).mkdir(parents=True, exist_ok=True)
-            journal = stack.enter_context(open(Path(run) / "metrics.jsonl", "a", encoding="utf-8"))
-        bars = stack.enter_context(_Bars(plan, console)) if console is not None and first else None
-        devices = 1
-        for record in records:
-            if isinstance(record, Begin):
-                devices = record.devices
-            row = as_row(record, plan, devices)
-            if journal is not None:
-                _write(journal, row)
-            if isinstance(record, Step):
-                numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
-                numbers |= {f"scores/{k}": v for k, v in (record.scores or {}).items()}
-                for sink in sinks:
-                    sink.write(record.step, numbers)
-            if bars is not None:
-                bars.show(record, row)
-            yield record
+
+    def __init__(self, plan: Plan, window: float = 10.0):
+        self.plan, self.window = plan, window
+        # Seconds, tokens and FLOPs of each step in the window, and their sums
+        self._laps: collections.deque[tuple[float, int, int]] = collections.deque()
+        self._seconds, self._tokens, self._flops = 0.0, 0, 0
+
+    def add(self, step: Step) -> None:
+        """Count a step."""
+        span = self.plan.spans[step.stage]
+        self._count((step.took, span.step_tokens, span.flops[step.step - span.start]), 1)
+        while len(self._laps) > 1 and self._seconds - self._laps[0][0] >= self.window:
+            self._count(self._laps[0], -1)
+
+    def _count(self, lap: tuple[float, int, int], sign: int) -> None:
+        """Add the newest lap, or take the oldest one out."""
+        self._seconds += sign * lap[0]
+        self._tokens += sign * lap[1]
+        self._flops += sign * lap[2]
+        if sign > 0:
+            self._laps.append(lap)
+        else:
+            self._laps.popleft()
+
+    def of(self, devices: int) -> dict[str, float]:
+        """Tokens and FLOPs a second and, where a device's peak is known, MFU; empty if no time passed."""
+        # Sums of seconds are rounded: what is left of an empty window is no time
+        if self._seconds <= 1e-9:
+            return {}
+        flops = self._flops / self._seconds
+        rates = {
+            "tokens_per_second": self._tokens / self._seconds,
+            "flops_per_second": flops,
+        }
+        peak = peak_flops(jax.devices()[0].device_kind)
+        return rates if peak is None else rates | {"mfu": flops / (peak * devices)}
 
 
-def _write(journal: IO[str], row: dict[str, Any]) -> None:
-    try:
-        journal.write(json.dumps(row) + "\n")
-        journal.flush()
-    except OSError as error:
-        # Else closing it would try once more, and hide what happened
-        with contextlib.suppress(OSError):
-            journal.close()
-        raise TrainingError(
-            f"{journal.name}: could not be written: {error.strerror}. Its checkpoints are whole; make "
-            "room, and the same command goes on from the last one"
-        ) from error
-
-
-def as_row(record: Record, plan: Plan, devices: int) -> dict[str, Any]:
-    """A record as a plain dict with its `kind`; steps get tokens/s, FLOPs/s and, if known, MFU."""
+def as_row(record: Record, rates: dict[str, float]) -> dict[str, Any]:
+    """A record as a plain dict with its `kind`; steps get their rates, the end only its loss."""
+    row = {"kind": type(record).__name__.lower()}
     if isinstance(record, End):
         fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-        return {"kind": "end"} | {k: v for k, v in fields.items() if k != "model"}
-    row = {"kind": type(record).__name__.lower(), **dataclasses.asdict(record)}
-    if isinstance(record, Step) and record.took > 0:
-        span = plan.spans[record.stage]
-        speed = span.flops[record.step - span.start] / record.took
-        row |= {"tokens_per_second": span.step_tokens / record.took, "flops_per_second": speed}
-        peak = peak_flops(jax.devices()[0].device_kind)
-        if peak is not None:
-            row["mfu"] = speed / (peak * devices)
-    return row
+        del fields["model"]
+        held_out = record.held_out
+        if held_out is not None:
+            fields["held_out"] = {"loss": held_out.loss, "windows": held_out.windows}
+        return row | fields
+    row |= dataclasses.asdict(record)
+    return row | rates if isinstance(record, Step) else row
+
+
+class Journal:
+    """The journal of one run, open for more; use it in a `with`.
+
+    A last line that a kill cut off is removed first, since what it said is done again. Raises
+    `TrainingError` if it cannot be written.
+    """
+
+    def __init__(self, run: Path):
+        self.path = run / NAME
+
+    def __enter__(self) -> "Journal":
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            mend(self.path)
+            self._file = open(self.path, "a", encoding="utf-8")
+        except OSError as error:
+            raise self._fault(error) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write one row."""
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            # Else closing it would try once more, and hide what happened
+            with contextlib.suppress(OSError):
+                self._file.close()
+            raise self._fault(error) from error
+
+    def _fault(self, error: OSError) -> TrainingError:
+        return TrainingError(
+            f"{self.path}: could not be written: {error.strerror}. Its checkpoints are whole; make "
+            "room, and the same command goes on from the last one"
+        )
+
+
+def mend(path: Path) -> None:
+    """Remove what stands behind the last whole line of a journal; nothing to do if it ends with one."""
+    if not path.is_file():
+        return
+    with open(path, "r+b") as file:
+        end = size = file.seek(0, os.SEEK_END)
+        # From the end backwards, block by block, to the last line break
+        while end > 0:
+            start = max(end - 65536, 0)
+            file.seek(start)
+            position = file.read(end - start).rfind(b"\n")
+            if position >= 0:
+                end = start + position + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+
+
+def lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a journal as they were written; a last one that was cut off is left out.
+
+    Raises `DataError` for a file that cannot be read, or with anything else in it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: no journal of a run: {error.strerror}") from error
+    for n, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+            row["kind"]
+        except (ValueError, KeyError, TypeError) as error:
+            if n == len(lines) - 1:
+                return
+            raise DataError(
+                f"{path}:{n + 1}: expected a record in JSON, got {line[:60]!r}; remove that line"
+            ) from error
+        yield row
 
 
 def read_journal(run: str | Path) -> list[dict[str, Any]]:
@@ -178,26 +194,12 @@ def read_journal(run: str | Path) -> list[dict[str, Any]]:
     A last line that was cut off by a kill is left out as well. Raises `DataError` for a folder without
     a journal, or one with anything else in it.
     """
-    path = Path(run) / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: no journal of a run: {error.strerror}") from error
     rows: list[dict[str, Any]] = []
-    for n, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-            kind = row["kind"]
-        except (ValueError, KeyError, TypeError) as error:
-            if n == len(lines) - 1:
-                break
-            raise DataError(
-                f"{path}:{n + 1}: expected a record in JSON, got {line[:60]!r}"
-            ) from error
-        if kind == "begin":
-            # Everything from there on is gone over again; a growth at that step belongs to its stage.
-            here = row["step"], row["stage"]
-            rows = [r for r in rows if "step" not in r or _before(r, *here)]
+    for row in lines_of(Path(run) / NAME):
+        if row["kind"] == "begin":
+            # Everything from there on is gone over again; a growth at that step belongs to its stage
+            step, stage = row["step"], row["stage"]
+            rows = [r for r in rows if r["kind"] == "end" or _before(r, step, stage)]
         rows.append(row)
     return rows
 
@@ -206,69 +208,3 @@ def _before(row: dict[str, Any], step: int, stage: int) -> bool:
     if row["kind"] == "growth":
         return row["stage"] <= stage
     return row["step"] < step or row["kind"] in ("begin", "saved")
-
-
-class _Bars:
-    """One bar a stage, and a line for what is not a step."""
-
-    def __init__(self, plan: Plan, console: Console):
-        self.plan, self.console = plan, console
-        self.progress = Progress(
-            TextColumn("{task.description:14.14}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}  {task.fields[text]}"),
-            TimeRemainingColumn(),
-            console=console,
-            speed_estimate_period=60,
-        )
-        self.held_out = ""
-
-    def __enter__(self) -> "_Bars":
-        self.progress.start()
-        self.tasks = [
-            self.progress.add_task(
-                s.stage.name or f"stage {s.index}", total=s.steps, start=False, text=""
-            )
-            for s in self.plan.spans
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def show(self, record: Record, row: dict[str, Any]) -> None:
-        """Move a bar, or print a line."""
-        if isinstance(record, Step):
-            if record.held_out is not None:
-                self.held_out = f"  held-out {record.held_out:.4f}"
-            speed = (
-                f"  {row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else ""
-            )
-            mfu = f"  MFU {row['mfu']:.0%}" if "mfu" in row else ""
-            span, task = self.plan.spans[record.stage], self.tasks[record.stage]
-            self.progress.start_task(task)
-            text = f"loss {record.loss:.4f}{self.held_out}{speed}{mfu}"
-            self.progress.update(task, completed=record.step - span.start + 1, text=text)
-        elif isinstance(record, Begin) and record.resumed:
-            for span in self.plan.spans[: record.stage]:
-                self.progress.update(self.tasks[span.index], completed=span.steps)
-            here = record.step - self.plan.spans[record.stage].start
-            self.progress.update(self.tasks[record.stage], completed=here)
-            self.progress.print(f"going on from {record.resumed}, before step {record.step}")
-        elif isinstance(record, Growth):
-            grew = ", ".join(f"{axis} {a} to {b}" for axis, (a, b) in record.grew.items())
-            c = record.crossing
-            self.progress.print(
-                f"before step {record.step}: {grew} by {c.operator} ({c.exactness}); loss {c.before:.5f} "
-                f"to {c.after:.5f}; stood still for {record.stall:.2f} s, {record.compile_wait:.2f} of "
-                "them compiling"
-            )
-        elif isinstance(record, End) and not record.finished:
-            self.progress.print("asked to stop: saved, and the same command goes on from here")
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise TrainingError(f"{name} is not installed: pip install {name}") from error

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Crossing:
@@ -22,23 +24,49 @@ class Crossing:
     certify_seconds: float
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Losses on the held-out windows, one by one: runs on the same text are compared window by window.
+
+    `sums` are the losses of a window's positions times their weights, in nats, and `weights` the sums of
+    these: float64 `[windows]` both.
+    """
+
+    sums: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def windows(self) -> int:
+        return len(self.sums)
+
+    @property
+    def loss(self) -> float:
+        """The mean over all weights, in nats per token."""
+        return float(self.sums.sum() / self.weights.sum())
+
+
 @dataclasses.dataclass(frozen=True)
 class Begin:
-    """Where a run begins: at its birth, or after the checkpoint that it goes on from."""
+    """Where a run begins: at its birth, or after the checkpoint that it goes on from.
+
+    `notes` are sentences about what the user should know: a lock or a damaged checkpoint that was found.
+    """
 
     stage: int
     step: int
     resumed: str | None
     devices: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
     """What one training step reports; `held_out` only at marks and after the last step.
 
-    `step` counts from 0. `tokens`, `flops`, `spent` and `seconds` are what the run has used once it is
-    done, over all its sessions: `spent` is what the plan's clock charges, in its unit; seconds are those
-    spent training, not compiling, growing, evaluating or saving.
+    `held_out` is taken over the same few windows at every mark (`Options.held_out`); the many of the end
+    are in `End`. `step` counts from 0. `tokens`, `flops`, `spent` and `seconds` are what the run has used
+    once it is done, over all its sessions: `spent` is what the plan's clock charges, in its unit; seconds
+    are those spent training, not compiling, growing, evaluating or saving.
     `scores` are what the run's hooks said of it, at the same marks; None without hooks.
     `took` are the seconds since the step before was reported, `waited` those of them spent waiting for
     data. Losses are in nats per token: `loss` of the part that was trained, on its batch; `held_out` of
@@ -93,7 +121,9 @@ class End:
     """The end of a run, or of a session of it if `finished` is False (it was asked to stop).
 
     `model` is without gates if the run is finished. `programs` were compiled in this session; the
-    seconds are what was not spent training.
+    seconds are what was not spent training. `step` is how many steps of the run are done.
+    `held_out` are the losses of the finished model on every window of the fixed set, if there is one;
+    `signal` is what asked to stop, such as "SIGTERM".
     """
 
     model: Any
@@ -102,6 +132,9 @@ class End:
     compile_seconds: float
     held_out_seconds: float
     hook_seconds: float = 0.0
+    step: int = 0
+    held_out: HeldOut | None = None
+    signal: str | None = None
 
 
 Record = Begin | Step | Growth | Saved | End

@@ -13,15 +13,15 @@ import equinox as eqx
 import jax
 from jax.sharding import Mesh
 
-from growjax import growth
 from growjax.axes import partition
 from growjax.errors import CheckpointError, GrowjaxError, raise_all
 from growjax.gates import is_gated, ungated
 from growjax.hf.convert import config as read_config
 from growjax.hf.convert import load as load_folder
 from growjax.plan.plan import Plan, build
-from growjax.runs.checkpoint import Checkpoints, read_lineage
-from growjax.runs.lineage import digest_of, load_model, model_of
+from growjax.runs.checkpoint import read_lineage
+from growjax.runs.lineage import digest_of, load_model, model_of, operators_of
+from growjax.runs.run import checkpoint_in
 
 
 # How a model computes and not what: these are the plan's, whatever the model was trained with
@@ -83,11 +83,7 @@ def _find(folder: str) -> Source:
     if (path / "config.json").is_file():
         config, key = read_config(path), jax.random.key(0)
         return Source(path, eqx.filter_eval_shape(lambda: build(config, key)), None)
-    if (path / "checkpoints").is_dir():
-        whole = Checkpoints(path / "checkpoints").found()
-        if not whole:
-            raise CheckpointError(f"{path}: a run without a whole checkpoint")
-        path = whole[-1]
+    path = checkpoint_in(path)
     lineage = read_lineage(path)
     return Source(path, model_of(lineage), lineage)
 
@@ -108,8 +104,7 @@ def _faults(plan: Plan, source: Source) -> Iterator[str]:
     if len(unlike) > _SHOWN:
         yield f"and {len(unlike) - _SHOWN} more"
     if unlike and lineage is not None:
-        operators = [growth.from_dict(op) for op in lineage["operators"]]
-        grew = ", ".join(map(str, operators)) or "nothing"
+        grew = ", ".join(map(str, operators_of(lineage))) or "nothing"
         yield (
             f"it was born as {_born(lineage['model'])} and grew by {grew}; the plan's `model` and "
             "`start.operators` must say the same, or describe an equal model. A smaller model becomes a "

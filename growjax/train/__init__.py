@@ -14,12 +14,15 @@ from growjax.plan.stages import Start as Start
 from growjax.runs.feed import CorpusFeed as CorpusFeed
 from growjax.runs.feed import Feed as Feed
 from growjax.runs.journal import read_journal as read_journal
-from growjax.runs.journal import watch as watch
 from growjax.runs.records import Begin as Begin
 from growjax.runs.records import End as End
 from growjax.runs.records import Growth as Growth
+from growjax.runs.records import HeldOut as HeldOut
 from growjax.runs.records import Record as Record
 from growjax.runs.records import Saved as Saved
 from growjax.runs.records import Step as Step
-from growjax.train.loop import Options as Options
+from growjax.runs.run import Run as Run
+from growjax.runs.watch import watch as watch
+from growjax.train.loop import Training as Training
 from growjax.train.loop import train as train
+from growjax.train.options import Options as Options

@@ -3,6 +3,7 @@
 import functools
 import json
 import runpy
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from growjax import growth
 from growjax.axes import axes_of, sizes
 from growjax.budget import MeasuredClock, Op, Timing, save_clock
 from growjax.certificate import Certificate, certify
 from growjax.cost import parameters
-from growjax.errors import BudgetError, CheckpointError, GrowthError, PlanError
+from growjax.errors import BudgetError, CheckpointError, GrowjaxError, GrowthError, PlanError
 from growjax.forecast.calibration import calibrate
 from growjax.forecast.dryrun import dry_run
 from growjax.forecast.pod import chips, compile_for
@@ -31,9 +33,14 @@ from growjax.plan.files import from_dict, load_plan, to_dict
 from growjax.plan.losses import cross_entropy, reads_pairs
 from growjax.plan.plan import Plan, purpose_key
 from growjax.programs.step import Programs, checksums
-from growjax.runs.checkpoint import Checkpoints, load, numbered, read_lineage, write
+from growjax.runs.checkpoint import load, numbered, read_lineage, write
 from growjax.runs.feed import CorpusFeed
-from growjax.runs.lineage import load_model, model_of
+from growjax.runs.lineage import load_model, model_of, operators_of, optimizer_of
+from growjax.runs.records import End
+from growjax.runs.run import Run, checkpoint_in
+from growjax.runs.watch import watch
+from growjax.train.loop import train
+from growjax.train.options import Options
 
 
 OPERATORS = {
@@ -46,6 +53,8 @@ OPERATORS = {
 
 
 _DEPTH = {"stack", "expand"}
+# Exit statuses of a run that was asked to stop, and saved
+STOPPED, INTERRUPTED = 75, 130
 
 
 def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
@@ -63,7 +72,13 @@ def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
         try:
             plan = runpy.run_path(str(path)).get("plan")
         except OSError as error:
-            raise PlanError(f"{path}: {error.strerror}") from error
+            raise PlanError(f"{path}: {error.strerror or error}") from error
+        except GrowjaxError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise PlanError(
+                f"{path}{_line_in(path, error)}: {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(plan, Plan):
             raise PlanError(
                 f"{path}: expected it to define `plan`, a growjax.train.Plan, got {plan!r}"
@@ -79,6 +94,15 @@ def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
             raise PlanError(f"{change!r}: expected a change like batch=16")
         _set(saved, name, _value(text))
     return from_dict(saved)
+
+
+def _line_in(path: Path, error: BaseException) -> str:
+    """Where in a file an error came from, as `:LINE`."""
+    if isinstance(error, SyntaxError):
+        return f":{error.lineno}" if error.filename == str(path) else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return f":{lines[-1]}" if lines else ""
 
 
 def _value(text: str) -> Any:
@@ -130,6 +154,31 @@ def show_plan(
     compiled.check()
 
 
+def train_plan(
+    plan: Plan,
+    run: str | Path,
+    options: Options,
+    *,
+    reference: Any = None,
+    trackers: Sequence[str] = (),
+    console: Console,
+) -> int:
+    """Run a plan in a folder, shown on a console; returns the exit status that says how it ended.
+
+    0 is the end of the plan. `STOPPED` (75, what `sysexits.h` calls a temporary failure) is a run that
+    SIGTERM asked to stop: it was saved, and the same command goes on. `INTERRUPTED` (130) is Ctrl-C,
+    saved alike: a person wants it to stop, and a script should not try again.
+    """
+    records = train(plan, run=run, options=options, reference=reference)
+    end = None
+    for record in watch(records, plan, run=run, console=console, trackers=trackers):
+        if isinstance(record, End):
+            end = record
+    if end is None or end.finished:
+        return 0
+    return INTERRUPTED if end.signal == "SIGINT" else STOPPED
+
+
 def calibrate_plans(
     plans: Sequence[str | Path],
     out: str | Path,
@@ -156,7 +205,8 @@ def calibrate_plans(
         fed = "" if timing.fed is None else f", times {timing.fed:.3f} with the plan's data"
         console.print(
             f"{op.kind} of {op.depth} layers, {op.rows} x {op.length} tokens, {op.flops:.4g} FLOPs: "
-            f"{mean:.3f} ms (blocks: {p5:.3f} to {p95:.3f}){fed}"
+            f"{mean:.3f} ms (blocks: {p5:.3f} to {p95:.3f}){fed}",
+            markup=False,
         )
 
     found = [read_plan(plan) for plan in plans]
@@ -212,12 +262,13 @@ def operator_of(by: str, to: Mapping[str, int], model: Any) -> Operator | Chain:
 def grow_checkpoint(
     op: Operator | Chain, path: str | Path, out: str | Path, *, seed: int = 0
 ) -> Certificate:
-    """Grow a checkpoint, optimizer state and all, into a new one; the old one is not touched.
+    """Grow a checkpoint (of a run, its last one), optimizer state and all, into a new one.
 
-    The same program that grows a run in its middle. Raises `CheckpointError` if `out` exists, if gates
-    are still opening, or if the certificate is not passed; nothing is written then.
+    The old one is not touched. The program is the one that grows a run in its middle. Raises
+    `CheckpointError` if `out` exists, if gates are still opening, or if the certificate is not passed;
+    nothing is written then.
     """
-    path, out = Path(path), Path(out)
+    path, out = checkpoint_in(path), Path(out)
     if out.exists():
         raise CheckpointError(f"{out}: is there already, and nothing is overwritten")
     model, lineage = load_model(path)
@@ -230,7 +281,7 @@ def grow_checkpoint(
         raise CheckpointError(f"{path}: growing it by {op} is not what it promises:\n{certificate}")
     layout = Layout()
     mesh = layout.mesh(jax.devices()[:1])
-    optimizer = from_dict(lineage["optimizer"]).build()
+    optimizer = optimizer_of(lineage).build()
     programs = Programs(optimizer, cross_entropy, mesh, layout)
     shapes = programs.shapes(model_of(lineage))
     grown = programs.growth(shapes, op)(load(path, shapes), np.int32(seed))
@@ -288,44 +339,45 @@ def certify_model(op: Operator | Chain, model: Any, *, seed: int = 0) -> Certifi
 
 def describe(path: str | Path, console: Console) -> None:
     """Print what a checkpoint, or the last one of a run, says about itself."""
+
+    def say(text: str) -> None:
+        # Names and paths may hold brackets, and are no markup
+        console.print(Text(text))
+
     path = Path(path)
     if (path / "checkpoints").is_dir():
-        found = Checkpoints(path / "checkpoints").found()
-        if not found:
-            raise CheckpointError(f"{path}: a run without a whole checkpoint")
-        console.print(f"{len(found)} checkpoints: {', '.join(p.name for p in found)}")
-        path = found[-1]
+        names = [p.name for p in Run(path).checkpoints()]
+        say(f"{len(names)} checkpoints: {', '.join(names)}")
+    path = checkpoint_in(path)
     lineage = read_lineage(path)
     model = model_of(lineage)
-    console.print(
+    say(
         f"{path}\n{lineage['plan']}: step {lineage['step']}, stage {lineage['stage']}; "
         f"{lineage['tokens']:,} tokens, {lineage['flops']:.4g} training FLOPs, "
         f"{lineage['seconds']:.0f} s of training; seed {lineage['seed']}, growjax {lineage['growjax']}"
     )
     born = lineage["model"]
-    console.print(
-        f"born as {born['is']}({', '.join(f'{k}={v}' for k, v in born.items() if k != 'is')})"
-    )
-    for op in lineage["operators"]:
-        console.print(f"grown by {growth.from_dict(op)}")
+    say(f"born as {born['is']}({', '.join(f'{k}={v}' for k, v in born.items() if k != 'is')})")
+    for op in operators_of(lineage):
+        say(f"grown by {op}")
     if lineage["parent"]:
-        console.print(f"after {lineage['parent']}")
-    if start := lineage.get("start"):
-        console.print(
-            f"started from {start['folder']} ({start['is']}), which took {start['tokens']:,} tokens and "
-            f"{start['flops']:.4g} training FLOPs"
-            if start["flops"] is not None
-            else f"started from {start['folder']} ({start['is']})"
-        )
+        say(f"after {lineage['parent']}")
+    if start := lineage["start"]:
+        took = ""
+        if start["flops"] is not None:
+            took = (
+                f", which took {start['tokens']:,} tokens and {start['flops']:.4g} training FLOPs"
+            )
+        say(f"started from {start['folder']} ({start['is']}){took}")
     if is_gated(model):
-        console.print(f"behind gates at {lineage['level']:.2f}")
+        say(f"behind gates at {lineage['level']:.2f}")
     if lineage["certificate"]:
-        console.print("certificate", lineage["certificate"])
+        say(f"certificate {lineage['certificate']}")
     table = Table(title=f"{parameters(model):,} parameters")
     for column in ("leaf", "shape", "type", "axes"):
         table.add_column(column)
     for slot in axes_of(model).values():
         for x in slot.arrays():
             axes = " ".join(dim.axis for dim in slot.dims)
-            table.add_row(slot.path, str(tuple(x.shape)), str(x.dtype), axes)
+            table.add_row(*map(Text, (slot.path, str(tuple(x.shape)), str(x.dtype), axes)))
     console.print(table)

@@ -1,0 +1,233 @@
+"""The checkpoints that a plan writes into the folder of its run, and how it goes on from them."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from growjax import __version__
+from growjax.errors import CheckpointError, DamagedError, GrowjaxError, raise_all
+from growjax.plan.files import differences, from_dict, load_plan, save_plan, to_dict
+from growjax.plan.plan import Plan
+from growjax.plan.stages import Span
+from growjax.programs.step import Programs, State
+from growjax.runs import hosts
+from growjax.runs.checkpoint import Checkpoints, load, numbered, read_lineage, set_aside
+from growjax.runs.lock import Lock
+from growjax.runs.records import Crossing
+from growjax.runs.run import Run
+
+
+class Resumed(NamedTuple):
+    """Where a run goes on: what the checkpoint holds and says."""
+
+    path: str
+    stage: int
+    step: int
+    flops: int
+    seconds: float
+    state: State
+
+
+class Saves:
+    """The checkpoints of one plan in the folder of its run, next to the plan itself.
+
+    **Arguments**
+
+    - `lock`: on the folder, held by process 0.
+    - `reference`: the digest of the second model that a selector compares with.
+    - `fall_back`: set a damaged checkpoint aside and go on from the one before it; by default it is an
+      error that says what to remove.
+
+    `notes` are sentences about what was done that the user should know. Raises `CheckpointError` if the
+    folder is that of another plan; where it is spread over devices and where its data lie may differ.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        run: Run,
+        lock: Lock,
+        *,
+        keep_last: int,
+        keep_every: int | None,
+        reference: str | None = None,
+        fall_back: bool = False,
+    ):
+        self.plan, self.run, self.lock = plan, run, lock
+        self.reference, self.fall_back = reference, fall_back
+        self.checkpoints = Checkpoints(
+            run.checkpoints_folder, keep_last=keep_last, keep_every=keep_every
+        )
+        self.parent: str | None = None
+        self.start: dict[str, Any] | None = None
+        self.notes: list[str] = []
+        if run.plan_file.exists():
+            old = _movable(load_plan(run.plan_file))
+            faults = list(differences(to_dict(old), to_dict(_movable(plan))))
+            hint = "choose another folder, or go on with that one"
+            raise_all(CheckpointError, f"{run} holds the run of another plan; {hint}:", faults)
+
+    def last(self) -> Path | None:
+        """The last whole checkpoint, once what is being written is."""
+        self.checkpoints.wait()
+        return self.run.last()
+
+    def check(self) -> None:
+        """Raise `CheckpointError` if somebody else has taken the folder in the meantime."""
+        self.lock.check()
+
+    def wait(self) -> None:
+        """Return once nothing is being written."""
+        self.checkpoints.wait()
+
+    def resume(self, programs: Programs, data: str) -> Resumed | None:
+        """The state to go on from, on the mesh of the programs; None in a new run.
+
+        With many hosts, process 0 decides which checkpoint it is, and all of them confirm that they have
+        the same. Raises `CheckpointError` if it is of another run, or if hosts differ, and `DamagedError`
+        if it is not whole and `fall_back` is not set.
+        """
+        names = hosts.from_first(self._begin)
+        for name in reversed(names):
+            path = self.run.checkpoints_folder.absolute() / name
+            try:
+                return self._read(path, programs, data)
+            except DamagedError:
+                if not self.fall_back:
+                    raise
+                moved = hosts.from_first(lambda path=path: set_aside(path).name)
+                self.notes.append(f"{path} is not a whole checkpoint; it was set aside as {moved}")
+        return None
+
+    def _begin(self) -> list[str]:
+        """Put the folder in order and list its checkpoints; for process 0."""
+        self.checkpoints.clean()
+        names = [path.name for path in self.run.checkpoints()]
+        if not self.run.plan_file.exists():
+            if names:
+                # The plan was lost: its checkpoints still say whose they are
+                self._check_plan(self.run.checkpoints()[-1])
+            try:
+                self.run.folder.mkdir(parents=True, exist_ok=True)
+                save_plan(self.plan, self.run.plan_file)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.run.plan_file}: could not be written: {error.strerror}"
+                ) from error
+        return names
+
+    def _check_plan(self, path: Path) -> dict[str, Any]:
+        """The lineage of a checkpoint, if it is of this plan."""
+        lineage = read_lineage(path)
+        if not lineage["stage"] < len(self.plan.spans):
+            raise CheckpointError(
+                f"{path} is of the run of another plan: it is of stage {lineage['stage']}, and the plan "
+                f"has {len(self.plan.spans)}"
+            )
+        mine = self._identity(lineage["stage"])
+        try:
+            # Through the values, so that a field which did not exist then has its default
+            theirs = {name: to_dict(from_dict(lineage.get(name))) for name in mine}
+        except GrowjaxError as error:
+            raise CheckpointError(f"{path}: its lineage: {error}") from error
+        faults = list(differences(*json.loads(json.dumps([theirs, mine]))))
+        raise_all(CheckpointError, f"{path} is of the run of another plan:", faults)
+        return lineage
+
+    def _read(self, path: Path, programs: Programs, data: str) -> Resumed:
+        lineage = hosts.together(lambda: self._check_plan(path))
+        first = hosts.from_first(lambda: lineage)
+
+        def same() -> None:
+            # The checksums of all arrays are in it
+            if json.dumps(lineage, sort_keys=True) != json.dumps(first, sort_keys=True):
+                raise CheckpointError(f"{path} is not the checkpoint that process 0 goes on from")
+
+        hosts.together(same)
+        if lineage["data"] != data:
+            raise CheckpointError(
+                f"{path}: it was trained on other data (digest {lineage['data']}, now {data}); a run "
+                "goes on with what it began with"
+            )
+        if lineage["reference"] != self.reference:
+            raise CheckpointError(
+                f"{path}: it chose by another second model (digest {lineage['reference']}, now "
+                f"{self.reference}); a run goes on with what it began with"
+            )
+        span = self.plan.spans[lineage["stage"]]
+        if not span.start <= lineage["step"] <= span.start + span.steps:
+            raise CheckpointError(
+                f"{path} is of the run of another plan: it is before step {lineage['step']}, and stage "
+                f"{span.index} has steps {span.start} to {span.start + span.steps}"
+            )
+        state = load(path, programs.shapes(span.model), together=hosts.together)
+        self.parent, self.start = path.name, lineage["start"]
+        return Resumed(
+            str(path), span.index, lineage["step"], lineage["flops"], lineage["seconds"], state
+        )
+
+    def save(
+        self,
+        span: Span,
+        step: int,
+        state: State,
+        seal: Callable[[State], list[Any]],
+        *,
+        level: float,
+        flops: int,
+        seconds: float,
+        data: str,
+        crossing: Crossing | None,
+    ) -> Path | None:
+        """Start to write the state before `step`, with everything that led to it; None if it is there.
+
+        A resumed run comes past its checkpoints again, with the same numbers. `seal` is the compiled
+        program of `checksums`.
+        """
+        # The one that is being written has its name once it is whole, and may be this one
+        self.checkpoints.wait()
+        if self.checkpoints.path(step, span.index).exists():
+            return None
+        lineage = {
+            "growjax": __version__,
+            **self._identity(span.index),
+            "gated": span.stage.grow is not None,
+            "level": level,
+            "sizes": span.sizes,
+            "stage": span.index,
+            "step": step,
+            "tokens": span.tokens + (step - span.start) * span.step_tokens,
+            "flops": flops,
+            "seconds": seconds,
+            "data": data,
+            "reference": self.reference,
+            "parent": self.parent,
+            "start": self.start,
+            "checksums": numbered(state, seal),
+            "certificate": None if crossing is None else dataclasses.asdict(crossing),
+        }
+        path = self.checkpoints.save(step, span.index, state, lineage)
+        self.parent = path.name
+        return path
+
+    def _identity(self, stage: int) -> dict[str, Any]:
+        """What a checkpoint of one stage says about the plan."""
+        plan = self.plan
+        grown = [s.grow for s in plan.stages[: stage + 1] if s.grow is not None]
+        earlier = plan.start.operators if plan.start else ()
+        return {
+            "plan": plan.name,
+            "model": to_dict(plan.model),
+            "optimizer": to_dict(plan.optimizer),
+            "operators": [to_dict(op) for op in (*earlier, *grown)],
+            "seed": plan.seed,
+            "tokenizer": plan.tokenizer,
+        }
+
+
+def _movable(plan: Plan) -> Plan:
+    """The plan without what may change when a run goes on."""
+    start = plan.start and dataclasses.replace(plan.start, folder="it was read at the start")
+    return dataclasses.replace(plan, layout=type(plan.layout)(), data=None, start=start)

@@ -1,0 +1,315 @@
+"""Checkpoints and journals that were harmed: restored right, or one typed error that says what to do."""
+
+import gc
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from growjax import train as trainer
+from growjax.errors import CheckpointError, DamagedError, DataError
+from growjax.runs import hosts
+from growjax.runs.checkpoint import lineage_faults, load, read_lineage, sealed
+from growjax.runs.journal import Journal, lines_of
+from growjax.runs.lineage import optimizer_of
+from growjax.runs.run import Run, checkpoint_in
+from growjax.train import Begin, End, Options, read_journal, watch
+from growjax.train.commands import describe
+from tests.conftest import DEEP
+from tests.runs import feed, losses, plan, programs_of, same, steps
+
+
+# What Orbax was about to read when it came upon a fault is never awaited, and says so when it is freed
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning"
+)
+train: Any = trainer.train  # tests know which record comes where; the checker does not
+PLACES = 400 if DEEP else 24
+
+
+@pytest.fixture(autouse=True)
+def _freed_here():
+    """And not in some later test, which would be blamed for it."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def short(programs, tmp_path_factory):
+    """A run of four steps with a checkpoint after every second one, and its records."""
+    of, folder = plan(steps(4)), tmp_path_factory.mktemp("short") / "run"
+    options = Options(held_out=4, save_every=2, keep_last=9)
+    running = train(of, feed(of), run=folder, options=options, cache=programs)
+    return of, list(watch(running, of, run=folder)), folder
+
+
+@pytest.fixture
+def copied(short, tmp_path):
+    """The same, to be harmed: the plan, the folder, and its last checkpoint."""
+    shutil.copytree(short[2], tmp_path / "run")
+    return short[0], tmp_path / "run", tmp_path / "run" / "checkpoints" / "00000004-00"
+
+
+def rewritten(path: Path, change: Any) -> None:
+    """The lineage of a checkpoint changed and sealed again, as an odd version of growjax might."""
+    file = path / "_CHECKPOINT_METADATA"
+    saved = json.loads(file.read_text())
+    lineage = saved["custom_metadata"]["growjax"]
+    del lineage["seal"]
+    change(lineage)
+    saved["custom_metadata"]["growjax"] = sealed(lineage)
+    file.write_text(json.dumps(saved))
+
+
+# A flipped bit anywhere -----------------------------------------------------------------------
+
+
+def test_a_flipped_bit_anywhere_is_seen_or_harmless(short, tmp_path_factory):
+    of, _, folder = short
+    path = tmp_path_factory.mktemp("flipped") / "00000004-00"
+    shutil.copytree(folder / "checkpoints" / path.name, path)
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.stat().st_size)
+    assert {"_sharding", "_METADATA", "_CHECKPOINT_METADATA"} <= {p.name for p in files}
+    assert any(p.parent.name == "d" for p in files)
+    shapes = programs_of(of).shapes(of.spans[0].model)
+    whole = [np.asarray(x) for x in jax.tree.leaves(load(path, shapes))]
+    seen = set()
+
+    @settings(max_examples=PLACES)
+    @given(st.sampled_from(files), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+    def check(file: Path, place: float, bit: int) -> None:
+        original = file.read_bytes()
+        data = bytearray(original)
+        data[int(place * len(data))] ^= 1 << bit
+        file.write_bytes(bytes(data))
+        try:
+            read_lineage(path)
+            leaves = [np.asarray(x) for x in jax.tree.leaves(load(path, shapes))]
+        except CheckpointError as error:
+            seen.add(file)
+            assert str(path) in str(error)
+        else:
+            assert all(np.array_equal(a, b) for a, b in zip(leaves, whole, strict=True))
+        finally:
+            file.write_bytes(original)
+
+    check()
+    assert len(seen) >= 3
+
+
+def flipped(path: Path) -> None:
+    """A bit of the largest file of the arrays changes."""
+    largest = max(path.glob("state/**/d/*"), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(bytes(data))
+
+
+def test_damage_says_what_to_remove_and_where_the_run_goes_on(short, copied, programs):
+    of, folder, path = copied
+    flipped(path)
+    says = r"00000004-00 is not a whole .* Remove that folder, and the run goes on from step 2 \(00000002"
+    with pytest.raises(DamagedError, match=says):
+        list(train(of, feed(of), run=folder, cache=programs))
+    shutil.rmtree(path.with_name("00000002-00"))
+    with pytest.raises(DamagedError, match="Remove that folder, and the run begins anew"):
+        list(train(of, feed(of), run=folder, cache=programs))
+    # By hand, as it says
+    shutil.rmtree(path)
+    again = list(train(of, feed(of), run=folder, cache=programs))
+    assert again[0].resumed is None and same(again, short[1])
+
+
+def test_a_run_falls_back_if_asked_to_and_ends_the_same(short, copied, programs):
+    of, folder, path = copied
+    flipped(path)
+    options = Options(held_out=4, save_every=2, fall_back=True)
+    again = list(train(of, feed(of), run=folder, options=options, cache=programs))
+    assert again[0].step == 2 and again[0].resumed == str(path.with_name("00000002-00"))
+    (note,) = again[0].notes
+    assert (
+        "00000004-00 is not a whole checkpoint" in note
+        and "set aside as 00000004-00.damaged" in note
+    )
+    assert path.with_name("00000004-00.damaged").is_dir()
+    assert same(again, short[1]) and losses(again) == {
+        n: x for n, x in losses(short[1]).items() if n >= 2
+    }
+    # What took its place is whole
+    assert next(train(of, feed(of), run=folder, options=options, cache=programs)).step == 4
+
+
+def test_what_was_half_written_or_half_removed_is_cleared_away(short, copied, programs):
+    of, folder, path = copied
+    half = [path.with_name(name) for name in ("x.orbax-checkpoint-tmp", "00000002-00.dropped")]
+    for place in half:
+        shutil.copytree(path, place)
+    running = train(of, feed(of), run=folder, cache=programs)
+    assert next(running) == Begin(0, 4, str(path), 1)
+    assert not any(place.exists() for place in half)
+
+
+# Odd lineages ---------------------------------------------------------------------------------
+
+FIELDS = sorted(lineage_faults.__globals__["_FIELDS"])
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 10**6),
+    st.floats(),
+    st.text(max_size=4),
+    st.lists(st.integers(0, 3), max_size=2),
+    st.dictionaries(st.sampled_from(["is", "x", "tokens", "layers"]), st.integers(0, 3)),
+    st.just({"is": "Batches", "corpus": 1}),
+    st.just([{"is": "Stack", "factor": 2}]),
+    st.just([{"operator": "msg", "sizes": {"nothing": 3}}]),
+)
+
+
+def test_an_odd_lineage_is_a_typed_error_however_it_is_sealed(short, tmp_path_factory):
+    of, _, folder = short
+    path = tmp_path_factory.mktemp("odd") / "checkpoints" / "00000004-00"
+    shutil.copytree(folder / "checkpoints" / path.name, path)
+    file = path / "_CHECKPOINT_METADATA"
+    original, refused = file.read_text(), []
+    console = Console(file=(path.parent / "shown").open("w"))
+
+    @settings(max_examples=2 * PLACES)
+    @given(st.sampled_from(FIELDS), st.one_of(JUNK, st.just(...)))
+    def check(field: str, junk: Any) -> None:
+        def change(lineage: dict[str, Any]) -> None:
+            lineage[field] = junk
+            if junk is ...:
+                del lineage[field]
+
+        rewritten(path, change)
+        try:
+            describe(path, console)
+            optimizer_of(read_lineage(path))
+        except CheckpointError as error:
+            refused.append(str(error))
+        finally:
+            file.write_text(original)
+
+    check()
+    assert len(refused) > PLACES // 2 and any("it is missing" in text for text in refused)
+
+
+OTHER = {
+    "stage": (7, "it is of stage 7, and the plan has 1"),
+    "step": (999, "it is before step 999, and stage 0 has steps 0 to 4"),
+    "seed": (5, "seed: was 5, is 0"),
+}
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_a_lineage_that_does_not_fit_the_plan_is_refused_by_the_run(copied, programs, field):
+    of, folder, path = copied
+    value, words = OTHER[field]
+    rewritten(path, lambda lineage: lineage.update({field: value}))
+    with pytest.raises(CheckpointError, match=f"is of the run of another plan(.|\n)*{words}"):
+        next(train(of, feed(of), run=folder, cache=programs))
+
+
+def test_a_host_with_another_lineage_than_that_of_process_0_is_refused(
+    copied, programs, monkeypatch
+):
+    """Under the same name: as if another run had written into the folder that this host sees."""
+    of, folder, _ = copied
+    real = hosts.from_first
+
+    def other(make: Any) -> Any:
+        found = real(make)
+        return found | {"tokens": 1} if isinstance(found, dict) else found
+
+    monkeypatch.setattr(hosts, "from_first", other)
+    with pytest.raises(CheckpointError, match="is not the checkpoint that process 0 goes on from"):
+        next(train(of, feed(of), run=folder, cache=programs))
+
+
+# Journals ---------------------------------------------------------------------------------------
+
+
+@settings(max_examples=8)
+@given(st.integers(1, 200))
+def test_a_journal_that_was_cut_anywhere_is_mended_and_goes_on(tmp_path_factory, cut):
+    folder = tmp_path_factory.mktemp("journal")
+    rows = [{"kind": "step", "step": n, "stage": 0, "loss": 1.5} for n in range(5)]
+    with Journal(folder) as journal:
+        for row in rows:
+            journal.add(row)
+    file = folder / "metrics.jsonl"
+    data = file.read_bytes()
+    file.write_bytes(data[:-cut])
+    left = file.read_bytes().count(b"\n")
+    with Journal(folder) as journal:
+        journal.add({"kind": "begin", "step": left, "stage": 0})
+    found = list(lines_of(file))
+    assert found == [*rows[:left], {"kind": "begin", "step": left, "stage": 0}]
+    assert read_journal(folder) == found
+
+
+def test_sessions_of_a_run_are_told_by_its_journal(short, copied, programs):
+    of, folder, _ = copied
+    run = Run(folder)
+    assert [s.finished for s in run.sessions()] == [True] and run.finished
+    running = train(of, feed(of), run=folder, cache=programs)
+    list(watch(running, of, run=folder))
+    first, second = run.sessions()
+    assert (first.step, first.resumed) == (0, None) and second.step == 4
+    assert second.resumed and second.resumed.endswith("00000004-00")
+    with pytest.raises(DataError, match="no journal of a run"):
+        Run(folder / "nowhere").sessions()
+
+
+# Held-out losses in the folder ----------------------------------------------------------------------
+
+
+def test_the_losses_of_the_end_are_kept_and_a_damaged_file_is_said(short, copied, programs):
+    of, folder, _ = copied
+    (end,) = (r for r in short[1] if isinstance(r, End))
+    kept = Run(folder).held_out()
+    assert kept is not None and kept[1]["step"] == 4
+    assert np.array_equal(kept[0].sums, end.held_out.sums) and kept[0].loss == end.held_out.loss
+    file = folder / "held_out.npz"
+    again = list(train(of, feed(of), run=folder, cache=programs))[-1]
+    assert again.held_out_seconds == 0 and np.array_equal(again.held_out.sums, end.held_out.sums)
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match="held_out.npz is damaged .* remove it"):
+        list(train(of, feed(of), run=folder, cache=programs))
+    file.unlink()
+    again = list(train(of, feed(of), run=folder, cache=programs))[-1]
+    assert np.array_equal(again.held_out.sums, end.held_out.sums) and file.exists()
+
+
+# What a path means ------------------------------------------------------------------------------------
+
+
+def test_a_path_means_a_checkpoint_or_the_last_one_of_a_run(short, tmp_path):
+    last = short[2] / "checkpoints" / "00000004-00"
+    assert checkpoint_in(short[2]) == last == checkpoint_in(last)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        checkpoint_in(tmp_path / "nowhere")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="a run without a whole checkpoint"):
+        checkpoint_in(tmp_path)
+
+
+@pytest.mark.parametrize("inside", ["", "run", "state/d"])
+def test_nothing_trains_inside_a_checkpoint(copied, programs, inside):
+    of, _, path = copied
+    before = sorted(path.rglob("*"))
+    with pytest.raises(
+        CheckpointError, match=r"is a checkpoint, and nothing trains in it.*Start\("
+    ):
+        next(train(of, feed(of), run=path / inside, cache=programs))
+    assert sorted(path.rglob("*")) == before
+    with pytest.raises(CheckpointError, match="the run's folder is the one above"):
+        next(train(of, feed(of), run=path.parent, cache=programs))

@@ -1,0 +1,220 @@
+"""What a person sees of a run: on a terminal, in a narrow one, and where there is none."""
+
+import io
+import re
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import growjax as gj
+from growjax import train as trainer
+from growjax.runs import progress
+from growjax.runs import watch as watching
+from growjax.runs.doing import Doing
+from growjax.runs.journal import Rates
+from growjax.train import Begin, End, HeldOut, Options, Saved, Stage, Step, watch
+from tests.runs import TOKENS, feed, plan, steps
+
+
+train: Any = trainer.train
+NAMES = ("[v2]", "x [/y]", "[bold]$$[/bold]")
+
+
+def console(width: int = 120, terminal: bool = False) -> tuple[Console, io.StringIO]:
+    shown = io.StringIO()
+    # A terminal that takes no colours: what is drawn is what is read
+    return Console(file=shown, width=width, force_terminal=terminal, color_system=None), shown
+
+
+def step(n: int, **changes: Any) -> Step:
+    fields: dict[str, Any] = dict(
+        stage=0, step=n, tokens=TOKENS * (n + 1), flops=n + 1, spent=n + 1.0, seconds=n + 1.0
+    )
+    fields |= dict(rate=1e-3, level=1.0, loss=2.5, gradient_norm=1.0, parameter_norm=1.0)
+    return Step(**fields | dict(took=1.0, waited=0.0) | changes)
+
+
+# Names are never markup -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_names_are_shown_as_they_are(programs, tmp_path, terminal):
+    of = plan(*(steps(1, name) for name in NAMES))
+    to, shown = console(terminal=terminal)
+    folder = tmp_path / "run [/z]"
+    running = train(of, feed(of), run=folder, options=Options(held_out=4), cache=programs)
+    list(watch(running, of, run=folder, console=to))
+    assert "run [/z]" in re.sub(r"\s*\n\s*", "", shown.getvalue())
+    if terminal:
+        assert all(name[:14] in shown.getvalue() for name in NAMES)
+
+
+# Widths ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_bars_and_numbers_fit(width):
+    of = plan(steps(400, "the first of all"), steps(100_000, "deep", grow=gj.stack(layers=4)))
+    to, _ = console(width, terminal=True)
+    view = progress.Progress(of, to, None, None)
+    row = {"tokens_per_second": 1_234_567.0, "flops_per_second": 1e9, "mfu": 0.41}
+    view.show(step(299, held_out=2.25), row)
+    view._busy("compiling a training step")
+    with to.capture() as capture:
+        to.print(view)
+    lines = capture.get().splitlines()
+    assert len(lines) == 4 and all(len(line) <= width for line in lines)
+    first, second, numbers, busy = lines
+    assert first.startswith("the first of a") and "300/400" in first and "0/100000" in second
+    # There is a bar in it, three quarters of it full
+    assert first.count("━") >= 6 and "━" not in second
+    assert "loss 2.5000  held-out 2.2500  1,234,567 tokens/s  MFU 41%" in numbers
+    assert "compiling a training step" in busy
+
+
+def test_many_stages_are_shown_around_the_one_that_trains():
+    of = plan(*(steps(1, f"stage {n}") for n in range(30)))
+    to, _ = console(terminal=True)
+    view = progress.Progress(of, to, None, None)
+    for n in range(22):
+        view.show(step(n, stage=n), {})
+    with to.capture() as capture:
+        to.print(view)
+    lines = capture.get().splitlines()
+    assert len(lines) == progress.ROWS + 1 and any("stage 21" in line for line in lines)
+
+
+def test_large_imports_come_before_the_display(monkeypatch, tmp_path):
+    """Its thread would meet modules that are half imported, and die."""
+    order: list[str] = []
+    real = watching.importlib.import_module
+    monkeypatch.setattr(
+        watching.importlib, "import_module", lambda name: order.append(name) or real(name)
+    )
+    enter = progress.Progress.__enter__
+    monkeypatch.setattr(
+        progress.Progress, "__enter__", lambda self: order.append("display") or enter(self)
+    )
+    list(watch([], plan(steps(1)), run=tmp_path, console=console(terminal=True)[0]))
+    assert order == ["growjax.data.pipeline", "growjax.runs.saves", "display"]
+
+
+# Rates --------------------------------------------------------------------------------------------
+
+
+def test_rates_are_over_some_seconds_and_not_of_one_lap():
+    of = plan(steps(200))
+    rates, shown = Rates(of), []
+    for n in range(200):
+        # As the host sees steps of a tenth of a second: one late, the next at once
+        rates.add(step(n, took=0.2 if n % 2 == 0 else 1e-6))
+        shown.append(rates.of(1)["tokens_per_second"])
+    true = TOKENS / 0.1
+    assert all(abs(x / true - 1) < 0.02 for x in shown[50:]) and max(shown) < 1.1 * true
+    # A change is seen once the window has passed
+    for n in range(60):
+        rates.add(step(n, took=1.0))
+    assert rates.of(1)["tokens_per_second"] == pytest.approx(TOKENS)
+    assert rates.of(1)["flops_per_second"] == pytest.approx(of.spans[0].flops[0])
+    assert Rates(of).of(1) == {}
+
+
+# Words --------------------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_there_is_a_line_every_so_often():
+    now = [0.0]
+    of = plan(steps(200))
+    shown = io.StringIO()
+    to = Console(file=shown, width=200, force_terminal=False, get_time=lambda: now[0])
+    with progress.Progress(of, to, None, None) as view:
+        for n in range(100):
+            now[0] += 1.0
+            view.show(step(n, held_out=2.0 if n == 50 else None), {"flops_per_second": 1.0})
+    lines = [line for line in shown.getvalue().splitlines() if line.startswith("step ")]
+    assert [int(line.split("/")[0].removeprefix("step ")) for line in lines] == [30, 51, 81]
+    assert "held-out 2.0000" in lines[1] and lines[1].endswith("left")
+
+
+def test_what_takes_long_is_named(monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", 0.05)
+    of, doing = plan(steps(2)), Doing()
+    to, shown = console()
+    with progress.Progress(of, to, None, doing):
+        with doing("reading the text"):
+            pass  # too short to be named
+        with doing("compiling a step"):
+            time.sleep(0.3)
+        with doing("outer"), doing("inner"):
+            assert doing.now == "inner"
+        assert doing.now == ""
+    assert shown.getvalue().splitlines() == ["compiling a step ..."]
+    assert not doing.listeners
+
+
+def test_a_run_says_what_it_does_between_its_records(programs, tmp_path):
+    of = plan(steps(2), steps(2, grow=gj.stack(layers=4, order="top")))
+    seen: list[str] = []
+    options = Options(held_out=4, background=False)
+    for _ in range(2):
+        running = trainer.train(of, feed(of), run=tmp_path, options=options)
+        running.doing.listeners.append(seen.append)
+        list(running)
+        seen.append("---")
+    first, second = " | ".join(seen).split("---")[:2]
+    for words in ("reading the text", "compiling the birth", "compiling a training step"):
+        assert words in first
+    for words in ("compiling the growth", "evaluating", "saving", "writing the last checkpoint"):
+        assert words in first
+    assert f"restoring {tmp_path}" in second and "compiling the birth" not in second
+
+
+# The last words -------------------------------------------------------------------------------------
+
+
+def ended(*records: Any) -> str:
+    of = plan(steps(4))
+    to, shown = console(200)
+    with progress.Progress(of, to, "runs/first", None) as view:
+        for record in records:
+            view.show(record, {})
+    return shown.getvalue()
+
+
+def test_the_end_says_the_loss_where_and_what_next():
+    held_out = HeldOut(np.full(4096, 1.0), np.full(4096, 0.5))
+    end = End(None, True, 1, 0.0, 0.0, step=4, held_out=held_out)
+    text = ended(Begin(0, 0, None, 1), step(3), end)
+    assert "finished: 4 steps, loss 2.5000" in text
+    assert "held-out loss 2.0000 over 4,096 windows" in text
+    assert "the run is in runs/first; next: growjax report runs/first" in text
+
+
+def test_a_finished_run_says_so():
+    text = ended(Begin(0, 4, "runs/first/checkpoints/00000004-00", 1), End(None, True, 1, 0.0, 0.0))
+    assert text.startswith("finished already: ") and "going on" not in text
+
+
+def test_a_stopped_run_says_how_to_go_on():
+    end = End(None, False, 1, 0.0, 0.0, step=2, signal="SIGINT")
+    text = ended(Begin(0, 0, None, 1), Saved(0, 2, "runs/first/checkpoints/00000002-00"), end)
+    assert text == (
+        "stopped by SIGINT before step 2 of 4; saved in runs/first/checkpoints/00000002-00. The same "
+        "command goes on from there\n"
+    )
+
+
+def test_notes_are_said():
+    text = ended(Begin(0, 0, None, 1, ("took over [from] x",)))
+    assert text == "note: took over [from] x\n"
+
+
+def test_an_empty_name_has_a_number():
+    of = plan(Stage(tokens=TOKENS))
+    to, _ = console(terminal=True)
+    with to.capture() as capture:
+        to.print(progress.Progress(of, to, None, None))
+    assert "stage 0" in capture.get()
