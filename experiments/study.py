@@ -25,7 +25,7 @@ from experiments.windows import WindowFile, token_losses, windows_of
 from growjax.axes import axes_of
 from growjax.budget import Clock
 from growjax.cost import parameters
-from growjax.data import ByteTokenizer, Corpus, held_out_batch
+from growjax.data import ByteTokenizer, Corpus
 from growjax.models import BERT
 from growjax.plan.stages import Span
 from growjax.subnet import RandomPath
@@ -244,9 +244,9 @@ def run_cell(
 
 
 def loss_on(plan: Plan, model: Any, corpus: Corpus, rows: int | None = None) -> float:
-    """Nats per token of a model on a text, through the objective of the plan's last stage."""
-    objective, batch = plan.spans[-1].objective, plan.spans[-1].batch
-    examples = held_out_batch(corpus, objective, rows or _held_out(plan))
+    """Nats per token of a model on windows of a text, through the plan's own objective."""
+    batch = plan.spans[-1].batch
+    examples = CorpusFeed(plan, corpus, corpus).held_out(plan.objective, rows or _held_out(plan))
     total = count = 0.0
     for start in range(0, len(examples["targets"]), batch):
         part = {k: jnp.asarray(v[start : start + batch]) for k, v in examples.items()}
