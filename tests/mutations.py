@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.planted import TABLE
+from tests import planted, planted_above
 
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,8 @@ class Mutation(NamedTuple):
 def mutations() -> list[Mutation]:
     """The table, read."""
     found = []
-    for entry in TABLE.strip().removeprefix("@ ").split("\n@ "):
+    entries = f"{planted.TABLE.strip()}\n{planted_above.TABLE.strip()}"
+    for entry in entries.removeprefix("@ ").split("\n@ "):
         head, *lines = entry.split("\n")
         old, new = ("\n".join(x[2:] for x in lines if x.startswith(sign)) for sign in "-+")
         name, file, tests, keyword = map(str.strip, head.split("|"))
