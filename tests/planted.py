@@ -177,8 +177,8 @@ TABLE = """
 - if self.remat != "everything":
 + if self.remat == "everything":
 @ products are computed again too | nn/stacked.py | models | remat_keeps and gpt
-- "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-+ "dots": jax.checkpoint_policies.nothing_saveable
+- jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
++ jax.checkpoint_policies.nothing_saveable,
 @ bias of the masked-language head lost | models/bert.py | models | test_bert
 - return scores if self.decoder_bias is None else scores + self.decoder_bias
 + return scores
