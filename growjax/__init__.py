@@ -18,6 +18,7 @@ from growjax import models as models
 from growjax import nn as nn
 from growjax import optim as optim
 from growjax import subnet as subnet
+from growjax import values as values
 from growjax.annotation import Annotated as Annotated
 from growjax.annotation import annotate as annotate
 from growjax.axes import active as active
@@ -51,6 +52,7 @@ from growjax.subnet import progressive_layer_drop as progressive_layer_drop
 from growjax.subnet import random_part as random_part
 from growjax.subnet import random_path as random_path
 from growjax.subnet import step_key as step_key
+from growjax.values import register as register
 
 
 if TYPE_CHECKING:

@@ -62,6 +62,7 @@ def train(
     profile: tuple[int, int] | None = None,
     reference: Path | None = None,
     hosts: bool = False,
+    allow: tuple[str, ...] = (),
 ) -> None:
     """Run a plan, or go on with it: the same command resumes after a kill, wherever it stopped.
 
@@ -85,7 +86,9 @@ def train(
         profile: First and last step of which to write a profile.
         reference: A run, a checkpoint or a Hugging Face folder: the second model that RHO compares with.
         hosts: Join the other hosts of a pod first.
+        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
+    _allow(allow)
     from growjax import parallel
 
     if hosts:
@@ -123,6 +126,7 @@ def plan(
     change: tuple[str, ...] = (),
     target: str | None = None,
     devices: int | None = None,
+    allow: tuple[str, ...] = (),
 ) -> None:
     """Print what a plan will do and cost, and everything that forbids it; nothing is computed.
 
@@ -131,7 +135,9 @@ def plan(
         change: Fields of the plan to change, such as batch=16 or layout.fsdp=8.
         target: A TPU slice such as v5e:4x4 to compile every program for, with its real compiler.
         devices: For how many devices, if there is no target.
+        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
+    _allow(allow)
     if target is not None:
         from growjax.forecast.pod import prepare
 
@@ -153,6 +159,7 @@ def calibrate(
     steps: int = 1000,
     blocks: int = 20,
     cache: Path = Path("runs/cache"),
+    allow: tuple[str, ...] = (),
 ) -> None:
     """Measure what every operation of some plans takes on this machine, and write the clock as JSON.
 
@@ -166,7 +173,9 @@ def calibrate(
         steps: Steps that are timed.
         blocks: In how many blocks; the device is waited for at the end of each.
         cache: Where the data of plans are kept once they are tokenised.
+        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
+    _allow(allow)
     from rich.console import Console
 
     from growjax.train.commands import calibrate_plans
@@ -183,6 +192,7 @@ def grow(
     from_hf: Path | None = None,
     by: str | None = None,
     seed: int = 0,
+    allow: tuple[str, ...] = (),
 ) -> None:
     """Grow a checkpoint, optimizer state and all, into a new one, and print its certificate.
 
@@ -194,7 +204,9 @@ def grow(
         by: Operators joined by +: msg, copy, zeros for widths, stack or expand for layers. By default
             msg, and copy for a Hugging Face folder, which cannot hold gates.
         seed: Of what is drawn.
+        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
+    _allow(allow)
     if (checkpoint is None) == (from_hf is None):
         raise GrowjaxError("grow: expected one of CHECKPOINT and --from-hf")
     if from_hf is not None:
@@ -215,7 +227,11 @@ def grow(
 
 @app.command
 def certify(
-    checkpoint: tyro.conf.Positional[Path], to: dict[str, int], by: str = "msg", seed: int = 0
+    checkpoint: tyro.conf.Positional[Path],
+    to: dict[str, int],
+    by: str = "msg",
+    seed: int = 0,
+    allow: tuple[str, ...] = (),
 ) -> None:
     """Print the certificate that growing a checkpoint would get; nothing is written.
 
@@ -224,7 +240,9 @@ def certify(
         to: Axes and the sizes to reach, such as: --to mlp 2048 embed 384.
         by: Operators joined by +: msg, copy, zeros for widths, stack for layers.
         seed: Of what is drawn.
+        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
+    _allow(allow)
     from growjax.gates import ungated
     from growjax.runs.lineage import load_model
     from growjax.train.commands import certify_model, operator_of
@@ -237,12 +255,14 @@ def certify(
 
 
 @app.command
-def inspect(path: tyro.conf.Positional[Path]) -> None:
+def inspect(path: tyro.conf.Positional[Path], allow: tuple[str, ...] = ()) -> None:
     """Print what a checkpoint, or the last one of a run, is and where it came from.
 
     Args:
         path: The folder of a checkpoint or of a run.
+        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
+    _allow(allow)
     from rich.console import Console
 
     from growjax.train.commands import describe
@@ -268,6 +288,7 @@ def evaluate(
     length: int = 128,
     include: Path | None = None,
     out: Path = Path("eval.json"),
+    allow: tuple[str, ...] = (),
 ) -> None:
     """Score a checkpoint on some tasks, print a table and write the numbers as JSON.
 
@@ -289,7 +310,9 @@ def evaluate(
         length: The longest input of fine-tuning, in tokens.
         include: A folder of task definitions for the harness.
         out: The file to write; it must not be there.
+        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
+    _allow(allow)
     from rich.console import Console
 
     from growjax.evals import Recipe, Settings
@@ -310,16 +333,31 @@ def evaluate(
 
 
 @app.command
-def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
+def report(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path = Path("report.html"),
+    allow: tuple[str, ...] = (),
+) -> None:
     """Write one HTML page about some runs, with their losses against cost, tokens and seconds.
 
     Args:
         runs: Folders of runs.
         out: The page to write.
+        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
+    _allow(allow)
     from growjax.report.runs import write_report
 
     print(write_report(runs, out))
+
+
+def _allow(packages: tuple[str, ...]) -> None:
+    """Let files import these packages, which may lie in the folder that the command is given in."""
+    from growjax import values
+
+    if packages:
+        sys.path.append(str(Path.cwd()))
+        values.allow(*packages)
 
 
 def main() -> None:

@@ -11,6 +11,10 @@ class GrowjaxError(ValueError):
     """Base class of every error that growjax raises on purpose."""
 
 
+class FormatError(GrowjaxError):
+    """What a file holds is no value, or a value cannot be written to a file."""
+
+
 class AxisError(GrowjaxError):
     """Axes are misdeclared, unmatched, unknown or disagree about a size."""
 

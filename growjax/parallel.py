@@ -14,8 +14,8 @@ import itertools
 import math
 import os
 import socket
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from growjax.axes import Slot, axes_of, find, get, put
-from growjax.errors import LayoutError, raise_all
+from growjax.errors import LayoutError
 from growjax.nn import Stacked
+from growjax.values import Range, check, register
 
 
 AXES = ("data", "fsdp", "tensor")
@@ -35,9 +36,11 @@ BATCH = PartitionSpec(("data", "fsdp"))
 # Named axes that may be split over `tensor`; the first that divides wins.
 _TENSOR = ("kv_heads", "group", "mlp", "experts", "vocab")
 
+_DEVICES = "a positive number of devices"
 _Steps = tuple[str | int, ...]
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How a run is spread over devices: the sizes of three mesh axes.
@@ -58,25 +61,20 @@ class Layout:
         Layout(fsdp=8, tensor=2).mesh()       # over all devices: 16 of them a replica
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Annotated[int, Range(f"{_DEVICES}, or -1", lambda n: n == -1 or 0 < n < 2**31)] = -1
+    fsdp: Annotated[int, Range(_DEVICES, lambda n: 0 < n < 2**31)] = 1
+    tensor: Annotated[int, Range(_DEVICES, lambda n: 0 < n < 2**31)] = 1
     step: Literal["auto", "shard_map"] = "auto"
     own_paths: bool = False
 
     def __post_init__(self):
-        faults = [
-            f"{name}: expected a positive number of devices, got {n!r} (only data may be -1)"
-            for name, n in zip(AXES, self.sizes, strict=True)
-            if not (isinstance(n, int) and (n > 0 or (n == -1 and name == "data")))
-        ]
-        if self.step not in ("auto", "shard_map"):
-            faults.append(f"step: expected 'auto' or 'shard_map', got {self.step!r}")
+        check(self, LayoutError, "this layout cannot be used:", self._faults)
+
+    def _faults(self) -> Iterator[str]:
         if self.step == "shard_map" and (self.fsdp, self.tensor) != (1, 1):
-            faults.append("step: 'shard_map' is for replicas alone; set fsdp and tensor to 1")
+            yield "step: 'shard_map' is for replicas alone; set fsdp and tensor to 1"
         if self.own_paths and self.step != "shard_map":
-            faults.append("own_paths: only replicas under step='shard_map' can differ")
-        raise_all(LayoutError, "this layout cannot be used:", faults)
+            yield "own_paths: only replicas under step='shard_map' can differ"
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ import abc
 import collections
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -22,8 +22,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from growjax.errors import SelectError, raise_all
 from growjax.maps import fold_in_name
+from growjax.values import base, check, fits, ranged, register
 
 
+# How many batches are looked at: all of them are in memory at once
+Batches = Annotated[int, ranged(1, 1000, "a number of batches")]
+
+
+@base("a selector such as RhoLoss()")
 class Selector(eqx.Module):
     """Chooses what a step trains on from several batches: subclass it and write `choose`.
 
@@ -34,6 +40,9 @@ class Selector(eqx.Module):
 
     offers: eqx.AbstractVar[int]
     compares: eqx.AbstractClassVar[bool]
+
+    def __check_init__(self):
+        check(self, SelectError, "this selection cannot be used:")
 
     @abc.abstractmethod
     def choose(
@@ -51,6 +60,7 @@ class Selector(eqx.Module):
         """
 
 
+@register
 class RhoLoss(Selector):
     """Those whose loss can be reduced most: the model's own minus that of a model trained elsewhere.
 
@@ -66,11 +76,8 @@ class RhoLoss(Selector):
         Stage(share=1.0, select=RhoLoss(offers=2))
     """
 
-    offers: int = eqx.field(static=True, default=2)
+    offers: Batches = eqx.field(static=True, default=2)
     compares: ClassVar[bool] = True
-
-    def __check_init__(self):
-        raise_all(SelectError, "this selection cannot be used:", _offer_faults(self.offers))
 
     def choose(self, losses, reference, keep, *, key):
         del key
@@ -81,6 +88,7 @@ class RhoLoss(Selector):
         return jnp.sort(jnp.argsort(reference - losses, stable=True)[:keep])
 
 
+@register
 class SelectiveBackprop(Selector):
     """Hard examples more often: with odds `q ** beta`, where q is the percentile of an example's loss.
 
@@ -100,16 +108,14 @@ class SelectiveBackprop(Selector):
         Stage(share=1.0, select=SelectiveBackprop(beta=1.0))
     """
 
-    beta: float = eqx.field(static=True, default=1.0)
-    offers: int = eqx.field(static=True)
+    beta: Annotated[float, ranged(0, 1000)] = eqx.field(static=True, default=1.0)
+    offers: Batches = eqx.field(static=True)
     compares: ClassVar[bool] = False
 
     def __init__(self, beta: float = 1.0, offers: int | None = None):
-        faults = [] if beta >= 0 else [f"beta: expected 0 or more, got {beta}"]
         self.beta = beta
-        self.offers = math.ceil(beta + 1) if offers is None and not faults else offers or 0
-        faults += [] if faults else _offer_faults(self.offers)
-        raise_all(SelectError, "this selection cannot be used:", faults)
+        known = fits(float, beta) and beta >= 0
+        self.offers = (math.ceil(beta + 1) if known else 1) if offers is None else offers
 
     def choose(self, losses, reference, keep, *, key):
         del reference
@@ -179,8 +185,3 @@ class LossPool:
             taken = [self.waiting.popleft() for _ in range(self.batch)]
             full.append({name: np.stack([row[name] for row in taken]) for name in taken[0]})
         return full
-
-
-def _offer_faults(offers: int) -> list[str]:
-    ok = isinstance(offers, int) and offers >= 1
-    return [] if ok else [f"offers: expected 1 batch or more, got {offers!r}"]

@@ -16,7 +16,8 @@ PAGE = ROOT.parent / "docs" / "architecture.md"
 # Lowest first. A room may import from the lines above its own, and from itself.
 LEVELS = [
     "errors",
-    "axes extras",
+    "values extras",
+    "axes",
     "annotation gates",
     "maps",
     "nn",
@@ -37,7 +38,7 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.split()}
 
 # Operators work in a notebook without a trainer: these need jax and equinox alone
-CORE = {"errors", "axes", "annotation", "gates", "maps", "growth", "subnet"}
+CORE = {"errors", "values", "axes", "annotation", "gates", "maps", "growth", "subnet"}
 
 # Rooms that only the rooms of this list import
 FRONT = set("hf plan programs runs forecast train evals report demo __main__".split())

@@ -23,9 +23,10 @@ from growjax.errors import (
     StateError,
     SubnetError,
 )
-from growjax.growth import from_dict, solar, sources
+from growjax.growth import solar, sources
 from growjax.models import BERT, GPT, BERTConfig, GPTConfig, LlamaConfig, T5Config
 from growjax.nn import Attention
+from growjax.values import from_dict
 
 
 SIZES = dict(embed=8, heads=2, head_dim=4, mlp=6, vocab=11)
@@ -116,12 +117,24 @@ GROWTH = [
     ("no key", grow(lambda: gj.msg(mlp=8), key=None), "pass key="),
     ("not finite", lambda: gj.grow(gj.copy(mlp=9), broken()), r"not finite.*\n.*block\.mlp\.up"),
     # names
+    ("init", lambda: gj.msg(mlp=8, init="norml"), "'zeros', 'matched', 'copy' or a fun.* 'norml'"),
+    ("zeros init", lambda: gj.zeros(mlp=8, init="copy"), "init: expected .* got 'copy'"),
+    ("no sizes", lambda: gj.msg(), "sizes: expected at least one axis .* such as mlp=2048"),
+    ("a float", lambda: gj.msg(mlp=64.0), "mlp: expected a positive integer, got 64.0"),
+    ("a string", lambda: gj.stack(layers="4"), "layers: expected a positive integer, got '4'"),
+    ("a name", lambda: gj.stack(layers=4, init="normal"), "init: expected .* got 'normal'"),
+    ("noise", lambda: gj.copy(mlp=64, noise=0.1), "noise: expected .* got 0.1"),
+    ("True", lambda: gj.zeros(mlp=True), "mlp: expected a positive integer, got True"),
+    ("huge", lambda: gj.msg(mlp=2**40), r"mlp: expected an integer below 2\*\*31"),
+    ("no list", lambda: gj.copy(mlp=()), r"mlp: expected the old index .* got \(\)"),
+    ("seed", lambda: gj.copy(mlp=8, seed=-1), "seed: expected 0 or more, got -1"),
+    ("chain maps", lambda: gj.chain(gj.msg(mlp=8), gj.msg(mlp=9)).maps(None), "gj.growth.atoms"),
     ("order", grow(lambda: gj.stack(layers=5, order="up")), "order: expected .* got 'up'"),
     ("not an operator", grow(lambda: "msg"), "op: expected an operator .* got 'msg'"),
     (
         "unknown op",
-        lambda: from_dict({"op": "Shrink"}),
-        "'Shrink'; known are .*Copy, .*MSG, .*Stack",
+        lambda: from_dict({"is": "growjax:Shrink"}, error=GrowthError),
+        "growjax has no 'Shrink'",
     ),
 ]
 
@@ -136,8 +149,7 @@ AXES = [
     ),
     ("source", apply(axis="mlp", source=[0, 6, -2]), r"source \[-2, 6\] is not among the 6"),
     ("share", apply(axis="mlp", source=[0, 1], share=np.ones(3)), r"shape \(3,\), expected \(2,\)"),
-    ("init", grow(lambda: gj.msg(mlp=8, init="xavier")), "'mlp': init must be .* got 'xavier'"),
-    ("zeros init", grow(lambda: gj.zeros(mlp=8, init="copy")), "'mlp': init must be .* got 'copy'"),
+    ("init", apply(axis="mlp", source=[0, -1], init="xavier"), "'mlp': init must be .* 'xavier'"),
     ("spec", lambda: Spec.parse("a -> b -> c"), "'a -> b -> c': 'b' lies between"),
     ("rank", lambda: sizes(Rank(np.ones(2), np.ones(3))), r"a: declared .* \(embed mlp\).* \(2,\)"),
     ("size", lambda: sizes(Rank(np.ones((2, 3)), np.ones(4))), "'mlp' .* 3 at a, 4 at b"),
@@ -157,7 +169,11 @@ AXES = [
         lambda: GPTConfig(**DECODER, activation="sin"),
         "activation: .*relu.* got 'sin'",
     ),
-    ("dtype", lambda: GPTConfig(**DECODER, dtype="int8"), "dtype: expected None or .* got 'int8'"),
+    (
+        "dtype",
+        lambda: GPTConfig(**DECODER, dtype="int8"),
+        "dtype: expected a floating.* got 'int8'",
+    ),
     ("kv_heads", lambda: LlamaConfig(layers=1, kv_heads=3, **SIZES), "2 query heads .* 3 kv_heads"),
     (
         "odd rotary",
@@ -185,7 +201,7 @@ EITHER = [
     ("shares", grow(lambda: gj.copy(mlp=8, shares="odd")), "shares: expected .* got 'odd'"),
     ("branch", grow(lambda: gj.stack(layers=5, branch="one")), "branch: expected .* got 'one'"),
     ("chain of what", lambda: gj.chain("msg"), "expected an operator .* got 'msg'"),
-    ("unknown field", lambda: from_dict({"op": "MSG", "sizes": [], "speed": 1}), "'speed'"),
+    ("unknown field", lambda: from_dict({"is": "growjax:MSG", "sizes": [], "speed": 1}), "'speed'"),
     ("stream", grow(lambda: gj.stack(layers=5, branch="zero", stream="width")), "axis 'width'"),
     ("layer -1", grow(lambda: gj.stack(layers=(0, 1, 2, 3, -1))), r"layers.*-1"),
     ("side", apply(axis="mlp", source=[0, 1], side="left"), "side: expected .* got 'left'"),

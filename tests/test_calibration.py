@@ -16,10 +16,10 @@ from growjax.budget import MeasuredClock, Op, Timing, load_clock, save_clock
 from growjax.data import Text
 from growjax.errors import BudgetError, PlanError
 from growjax.forecast import calibration
-from growjax.plan.files import from_dict, to_dict
 from growjax.select import RhoLoss
 from growjax.train import Layout, Optimizer, Plan, Stage, calibrate, save_plan
 from growjax.train.commands import calibrate_plans
+from growjax.values import from_dict, to_dict
 from tests.runs import SMALL, TEXT, feed, plan, steps
 
 

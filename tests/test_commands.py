@@ -30,7 +30,6 @@ from growjax.errors import (
     PlanError,
     TrainingError,
 )
-from growjax.plan.files import to_dict
 from growjax.report.runs import write_report
 from growjax.runs.checkpoint import read_lineage
 from growjax.runs.journal import peak_flops
@@ -38,6 +37,7 @@ from growjax.runs.lineage import load_model
 from growjax.select import RhoLoss
 from growjax.train import CorpusFeed, Options, Run, Step, load_plan, read_journal, save_plan, watch
 from growjax.train.commands import describe, grow_checkpoint, operator_of, read_plan
+from growjax.values import to_dict
 from tests.runs import every_kind, feed, plan, steps
 
 

@@ -14,7 +14,8 @@ import optax
 import pytest
 from hypothesis import given
 
-from growjax import growth, testing
+import growjax as gj
+from growjax import testing
 from growjax.growth import chain, copy, msg, stack, zeros
 from tests.conftest import DEEP
 
@@ -101,4 +102,4 @@ def test_a_case_is_what_it_prints():
     case = testing.all_cases()[0]
     assert str(case) == "msg(embed=12) on GPT()"
     assert dataclasses.replace(case, seed=1).model() is not None
-    assert growth.from_dict(growth.to_dict(case.operator)) == case.operator
+    assert gj.values.from_dict(gj.values.to_dict(case.operator)) == case.operator

@@ -32,6 +32,7 @@ from growjax.data import (
     prepare,
 )
 from growjax.errors import DataError
+from growjax.values import from_dict, to_dict
 
 
 BYTES = ByteTokenizer()
@@ -88,7 +89,7 @@ def test_the_byte_vocabulary_is_laid_out_as_promised():
     assert BYTES.decode([104, 105, EOS, 383, 270]) == "hi<eos><0><?270>"
     many = ByteTokenizer(sentinels=400).vocabulary
     assert many.size % 128 == 0 and len(many.sentinels) == 400 and many.digest != v.digest
-    assert Vocabulary(**json.loads(json.dumps(v.to_json()))) == v
+    assert from_dict(json.loads(json.dumps(to_dict(v)))) == v
 
 
 @pytest.fixture

@@ -68,11 +68,11 @@ def test_every_layer_is_counted():
 def ours(monkeypatch):
     """What XLA would say, without asking it."""
     count = step_flops
-    monkeypatch.setattr(module, "xla_training_flops", lambda m, o, p: count(m, o, 1, p))
+    monkeypatch.setattr(module, "xla_training_flops", lambda m, o, p, loss: count(m, o, 1, p))
 
 
 def test_counts_that_disagree_are_refused(monkeypatch):
-    monkeypatch.setattr(module, "xla_training_flops", lambda *_: 10)
+    monkeypatch.setattr(module, "xla_training_flops", lambda *_, **__: 10)
     with pytest.raises(PlanError, match=r"stage 0 '': 47616 FLOPs a token are counted, and XLA"):
         dry_run(plan(steps(1), model=dataclasses.replace(SMALL, layers=1))).check()
 

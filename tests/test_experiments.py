@@ -24,7 +24,6 @@ from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op,
 from growjax.data import MLM, ByteTokenizer, Corpus, SpanCorruption
 from growjax.errors import DataError
 from growjax.models import BERTConfig
-from growjax.plan.plan import build
 from growjax.select import RhoLoss
 from growjax.train import Plan, load_plan, save_plan
 from tests.runs import TEXT
@@ -189,7 +188,7 @@ def test_losses_along_shorter_paths_are_looked_at_in_every_stage_of_raptr(texts)
     cell = cells("raptr", "smoke", "bert")["raptr"]
     cuts = [stage["start"] / cell.plan.cost for stage in study._stages(cell.plan)]
     assert [sum(cut < share for cut in cuts) for share in (*cell.midway, 1.0)] == [1, 2, 3, 4]
-    small = build(dataclasses.replace(cell.plan.model, layers=2), jax.random.key(0))
+    small = dataclasses.replace(cell.plan.model, layers=2).build(jax.random.key(0))
     assert cell.after and list(cell.after(cell.plan, small, texts)["by_length"]) == ["2"]
 
 

@@ -19,7 +19,6 @@ from growjax.errors import CheckpointError, PlanError
 from growjax.models import T5Config
 from growjax.plan.losses import drawn_loss
 from growjax.plan.optimizer import Optimizer, Rule
-from growjax.plan.plan import build
 from growjax.plan.stages import Work, step_flops
 from growjax.select import RhoLoss, SelectiveBackprop
 from growjax.train import Options, Schedule, Stage, cross_entropy, train
@@ -114,7 +113,7 @@ def test_a_second_model_that_cannot_read_what_is_offered_stops_it_as_well():
         pairs: ["for one sequence, which is not what T5 reads"],
     }.items():
         with pytest.raises(PlanError) as error:
-            run(made, reference=eqx.filter_eval_shape(build, config, jax.random.key(0)))
+            run(made, reference=eqx.filter_eval_shape(config.build, jax.random.key(0)))
         assert all(fault in str(error.value) for fault in faults)
         assert "stage 0 'chosen': reference: " in str(error.value) and "'all'" not in str(
             error.value
@@ -161,7 +160,7 @@ def test_a_budget_in_reference_seconds_buys_more_steps_of_a_small_model():
 def test_reference_seconds_need_a_clock_that_has_them():
     with pytest.raises(PlanError, match="it charges FLOPs, and stages last seconds"):
         plan(Stage(seconds=1.0))
-    with pytest.raises(PlanError, match="positive number of seconds, got -1"):
+    with pytest.raises(PlanError, match="budget: expected a positive number or None, got -1"):
         plan(Stage(share=1.0), budget=-1.0, clock=CLOCK)
     with pytest.raises(PlanError, match="stage 0 ''(.|\n)*1 to 4 layers, and 5 run"):
         plan(Stage(seconds=1.0), clock=CLOCK, model=dataclasses.replace(SMALL, layers=5))
@@ -263,7 +262,7 @@ def test_drawn_labels_are_the_models_own():
         k: v[0]
         for k, v in held_out_batch(feed(plan(steps(1))).kept, plan(steps(1)).objective, 1).items()
     }
-    scores = jax.nn.log_softmax(gj.train.losses.predictions(model, example))
+    scores = jax.nn.log_softmax(gj.models.predictions(model, example))
     entropy = -(jnp.exp(scores) * scores).sum(-1)
     keys = jax.vmap(jax.random.key_data)(jax.random.split(jax.random.key(0), 4000))
     found = jax.vmap(lambda k: drawn_loss(model, {**example, "key": k})[0])(keys)
@@ -327,10 +326,10 @@ def test_two_seeds_share_every_program(programs):
 @pytest.mark.parametrize(
     "message, stage",
     [
-        ("select: expected one such as RhoLoss", lambda: steps(1, select="rho")),
-        ("carry: expected one of dual, zero, reset", lambda: steps(1, carry="keep")),
+        ("select: expected a selector such as RhoLoss", lambda: steps(1, select="rho")),
+        ("carry: expected one of 'dual', 'zero', 'reset'", lambda: steps(1, carry="keep")),
         ("carry: 'zero' is for a stage that grows", lambda: steps(1, carry="zero")),
-        ("rewind: expected one of stretch, slope or None", lambda: steps(1, rewind="peak")),
+        ("rewind: expected one of 'stretch', 'slope' or None", lambda: steps(1, rewind="peak")),
     ],
 )
 def test_fields_that_make_no_sense_are_refused(message, stage):

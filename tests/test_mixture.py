@@ -75,11 +75,11 @@ def test_a_part_is_what_it_is_alone():
     "make, message",
     [
         (lambda: Mixture(()), "parts: expected objectives"),
-        (lambda: Mixture(("causal",)), "parts: expected objectives"),  # type: ignore
+        (lambda: Mixture(("causal",)), r"parts\[0\]: expected an objective"),  # type: ignore
         (lambda: Mixture((Causal(8), SpanCorruption(8))), "one model reads one kind"),
         (lambda: Mixture(PARTS, (1.0,)), "one of 0 or more for each of 3 parts"),
         (lambda: Mixture(PARTS, (0.0, 0.0, 0.0)), "one of 0 or more for each"),
-        (lambda: Mixture(PARTS, (1.0, 1.0, -1.0)), "one of 0 or more for each"),
+        (lambda: Mixture(PARTS, (1.0, 1.0, -1.0)), r"weights\[2\]: expected 0 or more"),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(make, message):

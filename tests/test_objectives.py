@@ -397,8 +397,6 @@ def test_words_of_bytes_are_letters_in_a_row():
     assert V.words(np.zeros(0, int)).tolist() == []
 
 
-Q = Denoiser("Q", 2.0)  # type: ignore[arg-type]
-
 # All of them ---------------------------------------------------------------------------------
 
 ALL = [
@@ -453,24 +451,25 @@ def test_what_is_needed_is_what_is_used(objective):
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda: Causal(0), "Causal: length: expected an integer of 1 or more, got 0"),
+        (lambda: Causal(0), "length: expected a positive integer, got 0"),
         (lambda: Causal(4, "both"), "packing: expected one of 'segments', 'concat'"),  # type: ignore[arg-type]
-        (lambda: PrefixLM(1), "length: expected an integer of 2 or more"),
+        (lambda: PrefixLM(1), "length: expected 2 or more tokens, got 1"),
         (lambda: PrefixLM(4, "encoder"), "form: expected one of"),  # type: ignore[arg-type]
-        (lambda: MLM(2), "length: expected an integer of 3 or more"),
+        (lambda: MLM(2), "length: expected 3 or more tokens"),
         (lambda: MLM(8, 0.0), "rate: expected a share above 0"),
         (lambda: MLM(8, replace=(0.8, 0.1, 0.2)), "three probabilities that sum to 1"),
-        (lambda: MLM(8, mode="bernoulli", max_predictions=2), "and mode='exact'"),
+        (lambda: MLM(8, mode="bernoulli", max_predictions=2), "is for mode='exact'"),
         (lambda: SpanCorruption(2), "inputs_length: 2 is too short"),
         (lambda: SpanCorruption(64, 1.0), "rate: expected a share between 0 and 1"),
         (lambda: SpanCorruption(64, span=0.5), "span: expected a mean length of 1"),
         (lambda: UL2(2), "too short for a mode token"),
         (lambda: UL2(64, denoisers=()), "denoisers: expected at least one"),
         (lambda: UL2(64, weights=(1.0,)), "weights: expected one of 0 or more for each"),
-        (
-            lambda: UL2(64, denoisers=(Q,)),
-            "(?s)rate.*mode: expected one of R, S, X",
-        ),
+        (lambda: UL2(64, weights=(2.0,) * 6 + (-1.0,)), r"weights\[6\]: expected 0 or more"),
+        (lambda: Denoiser("Q", 2.0), "(?s)mode: expected one of 'R', 'S', 'X'.*rate"),  # type: ignore[arg-type]
+        (lambda: Causal(2**30), r"length: expected at most 2\*\*24 tokens"),
+        (lambda: SpanCorruption(2**23, rate=1 - 1e-9), r"windows of \d+ tokens; expected at most"),
+        (lambda: UL2(2**23, denoisers=(Denoiser("R", 1 - 1e-9),)), "expected at most 2"),
     ],
 )
 def test_a_wrong_argument_is_named(make, match):

@@ -96,9 +96,9 @@ def test_it_looks_at_as_many_as_the_published_rule_would(beta, offers):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: RhoLoss(offers=0), "offers: expected 1 batch or more, got 0"),
-        (lambda: SelectiveBackprop(offers=0), "offers: expected 1 batch"),
-        (lambda: SelectiveBackprop(-1.0), "beta: expected 0 or more"),
+        (lambda: RhoLoss(offers=0), "offers: expected a number of batches from 1 to 1000, got 0"),
+        (lambda: SelectiveBackprop(offers=0), "offers: expected a number of batches"),
+        (lambda: SelectiveBackprop(-1.0), "beta: expected a number from 0 to 1000"),
         (lambda: LossPool(0, -1.0, history=0), r"batch(.|\n)*beta(.|\n)*history"),
     ],
 )

@@ -19,11 +19,11 @@ from growjax.errors import CheckpointError, PlanError
 from growjax.forecast.dryrun import dry_run
 from growjax.gates import ungated
 from growjax.models import GPTConfig
-from growjax.plan.files import from_dict, to_dict
 from growjax.runs.checkpoint import load, read_lineage
 from growjax.runs.lineage import load_model, model_of
 from growjax.train import Begin, Growth, Options, Plan, Schedule, Start, Step
 from growjax.train.commands import describe
+from growjax.values import from_dict, to_dict
 from tests.runs import SMALL, every_kind, feed, losses, plan, programs_of, same, steps
 
 
@@ -136,7 +136,7 @@ def test_lineage_records_what_a_run_started_from(second, run, programs, tmp_path
     said = read_lineage(at(tmp_path, "00000001-00"))
     assert said["start"]["is"] == "00000006-01"
     assert said["start"]["flops"] == parent["flops"] + of.flops
-    assert [op["op"] for op in said["operators"]] == ["MSG", "Stack"]
+    assert [op["is"] for op in said["operators"]] == ["growjax:MSG", "growjax:Stack"]
     shown = io.StringIO()
     describe(tmp_path, Console(file=shown, width=200))
     assert f"started from {folder} (00000006-01), which took" in shown.getvalue()
@@ -216,9 +216,9 @@ def test_plans_with_a_start_are_data(run):
 
 
 WRONG = {
-    "start: expected one such as Start": lambda: plan(steps(1), start="runs/small"),
-    "start: folder: expected the name": lambda: plan(steps(1), start=Start("")),
-    "start: operators: expected some": lambda: plan(steps(1), start=Start("a", (3,))),  # type: ignore
+    "start: expected a Start or None, got": lambda: plan(steps(1), start="runs/small"),
+    "folder: expected the name of a folder": lambda: plan(steps(1), start=Start("")),
+    r"operators\[0\]: expected an operator such as": lambda: plan(steps(1), start=Start("a", (3,))),  # type: ignore
     r"start: (.|\n)*mlp=8 is smaller than": lambda: plan(
         steps(1), start=Start("a", (gj.msg(mlp=8),))
     ),

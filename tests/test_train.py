@@ -307,7 +307,7 @@ def test_options_that_make_no_sense_are_refused_at_once():
 def test_lineage_says_everything(run):
     whole, records, folder = run
     lineage = read_lineage(folder / "checkpoints" / "00000012-02")
-    operators = [gj.growth.to_dict(s.grow) for s in whole.stages[1:]]
+    operators = [gj.values.to_dict(s.grow) for s in whole.stages[1:]]
     assert lineage["operators"] == json.loads(json.dumps(operators))
     assert lineage["parent"] == "00000010-02" and lineage["data"] == feed(whole).digest
     assert lineage["step"] == 12 and lineage["stage"] == 2 and lineage["tokens"] == 12 * TOKENS

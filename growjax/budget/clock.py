@@ -8,23 +8,27 @@ from a table (Reference System Time: Kaddour et al., "No Train No Gain", NeurIPS
 
 import abc
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from growjax.errors import BudgetError, raise_all
+from growjax import values
+from growjax.errors import BudgetError
 
 
 OpKind = Literal["train", "forward", "curvature"]
 # Above this share of their median, the mean of some steps is not that of an undisturbed machine
 _EVEN = 1.02
+_TABLE = values.Range("at least two positive numbers", lambda seconds: len(seconds) > 1)
 
 
+@values.register
 class Op(NamedTuple):
     """One thing that a run does and is charged for.
 
@@ -40,6 +44,7 @@ class Op(NamedTuple):
     flops: int
 
 
+@values.base("a clock such as FlopsClock()")
 class Clock(abc.ABC):
     """What operations cost: subclass it and write `cost`.
 
@@ -60,6 +65,7 @@ class Clock(abc.ABC):
         """What tells two clocks apart: results compare under the same one only."""
 
 
+@values.register
 @dataclasses.dataclass(frozen=True)
 class FlopsClock(Clock):
     """Charges model FLOPs: exact, and blind to memory traffic and to small shapes."""
@@ -75,6 +81,7 @@ class FlopsClock(Clock):
         return "FLOPs"
 
 
+@values.register
 @dataclasses.dataclass(frozen=True)
 class DepthClock(Clock):
     """Charges seconds by the number of layers that run, in proportion to the sequences.
@@ -95,10 +102,10 @@ class DepthClock(Clock):
     """
 
     name: str
-    seconds: tuple[float, ...]
-    rows: int
-    forward: float
-    curvature: float
+    seconds: Annotated[tuple[Annotated[float, values.positive()], ...], _TABLE]
+    rows: values.Size
+    forward: Annotated[float, values.at_least(0)]
+    curvature: Annotated[float, values.at_least(0)]
     fit: Literal["table", "linear"] = "table"
     provenance: str = ""
 
@@ -106,17 +113,7 @@ class DepthClock(Clock):
     per_unit = 10**9
 
     def __post_init__(self):
-        checks = [
-            ("seconds", "at least two positive numbers", self.seconds, _positive(self.seconds)),
-            ("rows", "1 or more", self.rows, self.rows >= 1),
-            ("forward", "a share of 0 or more", self.forward, self.forward >= 0),
-            ("curvature", "a share of 0 or more", self.curvature, self.curvature >= 0),
-            ("fit", "'table' or 'linear'", self.fit, self.fit in ("table", "linear")),
-        ]
-        faults = [
-            f"{name}: expected {what}, got {got!r}" for name, what, got, ok in checks if not ok
-        ]
-        raise_all(BudgetError, f"clock {self.name!r} cannot be used:", faults)
+        values.check(self, BudgetError, f"clock {self.name!r} cannot be used:")
 
     def cost(self, op: Op) -> int:
         """Nanoseconds; raises `BudgetError` for a depth that the table does not have."""
@@ -155,6 +152,7 @@ class DepthClock(Clock):
         return f"{self.name} {_digest(dataclasses.asdict(self))}"
 
 
+@values.register
 class Timing(NamedTuple):
     """How an operation was timed: over how many steps, and nanoseconds a step of the blocks of them.
 
@@ -169,6 +167,7 @@ class Timing(NamedTuple):
     fed: float | None = None
 
 
+@values.register
 @dataclasses.dataclass(frozen=True)
 class MeasuredClock(Clock):
     """Charges the seconds that each operation took where it was measured, and knows no others.
@@ -190,15 +189,19 @@ class MeasuredClock(Clock):
     per_unit = 10**9
 
     def __post_init__(self):
-        # Plans come back from JSON with lists for tuples
-        known = tuple((Op(*op), int(ns)) for op, ns in self.entries)
-        object.__setattr__(self, "entries", known)
-        object.__setattr__(self, "timings", tuple(Timing(*timing) for timing in self.timings))
-        object.__setattr__(self, "_known", dict(known))
-        if self.timings and len(self.timings) != len(known):
-            raise BudgetError(
-                f"clock {self.name!r}: timings: expected none or one for each of {len(known)} "
-                f"operations, got {len(self.timings)}"
+        # The clocks of the first studies have plain lists for operations and timings
+        with contextlib.suppress(TypeError, ValueError):  # what they are not, `check` says
+            known = tuple((Op(*op), int(ns)) for op, ns in self.entries)
+            object.__setattr__(self, "entries", known)
+            object.__setattr__(self, "timings", tuple(Timing(*timing) for timing in self.timings))
+        values.check(self, BudgetError, f"clock {self.name!r} cannot be used:", self._faults)
+        object.__setattr__(self, "_known", dict(self.entries))
+
+    def _faults(self) -> Iterator[str]:
+        if self.timings and len(self.timings) != len(self.entries):
+            yield (
+                f"timings: expected none or one for each of {len(self.entries)} operations, got "
+                f"{len(self.timings)}"
             )
 
     def cost(self, op: Op) -> int:
@@ -288,29 +291,15 @@ def recharge(counts: Mapping[Op, int], clock: Clock) -> int:
 
 def save_clock(clock: Clock, path: str | Path) -> None:
     """Write a clock as JSON, provenance and all."""
-    saved = {"is": type(clock).__name__, **dataclasses.asdict(clock)}  # type: ignore[call-overload]
-    Path(path).write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    values.write(clock, path, error=BudgetError)
 
 
-def load_clock(path: str | Path) -> Clock:
-    """Read a clock from JSON; raises `BudgetError` if it is not one."""
-    known = {cls.__name__: cls for cls in (FlopsClock, DepthClock, MeasuredClock)}
-    try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        cls = known[saved.pop("is")]
-        return cls(**{k: _tuples(v) for k, v in saved.items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, BudgetError):
-            raise
-        raise BudgetError(f"{path}: not a clock in JSON: {error}") from error
+def load_clock(path: str | Path, *, allow: Sequence[str] = ()) -> Clock:
+    """Read a clock from JSON; raises `BudgetError` that lists every fault.
 
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _positive(seconds: Any) -> bool:
-    return len(seconds) > 1 and all(x > 0 for x in seconds)
+    `allow` names the packages that a clock of one's own may be imported from.
+    """
+    return values.read(path, Clock, allow=allow, error=BudgetError)
 
 
 def _digest(value: Any) -> str:

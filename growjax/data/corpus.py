@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt
 
+from growjax import values
 from growjax.data.sources import Document, Source
 from growjax.data.tokenizers import Tokenizer
 from growjax.data.vocabulary import Vocabulary
@@ -166,7 +167,7 @@ def load(folder: str | Path, *, verify: bool = True) -> tuple[Corpus, Corpus]:
         for name, file in manifest["parts"][part]["files"].items():
             faults += _file_faults(folder / part / name, file, verify)
     raise_all(DataError, f"the cache {folder} is damaged; delete it and it is made anew:", faults)
-    vocabulary = Vocabulary(**manifest["vocabulary"])
+    vocabulary = _vocabulary(manifest["vocabulary"], folder)
     training, held_out = (
         _open(folder / part, manifest["parts"][part], dtype, vocabulary) for part in _PARTS
     )
@@ -226,7 +227,7 @@ def _build(source: Source, tokenizer: Tokenizer, target: Path, held_out: int) ->
                 "source": repr(source),
                 "held_out": held_out,
                 "dtype": dtype.str,
-                "vocabulary": tokenizer.vocabulary.to_json(),
+                "vocabulary": values.to_dict(tokenizer.vocabulary),
                 "parts": parts,
             },
         )
@@ -288,6 +289,12 @@ def _encode(document: Document, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
 
 def _dtype(vocabulary: Vocabulary) -> np.dtype:
     return np.dtype("<u2" if vocabulary.size <= 1 << 16 else "<u4")
+
+
+def _vocabulary(saved: dict[str, Any], folder: Path) -> Vocabulary:
+    # Corpora that were prepared before values had names say the fields alone
+    named = {"is": "growjax:Vocabulary", **saved}
+    return values.from_dict(named, Vocabulary, error=DataError, source=str(folder))
 
 
 # Manifests ---------------------------------------------------------------------------------------

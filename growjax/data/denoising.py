@@ -9,14 +9,19 @@ import bisect
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from growjax.data.objectives import Example, Window, at_least, pair, prefixed
+from growjax.data.objectives import LONGEST, Example, Length, Window, pair, prefixed
 from growjax.data.vocabulary import Vocabulary
-from growjax.errors import DataError, expect_one_of, raise_all
+from growjax.errors import DataError
+from growjax.values import Range, at_least, check, register
+
+
+Rate = Annotated[float, Range("a share between 0 and 1", lambda x: 0 < x < 1)]
+Span = Annotated[float, Range("a mean length of 1 or more", lambda x: x >= 1)]
 
 
 # Spans -------------------------------------------------------------------------------------------
@@ -142,6 +147,7 @@ def _longest(inputs: int, targets: int | None, rate: float, span: float | None, 
 # Span corruption ---------------------------------------------------------------------------------
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption:
     """Predict spans that were cut out (T5), for an encoder and a decoder.
@@ -163,18 +169,21 @@ class SpanCorruption:
         SpanCorruption(512).raw_length, SpanCorruption(512).targets_length     # (568, 114)
     """
 
-    inputs_length: int
-    rate: float = 0.15
-    span: float = 3.0
+    inputs_length: Length
+    rate: Rate = 0.15
+    span: Span = 3.0
     roll: bool = False
     lookahead = 0
     needs = ("pad", "eos")
 
     def __post_init__(self):
-        faults = list(_span_faults(self.rate, self.span))
-        if not faults and self.raw_length < 2:
-            faults = [f"inputs_length: {self.inputs_length} is too short for one span"]
-        raise_all(DataError, f"{self} cannot be used:", faults)
+        check(self, DataError, also=self._faults)
+
+    def _faults(self) -> Iterator[str]:
+        if self.raw_length < 2:
+            yield f"inputs_length: {self.inputs_length} is too short for one span"
+        if self.raw_length > LONGEST:
+            yield f"inputs_length, rate: windows of {self.raw_length} tokens; expected at most 2**24"
 
     @property
     def raw_length(self) -> int:
@@ -203,6 +212,7 @@ class SpanCorruption:
 MODES = ("R", "S", "X")
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
     """One part of a mixture.
@@ -215,8 +225,11 @@ class Denoiser:
     """
 
     mode: Literal["R", "S", "X"]
-    rate: float
-    span: float | None = None
+    rate: Rate
+    span: Span | None = None
+
+    def __post_init__(self):
+        check(self, DataError)
 
 
 DENOISERS = (
@@ -230,6 +243,7 @@ DENOISERS = (
 )
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class UL2:
     """A mixture of denoisers, each announced by its mode token (Tay et al., "UL2", 2023).
@@ -252,24 +266,27 @@ class UL2:
         UL2(512, 512, split="uniform")
     """
 
-    inputs_length: int
-    targets_length: int | None = None
+    inputs_length: Length
+    targets_length: Length | None = None
     denoisers: tuple[Denoiser, ...] = DENOISERS
-    weights: tuple[float, ...] | None = None
+    weights: tuple[Annotated[float, at_least(0)], ...] | None = None
     split: Literal["fixed", "uniform"] = "fixed"
     form: Literal["seq2seq", "decoder"] = "seq2seq"
     lookahead = 0
 
     def __post_init__(self):
-        expect_one_of(DataError, "split", self.split, ("fixed", "uniform"))
-        expect_one_of(DataError, "form", self.form, ("seq2seq", "decoder"))
-        faults = list(_mixture_faults(self))
-        if not faults and self.raw_length < 2:
-            faults = [
-                f"inputs_length {self.inputs_length}, targets_length {self.targets_length}: too short "
-                "for a mode token and one span"
-            ]
-        raise_all(DataError, "UL2 cannot be used:", faults)
+        check(self, DataError, also=self._faults)
+
+    def _faults(self) -> Iterator[str]:
+        if not self.denoisers:
+            yield "denoisers: expected at least one"
+            return
+        lengths = f"inputs_length {self.inputs_length}, targets_length {self.targets_length}"
+        if self.raw_length < 2:
+            yield f"{lengths}: too short for a mode token and one span"
+        if self.raw_length > LONGEST:
+            yield f"{lengths}: windows of {self.raw_length} tokens; expected at most 2**24"
+        yield from weight_faults(self.weights, len(self.denoisers))
 
     @property
     def raw_length(self) -> int:
@@ -320,23 +337,7 @@ class UL2:
         return span_mask(length, *counts, rng)
 
 
-def _span_faults(rate: float, span: float | None) -> Iterator[str]:
-    if not 0 < rate < 1:
-        yield f"rate: expected a share between 0 and 1, got {rate!r}"
-    if span is not None and not span >= 1:
-        yield f"span: expected a mean length of 1 or more, got {span!r}"
-
-
-def _mixture_faults(ul2: UL2) -> Iterator[str]:
-    for name, value in [("inputs", ul2.inputs_length), ("targets", ul2.targets_length or 1)]:
-        at_least(ul2, f"{name}_length", value, 1)
-    if not ul2.denoisers:
-        yield "denoisers: expected at least one"
-    for n, denoiser in enumerate(ul2.denoisers):
-        yield from (f"denoiser {n}: {f}" for f in _span_faults(denoiser.rate, denoiser.span))
-        if denoiser.mode not in MODES:
-            yield f"denoiser {n}: mode: expected one of {', '.join(MODES)}, got {denoiser.mode!r}"
-    if ul2.weights is not None:
-        fits = len(ul2.weights) == len(ul2.denoisers) and min(ul2.weights, default=-1) >= 0
-        if not fits or not sum(ul2.weights) > 0:
-            yield f"weights: expected one of 0 or more for each denoiser, got {ul2.weights!r}"
+def weight_faults(weights: Sequence[float] | None, parts: int) -> Iterator[str]:
+    """Why these are not the weights of so many parts."""
+    if weights is not None and (len(weights) != parts or not sum(weights) > 0):
+        yield f"weights: expected one of 0 or more for each of {parts} parts, got {weights!r}"

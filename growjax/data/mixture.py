@@ -3,15 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Annotated
 
 import jax
 import numpy as np
 
+from growjax.data.denoising import weight_faults
 from growjax.data.objectives import Example, Objective, Window, batch_shapes
 from growjax.data.vocabulary import Vocabulary
-from growjax.errors import DataError, raise_all
+from growjax.errors import DataError
+from growjax.values import at_least, check, register
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Mixture:
     """A mixture of objectives for one kind of model, such as causal, prefix and denoising for a decoder.
@@ -32,10 +36,18 @@ class Mixture:
     """
 
     parts: tuple[Objective, ...]
-    weights: tuple[float, ...] | None = None
+    weights: tuple[Annotated[float, at_least(0)], ...] | None = None
 
     def __post_init__(self):
-        raise_all(DataError, "this mixture cannot be used:", _faults(self))
+        check(self, DataError, "this mixture cannot be used:", self._faults)
+
+    def _faults(self) -> Iterator[str]:
+        if not self.parts:
+            yield "parts: expected objectives such as Causal(128), got none"
+            return
+        if len({"encoder_tokens" in batch_shapes(part, 1) for part in self.parts}) > 1:
+            yield "parts: some make examples for decoders and some pairs; one model reads one kind"
+        yield from weight_faults(self.weights, len(self.parts))
 
     @property
     def raw_length(self) -> int:
@@ -79,16 +91,3 @@ class Mixture:
 def _beginning(window: Window, part: Objective) -> Window:
     n = part.raw_length + part.lookahead
     return Window(*(x[:n] for x in window))
-
-
-def _faults(mixture: Mixture) -> Iterator[str]:
-    parts, weights = mixture.parts, mixture.weights
-    if not parts or not all(hasattr(part, "raw_length") for part in parts):
-        yield f"parts: expected objectives such as Causal(128), got {parts!r}"
-        return
-    if len({"encoder_tokens" in batch_shapes(part, 1) for part in parts}) > 1:
-        yield "parts: some make examples for decoders and some pairs; one model reads one kind"
-    if weights is not None:
-        fits = len(weights) == len(parts) and min(weights) >= 0
-        if not fits or not sum(weights) > 0:
-            yield f"weights: expected one of 0 or more for each of {len(parts)} parts, got {weights!r}"

@@ -9,7 +9,7 @@ weighted by `weights`, which are 1 where a prediction counts and 0 elsewhere.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -17,10 +17,19 @@ from jaxtyping import Bool, Int
 
 from growjax.data.tokenizers import ByteTokenizer
 from growjax.data.vocabulary import Vocabulary
-from growjax.errors import DataError, expect_one_of, raise_all
+from growjax.errors import DataError
+from growjax.values import Range, Size, at_least, base, check, ranged, register
 
 
 Example = dict[str, np.ndarray]
+
+# Tokens of an example, whose arrays are made to see their shapes
+LONGEST = 2**24
+Length = Annotated[Size, Range("at most 2**24 tokens", lambda n: n <= LONGEST)]
+_THREE = Range(
+    "three probabilities that sum to 1",
+    lambda share: min(share) >= 0 and abs(sum(share) - 1) < 1e-6,
+)
 
 
 class Window(NamedTuple):
@@ -30,8 +39,9 @@ class Window(NamedTuple):
     documents: Int[np.ndarray, " n"]
 
 
+@base("an objective such as Causal(128)")
 class Objective(Protocol):
-    """What an objective can do."""
+    """What an objective can do: a frozen, hashable value, so that a plan can hold it."""
 
     @property
     def raw_length(self) -> int:
@@ -71,6 +81,7 @@ def batch_shapes(objective: Objective, rows: int) -> dict[str, jax.ShapeDtypeStr
     return {k: jax.ShapeDtypeStruct((rows, *v.shape), v.dtype) for k, v in example.items()}
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Causal:
     """Predict every token from those before it.
@@ -90,15 +101,14 @@ class Causal:
         Causal(1024, packing="concat")
     """
 
-    length: int
+    length: Length
     packing: Literal["segments", "concat"] = "segments"
     lookahead = 1
     sentinels = 0
     needs = ()
 
     def __post_init__(self):
-        at_least(self, "length", self.length, 1)
-        expect_one_of(DataError, "packing", self.packing, ("segments", "concat"))
+        check(self, DataError)
 
     @property
     def raw_length(self) -> int:
@@ -123,6 +133,7 @@ class Causal:
         }
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class PrefixLM:
     """Predict the rest of a window from a prefix of random length, uniform in [1, length - 1].
@@ -141,13 +152,12 @@ class PrefixLM:
         PrefixLM(512, form="seq2seq")
     """
 
-    length: int
+    length: Annotated[Length, at_least(2, "tokens")]
     form: Literal["decoder", "seq2seq"] = "decoder"
     sentinels = 0
 
     def __post_init__(self):
-        at_least(self, "length", self.length, 2)
-        expect_one_of(DataError, "form", self.form, ("decoder", "seq2seq"))
+        check(self, DataError)
 
     @property
     def raw_length(self) -> int:
@@ -170,6 +180,7 @@ class PrefixLM:
         return prefixed(tokens, prefix, self.length)
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class MLM:
     """Masked language modelling (Devlin et al., "BERT", 2019): predict some tokens from all others.
@@ -195,19 +206,24 @@ class MLM:
         MLM(128, whole_word=True, max_predictions=20)
     """
 
-    length: int
-    rate: float = 0.15
+    length: Length
+    rate: Annotated[float, ranged(0, 1, "a share", above=True)] = 0.15
     mode: Literal["exact", "bernoulli"] = "exact"
     whole_word: bool = False
-    replace: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    max_predictions: int | None = None
+    replace: Annotated[tuple[float, float, float], _THREE] = (0.8, 0.1, 0.1)
+    max_predictions: Size | None = None
     frame: bool = True
     lookahead = 0
     sentinels = 0
 
     def __post_init__(self):
-        at_least(self, "length", self.length, 3 if self.frame else 1)
-        raise_all(DataError, f"{self} cannot be used:", _mlm_faults(self))
+        check(self, DataError, also=self._faults)
+
+    def _faults(self) -> Iterator[str]:
+        if self.frame and self.length < 3:
+            yield f"length: expected 3 or more tokens, two of them for the frame, got {self.length}"
+        if self.max_predictions is not None and self.mode != "exact":
+            yield f"max_predictions: is for mode='exact', got {self.max_predictions!r}"
 
     @property
     def raw_length(self) -> int:
@@ -268,29 +284,7 @@ def _greedy(sizes: np.ndarray, budget: int) -> list[int]:
     return taken
 
 
-def _mlm_faults(mlm: MLM) -> Iterator[str]:
-    expect_one_of(DataError, "mode", mlm.mode, ("exact", "bernoulli"))
-    if not 0 < mlm.rate <= 1:
-        yield f"rate: expected a share above 0 and up to 1, got {mlm.rate!r}"
-    fits = len(mlm.replace) == 3 and min(mlm.replace) >= 0 and abs(sum(mlm.replace) - 1) < 1e-6
-    if not fits:
-        yield f"replace: expected three probabilities that sum to 1, got {mlm.replace!r}"
-    if mlm.max_predictions is not None and (mlm.max_predictions < 1 or mlm.mode != "exact"):
-        yield (
-            "max_predictions: expected 1 or more, and mode='exact', got "
-            f"{mlm.max_predictions!r} and {mlm.mode!r}"
-        )
-
-
 # Shared by objectives ------------------------------------------------------------------------------
-
-
-def at_least(objective: Objective, name: str, value: int, least: int) -> None:
-    """Raise `DataError` unless an argument is an integer of at least so much."""
-    if not isinstance(value, int) or value < least:
-        raise DataError(
-            f"{type(objective).__name__}: {name}: expected an integer of {least} or more, got {value!r}"
-        )
 
 
 def padded(tokens: np.ndarray, length: int, pad: int) -> Int[np.ndarray, " length"]:

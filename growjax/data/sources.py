@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int
 
 from growjax.errors import DataError, raise_all
+from growjax.values import base, check, register
 
 
 _HANDFUL = 5
@@ -35,8 +36,9 @@ class Document(NamedTuple):
     content: str | bytes | Int[np.ndarray, " n"]
 
 
+@base("a source such as Text('books')")
 class Source(Protocol):
-    """What a source can do."""
+    """What a source can do: a frozen value, so that a plan can hold it."""
 
     def documents(self) -> Iterator[Document]:
         """Its documents, always in the same order. Raises `DataError` that lists what is wrong."""
@@ -47,6 +49,7 @@ class Source(Protocol):
         ...
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Text:
     """Text files in UTF-8, one document a file.
@@ -65,6 +68,9 @@ class Text:
     path: str
     glob: str = "*"
     split: str | None = None
+
+    def __post_init__(self):
+        check(self, DataError)
 
     def documents(self) -> Iterator[Document]:
         return _checked(self, self._read())
@@ -87,6 +93,7 @@ class Text:
                 line += piece.count(b"\n") + (self.split or "").count("\n")
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class JSONL:
     """Files of one JSON object a line, one document each; `.gz` is unpacked while reading.
@@ -103,6 +110,9 @@ class JSONL:
 
     path: str
     field: str = "text"
+
+    def __post_init__(self):
+        check(self, DataError)
 
     def documents(self) -> Iterator[Document]:
         return _checked(self, self._read())
@@ -126,6 +136,7 @@ class JSONL:
                         yield f"{file}, line {n}: {fault}"
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Parquet:
     """Parquet files, one document a row. Needs `pyarrow`: `pip install 'growjax[data]'`.
@@ -142,6 +153,9 @@ class Parquet:
 
     path: str
     field: str = "text"
+
+    def __post_init__(self):
+        check(self, DataError)
 
     def documents(self) -> Iterator[Document]:
         return _checked(self, self._read())
@@ -173,6 +187,7 @@ class Parquet:
                         row += 1
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """Text that is tokens already; they are taken as they are, and nothing is put between documents.
@@ -190,6 +205,9 @@ class Tokens:
 
     path: str
     separator: int | None = None
+
+    def __post_init__(self):
+        check(self, DataError)
 
     def documents(self) -> Iterator[Document]:
         return _checked(self, self._read())
@@ -222,6 +240,7 @@ class Tokens:
             yield Document(f"{first.name}:{n}", tokens[start:stop])
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class HuggingFace:
     """A split of a data set of the library `datasets`: `pip install 'growjax[data]'`.
@@ -243,6 +262,9 @@ class HuggingFace:
     field: str = "text"
     config: str | None = None
     revision: str | None = None
+
+    def __post_init__(self):
+        check(self, DataError)
 
     def documents(self) -> Iterator[Document]:
         return _checked(self, self._read())
@@ -283,6 +305,7 @@ class HuggingFace:
                 yield f"{self.name}, row {n}: {self.field!r} is {_kind(value)}, not text"
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class StandardLibrary:
     """The sources and help topics of this Python's standard library: text that is always there.

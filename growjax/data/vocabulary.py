@@ -7,14 +7,15 @@ on without the tokenizer that made it.
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from growjax.errors import DataError, raise_all
+from growjax.values import check, register
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
     """The tokens of a tokenizer, by their roles.
@@ -41,8 +42,7 @@ class Vocabulary:
     sentinels: tuple[int, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "sentinels", tuple(self.sentinels))  # JSON has lists
-        raise_all(DataError, "this is no vocabulary:", _faults(self))
+        check(self, DataError, "this is no vocabulary:", lambda: _faults(self))
 
     @property
     def size(self) -> int:
@@ -102,10 +102,6 @@ class Vocabulary:
                 "windows, fewer or longer spans, or ByteTokenizer(sentinels=...)"
             )
         raise_all(DataError, f"{who} does not fit the tokenizer:", lacking)
-
-    def to_json(self) -> dict[str, Any]:
-        """What JSON can hold; `Vocabulary(**...)` of it is the same vocabulary."""
-        return dataclasses.asdict(self)
 
     @functools.cached_property
     def _letters(self) -> np.ndarray:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -21,10 +21,9 @@ from growjax.data import MLM, Tokenizer, Window
 from growjax.errors import EvalError
 from growjax.evals.metrics import Scores
 from growjax.models import BERT
-from growjax.plan.losses import predictions, reads_pairs
+from growjax.models.protocol import Kind, kind_of, predictions
 
 
-Kind = Literal["causal", "seq2seq", "encoder"]
 Tokens = Sequence[int]
 Row = dict[str, np.ndarray]
 
@@ -77,7 +76,7 @@ class LanguageModel:
             )
         needs = {"causal": (), "seq2seq": ("pad", "eos"), "encoder": ("mask", "cls", "sep")}
         vocabulary.require(f"a {self.kind} model", needs[self.kind])
-        if self.kind == "encoder" and self.model.mlm is None:
+        if self.kind == "encoder" and getattr(self.model, "mlm", predictions) is None:
             raise EvalError(
                 "model: an encoder says how likely a token is through its mlm_head; it is off"
             )
@@ -85,9 +84,7 @@ class LanguageModel:
     @functools.cached_property
     def kind(self) -> Kind:
         """How the model reads: a decoder, an encoder and a decoder, or an encoder."""
-        if isinstance(self.model, BERT):
-            return "encoder"
-        return "seq2seq" if reads_pairs(self.model) else "causal"
+        return kind_of(self.model)
 
     @functools.cached_property
     def window(self) -> int:
@@ -343,11 +340,14 @@ def _score_all(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
 
 
 @eqx.filter_jit
-def _score_masked(model: BERT, batch: dict[str, Any]) -> tuple[Any, Any]:
+def _score_masked(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
     def one(example):
-        # The head reads one place; what the model makes of the others is compiled away
-        hidden = model(example["tokens"], mask=example["mask"]).hidden[example["place"]]
-        scores = model.mlm(hidden[None], model.embedding)  # type: ignore[misc]
+        if isinstance(model, BERT):
+            # The head reads one place; what the model makes of the others is compiled away
+            hidden = model(example["tokens"], mask=example["mask"]).hidden[example["place"]]
+            scores = model.mlm(hidden[None], model.embedding)  # type: ignore[misc]
+        else:
+            scores = predictions(model, example)[example["place"]][None]
         chosen, best = _chosen(scores, example["target"][None])
         return chosen[0], best[0]
 

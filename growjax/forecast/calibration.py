@@ -23,7 +23,7 @@ from growjax.data.objectives import Window
 from growjax.errors import BudgetError, raise_all
 from growjax.gates import ungated
 from growjax.parallel import from_host
-from growjax.plan.losses import Loss, cross_entropy
+from growjax.plan.losses import Loss
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span
 from growjax.programs.ahead import lower
@@ -38,7 +38,7 @@ def calibrate(
     steps: int = 1000,
     blocks: int = 20,
     feeds: Sequence[Feed | None] = (),
-    loss: Loss = cross_entropy,
+    loss: Loss | None = None,
     devices: list[Any] | None = None,
     seen: Callable[[Op, Timing], None] | None = None,
 ) -> MeasuredClock:
@@ -69,7 +69,9 @@ def calibrate(
     known: dict[Op, Timing] = {}
     for plan, feed in zip(plans, feeds or [None] * len(plans), strict=True):
         mesh = plan.layout.mesh(devices)
-        programs = Programs(plan.optimizer.build(), loss, mesh, plan.layout, plan.accumulate)
+        programs = Programs(
+            plan.optimizer.build(), loss or plan.loss, mesh, plan.layout, plan.accumulate
+        )
         for op, step, span, i in _operations(plan, programs, known):
             known[op] = _timed(step, warmup, steps, blocks)
             # A stage that chooses offers more rows than these, and looks at them while data come
@@ -104,7 +106,9 @@ def _operations(
         for (op, _), i in zip(span.ops, span.firsts, strict=True):
             if op in known:
                 continue
-            batch = from_host(_rows(span.objective, op.rows, span.sizes["vocab"]), programs.mesh)
+            batch = from_host(
+                _rows(span.objective, op.rows, span.sizes.get("vocab", 2)), programs.mesh
+            )
             if op.kind == "forward":
                 forward, level = programs.evaluate(shapes), np.float32(span.stage.level(i))
                 yield op, lambda f=forward, s=state, b=batch, o=level: f(s, b, o), span, i
@@ -193,8 +197,8 @@ def _without(timing: Timing, step: Timing) -> Timing:
 def _conditions(plan: Plan) -> dict[str, Any]:
     """What changes how long an operation takes, and is not a part of it."""
     return {
-        "model.dtype": plan.model.dtype,
-        "model.remat": plan.model.remat,
+        "model.dtype": getattr(plan.model, "dtype", None),
+        "model.remat": getattr(plan.model, "remat", None),
         "accumulate": plan.accumulate,
         "layout": plan.layout,
     }

@@ -16,7 +16,6 @@ from growjax.cost import parameters
 from growjax.errors import LayoutError, PlanError, raise_all
 from growjax.forecast.xla import xla_training_flops
 from growjax.parallel import per_device_bytes, unsplit
-from growjax.plan.losses import cross_entropy
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span, Work, step_flops
 from growjax.programs.step import Programs
@@ -195,25 +194,25 @@ def _facts(plan: Plan, span: Span, whole: int, mesh: Any) -> StageFacts:
 
 def _whole_flops(plan: Plan, span: Span) -> int:
     """What a stage would cost if it trained all of the last stage's model."""
-    return span.steps * step_flops(plan.spans[-1].model, span.objective, span.batch)
+    last = plan.spans[-1].model
+    return span.steps * step_flops(last, span.objective, span.batch, loss=plan.loss)
 
 
 def _xla_flops(plan: Plan, span: Span) -> float:
     """XLA's count of a stage: ours of each program, as far as XLA's of one sequence differs from ours."""
-    del plan
     total = 0.0
     for work in dict.fromkeys(span.works):
         ours = sum(n for w, n in zip(span.works, span.flops, strict=True) if w == work)
         # Layers that coins leave out are still in the program
         part = None if isinstance(work.part, Coins) and work.part.tosses else work.part
-        xla = xla_training_flops(span.model, span.objective, part)
-        total += ours * xla / step_flops(span.model, span.objective, 1, part)
+        xla = xla_training_flops(span.model, span.objective, part, loss=plan.loss)
+        total += ours * xla / step_flops(span.model, span.objective, 1, part, loss=plan.loss)
     return total
 
 
 def _state_bytes(plan: Plan, model: Any, mesh: Any) -> tuple[int, int]:
     """Bytes of the fullest device: those of the model, and those of the optimizer."""
-    programs = Programs(plan.optimizer.build(), cross_entropy, mesh, plan.layout)
+    programs = Programs(plan.optimizer.build(), plan.loss, mesh, plan.layout)
     shapes = programs.shapes(model)
     where = programs.shardings(shapes)
     model = [(shapes.trained, where.trained), (shapes.rest, where.rest)]

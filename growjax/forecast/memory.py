@@ -16,8 +16,9 @@ from growjax.axes import partition
 from growjax.data.objectives import batch_shapes
 from growjax.errors import GrowjaxError
 from growjax.forecast.dryrun import amount
+from growjax.models import Model
 from growjax.parallel import per_device_bytes
-from growjax.plan.losses import cross_entropy
+from growjax.plan.losses import Loss, cross_entropy
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span
 from growjax.programs.ahead import Need
@@ -79,7 +80,10 @@ def _changed(plan: Plan, changes: dict[str, Any]) -> Plan:
     if "fsdp" in changes:
         fields["layout"] = dataclasses.replace(plan.layout, fsdp=changes["fsdp"], data=-1)
     model = {k.removeprefix("model."): v for k, v in changes.items() if k.startswith("model.")}
-    return dataclasses.replace(plan, model=dataclasses.replace(plan.model, **model), **fields)
+    if model:
+        config: Any = plan.model
+        fields["model"] = dataclasses.replace(config, **model)
+    return dataclasses.replace(plan, **fields)
 
 
 def usage(plan: Plan, index: int, part: Subnet | None, devices: int, *, training: bool) -> Use:
@@ -87,7 +91,7 @@ def usage(plan: Plan, index: int, part: Subnet | None, devices: int, *, training
     span = plan.spans[index]
     sizes = plan.layout.resolved(devices)
     mesh = plan.layout.outline(devices)
-    programs = Programs(plan.optimizer.build(), cross_entropy, mesh, plan.layout)
+    programs = Programs(plan.optimizer.build(), plan.loss, mesh, plan.layout)
     shapes = programs.shapes(span.model)
     where = programs.shardings(shapes)
     state = per_device_bytes(shapes, where)
@@ -95,10 +99,10 @@ def usage(plan: Plan, index: int, part: Subnet | None, devices: int, *, training
         return Use(state, 0, 0)
     sums = per_device_bytes(shapes.trained, where.trained) if plan.accumulate > 1 else 0
     rows = math.ceil(span.batch / plan.accumulate / (sizes[0] * sizes[1]))
-    return Use(state, sums, rows * kept_bytes(span, part))
+    return Use(state, sums, rows * kept_bytes(span, part, plan.loss))
 
 
-def kept_bytes(span: Span, part: Subnet | None) -> int:
+def kept_bytes(span: Span, part: Subnet | None, loss: Loss = cross_entropy) -> int:
     """What the forward pass of one sequence keeps for the backward one, parameters not included."""
     trained, rest = partition(span.model)
     rows = batch_shapes(span.objective, 1)
@@ -107,7 +111,7 @@ def kept_bytes(span: Span, part: Subnet | None) -> int:
         def loss_of(trained, example):
             model = eqx.combine(trained, rest)
             model = model if part is None else part(model, key=jax.random.key(0), step=0)
-            return jax.vmap(lambda row: cross_entropy(model, row))(example)[0].sum()
+            return jax.vmap(lambda row: loss(model, row))(example)[0].sum()
 
         return jax.vjp(loss_of, trained, example)[1]
 
@@ -138,8 +142,10 @@ def _options(plan: Plan, index: int, devices: int, *, training: bool) -> dict[st
     ways = math.prod(layout.resolved(devices)[:2])
     parts = _doubled(plan.accumulate, span.batch)
     found["accumulate"] = [n for n in parts if span.batch % (n * ways) == 0]
-    found["model.remat"] = ["nothing"] if plan.model.remat != "nothing" else []
-    found["model.dtype"] = ["bfloat16"] if plan.model.dtype != "bfloat16" else []
+    if not isinstance(plan.model, Model):  # another one's arguments are not ours to change
+        for field, cheapest in (("remat", "nothing"), ("dtype", "bfloat16")):
+            if getattr(plan.model, field, cheapest) != cheapest:
+                found[f"model.{field}"] = [cheapest]
     if span.batch == plan.batch:
         smaller = [plan.batch // 2**k for k in range(1, plan.batch.bit_length())]
         found["batch"] = [n for n in smaller if n % (plan.accumulate * ways) == 0]

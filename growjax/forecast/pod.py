@@ -27,7 +27,6 @@ from growjax.forecast.dryrun import amount, said_work
 from growjax.forecast.memory import remedies
 from growjax.gates import ungated
 from growjax.parallel import Layout, per_device_bytes, replicated
-from growjax.plan.losses import cross_entropy
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Work
 from growjax.programs.ahead import Need, lower, needs
@@ -250,7 +249,7 @@ def compile_for(
             if s.batch // plan.accumulate % ways
         ],
     )
-    programs = Programs(plan.optimizer.build(), cross_entropy, mesh, layout, plan.accumulate)
+    programs = Programs(plan.optimizer.build(), plan.loss, mesh, layout, plan.accumulate)
     memory = GENERATIONS[target.partition(":")[0]].memory
     wanted = range(len(plan.spans)) if stages is None else stages
     todo = [n for i in wanted for n in needs(plan.spans[i], first=False)]

@@ -10,8 +10,6 @@ from growjax.growth.operator import Exactness as Exactness
 from growjax.growth.operator import Operator as Operator
 from growjax.growth.operator import atoms as atoms
 from growjax.growth.operator import chain as chain
-from growjax.growth.operator import from_dict as from_dict
 from growjax.growth.operator import grow as grow
 from growjax.growth.operator import resolve as resolve
-from growjax.growth.operator import to_dict as to_dict
 from growjax.growth.zeroed import zeros as zeros

@@ -3,30 +3,36 @@
 Net2Net (Chen et al. 2016), bert2BERT's FPI (Chen et al. 2022), HyperCloning (Samragh et al. 2024).
 """
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import equinox as eqx
 import numpy as np
 
+from growjax import values
 from growjax.axes import Axes
-from growjax.errors import GrowthError, expect_one_of, raise_all
-from growjax.growth.operator import Exactness, Operator, frozen_sizes, split_lists
+from growjax.errors import GrowthError, raise_all
+from growjax.growth.operator import (
+    Exactness,
+    Operator,
+    SizesOrLists,
+    frozen_sizes,
+    split_lists,
+)
 from growjax.maps import AxisMap
 
 
+@values.register
 class Copy(Operator):
     """Duplicate coordinates and divide what consumes them; see `copy`."""
 
-    sizes: tuple[tuple[str, int | tuple[int, ...]], ...] = eqx.field(static=True)
+    sizes: SizesOrLists = eqx.field(static=True)
     order: Literal["cycle", "random"] = eqx.field(static=True, default="cycle")
     shares: Literal["equal", "random"] = eqx.field(static=True, default="equal")
-    seed: int = eqx.field(static=True, default=0)
+    seed: Annotated[int, values.at_least(0)] = eqx.field(static=True, default=0)
     exactness: ClassVar[Exactness] = "exact-given-init"
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """Copies whose shares sum to one for every source."""
-        expect_one_of(GrowthError, "order", self.order, ("cycle", "random"))
-        expect_one_of(GrowthError, "shares", self.shares, ("equal", "random"))
         lists, wanted = split_lists(axes, self.sizes)
         rng = np.random.default_rng(self.seed)
         moves = []

@@ -9,9 +9,16 @@ from typing import Literal, get_args
 import equinox as eqx
 import numpy as np
 
+from growjax import values
 from growjax.axes import Axes
 from growjax.errors import GrowthError, expect_one_of, raise_all
-from growjax.growth.operator import Exactness, Operator, frozen_sizes, split_lists
+from growjax.growth.operator import (
+    Exactness,
+    Operator,
+    SizesOrLists,
+    frozen_sizes,
+    split_lists,
+)
 from growjax.maps import AxisMap
 
 
@@ -82,10 +89,11 @@ def _require(ok: bool, complaint: str) -> None:
         raise GrowthError(complaint)
 
 
+@values.register
 class Stack(Operator):
     """Copy layers; see `stack`."""
 
-    sizes: tuple[tuple[str, int | tuple[int, ...]], ...] = eqx.field(static=True)
+    sizes: SizesOrLists = eqx.field(static=True)
     order: Order = eqx.field(static=True, default="repeat")
     branch: Literal["copy", "zero", "split"] = eqx.field(static=True, default="copy")
     stream: str = eqx.field(static=True, default="embed")
@@ -97,7 +105,6 @@ class Stack(Operator):
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """Copies along the stack axes; the share closes or splits the residual branches."""
-        expect_one_of(GrowthError, "branch", self.branch, ("copy", "zero", "split"))
         axes.size(self.stream)
         raise_all(
             GrowthError,

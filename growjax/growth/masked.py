@@ -8,17 +8,19 @@ from typing import ClassVar, Literal
 import equinox as eqx
 import numpy as np
 
+from growjax import values
 from growjax.axes import Axes
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.depth import Order, sources
-from growjax.growth.operator import Exactness, Operator, resolve
+from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
 from growjax.maps import NONE, AxisMap, Init
 
 
+@values.register
 class MSG(Operator):
     """Grow axes behind gates at level 0; see `msg`."""
 
-    sizes: tuple[tuple[str, int], ...] = eqx.field(static=True)
+    sizes: Sizes = eqx.field(static=True)
     init: Init | Literal["copy"] = eqx.field(static=True, default="normal")
     order: Order = eqx.field(static=True, default="repeat")
     exactness: ClassVar[Exactness] = "exact"
@@ -66,4 +68,4 @@ def msg(*, init: Init | Literal["copy"] = "normal", order: Order = "repeat", **s
         big = gj.grow(gj.msg(mlp=2048, heads=8), small, key=key)
         big = gj.settle(gj.ramp(big, 1.0))
     """
-    return MSG(tuple(sizes.items()), init, order)
+    return MSG(frozen_sizes(sizes), init, order)

@@ -2,8 +2,10 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+import functools
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -11,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from growjax import maps
+from growjax import maps, values
 from growjax.axes import Axes, axes_of, get, put
 from growjax.errors import AxisError, GrowthError, raise_all
 from growjax.maps import AxisMap
+from growjax.values import Size
 
 
 Exactness = Literal["exact", "exact-given-init", "approximate"]
@@ -22,12 +25,14 @@ Model = TypeVar("Model")
 _STRENGTH: tuple[Exactness, ...] = ("exact", "exact-given-init", "approximate")
 
 
+@values.base("an operator such as gj.msg(mlp=2048)")
 class Operator(eqx.Module):
     """A growth operator. Subclass it, write `maps`, and everything else follows from the axis table.
 
     `exactness` is what the operator promises: `"exact"` (the same function whatever the new weights
     hold), `"exact-given-init"` (for the values it chooses itself) or `"approximate"` (expect a jump).
-    Fields must be static and hashable, so that an operator can be compared, printed and saved.
+    Fields must be static and hashable, so that an operator can be compared, printed and saved
+    (`growjax.values`). `GrowthError` lists every field that does not hold what it is annotated with.
 
     **Example**
 
@@ -41,14 +46,18 @@ class Operator(eqx.Module):
 
     exactness: ClassVar[Exactness]
 
+    def __check_init__(self):
+        values.check(self, GrowthError)
+
     @abc.abstractmethod
     def maps(self, axes: Axes) -> Sequence[AxisMap]:
         """The index maps of this operator on a model with these axes, at most one per axis."""
 
     def __call__(self, model: Model, *, key: PRNGKeyArray | None = None) -> Model:
         """The grown model: pure, and traceable by `jit`, `vmap` and `grad`."""
-        for move in self.maps(axes_of(model)):
-            model = maps.apply(move, model, key)
+        for op in atoms(self):
+            for move in op.maps(axes_of(model)):
+                model = maps.apply(move, model, key)
         return model
 
     def __repr__(self) -> str:
@@ -63,28 +72,35 @@ class Operator(eqx.Module):
         return f"{type(self).__name__.lower()}({', '.join(said)})"
 
 
-class Chain(eqx.Module):
-    """Operators applied one after the other; made by `chain`."""
+@values.register
+class Chain(Operator):
+    """Operators applied one after the other; made by `chain`. All share the key of a call.
+
+    (Draws are told apart by the leaf and by the index of the coordinate.)
+    """
 
     operators: tuple[Operator, ...]
 
-    def __repr__(self) -> str:
-        return f"chain({', '.join(map(repr, self.operators))})"
-
     @property
-    def exactness(self) -> Exactness:
+    def exactness(self) -> Exactness:  # type: ignore[override]
         """The weakest promise of its members."""
         promises = [_STRENGTH.index(op.exactness) for op in self.operators]
         return _STRENGTH[max(promises, default=0)]
 
-    def __call__(self, model: Model, *, key: PRNGKeyArray | None = None) -> Model:
-        """The model after every operator. All share the key: draws are told apart by leaf and index."""
-        for op in self.operators:
-            model = op(model, key=key)
-        return model
+    def maps(self, axes: Axes) -> Sequence[AxisMap]:
+        """The maps of a chain of one operator; those of others depend on what was grown before them."""
+        if len(atoms(self)) > 1:
+            raise GrowthError(
+                f"{self}: the maps of a later operator are those of the grown model; take the maps of "
+                "one after the other: gj.growth.atoms(chain)"
+            )
+        return [move for op in atoms(self) for move in op.maps(axes)]
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.operators))})"
 
 
-def chain(*operators: Operator | Chain) -> Chain:
+def chain(*operators: Operator) -> Chain:
     """Compose operators, first to last.
 
     **Example**
@@ -97,17 +113,17 @@ def chain(*operators: Operator | Chain) -> Chain:
 
 
 def _check_operator(op: Any) -> None:
-    if not isinstance(op, Operator | Chain):
+    if not isinstance(op, Operator):
         raise GrowthError(f"op: expected an operator such as gj.msg(mlp=2048), got {op!r}")
 
 
-def atoms(op: Operator | Chain) -> tuple[Operator, ...]:
+def atoms(op: Operator) -> tuple[Operator, ...]:
     """The single operators that a chain, or an operator, consists of."""
-    return op.operators if isinstance(op, Chain) else (op,)
+    return tuple(a for o in op.operators for a in atoms(o)) if isinstance(op, Chain) else (op,)
 
 
 def grow(
-    op: Operator | Chain, model: Model, *, key: PRNGKeyArray | None = None, donate: bool = False
+    op: Operator, model: Model, *, key: PRNGKeyArray | None = None, donate: bool = False
 ) -> Model:
     """Grow a model: one jit-compiled, pure call of the operator.
 
@@ -192,8 +208,8 @@ def resolve(axes: Axes, requested: Mapping[str, int], *, shrink: bool = False) -
                 del wanted["group"]
     for axis, size in wanted.items():
         old = axes.size(axis)
-        if not isinstance(size, int) or size <= 0:
-            complaints.append(f"{axis}: expected a positive integer, got {size!r}")
+        if not values.fits(Size, size):
+            complaints += values.faults(Size, size, axis)
         elif size < old and not shrink:
             complaints.append(
                 f"{axis}={size} is smaller than the model's {old}; growth never shrinks (a "
@@ -204,11 +220,39 @@ def resolve(axes: Axes, requested: Mapping[str, int], *, shrink: bool = False) -
 
 
 def frozen_sizes(sizes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Sizes and lists of sources as a hashable field; numpy lists become tuples."""
-    return tuple(
-        (axis, tuple(map(int, size)) if isinstance(size, Sequence | np.ndarray) else size)
-        for axis, size in sizes.items()
-    )
+    """Sizes and lists of sources as a hashable field; NumPy's integers and lists become Python's."""
+    return tuple((axis, _frozen(size)) for axis, size in sizes.items())
+
+
+def _frozen(size: Any) -> Any:
+    if isinstance(size, np.ndarray):
+        size = size.tolist()
+    if isinstance(size, list | tuple | range):
+        return tuple(map(_frozen, size))
+    whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
+    return int(size) if whole else size
+
+
+def _size_faults(sizes: Any, lists: bool) -> Iterator[str]:
+    if not sizes:
+        yield "sizes: expected at least one axis and the size to reach, such as mlp=2048"
+    for axis, size in sizes:
+        if lists and isinstance(size, tuple):
+            if not size or not all(values.fits(int, i) for i in size):
+                yield f"{axis}: expected the old index of every new coordinate, got {values.short(size)}"
+        else:
+            yield from values.faults(Size, size, axis)
+
+
+# Axes and the sizes to reach; with lists, the source of every new coordinate will do as well
+Sizes = Annotated[
+    tuple[tuple[str, Any], ...],
+    values.Faults("sizes such as mlp=2048", functools.partial(_size_faults, lists=False)),
+]
+SizesOrLists = Annotated[
+    tuple[tuple[str, Any], ...],
+    values.Faults("sizes such as mlp=2048", functools.partial(_size_faults, lists=True)),
+]
 
 
 def split_lists(
@@ -226,45 +270,3 @@ def split_lists(
     raise_all(AxisError, "these lists of sources do not fit the model:", complaints)
     resolve(axes, {axis: len(source) for axis, source in lists.items()})
     return lists, resolve(axes, {axis: size for axis, size in sizes if axis not in lists})
-
-
-# Operators as data ---------------------------------------------------------------------------
-
-
-def to_dict(op: Operator | Chain) -> dict[str, Any]:
-    """A plain dict of an operator, ready for JSON; `from_dict` is its inverse.
-
-    Raises `GrowthError` if a field holds a callable, which has no name to be saved under.
-    """
-    if isinstance(op, Chain):
-        return {"op": "Chain", "operators": [to_dict(atom) for atom in op.operators]}
-    fields = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
-    unnamed = [f"{name}: {value}" for name, value in fields.items() if callable(value)]
-    raise_all(GrowthError, "callables cannot be saved; use a named init:", unnamed)
-    return {"op": type(op).__name__} | fields
-
-
-def from_dict(data: Mapping[str, Any]) -> Operator | Chain:
-    """The operator that `to_dict` wrote (also after a trip through JSON)."""
-    fields = dict(data)
-    name = fields.pop("op", None)
-    if name == "Chain":
-        return Chain(tuple(from_dict(atom) for atom in fields["operators"]))  # type: ignore[arg-type]
-    known = {cls.__name__: cls for cls in _subclasses(Operator)}
-    if name not in known:
-        raise GrowthError(f"unknown operator {name!r}; known are {', '.join(sorted(known))}")
-    expected = [field.name for field in dataclasses.fields(known[name])]
-    raise_all(
-        GrowthError,
-        f"{name} has no such field; it has {', '.join(expected)}:",
-        [repr(field) for field in fields if field not in expected],
-    )
-    return known[name](**{field: _tuples(value) for field, value in fields.items()})
-
-
-def _subclasses(cls: type) -> list[type]:
-    return [s for child in cls.__subclasses__() for s in (child, *_subclasses(child))]
-
-
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

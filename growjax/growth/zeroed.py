@@ -8,16 +8,18 @@ from typing import ClassVar
 import equinox as eqx
 import numpy as np
 
+from growjax import values
 from growjax.axes import Axes
 from growjax.errors import GrowthError, raise_all
-from growjax.growth.operator import Exactness, Operator, resolve
+from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
 from growjax.maps import NONE, AxisMap, Init
 
 
+@values.register
 class Zeros(Operator):
     """Fresh coordinates with zeros on one side; see `zeros`."""
 
-    sizes: tuple[tuple[str, int], ...] = eqx.field(static=True)
+    sizes: Sizes = eqx.field(static=True)
     init: Init = eqx.field(static=True, default="normal")
     exactness: ClassVar[Exactness] = "exact-given-init"
 
@@ -61,4 +63,4 @@ def zeros(*, init: Init = "normal", **sizes: int) -> Zeros:
 
         gj.zeros(mlp=2048, heads=8)
     """
-    return Zeros(tuple(sizes.items()), init)
+    return Zeros(frozen_sizes(sizes), init)

@@ -8,8 +8,9 @@ from growjax import __version__
 from growjax.axes import sizes
 from growjax.certificate import Certificate
 from growjax.cost import parameters
-from growjax.growth import grow, to_dict
+from growjax.growth import grow
 from growjax.hf.convert import save
+from growjax.values import to_dict
 
 
 def written_by(

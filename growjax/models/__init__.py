@@ -7,5 +7,8 @@ from growjax.models.gpt import GPT as GPT
 from growjax.models.gpt import GPTConfig as GPTConfig
 from growjax.models.llama import Llama as Llama
 from growjax.models.llama import LlamaConfig as LlamaConfig
+from growjax.models.protocol import Config as Config
+from growjax.models.protocol import Model as Model
+from growjax.models.protocol import predictions as predictions
 from growjax.models.t5 import T5 as T5
 from growjax.models.t5 import T5Config as T5Config

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from growjax import axes
 from growjax.axes import param
+from growjax.errors import PlanError
 from growjax.gates import Gate, gated
-from growjax.models.config import check_choices
+from growjax.models.config import Activation, Dtype, Eps, Remat, check_config
 from growjax.nn import (
     ACTIVATIONS,
     Block,
@@ -26,8 +28,10 @@ from growjax.nn import (
     make_block,
     normal,
 )
+from growjax.values import Size, register
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class BERTConfig:
     """Sizes and choices of a `BERT`. The defaults are those of the published model.
@@ -39,33 +43,37 @@ class BERTConfig:
     and logits stay in float32 at least.
     """
 
-    layers: int
-    embed: int
-    heads: int
-    head_dim: int
-    mlp: int
-    vocab: int
-    positions: int
-    token_types: int = 2
+    layers: Size
+    embed: Size
+    heads: Size
+    head_dim: Size
+    mlp: Size
+    vocab: Size
+    positions: Size
+    token_types: Size = 2
     post_norm: bool = True
     embedding_norm: bool = False
     norm: Literal["layer", "rms"] = "layer"
     bias: bool = True
     qk_norm: bool = False
     glu: bool = False
-    activation: str = "gelu"
-    eps: float = 1e-12
+    activation: Activation = "gelu"
+    eps: Eps = 1e-12
     tied: bool = True
-    dtype: str | None = None
+    dtype: Dtype = None
     attention: Body = "auto"
-    remat: Literal["dots", "nothing", "everything"] = "dots"
+    remat: Remat = "dots"
     mlm_head: bool = True
     nsp_head: bool = True
     pooler: bool = True
 
     def __post_init__(self):
         unread = self.nsp_head and not self.pooler
-        check_choices(self, ["nsp_head: it reads the pooler, which is off"] if unread else ())
+        check_config(self, ["nsp_head: it reads the pooler, which is off"] if unread else ())
+
+    def build(self, key: PRNGKeyArray) -> "BERT":
+        """A `BERT` of this configuration, its parameters drawn with this key."""
+        return BERT(self, key=key)
 
 
 class BERTOutput(NamedTuple):
@@ -150,6 +158,7 @@ class BERT(eqx.Module):
     nsp_bias: Float[Array, " nsp"] | None = param("-> nsp")
     gate: Gate | None = axes.gate("embed")
     dtype: str | None = eqx.field(static=True, default=None)
+    kind: ClassVar[str] = "encoder"
 
     def __init__(self, config: BERTConfig, *, key: PRNGKeyArray):
         c = config
@@ -212,3 +221,10 @@ class BERT(eqx.Module):
             nsp_logits = nsp_logits if self.nsp_bias is None else nsp_logits + self.nsp_bias
         mlm_logits = None if self.mlm is None else self.mlm(hidden, self.embedding)
         return BERTOutput(hidden, pooled, mlm_logits, nsp_logits)
+
+    def predict(self, example: Mapping[str, Array]) -> Float[Array, "T vocab"]:
+        """The masked-language logits on one example; raises `PlanError` if that head is off."""
+        scores = self(example["tokens"], mask=example.get("mask")).mlm_logits
+        if scores is None:
+            raise PlanError("mlm_head: a BERT is trained through it, and it is off")
+        return scores

@@ -1,6 +1,7 @@
 """GPT: a decoder with learned (or rotary) positions and a head tied to the embedding."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import equinox as eqx
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from growjax import axes
 from growjax.axes import param
 from growjax.gates import Gate, gated
-from growjax.models.config import check_choices, odd_rotary
+from growjax.models.config import Activation, Dtype, Eps, Remat, check_config, odd_rotary
 from growjax.nn import (
     Block,
     Body,
@@ -26,8 +27,10 @@ from growjax.nn import (
     make_block,
     normal,
 )
+from growjax.values import Size, register
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
     """Sizes and choices of a `GPT`, with GPT-2's defaults; `heads * head_dim` need not be `embed`.
@@ -36,29 +39,33 @@ class GPTConfig:
     float32 at least.
     """
 
-    layers: int
-    embed: int
-    heads: int
-    head_dim: int
-    mlp: int
-    vocab: int
-    positions: int
-    kv_heads: int | None = None
+    layers: Size
+    embed: Size
+    heads: Size
+    head_dim: Size
+    mlp: Size
+    vocab: Size
+    positions: Size
+    kv_heads: Size | None = None
     norm: Literal["layer", "rms"] = "layer"
     post_norm: bool = False
     bias: bool = True
     qk_norm: bool = False
     glu: bool = False
-    activation: str = "gelu_tanh"
+    activation: Activation = "gelu_tanh"
     tied: bool = True
     position: Literal["learned", "rotary"] = "learned"
-    eps: float = 1e-5
-    dtype: str | None = None
+    eps: Eps = 1e-5
+    dtype: Dtype = None
     attention: Body = "auto"
-    remat: Literal["dots", "nothing", "everything"] = "dots"
+    remat: Remat = "dots"
 
     def __post_init__(self):
-        check_choices(self, odd_rotary(self.head_dim) if self.position == "rotary" else ())
+        check_config(self, odd_rotary(self) if self.position == "rotary" else ())
+
+    def build(self, key: PRNGKeyArray) -> "GPT":
+        """A `GPT` of this configuration, its parameters drawn with this key."""
+        return GPT(self, key=key)
 
 
 class GPT(eqx.Module):
@@ -135,6 +142,16 @@ class GPT(eqx.Module):
         x, turn = self._embed(tokens, positions)
         x = self.blocks(x, mask=causal(mask, prefix, documents), turn=turn)
         return self._read_out(x)
+
+    def predict(self, example: Mapping[str, Array]) -> Float[Array, "T vocab"]:
+        """The logits on one example of an objective, whose keys say what there is to read."""
+        return self(
+            example["tokens"],
+            positions=example.get("positions"),
+            mask=example.get("mask"),
+            prefix=example.get("prefix"),
+            documents=example.get("segments"),
+        )
 
     def cache(self, size: int) -> Cache:
         """An empty cache for `extend`, of `size` places."""

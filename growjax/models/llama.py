@@ -1,7 +1,8 @@
 """Llama: a decoder with RMS norms, rotary positions, a gated MLP and grouped queries."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated
 
 import equinox as eqx
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from growjax import axes
 from growjax.axes import param
 from growjax.gates import Gate, gated
-from growjax.models.config import check_choices, odd_rotary
+from growjax.models.config import Activation, Dtype, Eps, Remat, check_config, odd_rotary
 from growjax.nn import (
     Block,
     Body,
@@ -27,8 +28,10 @@ from growjax.nn import (
     make_block,
     normal,
 )
+from growjax.values import Size, positive, register
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """Sizes and choices of a `Llama`; `heads` are query heads, `bias` is that of attention alone.
@@ -38,26 +41,30 @@ class LlamaConfig:
     float32 at least.
     """
 
-    layers: int
-    embed: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    vocab: int
-    theta: float = 10000.0
+    layers: Size
+    embed: Size
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    mlp: Size
+    vocab: Size
+    theta: Annotated[float, positive()] = 10000.0
     scaling: RotaryScaling | None = None
-    eps: float = 1e-5
+    eps: Eps = 1e-5
     tied: bool = False
     bias: bool = False
     qk_norm: bool = False
-    activation: str = "silu"
-    dtype: str | None = None
+    activation: Activation = "silu"
+    dtype: Dtype = None
     attention: Body = "auto"
-    remat: Literal["dots", "nothing", "everything"] = "dots"
+    remat: Remat = "dots"
 
     def __post_init__(self):
-        check_choices(self, odd_rotary(self.head_dim))
+        check_config(self, odd_rotary(self))
+
+    def build(self, key: PRNGKeyArray) -> "Llama":
+        """A `Llama` of this configuration, its parameters drawn with this key."""
+        return Llama(self, key=key)
 
 
 class Llama(eqx.Module):
@@ -129,6 +136,16 @@ class Llama(eqx.Module):
         x, turn = self._embed(tokens, positions)
         x = self.blocks(x, mask=causal(mask, prefix, documents), turn=turn)
         return self._read_out(x)
+
+    def predict(self, example: Mapping[str, Array]) -> Float[Array, "T vocab"]:
+        """The logits on one example of an objective, whose keys say what there is to read."""
+        return self(
+            example["tokens"],
+            positions=example.get("positions"),
+            mask=example.get("mask"),
+            prefix=example.get("prefix"),
+            documents=example.get("segments"),
+        )
 
     def cache(self, size: int) -> Cache:
         """An empty cache for `extend`, of `size` places."""

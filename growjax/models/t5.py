@@ -1,7 +1,8 @@
 """T5: an encoder and a decoder with relative positions, in the forms of v1.0, v1.1 and UL2."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from growjax import axes
 from growjax.axes import buffer, param
 from growjax.gates import Gate, gated
-from growjax.models.config import check_choices
+from growjax.models.config import Activation, Dtype, Eps, Remat, check_config
 from growjax.nn import (
     Block,
     Body,
@@ -27,8 +28,10 @@ from growjax.nn import (
     make_block,
     normal,
 )
+from growjax.values import Size, fits, register
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class T5Config:
     """Sizes and choices of a `T5`. The defaults are v1.0's; see `v1_1` and `ul2`.
@@ -43,37 +46,44 @@ class T5Config:
                       vocab=384)
     """
 
-    encoder_layers: int
-    decoder_layers: int
-    embed: int
-    heads: int
-    head_dim: int
-    mlp: int
-    vocab: int
-    buckets: int = 32
-    max_distance: int = 128
-    activation: str = "relu"
+    encoder_layers: Size
+    decoder_layers: Size
+    embed: Size
+    heads: Size
+    head_dim: Size
+    mlp: Size
+    vocab: Size
+    buckets: Size = 32
+    max_distance: Size = 128
+    activation: Activation = "relu"
     glu: bool = False
     tied: bool = True
     scale_output: bool | None = None
-    eps: float = 1e-6
-    dtype: str | None = None
+    eps: Eps = 1e-6
+    dtype: Dtype = None
     attention: Body = "auto"
-    remat: Literal["dots", "nothing", "everything"] = "dots"
+    remat: Remat = "dots"
 
     def __post_init__(self):
-        complaints = []
+        check_config(self, self._distances())
+
+    def _distances(self) -> Iterator[str]:
+        if not fits(tuple[Size, Size], (self.buckets, self.max_distance)):
+            return
         if self.buckets < 4 or self.buckets % 4:
-            complaints.append(
+            yield (
                 "buckets: the encoder halves them by sign, then by near and far; expected a "
                 f"multiple of 4, got {self.buckets}"
             )
         if self.max_distance <= self.buckets // 2:
-            complaints.append(
+            yield (
                 f"max_distance: expected more than {self.buckets // 2}, the distances that the "
                 f"decoder counts one by one with {self.buckets} buckets, got {self.max_distance}"
             )
-        check_choices(self, complaints)
+
+    def build(self, key: PRNGKeyArray) -> "T5":
+        """A `T5` of this configuration, its parameters drawn with this key."""
+        return T5(self, key=key)
 
     @classmethod
     def v1_0(cls, **sizes: Any) -> "T5Config":
@@ -124,6 +134,7 @@ class T5(eqx.Module):
     output_scale: Float[Array, ""] | None = buffer()
     gate: Gate | None = axes.gate("embed")
     dtype: str | None = eqx.field(static=True, default=None)
+    kind: ClassVar[str] = "seq2seq"
 
     def __init__(self, config: T5Config, *, key: PRNGKeyArray):
         c = config
@@ -192,6 +203,15 @@ class T5(eqx.Module):
             bias=self.decoder_bias.among(decoder_tokens.shape[0]),
         )
         return self._read_out(x)
+
+    def predict(self, example: Mapping[str, Array]) -> Float[Array, "T vocab"]:
+        """The logits on one example of an objective for pairs."""
+        return self(
+            example["encoder_tokens"],
+            example["decoder_tokens"],
+            encoder_mask=example.get("encoder_mask"),
+            decoder_mask=example.get("decoder_mask"),
+        )
 
     def cache(
         self,

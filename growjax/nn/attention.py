@@ -9,7 +9,8 @@ is copied. `growjax.nn.bodies` computes what the queries read; gates, norms and 
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Annotated, NamedTuple
 
 import equinox as eqx
 import jax
@@ -24,8 +25,10 @@ from growjax.nn.bodies import Bias, Body, attend
 from growjax.nn.linear import affine, normal
 from growjax.nn.mask import ALL, Mask
 from growjax.nn.norm import Norm
+from growjax.values import Size, check, positive, register
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class RotaryScaling:
     """How frequencies are lowered, so that a model reads more than it was trained on.
@@ -39,16 +42,17 @@ class RotaryScaling:
         RotaryScaling(8.0, low=1.0, high=4.0, length=8192)        # Llama 3.1
     """
 
-    factor: float
-    low: float = 1.0
-    high: float = 4.0
-    length: int | None = None
+    factor: Annotated[float, positive()]
+    low: Annotated[float, positive()] = 1.0
+    high: Annotated[float, positive()] = 4.0
+    length: Size | None = None
 
     def __post_init__(self):
-        if not (self.factor > 0 and 0 < self.low < self.high and (self.length or 1) > 0):
-            raise AxisError(
-                f"scaling: expected a positive factor and length, and 0 < low < high, got {self}"
-            )
+        check(self, AxisError, "these frequencies cannot be scaled:", self._faults)
+
+    def _faults(self) -> Iterator[str]:
+        if not self.low < self.high:
+            yield f"low, high: expected a low below the high, got {self.low} and {self.high}"
 
     def __call__(self, freqs: Float[Array, " n"]) -> Float[Array, " n"]:
         """The frequencies that the model is run with."""

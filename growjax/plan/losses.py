@@ -1,4 +1,4 @@
-"""What a model is trained on: the cross-entropy of every target that counts."""
+"""What a model is trained on: the cross-entropy of every target that counts, or a loss of one's own."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,22 +7,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from growjax.errors import PlanError
-from growjax.models import BERT, T5
+from growjax.models.protocol import predictions
+from growjax.values import register
 
 
 # One example -> the loss at each place, in nats, and how much each place counts.
 Loss = Callable[[Any, Mapping[str, Array]], tuple[Float[Array, " T"], Float[Array, " T"]]]
 
 
+@register
 def cross_entropy(
     model: Any, example: Mapping[str, Array]
 ) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
     """The loss of each target of one example, in nats, and its weight.
 
     `example` is what an objective of `growjax.data` makes; its keys say how the model is called. Logits
-    and losses are in float32 at least. Works for every model of `growjax.models`; another one needs a
-    function like this of its own.
+    and losses are in float32 at least. Works for every model that has `predict` or is called with tokens
+    (`growjax.models.protocol`); another one needs a function like this of its own, `Plan(loss=...)`.
 
     **Example**
 
@@ -44,31 +45,3 @@ def drawn_loss(
     scores = jax.lax.stop_gradient(predictions(model, example))
     labels = jax.random.categorical(jax.random.wrap_key_data(example["key"]), scores)
     return cross_entropy(model, {**example, "targets": labels})
-
-
-def reads_pairs(model: Any) -> bool:
-    """Whether a model (or its shapes) reads one sequence and writes another."""
-    return isinstance(model, T5)
-
-
-def predictions(model: Any, example: Mapping[str, Array]) -> Float[Array, "T vocab"]:
-    """The model's logits on one example of an objective."""
-    if reads_pairs(model):
-        return model(
-            example["encoder_tokens"],
-            example["decoder_tokens"],
-            encoder_mask=example.get("encoder_mask"),
-            decoder_mask=example.get("decoder_mask"),
-        )
-    if isinstance(model, BERT):
-        found = model(example["tokens"], mask=example.get("mask")).mlm_logits
-        if found is None:
-            raise PlanError("mlm_head: a BERT is trained through it, and it is off")
-        return found
-    return model(
-        example["tokens"],
-        positions=example.get("positions"),
-        mask=example.get("mask"),
-        prefix=example.get("prefix"),
-        documents=example.get("segments"),
-    )

@@ -1,23 +1,29 @@
 """An optimizer as data: what a plan says, and the optax chain that it means."""
 
 import dataclasses
-from typing import Literal, get_args
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import optax
 
-from growjax.errors import PlanError, raise_all
+from growjax.errors import PlanError
 from growjax.optim.age import matrices, not_biases, scale_by_adam, scale_by_ademamix
 from growjax.optim.muon import scale_by_muon
 from growjax.optim.rules import Rule as Rule
 from growjax.optim.rules import rule, schedule_free
 from growjax.optim.scale import scale_by_parameter, scale_new
 from growjax.optim.sophia import scale_by_sophia
+from growjax.values import at_least, base, check, positive, ranged, register
 
 
 Name = Literal["adamw", "nadamw", "ademamix", "lion", "sophia", "muon", "schedule_free", "sgd"]
 Decayed = Literal["matrices", "weights", "all"]
+# How much of an average stays at each step
+Forgetting = Annotated[float, ranged(0, 1, "a rate", below=True)]
 
 
+@base("an optimizer such as Optimizer(b2=0.95)")
+@register
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """How gradients become updates, apart from the learning rate.
@@ -46,52 +52,29 @@ class Optimizer:
     """
 
     name: Name = "adamw"
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    b1: Forgetting = 0.9
+    b2: Forgetting = 0.95
+    eps: Annotated[float, positive()] = 1e-8
+    weight_decay: Annotated[float, at_least(0)] = 0.0
     decayed: Decayed = "matrices"
     scale_by_parameter: bool = False
-    clip: float | None = 1.0
-    new_rate: float = 1.0
-    new_steps: int = 0
-    b3: float = 0.999
-    alpha: float = 5.0
-    rho: float = 0.04
-    refresh_every: int = 10
-    momentum: float = 0.95
+    clip: Annotated[float, positive("norm")] | None = 1.0
+    new_rate: Annotated[float, at_least(0)] = 1.0
+    new_steps: Annotated[int, at_least(0, "steps")] = 0
+    b3: Forgetting = 0.999
+    alpha: Annotated[float, at_least(0)] = 5.0
+    rho: Annotated[float, positive()] = 0.04
+    refresh_every: Annotated[int, at_least(1, "steps")] = 10
+    momentum: Forgetting = 0.95
 
     def __post_init__(self):
-        positive = self.clip is None or self.clip > 0
-        kinds = get_args(Decayed)
-        checks = [
-            ("name", f"one of {', '.join(get_args(Name))}", self.name, self.name in get_args(Name)),
-            ("b1", "a rate from 0 to below 1", self.b1, 0 <= self.b1 < 1),
-            ("b2", "a rate from 0 to below 1", self.b2, 0 <= self.b2 < 1),
-            ("eps", "a positive number", self.eps, self.eps > 0),
-            ("weight_decay", "0 or more", self.weight_decay, self.weight_decay >= 0),
-            ("decayed", f"one of {', '.join(kinds)}", self.decayed, self.decayed in kinds),
-            ("clip", "a positive norm, or None", self.clip, positive),
-            ("new_rate", "0 or more", self.new_rate, self.new_rate >= 0),
-            ("new_steps", "0 or more", self.new_steps, self.new_steps >= 0),
-            ("b3", "a rate from 0 to below 1", self.b3, 0 <= self.b3 < 1),
-            ("alpha", "0 or more", self.alpha, self.alpha >= 0),
-            ("rho", "a positive number", self.rho, self.rho > 0),
-            ("refresh_every", "1 or more steps", self.refresh_every, self.refresh_every >= 1),
-            ("momentum", "a rate from 0 to below 1", self.momentum, 0 <= self.momentum < 1),
-        ]
-        faults = [
-            f"{name}: expected {what}, got {got!r}" for name, what, got, ok in checks if not ok
-        ]
-        if not faults and (self.new_rate != 1) != (self.new_steps > 0):
-            faults.append(
-                "new_rate, new_steps: one says how much and the other how long; give both"
-            )
-        if not faults and self.name == "schedule_free" and self.b1 == 0:
-            faults.append(
-                "b1: schedule_free trains between an average and its goal; give b1 above 0"
-            )
-        raise_all(PlanError, "this optimizer cannot be used:", faults)
+        check(self, PlanError, "this optimizer cannot be used:", self._faults)
+
+    def _faults(self) -> Iterator[str]:
+        if (self.new_rate != 1) != (self.new_steps > 0):
+            yield "new_rate, new_steps: one says how much and the other how long; give both"
+        if self.name == "schedule_free" and self.b1 == 0:
+            yield "b1: schedule_free trains between an average and its goal; give b1 above 0"
 
     @property
     def curvature_every(self) -> int | None:

@@ -7,35 +7,31 @@ computing anything, so that a fault in the last stage is found before the first 
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import equinox as eqx
 import jax
 from jaxtyping import PRNGKeyArray
 
-from growjax.axes import axes_of, sizes
+from growjax.axes import axes_of, partition, sizes
 from growjax.budget import Clock, FlopsClock
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.data.sources import Source
-from growjax.errors import GrowjaxError, PlanError, raise_all
+from growjax.errors import GrowjaxError, PlanError
 from growjax.gates import is_gated, ungated
-from growjax.growth import Chain, Operator
 from growjax.maps import fold_in_name
-from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, Llama, LlamaConfig, T5Config
+from growjax.models.protocol import Config, kind_of
 from growjax.parallel import Layout
-from growjax.plan.losses import reads_pairs
+from growjax.plan.losses import Loss, cross_entropy
 from growjax.plan.optimizer import Optimizer
-from growjax.plan.schedule import Schedule
-from growjax.plan.stages import Carry, Inactive, Rewind, Span, Stage, Start, Steps
+from growjax.plan.schedule import Rate
+from growjax.plan.stages import Span, Stage, Start, Steps
 from growjax.plan.timeline import Era, timeline
-from growjax.select import Selector
-from growjax.subnet import Coins, PathSchedule, Subnet
+from growjax.subnet import PathSchedule
+from growjax.values import Range, Size, check, positive, register, short
 
 
-ModelConfig = GPTConfig | BERTConfig | LlamaConfig | T5Config
-_MODELS = {GPTConfig: GPT, BERTConfig: BERT, LlamaConfig: Llama, T5Config: T5}
-
-
+@register
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """One training run, from a model's birth to its end.
@@ -43,7 +39,8 @@ class Plan:
     **Fields**
 
     - `name`: what the run is called in reports.
-    - `model`: the model that the first stage starts from; its `dtype` and `remat` are those of the run.
+    - `model`: the model that the first stage starts from: a configuration, whose `dtype` and `remat`
+      are those of the run, or `Model` for one that growjax did not write.
     - `stages`: what happens, in order.
     - `batch`: sequences per step, over all devices.
     - `objective`: what one sequence is and what is predicted, such as `growjax.data.Causal(128)`.
@@ -56,6 +53,7 @@ class Plan:
     - `data`: what it trains on; None if `train` is given its own.
     - `tokenizer`: "bytes", or the path of a `tokenizers` file.
     - `seed`: of the model, its growth, its sub-networks and the order of the data.
+    - `loss`: what is minimised, one example to its losses and weights; see `cross_entropy`.
     - `start`: a trained model to start from, instead of drawing one. Whether it has the shapes of `model`
       is seen before the first step; it becomes a larger one by the first stage's `grow` alone.
 
@@ -68,27 +66,27 @@ class Plan:
     """
 
     name: str
-    model: ModelConfig
+    model: Config
     stages: tuple[Stage, ...]
-    batch: int
+    batch: Size
     objective: Objective
-    rate: Schedule
+    rate: Rate
     optimizer: Optimizer = Optimizer()
     clock: Clock = FlopsClock()
-    budget: float | None = None
-    accumulate: int = 1
+    budget: Annotated[float, positive()] | None = None
+    accumulate: Size = 1
     layout: Layout = Layout()
     data: Source | None = None
     tokenizer: str = "bytes"
-    seed: int = 0
+    seed: Annotated[
+        int, Range("an integer of 0 or more, below 2**31", lambda n: 0 <= n < 2**31)
+    ] = 0
     start: Start | None = None
+    loss: Loss = cross_entropy
 
     def __post_init__(self):
-        faults = list(_length_faults(self))
-        for n, stage in enumerate(self.stages):
-            faults += [f"stage {n} {stage.name!r}: {fault}" for fault in _stage_faults(stage)]
-        faults = faults or _fit_faults(self)
-        raise_all(PlanError, f"plan {self.name!r} cannot be run:", faults)
+        headline = f"plan {short(self.name)} cannot be run:"
+        check(self, PlanError, headline, lambda: list(_length_faults(self)) or _fit_faults(self))
 
     def build(self) -> Any:
         """The model before the first stage, all of its parameters drawn."""
@@ -98,6 +96,12 @@ class Plan:
     def origin(self) -> Any:
         """The shapes of the model before the first stage."""
         return eqx.filter_eval_shape(self.build)
+
+    @property
+    def activations(self) -> str:
+        """The type that the model computes in: what its configuration says, or that of its parameters."""
+        said = getattr(self.model, "dtype", None)
+        return said or str(jax.tree.leaves(partition(self.origin)[0])[0].dtype)
 
     def before(self, index: int) -> Any:
         """The shapes of the model that a stage finds, gates included."""
@@ -158,14 +162,9 @@ class Plan:
         return climb * self.rate.at(done)
 
 
-def build(config: ModelConfig, key: PRNGKeyArray) -> Any:
-    """The model that a configuration describes."""
-    return _MODELS[type(config)](config, key=key)
-
-
 def birth(plan: Plan, seed: Any) -> Any:
     """The model before the first stage of a plan, drawn from this seed (or from one that is traced)."""
-    model = build(plan.model, purpose_key(seed, "model"))
+    model = plan.model.build(purpose_key(seed, "model"))
     for op in plan.start.operators if plan.start else ():
         model = ungated(op(model, key=purpose_key(seed, "grow")))
     return model
@@ -176,33 +175,12 @@ def purpose_key(seed: int, name: str) -> PRNGKeyArray:
     return fold_in_name(jax.random.key(seed), name)
 
 
-def _is_objective(value: Any) -> bool:
-    """Whether this is something that makes training examples."""
-    return callable(value) and hasattr(value, "raw_length")
-
-
 # Faults ------------------------------------------------------------------------------------------
 
 
 def _length_faults(plan: Plan) -> Iterator[str]:
-    for field in ("batch", "accumulate"):
-        value = getattr(plan, field)
-        if not isinstance(value, int) or value < 1:
-            yield f"{field}: expected a positive integer, got {value!r}"
-    if type(plan.model) not in _MODELS:
-        names = ", ".join(cls.__name__ for cls in _MODELS)
-        yield f"model: expected one of {names}, got {plan.model!r}"
-    if not _is_objective(plan.objective):
-        yield f"objective: expected one such as Causal(128), got {plan.objective!r}"
-    if not isinstance(plan.clock, Clock):
-        yield f"clock: expected one such as FlopsClock(), got {plan.clock!r}"
-        return
-    if not isinstance(plan.seed, int) or not 0 <= plan.seed < 2**31:
-        yield f"seed: expected an integer of 0 or more, below 2**31, got {plan.seed!r}"
     if not plan.stages:
         yield "stages: expected at least one"
-    if plan.start is not None:
-        yield from _start_faults(plan.start)
     if plan.layout.own_paths and any(stage.inactive == "freeze" for stage in plan.stages):
         yield "layout: own_paths: a layer that one replica leaves out runs on another; freeze none"
     shares = [stage.share for stage in plan.stages if stage.share is not None]
@@ -210,60 +188,15 @@ def _length_faults(plan: Plan) -> Iterator[str]:
         yield "budget: the stages are shares of it, so it must be given"
     elif not shares and plan.budget is not None:
         yield "budget: no stage is a share of it, so the stages decide; leave it out"
-    elif plan.budget is not None and not plan.budget > 0:
-        yield f"budget: expected a positive number of {plan.clock.unit}, got {plan.budget!r}"
     if plan.clock.unit != "seconds" and any(s.seconds is not None for s in plan.stages):
         yield f"clock: it charges {plan.clock.unit}, and stages last seconds; give a reference clock"
+    if plan.optimizer.curvature_every is not None and plan.loss is not cross_entropy:
+        yield (
+            f"optimizer: {plan.optimizer.name} draws labels from what the model predicts; that goes with "
+            "cross_entropy, and not with a loss of one's own"
+        )
     if shares and (len(shares) < len(plan.stages) or abs(sum(shares) - 1) > 1e-6):
         yield f"stages: every one must have a share and all together 1, got {shares}"
-
-
-def _start_faults(start: Any) -> Iterator[str]:
-    if not isinstance(start, Start):
-        yield f"start: expected one such as Start('runs/small'), got {start!r}"
-    elif not isinstance(start.folder, str) or not start.folder:
-        yield f"start: folder: expected the name of one, got {start.folder!r}"
-    elif not all(isinstance(op, Operator | Chain) for op in start.operators):
-        yield f"start: operators: expected some such as gj.stack(layers=6), got {start.operators!r}"
-
-
-def _stage_faults(stage: Stage) -> Iterator[str]:
-    scheduled = isinstance(stage.subnet, PathSchedule)
-    lengths = ("tokens", "flops", "seconds", "share")
-    given = [what for what in lengths if getattr(stage, what) is not None]
-    if scheduled and given:
-        yield f"its path schedule says how long it is; leave {' and '.join(given)} out"
-    elif not scheduled and len(given) != 1:
-        got = " and ".join(given) or "none"
-        yield f"expected one of tokens, flops, seconds and share, got {got}"
-    for what in given:
-        if not getattr(stage, what) > 0:
-            yield f"{what}: expected a positive number, got {getattr(stage, what)!r}"
-    if stage.grow is not None and not isinstance(stage.grow, Operator | Chain):
-        yield f"grow: expected an operator such as gj.msg(mlp=2048), got {stage.grow!r}"
-    if not (stage.subnet is None or scheduled or isinstance(stage.subnet, Subnet)):
-        yield f"subnet: expected one such as gj.random_path(6), got {stage.subnet!r}"
-    if stage.inactive not in get_args(Inactive):
-        known = ", ".join(get_args(Inactive))
-        yield f"inactive: expected one of {known}, got {stage.inactive!r}"
-    elif stage.inactive == "freeze" and not (scheduled or isinstance(stage.subnet, Coins)):
-        yield f"inactive: only layers can stay as they were, give a path or drop, got {stage.subnet!r}"
-    if not (stage.select is None or isinstance(stage.select, Selector)):
-        yield f"select: expected one such as RhoLoss(), got {stage.select!r}"
-    if stage.carry not in get_args(Carry):
-        yield f"carry: expected one of {', '.join(get_args(Carry))}, got {stage.carry!r}"
-    if stage.carry != "dual" and stage.grow is None:
-        yield f"carry: {stage.carry!r} is for a stage that grows, and this one does not"
-    if stage.rewind is not None and stage.rewind not in get_args(Rewind):
-        yield f"rewind: expected one of {', '.join(get_args(Rewind))} or None, got {stage.rewind!r}"
-    if not isinstance(stage.ramp, int) or stage.ramp < 0:
-        yield f"ramp: expected a number of steps, got {stage.ramp!r}"
-    if not 0 <= stage.rewarm <= 1:
-        yield f"rewarm: expected a share of the stage from 0 to 1, got {stage.rewarm!r}"
-    if stage.batch is not None and (not isinstance(stage.batch, int) or stage.batch < 1):
-        yield f"batch: expected a positive integer, got {stage.batch!r}"
-    if not (stage.objective is None or _is_objective(stage.objective)):
-        yield f"objective: expected one such as Causal(128), got {stage.objective!r}"
 
 
 def _fit_faults(plan: Plan) -> list[str]:
@@ -280,8 +213,13 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
     spans: list[Span] = []
     try:
         model = plan.origin
+        axes_of(model)
     except GrowjaxError as error:
-        faults.append("start: " + str(error).replace("\n", "\n    "))
+        where = "model" if plan.start is None else "start"
+        faults.append(f"{where}: " + str(error).replace("\n", "\n    "))
+        return spans
+    except Exception as error:  # whatever a function of the user's own does
+        faults.append(f"model: {plan.model!r} cannot be built: {type(error).__name__}: {error}")
         return spans
     start, tokens, spent, share = 0, 0, 0, 0.0
     for n, stage in enumerate(plan.stages):
@@ -311,10 +249,14 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
                 seed=plan.seed,
                 clock=plan.clock,
                 curvature_every=plan.optimizer.curvature_every,
+                loss=plan.loss,
             )
             done = list(steps.until(*_limit(plan, stage, batch * objective.raw_length, left)))
         except GrowjaxError as error:
             faults.append(where + str(error).replace("\n", "\n    "))
+            return spans
+        except Exception as error:  # of a model, loss, operator or objective of the user's own
+            faults.append(f"{where}{type(error).__name__}: {error}")
             return spans
         faults += [where + fault for fault in _ramp_faults(stage, model, len(done))]
         works, flops, costs = (tuple(column) for column in zip(*done, strict=True))
@@ -361,7 +303,7 @@ def _shape_faults(plan: Plan, batch: int, objective: Objective, model: Any) -> I
     if longest > known.get("positions", longest):
         yield f"objective: {longest} tokens are more than the model's {known['positions']} positions"
     seq2seq = "encoder_tokens" in shapes
-    if seq2seq != reads_pairs(model):
+    if seq2seq != (kind_of(model) == "seq2seq"):
         kind = "an encoder and a decoder" if seq2seq else "one sequence"
         name = type(model).__name__
         yield f"objective: {objective} makes examples for {kind}, which is not what {name} reads"
@@ -370,15 +312,15 @@ def _shape_faults(plan: Plan, batch: int, objective: Objective, model: Any) -> I
 def reference_faults(plan: Plan, reference: Any) -> Iterator[str]:
     """Why a second model cannot look at what the stages of a plan choose from, from shapes alone.
 
-    Models of other families, which go with a loss of their own, are not looked into.
+    A plan with a loss of its own says itself what it reads; it is not looked into.
     """
-    for span in plan.spans if isinstance(reference, tuple(_MODELS.values())) else ():
+    for span in plan.spans if plan.loss is cross_entropy else ():
         if span.stage.select is None or not span.stage.select.compares:
             continue
         where = f"stage {span.index} {span.stage.name!r}: reference: "
         for fault in _shape_faults(plan, span.batch, span.objective, reference):
             yield where + fault
-        mine, theirs = span.sizes["vocab"], sizes(reference)["vocab"]
+        mine, theirs = span.sizes.get("vocab"), sizes(reference).get("vocab")
         if mine != theirs:
             yield f"{where}it knows {theirs} words, and the model that trains {mine}"
 

@@ -5,15 +5,49 @@ use up the schedule of the dear ones. Here the argument is always the share of t
 whatever the budget is counted in.
 """
 
+import abc
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from growjax.errors import PlanError, raise_all
+from growjax.errors import PlanError
+from growjax.values import base, check, positive, ranged, register
 
 
+@base("a learning rate such as Schedule(2e-3)")
+class Rate(abc.ABC):
+    """A learning rate as a function of the share of the budget that is spent: subclass it, write `at`.
+
+    `warmup` is the share after which a stage can `rewind` it; `peak` its highest value, for reports.
+
+    **Example**
+
+        @dataclasses.dataclass(frozen=True)
+        class Constant(Rate):
+            peak: float
+            warmup: float = 0.0
+
+            def at(self, done):
+                return self.peak
+    """
+
+    peak: float
+    warmup: float
+
+    @abc.abstractmethod
+    def at(self, done: float) -> float:
+        """The learning rate once this share of the budget, from 0 to 1, is spent."""
+
+    @property
+    def decayed(self) -> bool:
+        """Whether the rate has fallen, by the end, to at most a tenth of its peak."""
+        return self.at(1.0) <= 0.1 * self.peak
+
+
+@register
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class Schedule(Rate):
     """The learning rate at a share of the budget: up to a peak, and down again.
 
     **Fields**
@@ -37,36 +71,19 @@ class Schedule:
         Schedule(1e-3, "wsd", warmup=0.01).at(0.5) == 1e-3
     """
 
-    peak: float
+    peak: Annotated[float, positive("learning rate")]
     shape: Literal["linear", "cosine", "wsd", "inverse_sqrt", "constant"] = "linear"
-    warmup: float = 0.05
-    decay: float = 0.2
-    final: float = 0.0
-    start: float = 0.0
+    warmup: Annotated[float, ranged(0, 1, "a share", below=True)] = 0.05
+    decay: Annotated[float, ranged(0, 1, "a share", above=True)] = 0.2
+    final: Annotated[float, ranged(0, 1, "a share of the peak")] = 0.0
+    start: Annotated[float, ranged(0, 1, "a share of the peak")] = 0.0
 
     def __post_init__(self):
-        shapes = ("linear", "cosine", "wsd", "inverse_sqrt", "constant")
-        checks = [
-            ("peak", "a positive learning rate", self.peak, self.peak > 0),
-            ("shape", f"one of {', '.join(shapes)}", self.shape, self.shape in shapes),
-            ("warmup", "a share from 0 to below 1", self.warmup, 0 <= self.warmup < 1),
-            ("decay", "a share above 0 and at most 1", self.decay, 0 < self.decay <= 1),
-            ("final", "a share of the peak from 0 to 1", self.final, 0 <= self.final <= 1),
-            ("start", "a share of the peak from 0 to 1", self.start, 0 <= self.start <= 1),
-        ]
-        faults = [
-            f"{name}: expected {what}, got {got!r}" for name, what, got, ok in checks if not ok
-        ]
-        if not faults and self.shape == "wsd" and self.warmup + self.decay > 1:
-            faults.append(
-                f"decay: {self.decay} of the budget does not fit after {self.warmup} of warmup"
-            )
-        raise_all(PlanError, "this learning rate cannot be used:", faults)
+        check(self, PlanError, "this learning rate cannot be used:", self._faults)
 
-    @property
-    def decayed(self) -> bool:
-        """Whether the rate has fallen, by the end, to at most a tenth of its peak."""
-        return self.at(1.0) <= 0.1 * self.peak
+    def _faults(self) -> Iterator[str]:
+        if self.shape == "wsd" and self.warmup + self.decay > 1:
+            yield f"decay: {self.decay} of the budget does not fit after {self.warmup} of warmup"
 
     def at(self, done: float) -> float:
         """The learning rate once this share of the budget is spent; past the end it is the last one."""

@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,17 +16,21 @@ from growjax.budget import Clock, Op
 from growjax.cost import flops as count_flops
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.errors import PlanError
-from growjax.growth import Chain, Operator
-from growjax.plan.losses import predictions
+from growjax.growth import Operator
+from growjax.plan.losses import Loss, cross_entropy
 from growjax.select import Selector
 from growjax.subnet import Coins, PathSchedule, RandomPath, Subnet, random_path
+from growjax.values import Range, Size, check, positive, ranged, register
 
 
+# What a step does and costs is listed before the run: this many take a second or two, and 200 MB
+MOST_STEPS = 10_000_000
 Carry = Literal["dual", "zero", "reset"]
 Rewind = Literal["stretch", "slope"]
 Inactive = Literal["zero_grad", "freeze"]
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Start:
     """A model that was trained already, for a plan to start from: its parameters, and nothing else.
@@ -42,10 +46,14 @@ class Start:
              batch=16, objective=Causal(128), rate=Schedule(2e-3))
     """
 
-    folder: str
-    operators: tuple[Operator | Chain, ...] = ()
+    folder: Annotated[str, Range("the name of a folder", bool)]
+    operators: tuple[Operator, ...] = ()
+
+    def __post_init__(self):
+        check(self, PlanError)
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One stage of a plan: grow first (or not), then train for a while.
@@ -76,20 +84,41 @@ class Stage:
     """
 
     name: str = ""
-    tokens: int | None = None
-    flops: float | None = None
-    seconds: float | None = None
-    share: float | None = None
-    grow: Operator | Chain | None = None
+    tokens: Annotated[float, positive()] | None = None
+    flops: Annotated[float, positive()] | None = None
+    seconds: Annotated[float, positive()] | None = None
+    share: Annotated[float, ranged(0, 1, "a share", above=True)] | None = None
+    grow: Operator | None = None
     carry: Carry = "dual"
-    ramp: int = 0
+    ramp: Annotated[int, Range("a number of steps", lambda n: n >= 0)] = 0
     subnet: Subnet | PathSchedule | None = None
     inactive: Inactive = "zero_grad"
     select: Selector | None = None
-    rewarm: float = 0.0
+    rewarm: Annotated[float, ranged(0, 1, "a share of the stage")] = 0.0
     rewind: Rewind | None = None
-    batch: int | None = None
+    batch: Size | None = None
     objective: Objective | None = None
+
+    def __post_init__(self):
+        check(self, PlanError, f"stage {self.name!r} cannot be run:", self._faults)
+
+    def _faults(self) -> Iterator[str]:
+        scheduled = isinstance(self.subnet, PathSchedule)
+        lengths = ("tokens", "flops", "seconds", "share")
+        given = [name for name in lengths if getattr(self, name) is not None]
+        if scheduled and given:
+            yield f"its path schedule says how long it is; leave {' and '.join(given)} out"
+        elif not scheduled and len(given) != 1:
+            got = " and ".join(given) or "none"
+            yield f"expected one of tokens, flops, seconds and share, got {got}"
+        layers = scheduled or isinstance(self.subnet, Coins)
+        if self.inactive == "freeze" and not layers:
+            yield (
+                "inactive: only layers can stay as they were, give a path or drop, got "
+                f"{self.subnet!r}"
+            )
+        if self.carry != "dual" and self.grow is None:
+            yield f"carry: {self.carry!r} is for a stage that grows, and this one does not"
 
     def part(self, i: int, seed: int) -> Subnet | None:
         """The sub-network of the stage's step `i`; equal ones share one program."""
@@ -185,9 +214,11 @@ class Steps:
         seed: int,
         clock: Clock,
         curvature_every: int | None,
+        loss: Loss = cross_entropy,
     ):
         self.stage, self.model, self.batch, self.objective = stage, model, batch, objective
         self.start, self.seed, self.clock, self.every = start, seed, clock, curvature_every
+        self.loss = loss
         self.known: dict[Any, tuple[Op, ...]] = {}
         self.often: dict[Op, int] = {}
         self.first: dict[Op, int] = {}
@@ -205,7 +236,10 @@ class Steps:
     def until(
         self, what: Literal["steps", "flops", "cost"], amount: float
     ) -> Iterator[tuple[Work, int, int]]:
-        """Work, FLOPs and cost of the steps that come closest to an amount, and of at least one."""
+        """Work, FLOPs and cost of the steps that come closest to an amount, and of at least one.
+
+        Raises `PlanError` for more steps than a plan can list.
+        """
         spent, stop = 0.0, 0.0
         for i in itertools.count():
             if what == "steps" and i >= amount:
@@ -217,6 +251,12 @@ class Steps:
                 more = {"steps": 1, "flops": flops, "cost": cost}[what]
                 changes = self.every is not None or self._drawn(work.part, i) is not None
                 stop = i + 1 if changes else self.stage.steady(i)
+                # Before any are listed: they would not fit into memory
+                if not (amount - spent) / max(more, 1e-300) < MOST_STEPS - i:
+                    raise PlanError(
+                        f"more than {MOST_STEPS:,} steps; a plan lists its steps, so give larger batches "
+                        "or a shorter stage"
+                    )
             if i and spent + more / 2 > amount:
                 return
             spent += more
@@ -264,7 +304,7 @@ class Steps:
             yield Op("forward", max(self.stacks.values(), default=0), rows, length, looked)
 
     def _flops(self, parts: list[Subnet]) -> int:
-        return step_flops(self.model, self.objective, self.batch, *parts)
+        return step_flops(self.model, self.objective, self.batch, *parts, loss=self.loss)
 
     def _depth(self, part: Subnet | None) -> int:
         model = self.model
@@ -290,20 +330,28 @@ def _depths(stacks: tuple[str, ...], depth: int) -> list[Subnet]:
     return [random_path(depth, keep=(), axis=axis) for axis in stacks]
 
 
-def step_flops(model: Any, objective: Objective, batch: int, *parts: Subnet | None) -> int:
+def step_flops(
+    model: Any,
+    objective: Objective,
+    batch: int,
+    *parts: Subnet | None,
+    loss: Loss = cross_entropy,
+) -> int:
     """Model FLOPs of one training step: three forward passes of the part that is trained."""
     leaves, structure = jax.tree.flatten((model, batch_shapes(objective, 1)))
     shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x for x in leaves)
-    return 3 * batch * _forward_flops(tuple(shapes), structure, parts)
+    return 3 * batch * _forward_flops(tuple(shapes), structure, parts, loss)
 
 
 @functools.lru_cache(maxsize=1024)
-def _forward_flops(leaves: tuple, structure: Any, parts: tuple[Subnet | None, ...]) -> int:
+def _forward_flops(
+    leaves: tuple, structure: Any, parts: tuple[Subnet | None, ...], loss: Loss
+) -> int:
     """Of one sequence, by shapes alone: the plans of a study share most of them."""
 
     def forward(model, rows):
         for part in parts:
             model = model if part is None else part(model, key=jax.random.key(0))
-        return jax.vmap(lambda row: predictions(model, row))(rows)
+        return jax.vmap(lambda row: loss(model, row))(rows)
 
     return count_flops(forward, *jax.tree.unflatten(structure, leaves))

@@ -57,8 +57,8 @@ class CorpusFeed:
     kept: Corpus
 
     def __post_init__(self):
-        words, have = self.training.vocabulary.size, self.plan.spans[-1].sizes["vocab"]
-        if words > have:
+        words, have = self.training.vocabulary.size, self.plan.spans[-1].sizes.get("vocab")
+        if have is not None and words > have:
             raise DataError(
                 f"vocab: the tokenizer has {words} words and the model {have}; give the model at "
                 "least as many"

@@ -10,18 +10,16 @@ import equinox as eqx
 import jax
 from jax.sharding import Mesh
 
-from growjax import growth
 from growjax.axes import partition, sizes
 from growjax.errors import CheckpointError
 from growjax.gates import opened, ungated
-from growjax.growth import Chain, Operator
+from growjax.growth import Operator
 from growjax.parallel import model_shardings, replicated, state_shardings
-from growjax.plan.files import from_dict
 from growjax.plan.optimizer import Optimizer
-from growjax.plan.plan import build
 from growjax.programs.step import checksums
 from growjax.runs.checkpoint import load, numbered, read_lineage
 from growjax.runs.run import checkpoint_in
+from growjax.values import from_dict
 
 
 def digest_of(tree: Any) -> str:
@@ -30,12 +28,12 @@ def digest_of(tree: Any) -> str:
     return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
-def operators_of(lineage: Mapping[str, Any]) -> list[Operator | Chain]:
+def operators_of(lineage: Mapping[str, Any]) -> list[Operator]:
     """The operators that a model grew by, in order; raises `CheckpointError` for what is none."""
     found = []
     for n, saved in enumerate(lineage["operators"]):
         op = _decoded(f"operators[{n}]", saved)
-        if not isinstance(op, Operator | Chain):
+        if not isinstance(op, Operator):
             raise CheckpointError(f"lineage: operators[{n}]: expected an operator, got {op!r}")
         found.append(op)
     return found
@@ -57,7 +55,7 @@ def model_of(lineage: Mapping[str, Any]) -> Any:
     config, operators = _decoded("model", lineage["model"]), operators_of(lineage)
     key = jax.random.key(0)
     try:
-        model = eqx.filter_eval_shape(lambda: build(config, key))
+        model = eqx.filter_eval_shape(lambda: config.build(key))
         for op in operators:
             model = eqx.filter_eval_shape(lambda m, op=op: op(m, key=key), ungated(model))
     except Exception as error:
@@ -73,7 +71,7 @@ def model_of(lineage: Mapping[str, Any]) -> Any:
 
 def _decoded(field: str, saved: Any) -> Any:
     try:
-        return growth.from_dict(saved) if field.startswith("operators") else from_dict(saved)
+        return from_dict(saved)
     except Exception as error:
         raise CheckpointError(f"lineage: {field}: {error}") from error
 

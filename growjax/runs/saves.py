@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from growjax import __version__
 from growjax.errors import CheckpointError, DamagedError, GrowjaxError, raise_all
-from growjax.plan.files import differences, from_dict, load_plan, save_plan, to_dict
+from growjax.plan.files import differences, load_plan, save_plan
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span
 from growjax.programs.step import Programs, State
@@ -17,6 +17,7 @@ from growjax.runs.checkpoint import Checkpoints, load, numbered, read_lineage, s
 from growjax.runs.lock import Lock
 from growjax.runs.records import Crossing
 from growjax.runs.run import Run
+from growjax.values import from_dict, to_dict
 
 
 class Resumed(NamedTuple):

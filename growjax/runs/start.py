@@ -18,7 +18,7 @@ from growjax.errors import CheckpointError, GrowjaxError, raise_all
 from growjax.gates import is_gated, ungated
 from growjax.hf.convert import config as read_config
 from growjax.hf.convert import load as load_folder
-from growjax.plan.plan import Plan, build
+from growjax.plan.plan import Plan
 from growjax.runs.checkpoint import read_lineage
 from growjax.runs.lineage import digest_of, load_model, model_of, operators_of
 from growjax.runs.run import checkpoint_in
@@ -82,7 +82,7 @@ def _find(folder: str) -> Source:
     path = Path(folder)
     if (path / "config.json").is_file():
         config, key = read_config(path), jax.random.key(0)
-        return Source(path, eqx.filter_eval_shape(lambda: build(config, key)), None)
+        return Source(path, eqx.filter_eval_shape(lambda: config.build(key)), None)
     path = checkpoint_in(path)
     lineage = read_lineage(path)
     return Source(path, model_of(lineage), lineage)
@@ -135,4 +135,5 @@ def _said(x: Any) -> str:
 
 
 def _born(config: Mapping[str, Any]) -> str:
-    return f"{config['is']}({', '.join(f'{k}={v}' for k, v in config.items() if k != 'is')})"
+    name = config["is"].partition(":")[2]
+    return f"{name}({', '.join(f'{k}={v}' for k, v in config.items() if k != 'is')})"

@@ -10,11 +10,11 @@ import jax
 from rich.console import Console
 
 from growjax.errors import TrainingError
-from growjax.plan.files import to_dict
 from growjax.plan.plan import Plan
 from growjax.runs.journal import Journal, Rates, as_row
 from growjax.runs.progress import Progress
 from growjax.runs.records import Begin, Record, Step
+from growjax.values import to_dict
 
 
 class Tracker(Protocol):

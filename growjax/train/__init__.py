@@ -1,6 +1,7 @@
 """Training runs: plans as data, and the loop that runs, saves and resumes them."""
 
 from growjax.forecast.calibration import calibrate as calibrate
+from growjax.models.protocol import Model as Model
 from growjax.parallel import Layout as Layout
 from growjax.plan.files import load_plan as load_plan
 from growjax.plan.files import save_plan as save_plan

@@ -1,11 +1,11 @@
 """What the command line does with plans and checkpoints, as functions."""
 
 import functools
-import json
-import runpy
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -20,7 +20,14 @@ from growjax.axes import axes_of, sizes
 from growjax.budget import MeasuredClock, Op, Timing, save_clock
 from growjax.certificate import Certificate, certify
 from growjax.cost import parameters
-from growjax.errors import BudgetError, CheckpointError, GrowjaxError, GrowthError, PlanError
+from growjax.errors import (
+    BudgetError,
+    CheckpointError,
+    FormatError,
+    GrowjaxError,
+    GrowthError,
+    PlanError,
+)
 from growjax.forecast.calibration import calibrate
 from growjax.forecast.dryrun import dry_run
 from growjax.forecast.pod import chips, compile_for
@@ -28,9 +35,10 @@ from growjax.gates import is_gated, ungated
 from growjax.growth import Chain, Operator, chain
 from growjax.hf.card import written_by
 from growjax.hf.convert import load as load_folder
+from growjax.models.protocol import kind_of
 from growjax.parallel import Layout
-from growjax.plan.files import from_dict, load_plan, to_dict
-from growjax.plan.losses import cross_entropy, reads_pairs
+from growjax.plan.files import load_plan
+from growjax.plan.losses import cross_entropy
 from growjax.plan.plan import Plan, purpose_key
 from growjax.programs.step import Programs, checksums
 from growjax.runs.checkpoint import load, numbered, read_lineage, write
@@ -41,6 +49,7 @@ from growjax.runs.run import Run, checkpoint_in
 from growjax.runs.watch import watch
 from growjax.train.loop import train
 from growjax.train.options import Options
+from growjax.values import from_dict, from_json, to_dict
 
 
 OPERATORS = {
@@ -70,7 +79,7 @@ def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
     path = Path(path)
     if path.suffix == ".py":
         try:
-            plan = runpy.run_path(str(path)).get("plan")
+            plan = getattr(_module(path), "plan", None)
         except OSError as error:
             raise PlanError(f"{path}: {error.strerror or error}") from error
         except GrowjaxError:
@@ -93,7 +102,7 @@ def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
         if not equals:
             raise PlanError(f"{change!r}: expected a change like batch=16")
         _set(saved, name, _value(text))
-    return from_dict(saved)
+    return from_dict(saved, Plan, error=PlanError, source=str(path))
 
 
 def _line_in(path: Path, error: BaseException) -> str:
@@ -105,10 +114,24 @@ def _line_in(path: Path, error: BaseException) -> str:
     return f":{lines[-1]}" if lines else ""
 
 
+def _module(path: Path) -> ModuleType:
+    """A Python file as a module of the name that it would be imported by, from its own folder."""
+    module, before = ModuleType(path.stem), sys.modules.get(path.stem)
+    module.__file__, code = str(path), path.read_bytes()
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    # Classes that it defines are found by their import path, unless that is somebody else's
+    if before is None or getattr(before, "__file__", None) == str(path):
+        sys.modules[path.stem] = module
+    exec(compile(code, str(path), "exec"), vars(module))
+    return module
+
+
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return from_json(text)
+    except FormatError:
         return text
 
 
@@ -287,7 +310,7 @@ def grow_checkpoint(
     grown = programs.growth(shapes, op)(load(path, shapes), np.int32(seed))
     after = {
         **lineage,
-        "operators": [*lineage["operators"], growth.to_dict(op)],
+        "operators": [*lineage["operators"], to_dict(op)],
         "gated": True,
         "level": 0.0,
         "sizes": sizes(grown.model),
@@ -329,11 +352,16 @@ def grow_pretrained(
 def certify_model(op: Operator | Chain, model: Any, *, seed: int = 0) -> Certificate:
     """The certificate of an operator on a model of ours, on sequences drawn at random."""
     known = sizes(model)
+    if "vocab" not in known:
+        raise GrowthError(
+            "certify: this model has no axis 'vocab', so nobody can draw tokens for it; take gj.certify "
+            "with a batch of your own"
+        )
     length = min(known.get("positions", 32), 32)
     draw = np.random.default_rng(seed)
     rows = [draw.integers(0, known["vocab"], (2, length)) for _ in range(2)]
     first, second = (jnp.asarray(r, jnp.int32) for r in rows)
-    batch = (first, second) if reads_pairs(model) else first
+    batch = (first, second) if kind_of(model) == "seq2seq" else first
     return certify(op, model, batch, key=purpose_key(seed, "grow"))
 
 
@@ -356,8 +384,7 @@ def describe(path: str | Path, console: Console) -> None:
         f"{lineage['tokens']:,} tokens, {lineage['flops']:.4g} training FLOPs, "
         f"{lineage['seconds']:.0f} s of training; seed {lineage['seed']}, growjax {lineage['growjax']}"
     )
-    born = lineage["model"]
-    say(f"born as {born['is']}({', '.join(f'{k}={v}' for k, v in born.items() if k != 'is')})")
+    say(f"born as {from_dict(lineage['model'])}")
     for op in operators_of(lineage):
         say(f"grown by {op}")
     if lineage["parent"]:

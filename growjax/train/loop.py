@@ -10,7 +10,7 @@ import jax
 
 from growjax.errors import CheckpointError, GrowjaxError, PlanError, TrainingError, raise_all
 from growjax.parallel import replicated
-from growjax.plan.losses import Loss, cross_entropy
+from growjax.plan.losses import Loss
 from growjax.plan.plan import Plan, reference_faults
 from growjax.programs.ahead import Ahead
 from growjax.programs.step import Programs
@@ -49,7 +49,7 @@ def train(
     *,
     run: str | Path | None = None,
     options: Options | None = None,
-    loss: Loss = cross_entropy,
+    loss: Loss | None = None,
     reference: Any = None,
     cache: dict[str, Any] | None = None,
     devices: list[Any] | None = None,
@@ -62,7 +62,7 @@ def train(
     - `run`: the folder of its checkpoints, locked for as long as it runs. If there are some, the run goes
       on from the last one, with the same batches, draws and numbers as if it had never stopped. None
       saves nothing.
-    - `loss`: what is minimised, see `cross_entropy`.
+    - `loss`: what is minimised instead of the plan's `loss`.
     - `reference`: the second model that `RhoLoss` compares with.
     - `cache`: a dict through which runs that follow each other share what they compiled.
     - `devices`: what the mesh is made of (all, by default).
@@ -84,7 +84,9 @@ def train(
     def records(doing: Doing) -> Iterator[Record]:
         with contextlib.ExitStack() as stack:
             mesh = plan.layout.mesh(devices)
-            programs = Programs(plan.optimizer.build(), loss, mesh, plan.layout, plan.accumulate)
+            programs = Programs(
+                plan.optimizer.build(), loss or plan.loss, mesh, plan.layout, plan.accumulate
+            )
             second = _second_model(plan, reference, programs)
             folder = None if run is None else Run(run)
             locked = None if folder is None else _locked(folder, stack)

@@ -21,7 +21,6 @@ import numpy as np
 from growjax.axes import sizes
 from growjax.gates import opened, ungated
 from growjax.parallel import from_host
-from growjax.plan.files import to_dict
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span
 from growjax.programs.ahead import Ahead, Need
@@ -36,6 +35,7 @@ from growjax.train.options import Options
 from growjax.train.stop import Stop, Stopped
 from growjax.train.stopwatch import Clock
 from growjax.train.transition import cross
+from growjax.values import to_dict
 
 
 class Session:

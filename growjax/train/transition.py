@@ -56,7 +56,7 @@ def cross(
     weights = old[1].sum()
     before, after = (float((losses * w).sum() / weights) for losses, w in (old, new))
     change = float((np.abs(new[0] - old[0]) * old[1]).sum() / weights)
-    dtype = plan.model.dtype or str(jax.tree.leaves(state.trained)[0].dtype)
+    dtype = plan.activations
     limit = None if op.exactness == "approximate" else _ROUNDING[dtype]
     crossing = Crossing(
         str(op), op.exactness, before, after, change, limit, grow_seconds, certify_seconds

@@ -1,0 +1,133 @@
+"""What training and evaluation ask of a model, growjax's own or anybody else's.
+
+- A *configuration* has `build(key) -> model`. `Model` is the one of a model that growjax did not write.
+- A *model* is a pytree whose axes are declared (`gj.param`) or annotated (`gj.annotate`).
+- `model.predict(example) -> logits [T, vocab]`, where there is one, reads what an objective makes; the
+  keys of an example say what there is to read. A model without it is called, `model(tokens) -> logits`,
+  with those of `positions`, `mask`, `prefix` and `documents` that its `__call__` takes.
+- `model.kind` is "causal" (the default), "encoder" (it sees both sides of a token) or "seq2seq" (it reads
+  one sequence and writes another).
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Protocol, get_args
+
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from growjax import annotation, values
+from growjax.errors import GrowjaxError, PlanError
+from growjax.models.config import Dtype
+
+
+Kind = Literal["causal", "encoder", "seq2seq"]
+
+
+@values.base("a configuration such as GPTConfig(...), or Model('my_pkg.models:build', {...})")
+class Config(Protocol):
+    """Describes a model, and builds it."""
+
+    def build(self, key: PRNGKeyArray) -> Any:
+        """The model, its parameters drawn with this key. Must be traceable by JAX."""
+        ...
+
+
+@values.register
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that growjax did not write, as a function and its arguments: what a plan holds of it.
+
+    **Fields**
+
+    - `factory`: the function, or its import path. Called with the arguments and `key=`, it returns a
+      model whose axes are declared or annotated.
+    - `arguments`: by name; numbers, strings, tuples, dicts and values.
+    - `dtype`: the type that the model computes in, where it is not that of its parameters. It says how
+      exactly a growth can be seen to keep the function, and changes nothing.
+
+    Raises `PlanError` for a factory that cannot be imported.
+
+    **Example**
+
+        Plan("mine", Model("my_pkg.models:build", {"layers": 6, "width": 256}), stages, ...)
+    """
+
+    factory: Annotated[
+        Callable[..., Any] | str, values.Range("a function, by its import path", callable)
+    ]
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: Dtype = None
+
+    def __post_init__(self):
+        try:
+            if isinstance(self.factory, str):
+                function = values.resolve_function(self.factory, code=True)
+                object.__setattr__(self, "factory", function)
+        except GrowjaxError as error:
+            raise PlanError(f"factory: {error}") from error
+        values.check(self, PlanError, f"model {values.short(self.factory)} cannot be built:")
+
+    def __hash__(self):
+        return hash((self.factory, *self.arguments))
+
+    def build(self, key: PRNGKeyArray) -> Any:
+        """The model that the factory makes."""
+        assert callable(self.factory)
+        return self.factory(**self.arguments, key=key)
+
+
+def kind_of(model: Any) -> Kind:
+    """How a model (or its shapes) reads; see the top of this page."""
+    kind: Any = getattr(_inside(model), "kind", "causal")
+    if kind not in get_args(Kind):
+        raise PlanError(
+            f"{type(model).__name__}.kind: expected one of {get_args(Kind)}, got {kind!r}"
+        )
+    return kind
+
+
+def predictions(model: Any, example: Mapping[str, Array]) -> Float[Array, "T vocab"]:
+    """The model's logits on one example of an objective.
+
+    Raises `PlanError` for an example that the model does not read: nothing in it is ever ignored.
+    """
+    inside = _inside(model)
+    name = type(inside).__name__
+    if hasattr(inside, "predict"):
+        scores = inside.predict(example)
+    elif not callable(inside):
+        raise PlanError(f"a {name} cannot be called; give the plan a loss of its own")
+    else:
+        scores = model(example["tokens"], **_readable(inside, example))
+    shape = getattr(scores, "shape", None)
+    if shape is None or len(shape) != 2:
+        raise PlanError(
+            f"{name}: expected logits [T, vocab] of one example, got "
+            f"{type(scores).__name__ if shape is None else list(shape)}; give the model a "
+            "`predict(example) -> logits`, or the plan a loss of its own"
+        )
+    return scores
+
+
+def _readable(model: Any, example: Mapping[str, Array]) -> dict[str, Array]:
+    """What an example holds besides its tokens, as keyword arguments of a model's `__call__`."""
+    name, expected = type(model).__name__, "its `__call__` takes no such argument"
+    names = {"positions": "positions", "mask": "mask", "prefix": "prefix", "segments": "documents"}
+    given = {names[key]: x for key, x in example.items() if key in names}
+    parameters = inspect.signature(type(model).__call__).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unread = [key for key in given if key not in parameters and not takes_all]
+    if "tokens" not in example:
+        unread, expected = ["encoder_tokens"], "it is called with one sequence"
+    if unread:
+        raise PlanError(
+            f"{name} does not read {', '.join(unread)}, which the objective's examples have: {expected}. "
+            "Take an objective without (Causal(..., packing='concat')), or write "
+            "`predict(example) -> logits`"
+        )
+    return given
+
+
+def _inside(model: Any) -> Any:
+    return model.model if isinstance(model, annotation.Annotated) else model

@@ -1,0 +1,119 @@
+"""What a sub-network is: a value that selects a part of a model's parameters for one step."""
+
+import abc
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from growjax import maps
+from growjax.axes import Axes, axes_of
+from growjax.errors import SubnetError
+from growjax.maps import AxisMap, fold_in_name
+from growjax.values import base, check
+
+
+Model = TypeVar("Model")
+
+
+@base("a sub-network such as gj.random_path(6)")
+class Subnet(eqx.Module):
+    """A sub-network of a model: subclass it and write `maps`.
+
+    `SubnetError` lists every field that does not hold what it is annotated with.
+    """
+
+    def __check_init__(self):
+        check(self, SubnetError)
+
+    @abc.abstractmethod
+    def maps(self, axes: Axes, *, key: PRNGKeyArray, step) -> Sequence[AxisMap]:
+        """The selections for one draw."""
+
+    def __call__(self, model: Model, *, key: PRNGKeyArray, step: int | Int[Array, ""] = 0) -> Model:
+        """The smaller model for this key (and, if the method has a schedule, this step)."""
+        for move in self.maps(axes_of(model), key=key, step=step):
+            model = maps.apply(move, model, None)
+        return model
+
+    def running(
+        self, model, *, key: PRNGKeyArray, step: int | Int[Array, ""] = 0
+    ) -> dict[str, Bool[Array, " layers"]]:
+        """Of each stack that loses layers, which of them run for this key; see `growjax.optim.freeze`."""
+        table, found = axes_of(model), {}
+        for move in self.maps(table, key=key, step=step):
+            if "stack" in table.roles(move.axis):
+                chosen = jnp.zeros(table.size(move.axis), bool).at[move.source].set(True)
+                found[move.axis] = chosen if move.active is None else move.active
+        return found
+
+
+class Coins(Subnet):
+    """A sub-network that skips each layer by a coin of its own: subclass it and write `chances`.
+
+    All layers' weights stay in the program, and `lax.cond` skips those that the coins leave out, so one
+    program serves every draw. `tossed` gives the draws of many steps at once, to charge a run for what
+    it draws.
+    """
+
+    @property
+    def tosses(self) -> bool:
+        """Whether there are coins at all."""
+        return True
+
+    @property
+    @abc.abstractmethod
+    def stacks(self) -> tuple[str, ...]:
+        """The stacks of layers that share the coins."""
+
+    @abc.abstractmethod
+    def chances(self, layers: int, step) -> Any:
+        """The probability [layers] of running each layer, at a step or its traced number."""
+
+    @abc.abstractmethod
+    def branches(self, on: Bool[Array, " layers"], step) -> Float[Array, " layers"] | None:
+        """The multiplier of each layer's branches, given which run; None multiplies nothing."""
+
+    def coins(self, layers: int, *, key: PRNGKeyArray) -> Float[Array, " layers"]:
+        """A uniform number for each layer; it runs where this is below its chance."""
+        return jax.random.uniform(fold_in_name(key, "coins"), (layers,))
+
+    def flags(self, axes: Axes, *, key: PRNGKeyArray, step) -> list[AxisMap]:
+        """The maps of one draw: the same flags along every stack."""
+        layers = {axis: depth_of(axes, axis) for axis in self.stacks}
+        if len(set(layers.values())) > 1:
+            raise SubnetError(f"axis: stacks that share their coins are equally deep, got {layers}")
+        n = layers[self.stacks[0]]
+        on = self.toss(n, key=key, step=step)
+        branch = self.branches(on, step)
+        return [AxisMap(axis, np.arange(n), active=on, branch=branch) for axis in self.stacks]
+
+    def toss(self, layers: int, *, key: PRNGKeyArray, step) -> Bool[Array, " layers"]:
+        """Which layers run, for one draw."""
+        return self.coins(layers, key=key) < jnp.asarray(self.chances(layers, step), jnp.float32)
+
+    def tossed(
+        self, layers: int, seed: int, first: int, count: int
+    ) -> Bool[np.ndarray, "count layers"]:
+        """Which layers run at each of the steps from `first` on."""
+        steps = jnp.arange(first, first + count)
+        return np.asarray(
+            jax.vmap(lambda i: self.toss(layers, key=step_key(seed, i), step=i))(steps)
+        )
+
+
+def step_key(seed: int, step: int | Int[Array, ""]) -> PRNGKeyArray:
+    """The key of one training step: the same on every host and after every restart."""
+    return jax.random.fold_in(fold_in_name(jax.random.key(seed), "subnet"), step)
+
+
+def depth_of(axes: Axes, axis: str) -> int:
+    """The number of layers along a stack axis."""
+    size = axes.size(axis)
+    if "stack" not in axes.roles(axis):
+        raise SubnetError(f"axis: expected a stack of blocks such as 'layers', got {axis!r}")
+    return size

@@ -1,0 +1,82 @@
+"""Random heads and hidden units: RaPTr's width form (Panigrahi et al., ICLR 2025)."""
+
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from growjax.axes import Axes
+from growjax.errors import SubnetError, raise_all
+from growjax.maps import AxisMap, fold_in_name
+from growjax.subnet.base import Subnet
+from growjax.values import register
+
+
+@register
+class RandomPart(Subnet):
+    """Random heads and hidden units of every layer; see `random_part`."""
+
+    counts: tuple[tuple[str, int], ...] = eqx.field(static=True)
+    scale: Literal["none", "sqrt", "linear"] = eqx.field(static=True, default="none")
+    per_layer: bool = eqx.field(static=True, default=True)
+
+    def maps(self, axes: Axes, *, key: PRNGKeyArray, step) -> list[AxisMap]:
+        """A selection along each axis, layer by layer."""
+        counts, complaints = dict(self.counts), []
+        if "heads" in counts and "heads" not in axes.sizes and "group" in axes.sizes:
+            heads, group = counts.pop("heads"), axes.size("group")
+            counts["kv_heads"] = heads // group
+            if heads % group:
+                complaints.append(f"heads: {heads} are not whole groups of {group} queries")
+        moves = []
+        for axis, count in counts.items():
+            size = axes.size(axis)
+            if not 0 < count <= size:
+                complaints.append(f"{axis}: expected between 1 and {size}, got {count}")
+            elif axes.normalised(axis) or axes.roles(axis) & {"stack", "lookup"}:
+                complaints.append(
+                    f"{axis}: only units that norms do not average over can be left out"
+                )
+            elif count < size:
+                moves.append(self._map(axes, axis, count, key))
+        raise_all(SubnetError, "this part does not fit the model:", complaints)
+        return moves
+
+    def _map(self, axes: Axes, axis: str, count: int, key: PRNGKeyArray) -> AxisMap:
+        size, key = axes.size(axis), fold_in_name(key, f"part:{axis}")
+
+        def draw(key):
+            return jnp.sort(jax.random.permutation(key, size)[:count])
+
+        stacks = {slot.dims[0].axis for slot in axes.having(axis) if slot.dims[0].role == "stack"}
+        if self.per_layer and len(stacks) == 1:
+            source = jax.vmap(draw)(jax.random.split(key, axes.size(stacks.pop())))
+        else:
+            source = draw(key)
+        factor = {"none": None, "sqrt": (size / count) ** 0.5, "linear": size / count}[self.scale]
+        share = None if factor is None else np.full(count, factor)
+        return AxisMap(axis, source, share=share)
+
+
+def random_part(
+    *,
+    scale: Literal["none", "sqrt", "linear"] = "none",
+    per_layer: bool = True,
+    **counts: int,
+) -> RandomPart:
+    """Random heads and hidden units (RaPTr's width form): `random_part(heads=4, mlp=512)`.
+
+    The residual stream, embeddings and norms stay whole, and output biases are added once. Grouped
+    queries are chosen by whole groups. `scale` multiplies what consumes the chosen units by the
+    square root or the value of size/count. `per_layer=False` (always so where layers of several
+    stacks share the axis) chooses the same units in every layer.
+
+    **Example**
+
+        part, path = gj.random_part(heads=4, mlp=512), gj.random_path(6)
+        smaller = part(path(model, key=key), key=key)
+    """
+    return RandomPart(tuple(counts.items()), scale, per_layer)

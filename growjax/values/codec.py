@@ -1,0 +1,285 @@
+"""Values as plain dicts and as JSON, and back: the only codec.
+
+    {"is": "growjax:Schedule", "peak": 0.002, "shape": "wsd"}
+    {"is": "function", "name": "my_pkg.inits:orthogonal"}
+
+A value holds numbers, strings, True, False, None, tuples (lists in a file), dicts with strings for keys,
+functions that have a name, and values. Reading lists every fault with its path, and takes time and
+memory in proportion to the file.
+"""
+
+import json
+import numbers
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from growjax.errors import FormatError, GrowjaxError, raise_all
+from growjax.values import names, ranges
+
+
+_DEPTH = 64  # of values in values
+_BYTES = 1 << 26  # of a file: clocks and plans have some thousand lines
+_FAULTS = 30
+_NOTHING: Any = object()
+
+
+def to_dict(value: Any, *, error: type[GrowjaxError] = FormatError) -> Any:
+    """A value as numbers, strings, lists and dicts; `from_dict` is its inverse.
+
+    Raises `error` that lists everything in it that cannot be saved, with its path.
+
+    **Example**
+
+        json.dumps(gj.values.to_dict(plan))
+    """
+    complaints: list[str] = []
+    saved = _written(value, "", 0, complaints)
+    raise_all(error, f"this {type(value).__name__} cannot be saved:", complaints)
+    return saved
+
+
+def _written(value: Any, where: str, depth: int, complaints: list[str]) -> Any:
+    if value is None or isinstance(value, str | bool):
+        return value
+    if depth > _DEPTH:
+        complaints.append(f"{where}: more than {_DEPTH} values in one another")
+    elif isinstance(value, numbers.Real):
+        if ranges.fits(int, value) or (
+            ranges.fits(float, value) and not isinstance(value, numbers.Integral)
+        ):
+            return int(value) if isinstance(value, numbers.Integral) else float(value)
+        complaints.append(f"{_at(where)}{ranges.short(value)} is no number that a file can hold")
+    elif names.is_function(value):
+        try:
+            return {"is": "function", "name": names.trust(value)}
+        except FormatError as fault:
+            complaints.append(f"{_at(where)}{fault}")
+    elif names.is_value(value):
+        return _fields_written(value, where, depth, complaints)
+    elif isinstance(value, list | tuple):
+        return [_written(x, f"{where}[{i}]", depth + 1, complaints) for i, x in enumerate(value)]
+    elif isinstance(value, Mapping):
+        odd = [key for key in value if not isinstance(key, str) or key == "is"]
+        for key in odd:
+            complaints.append(f"{_at(where)}{ranges.short(key)} cannot be a key")
+        return {
+            key: _written(x, _join(where, str(key)), depth + 1, complaints)
+            for key, x in value.items()
+            if key not in odd
+        }
+    else:
+        complaints.append(
+            f"{_at(where)}{ranges.short(value)} is no number, string, tuple, dict, function or value"
+        )
+    return None
+
+
+def _fields_written(value: Any, where: str, depth: int, complaints: list[str]) -> Any:
+    cls = type(value)
+    try:
+        saved = {"is": names.tag_of(cls)}
+    except FormatError as fault:
+        complaints.append(f"{_at(where)}{fault}")
+        return None
+    for name in ranges.field_names(cls):
+        saved[name] = _written(getattr(value, name), _join(where, name), depth + 1, complaints)
+    return saved
+
+
+def from_dict(
+    saved: Any,
+    expected: Any = Any,
+    *,
+    allow: Sequence[str] = (),
+    error: type[GrowjaxError] = FormatError,
+    source: str = "",
+) -> Any:
+    """What `to_dict` wrote, also after a trip through JSON.
+
+    Raises `error` that lists every fault with its path: a class or a field that is not known, a value
+    that its class refuses, a package that nobody allowed.
+
+    **Arguments**
+
+    - `expected`: a class, or an annotation, that the value must fit.
+    - `allow`: packages that may be imported for it, besides those of `gj.values.allow`.
+    - `source`: where it is from, for the message.
+
+    **Example**
+
+        gj.values.from_dict(json.loads(text), gj.Operator, allow=["my_pkg"])
+    """
+    reader = _Reader(allow)
+    value = reader.read(saved, "", 0, expected)
+    if not reader.count and not ranges.fits(expected, value):
+        reader.fault("", f"expected {ranges.describe(expected)}, got {ranges.short(value)}")
+    more = [f"and {reader.count - _FAULTS} more"] if reader.count > _FAULTS else []
+    raise_all(error, f"{source or 'this value'} cannot be read:", [*reader.faults, *more])
+    return value
+
+
+class _Reader:
+    """Reads one file's data, and gathers what is wrong with them."""
+
+    def __init__(self, allow: Sequence[str]):
+        self.allow = allow
+        self.faults: list[str] = []  # the first of them
+        self.count = 0
+
+    def fault(self, where: str, complaint: object) -> Any:
+        """Note what is wrong at a path."""
+        self.count += 1
+        if self.count <= _FAULTS:
+            self.faults.append(f"{_at(where)}{complaint}".replace("\n", "\n    "))
+        return _NOTHING
+
+    def read(self, saved: Any, where: str, depth: int, hint: Any) -> Any:
+        """The value of some data, or `_NOTHING` after a fault."""
+        if saved is None or isinstance(saved, str | bool | int | float):
+            # Before any constructor sees it: code may give some a string for what a file must name
+            wrong = next(ranges.faults(hint, saved, ""), None) or _no_number(saved)
+            return saved if wrong is None else self.fault(where, wrong.removeprefix(": "))
+        if depth > _DEPTH:
+            return self.fault(where, f"more than {_DEPTH} values in one another")
+        if isinstance(saved, list | tuple):
+            inner = ranges.member_hints(hint, len(saved))
+            found = [
+                self.read(x, f"{where}[{i}]", depth + 1, inner[i]) for i, x in enumerate(saved)
+            ]
+            return _NOTHING if any(x is _NOTHING for x in found) else tuple(found)
+        if not isinstance(saved, Mapping):
+            return self.fault(where, f"{ranges.short(saved)} is nothing that JSON holds")
+        for key in getattr(saved, "repeated", ()):
+            self.fault(where, f"{ranges.short(key)} is there twice")
+        if "is" in saved:
+            return self._value(saved, where, depth, hint)
+        inner = ranges.value_hint(hint)
+        read = {k: self.read(v, _join(where, str(k)), depth + 1, inner) for k, v in saved.items()}
+        return _NOTHING if any(x is _NOTHING for x in read.values()) else read
+
+    def _value(self, saved: Mapping[str, Any], where: str, depth: int, hint: Any) -> Any:
+        fields = {name: x for name, x in saved.items() if name != "is"}
+        tag = saved["is"]
+        if not isinstance(tag, str):
+            return self.fault(where, f"'is': expected the name of a class, got {ranges.short(tag)}")
+        try:
+            if tag == "function":
+                return self._function(fields)
+            cls = names.resolve_class(tag, hint, self.allow)
+        except FormatError as fault:
+            return self.fault(where, fault)
+        before = self.count
+        known = ranges.field_names(cls)
+        unknown = [ranges.short(name) for name in fields if name not in known]
+        if unknown:
+            has = ", ".join(known) or "no fields"
+            self.fault(where, f"{cls.__name__} has no {', '.join(unknown)}; it has {has}")
+        lacking = [name for name in ranges.required(cls) if name not in fields]
+        if lacking:
+            self.fault(where, f"{cls.__name__} lacks {', '.join(lacking)}")
+        hints, read = ranges.hints(cls), {}
+        for name, x in fields.items():
+            if name in known:
+                read[name] = self.read(x, _join(where, name), depth + 1, hints[name])
+        if self.count > before:
+            return _NOTHING
+        return self._made(cls, read, where)
+
+    def _made(self, cls: type, fields: dict[str, Any], where: str) -> Any:
+        try:
+            value = cls(**fields)
+        except GrowjaxError as fault:
+            return self.fault(where, fault)
+        except (
+            Exception
+        ) as fault:  # whatever a stranger's class does with a field of the wrong type
+            return self.fault(where, f"{cls.__name__}: {type(fault).__name__}: {fault}")
+        wrong = list(ranges.field_faults(value))
+        for complaint in wrong:
+            self.fault(where, complaint)
+        return _NOTHING if wrong else value
+
+    def _function(self, fields: Mapping[str, Any]) -> Any:
+        name = fields.get("name")
+        if not isinstance(name, str) or len(fields) > 1:
+            raise FormatError("a function has a name, an import path, and nothing else")
+        return names.resolve_function(name, self.allow)
+
+
+def _no_number(saved: Any) -> str | None:
+    """What is wrong with a number that no field declares."""
+    if isinstance(saved, str | None) or ranges.fits(int | float, saved) or isinstance(saved, bool):
+        return None
+    return f"no number: {ranges.short(saved)}"
+
+
+def _at(where: str) -> str:
+    return f"{where}: " if where else ""
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+class _Pairs(dict):
+    """An object of a JSON file, and which of its keys stand there more than once."""
+
+    repeated: tuple[str, ...] = ()
+
+
+def _pairs(items: list[tuple[str, Any]]) -> _Pairs:
+    pairs = _Pairs(items)
+    if len(pairs) < len(items):
+        seen: set[str] = set()
+        pairs.repeated = tuple(k for k, _ in items if k in seen or seen.add(k))
+    return pairs
+
+
+def from_json(
+    text: str | bytes, *, source: str = "", error: type[GrowjaxError] = FormatError
+) -> Any:
+    """The data of a JSON text, for `from_dict`; raises `error` for what is none."""
+    try:
+        return json.loads(text, object_pairs_hook=_pairs)
+    except (ValueError, RecursionError) as fault:
+        reason = "too deep" if isinstance(fault, RecursionError) else fault
+        raise error(f"{source or 'this text'}: not JSON: {reason}") from fault
+
+
+def write(value: Any, path: str | Path, *, error: type[GrowjaxError] = FormatError) -> None:
+    """Write a value as JSON, for people as well. The file is whole as soon as it is there."""
+    path = Path(path)
+    text = json.dumps(to_dict(value, error=error), indent=1) + "\n"
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def read(
+    path: str | Path,
+    expected: Any = Any,
+    *,
+    allow: Sequence[str] = (),
+    error: type[GrowjaxError] = FormatError,
+) -> Any:
+    """The value that `write` wrote; raises `error` that lists every fault.
+
+    **Example**
+
+        gj.values.read("plan.json", gj.Plan, allow=["my_pkg"])
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > _BYTES:
+            raise error(f"{path}: {size:,} bytes are more than a value takes")
+        text = path.read_bytes()
+    except OSError as fault:
+        raise error(f"{path}: {fault.strerror or fault}") from fault
+    saved = from_json(text, source=str(path), error=error)
+    return from_dict(saved, expected, allow=allow, error=error, source=str(path))

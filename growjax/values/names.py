@@ -1,0 +1,256 @@
+"""The name of a class or function in files, and what a file may name.
+
+A class of growjax is called `growjax:Plan`, any other by its import path, `my_pkg.ops:Widen`. Names hold
+the module, so that two classes of one bare name never meet. A format number stands behind a name once it
+is not 1 any more: `growjax:Plan@2`.
+
+A file is data, and may come from a stranger. So it names, and never does, things:
+
+- a class is made if it is registered, or if it extends a base that growjax has for users (`ranges.base`);
+- a function is used if it is registered, or if code of this process put it into a value already;
+- the package of either is imported if it is allowed by name (`allow`), and only then. What is allowed may
+  be used, too.
+"""
+
+import functools
+import importlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
+
+import equinox as eqx
+
+from growjax.errors import FormatError
+from growjax.values import ranges
+
+
+_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_Thing = TypeVar("_Thing", bound=Callable)
+# The clocks that are committed with results were written when classes had bare names
+_LEGACY = {name: f"growjax:{name}" for name in ("FlopsClock", "DepthClock", "MeasuredClock")}
+# Imports every room that has values
+_ALL = "growjax.plan.files"
+
+_registry: dict[str, Any] = {}
+_names: dict[Any, str] = {}
+_formats: dict[str, int] = {}
+_allowed: set[str] = set()
+_trusted: set[str] = set()
+
+
+@overload
+def register(thing: _Thing, *, name: str | None = None, format: int = 1) -> _Thing: ...
+@overload
+def register(*, name: str | None = None, format: int = 1) -> Callable[[_Thing], _Thing]: ...
+def register(thing: Any = None, *, name: str | None = None, format: int = 1) -> Any:
+    """Let files hold a class, or name a function, wherever it is defined.
+
+    Needed for classes that extend no base of growjax and for those that no import path leads to: in a
+    function, a notebook, or a script that is run. A decorator.
+
+    **Arguments**
+
+    - `name`: in files; by default `module:Name`.
+    - `format`: raise it when the meaning of a field changes; files of another format are refused.
+
+    **Example**
+
+        @gj.register
+        @dataclasses.dataclass(frozen=True)
+        class Widen:
+            factor: int
+    """
+    if name is not None and not _PATH.fullmatch(name):
+        raise FormatError(f"name: expected one like my_pkg.ops:Widen, got {name!r}")
+    if name is not None and name.startswith("growjax:"):
+        raise FormatError(f"name: {name!r} is kept for growjax; give your own package's")
+    if thing is None:
+        return functools.partial(register, name=name, format=format)
+    if name is None:
+        own = thing.__module__.partition(".")[0] == "growjax"
+        name = f"growjax:{thing.__name__}" if own else f"{thing.__module__}:{thing.__qualname__}"
+    _registry[name], _names[thing], _formats[name] = thing, name, format
+    return thing
+
+
+def allow(*packages: str) -> None:
+    """Let files that this process reads import these packages, and call what they name in them.
+
+    That runs their code. `growjax` commands take `--allow my_pkg`.
+
+    **Example**
+
+        gj.values.allow("my_pkg")
+    """
+    wrong = [p for p in packages if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", p)]
+    if wrong:
+        raise FormatError(f"allow: expected names of packages such as my_pkg, got {wrong}")
+    _allowed.update(packages)
+
+
+def is_value(thing: Any) -> bool:
+    """Whether this is an instance of a class that can have fields in a file."""
+    cls = type(thing)
+    return bool(ranges.field_names(cls)) or isinstance(thing, eqx.Module) or _is_dataclass(cls)
+
+
+def is_function(thing: Any) -> bool:
+    """Whether this is a function, or one that JAX or Equinox has wrapped, and no class."""
+    return callable(thing) and hasattr(thing, "__qualname__") and not isinstance(thing, type)
+
+
+def _is_dataclass(cls: type) -> bool:
+    return hasattr(cls, "__dataclass_fields__")
+
+
+def tag_of(cls: type) -> str:
+    """The name of a class in files, with its format number; raises `FormatError` if it has none."""
+    name = _names.get(cls)
+    if name is None:
+        name = f"{cls.__module__}:{cls.__qualname__}"
+        if _reached(name) is not cls:
+            raise FormatError(
+                f"{name}: no import leads there; move the class to a module, or decorate it with "
+                "@gj.register"
+            )
+        if not _extends(cls):
+            raise FormatError(
+                f"{name}: it extends nothing that a file may hold; decorate it with @gj.register"
+            )
+    elif _registry[name] is not cls:
+        raise FormatError(f"{name}: this class was defined again, and the newer one has the name")
+    number = _formats.get(name, 1)
+    return name if number == 1 else f"{name}@{number}"
+
+
+def path_of(function: Any) -> str:
+    """The name of a function in files; raises `FormatError` if it has none."""
+    name = _names.get(function) if _hashable(function) else None
+    if name is not None:
+        return name
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    path = f"{module}:{name}"
+    if module is None or name is None or _reached(path) is not function:
+        raise FormatError(
+            f"{ranges.short(function)}: no import leads to this function; move it to a module, decorate "
+            "it with @gj.register, or use a name that growjax knows"
+        )
+    return path
+
+
+def trust(function: Any) -> str:
+    """Let files of this process name a function, since its own code does; gives its name."""
+    path = path_of(function)
+    _trusted.add(path)
+    return path
+
+
+def resolve_class(tag: str, hint: Any = Any, allowed: Sequence[str] = ()) -> type:
+    """The class that a file names, for a field declared as `hint`; raises `FormatError`."""
+    name, _, number = _LEGACY.get(tag, tag).partition("@")
+    if name not in _registry and name.startswith("growjax:"):
+        importlib.import_module(_ALL)
+    cls = _registry.get(name)
+    if cls is None:
+        if ":" not in name:
+            raise FormatError(
+                f"{ranges.short(tag)} is a name of growjax 0.1, whose files are not read any more; make "
+                "the plan anew"
+            )
+        if name.startswith("growjax:"):
+            raise FormatError(
+                f"growjax has no {name.removeprefix('growjax:')!r}; is it a newer one's?"
+            )
+        cls = _imported(name, allowed)
+        if not isinstance(cls, type) or not _extends(cls):
+            raise FormatError(
+                f"{name} is nothing that a file may hold; its own code can decorate it with @gj.register"
+            )
+    elif not isinstance(cls, type):
+        raise FormatError(f"{name} is a function, and no class")
+    known = _formats.get(name, 1)
+    if number and number != str(known):
+        raise FormatError(
+            f"{ranges.short(tag)}: of format {number[:9]}, and format {known} is read"
+        )
+    if not number and known != 1:
+        raise FormatError(f"{name}: of format 1, and format {known} is read")
+    if not ranges.admits(hint, cls):
+        raise FormatError(f"expected {ranges.describe(hint)}, and it is a {name}")
+    return cls
+
+
+def resolve_function(path: str, allowed: Sequence[str] = (), *, code: bool = False) -> Any:
+    """The function that an import path names; raises `FormatError` if a file may not name it.
+
+    With `code` it is this process's own code that names it, and not a file.
+    """
+    if path in _registry:
+        return _registry[path]
+    if not _PATH.fullmatch(path):
+        raise FormatError(f"expected an import path such as my_pkg.models:build, got {path!r}")
+    package = path.partition(":")[0]
+    if not code and path not in _trusted and not _is_allowed(package, allowed):
+        raise FormatError(_refusal(path, "and a function that a file names is code to run"))
+    function = _walked(path)
+    home = getattr(function, "__module__", None)
+    if not callable(function):
+        raise FormatError(f"{path}: expected a function, and it is {ranges.short(function)}")
+    if not code and path not in _trusted and not _is_allowed(str(home), allowed):
+        raise FormatError(f"{path}: it is of {home}, which is not allowed")
+    return function
+
+
+def _hashable(thing: Any) -> bool:
+    return getattr(thing, "__hash__", None) is not None
+
+
+def _extends(cls: type) -> bool:
+    """Whether a class extends a base for users, and has fields."""
+    if not (_is_dataclass(cls) or hasattr(cls, "_fields")):
+        return False
+    return any(ranges.derives(cls, parent) for parent in ranges.bases())
+
+
+def _is_allowed(package: str, allowed: Sequence[str]) -> bool:
+    names = {*_allowed, *allowed}
+    return any(package == name or package.startswith(f"{name}.") for name in names)
+
+
+def _refusal(path: str, why: str) -> str:
+    package = path.partition(":")[0].partition(".")[0]
+    return (
+        f"{path}: the package {package!r} is not allowed, {why}; if you trust it, give --allow {package} "
+        f"(in code, gj.values.allow({package!r}))"
+    )
+
+
+def _imported(path: str, allowed: Sequence[str]) -> Any:
+    if not _PATH.fullmatch(path):
+        raise FormatError(f"expected a name like my_pkg.ops:Widen, got {ranges.short(path)}")
+    package = path.partition(":")[0]
+    if package not in sys.modules and not _is_allowed(package, allowed):
+        raise FormatError(_refusal(path, "nor is it imported"))
+    return _walked(path)
+
+
+def _walked(path: str) -> Any:
+    """What an import path leads to."""
+    package, _, name = path.partition(":")
+    try:
+        thing = importlib.import_module(package)
+        for step in name.split("."):
+            thing = getattr(thing, step)
+    except Exception as error:  # whatever a module does when it is imported
+        raise FormatError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
+    return thing
+
+
+def _reached(path: str) -> Any:
+    """What an import path leads to in the modules that are loaded; None if nothing."""
+    package, _, name = path.partition(":")
+    thing = sys.modules.get(package)
+    for step in name.split("."):
+        thing = getattr(thing, step, None)
+    return thing

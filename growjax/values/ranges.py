@@ -1,0 +1,379 @@
+"""What a field may hold, declared by its annotation.
+
+    peak: Annotated[float, positive("learning rate")]
+    shape: Literal["linear", "cosine"] = "linear"
+    clip: Annotated[float, positive("norm")] | None = 1.0
+
+Types, `Literal`s, unions, tuples and dicts say themselves what they hold; `Annotated` adds a range. A
+number is finite, and True is none.
+"""
+
+import collections.abc
+import dataclasses
+import functools
+import inspect
+import math
+import numbers
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+
+
+# Whole numbers of a file fit into 64 bits, and sizes into memory: a larger one is a slip or an attack
+_WHOLE = 2**63
+_LARGEST = 2**31
+_SHOWN = 200
+_PLAIN = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "True or False",
+    type(None): "None",
+}
+_Class = TypeVar("_Class", bound=type)
+
+
+class Range(NamedTuple):
+    """A condition on a field's value, and what it asks for in words ("a positive number")."""
+
+    says: str
+    holds: Callable[[Any], bool]
+
+
+class Faults(NamedTuple):
+    """A condition that says itself what is wrong with a field's value, a line each."""
+
+    says: str
+    of: Callable[[Any], Iterable[str]]
+
+    def holds(self, value: Any) -> bool:
+        return not any(True for _ in self.of(value))
+
+
+def positive(noun: str = "number") -> Range:
+    """Above 0.
+
+    **Example**
+
+        peak: Annotated[float, positive("learning rate")]
+    """
+    return Range(f"a positive {noun}", lambda x: x > 0)
+
+
+def at_least(least: float, noun: str = "") -> Range:
+    """At least so much: `at_least(1, "steps")`."""
+    return Range(f"{least} or more {noun}".rstrip(), lambda x: x >= least)
+
+
+def ranged(
+    low: float, high: float, noun: str = "a number", *, above: bool = False, below: bool = False
+) -> Range:
+    """From `low` to `high`; without `low` itself if `above`, without `high` itself if `below`.
+
+    **Example**
+
+        b1: Annotated[float, ranged(0, 1, "a rate", below=True)] = 0.9
+    """
+    start = f"above {low} and {'below' if below else 'at most'}" if above else f"from {low} to"
+    says = f"{noun} {start} {'below ' if below and not above else ''}{high}"
+
+    def holds(x: float) -> bool:
+        return (low < x if above else low <= x) and (x < high if below else x <= high)
+
+    return Range(says, holds)
+
+
+def one_of(choices: Iterable[Any]) -> Range:
+    """One of some names: for choices that are the keys of a table (else `Literal` says it)."""
+    choices = tuple(choices)
+    return Range(f"one of {', '.join(map(repr, choices))}", lambda x: x in choices)
+
+
+# A size of an axis, a batch or a window
+Size = Annotated[
+    int,
+    Range("a positive integer", lambda n: n > 0),
+    Range("an integer below 2**31", lambda n: n < _LARGEST),
+]
+
+
+# Classes that users extend ------------------------------------------------------------------------
+
+
+class _Base(NamedTuple):
+    says: str
+    members: frozenset[str] | None  # what a class must have, where the base is a protocol
+
+
+_BASES: dict[type, _Base] = {}
+
+
+def base(says: str) -> Callable[[_Class], _Class]:
+    """Mark a class that others extend, so that their classes are found by import path.
+
+    A protocol is extended by every class that has its members. `says` is for messages: what was expected.
+
+    **Example**
+
+        @base("an objective such as Causal(128)")
+        class Objective(Protocol): ...
+    """
+
+    def mark(cls: _Class) -> _Class:
+        members = None
+        if getattr(cls, "_is_protocol", False):
+            own = {*vars(cls), *vars(cls).get("__annotations__", ())}
+            members = frozenset(m for m in own if m == "__call__" or not m.startswith("_"))
+        _BASES[cls] = _Base(says, members)
+        return cls
+
+    return mark
+
+
+def bases() -> tuple[type, ...]:
+    """The classes that users extend."""
+    return tuple(_BASES)
+
+
+def derives(cls: type, parent: type) -> bool:
+    """Whether a class is a subclass, or has all members of a protocol."""
+    entry = _BASES.get(parent)
+    if entry is None or entry.members is None:
+        try:
+            return issubclass(cls, parent)
+        except TypeError:  # a protocol that nobody marked
+            return True
+    return entry.members <= _members_of(cls)
+
+
+def _members_of(cls: type) -> set[str]:
+    """The attributes and fields of a class; `hasattr` will not do, since every class can be called."""
+    return {name for k in cls.__mro__ for name in (*vars(k), *vars(k).get("__annotations__", ()))}
+
+
+# Hints --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def hints(cls: type) -> dict[str, Any]:
+    """What every field of a value's class is declared to hold."""
+    names = field_names(cls)
+    try:
+        known = typing.get_type_hints(cls, include_extras=True)
+    except Exception:  # a forward reference that only a type checker can follow
+        known = {}
+    return {name: known.get(name, Any) for name in names}
+
+
+@functools.cache
+def field_names(cls: type) -> tuple[str, ...]:
+    """The fields that the constructor of a dataclass, an `eqx.Module` or a named tuple takes."""
+    if dataclasses.is_dataclass(cls):
+        return tuple(field.name for field in dataclasses.fields(cls) if field.init)
+    return tuple(getattr(cls, "_fields", ()))
+
+
+def fits(hint: Any, value: Any) -> bool:
+    """Whether a value is what a type, or an annotation, declares."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        rules = [rule for rule in hint.__metadata__ if isinstance(rule, Range | Faults)]
+        return fits(args[0], value) and all(rule.holds(value) for rule in rules)
+    if hint is None or hint is type(None):
+        return value is None
+    if origin is Literal:
+        return isinstance(value, str | int | None) and value in args
+    if origin is Union or origin is types.UnionType:
+        return any(fits(arg, value) for arg in args)
+    if hint is bool or hint is str:
+        return isinstance(value, hint)
+    if hint is int:
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        return whole and abs(int(value)) < _WHOLE
+    if hint is float:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and _finite(value)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(h, x) for h, x in _members(args, value))
+    if origin in (dict, collections.abc.Mapping):
+        return isinstance(value, Mapping) and all(
+            fits(args[0], k) and fits(args[1], v) for k, v in value.items()
+        )
+    if origin is collections.abc.Callable or hint is Callable:
+        return callable(value)
+    return _is_instance(value, origin or hint)
+
+
+def _finite(number: Any) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer that no float reaches
+        return False
+
+
+def _is_class(hint: Any) -> bool:
+    """Whether this is a class to hold a value against, and not a type variable or Any."""
+    return isinstance(hint, type) and hint is not Any
+
+
+def _is_instance(value: Any, cls: Any) -> bool:
+    if not _is_class(cls):
+        return True
+    entry = _BASES.get(cls)
+    if entry is None or entry.members is None:
+        try:
+            return isinstance(value, cls)
+        except TypeError:
+            return True
+    return entry.members <= {*getattr(value, "__dict__", ()), *_members_of(type(value))}
+
+
+def _members(args: tuple[Any, ...], value: tuple[Any, ...]) -> list[tuple[Any, Any]]:
+    """The hint of every member of a tuple; one that nothing fits, if their number is wrong."""
+    if len(args) == 2 and args[1] is Ellipsis:
+        return [(args[0], x) for x in value]
+    if not args or len(args) != len(value):
+        return [] if not args else [(Literal["as many as declared"], ...)]
+    return list(zip(args, value, strict=True))
+
+
+def options(hint: Any) -> Iterator[Any]:
+    """The alternatives of an annotation, without their ranges."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        yield from options(args[0])
+    elif origin is Union or origin is types.UnionType:
+        for arg in args:
+            yield from options(arg)
+    else:
+        yield hint
+
+
+def member_hints(hint: Any, n: int) -> list[Any]:
+    """What the members of a list of n are declared to hold."""
+    for option in options(hint):
+        args = get_args(option)
+        if get_origin(option) is tuple and args:
+            repeats = len(args) == 2 and args[1] is Ellipsis
+            return [args[0]] * n if repeats else [*args, *[Any] * n][:n]
+    return [Any] * n
+
+
+def value_hint(hint: Any) -> Any:
+    """What the entries of a dict are declared to hold."""
+    for option in options(hint):
+        if get_origin(option) in (dict, collections.abc.Mapping):
+            return get_args(option)[1]
+    return Any
+
+
+def required(cls: type) -> tuple[str, ...]:
+    """The fields that a class must be given."""
+    try:
+        parameters = inspect.signature(cls).parameters
+    except (TypeError, ValueError):
+        return ()
+    fields = field_names(cls)
+    return tuple(n for n, p in parameters.items() if p.default is p.empty and n in fields)
+
+
+def admits(hint: Any, cls: type) -> bool:
+    """Whether a field so declared may hold an instance of a class."""
+    return any(_admits(option, cls) for option in options(hint))
+
+
+def _admits(hint: Any, cls: type) -> bool:
+    origin = get_origin(hint)
+    if origin in (Literal, tuple, dict, collections.abc.Mapping) or hint in _PLAIN or hint is None:
+        return False
+    if origin is collections.abc.Callable:
+        return "__call__" in _members_of(cls)
+    parent = origin or hint
+    return derives(cls, parent) if _is_class(parent) else True
+
+
+def describe(hint: Any) -> str:
+    """What a type, or an annotation, asks for, in words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        rules = [rule for rule in hint.__metadata__ if isinstance(rule, Range | Faults)]
+        return rules[0].says if rules else describe(args[0])
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, args))}"
+    if origin is Union or origin is types.UnionType:
+        # Names of several `Literal`s are one list
+        named = [arg for arg in args if get_origin(arg) is Literal]
+        others = [describe(arg) for arg in args if arg not in named]
+        names = [name for arg in named for name in get_args(arg)]
+        first = [describe(Literal[tuple(names)])] if names else []
+        return " or ".join(dict.fromkeys([*first, *others]))
+    if origin is tuple:
+        inside = [describe(arg) for arg in args if arg is not Ellipsis]
+        return f"a tuple of {', '.join(inside)}" if inside else "an empty tuple"
+    if origin in (dict, collections.abc.Mapping):
+        return "a dict of names"
+    if origin is collections.abc.Callable:
+        return "a function"
+    if hint in _PLAIN:
+        return _PLAIN[hint]
+    if hint is None:
+        return "None"
+    parent = origin or hint
+    if parent in _BASES:
+        return _BASES[parent].says
+    return f"a {getattr(parent, '__name__', parent)}"
+
+
+def _expected(hint: Any, value: Any) -> str:
+    """What a value that does not fit should have been, as closely as the hint says it."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated and fits(args[0], value):
+        rules = [rule for rule in hint.__metadata__ if isinstance(rule, Range | Faults)]
+        return next(rule.says for rule in rules if not rule.holds(value))
+    if origin is Union or origin is types.UnionType:
+        others = [arg for arg in args if arg is not type(None)]
+        if len(others) == 1:
+            return f"{_expected(others[0], value)} or None"
+    return describe(hint)
+
+
+def faults(hint: Any, value: Any, where: str) -> Iterator[str]:
+    """Where a value is not what is declared, and what was expected; nothing where it is."""
+    if fits(hint, value):
+        return
+    origin, args = get_origin(hint), get_args(hint)
+    if isinstance(value, tuple) and origin in (Union, types.UnionType, Annotated):
+        # The fault is in a member, if there is one way only in which a tuple could have fitted
+        ways = [arg for arg in args if any(get_origin(o) is tuple for o in options(arg))]
+        if len(ways) == 1 and not fits(ways[0], value):
+            yield from faults(ways[0], value, where)
+            return
+    if origin is tuple and isinstance(value, tuple):
+        members = _members(args, value)
+        if not members or members[0][1] is not ...:
+            for i, (inner, x) in enumerate(members):
+                yield from faults(inner, x, f"{where}[{i}]")
+            return
+    if origin is Annotated and fits(args[0], value):
+        detailed = [rule for rule in hint.__metadata__ if isinstance(rule, Faults)]
+        if detailed:
+            yield from (line for rule in detailed for line in rule.of(value))
+            return
+    yield f"{where}: expected {_expected(hint, value)}, got {short(value)}"
+
+
+def field_faults(value: Any) -> Iterator[str]:
+    """Every field of a value that does not hold what its annotation declares."""
+    for name, hint in hints(type(value)).items():
+        yield from faults(hint, getattr(value, name, None), name)
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it: one that is long is cut."""
+    if isinstance(value, int) and abs(value) >= _WHOLE:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except Exception as error:  # a stranger's `__repr__`, or an integer of too many digits inside
+        return f"a {type(value).__name__} ({type(error).__name__})"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -1,0 +1,199 @@
+"""The trainer's own suite, for models that growjax did not write: what holds for a GPT holds for them."""
+
+import json
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import growjax as gj
+from growjax import train as trainer
+from growjax.data import ByteTokenizer, Causal, PrefixLM
+from growjax.errors import EvalError, PlanError
+from growjax.evals import LanguageModel, generate
+from growjax.forecast.dryrun import dry_run
+from growjax.models import Model
+from growjax.report.runs import write_report
+from growjax.runs.lineage import load_model
+from growjax.train import Growth, Options, Stage, Step
+from tests import own
+from tests.runs import feed, losses, plan, same, steps
+
+
+train: Any = trainer.train
+
+
+def mixed(**changes):
+    """Every kind of stage: gates that open, layers on top, and paths through them."""
+    return plan(
+        steps(2, "small"),
+        steps(4, "wide", grow=gj.msg(hidden=24), ramp=2),
+        Stage("deep", grow=gj.stack(layers=4), subnet=gj.path_schedule((3, 4), layers=4, steps=4)),
+        **{"model": Model("tests.own:mixer", {"layers": 2, "width": 16}), **changes},
+    )
+
+
+def annotated(**changes):
+    return plan(
+        steps(2, "small"),
+        steps(4, "wide", grow=gj.copy(hidden=24, shares="random")),
+        **{"model": Model(own.linears, {"width": 8, "hidden": 16}), **changes},
+    )
+
+
+def mapping(**changes):
+    return plan(
+        steps(2, "small"),
+        steps(4, "wide", grow=gj.zeros(hidden=24)),
+        **{
+            "model": Model("tests.own:parameters", {"width": 8, "hidden": 16}),
+            "loss": own.apply_loss,
+            **changes,
+        },
+    )
+
+
+PLANS = {"declared": mixed, "annotated": annotated, "a dict": mapping}
+
+
+@pytest.fixture(scope="module", params=PLANS)
+def done(request, tmp_path_factory):
+    """A plan, its records, its folder, and the programs that it compiled."""
+    of, programs = PLANS[request.param](), {}
+    folder = tmp_path_factory.mktemp("own") / request.param.replace(" ", "-")
+    options = Options(evaluate_every=of.flops / 3, held_out=6, save_every=2, keep_last=99)
+    running = train(of, feed(of), run=folder, options=options, cache=programs)
+    records = list(trainer.watch(running, of, run=folder))
+    return of, records, folder, programs
+
+
+def test_it_trains_and_its_growth_is_certified(done):
+    of, records, _, _ = done
+    found = [r for r in records if isinstance(r, Step)]
+    assert len(found) == of.steps and found[-1].flops == of.flops
+    assert found[-1].loss < found[0].loss
+    first = next(r for r in records if isinstance(r, Growth))
+    assert first.grew == {"hidden": (16, 24)} and first.crossing.limit is not None
+    assert first.crossing.change < 1e-5 < found[0].loss
+
+
+def test_it_resumes_bitwise(done, tmp_path):
+    of, records, folder, programs = done
+    for name in ("00000002-00", "00000002-01", "00000004-01"):
+        again = tmp_path / name
+        shutil.copytree(folder, again)
+        for path in (again / "checkpoints").iterdir():
+            if path.name > name:
+                shutil.rmtree(path)
+        options = Options(evaluate_every=of.flops / 3, held_out=6)
+        rest = list(train(of, feed(of), run=again, options=options, cache=programs))
+        assert same(rest, records)
+        whole = losses(records)
+        assert losses(rest) == {n: whole[n] for n in losses(rest)} and len(losses(rest)) < of.steps
+
+
+def test_its_dry_run_agrees_with_xla_and_counts_its_bytes(done):
+    """The refusal of `check` is at 2%."""
+    of, *_ = done
+    found = dry_run(of)
+    found.check()
+    for stage in found.stages:
+        assert stage.xla_ratio == pytest.approx(1, rel=0.02)
+        assert stage.parameter_bytes == 4 * stage.parameters
+        assert stage.optimizer_bytes > 2 * stage.parameter_bytes
+
+
+def test_its_checkpoint_is_the_model(done):
+    of, records, folder, _ = done
+    last = max((folder / "checkpoints").iterdir())
+    model, lineage = load_model(last)
+    for x, y in zip(jax.tree.leaves(model), jax.tree.leaves(records[-1].model), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert lineage["model"]["factory"]["name"].startswith("tests.own:")
+    assert json.loads((folder / "plan.json").read_text())["model"]["is"] == "growjax:Model"
+
+
+def test_it_is_reported(done, tmp_path):
+    *_, folder, _ = done
+    page = write_report([folder], tmp_path / "report.html")
+    assert "tiny" in page.read_text()
+
+
+def test_it_is_evaluated_as_far_as_it_can_be(done):
+    of, records, *_ = done
+    model = records[-1].model
+    if of.loss is own.apply_loss:
+        language = LanguageModel(model, ByteTokenizer())
+        with pytest.raises(PlanError, match="a dict cannot be called"):
+            language.loglikelihoods([("1 and ", "2")])
+        return
+    language = LanguageModel(model, ByteTokenizer(), longest=16)
+    scored = language.loglikelihoods([("7 and 49 is", " 5"), ("7 and 49 is", "zz")])
+    row = jnp.asarray([*language.begun(language.encode("7 and 49 is")), *language.encode(" 5")])
+    logs = jax.nn.log_softmax(model(row))
+    by_hand = logs[-3, row[-2]] + logs[-2, row[-1]]
+    assert scored[0].logprob == pytest.approx(float(by_hand), rel=1e-4)
+    with pytest.raises(EvalError, match="no `extend`"):
+        generate(language, ["7 and "], new=2)
+
+
+# What a model does not read is never ignored -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"objective": Causal(8)}, "Mixer does not read positions, mask, which the objective's"),
+        ({"objective": PrefixLM(8)}, "Mixer does not read positions, mask, prefix"),
+        ({"objective": PrefixLM(8, "seq2seq")}, "an encoder and a decoder, which is not what Mixer"),
+        ({"model": Model("tests.own:mixer", {"layers": 2})}, "TypeError: .*missing 1 required .*width"),
+        ({"model": Model("tests.own:apply", {"tree": 1, "tokens": 2})}, "cannot be built: TypeError"),
+        ({"model": Model("tests.own:bare", {})}, "model: .*no axes.*words"),
+        ({"model": Model("tests.own:mixer", {"layers": 2, "width": 16}), "loss": own.apply_loss},
+         "stage 0 'small': AttributeError: 'Mixer' object has no attribute 'model'"),
+        ({"optimizer": trainer.Optimizer("sophia"), "loss": own.apply_loss}, "sophia draws labels"),
+    ],
+)  # fmt: skip
+def test_a_model_that_does_not_fit_is_refused_with_the_plan(changes, message):
+    with pytest.raises(PlanError, match=f"(?s){message}"):
+        mixed(**changes)
+
+
+@pytest.mark.parametrize(
+    "factory, message",
+    [
+        ("tests.own:gone", "cannot be imported: AttributeError"),
+        ("nowhere_pkg:build", "cannot be imported: ModuleNotFoundError"),
+        ("build", "expected an import path such as my_pkg.models:build"),
+        ("tests.own:LINEARS", "expected a function, and it is"),
+        (3, "factory: expected a function, by its import path, got 3"),
+    ],
+)
+def test_a_factory_that_is_none_is_refused(factory, message):
+    with pytest.raises(PlanError, match=message):
+        Model(factory)
+
+
+# A dict of arrays, without a plan ------------------------------------------------------------------
+
+
+def test_a_dict_of_arrays_is_grown_certified_and_carried():
+    import optax
+
+    tree = own.parameters(8, 16, key=jax.random.key(0))
+    tokens = jnp.arange(6).reshape(2, 3)
+
+    def forward(model, batch):
+        return jax.vmap(lambda row: own.apply(model.model, row))(batch)
+
+    op = gj.copy(hidden=24, shares="random")
+    big = gj.grow(op, tree)
+    assert big.model["mlp"]["up"].shape == (8, 24) and type(big.model) is dict
+    np.testing.assert_allclose(forward(big, tokens), forward(tree, tokens), atol=1e-5)
+    assert gj.certify(op, tree, tokens, forward=forward).passed
+    trained = gj.partition(tree)[0]
+    state = gj.carry(op, optax.adam(1e-3).init(trained), tree)
+    assert state[0].mu.model["mlp"]["down"].shape == (24, 384)
