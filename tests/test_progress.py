@@ -34,7 +34,9 @@ def step(n: int, **changes: Any) -> Step:
         stage=0, step=n, tokens=TOKENS * (n + 1), flops=n + 1, spent=n + 1.0, seconds=n + 1.0
     )
     fields |= dict(rate=1e-3, level=1.0, loss=2.5, gradient_norm=1.0, parameter_norm=1.0)
-    return Step(**fields | dict(took=1.0, waited=0.0) | changes)
+    fields |= dict(took=1.0, waited=0.0)
+    fields |= changes
+    return Step(**fields)
 
 
 # Names are never markup -------------------------------------------------------------------------
