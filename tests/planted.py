@@ -425,7 +425,7 @@ TABLE = """
 - hosts.together(same)
 + hosts.together(lambda: None)
 @ a lap is the speed | runs/journal.py | progress | some_seconds
-- while len(self._laps) > 1 and seconds - self._laps[0][0] >= self.window:
+- while len(self._laps) > 1 and self._seconds - self._laps[0][0] >= self.window:
 + while len(self._laps) > 1:
 @ a run by time saves nothing | train/session.py | train | by_time
 - return self.timer.due(self.step) or due
