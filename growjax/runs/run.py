@@ -202,13 +202,13 @@ def checkpoint_in(path: str | os.PathLike[str]) -> Path:
 def refuse_pattern(path: Path) -> None:
     """Raise `CheckpointError` for a path that no checkpoint may have.
 
-    Orbax looks for the files that it puts together by a pattern of the whole path, finds none if there are
-    brackets in it, and leaves a checkpoint without its arrays behind, without an error.
+    Orbax looks for the files that it puts together by a pattern of the whole path, finds none if there
+    are brackets in it, and leaves a checkpoint without its arrays behind, without an error.
     """
     if any(sign in str(path.absolute()) for sign in "[]*?"):
         raise CheckpointError(
-            f"{path.absolute()}: expected a path without [, ], * and ?: Orbax reads these as a pattern, and "
-            "would write checkpoints that cannot be read; choose another folder"
+            f"{path.absolute()}: expected a path without [, ], * and ?: Orbax reads these as a pattern, "
+            "and would write checkpoints that cannot be read; choose another folder"
         )
 
 
