@@ -112,7 +112,7 @@ def rank(folder: Path, index: int, port: str, what: str) -> None:
     """One of two hosts.
 
     It may "train", "start" (train, then start from that), "die" in the middle, find a folder of its own
-    ("apart"), or be asked to "stop" and go on.
+    ("apart"), or be asked to "stop" and "go on" after that.
     """
     parallel.connect(
         coordinator_address=f"127.0.0.1:{port}",
@@ -121,8 +121,8 @@ def rank(folder: Path, index: int, port: str, what: str) -> None:
         timeout=60,
         heartbeat=10,
     )
-    if what == "stop":
-        stopped(folder, index)
+    if what in ("stop", "go on"):
+        stopped(folder, index, what)
         return
     if what == "apart":
         folder = folder / str(index)
@@ -140,8 +140,8 @@ def rank(folder: Path, index: int, port: str, what: str) -> None:
         print(json.dumps(started(folder, of.layout)))
 
 
-def stopped(folder: Path, index: int) -> None:
-    """Twelve steps at once; and again, where one host is told to stop and both go on after that."""
+def stopped(folder: Path, index: int, what: str) -> None:
+    """Twelve steps at once, and again until one host is told to stop; or what is left after that."""
     of = plan(steps(24), layout=Layout(fsdp=2), batch=8)
     options = Options(held_out=8)
 
@@ -158,7 +158,10 @@ def stopped(folder: Path, index: int) -> None:
                 return {"losses": losses, "finished": record.finished, "signal": record.signal}
         raise AssertionError("no end")
 
-    said = [session("whole", False), session("stopped", True), session("stopped", False)]
+    if what == "stop":
+        said = [session("whole", False), session("stopped", True)]
+    else:
+        said = [session("stopped", False)]
     print(json.dumps(said), flush=True)
 
 

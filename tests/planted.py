@@ -375,4 +375,13 @@ TABLE = """
 @ buffers that are added to a mean are not touched | maps.py | survivors | epsilon
 - {slot.steps for slot in (*table.having(move.axis), *_mean_buffers(move, table))}
 + {slot.steps for slot in table.having(move.axis)}
+@ updates go up the gradient | optim/rules.py | train | norms_are
+- u * -jnp.asarray(rate, u.dtype)
++ u * jnp.asarray(rate, u.dtype)
+@ lengths drawn by chance once and for all | subnet.py | plan | do_alone
+- return step + 1 if by_chance else math.inf
++ return math.inf
+@ paths past the end of their stage | subnet.py | plan | do_alone
+- return min(stage.path.steady(step), stage.stop)
++ return stage.path.steady(step)
 """

@@ -1,9 +1,6 @@
 """Bugs to plant above the core, in the form of `tests.planted`: data, plans, runs, forecasts, reports."""
 
 TABLE = """
-@ updates go up the gradient | optim/rules.py | train | norms_are
-- u * -jnp.asarray(rate, u.dtype)
-+ u * jnp.asarray(rate, u.dtype)
 @ each part of a batch has a mean of its own | programs/step.py | train | add_up
 - return jnp.sum(losses * counts) / weights
 + return jnp.sum(losses * counts) / jnp.sum(counts)
@@ -144,12 +141,6 @@ TABLE = """
 @ names of stages are markup | runs/progress.py | progress | as_they_are
 - Text(name[:14]),
 + name[:14],
-@ lengths drawn by chance once and for all | subnet.py | plan | do_alone
-- return step + 1 if by_chance else math.inf
-+ return math.inf
-@ paths past the end of their stage | subnet.py | plan | do_alone
-- return min(stage.path.steady(step), stage.stop)
-+ return stage.path.steady(step)
 @ curvature of the first step for all | plan/stages.py | plan | do_alone
 - changes = self.every is not None or self._drawn(work.part, i) is not None
 + changes = self._drawn(work.part, i) is not None

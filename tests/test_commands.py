@@ -314,8 +314,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     for n in range(40):
         (tmp_path / "text" / f"{n}.txt").write_text(f"{n} times {n} is {n * n}. " * 40)
     save_plan(plan(steps(100_000), data=Text(str(tmp_path / "text"))), tmp_path / "plan.json")
-    command = [sys.executable, "-m", "growjax", "train", "plan.json", "--run", "run [x]"]
-    journal = tmp_path / "run [x]" / "metrics.jsonl"
+    # A shell that runs the tests in the background lets its children ignore Ctrl-C
+    listening = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from growjax.__main__ import main; main()"
+    )
+    command = [sys.executable, "-c", listening, "train", "plan.json", "--run", "run"]
+    journal = tmp_path / "run" / "metrics.jsonl"
     process = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -323,8 +328,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that runs the tests in the background lets its children ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     )
     deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_bytes().count(b'"step"') > 20):
@@ -333,12 +336,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in errors, errors
-    last = Run(tmp_path / "run [x]").checkpoint()
+    last = Run(tmp_path / "run").checkpoint()
     out = re.sub(r"\s+", "", out)
     step = read_lineage(last)["step"]
     assert f"stoppedbySIGINTbeforestep{step}of100000;savedin" in out and last.name in out, out
-    assert "Thesamecommandgoesonfromthere" in out and not (tmp_path / "run [x]" / "lock").exists()
-    rows = read_journal(tmp_path / "run [x]")
+    assert "Thesamecommandgoesonfromthere" in out and not (tmp_path / "run" / "lock").exists()
+    rows = read_journal(tmp_path / "run")
     assert rows[-1] == rows[-1] | {"kind": "end", "finished": False, "signal": "SIGINT"}
     assert [r["step"] for r in rows if r["kind"] == "step"] == list(range(step))
 

@@ -126,13 +126,16 @@ def test_hosts_that_see_different_checkpoints_do_not_go_on(two_hosts, tmp_path):
 
 
 def test_two_hosts_stop_before_the_same_step_and_go_on(tmp_path):
-    port = free_port()
-    ranks = [start("rank", tmp_path, i, port, "stop") for i in range(2)]
-    done = [r.communicate(timeout=300) for r in ranks]
-    assert [r.returncode for r in ranks] == [0, 0], done
-    first, second = (json.loads(out.splitlines()[-1]) for out, _ in done)
-    assert first == second
-    whole, stopped, rest = first
+    sessions = []
+    for what in ("stop", "go on"):
+        port = free_port()
+        ranks = [start("rank", tmp_path, i, port, what) for i in range(2)]
+        done = [r.communicate(timeout=300) for r in ranks]
+        assert [r.returncode for r in ranks] == [0, 0], done
+        first, second = (json.loads(out.splitlines()[-1]) for out, _ in done)
+        assert first == second
+        sessions += first
+    whole, stopped, rest = sessions
     assert whole["finished"] and rest["finished"] and len(whole["losses"]) == 12
     assert not stopped["finished"] and stopped["signal"] == "SIGTERM"
     assert 0 < len(stopped["losses"]) < 12 and not stopped["losses"].keys() & rest["losses"].keys()

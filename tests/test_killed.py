@@ -30,7 +30,7 @@ DOOMS = {
     "saving:2": "while the second one is written",
     "TERM saving:1": "asked to stop while the checkpoint of that very step is written",
     "INT before growth:1": "asked to stop while it grows",
-    "INT step:2": "asked to stop between two checkpoints",
+    "INT step:1": "asked to stop between two checkpoints",
 }
 ENDS = {"TERM twice step:1": -15, "INT twice step:1": -2, "TERM": 75, "INT": 130}
 

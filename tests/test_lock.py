@@ -138,6 +138,15 @@ def test_a_run_in_what_is_no_folder_is_a_typed_error(programs, tmp_path, name):
         next(train(of, feed(of), run=tmp_path / name, cache=programs))
 
 
+@pytest.mark.parametrize("name", ["run [x]", "what?", "a*"])
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused(programs, tmp_path, name):
+    """It would write checkpoints there that have no arrays, and say nothing."""
+    of = plan(steps(2))
+    with pytest.raises(CheckpointError, match="expected a path without"):
+        next(train(of, feed(of), run=tmp_path / name, cache=programs))
+    assert not (tmp_path / name).exists()
+
+
 def test_a_folder_that_cannot_be_written_to_is_a_typed_error(programs, tmp_path, monkeypatch):
     """Tests may run as root, whom no mode stops, so the refusal is made up."""
 

@@ -277,7 +277,7 @@ def test_checkpoints_are_written_by_time(programs, tmp_path):
 def test_hosts_agree_on_the_time_to_save_and_seldom_ask(monkeypatch):
     """Of two clocks that differ, that of process 0 counts, and both save before the same step."""
     sent: list[int] = []
-    clocks = [types.SimpleNamespace(time=0.0, now=None) for _ in range(2)]
+    clocks: list[Any] = [types.SimpleNamespace(time=0.0, now=None) for _ in range(2)]
     for clock in clocks:
         clock.now = lambda clock=clock: clock.time
     monkeypatch.setattr(jax, "process_count", lambda: 2)

@@ -24,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from growjax.errors import CheckpointError, DamagedError, raise_all
 from growjax.programs.step import checksums
-from growjax.runs.run import checkpoints_in, step_of
+from growjax.runs.run import checkpoints_in, refuse_pattern, step_of
 
 
 # What Orbax has not finished, and what was not removed to its end, have these in their names
@@ -127,6 +127,7 @@ def damaged(path: Path, reason: str, faults: Sequence[str] = ()) -> DamagedError
 
 def write(path: Path, state: Any, lineage: Mapping[str, Any]) -> Any:
     """Start to write one checkpoint; `.result()` returns when it is whole."""
+    refuse_pattern(path)
     metadata: Any = {_KEY: sealed(lineage)}
     return ocp.save_async(str(path.absolute()), named(state), custom_metadata=metadata)
 

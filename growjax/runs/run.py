@@ -199,8 +199,25 @@ def checkpoint_in(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def refuse_checkpoint_folder(folder: Path) -> None:
-    """Raise `CheckpointError` for a folder that no run may have: a checkpoint, or a place within one."""
+def refuse_pattern(path: Path) -> None:
+    """Raise `CheckpointError` for a path that no checkpoint may have.
+
+    Orbax looks for the files that it puts together by a pattern of the whole path, finds none if there
+    are brackets in it, and leaves a checkpoint without its arrays behind, without an error.
+    """
+    if any(sign in str(path.absolute()) for sign in "[]*?"):
+        raise CheckpointError(
+            f"{path.absolute()}: expected a path without [, ], * and ?: Orbax reads these as a pattern, "
+            "and would write checkpoints that cannot be read; choose another folder"
+        )
+
+
+def refuse_folder(folder: Path) -> None:
+    """Raise `CheckpointError` for a folder that no run may have.
+
+    That is a checkpoint, a place within one, and a path in which checkpoints cannot be written.
+    """
+    refuse_pattern(folder)
     for place in _with_parents(folder):
         inside = "" if place == folder.absolute() else f" is inside {place}, which"
         if (place / METADATA).exists():

@@ -18,7 +18,7 @@ from growjax.runs import hosts
 from growjax.runs.doing import Doing
 from growjax.runs.feed import CorpusFeed, Feed
 from growjax.runs.records import Record
-from growjax.runs.run import Run, refuse_checkpoint_folder
+from growjax.runs.run import Run, refuse_folder
 from growjax.train.options import Options
 from growjax.train.session import Session
 from growjax.train.stop import Stop, Stopped
@@ -178,7 +178,7 @@ def _locked(folder: Run, stack: contextlib.ExitStack) -> tuple[Any, list[str]]:
     lock = folder.lock()
 
     def take() -> list[str]:
-        refuse_checkpoint_folder(folder.folder)
+        refuse_folder(folder.folder)
         stack.enter_context(lock)
         return [] if lock.note is None else [f"{folder}: {lock.note}"]
 
