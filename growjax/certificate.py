@@ -362,7 +362,7 @@ def _liveness(op, model, grown, batch, programs: _Programs, level: float):
     start = trained = jax.tree.map(np.asarray, trained)
     zero = []
     for _ in range(2):
-        moved = eqx.combine(jax.tree.map(jnp.asarray, trained), rest)
+        moved = eqx.combine(trained, rest)
         gradient = jax.tree.map(np.asarray, programs.observed(moved, batch).gradient)
         zero.append(_dead(grown, gradient, new))
         scale = 1e-3 / _largest(gradient)
