@@ -48,6 +48,7 @@ def train(
     profile: tuple[int, int] | None = None,
     reference: Path | None = None,
     hosts: bool = False,
+    programs: str = "",
 ) -> None:
     """Run a plan, or go on with it: the same command resumes after a kill, wherever it stopped.
 
@@ -64,11 +65,14 @@ def train(
         profile: First and last step of which to write a profile.
         reference: A run, a checkpoint or a Hugging Face folder: the second model that RHO compares with.
         hosts: Join the other hosts of a pod first.
+        programs: The folder of compiled programs, which a run that goes on loads; by default next to the
+            run, in cache/programs, or where JAX_COMPILATION_CACHE_DIR says. "none" keeps none.
     """
     from growjax import parallel
 
     if hosts:
         parallel.connect()
+    parallel.keep_programs(run.parent / "cache" / "programs", programs)
 
     from rich.console import Console
 

@@ -15,6 +15,7 @@ import math
 import os
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -302,6 +303,27 @@ def connect(
             f"{jax.local_device_count()} of {total} {jax.devices()[0].device_kind} devices",
             flush=True,
         )
+
+
+def keep_programs(default: Path, requested: str = "") -> Path | None:
+    """Keep what is compiled in a folder, so that a run that goes on compiles nothing anew.
+
+    `requested` is a folder or "none"; if it is empty, the folder that JAX was told
+    (`JAX_COMPILATION_CACHE_DIR`) stays, and `default` is taken if there is none. Returns the folder, or
+    None if programs are not kept. Several processes of CPUs keep none: loading such a program ends them
+    (JAX 0.10).
+    """
+    if requested == "none" or (jax.process_count() > 1 and jax.default_backend() == "cpu"):
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    if not requested and jax.config.jax_compilation_cache_dir:
+        return Path(jax.config.jax_compilation_cache_dir)
+    folder = Path(requested) if requested else default
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # By default JAX keeps what took a second or more: a toy plan has none, and waits for fifty
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
 
 
 def self_test() -> int:
