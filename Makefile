@@ -1,7 +1,7 @@
 # Each target makes the virtual environment it needs, once.
 #
 #   make demo         grow a small model and look at the report
-#   make test         the tests (PYTHON=python3.12 for another Python)
+#   make test         the tests, or TESTS=tests/test_maps.py (PYTHON=python3.12 for another Python)
 #   make test-deep    the tests at the deep profile, slow ones included
 #   make test-tpu     plans compiled for TPU slices, in .venv-tpu; needs no TPU (Linux)
 #   make test-hf      checkpoints against transformers, the harness against its own, in .venv-hf
@@ -14,6 +14,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+TESTS ?= tests
 GROWJAX_PROFILE ?= $(if $(filter true,$(CI)),ci,dev)
 export GROWJAX_PROFILE
 
@@ -46,7 +47,7 @@ demo: $(VENV)/.installed
 	@$(PY) -m growjax demo $(ARGS)
 
 test: $(VENV)/.installed-dev
-	@$(PY) -m pytest tests -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
+	@$(PY) -m pytest $(TESTS) -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-deep: export GROWJAX_PROFILE = deep
 test-deep: $(VENV)/.installed-dev
@@ -91,7 +92,7 @@ bench: $(VENV)/.installed-dev
 	@$(PY) -m experiments.bench $(NAME)
 
 clean:
-	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .cache .pytest_cache .ruff_cache .hypothesis
 	find growjax tests experiments -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed: EXTRA = [train]

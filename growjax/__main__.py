@@ -63,6 +63,7 @@ def train(
     reference: Path | None = None,
     hosts: bool = False,
     allow: tuple[str, ...] = (),
+    programs: str = "",
 ) -> None:
     """Run a plan, or go on with it: the same command resumes after a kill, wherever it stopped.
 
@@ -87,12 +88,15 @@ def train(
         reference: A run, a checkpoint or a Hugging Face folder: the second model that RHO compares with.
         hosts: Join the other hosts of a pod first.
         allow: Packages of your own that files may import, such as my_pkg; runs their code.
+        programs: The folder of compiled programs, which a run that goes on loads; by default next to the
+            run, in cache/programs, or where JAX_COMPILATION_CACHE_DIR says. "none" keeps none.
     """
     _allow(allow)
     from growjax import parallel
 
     if hosts:
         parallel.connect()
+    parallel.keep_programs(run.parent / "cache" / "programs", programs)
 
     from rich.console import Console
 

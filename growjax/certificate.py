@@ -12,8 +12,9 @@ Four questions, each answered by computation:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -28,12 +29,8 @@ from growjax.growth.operator import Chain, Exactness, Operator, atoms
 from growjax.maps import NONE, AxisMap
 
 
-FILLS: dict[str, Callable] = {
-    "0": lambda key, shape, dtype: jnp.zeros(shape, dtype),
-    "N(0, 1)": lambda key, shape, dtype: jax.random.normal(key, shape, dtype),
-    "42": lambda key, shape, dtype: jnp.full(shape, 42, dtype),
-    "1000": lambda key, shape, dtype: jnp.full(shape, 1000, dtype),
-}
+# What closed new coordinates are filled with: an offset, and normal numbers of some spread around it
+FILLS = {"0": (0.0, 0.0), "N(0, 1)": (0.0, 1.0), "42": (42.0, 0.0), "1000": (1000.0, 0.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,25 +136,32 @@ def certify(
         print(gj.certify(gj.msg(mlp=2048), small, tokens, key=jax.random.key(0)))
     """
     forward = forward or call
-    shown = shown_outputs(forward, op, model, batch)
-    compute = _Compute(forward, loss or _Probe(forward, shown))
+    programs = _Programs(forward, loss, shown_outputs(forward, op, model, batch))
+    permuted = _permuted(model)
     with jax.enable_x64(True):
-        wide = _cast(model, jnp.float64)
-        exact = _difference(op, wide, batch, key, compute)
-        poison = _poison(op, model, batch, compute)
-        gradient = (
-            None if op.exactness == "approximate" else _gradient(op, wide, batch, key, compute)
-        )
-        dead, locked = _liveness(op, wide, batch, key, compute, level)
-        native = exact
-    if any(x.dtype != jnp.float64 for x in jax.tree.leaves(model) if eqx.is_inexact_array(x)):
-        native = _difference(op, model, batch, key, compute)
+        small = _wide(model)
+        grown = _grown(op, small, key)
+        before, after = programs.observed(small, batch), programs.observed(grown, batch)
+        exact = _difference(before, after, programs.observed(_wide(permuted), batch))
+        gradient = None
+        if op.exactness != "approximate":
+            gradient = _error(before.gradient, _pulled_back(op, small, key, after.gradient))
+        dead, locked = _liveness(op, model, grown, batch, programs, level)
+    leaves = [x for x in jax.tree.leaves(model) if eqx.is_inexact_array(x)]
+    double = all(x.dtype == jnp.float64 for x in leaves)
+    forward_lines = (exact,)
+    with jax.enable_x64(double or jax.config.jax_enable_x64):
+        poison = _poison(op, model, batch, programs)
+        if not double:
+            models = model, _grown(op, model, key), permuted
+            native = _difference(*(programs.outputs(each, batch) for each in models))
+            forward_lines = (native, exact)
     old, new = axes_of(model).sizes, axes_of(shapes(op, model)).sizes
     return Certificate(
         operator=str(op),
         exactness=op.exactness,
         axes={axis: (n, new[axis]) for axis, n in old.items() if new[axis] != n},
-        forward=(exact,) if native is exact else (native, exact),
+        forward=forward_lines,
         poison=poison,
         gradient=gradient,
         dead=dead,
@@ -165,40 +169,64 @@ def certify(
     )
 
 
-class _Compute(eqx.Module):
-    """Forward pass, loss and gradient, jitted once per structure."""
+# A certificate's programs run a few times each: most of the time would go to optimising them. Matrix
+# products are library calls either way.
+_jit = functools.partial(
+    eqx.filter_jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+
+
+class _Observation(NamedTuple):
+    """What a model computes on a batch."""
+
+    outputs: Any
+    loss: Array
+    gradient: Any = None
+
+
+class _Programs(eqx.Module):
+    """What is computed of a small and of a grown model: one program each, whatever they hold."""
 
     forward: Callable = eqx.field(static=True)
-    loss: Callable = eqx.field(static=True)
+    loss: Callable | None = eqx.field(static=True)
+    shown: "Shown" = eqx.field(static=True)
 
-    @eqx.filter_jit
-    def outputs(self, model, batch):
-        return self.forward(model, batch), self.loss(model, batch)
+    @_jit
+    def outputs(self, model, batch) -> _Observation:
+        loss, outputs = self._loss(model, batch)
+        return _Observation(outputs, loss)
 
-    @eqx.filter_jit
-    def gradient(self, model, batch):
+    @_jit
+    def observed(self, model, batch) -> _Observation:
         trained, rest = partition(model)
-        return jax.grad(lambda t: self.loss(eqx.combine(t, rest), batch))(trained)
+        loss = lambda trained: self._loss(eqx.combine(trained, rest), batch)  # noqa: E731
+        (loss, outputs), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
+        return _Observation(outputs, loss, gradient)
 
-    @eqx.filter_jit
-    def pulled_back(self, op, model, batch, key):
-        """The grown model's gradient, taken back through the operator."""
-        trained, rest = partition(model)
-
-        def grow(trained):
-            return partition(op(eqx.combine(trained, rest), key=key))
-
-        grown, transpose, others = jax.vjp(grow, trained, has_aux=True)
-        gradient = jax.grad(lambda t: self.loss(eqx.combine(t, others), batch))(grown)
-        return transpose(gradient)[0]
+    def _loss(self, model, batch):
+        outputs = self.forward(model, batch)
+        loss = probe(outputs, self.shown) if self.loss is None else self.loss(model, batch)
+        return loss, outputs
 
 
-class _Probe(eqx.Module):
-    forward: Callable = eqx.field(static=True)
-    shown: Any = eqx.field(static=True)
+@_jit
+def _grown(op, model, key):
+    return op(model, key=key)
 
-    def __call__(self, model, batch):
-        return probe(self.forward(model, batch), self.shown)
+
+@_jit
+def _pulled_back(op, model, key, gradient):
+    """A gradient of the grown model, taken back through the operator."""
+    trained, rest = partition(model)
+
+    def grow(trained):
+        return partition(op(eqx.combine(trained, rest), key=key))[0]
+
+    return jax.vjp(grow, trained)[1](gradient)[0]
 
 
 def call(model, batch):
@@ -236,17 +264,13 @@ def probe(outputs, shown: Shown) -> Array:
     return total
 
 
-def _difference(op, model, batch, key, compute: _Compute) -> Difference:
-    before, loss = compute.outputs(model, batch)
-    after, grown_loss = compute.outputs(eqx.filter_jit(op)(model, key=key), batch)
-    floor, _ = compute.outputs(_permuted(model), batch)
-    absolute, relative = distance(before, after)
-    dtype = jnp.result_type(
-        *[leaf for leaf in jax.tree.leaves(before) if eqx.is_inexact_array(leaf)]
-    )
-    return Difference(
-        str(dtype), absolute, relative, float(grown_loss - loss), distance(before, floor)[1]
-    )
+def _difference(before, after, floor) -> Difference:
+    """Two observations, and a third that differs from the first by rounding alone."""
+    absolute, relative = distance(before.outputs, after.outputs)
+    leaves = [leaf for leaf in jax.tree.leaves(before.outputs) if eqx.is_inexact_array(leaf)]
+    loss = float(after.loss) - float(before.loss)
+    noise = distance(before.outputs, floor.outputs)[1]
+    return Difference(str(jnp.result_type(*leaves)), absolute, relative, loss, noise)
 
 
 def distance(before, after) -> tuple[float, float]:
@@ -261,6 +285,7 @@ def distance(before, after) -> tuple[float, float]:
     return worst
 
 
+@_jit
 def _permuted(model):
     """The same function with hidden units and heads in reverse order."""
     table = axes_of(model)
@@ -271,19 +296,26 @@ def _permuted(model):
     return model
 
 
-def _poison(op, model, batch, compute: _Compute) -> dict[str, bool]:
+def _poison(op, model, batch, programs: _Programs) -> dict[str, bool]:
     """Whether outputs are bitwise the same under every fill of what the operator leaves free."""
     if not any(_is_closed(m) for atom, before in steps(op, model) for m in atom.maps(before)):
         return {}
-    outputs = {}
-    for name, fill in FILLS.items():
-        grown = eqx.filter_jit(filled)(op, model, jax.random.key(0), fill)
-        outputs[name] = jax.tree.leaves(compute.outputs(grown, batch)[0])
-    first = next(iter(outputs.values()))
-    return {
-        name: all(bool(jnp.array_equal(a, b)) for a, b in zip(first, ys, strict=True))
-        for name, ys in outputs.items()
-    }
+    first, same = None, {}
+    for name, (offset, spread) in FILLS.items():
+        grown = _poisoned(op, model, jnp.asarray(offset), jnp.asarray(spread))
+        outputs = jax.tree.map(np.asarray, jax.tree.leaves(programs.outputs(grown, batch).outputs))
+        first = outputs if first is None else first
+        same[name] = all(np.array_equal(a, b) for a, b in zip(first, outputs, strict=True))
+    return same
+
+
+@_jit
+def _poisoned(op, model, offset, spread):
+    def fill(key, shape, dtype):
+        return (offset + spread * jax.random.normal(key, shape)).astype(dtype)
+
+    # The default generator is a long program for every leaf; this one is an instruction
+    return filled(op, model, jax.random.key(0, impl="unsafe_rbg"), fill)
 
 
 def steps(op, model):
@@ -311,9 +343,7 @@ def filled(op, model, key, fill: Callable):
     return model
 
 
-def _gradient(op, model, batch, key, compute: _Compute) -> float:
-    expected = compute.gradient(model, batch)
-    found = compute.pulled_back(op, model, batch, key)
+def _error(expected, found) -> float:
     expected, found = (jax.tree.map(np.asarray, tree) for tree in (expected, found))
     gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected, found)
     return float(max(jax.tree.leaves(gaps)) / _largest(expected))
@@ -323,18 +353,17 @@ def _largest(tree) -> float:
     return max(float(np.abs(g).max()) for g in jax.tree.leaves(tree))
 
 
-def _liveness(op, model, batch, key, compute: _Compute, level: float):
+def _liveness(op, model, grown, batch, programs: _Programs, level: float):
     """Zero gradients and locked copies of new coordinates, over two steps of gradient descent."""
     new, homes = new_coordinates(op, model)
-    grown = eqx.filter_jit(op)(model, key=key)
     if any(slot.value is not None for slot in axes_of(grown).of_kind("gate")):
         grown = ramp(grown, level)
     trained, rest = partition(grown)
     start = trained = jax.tree.map(np.asarray, trained)
     zero = []
     for _ in range(2):
-        moved = eqx.combine(jax.tree.map(jnp.asarray, trained), rest)
-        gradient = jax.tree.map(np.asarray, compute.gradient(moved, batch))
+        moved = eqx.combine(trained, rest)
+        gradient = jax.tree.map(np.asarray, programs.observed(moved, batch).gradient)
         zero.append(_dead(grown, gradient, new))
         scale = 1e-3 / _largest(gradient)
         trained = jax.tree.map(lambda p, g: p - scale * g, trained, gradient)  # noqa: B023
@@ -402,7 +431,8 @@ def shapes(op, model):
         return eqx.filter_eval_shape(lambda m: op(m, key=jax.random.key(0)), model)
 
 
-def _cast(model, dtype):
-    """The model in another dtype; a static `dtype` that overrides it is dropped."""
-    model = jax.tree.map(lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, model)
+@_jit
+def _wide(model):
+    """The model in float64; a static `dtype` that overrides it is dropped."""
+    model = jax.tree.map(lambda x: x.astype(float) if eqx.is_inexact_array(x) else x, model)
     return put(model, {("dtype",): None}) if getattr(model, "dtype", None) else model

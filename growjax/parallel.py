@@ -15,11 +15,13 @@ import math
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from growjax.axes import Slot, axes_of, find, get, put
@@ -95,7 +97,12 @@ class Layout:
         """The mesh over these devices (by default all, of every host)."""
         devices = jax.devices() if devices is None else devices
         sizes = self.resolved(len(devices))
-        return jax.make_mesh(sizes, AXES, axis_types=_TYPES, devices=devices)
+        try:
+            return jax.make_mesh(sizes, AXES, axis_types=_TYPES, devices=devices)
+        except NotImplementedError:
+            # No axis of the torus has one of these sizes, such as 2 on a slice of 4x4: two share one
+            placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+            return Mesh(placed, AXES, axis_types=_TYPES)
 
     def outline(self, devices: int) -> Any:
         """The mesh over so many devices that need not be there: enough for shapes and shardings."""
@@ -160,31 +167,52 @@ def gathered(model: Any, mesh: Mesh) -> Any:
     """
     if mesh.shape["fsdp"] == 1:
         return model
-    specs = {s.steps: spec_of(s, mesh) for s in axes_of(model).of_kind("param") if s.arrays()}
+    reads = {s.steps: _read_of(s, mesh) for s in axes_of(model).of_kind("param") if s.arrays()}
     values: dict[_Steps, Any] = {}
-    stacks: dict[_Steps, dict[_Steps, PartitionSpec]] = {}
-    for steps, spec in specs.items():
+    stacks: dict[_Steps, dict[_Steps, _Read]] = {}
+    for steps, read in reads.items():
         ends = [i for i in range(len(steps)) if isinstance(get(model, steps[:i]), Stacked)]
         if ends:
             # Within its stack, and without the dimension of the layers
             inner = stacks.setdefault(steps[: ends[0]], {})
-            inner[steps[ends[0] + 1 :]] = PartitionSpec(*spec[1:])
+            inner[steps[ends[0] + 1 :]] = read._replace(spec=PartitionSpec(*read.spec[1:]))
         else:
-            values[steps] = _gathered(get(model, steps), mesh, spec)
+            values[steps] = _gathered(get(model, steps), mesh, read)
 
-    def layer(specs: dict[_Steps, PartitionSpec], block: Any) -> Any:
-        return put(block, {s: _gathered(get(block, s), mesh, spec) for s, spec in specs.items()})
+    def layer(reads: dict[_Steps, _Read], block: Any) -> Any:
+        return put(block, {s: _gathered(get(block, s), mesh, read) for s, read in reads.items()})
 
     for steps, inner in stacks.items():
         values[(*steps, "read")] = functools.partial(layer, inner)
     return put(model, values)
 
 
-def _gathered(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
-    if "fsdp" not in spec:
+class _Read(NamedTuple):
+    """How one parameter is split, and whether its gradient is summed whole before it is split."""
+
+    spec: PartitionSpec
+    sum_whole: bool
+
+
+def _read_of(slot: Slot, mesh: Mesh) -> _Read:
+    """How a parameter is read under `fsdp`.
+
+    The gradient of a lookup adds rows of activations up. Where `fsdp` splits the columns of such a
+    table, its gradient must be summed whole before it is split, or the compiler sends the columns of
+    the activations to where they are added.
+    """
+    spec = spec_of(slot, mesh)
+    starts = np.cumsum([0, *slot.spec.groups])[:-1]
+    looked_up = {i for i, start in enumerate(starts) if slot.dims[start].role == "lookup"}
+    return _Read(spec, bool(looked_up) and not any(spec[i] == "fsdp" for i in looked_up))
+
+
+def _gathered(x: jax.Array, mesh: Mesh, read: _Read) -> jax.Array:
+    if "fsdp" not in read.spec:
         return x
-    split = NamedSharding(mesh, spec)
-    whole = NamedSharding(mesh, PartitionSpec(*(None if n == "fsdp" else n for n in spec)))
+    split = NamedSharding(mesh, read.spec)
+    columns = (None if name == "fsdp" else name for name in read.spec)
+    whole = NamedSharding(mesh, PartitionSpec(*columns))
 
     # A constraint is its own transpose, and would ask for the whole gradient everywhere
     @jax.custom_vjp
@@ -192,6 +220,8 @@ def _gathered(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, whole)
 
     def scatter(_, gradient):
+        if read.sum_whole:
+            gradient = jax.lax.with_sharding_constraint(gradient, whole)
         return (jax.lax.with_sharding_constraint(gradient, split),)
 
     gather.defvjp(lambda x: (gather(x), None), scatter)
@@ -271,6 +301,27 @@ def connect(
             f"{jax.local_device_count()} of {total} {jax.devices()[0].device_kind} devices",
             flush=True,
         )
+
+
+def keep_programs(default: Path, requested: str = "") -> Path | None:
+    """Keep what is compiled in a folder, so that a run that goes on compiles nothing anew.
+
+    `requested` is a folder or "none"; if it is empty, the folder that JAX was told
+    (`JAX_COMPILATION_CACHE_DIR`) stays, and `default` is taken if there is none. Returns the folder, or
+    None if programs are not kept. Several processes of CPUs keep none: loading such a program ends them
+    (JAX 0.10).
+    """
+    if requested == "none" or (jax.process_count() > 1 and jax.default_backend() == "cpu"):
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    if not requested and jax.config.jax_compilation_cache_dir:
+        return Path(jax.config.jax_compilation_cache_dir)
+    folder = Path(requested) if requested else default
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # By default JAX keeps what took a second or more: a toy plan has none, and waits for fifty
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
 
 
 def self_test() -> int:

@@ -21,6 +21,13 @@ if not DEEP:
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
 
+# What one process compiled, the others load: workers, the processes that tests start, the next run.
+# A program is found by all that decides it, so what changed is compiled anew.
+CACHE = pathlib.Path(__file__).parents[1] / ".cache" / f"jax-{version('jaxlib')}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -1,9 +1,11 @@
 """What CI says of a commit: green where every target is, red where one is not."""
 
 import os
+import re
 import shutil
 import subprocess
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ MAKE = """#!/usr/bin/env bash
 echo "$CI: $*"
 echo "said by $1"
 case "$1" in *.installed-dev) mkdir "$(dirname "$1")" ;; esac
-[ "$1" != "$FAIL" ]
+# The target alone, or with the newest Python
+case "$FAIL" in *PYTHON=) [[ "$*" != "$FAIL"* ]] ;; *) [[ "$1 $2" != "$FAIL "[^P]* ]] ;; esac
 """
 # One target goes on until it is told to stop, and another stops the script
 STOPPED = """#!/usr/bin/env bash
@@ -39,20 +42,25 @@ def run(folder: Path, make: str, **env: str) -> subprocess.CompletedProcess[str]
     """The script in a repository of its own, over another `make`."""
     (folder / "repo" / ".ci").mkdir(parents=True)
     shutil.copy(CI, folder / "repo" / ".ci")
+    shutil.copy(CI.parents[1] / "pyproject.toml", folder / "repo")
     (folder / "make").write_text(make)
     (folder / "make").chmod(0o755)
     (folder / "said").mkdir()
+    env = {"NEWEST": "python3"} | env
     env |= {"PATH": f"{folder}:{os.environ['PATH']}", "TMPDIR": str(folder / "said")}
     command = ["bash", folder / "repo" / ".ci" / "run"]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("fails", ["", "lint", "test", "test-tpu", "test-hf"])
+TARGETS = ("lint", "test", "test-tpu", "test-hf", "test-tpu PYTHON=", "test PYTHON=")
+
+
+@pytest.mark.parametrize("fails", ["", *TARGETS])
 def test_ci_is_red_just_where_a_target_is(tmp_path, fails):
     found = run(tmp_path, MAKE, FAIL=fails)
     assert (found.returncode == 0) == (not fails), found.stderr
-    for target in ("lint", "test", "test-tpu", "test-hf"):
-        assert f"true: {target} " in found.stdout
+    for target in TARGETS:
+        assert f"true: {target}" in found.stdout
     assert found.stdout.splitlines()[-1] == "said by test"
     assert not list((tmp_path / "said").iterdir())
 
@@ -61,7 +69,30 @@ def test_bytecode_is_kept_whatever_the_environment_says(tmp_path):
     """Or each of the dozens of processes that tests start makes it anew."""
     make = MAKE.replace("$CI: $*", "$PYTHONDONTWRITEBYTECODE, $PIP_FLAGS")
     found = run(tmp_path, make, FAIL="", PYTHONDONTWRITEBYTECODE="1")
-    assert found.stdout.startswith(", --no-compile\n")
+    assert found.stdout.startswith(", --no-compile -c ")
+
+
+def test_the_oldest_pair_is_the_lowest_that_is_allowed_and_the_newest_is_what_pip_gives(tmp_path):
+    project = tomllib.loads((CI.parents[1] / "pyproject.toml").read_text())["project"]
+    lowest = [line.replace(">=", "==") for line in project["dependencies"]]
+    make = MAKE.replace(
+        'echo "$CI: $*"', 'echo "$CI: $*"; cat ${PIP_FLAGS##* } 2>/dev/null || true'
+    )
+    found = run(tmp_path, make, FAIL="").stdout.splitlines()
+    assert all("==" in line for line in lowest)
+    assert found[1 : len(lowest) + 1] == lowest
+    newest = [line for line in found if "PYTHON=" in line]
+    files = re.findall(r"tests/test_\w+\.py", newest[-1])
+    assert len(files) > 9 and all((CI.parents[1] / name).exists() for name in files)
+    assert found[found.index(newest[0]) + 1] == "said by test-tpu", "bound to the lowest versions"
+
+
+def test_without_a_newer_python_ci_is_red(tmp_path):
+    for version in ("3.12", "3.13"):
+        (tmp_path / f"python{version}").write_text("#!/usr/bin/env bash\nexit 1\n")
+        (tmp_path / f"python{version}").chmod(0o755)
+    found = run(tmp_path, MAKE, FAIL="", NEWEST="", PYENV_ROOT=str(tmp_path))
+    assert found.returncode != 0 and "no Python 3.12 or newer" in found.stderr
 
 
 def test_what_cannot_be_installed_is_red(tmp_path):

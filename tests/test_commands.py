@@ -280,9 +280,10 @@ def test_a_report_of_runs(run, tmp_path):
         write_report([tmp_path / "empty"], tmp_path / "page.html")
 
 
-def growjax(*args: object) -> subprocess.CompletedProcess:
+def growjax(*args: object, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "growjax", *map(str, args)],
+        env=os.environ | env,
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -296,12 +297,15 @@ def test_train_from_the_command_line_and_go_on(tmp_path):
         (text / f"{n}.txt").write_text(f"{n} times {n} is {n * n}. " * 40)
     whole = plan(steps(3), steps(2, batch=8), data=Text(str(text)))
     save_plan(whole, tmp_path / "plan.json")
-    done = growjax("train", tmp_path / "plan.json", "--run", tmp_path / "run", "--held-out", 4)
+    command = ("train", tmp_path / "plan.json", "--run", tmp_path / "run", "--held-out", 4)
+    done = growjax(*command, JAX_COMPILATION_CACHE_DIR="")
     assert done.returncode == 0, done.stderr
     assert load_plan(tmp_path / "run" / "plan.json") == whole
     assert len([r for r in read_journal(tmp_path / "run") if r["kind"] == "step"]) == whole.steps
     lineage = read_lineage(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1])
     assert lineage["step"] == whole.steps
+    # What was compiled is next to the run, unless JAX was told of a folder
+    assert any((tmp_path / "cache" / "programs").iterdir())
     wrong = growjax(
         "train", tmp_path / "plan.json", "--run", tmp_path / "run", "--change", "seed=1"
     )

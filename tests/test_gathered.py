@@ -98,3 +98,19 @@ def test_without_sharing_nothing_is_touched():
     model = eqx.filter_eval_shape(gj.models.GPT, SMALL, key=jax.random.key(0))
     assert gathered(model, on(Layout())) is model
     assert gathered(model, on(Layout(tensor=2))) is model
+
+
+def test_a_table_split_by_columns_sums_its_gradient_before_it_is_split():
+    """Or the compiler sends the columns of activations to where they are added."""
+    asked = constraints(program(PLANS["shared layers"][0]()), 2)
+    table = [spec for inside, shape, spec in asked if shape == (SMALL.vocab, SMALL.embed)]
+    split, whole = (
+        jax.sharding.PartitionSpec("tensor", "fsdp"),
+        jax.sharding.PartitionSpec("tensor", None),
+    )
+    gradient = table[table.index(whole) + 1 :]
+    assert gradient[:2] == [whole, split], table
+    rows = constraints(program(PLANS["GPT"][0]()), 2)
+    table = [spec for inside, shape, spec in rows if shape == (SMALL.vocab, SMALL.embed)]
+    # Split by rows, it is scattered at once
+    assert table.count(jax.sharding.PartitionSpec(None, None)) == 1, table

@@ -17,13 +17,16 @@ import growjax as gj
 
 ROOT = Path(gj.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
+# A program for CPUs of several processes, once it is loaded from the cache, ends them all (JAX 0.10)
+UNCACHED = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
 def start(*args: object, devices: int = 1) -> subprocess.Popen:
+    several = UNCACHED if args[0] == "rank" else {}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.hosts", *map(str, args)],
         cwd=ROOT,
-        env=ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(devices)},
+        env=ENVIRONMENT | several | {"JAX_NUM_CPU_DEVICES": str(devices)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,7 +1,6 @@
 """A run that is killed ends as if it had not been: bitwise, wherever and however often it dies."""
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -37,13 +36,8 @@ ENDS = {"TERM twice step:1": -15, "INT twice step:1": -2, "TERM": 75, "INT": 130
 
 def killed(folder: Path, dooms: list[str]) -> list[int]:
     """The exit status of a session for each doom; the run is what an undisturbed one is, or it fails."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     done = subprocess.run(
         [sys.executable, "-m", "tests.killed", str(folder), *dooms],
-        env=os.environ | cache,
         capture_output=True,
         text=True,
         cwd=ROOT,

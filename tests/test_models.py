@@ -25,7 +25,7 @@ from growjax.models import (
     LlamaConfig,
     T5Config,
 )
-from growjax.nn import Block, Rotary, RotaryScaling
+from growjax.nn import ACTIVATIONS, Block, Rotary, RotaryScaling
 
 
 V = 11
@@ -424,3 +424,28 @@ def test_a_wrong_config_is_told_everything(config):
     listed = "".join(rf"\n  - {name}: .*" for name in complaints.split())
     with pytest.raises(AxisError, match=f"^{config.__name__} is not a model:{listed}$"):
         config(**SIZES | choices)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exact_gelu_and_its_derivatives_are_those_of_the_formula(dtype):
+    """Under `shard_map` too, where JAX's own derivative of `erfc` is refused since JAX 0.11."""
+    x = np.linspace(-6, 6, 49)
+    cdf = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x])
+    density = np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    with jax.enable_x64(True):
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        rows = jax.sharding.PartitionSpec("data")
+
+        def derivative(order):
+            f = ACTIVATIONS["gelu"]
+            for _ in range(order):
+                f = jax.grad(f)
+            whole = jax.shard_map(jax.vmap(f), mesh=mesh, in_specs=rows, out_specs=rows)
+            return np.asarray(jax.jit(whole)(jnp.asarray(x, dtype)))
+
+        found = [derivative(order) for order in range(3)]
+    expected = [x * cdf, cdf + x * density, (2 - x * x) * density]
+    tolerance = 1e-14 if dtype == "float64" else 2e-6
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        np.testing.assert_allclose(one, other, atol=tolerance)

@@ -21,4 +21,5 @@ tar xzf growjax.tar.gz
 python3 -m pip install -q --user uv
 uv=$(python3 -m site --user-base)/bin/uv
 "$uv" venv -q --allow-existing --python 3.12 venv
-"$uv" pip install -q --python venv/bin/python './growjax[train,tpu]'
+# The versions that compiled every model and layout for these slices
+"$uv" pip install -q --python venv/bin/python -c growjax/experiments/tpu/constraints.txt './growjax[train,tpu]'

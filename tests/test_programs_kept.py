@@ -1,0 +1,61 @@
+"""What `growjax train` compiles is there for the next session."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from growjax.parallel import keep_programs
+
+
+NAMES = (
+    "jax_compilation_cache_dir",
+    "jax_enable_compilation_cache",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
+
+
+@pytest.fixture(autouse=True)
+def untold():
+    """JAX as it is where nobody named a folder."""
+    before = {name: getattr(jax.config, name) for name in NAMES}
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def compile_one() -> None:
+    jax.clear_caches()
+    jax.jit(lambda x: x * 3 + 1)(jnp.arange(3.0)).block_until_ready()
+
+
+def test_programs_are_kept_by_default_however_small(tmp_path):
+    assert keep_programs(tmp_path / "default") == tmp_path / "default"
+    compile_one()
+    files = {path.name for path in (tmp_path / "default").iterdir()}
+    assert files
+    compile_one()
+    assert {path.name for path in (tmp_path / "default").iterdir()} == files
+
+
+def test_a_folder_that_was_named_wins(tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "told"))
+    assert keep_programs(tmp_path / "default") == tmp_path / "told"
+    assert keep_programs(tmp_path / "default", str(tmp_path / "asked")) == tmp_path / "asked"
+    compile_one()
+    assert [path.name for path in tmp_path.iterdir()] == ["asked"]
+
+
+@pytest.mark.parametrize("processes, requested", [(1, "none"), (2, ""), (2, "asked")])
+def test_none_are_kept_where_that_is_asked_or_where_loading_them_fails(
+    processes, requested, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    assert keep_programs(tmp_path / "default", requested) is None
+    compile_one()
+    assert not (tmp_path / "default").exists()
