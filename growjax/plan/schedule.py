@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from growjax.budget import decayed
 from growjax.errors import PlanError, raise_all
 
 
@@ -66,7 +67,7 @@ class Schedule:
     @property
     def decayed(self) -> bool:
         """Whether the rate has fallen, by the end, to at most a tenth of its peak."""
-        return self.at(1.0) <= 0.1 * self.peak
+        return decayed(self.at(1.0), self.peak)
 
     def at(self, done: float) -> float:
         """The learning rate once this share of the budget is spent; past the end it is the last one."""
