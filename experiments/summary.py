@@ -252,7 +252,8 @@ def _speed_ups(group: Group, study: Study) -> Iterator[Row]:
                     "budget": f"{s.budget:g}x",
                     "question": f"speed-up of {arm} over decayed {study.baseline}{more}",
                     "estimate": s.estimate,
-                    "interval": s.interval and [x if math.isfinite(x) else None for x in s.interval],
+                    "interval": s.interval
+                    and [x if math.isfinite(x) else None for x in s.interval],
                     "bound": s.bound,
                     "naive": n.estimate,
                     "reason": s.reason,

@@ -379,9 +379,9 @@ TABLE = """
 @ a difference within the margin is called equivalent | budget/comparison.py | comparison | equivalence
 - if small and p_same <= alpha:
 + if small:
-@ the frontier takes the lowest of each seed | budget/envelope.py | frontier | decided_by_means
-- points = {s: _last(run, place, self.use) for s, run in mine.items()}
-+ points = {s: min((_last(r[s], place, self.use) for r in chosen.values()), key=lambda p: p[1]) for s in mine}
+@ a run of a step more is dearer | budget/envelope.py | frontier | step_more
+- if place <= cost * (1 + slack) and
++ if place <= cost and
 @ the frontier forgets the ways of longer runs | budget/envelope.py | frontier | every_cost
 - if use == "all" else []
 + if use == "none" else []
