@@ -23,6 +23,7 @@ from growjax.budget.envelope import Point as Point
 from growjax.budget.envelope import frontier as frontier
 from growjax.budget.outcomes import Outcome as Outcome
 from growjax.budget.outcomes import decayed as decayed
+from growjax.budget.outcomes import recharged as recharged
 from growjax.budget.pace import SpeedUp as SpeedUp
 from growjax.budget.pace import speed_up as speed_up
 from growjax.budget.statistics import sign_flip as sign_flip

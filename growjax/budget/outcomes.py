@@ -1,11 +1,13 @@
 """How runs ended, and which of them may be compared."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from growjax.budget.clock import Clock, Op
 from growjax.budget.statistics import Interval, Spread, crossed, resampled, spread
 from growjax.errors import BudgetError, raise_all
 
@@ -89,6 +91,47 @@ def decayed(last: float, peak: float) -> bool:
     return last <= _DECAYED * peak
 
 
+def recharged(
+    outcome: Outcome, operations: Sequence[tuple[Op, int]], clock: Clock, *, was: Clock
+) -> Outcome:
+    """A run as another clock charges it.
+
+    **Arguments**
+
+    - `operations`: what it did and how often, in the order of its stages; evaluations on the way lie on
+      straight lines between their ends.
+    - `was`: the clock that it ran on.
+
+    Raises `BudgetError` if the outcome was charged on another clock than `was`, if its operations do not
+    add up to what it spent, and for an operation that `clock` does not know.
+
+    **Example**
+
+        recharged(outcome, [(op, n) for span in plan.spans for op, n in span.ops], clock, was=plan.clock)
+    """
+    name = f"the outcome of {outcome.arm!r}, seed {outcome.seed}"
+    if outcome.clock != was.identity:
+        raise BudgetError(f"{name}: was: it was charged on {outcome.clock!r}, got {was.identity!r}")
+    then, now = ([x / c.per_unit for x in _course(operations, c)] for c in (was, clock))
+    if not math.isclose(then[-1], outcome.spent, rel_tol=1e-6):
+        raise BudgetError(
+            f"{name}: operations: they cost {then[-1]:.8g}, and it spent {outcome.spent:.8g}; give all "
+            "of them, and none twice"
+        )
+    return dataclasses.replace(
+        outcome,
+        clock=clock.identity,
+        spent=now[-1],
+        curve=tuple((float(np.interp(x, then, now)), loss) for x, loss in outcome.curve),
+    )
+
+
+def _course(operations: Sequence[tuple[Op, int]], clock: Clock) -> list[int]:
+    """What was spent, from nothing on, once each kind of operation was done."""
+    # Whole numbers of any size: the FLOPs of a long run do not fit into 64 bits
+    return list(itertools.accumulate((n * clock.cost(op) for op, n in operations), initial=0))
+
+
 @dataclasses.dataclass(frozen=True)
 class Pairs:
     """An arm's scores minus another's, seed by seed, and window by window where both kept them.
@@ -156,7 +199,7 @@ def check_clock(outcomes: Iterable[Outcome]) -> None:
     clocks = sorted({o.clock for o in outcomes})
     if len(clocks) > 1:
         raise BudgetError(
-            f"clocks differ: {', '.join(map(repr, clocks))}; charge all runs on one (`recharge`)"
+            f"clocks differ: {', '.join(map(repr, clocks))}; charge all runs on one (`recharged`)"
         )
 
 
