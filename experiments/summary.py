@@ -18,6 +18,7 @@ from growjax.budget import (
     Outcome,
     compare,
     cost_to_reach,
+    frontier,
     sign_flip,
     speed_up,
     t_interval,
@@ -238,25 +239,27 @@ def _speed_ups(group: Group, study: Study) -> Iterator[Row]:
             continue
         more = f", charged by {name}" if name else ""
         for arm, runs in arms.items():
-            outcomes = [*ends, *_charged(runs, clock)]
-            for s in speed_up(outcomes, arm, study.baseline, allow_undecayed=True):
+            ours = _charged(runs, clock)
+            if not ours:
+                continue
+            longest = max(o.budget for o in ends)
+            way = frontier(o for o in ends if o.budget == longest)
+            naive = speed_up(ours, arm, way, allow_undecayed=True)
+            for s, n in zip(
+                speed_up(ours, arm, frontier(ends), allow_undecayed=True), naive, strict=True
+            ):
                 yield {
                     "budget": f"{s.budget:g}x",
                     "question": f"speed-up of {arm} over decayed {study.baseline}{more}",
-                    "estimate": s.decayed,
-                    "interval": s.decayed_interval and list(s.decayed_interval),
-                    "naive": s.naive,
-                    "naive_interval": s.naive_interval and list(s.naive_interval),
+                    "estimate": s.estimate,
+                    "interval": s.interval
+                    and [x if math.isfinite(x) else None for x in s.interval],
+                    "bound": s.bound,
+                    "naive": n.estimate,
                     "reason": s.reason,
                     "seeds": len(s.seeds),
-                    "verdict": "unknown" if s.decayed is None else _pace(s.decayed_interval),
+                    "verdict": s.verdict,
                 }
-
-
-def _pace(interval: tuple[float, float] | None) -> str:
-    """Which side of 1 a speed-up is on, if its whole interval is."""
-    low, high = interval or (-math.inf, math.inf)
-    return "faster" if low > 1 else "slower" if high < 1 else "undecided"
 
 
 def _charged(runs: Group, clock: Clock | None) -> list[Outcome]:

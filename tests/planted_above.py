@@ -43,33 +43,35 @@ TABLE = """
 @ a schedule of the steps, not of the cost | plan/plan.py | plan | follows_cost
 - return climb * self.rate.at(done)
 + return climb * self.rate.at(min(done, 1.0) ** 0.5)
-@ Holm forgets the ranks before | budget/paired.py | paired | holm or more_arms
+@ Holm forgets the ranks before | budget/statistics.py | comparison | holm or more_arms
 - highest = max(highest, min((len(p) - rank) * p[i], 1.0))
 + highest = min((len(p) - rank) * p[i], 1.0)
-@ no adjustment for many arms | budget/paired.py | paired | more_arms
-- verdict, reason = _verdict(differences, p, p_holm, width, alpha)
-+ verdict, reason = _verdict(differences, p, p_t, width, alpha)
-@ five seeds decide | budget/paired.py | paired | verdicts
-- _SEEDS = 6
-+ _SEEDS = 5
-@ signs are not looked at | budget/paired.py | paired | agree or verdict or flip
-- if p <= alpha and p_holm <= alpha:
-+ if p <= alpha:
-@ an undecayed run is compared | budget/paired.py | paired | may_not
+@ no adjustment for many arms | budget/comparison.py | comparison | more_arms
+- verdict, reason = _verdict(pair, (flips, p[1], p[2]), margin, alpha, len(family))
++ verdict, reason = _verdict(pair, (flips, p[0], p[2]), margin, alpha, len(family))
+@ five seeds decide | budget/envelope.py | comparison | verdicts
+- SEEDS = 6
++ SEEDS = 5
+@ signs are not looked at | budget/comparison.py | comparison | agree or verdict or flip
+- if flips <= alpha and p_holm <= alpha and apart:
++ if p_holm <= alpha and apart:
+@ an undecayed run is compared | budget/comparison.py | comparison | may_not
 - if undecayed and not allow_undecayed:
 + if undecayed and allow_undecayed:
-@ the first crossing counts | budget/paired.py | paired | last_crossing
+@ the first crossing counts | budget/comparison.py | comparison | last_crossing
 - elif y1 > goal:
--             found = None
+-             place = None
 + elif y1 > goal:
 +             pass
-@ the frontier is read without the logarithm | budget/paired.py | paired | decayed_ends
-- honest.append(None if place is None else math.exp(place) / spent)
-+ honest.append(None if place is None else place / spent)
+<<<<<<< HEAD
+@ the frontier is read without the logarithm | budget/envelope.py | frontier | logarithm
+- parts += [_crossing(ends, losses, log=True)] if ends else []
++ parts += [_crossing(ends, losses)] if ends else []
 @ naive and honest are the same | budget/paired.py | paired | decayed_ends
 - on_way = _arrival(base[budgets[-1], s].curve, score, first=True)
 + on_way = _arrival(base[budgets[0], s].curve, score, first=True)
-@ nobody waits for a block of steps | forecast/calibration.py | calibration | waited_for
+@ nobody waits for a block of steps | train/calibration.py | calibration | waited_for
+>>>>>>> 8052b76 (Hold arms against the frontier of all that was run of a baseline)
 - jax.block_until_ready(done)
 -     return time.perf_counter_ns() - start
 + return time.perf_counter_ns() - start
@@ -171,4 +173,28 @@ TABLE = """
 @ an encoder's second norm is not read off it | hf/bert.py | hf | norms_is_read
 - embedding_norm=not block.post_norm and model.embedding_norm is not None,
 + embedding_norm=False,
+@ windows are not in the error of a difference | budget/statistics.py | comparison | over_both
+- variance = of_seeds + of_windows
++ variance = of_seeds
+@ a bootstrap over seeds as narrow as it comes | budget/statistics.py | comparison | over_both
+- return float((seeds / (seeds - 1)) ** 0.5 * t.ppf(tail, seeds - 1) / norm.ppf(tail))
++ return 1.0
+@ windows are drawn for each seed anew | budget/statistics.py | comparison | over_both or windows
+- by_seed = window_draws(sums, weights, rng, draws)
++ by_seed = np.hstack([window_draws(row[None], weights, rng, draws) for row in sums])
+@ a difference within the margin is called equivalent | budget/comparison.py | comparison | equivalence
+- if small and p_same <= alpha:
++ if small:
+@ a run of a step more is dearer | budget/envelope.py | frontier | step_more
+- if place <= cost * (1 + slack) and
++ if place <= cost and
+@ the frontier forgets the ways of longer runs | budget/envelope.py | frontier | every_cost
+- if use == "all" else []
++ if use == "none" else []
+@ what was never reached is taken to be reached at the last end | budget/pace.py | frontier | bound
+- if never.any():
++ if never.all() and at_once.any():
+@ a bound that leaves 1 in is called no difference | budget/pace.py | frontier | bound
+- return "no difference found" if bound == "=" else "open"
++ return "no difference found"
 """

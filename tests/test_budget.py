@@ -1,6 +1,7 @@
 """Reference clocks, budgets, and the learning rates that follow them."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import time
@@ -19,8 +20,10 @@ from growjax.budget import (
     FlopsClock,
     MeasuredClock,
     Op,
+    Outcome,
     load_clock,
     recharge,
+    recharged,
     save_clock,
 )
 from growjax.errors import BudgetError, PlanError
@@ -34,7 +37,7 @@ OPS = [
     Op("forward", 16, 128, 128, 300),
     Op("curvature", 16, 64, 128, 450),
 ]
-MEASURED = MeasuredClock("here", tuple((op, 1000 * n + 7) for n, op in enumerate(OPS)))
+MEASURED = MeasuredClock("here", tuple((op, 4007 - 1000 * n) for n, op in enumerate(OPS)))
 CLOCKS = [FlopsClock(), RTX3090_BERT, MEASURED]
 
 
@@ -104,6 +107,95 @@ def test_costs_go_by_the_rows():
 def test_a_clock_that_makes_no_sense_is_refused(change, message):
     with pytest.raises(BudgetError, match=message):
         dataclasses.replace(RTX3090_BERT, **change)
+
+
+def test_a_path_and_a_small_model_have_prices_of_their_own():
+    """They have the same depth, rows and FLOPs; what the optimizer goes over differs."""
+    path, small = (Op("train", 4, 128, 128, 300, updated) for updated in (900, 300))
+    clock = MeasuredClock("here", ((path, 50), (small, 30)))
+    assert (clock.cost(path), clock.cost(small)) == (50, 30)
+    message = r"updated=600\) was measured with 900, 300 of updated parameters alone"
+    with pytest.raises(BudgetError, match=message):
+        clock.cost(path._replace(updated=600))
+    with pytest.raises(BudgetError, match="updated=None.* was measured with 900, 300"):
+        clock.cost(path._replace(updated=None))
+
+
+def test_a_clock_from_before_charges_what_was_recorded_before(tmp_path):
+    """Operations had five fields. A look at examples updates nothing, and is the same then and now."""
+    entries = [[["train", 4, 128, 128, 300], 50], [["forward", 4, 128, 128, 100], 20]]
+    saved = {"is": "MeasuredClock", "name": "old", "entries": entries}
+    (tmp_path / "clock.json").write_text(json.dumps(saved))
+    clock = load_clock(tmp_path / "clock.json")
+    assert clock.cost(Op("train", 4, 128, 128, 300)) == 50
+    assert clock.cost(Op("forward", 4, 128, 128, 100)) == 20
+    assert clock.cost(Op("forward", 4, 128, 128, 100, updated=0)) == 20
+    with pytest.raises(BudgetError, match="was measured with an unrecorded number of updated"):
+        clock.cost(Op("train", 4, 128, 128, 300, updated=900))
+    # And it is still the clock that results were charged on
+    digest = hashlib.sha256(json.dumps([[*op, ns] for op, ns in entries]).encode()).hexdigest()
+    assert clock.identity == f"old {digest[:8]}"
+    save_clock(clock, tmp_path / "again.json")
+    assert load_clock(tmp_path / "again.json").identity == clock.identity
+    now = MeasuredClock("old", ((Op("train", 4, 128, 128, 300, 900), 50), clock.entries[1]))  # type: ignore
+    assert now.identity != clock.identity
+
+
+def test_a_cost_that_falls_with_depth_is_not_charged():
+    """Seven layers of 31 ms and six of 36.2: one of the two is wrong, and which is not known."""
+    times = {4: 25.0, 5: 25.0, 6: 36.2, 7: 31.0, 8: 40.7}
+    ops = {d: Op("train", d, 32, 16, 100 * d) for d in times}
+    clock = MeasuredClock("here", tuple((ops[d], round(ms * 1e6)) for d, ms in times.items()))
+    told = "train of 7 layers took 31.000 ms, and of 6 layers 36.200 ms (32 x 16 tokens)"
+    assert clock.faults() == [told]
+    for depth in times:
+        if depth in (6, 7):
+            with pytest.raises(BudgetError, match="took 31.000 ms(.|\n)*measure both again"):
+                clock.cost(ops[depth])
+        else:
+            assert clock.cost(ops[depth]) == times[depth] * 1e6
+    with pytest.raises(BudgetError, match="measure both again"):
+        recharge({ops[7]: 2, ops[4]: 1}, clock)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Op("train", 7, 64, 16, 700),  # other rows
+        Op("train", 7, 32, 8, 700),  # another length
+        Op("forward", 7, 32, 16, 700),  # a look
+        Op("train", 7, 32, 16, 500),  # deeper and thinner
+        Op("train", 7, 32, 16, 700, 50),  # fewer parameters, once they are known
+    ],
+)
+def test_what_differs_in_more_than_depth_may_cost_less(other):
+    mine = Op("train", 6, 32, 16, 600, None if other.updated is None else 100)
+    clock = MeasuredClock("here", ((mine, 36), (other, 31)))
+    assert clock.faults() == [] and (clock.cost(mine), clock.cost(other)) == (36, 31)
+
+
+def test_an_outcome_is_charged_by_another_clock_along_its_operations():
+    """Small steps first, which are dearer there than their FLOPs say; between them on a straight line."""
+    small, large = Op("train", 2, 16, 64, 100, 10), Op("train", 4, 16, 64, 300, 30)
+    clock = MeasuredClock("here", ((small, 10**9), (large, 2 * 10**9)))
+    curve = ((500.0, 4.0), (2500.0, 3.0), (4000.0, 2.0))
+    run = Outcome("grown", 0, 1.0, "FLOPs", 4000.0, 2.0, True, curve)
+    operations = [(small, 10), (large, 10)]
+    there = recharged(run, operations, clock, was=FlopsClock())
+    assert there.curve == ((5.0, 4.0), (20.0, 3.0), (30.0, 2.0)) and there.spent == 30.0
+    assert there.clock == clock.identity and (there.score, there.budget) == (2.0, 1.0)
+    back = recharged(there, operations, FlopsClock(), was=clock)
+    assert back == run
+    # The same operation in two stages counts twice, and no sum is too large
+    many = [(small._replace(flops=10**15), n) for n in (10_000, 20_000)]
+    whole = dataclasses.replace(run, spent=3e19, curve=())
+    assert recharged(whole, many, FlopsClock(), was=FlopsClock()).spent == 3e19
+    with pytest.raises(BudgetError, match="was: it was charged on 'FLOPs', got 'here"):
+        recharged(run, operations, clock, was=clock)
+    with pytest.raises(BudgetError, match="operations: they cost 1000, and it spent 4000"):
+        recharged(run, operations[:1], clock, was=FlopsClock())
+    with pytest.raises(BudgetError, match="never measured"):
+        recharged(run, [(small._replace(flops=400), 10)], clock, was=FlopsClock())
 
 
 def test_a_measured_clock_knows_what_was_measured_and_nothing_else():

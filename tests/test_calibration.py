@@ -13,6 +13,7 @@ from rich.console import Console
 
 import growjax as gj
 from growjax.budget import MeasuredClock, Op, Timing, load_clock, save_clock
+from growjax.cost import parameters
 from growjax.data import Text
 from growjax.errors import BudgetError, PlanError
 from growjax.forecast import calibration
@@ -50,6 +51,11 @@ def measured():
     return whole, calibrate(other, whole, seen=lambda *both: seen.append(both), **QUICK), seen
 
 
+def orderly(clock: MeasuredClock) -> MeasuredClock:
+    """With costs that rise with depth, as four steps on a busy machine may not."""
+    return dataclasses.replace(clock, entries=tuple((op, 3 * op.flops) for op, _ in clock.entries))
+
+
 def test_the_clock_knows_every_operation_of_the_plan(measured):
     whole, clock, seen = measured
     known = [op for op, _ in clock.entries]
@@ -59,12 +65,17 @@ def test_the_clock_knows_every_operation_of_the_plan(measured):
     assert len({op.depth for op in known}) > 1  # coins
     assert seen == list(zip(known, clock.timings, strict=True))
     assert all(isinstance(ns, int) and ns >= 0 for _, ns in clock.entries)
+    # Growth is another number of parameters, and a path of coins is not
+    whole_model = {op.updated for op in known if op.kind != "forward"}
+    assert whole_model == {parameters(span.model) for span in whole.spans} and len(whole_model) == 2
+    assert {op.updated for op in known if op.kind == "forward"} == {0}
     assert all(ns > 0 for op, ns in clock.entries if op.kind != "curvature")
     assert all(t.steps == 4 and t.p5 <= t.median <= t.p95 for t in clock.timings)
 
 
 def test_the_plan_that_was_measured_can_be_charged_by_the_clock(measured):
     whole, clock, _ = measured
+    clock = orderly(clock)
     charged = dataclasses.replace(whole, clock=clock)
     counts = [(op, n) for span in whole.spans for op, n in span.ops]
     assert charged.cost == sum(n * clock.cost(op) for op, n in counts) != whole.cost
@@ -75,6 +86,7 @@ def test_the_plan_that_was_measured_can_be_charged_by_the_clock(measured):
 
 def test_a_clock_and_a_plan_that_is_charged_by_it_survive_json(measured, tmp_path):
     whole, clock, _ = measured
+    clock = orderly(clock)
     save_clock(clock, tmp_path / "here.json")
     again = load_clock(tmp_path / "here.json")
     assert again == clock and again.identity == clock.identity
@@ -208,6 +220,7 @@ def test_calibrate_from_the_command_line(tmp_path):
     assert load_clock(out) == clock and clock.name == "here"
     assert {op for op, _ in clock.entries} == operations(small)
     assert "train of 2 layers, 4 x 8 tokens" in shown.getvalue() and str(out) in shown.getvalue()
+    assert f"{parameters(small.spans[0].model):,} parameters" in shown.getvalue()
     assert re.search(r"times \d+\.\d{3} with the plan's data", shown.getvalue())
     with pytest.raises(BudgetError, match="is there already, and nothing is overwritten"):
         calibrate_plans([tmp_path / "plan.json"], out, console=console, **how)

@@ -20,7 +20,7 @@ from growjax.budget import (
     save_clock,
     t_interval,
 )
-from growjax.budget.paired import bca_interval
+from growjax.budget.statistics import bca_interval
 from growjax.errors import BudgetError
 from growjax.report.page import look
 
@@ -62,7 +62,7 @@ def test_speed_ups_and_rankings_under_other_clocks():
     assert fast["verdict"] == "faster" and fast["seeds"] == 6
     pace = {arm: speed[f"speed-up of {arm} over decayed AdamW"] for arm in ("behind", "either")}
     assert pace["behind"]["verdict"] == "slower"
-    assert pace["either"]["verdict"] == "undecided" and pace["either"]["estimate"] != 1
+    assert pace["either"]["verdict"] == "no difference found" and pace["either"]["estimate"] != 1
     ranks = {(r["question"].rpartition(" by ")[2], r["budget"]): r for r in rows if "order" in r}
     flops, other = ranks["FLOPs", "2x"], ranks["the A100, T5", "2x"]
     assert flops["usual_order"] == ["shallow", "dear", "AdamW", "either", "behind"]
@@ -97,7 +97,7 @@ def test_speed_ups_are_read_off_the_target_as_well():
     (one,) = [
         r for r in summarise(about, [r for r in runs if r["seed"] == 0], "here") if "naive" in r
     ]
-    assert one["estimate"] == pytest.approx(2**0.5, rel=1e-3) and one["verdict"] == "undecided"
+    assert one["estimate"] == pytest.approx(2**0.5, rel=1e-3) and one["verdict"] == "too few seeds"
 
 
 def test_rows_at_equal_cost_are_what_compare_says_of_every_measure():
@@ -269,7 +269,7 @@ def test_an_arm_with_fewer_seeds_is_compared_over_those():
     runs += [line("few", 1, s, 2.0 + 0.01 * s) for s in (1, 3)]
     (row,) = summarise(ntng.STUDY, runs, "here")
     assert row["seeds"] == 2 and row["estimate"] == pytest.approx(-1.0)
-    assert row["verdict"] == "undecided" and row["command"] == "here"
+    assert row["verdict"] == "too few seeds" and row["command"] == "here"
     assert whole_arms(runs, "AdamW") == runs[:6]
 
 

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,9 @@ class Op(NamedTuple):
 
     `kind` is a training step, a forward pass (looking at examples) or a second gradient (curvature);
     `depth` how many blocks of each stack run; `rows` and `length` how many sequences of how many tokens;
-    `flops` its model FLOPs.
+    `flops` its model FLOPs. `updated` is how many parameters the optimizer goes over: all of the model's,
+    also where a path of it is trained, so that a path through a large model and a small model are two
+    operations. It is None in what was recorded before there was such a number.
     """
 
     kind: OpKind
@@ -42,6 +45,7 @@ class Op(NamedTuple):
     rows: int
     length: int
     flops: int
+    updated: int | None = None
 
 
 @values.base("a clock such as FlopsClock()")
@@ -175,6 +179,13 @@ class MeasuredClock(Clock):
     `entries` are pairs of an operation and its nanoseconds, `timings` how each was timed, in the same
     order or not at all; `growjax.train.calibrate` makes them.
 
+    Of operations that train, the number of parameters that are updated must be the one that was measured.
+    Clocks from before it was recorded have entries without it, which charge operations of the same time,
+    and no others: whether such a price is a path's or a small model's is not known. A forward pass
+    updates nothing, so that its old entries are as good as new ones.
+
+    A cost that falls with depth contradicts itself, and neither of the two operations is charged.
+
     **Example**
 
         load_clock("clocks/xeon.json").cost(op)
@@ -195,7 +206,9 @@ class MeasuredClock(Clock):
             object.__setattr__(self, "entries", known)
             object.__setattr__(self, "timings", tuple(Timing(*timing) for timing in self.timings))
         values.check(self, BudgetError, f"clock {self.name!r} cannot be used:", self._faults)
-        object.__setattr__(self, "_known", dict(self.entries))
+        prices = {_as_read(op): ns for op, ns in self.entries}
+        object.__setattr__(self, "_known", prices)
+        object.__setattr__(self, "_falls", _falls_with_depth(prices))
 
     def _faults(self) -> Iterator[str]:
         if self.timings and len(self.timings) != len(self.entries):
@@ -205,21 +218,40 @@ class MeasuredClock(Clock):
             )
 
     def cost(self, op: Op) -> int:
-        """Nanoseconds; raises `BudgetError` for an operation that was not measured."""
+        """Nanoseconds.
+
+        Raises `BudgetError` for an operation that was not measured, or with other numbers of parameters
+        alone, and for one whose price and another's fall with depth.
+        """
         known: Mapping[Op, int] = self.__dict__["_known"]
-        if op not in known:
+        op = _as_read(op)
+        if op in self.__dict__["_falls"]:
+            raise BudgetError(
+                f"clock {self.name!r}: {self.__dict__['_falls'][op]}: a deeper one cannot take less; "
+                "measure both again, on a quiet machine"
+            )
+        if op in known:
+            return known[op]
+        others = [other for other in known if other[:-1] == op[:-1]]
+        if not others:
             raise BudgetError(
                 f"clock {self.name!r}: {op} was never measured; calibrate it with this plan as well"
             )
-        return known[op]
+        measured = ", ".join(
+            "an unrecorded number" if o.updated is None else str(o.updated) for o in others
+        )
+        raise BudgetError(
+            f"clock {self.name!r}: {op} was measured with {measured} of updated parameters alone; a path "
+            "through a large model and a small model differ in that. Calibrate it with this plan as well"
+        )
 
     def faults(self) -> list[str]:
-        """Which operations took steps of uneven length, or waited for data: something else had a say.
+        """Which costs fall with depth, and which operations took uneven steps or waited for data.
 
         Measure again on a quiet machine, and with data that come faster: a clock that charges steps which
         wait for data anyway favours slow methods.
         """
-        found = []
+        found = list(dict.fromkeys(self.__dict__["_falls"].values()))
         for (op, _), timing in zip(self.entries, self.timings, strict=bool(self.timings)):
             uneven, at_most = timing.mean / timing.median, f"expected at most {_EVEN}"
             if uneven > _EVEN:
@@ -230,7 +262,9 @@ class MeasuredClock(Clock):
 
     @property
     def identity(self) -> str:
-        return f"{self.name} {_digest([[*op, ns] for op, ns in self.entries])}"
+        # As it was before operations had a number of updated parameters, where they have none
+        known = [[*op[: 5 if op.kind == "forward" else 6], ns] for op, ns in self.entries]
+        return f"{self.name} {_digest([[x for x in entry if x is not None] for entry in known])}"
 
 
 class Budget:
@@ -300,6 +334,31 @@ def load_clock(path: str | Path, *, allow: Sequence[str] = ()) -> Clock:
     `allow` names the packages that a clock of one's own may be imported from.
     """
     return values.read(path, Clock, allow=allow, error=BudgetError)
+
+
+def _as_read(op: Op) -> Op:
+    """An operation as clocks look it up: a forward pass updates nothing, recorded or not."""
+    return op._replace(updated=0) if op.kind == "forward" else op
+
+
+def _falls_with_depth(prices: Mapping[Op, int]) -> dict[Op, str]:
+    """Operations of which a deeper one, with no fewer FLOPs and parameters, costs less; and the words."""
+    falls: dict[Op, str] = {}
+    alike: dict[Any, list[Op]] = {}
+    for op in prices:
+        alike.setdefault((op.kind, op.rows, op.length, op.updated is None), []).append(op)
+    for group in alike.values():
+        for a, b in itertools.permutations(group, 2):
+            more = b.flops >= a.flops and (b.updated or 0) >= (a.updated or 0)
+            if a.depth < b.depth and more and prices[b] < prices[a]:
+                deep, shallow = prices[b] / 1e6, prices[a] / 1e6
+                fall = (
+                    f"{b.kind} of {b.depth} layers took {deep:.3f} ms, and of {a.depth} layers "
+                    f"{shallow:.3f} ms ({b.rows} x {b.length} tokens)"
+                )
+                falls.setdefault(a, fall)
+                falls.setdefault(b, fall)
+    return falls
 
 
 def _digest(value: Any) -> str:

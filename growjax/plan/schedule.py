@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+from growjax.budget import decayed
 from growjax.errors import PlanError
 from growjax.values import base, check, positive, ranged, register
 
@@ -42,7 +43,7 @@ class Rate(abc.ABC):
     @property
     def decayed(self) -> bool:
         """Whether the rate has fallen, by the end, to at most a tenth of its peak."""
-        return self.at(1.0) <= 0.1 * self.peak
+        return decayed(self.at(1.0), self.peak)
 
 
 @register

@@ -14,6 +14,7 @@ import numpy as np
 from growjax.axes import axes_of, sizes
 from growjax.budget import Clock, Op
 from growjax.cost import flops as count_flops
+from growjax.cost import parameters
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.errors import PlanError
 from growjax.growth import Operator
@@ -223,6 +224,8 @@ class Steps:
         self.often: dict[Op, int] = {}
         self.first: dict[Op, int] = {}
         self.tossed: dict[tuple[Coins, int], np.ndarray] = {}
+        # The optimizer goes over the whole model, whatever part of it a step trains
+        self.updated = parameters(model)
         self.axes = table = axes_of(model)
         self.stacks = {a: n for a, n in table.sizes.items() if "stack" in table.roles(a)}
         if isinstance(stage.subnet, PathSchedule):
@@ -295,13 +298,13 @@ class Steps:
         else:
             trained, depth = self._flops([] if part is None else [part]), self._depth(part)
         length = self.objective.raw_length
-        yield Op("train", depth, self.batch, length, trained)
+        yield Op("train", depth, self.batch, length, trained, self.updated)
         if work.curvature:
-            yield Op("curvature", depth, self.batch, length, trained)
+            yield Op("curvature", depth, self.batch, length, trained, self.updated)
         if self.stage.select is not None:
             rows = self.batch * self.stage.select.offers
             looked = self._flops([]) // 3 // self.batch * rows
-            yield Op("forward", max(self.stacks.values(), default=0), rows, length, looked)
+            yield Op("forward", max(self.stacks.values(), default=0), rows, length, looked, 0)
 
     def _flops(self, parts: list[Subnet]) -> int:
         return step_flops(self.model, self.objective, self.batch, *parts, loss=self.loss)

@@ -227,8 +227,8 @@ def calibrate_plans(
         mean, p5, p95 = (ns / 1e6 for ns in (timing.mean, timing.p5, timing.p95))
         fed = "" if timing.fed is None else f", times {timing.fed:.3f} with the plan's data"
         console.print(
-            f"{op.kind} of {op.depth} layers, {op.rows} x {op.length} tokens, {op.flops:.4g} FLOPs: "
-            f"{mean:.3f} ms (blocks: {p5:.3f} to {p95:.3f}){fed}",
+            f"{op.kind} of {op.depth} layers, {op.rows} x {op.length} tokens, {op.flops:.4g} FLOPs, "
+            f"{op.updated or 0:,} parameters: {mean:.3f} ms (blocks: {p5:.3f} to {p95:.3f}){fed}",
             markup=False,
         )
 
