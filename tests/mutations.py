@@ -71,7 +71,7 @@ def plant(folder: Path, bug: Mutation) -> str:
 
 
 def changed(base: str) -> set[str]:
-    """Files that differ from where this branch left `base`; on `base`, from the last commit but one.
+    """Files that differ from where this branch left `base`; on `base` itself, those of its last commit.
 
     What is not committed yet counts.
     """
