@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.planted import TABLE
+from tests import planted, planted_runs
 
 
 ROOT = Path(__file__).parent.parent
@@ -37,9 +37,10 @@ class Mutation(NamedTuple):
 
 
 def mutations() -> list[Mutation]:
-    """The table, read."""
+    """The rows of both tables, read."""
     found = []
-    for entry in TABLE.strip().removeprefix("@ ").split("\n@ "):
+    table = planted.TABLE + planted_runs.TABLE
+    for entry in table.strip().removeprefix("@ ").split("\n@ "):
         head, *lines = entry.split("\n")
         old, new = ("\n".join(x[2:] for x in lines if x.startswith(sign)) for sign in "-+")
         name, file, tests, keyword = map(str.strip, head.split("|"))

@@ -1,0 +1,181 @@
+"""The bugs that `python -m tests.mutations` plants in plans, runs, budgets and what stands on them."""
+
+# As in tests/planted.py
+TABLE = """
+@ a scanned layer is counted once | cost.py | subnet | costs_k_of_l
+- return params["length"] * sum(costs)
++ return sum(costs)
+@ each part of a batch has a mean of its own | programs/step.py | train | add_up
+- return jnp.sum(losses * counts) / weights
++ return jnp.sum(losses * counts) / jnp.sum(counts)
+@ the optimizer starts again at a growth | programs/step.py | train | carried_through
+- optimizer = carry(op, state.optimizer, model, key=key, copies=carried)
++ optimizer = jax.tree.map(jnp.zeros_like, carry(op, state.optimizer, model, key=key))
+@ a checksum does not see places | programs/step.py | train | every_place
+- factor = place * np.uint32(0x9E3779B2) + np.uint32(1)
++ factor = place * np.uint32(0) + np.uint32(1)
+@ checksums are not compared | runs/checkpoint.py | faults | damaged_checkpoint
+- changed = [name for name in wanted if found[name] != written[name]]
++ changed = []
+@ a certificate is not looked at | train/transition.py | faults | breaks_its_promise
+- if limit is not None and not change <= limit:
++ if limit is not None and not change <= limit + 1e9:
+@ a resumed run forgets what was spent | train/session.py | train | bitwise_the_same
+- self.spent = self.span.spent + sum(self.span.costs[:done])
++ self.spent = self.span.spent
+@ every stage reads from the beginning | runs/feed.py | train | left_off
+- start = found.used(s.steps)
++ start = 0
+@ a stage's own objective judges | train/judge.py | train | neither_batch_nor_stage
+- self._windows[windows] = self.feed.held_out(self.plan.objective, windows)
++ self._windows[windows] = self.feed.held_out(self.plan.spans[0].objective, windows)
+@ the last batch of windows is left out | train/judge.py | train | neither_batch_nor_stage
+- for start in range(0, count, batch):
++ for start in range(0, count - count % batch, batch):
+@ a growth leaves the old certificate out | train/session.py | train | lineage_says
+- saved = list(self.save(crossing))
++ saved = list(self.save())
+@ the lineage is not sealed | runs/checkpoint.py | faults | damaged_checkpoint
+- if sealed(lineage)["seal"] != found["seal"]:
++ if not sealed(lineage)["seal"]:
+@ checkpoints of another run are taken | runs/saves.py | faults | another_plan
+- if lineage["data"] != data:
++ if not lineage["data"]:
+@ gates stand one step too far open | plan/stages.py | train | ramps_open
+- return min((i + 1) / self.ramp, 1.0) if self.ramp else 1.0
++ return min((i + 2) / self.ramp, 1.0) if self.ramp else 1.0
+@ a schedule of the steps, not of the cost | plan/plan.py | plan | follows_cost
+- return climb * self.rate.at(done)
++ return climb * self.rate.at(min(done, 1.0) ** 0.5)
+@ Holm forgets the ranks before | budget/paired.py | paired | holm or more_arms
+- highest = max(highest, min((len(p) - rank) * p[i], 1.0))
++ highest = min((len(p) - rank) * p[i], 1.0)
+@ no adjustment for many arms | budget/paired.py | paired | more_arms
+- verdict, reason = _verdict(differences, p, p_holm, width, alpha)
++ verdict, reason = _verdict(differences, p, p_t, width, alpha)
+@ five seeds decide | budget/paired.py | paired | verdicts
+- _SEEDS = 6
++ _SEEDS = 5
+@ signs are not looked at | budget/paired.py | paired | agree or verdict or flip
+- if p <= alpha and p_holm <= alpha:
++ if p <= alpha:
+@ an undecayed run is compared | budget/paired.py | paired | may_not
+- if undecayed and not allow_undecayed:
++ if undecayed and allow_undecayed:
+@ the first crossing counts | budget/paired.py | paired | last_crossing
+- elif y1 > goal:
+-             found = None
++ elif y1 > goal:
++             pass
+@ the frontier is read without the logarithm | budget/paired.py | paired | decayed_ends
+- honest.append(None if place is None else math.exp(place) / spent)
++ honest.append(None if place is None else place / spent)
+@ naive and honest are the same | budget/paired.py | paired | decayed_ends
+- on_way = _arrival(base[budgets[-1], s].curve, score, first=True)
++ on_way = _arrival(base[budgets[0], s].curve, score, first=True)
+@ nobody waits for a block of steps | forecast/calibration.py | calibration | waited_for
+- jax.block_until_ready(done)
+-     return time.perf_counter_ns() - start
++ return time.perf_counter_ns() - start
+@ a second gradient is charged with its step | forecast/calibration.py | calibration | second_gradient
+- name: getattr(timing, name) - step.mean
++ name: getattr(timing, name)
+@ uneven steps are not told | budget/clock.py | calibration | uneven
+- uneven, at_most = timing.mean / timing.median,
++ uneven, at_most = timing.median / timing.mean,
+@ plans start from the middle of a ramp | runs/start.py | start | is_refused
+- if is_gated(source.shapes) and lineage["level"] != 1:
++ if is_gated(source.shapes) and lineage["level"] > 1:
+@ a start of other settings is taken | runs/start.py | start | is_refused
+- elif _said(here) != _said(plan):
++ elif hasattr(here, "shape") and _said(here) != _said(plan):
+@ a resumed run forgets what it started from | runs/saves.py | start | bitwise
+- self.parent, self.start = path.name, lineage["start"]
++ self.parent = path.name
+@ seconds go back with the counter | train/stopwatch.py | faults | clock_that_jumps
+- self.latest = max(self.latest, time.perf_counter())
++ self.latest = time.perf_counter()
+@ checkpoints without their plan are anybody's | runs/saves.py | faults | plan_was_lost
+- raise_all(CheckpointError, f"{path} is of the run of another plan:", faults)
++ raise_all(CheckpointError, f"{path} is of the run of another plan:", faults[:0])
+@ hooks see gates that are open | train/session.py | hooks | judged
+- scores = self.judge.scores(self._judged(level), step)
++ scores = self.judge.scores(self._judged(1.0), step)
+@ hooks see what trains, not what is judged | train/session.py | hooks | average_is_judged
+- return opened(self.programs.judged(self.state), level)
++ return opened(self.state.model, level)
+@ hooks are charged in seconds | train/session.py | hooks | time_of_hooks
+- with self.clock.apart("hooks", self.state), self.doing("asking the hooks"):
++ with self.doing("asking the hooks"):
+@ a checkpoint that is being written is written twice | runs/saves.py | killed | killed_everywhere
+- self.checkpoints.wait()
+-         if self.checkpoints.path(step, span.index).exists():
++ if self.checkpoints.path(step, span.index).exists():
+@ a dead process lives | runs/lock.py | lock | dead
+- return state not in ("Z", "X") and started == self.started
++ return started == self.started
+@ a lock is nobody's | runs/lock.py | lock | two_runs
+- raise CheckpointError(self._held_by(owner))
+-             return
++ return
+@ process numbers are never used again | runs/lock.py | lock | another_process_has
+- return state not in ("Z", "X") and started == self.started
++ return state not in ("Z", "X")
+@ a torn journal is written on | runs/journal.py | damage | cut_anywhere
+- if end < size:
++ if end > size:
+@ damage is passed over without being asked | runs/saves.py | damage | says_what_to_remove
+- if not self.fall_back:
++ if self.fall_back is None:
+@ what was set aside is found again | runs/run.py | damage | falls_back
+- if _NAME.fullmatch(path.name))
++ if _NAME.match(path.name))
+@ hosts go on from what each sees | runs/saves.py | damage | other_lineage
+- hosts.together(same)
++ hosts.together(lambda: None)
+@ a lap is the speed | runs/journal.py | progress | some_seconds
+- while len(self._laps) > 1 and self._seconds - self._laps[0][0] >= self.window:
++ while len(self._laps) > 1:
+@ a run by time saves nothing | train/session.py | train | by_time
+- return self.timer.due(self.step) or due
++ return due
+@ runs begin in checkpoints | runs/run.py | damage | inside_a_checkpoint
+- if (place / METADATA).exists():
++ if (place / METADATA).is_symlink():
+@ names of stages are markup | runs/progress.py | progress | as_they_are
+- Text(name[:14]),
++ name[:14],
+@ curvature of the first step for all | plan/stages.py | plan | do_alone
+- changes = self.every is not None or self._drawn(work.part, i) is not None
++ changes = self._drawn(work.part, i) is not None
+@ coins of the first step for all | plan/stages.py | plan | do_alone
+- changes = self.every is not None or self._drawn(work.part, i) is not None
++ changes = self.every is not None
+@ layers that are left out move on | programs/step.py | freeze | trainer
+- updates, optimizer = freeze(running, updates, optimizer, state.optimizer)
++ freeze(running, updates, optimizer, state.optimizer)
+@ the paths of another step stay | programs/step.py | freeze | trainer
+- running = work.part.running(state.model, key=key, step=controls.step)
++ running = work.part.running(state.model, key=key)
+@ second models of other words are taken | plan/plan.py | methods | cannot_read
+- if mine != theirs:
++ if mine < theirs:
+@ the command line loses the second model | __main__.py | commands | rho_from
+- second = None if reference is None else open_model(reference)[0]
++ second = None
+@ a clock is calibrated on one batch of the data | forecast/calibration.py | calibration | in_turns
+- step.batch = from_host(rows, mesh)
++ from_host(rows, mesh)
+@ stages that choose are timed on what they are offered | forecast/calibration.py | calibration | as_well
+- if feed is not None and op.kind == "train" and span.stage.select is None:
++ if feed is not None and op.kind == "train":
+@ nobody says that steps wait for data | budget/clock.py | calibration | uneven_steps
+- if timing.fed is not None and timing.fed > _EVEN:
++ if timing.fed is not None and timing.fed > 2 * _EVEN:
+@ what growth draws depends on the mesh | programs/step.py | hosts | grown_alike
+- key = purpose_key(seed, "grow")
++ key = jax.random.fold_in(purpose_key(seed, "grow"), programs.mesh.size)
+@ an encoder's second norm is not read off it | hf/bert.py | hf | norms_is_read
+- embedding_norm=not block.post_norm and model.embedding_norm is not None,
++ embedding_norm=False,
+"""
