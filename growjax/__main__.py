@@ -276,8 +276,8 @@ def inspect(path: tyro.conf.Positional[Path], allow: tuple[str, ...] = ()) -> No
 
 @app.command(name="eval")
 def evaluate(
-    checkpoint: tyro.conf.Positional[Path],
-    tasks: tuple[str, ...],
+    checkpoint: tyro.conf.Positional[Path | None] = None,
+    tasks: tuple[str, ...] = (),
     data: Path | None = None,
     text: tuple[Path, ...] = (),
     tokenizer: str | None = None,
@@ -298,9 +298,9 @@ def evaluate(
 
     Args:
         checkpoint: The folder of a run, of one checkpoint, or of a Hugging Face model.
-        tasks: bpb, blimp, primitives, qa/NAME, glue/NAME, superglue/NAME, or one of lm-eval's. \
+        tasks: Names of tasks; `growjax eval --tasks` lists them. Any other name is asked of lm-eval. \
             A number of examples to show may stand behind it, as in qa/nq_open@5.
-        data: The folder with glue, superglue, blimp and qa in it.
+        data: The folder with glue, superglue, squad, blimp and qa in it.
         text: Files of text for bpb.
         tokenizer: "bytes" or a file; by default what the model was trained with.
         shots: How many solved examples to show before a question.
@@ -320,8 +320,15 @@ def evaluate(
     from rich.console import Console
 
     from growjax.evals import Recipe, Settings
-    from growjax.evals.commands import eval_checkpoint
+    from growjax.evals.commands import eval_checkpoint, list_tasks
 
+    if not tasks:
+        list_tasks(Console())
+        return
+    if checkpoint is None:
+        raise GrowjaxError(
+            "eval: expected CHECKPOINT, a run, one checkpoint or a Hugging Face folder"
+        )
     settings = Settings(
         data=data,
         texts=text,

@@ -397,7 +397,7 @@ def _walk(node, steps: tuple, prefix: str, slots: list[Slot], unmatched: list[st
         unmatched.append(f"{'.'.join(map(str, steps))}: shape {node.shape}")
 
 
-def axes_of(model: eqx.Module) -> Axes:
+def axes_of(model: Any) -> Axes:
     """The axis table of a model: every declared leaf with its axes, roles and sizes.
 
     Works on arrays, on `jax.ShapeDtypeStruct`s and under `jit`. Raises `AxisError` listing every
@@ -419,7 +419,7 @@ def axes_of(model: eqx.Module) -> Axes:
     return Axes(slots, known)
 
 
-def sizes(model: eqx.Module) -> dict[str, int]:
+def sizes(model: Any) -> dict[str, int]:
     """The size of every named axis, read off the arrays: `{"embed": 256, "layers": 6, ...}`."""
     return dict(axes_of(model).sizes)
 
@@ -471,7 +471,7 @@ def put(model: Any, values: Mapping[tuple[str | int, ...], Any]) -> Any:
     return copy
 
 
-def partition(model: eqx.Module) -> tuple[Any, Any]:
+def partition(model: Any) -> tuple[Any, Any]:
     """Split a model into what is trained and the rest; `eqx.combine(trained, rest)` is the model.
 
     Only floating-point `param`s are trained: never buffers, gates or ignored arrays, and gates leave

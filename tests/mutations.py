@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tests import planted, planted_above
+from tests import planted, planted_runs
 
 
 ROOT = Path(__file__).parent.parent
@@ -37,10 +37,10 @@ class Mutation(NamedTuple):
 
 
 def mutations() -> list[Mutation]:
-    """The table, read."""
+    """The rows of both tables, read."""
     found = []
-    entries = f"{planted.TABLE.strip()}\n{planted_above.TABLE.strip()}"
-    for entry in entries.removeprefix("@ ").split("\n@ "):
+    table = planted.TABLE + planted_runs.TABLE
+    for entry in table.strip().removeprefix("@ ").split("\n@ "):
         head, *lines = entry.split("\n")
         old, new = ("\n".join(x[2:] for x in lines if x.startswith(sign)) for sign in "-+")
         name, file, tests, keyword = map(str.strip, head.split("|"))
@@ -72,7 +72,7 @@ def plant(folder: Path, bug: Mutation) -> str:
 
 
 def changed(base: str) -> set[str]:
-    """Files that differ from where this branch left `base`; on `base`, from the last commit but one.
+    """Files that differ from where this branch left `base`; on `base` itself, those of its last commit.
 
     What is not committed yet counts.
     """

@@ -155,9 +155,6 @@ TABLE = """
 @ places that fill the last tile are seen | nn/bodies.py | attend | all_scores_give
 - real = (columns < total)[None, :]
 + real = (columns <= total)[None, :]
-@ tiles are charged half | cost.py | attend | charged_the_same
-- return 4 * math.prod(queries) * keys[-2]
-+ return 2 * math.prod(queries) * keys[-2]
 @ branch multiplier ignored | nn/block.py | subnet | runs_its_blocks
 - y = y if branch is None else y * jnp.asarray(branch, y.dtype)
 + y = y * 1.0
@@ -305,9 +302,6 @@ TABLE = """
 @ the second step of liveness repeats the first | certificate.py | certify | half_dead
 - (zero[0][axis], zero[1][axis])
 + (zero[0][axis], zero[0][axis])
-@ a scanned layer is counted once | cost.py | subnet | costs_k_of_l
-- return params["length"] * sum(costs)
-+ return sum(costs)
 @ layers that did not run grow older | optim/freezing.py | freeze | as_old
 - {axis: _chosen(running, axis, age, old.of[axis]) for axis, age in new.of.items()}
 + {axis: age for axis, age in new.of.items()}
@@ -358,8 +352,8 @@ TABLE = """
 - h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
 + h = x
 @ softmax in the activations' dtype | nn/bodies.py | survivors | weighs_in_float32
-- scores = jnp.einsum("kgtd,ksd->kgts", queries, keys).astype(_wide(queries))
-+ scores = jnp.einsum("kgtd,ksd->kgts", queries, keys)
+- jnp.einsum("kgtd,ksd->kgts", queries, keys).astype(_wide(queries))
++ jnp.einsum("kgtd,ksd->kgts", queries, keys)
 @ a thousand floors pass | certificate.py | survivors | sixteen
 - max(steps, 16 * self.floor)
 + max(steps, 1000 * self.floor)

@@ -11,7 +11,7 @@ import pytest
 import growjax as gj
 from growjax.data import ByteTokenizer
 from growjax.errors import DataError, EvalError
-from growjax.evals import TASKS, Example, Recipe, fine_tune
+from growjax.evals import GLUE, Example, Recipe, fine_tune
 from growjax.evals import finetune as room
 from growjax.models import BERT, GPT, BERTConfig, GPTConfig
 
@@ -21,7 +21,7 @@ SPECIAL = TOKENIZER.vocabulary.specials
 CLS, SEP = SPECIAL["cls"], SPECIAL["sep"]
 SIZES: dict = dict(embed=16, heads=2, head_dim=8, mlp=32, vocab=TOKENIZER.vocabulary.size)
 MODEL = BERT(BERTConfig(layers=1, positions=32, **SIZES), key=jax.random.key(0))
-RTE, COPA, STSB = TASKS["glue/rte"], TASKS["superglue/copa"], TASKS["glue/sts-b"]
+RTE, COPA, STSB = GLUE["glue/rte"], GLUE["superglue/copa"], GLUE["glue/sts-b"]
 QUICK = Recipe(batch=16, rate=3e-3, epochs=8, length=16)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from growjax.errors import EvalError
-from growjax.evals import TASKS, glue, metrics, read_questions, read_squad, read_task
+from growjax.evals import GLUE, glue, metrics, read_questions, read_squad, read_task
 from growjax.evals.files import read_archive
 from growjax.evals.glue import Example
 
@@ -137,7 +137,7 @@ def test_tables_are_read_without_quoting(tmp_path):
         "0\t3\t4\tA line\u2028of its own\x85 .\tB .\r\n",
         lzma.open,
     )
-    first, second = read_task(TASKS["glue/mrpc"], tmp_path, "train")
+    first, second = read_task(GLUE["glue/mrpc"], tmp_path, "train")
     assert first == Example((('"He said so .', 'He " said " so .'),), "1")
     assert second == Example((("A line\u2028of its own\x85 .", "B ."),), "0")
 
@@ -145,7 +145,7 @@ def test_tables_are_read_without_quoting(tmp_path):
 def test_cola_has_no_header_but_in_its_test_set(tmp_path):
     write(tmp_path / "CoLA" / "dev.tsv", "gj04\t1\t\tHe slept.\ngj04\t0\t*\tHim slept.\n")
     write(tmp_path / "CoLA" / "test.tsv.gz", "index\tsentence\n0\tShe slept.\n", gzip.open)
-    task = TASKS["glue/cola"]
+    task = GLUE["glue/cola"]
     assert read_task(task, tmp_path, "dev") == [
         Example((("He slept.",),), "1"),
         Example((("Him slept.",),), "0"),
@@ -187,7 +187,7 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_tables(name, tmp_path):
     header, row, (text, label) = ROWS[name]
-    task = TASKS[name]
+    task = GLUE[name]
     write(tmp_path / task.folder / f"{task.dev[0]}.tsv", f"{header}\n{row}\n")
     assert read_task(task, tmp_path, task.dev[0]) == [Example((text,), label)]
 
@@ -196,14 +196,14 @@ def test_bad_tables_are_refused(tmp_path):
     good = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n"
     write(tmp_path / "RTE" / "train.tsv", f"{good}1\ta\tb\n2\ta\tb\tneutral\n")
     with pytest.raises(EvalError, match=r"(?s)line 3: 3 columns of 4.*line 4: label 'neutral'"):
-        read_task(TASKS["glue/rte"], tmp_path, "train")
+        read_task(GLUE["glue/rte"], tmp_path, "train")
     write(tmp_path / "QQP" / "train.tsv", ROWS["glue/qqp"][0] + "\nshort\n0\t1\t2\ta\tb\t1\n")
-    assert len(read_task(TASKS["glue/qqp"], tmp_path, "train")) == 1
+    assert len(read_task(GLUE["glue/qqp"], tmp_path, "train")) == 1
     with pytest.raises(EvalError, match=r"expected dev.tsv .*there is train.tsv"):
-        read_task(TASKS["glue/rte"], tmp_path, "dev")
+        read_task(GLUE["glue/rte"], tmp_path, "dev")
     write(tmp_path / "WNLI" / "dev.tsv", "a\tb\n1\t2\n")
     with pytest.raises(EvalError, match=r"expected columns .*sentence1.*got \['a', 'b'\]"):
-        read_task(TASKS["glue/wnli"], tmp_path, "dev")
+        read_task(GLUE["glue/wnli"], tmp_path, "dev")
 
 
 class Rows(list):
@@ -220,17 +220,17 @@ def test_datasets_of_the_library():
     rows = Rows(
         [{"premise": "a", "hypothesis": "b", "label": i, "idx": 0} for i in (0, 1, 2, -1)], names
     )
-    found = read_task(TASKS["glue/mnli"], {"train": rows}, "train")
+    found = read_task(GLUE["glue/mnli"], {"train": rows}, "train")
     assert [example.label for example in found] == [*names, None]
     rows = Rows([{"sentence": "a", "label": 1, "idx": 0}], ["unacceptable", "acceptable"])
-    assert read_task(TASKS["glue/cola"], {"train": rows}, "train") == [Example((("a",),), "1")]
+    assert read_task(GLUE["glue/cola"], {"train": rows}, "train") == [Example((("a",),), "1")]
     rows = Rows(
         [{"premise": "a", "hypothesis": "b", "label": 1}],
         ["entailment", "contradiction", "neutral"],
     )
-    assert read_task(TASKS["superglue/cb"], {"train": rows}, "train")[0].label == "contradiction"
+    assert read_task(GLUE["superglue/cb"], {"train": rows}, "train")[0].label == "contradiction"
     with pytest.raises(EvalError, match="no split 'dev', only train"):
-        read_task(TASKS["glue/cola"], {"train": rows}, "dev")
+        read_task(GLUE["glue/cola"], {"train": rows}, "dev")
 
 
 # SuperGLUE ---------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ RECORDS = {
 @pytest.mark.parametrize("name", RECORDS)
 def test_records(name, tmp_path):
     record, expected = RECORDS[name]
-    task = TASKS[f"superglue/{name}"]
+    task = GLUE[f"superglue/{name}"]
     write(tmp_path / task.folder / "val.jsonl", json.dumps(record) + "\n\n")
     assert read_task(task, tmp_path, "val") == [expected]
 
@@ -309,7 +309,7 @@ def test_records(name, tmp_path):
 def test_multirc_and_record_are_grouped_by_question(tmp_path):
     for folder, record in (("MultiRC", MULTIRC), ("ReCoRD", RECORD)):
         write(tmp_path / folder / "val.jsonl", json.dumps(record))
-    task = TASKS["superglue/multirc"]
+    task = GLUE["superglue/multirc"]
     found = read_task(task, tmp_path, "val")
     assert [(e.group, e.choices[0][1], e.label) for e in found] == [
         ("3-0", "Q? x", "1"),
@@ -322,7 +322,7 @@ def test_multirc_and_record_are_grouped_by_question(tmp_path):
         "exact_match": 0.5,
     }
 
-    task = TASKS["superglue/record"]
+    task = GLUE["superglue/record"]
     found = read_task(task, tmp_path, "val")
     assert found[1] == Example(
         (("Ann met Bob.\n- It rained.", "Bob was met."),), "1", "7", "Bob", ("Bob",)
@@ -342,7 +342,7 @@ def test_the_rows_of_the_library_are_the_same_examples(tmp_path):
     }
     write(tmp_path / "MultiRC" / "val.jsonl", json.dumps(MULTIRC))
     write(tmp_path / "ReCoRD" / "val.jsonl", json.dumps(RECORD))
-    task = TASKS["superglue/multirc"]
+    task = GLUE["superglue/multirc"]
     assert read_task(task, {"val": [row]}, "val") == read_task(task, tmp_path, "val")[:1]
     row = {
         "passage": RECORD["passage"]["text"],
@@ -351,29 +351,29 @@ def test_the_rows_of_the_library_are_the_same_examples(tmp_path):
         "answers": ["Bob"],
         "idx": {"passage": 0, "query": 7},
     }
-    task = TASKS["superglue/record"]
+    task = GLUE["superglue/record"]
     ours = read_task(task, {"val": [row]}, "val")
     assert [e.choices for e in ours] == [e.choices for e in read_task(task, tmp_path, "val")]
 
 
 def test_scores_of_choices_and_of_values():
-    copa = TASKS["superglue/copa"]
-    assert (copa.choices, copa.outputs, TASKS["glue/mnli"].outputs) == (2, 1, 3)
+    copa = GLUE["superglue/copa"]
+    assert (copa.choices, copa.outputs, GLUE["glue/mnli"].outputs) == (2, 1, 3)
     examples = [RECORDS["copa"][1]] * 2
     assert glue.score(copa, examples, np.array([[0.0, 1.0], [1.0, 0.0]])) == {"accuracy": 0.5}
     pairs = [Example((("a", "b"),), x) for x in (1.0, 2.0, 4.0)]
-    assert glue.score(TASKS["glue/sts-b"], pairs, np.array([[0.1], [0.2], [0.9]]))["spearman"] == 1
+    assert glue.score(GLUE["glue/sts-b"], pairs, np.array([[0.1], [0.2], [0.9]]))["spearman"] == 1
     with pytest.raises(EvalError, match="1 of 1 examples have no label"):
-        glue.score(TASKS["glue/rte"], [RECORDS["rte"][1]], np.zeros((1, 2)))
+        glue.score(GLUE["glue/rte"], [RECORDS["rte"][1]], np.zeros((1, 2)))
 
 
 def test_bad_records_are_refused(tmp_path):
     write(tmp_path / "BoolQ" / "val.jsonl", '{"question": "q", "label": true}\n')
     with pytest.raises(EvalError, match="record 1 has no 'passage'"):
-        read_task(TASKS["superglue/boolq"], tmp_path, "val")
+        read_task(GLUE["superglue/boolq"], tmp_path, "val")
     write(tmp_path / "WiC" / "val.jsonl", "{}\nnothing\n[1]\n")
     with pytest.raises(EvalError, match=r"record 1 has no"):
-        read_task(TASKS["superglue/wic"], tmp_path, "val")
+        read_task(GLUE["superglue/wic"], tmp_path, "val")
     with pytest.raises(EvalError, match=r"(?s)line 2: Expecting value.*line 3: expected an object"):
         list(read_archive(tmp_path / "WiC", ".jsonl"))
 

@@ -1,9 +1,12 @@
 """Problems, questions and tasks by name, on models that are known to solve them or not to."""
 
+import dataclasses
+import io
 import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import equinox as eqx
@@ -17,17 +20,20 @@ import growjax as gj
 from growjax.data import ByteTokenizer
 from growjax.errors import EvalError, ExtraError
 from growjax.evals import (
+    GLUE,
+    TASKS,
     LanguageModel,
     Recipe,
     Settings,
     SpanRecipe,
+    Task,
     bits_per_byte,
     blimp,
     closed_book,
     evaluate,
     primitives,
 )
-from growjax.evals.commands import eval_checkpoint, open_model
+from growjax.evals.commands import eval_checkpoint, list_tasks, open_model
 from growjax.evals.questions import Question
 from growjax.evals.reasoning import PRIMITIVES, problems
 from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, T5Config
@@ -246,7 +252,7 @@ def test_everything_that_is_lacking_is_said_at_once(data):
     wrong = ["glue/cola", "glue/xyz", "primitives/x", "qa/none", "blimp@many", "squad/v2.0"]
     names = ["bpb", "glue/rte", *wrong]
     with pytest.raises(EvalError) as caught:
-        evaluate(GPT_512, names, TOKENIZER, settings)
+        evaluate(BERT_64, names, TOKENIZER, settings)
     said = str(caught.value).splitlines()[1:]
     assert [line.strip(" -").split(":")[0] for line in said] == ["bpb", *wrong]
     assert "lost.txt" in said[0]
@@ -257,6 +263,71 @@ def test_everything_that_is_lacking_is_said_at_once(data):
         EvalError, match=r"name one of qa/trivia/dev.jsonl, qa/trivia/other.dev.jsonl"
     ):
         evaluate(GPT_512, ["qa/trivia"], TOKENIZER, settings)
+
+
+@pytest.mark.parametrize(
+    "model, task, wanted, got",
+    [
+        (GPT_512, "glue/rte", "an encoder", "a decoder"),
+        (GPT_512, "squad/v1.1", "an encoder", "a decoder"),
+        (BERT_64, "qa/trivia", "a decoder or an encoder-decoder", "an encoder"),
+    ],
+)
+def test_a_task_for_other_models_is_refused_before_anything_is_read(model, task, wanted, got):
+    with pytest.raises(EvalError, match=f"{task}: is for {wanted}, and the model is {got}"):
+        evaluate(model, [task], TOKENIZER)
+
+
+def test_every_task_is_one_value_of_the_table():
+    assert len(TASKS) >= 27 and all(name == task.name for name, task in TASKS.items())
+    assert {*GLUE} < {*TASKS} and {f"primitives/{name}" for name in PRIMITIVES} < {*TASKS}
+    for task in TASKS.values():
+        assert task.about and task.metric and set(task.models) <= {"causal", "seq2seq", "encoder"}
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            task.name = "another"  # type: ignore[misc]
+
+
+def test_the_first_score_of_a_task_is_among_its_scores(data):
+    settings = Settings(data=data, texts=(data / "text.txt",), limit=2, shots=0)
+    names = ["bpb", "blimp", "primitives/copy", "qa/trivia@1"]
+    scores = evaluate(GPT_512, names, TOKENIZER, settings)
+    for name, table in zip(names, ["bpb", "blimp", "primitives/copy", "qa/NAME"], strict=True):
+        assert TASKS[table].metric in scores[name]
+
+
+def test_a_task_of_ones_own_is_one_line():
+    asked = []
+
+    def run(candidate, data, settings):
+        asked.append((candidate.model, data, settings.shots))
+        return {"tokens": float(len(candidate.language.encode("abc")))}
+
+    own = Task("letters", "tokens of three letters", "tokens", run, lambda s, name: s.limit)
+    found = evaluate(GPT_512, [own], TOKENIZER, Settings(limit=7, shots=3))
+    assert found == {"letters": {"tokens": 3.0}} and asked == [(GPT_512, 7, 3)]
+    refused = dataclasses.replace(own, models=("encoder",))
+    with pytest.raises(EvalError, match="letters: is for an encoder"):
+        evaluate(GPT_512, [refused], TOKENIZER)
+
+
+def test_the_harness_keeps_the_names_that_were_asked_for(monkeypatch):
+    """A single task is called as it was asked for, shots and all; tasks of a group by their own names."""
+    asked = []
+
+    def run_harness(language, names, **more):
+        asked.append((names, more["shots"]))
+        return (
+            {"group": {"acc": 0.5}, "group_a": {"acc": 0.25}}
+            if names == ["group"]
+            else {names[0]: {"acc": 1.0}}
+        )
+
+    monkeypatch.setitem(
+        sys.modules, "growjax.evals.harness", types.SimpleNamespace(run_harness=run_harness)
+    )
+    found = evaluate(GPT_512, ["piqa@5", "group"], TOKENIZER)
+    assert found == {"piqa@5": {"acc": 1.0}, "group": {"acc": 0.5}, "group_a": {"acc": 0.25}}
+    assert asked == [(["piqa"], 5), (["group"], None)]
 
 
 def test_a_task_of_the_harness_needs_the_harness(monkeypatch):
@@ -308,6 +379,25 @@ def test_a_checkpoint_is_scored_on_the_command_line(run, data, tmp_path):
     assert record["settings"]["limit"] == 5
     with pytest.raises(EvalError, match="is there already"):
         eval_checkpoint(folder, ["bpb"], Settings(), out=out, console=Console())
+
+
+def test_the_tasks_are_listed():
+    shown = io.StringIO()
+    list_tasks(Console(file=shown, width=120))
+    for name in (*TASKS, "any other"):
+        assert f"│ {name} " in shown.getvalue(), name
+    assert "causal, seq2seq" in shown.getvalue()
+
+
+def test_the_command_line_lists_tasks_and_asks_for_a_checkpoint(monkeypatch, capsys):
+    from growjax.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["growjax", "eval", "--tasks"])
+    main()
+    assert "primitives/copy" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["growjax", "eval", "--tasks", "bpb"])
+    with pytest.raises(SystemExit, match="growjax: eval: expected CHECKPOINT"):
+        main()
 
 
 def test_a_folder_of_hugging_face(tmp_path):

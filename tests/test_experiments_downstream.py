@@ -12,7 +12,7 @@ import growjax as gj
 from experiments.downstream import run
 from experiments.downstream.made_up import make_up
 from growjax.errors import EvalError
-from growjax.evals import TASKS, Example
+from growjax.evals import GLUE, Example
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,8 @@ def test_a_part_is_always_the_same_and_in_order():
 def test_the_best_constant_answer_by_hand():
     dev = [Example((("a",),), label) for label in "1110"]
     # F1 of all positive is 6/7, accuracy 3/4; of none 0 and 1/4
-    assert run.constant(TASKS["glue/mrpc"], dev) == pytest.approx((6 / 7 + 3 / 4) / 2)
-    assert run.constant(TASKS["glue/cola"], dev) == 0.0
+    assert run.constant(GLUE["glue/mrpc"], dev) == pytest.approx((6 / 7 + 3 / 4) / 2)
+    assert run.constant(GLUE["glue/cola"], dev) == 0.0
 
 
 def test_what_is_lacking_is_said_before_anything_runs(tmp_path, made, monkeypatch):

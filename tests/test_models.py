@@ -229,14 +229,22 @@ T5_SIZES: dict[str, Any] = dict(
 )
 
 
-@pytest.mark.parametrize("form, scaled", [("v1_0", True), ("v1_1", False), ("ul2", False)])
-def test_t5(form, scaled):
+@pytest.mark.parametrize(
+    "make, act, scaled",
+    [
+        (T5Config, "relu", True),
+        (T5Config.v1_1, "gelu_tanh", False),
+        (T5Config.ul2, "silu", False),
+    ],
+    ids=["v1_0", "v1_1", "ul2"],
+)
+def test_t5(make, act, scaled):
     with jax.enable_x64(True):
-        config = getattr(T5Config, form)(**T5_SIZES)
+        config = make(**T5_SIZES)
         model, source = build(T5, config), np.arange(27) * 7 % V
         mask = np.arange(27) % 5 != 2
         ours = eqx.filter_jit(model)(source, OTHERS, encoder_mask=mask)
-        p, act = arrays(model), {"v1_0": "relu", "v1_1": "gelu_tanh", "ul2": "silu"}[form]
+        p = arrays(model)
 
         def bias(table, n, both_ways):
             index = [[bucket(j - i, 8, 20, both_ways) for j in range(n)] for i in range(n)]

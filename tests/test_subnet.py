@@ -75,7 +75,7 @@ def taken(subnet, model):
 
 
 def one_map(subnet, model, key, step=0):
-    (move,) = subnet.maps(axes_of(model), key, step)
+    (move,) = subnet.maps(axes_of(model), key=key, step=step)
     return move
 
 
@@ -241,7 +241,7 @@ def test_the_whole_path_is_the_model_bitwise(full):
     for mode, way in itertools.product(MODES, ("fixed", "bernoulli")):
         whole = gj.random_path(LAYERS, scale=mode, mode=way)
         assert eqx.tree_equal(whole(gpt(), key=KEYS[1]), gpt())
-        assert whole.maps(axes_of(gpt()), KEYS[1], 0) == []
+        assert whole.maps(axes_of(gpt()), key=KEYS[1], step=0) == []
     assert eqx.tree_equal(learn(None, whole(gpt(), key=KEYS[1])), full)
 
 
@@ -341,7 +341,9 @@ def test_optimizer_state_needs_no_change_between_stages():
 
 
 def chosen(subnet, model, key=KEYS[0]):
-    return {move.axis: np.asarray(move.source) for move in subnet.maps(axes_of(model), key, 0)}
+    return {
+        move.axis: np.asarray(move.source) for move in subnet.maps(axes_of(model), key=key, step=0)
+    }
 
 
 def test_all_units_are_the_model_and_their_order_does_not_matter(full):

@@ -200,7 +200,8 @@ class Gated(eqx.Module):
 def test_liveness_is_measured_where_the_gates_stand(level, dead):
     """Behind a closed gate nothing has a gradient; behind one that is half open everything has."""
     rng = np.random.default_rng(0)
-    model = Gated(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 4), (4, 2))))
+    up, down = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 4), (4, 2)))
+    model = Gated(up, down)
     batch = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
     found = gj.certify(gj.msg(mlp=6), model, batch, key=jax.random.key(0), level=level)
     assert found.passed and found.dead == {"mlp": (dead, dead)}

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from growjax.evals import Example, Recipe, Task
+from growjax.evals import Example, GlueTask, Recipe
 
 
 def fine_tuned(
     folder: Path,
-    task: Task,
+    task: GlueTask,
     train: Sequence[Example],
     dev: Sequence[Example],
     recipe: Recipe,

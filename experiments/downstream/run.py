@@ -24,7 +24,7 @@ import growjax as gj
 from experiments.downstream.made_up import make_up
 from growjax.data import Tokenizer
 from growjax.errors import EvalError, raise_all
-from growjax.evals import TASKS, Example, Recipe, Task, fine_tune, read_task
+from growjax.evals import GLUE, Example, GlueTask, Recipe, fine_tune, read_task
 from growjax.evals.commands import open_model
 from growjax.evals.finetune import Classifier
 from growjax.evals.glue import headline, score
@@ -69,7 +69,7 @@ class Cell:
     folder: Path
     model: BERT
     tokenizer: Tokenizer
-    task: Task
+    task: GlueTask
     train: Sequence[Example]
     dev: Sequence[Example]
     recipe: Recipe
@@ -140,7 +140,7 @@ def part(examples: Sequence[Example], count: int | None) -> list[Example]:
     return [examples[i] for i in sorted(chosen)]
 
 
-def constant(task: Task, dev: Sequence[Example]) -> float:
+def constant(task: GlueTask, dev: Sequence[Example]) -> float:
     """The score of the best constant answer."""
     answers = np.eye(len(task.labels))
     return max(headline(score(task, dev, np.tile(row, (len(dev), 1)))) for row in answers)
@@ -164,7 +164,7 @@ def glue(
 
     - `data`: the folder of GLUE, with `RTE/train.tsv` and so on in it; smoke makes its own.
     - `model`: a BERT as Hugging Face has it, with its tokenizer; smoke makes its own.
-    - `tasks`: names of `growjax.evals.TASKS` that have labels and one development set.
+    - `tasks`: names of `growjax.evals.GLUE` that have labels and one development set.
     - `examples`: the training rows of every task, instead of those of the size.
     - `with_transformers`: the ungrown model by PyTorch as well: the same rows, order and head.
 
@@ -285,11 +285,11 @@ def _row(question: str, values: Sequence[float], verdict: bool, command: str) ->
 # Checks ------------------------------------------------------------------------------------------
 
 
-def _tasks(names: Sequence[str]) -> list[Task]:
-    fit = [n for n, task in TASKS.items() if task.labels and task.dev == ("dev",)]
+def _tasks(names: Sequence[str]) -> list[GlueTask]:
+    fit = [n for n, task in GLUE.items() if task.labels and task.dev == ("dev",)]
     faults = [f"{n}: expected one of {', '.join(fit)}" for n in names if n not in fit]
     raise_all(EvalError, "--tasks: these cannot be run:", faults)
-    return [TASKS[name] for name in names]
+    return [GLUE[name] for name in names]
 
 
 def _digest(folder: Path) -> str:

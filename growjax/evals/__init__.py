@@ -1,12 +1,12 @@
-"""Evaluation: fine-tuning, zero-shot and few-shot tasks, and their metrics."""
+"""Evaluation: a table of tasks (likelihood, questions, fine-tuning, lm-eval), and their metrics."""
 
 from growjax.evals.finetune import FineTuned as FineTuned
 from growjax.evals.finetune import Recipe as Recipe
 from growjax.evals.finetune import fine_tune as fine_tune
 from growjax.evals.generation import generate as generate
-from growjax.evals.glue import TASKS as TASKS
+from growjax.evals.glue import GLUE as GLUE
 from growjax.evals.glue import Example as Example
-from growjax.evals.glue import Task as Task
+from growjax.evals.glue import GlueTask as GlueTask
 from growjax.evals.glue import read_task as read_task
 from growjax.evals.language import LanguageModel as LanguageModel
 from growjax.evals.language import Scored as Scored
@@ -21,5 +21,7 @@ from growjax.evals.reasoning import PRIMITIVES as PRIMITIVES
 from growjax.evals.reasoning import primitives as primitives
 from growjax.evals.spans import SpanRecipe as SpanRecipe
 from growjax.evals.spans import fine_tune_spans as fine_tune_spans
+from growjax.evals.tasks import TASKS as TASKS
 from growjax.evals.tasks import Settings as Settings
+from growjax.evals.tasks import Task as Task
 from growjax.evals.tasks import evaluate as evaluate

@@ -15,7 +15,7 @@ from growjax.data import Tokenizer, load_tokenizer
 from growjax.errors import EvalError
 from growjax.evals.files import read_json
 from growjax.evals.metrics import Scores
-from growjax.evals.tasks import Settings, evaluate
+from growjax.evals.tasks import HARNESS, TASKS, Settings, Task, evaluate
 from growjax.models import Llama
 from growjax.runs.lineage import load_model
 
@@ -62,6 +62,18 @@ def eval_checkpoint(
     out.write_text(json.dumps(record, indent=1, default=str) + "\n")
     console.print(f"written to {out}", markup=False)
     return results
+
+
+def list_tasks(console: Console) -> None:
+    """Print the table of tasks: what each is, its first score and the models that it is for."""
+    table = Table(title="Tasks")
+    table.add_column("task", no_wrap=True)
+    for column in ("what it is", "first score", "for"):
+        table.add_column(column)
+    for task in (*TASKS.values(), HARNESS):
+        models = ", ".join(task.models) if task.models != Task.models else "any"
+        table.add_row(task.name, task.about, task.metric, models)
+    console.print(table)
 
 
 def open_model(

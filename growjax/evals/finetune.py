@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from growjax.axes import param, partition, sizes
 from growjax.data import Tokenizer
 from growjax.errors import EvalError, raise_all
-from growjax.evals.glue import Example, Task, headline, score
+from growjax.evals.glue import Example, GlueTask, headline, score
 from growjax.evals.language import bucket
 from growjax.evals.metrics import Scores
 from growjax.models import BERT
@@ -149,7 +149,7 @@ class FineTuned:
 def fine_tune(
     model: BERT,
     tokenizer: Tokenizer,
-    task: Task,
+    task: GlueTask,
     train: Sequence[Example],
     dev: Mapping[str, Sequence[Example]],
     *,
@@ -174,7 +174,7 @@ def fine_tune(
 
     **Example**
 
-        task = TASKS["glue/rte"]
+        task = GLUE["glue/rte"]
         train, dev = (read_task(task, "data/glue", split) for split in ("train", "dev"))
         fine_tune(model, tokenizer, task, train, {"dev": dev}).summary()["score"]
     """
@@ -227,7 +227,7 @@ class _Row:
         return max(map(len, self.tokens))
 
 
-def _encoded(tokenizer: Tokenizer, example: Example, task: Task, length: int) -> _Row:
+def _encoded(tokenizer: Tokenizer, example: Example, task: GlueTask, length: int) -> _Row:
     special, tokens, second = tokenizer.vocabulary.specials, [], []
     for texts in example.choices:
         parts = [tokenizer.encode(text).tolist() for text in texts]
@@ -344,7 +344,7 @@ def _forward(model: Classifier, batch: dict[str, Any]) -> Array:
 
 
 def _outputs(
-    model: Classifier, task: Task, rows: Sequence[_Row], size: int = 32
+    model: Classifier, task: GlueTask, rows: Sequence[_Row], size: int = 32
 ) -> Float[np.ndarray, "n outputs"]:
     """What a classifier says of every example, in their order."""
     found = np.zeros((len(rows), task.outputs * task.choices))

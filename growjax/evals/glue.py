@@ -43,7 +43,7 @@ Metric = Callable[[Sequence[Example], Sequence[Any], Float[np.ndarray, "n labels
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class GlueTask:
     """One task: where it is, how it is labelled and what it is scored by.
 
     **Fields**
@@ -77,13 +77,13 @@ class Task:
 
 
 def read_task(
-    task: Task, source: str | Path | Mapping[str, Iterable[Mapping[str, Any]]], split: str
+    task: GlueTask, source: str | Path | Mapping[str, Iterable[Mapping[str, Any]]], split: str
 ) -> list[Example]:
     """The examples of one split of a task.
 
     **Arguments**
 
-    - `task`: one of `TASKS`.
+    - `task`: one of `GLUE`.
     - `source`: the folder of the benchmark, with the task's own folder in it, as they are published
       (`RTE/train.tsv`, `BoolQ/val.jsonl`; `.xz`, `.gz` and `.bz2` are unpacked while reading); or a
       dataset of the library `datasets`, `load_dataset("nyu-mll/glue", "rte")`.
@@ -93,7 +93,7 @@ def read_task(
 
     **Example**
 
-        examples = read_task(TASKS["glue/rte"], "data/glue", "train")
+        examples = read_task(GLUE["glue/rte"], "data/glue", "train")
     """
     if isinstance(source, Mapping):
         if split not in source:
@@ -119,7 +119,7 @@ def read_task(
 
 
 def score(
-    task: Task, examples: Sequence[Example], outputs: Float[np.ndarray, "n outputs"]
+    task: GlueTask, examples: Sequence[Example], outputs: Float[np.ndarray, "n outputs"]
 ) -> Scores:
     """The metrics of a task, from a model's outputs `[examples, labels or choices]`.
 
@@ -142,7 +142,7 @@ def headline(scores: Scores) -> float:
 # GLUE --------------------------------------------------------------------------------------------
 
 
-def _read_table(task: Task, path: Path) -> list[Example]:
+def _read_table(task: GlueTask, path: Path) -> list[Example]:
     """A table as published: columns between tabs, with quotes that mean nothing."""
     lines = read_lines(path)
     rows = [line.split("\t") for line in lines]
@@ -175,7 +175,7 @@ def _read_table(task: Task, path: Path) -> list[Example]:
     return found
 
 
-def _from_row(task: Task, row: Mapping[str, Any]) -> Example:
+def _from_row(task: GlueTask, row: Mapping[str, Any]) -> Example:
     *texts, label = task.columns
     text = tuple(str(next(row[n] for n in names if n in row)) for names in texts)
     value = next((row[n] for n in label if n in row), None)
@@ -206,57 +206,21 @@ def _labels(metric: Callable[[Sequence, Sequence], Scores]) -> Metric:
 _NUMBERS, _NLI = ("0", "1"), ("contradiction", "entailment", "neutral")
 _RTE = ("entailment", "not_entailment")
 _PAIR = (("sentence1", "premise", "#1 String"), ("sentence2", "hypothesis", "#2 String"))
+_QUESTIONS = (("question1",), ("question2",))
 
+# Name, folder, labels, metric, and what the columns of its tables may be called
 _GLUE = [
-    Task(
-        "glue/cola",
-        "CoLA",
-        _NUMBERS,
-        _labels(metrics.matthews),
-        columns=(("sentence",), ("label",)),
-    ),
-    Task(
-        "glue/sst-2",
-        "SST-2",
-        _NUMBERS,
-        _labels(metrics.accuracy),
-        columns=(("sentence",), ("label",)),
-    ),
-    Task(
-        "glue/mrpc", "MRPC", _NUMBERS, _labels(metrics.f1), columns=(*_PAIR, ("Quality", "label"))
-    ),
-    Task(
-        "glue/sts-b",
-        "STS-B",
-        (),
-        _labels(metrics.correlations),
-        columns=(*_PAIR, ("score", "label")),
-    ),
-    Task(
-        "glue/qqp",
-        "QQP",
-        _NUMBERS,
-        _labels(metrics.f1),
-        columns=(("question1",), ("question2",), ("is_duplicate", "label")),
-    ),
-    Task(
-        "glue/mnli",
-        "MNLI",
-        _NLI,
-        _labels(metrics.accuracy),
-        dev=("dev_matched", "dev_mismatched"),
-        columns=(*_PAIR, ("gold_label", "label")),
-    ),
-    Task(
-        "glue/qnli",
-        "QNLI",
-        _RTE,
-        _labels(metrics.accuracy),
-        columns=(("question",), ("sentence",), ("label",)),
-    ),
-    Task("glue/rte", "RTE", _RTE, _labels(metrics.accuracy), columns=(*_PAIR, ("label",))),
-    Task("glue/wnli", "WNLI", _NUMBERS, _labels(metrics.accuracy), columns=(*_PAIR, ("label",))),
+    ("cola", "CoLA", _NUMBERS, _labels(metrics.matthews), (("sentence",), ("label",))),
+    ("sst-2", "SST-2", _NUMBERS, _labels(metrics.accuracy), (("sentence",), ("label",))),
+    ("mrpc", "MRPC", _NUMBERS, _labels(metrics.f1), (*_PAIR, ("Quality", "label"))),
+    ("sts-b", "STS-B", (), _labels(metrics.correlations), (*_PAIR, ("score", "label"))),
+    ("qqp", "QQP", _NUMBERS, _labels(metrics.f1), (*_QUESTIONS, ("is_duplicate", "label"))),
+    ("mnli", "MNLI", _NLI, _labels(metrics.accuracy), (*_PAIR, ("gold_label", "label"))),
+    ("qnli", "QNLI", _RTE, _labels(metrics.accuracy), (("question",), ("sentence",), ("label",))),
+    ("rte", "RTE", _RTE, _labels(metrics.accuracy), (*_PAIR, ("label",))),
+    ("wnli", "WNLI", _NUMBERS, _labels(metrics.accuracy), (*_PAIR, ("label",))),
 ]
+_DEV = {"mnli": ("dev_matched", "dev_mismatched")}
 
 
 # SuperGLUE ---------------------------------------------------------------------------------------
@@ -353,12 +317,11 @@ _SUPERGLUE = [
     ("wsc", "WSC", _NUMBERS, _labels(metrics.accuracy), _wsc),
 ]
 
-TASKS: dict[str, Task] = {
-    **{task.name: task for task in _GLUE},
-    **{
-        f"superglue/{name}": Task(
-            f"superglue/{name}", folder, labels, metric, dev=("val",), examples=examples
-        )
-        for name, folder, labels, metric, examples in _SUPERGLUE
-    },
-}
+_ALL = [
+    GlueTask(f"glue/{name}", *row, dev=_DEV.get(name, ("dev",)), columns=columns)
+    for name, *row, columns in _GLUE
+] + [
+    GlueTask(f"superglue/{name}", *row, dev=("val",), examples=examples)
+    for name, *row, examples in _SUPERGLUE
+]
+GLUE: dict[str, GlueTask] = {task.name: task for task in _ALL}

@@ -35,6 +35,13 @@ class Scored(NamedTuple):
     greedy: bool
 
 
+def kind_of(model: Any) -> Kind:
+    """How a model reads: as a decoder, as an encoder and a decoder, or as an encoder."""
+    if isinstance(model, BERT):
+        return "encoder"
+    return "seq2seq" if reads_pairs(model) else "causal"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
     """A model and the tokenizer it was trained with, as tasks see them: text in, likelihoods out.
@@ -130,7 +137,10 @@ class LanguageModel:
         make = self._pair if self.kind == "seq2seq" else self._causal
         rows = [make([*context], [*continuation]) for context, continuation in pairs]
         found = in_batches(functools.partial(_score, self.model), rows, self.batch_tokens)
-        return [Scored(float(total), bool(greedy)) for total, greedy in found]
+        counts = [row["weights"].sum() for row in rows]
+        return [
+            Scored(float(x), bool(right == n)) for (x, right), n in zip(found, counts, strict=True)
+        ]
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
         """The log-likelihood of each whole text, in nats: in windows, each token is predicted once.
@@ -245,9 +255,7 @@ def masked_bits(
             rng = np.random.default_rng([seed, i, j])
             objective = MLM(len(part) + 2, rate=rate, replace=(1.0, 0.0, 0.0))
             rows.append(objective(Window(part, np.zeros_like(part)), vocabulary, rng))
-    found = list(
-        in_batches(functools.partial(_score_all, language.model), rows, language.batch_tokens)
-    )
+    found = list(in_batches(functools.partial(_score, language.model), rows, language.batch_tokens))
     count = sum(int(row["weights"].sum()) for row in rows)
     if not count:
         raise EvalError("masked bits: expected some text, got none")
@@ -321,16 +329,8 @@ def _ints(tokens: Iterable[int]) -> np.ndarray:
 
 @eqx.filter_jit
 def _score(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
-    def one(example):
-        chosen, best = _chosen(predictions(model, example), example["targets"])
-        counts = example["weights"]
-        return jnp.sum(jnp.where(counts, chosen, 0)), jnp.all(best | ~counts)
+    """The log-likelihood of each row's targets, and how many of them are the likeliest token."""
 
-    return jax.vmap(one)(batch)
-
-
-@eqx.filter_jit
-def _score_all(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
     def one(example):
         chosen, best = _chosen(predictions(model, example), example["targets"])
         counts = example["weights"] > 0

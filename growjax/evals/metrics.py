@@ -17,6 +17,7 @@ from growjax.errors import EvalError
 from growjax.extras import load
 
 
+_SKLEARN = "sklearn.metrics", "this metric"
 Scores = dict[str, float]
 Normalise = Callable[[str], str]
 
@@ -27,9 +28,7 @@ Normalise = Callable[[str], str]
 def accuracy(truth: Sequence, predicted: Sequence) -> Scores:
     """The share of predictions that are right: `{"accuracy": ...}`."""
     _paired(truth, predicted)
-    return {
-        "accuracy": float(load("sklearn.metrics", "this metric").accuracy_score(truth, predicted))
-    }
+    return {"accuracy": float(load(*_SKLEARN).accuracy_score(truth, predicted))}
 
 
 def f1(truth: Sequence, predicted: Sequence, positive: Hashable = "1") -> Scores:
@@ -38,7 +37,7 @@ def f1(truth: Sequence, predicted: Sequence, positive: Hashable = "1") -> Scores
     0 where nothing is predicted to be positive, as in the GLUE scripts.
     """
     _paired(truth, predicted)
-    found = load("sklearn.metrics", "this metric").f1_score(
+    found = load(*_SKLEARN).f1_score(
         [label == positive for label in truth],
         [label == positive for label in predicted],
         zero_division=0,
@@ -49,9 +48,7 @@ def f1(truth: Sequence, predicted: Sequence, positive: Hashable = "1") -> Scores
 def macro_f1(truth: Sequence, predicted: Sequence) -> Scores:
     """The mean of the labels' F1, over those that are in either list, and the accuracy."""
     _paired(truth, predicted)
-    found = load("sklearn.metrics", "this metric").f1_score(
-        truth, predicted, average="macro", zero_division=0
-    )
+    found = load(*_SKLEARN).f1_score(truth, predicted, average="macro", zero_division=0)
     return {"f1": float(found), **accuracy(truth, predicted)}
 
 
@@ -60,11 +57,7 @@ def matthews(truth: Sequence, predicted: Sequence) -> Scores:
     _paired(truth, predicted)
     if len(set(truth)) == 1 or len(set(predicted)) == 1:
         return {"matthews": 0.0}
-    return {
-        "matthews": float(
-            load("sklearn.metrics", "this metric").matthews_corrcoef(truth, predicted)
-        )
-    }
+    return {"matthews": float(load(*_SKLEARN).matthews_corrcoef(truth, predicted))}
 
 
 def correlations(truth: Sequence[float], predicted: Sequence[float]) -> Scores:

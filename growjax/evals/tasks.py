@@ -1,25 +1,26 @@
-"""Tasks by name: the door for the command line, and for a training run at its marks."""
+"""The tasks of evaluation as a table of values, and the one function that runs them.
+
+A task says which models it is for, where its data are and how it is scored. A task more is a line in
+`TASKS`, or a `Task` of your own in place of a name.
+"""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from growjax.data import Tokenizer
 from growjax.errors import EvalError, raise_all
 from growjax.evals.files import find, read_text
 from growjax.evals.finetune import Recipe, fine_tune
-from growjax.evals.glue import TASKS, read_task
-from growjax.evals.language import LanguageModel, bits_per_byte, masked_bits
+from growjax.evals.glue import GLUE, GlueTask, read_task
+from growjax.evals.language import Kind, LanguageModel, bits_per_byte, kind_of, masked_bits
 from growjax.evals.metrics import Scores
 from growjax.evals.minimal_pairs import blimp
 from growjax.evals.questions import closed_book, read_questions, read_squad
 from growjax.evals.reasoning import PRIMITIVES, primitives
 from growjax.evals.spans import SpanRecipe, fine_tune_spans
-
-
-# The threshold of no answer, for the version that has such questions
-_SQUAD = {"squad/v1.1": None, "squad/v2.0": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +53,59 @@ class Settings:
     include: str | Path | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """The model that is evaluated, with its tokenizer; as a `language` model where a task wants one."""
+
+    model: Any
+    tokenizer: Tokenizer
+    settings: Settings
+
+    @cached_property
+    def language(self) -> LanguageModel:
+        """Likelihoods of texts. Raises `EvalError` for a model that has none."""
+        s = self.settings
+        return LanguageModel(self.model, self.tokenizer, s.longest, s.start, s.always)
+
+
+def _no_data(settings: Settings, part: str) -> None:
+    return None
+
+
+DECODERS: tuple[Kind, ...] = ("causal", "seq2seq")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task: what it needs, and how it is run.
+
+    **Fields**
+
+    - `name`: as it is asked for. `NAME` at its end stands for any name, which `data` is told.
+    - `about`: one line for people; `metric`: the score to look at first.
+    - `run`: `(candidate, data, settings) -> {metric: number}`.
+    - `data`: `(settings, name) -> data`, the files that `run` reads; raises `EvalError` if some lack.
+    - `models`: the kinds of models that it is for.
+
+    **Example**
+
+        def length(candidate, data, settings):
+            return {"tokens": float(len(candidate.language.encode("a text")))}
+
+        evaluate(model, [Task("length", "tokens of a text", "tokens", length)], tokenizer)
+    """
+
+    name: str
+    about: str
+    metric: str
+    run: Callable[[Candidate, Any, Settings], Scores]
+    data: Callable[[Settings, str], Any] = _no_data
+    models: tuple[Kind, ...] = (*DECODERS, "encoder")
+
+
 def evaluate(
     model: Any,
-    tasks: Sequence[str],
+    tasks: Sequence[str | Task],
     tokenizer: Tokenizer,
     settings: Settings | None = None,
     *,
@@ -65,18 +116,9 @@ def evaluate(
     **Arguments**
 
     - `model`: one of `growjax.models`, as it is at this moment of training; it is not changed.
-    - `tasks`: their names. `@` and a number behind one is its own number of shots (`"qa/nq_open@1"`).
-
-        | name | what it is |
-        |---|---|
-        | `bpb` | bits per byte of `texts`; for an encoder, bits per masked token |
-        | `blimp` | the likelier of two sentences, by likelihood or pseudo-likelihood |
-        | `primitives`, `primitives/copy`, ... | reasoning primitives, all or one |
-        | `qa/NAME` | closed-book questions of the folder or file `NAME` in `qa` |
-        | `glue/rte`, ..., `superglue/boolq`, ... | fine-tuning of an encoder |
-        | `squad/v1.1`, `squad/v2.0` | fine-tuning of an encoder that points at the answer |
-        | any other | a task of the lm-evaluation-harness |
-
+    - `tasks`: names of `TASKS`, or tasks of your own. `primitives` is all of `primitives/...`; any name
+      that is not in the table is asked of the lm-evaluation-harness. `@` and a number behind a name is
+      its own number of shots (`"qa/nq_open@1"`).
     - `done`: is told every result at once.
 
     Raises `EvalError` that lists everything that is lacking before anything is computed.
@@ -86,151 +128,104 @@ def evaluate(
         evaluate(model, ["bpb", "primitives/copy"], tokenizer, Settings(texts=("held-out.txt",)))
     """
     settings = settings or Settings()
-    names = [name for task in tasks for name in _expanded(task)]
-    raise_all(EvalError, "these tasks cannot be run:", _faults(names, settings))
-    language: LanguageModel | None = None
+    candidate, kind = Candidate(model, tokenizer, settings), kind_of(model)
+    requests, faults = [], [] if tasks else ["expected one at least"]
+    for task in _expanded(tasks):
+        try:
+            requests.append(_request(task, kind, settings))
+        except EvalError as error:
+            faults.append(f"{task if isinstance(task, str) else task.name}: {error}")
+    raise_all(EvalError, "these tasks cannot be run:", faults)
     results: dict[str, Scores] = {}
-    for name in names:
-        bare, shots = _shots(name, settings)
-        if bare in TASKS or bare in _SQUAD:
-            found = {name: _fine_tuned(model, tokenizer, bare, settings)}
+    for request in requests:
+        scores: Any = request.task.run(candidate, request.data, request.settings)
+        if request.task is HARNESS:
+            # It has groups, whose tasks have scores of their own
+            found = {request.name if n == request.data else n: each for n, each in scores.items()}
         else:
-            if language is None:
-                s = settings
-                language = LanguageModel(model, tokenizer, s.longest, s.start, s.always)
-            found = _asked(language, name, bare, shots, settings)
+            found = {request.name: scores}
         results |= found
-        if done is not None:
-            for task, scores in found.items():
-                done(task, scores)
+        for name, each in found.items():
+            if done is not None:
+                done(name, each)
     return results
 
 
-def _fine_tuned(model: Any, tokenizer: Tokenizer, name: str, settings: Settings) -> Scores:
-    folder = _folder(settings, name.partition("/")[0])
-    if name in _SQUAD:
-        train, dev = (read_squad(find(folder, file)) for file in _squad_files(name))
-        recipe = dataclasses.replace(settings.spans, threshold=_SQUAD[name])
-        return fine_tune_spans(
-            model, tokenizer, train, dev, recipe=recipe, seeds=settings.seeds
-        ).summary()
-    task = TASKS[name]
-    examples = read_task(task, folder, "train")
-    sets = {split: read_task(task, folder, split) for split in task.dev}
-    found = fine_tune(
-        model, tokenizer, task, examples, sets, recipe=settings.recipe, seeds=settings.seeds
-    )
-    return found.summary()
+class _Request(NamedTuple):
+    name: str
+    task: Task
+    data: Any
+    settings: Settings
 
 
-def _asked(
-    language: LanguageModel, name: str, bare: str, shots: int | None, settings: Settings
-) -> dict[str, Scores]:
-    kind, _, rest = bare.partition("/")
-    if bare == "bpb":
-        texts = [read_text(Path(path)) for path in settings.texts]
-        encoder = language.kind == "encoder"
-        return {name: (masked_bits if encoder else bits_per_byte)(language, texts)}
-    if bare == "blimp":
-        return {name: blimp(language, _blimp(settings), limit=settings.limit)}
-    if kind == "primitives":
-        more: dict[str, Any] = {} if settings.limit is None else {"count": settings.limit}
-        more |= {} if shots is None else {"shots": shots}
-        return {name: primitives(language, rest, seed=settings.seed, **more)}
-    if kind == "qa":
-        asked, examples = _questions(settings, rest)
-        more = {} if shots is None else {"shots": shots}
-        scores = closed_book(
-            language,
-            read_questions(asked),
-            examples=None if examples is None else read_questions(examples),
-            limit=settings.limit,
-            seed=settings.seed,
-            **more,
-        )
-        return {name: scores}
-    from growjax.evals.harness import run_harness
-
-    found = run_harness(
-        language,
-        [bare],
-        shots=shots,
-        limit=settings.limit,
-        include=settings.include,
-        seed=settings.seed,
-    )
-    return {task if task != bare else name: scores for task, scores in found.items()}
+def _expanded(tasks: Iterable[str | Task]) -> list[str | Task]:
+    """The requested tasks, with `primitives` as all of them."""
+    whole: list[str | Task] = []
+    for task in tasks:
+        name, at, shots = ("", "", "") if isinstance(task, Task) else task.partition("@")
+        every = PRIMITIVES if name == "primitives" else ()
+        whole += [f"primitives/{each}{at}{shots}" for each in every] or [task]
+    return whole
 
 
-# Names -------------------------------------------------------------------------------------------
+def _request(asked: str | Task, kind: Kind, settings: Settings) -> _Request:
+    """One task with its data found and its number of shots read; raises `EvalError` if it cannot run."""
+    name, at, shots = (asked if isinstance(asked, str) else asked.name).partition("@")
+    if at and not shots.isdigit():
+        raise EvalError(f"expected a number behind @, got {shots!r}")
+    settings = dataclasses.replace(settings, shots=int(shots) if at else settings.shots)
+    family, _, part = name.partition("/")
+    task = asked if isinstance(asked, Task) else TASKS.get(name) or TASKS.get(f"{family}/NAME")
+    if task is None:
+        siblings = [each for each in TASKS if each.startswith(f"{family}/")]
+        if siblings:
+            raise EvalError(f"expected one of {', '.join(siblings)}")
+        task, part = HARNESS, name
+    if kind not in task.models:
+        wanted = " or ".join(_KINDS[each] for each in task.models)
+        raise EvalError(f"is for {wanted}, and the model is {_KINDS[kind]}")
+    return _Request(name + at + shots, task, task.data(settings, part), settings)
 
 
-def _expanded(task: str) -> list[str]:
-    name, at, shots = task.partition("@")
-    return [f"primitives/{n}{at}{shots}" for n in PRIMITIVES] if name == "primitives" else [task]
+_KINDS = {"causal": "a decoder", "seq2seq": "an encoder-decoder", "encoder": "an encoder"}
 
 
-def _shots(name: str, settings: Settings) -> tuple[str, int | None]:
-    """A name without its number of shots, and that number."""
-    bare, at, shots = name.partition("@")
-    return bare, int(shots) if at else settings.shots
+# Where data are ----------------------------------------------------------------------------------
 
 
-def _faults(names: Sequence[str], settings: Settings) -> list[str]:
-    faults = [] if names else ["expected one at least"]
-    for name in names:
-        bare, at, shots = name.partition("@")
-        kind, _, rest = bare.partition("/")
-        try:
-            if at and not shots.isdigit():
-                raise EvalError(f"expected a number behind @, got {shots!r}")
-            if kind in ("glue", "superglue"):
-                if bare not in TASKS:
-                    raise EvalError(f"expected one of {', '.join(TASKS)}")
-                task = TASKS[bare]
-                for split in ("train", *task.dev):
-                    end = "tsv" if task.examples is None else "jsonl"
-                    find(_folder(settings, kind) / task.folder, f"{split}.{end}")
-            elif kind == "squad":
-                if bare not in _SQUAD:
-                    raise EvalError(f"expected one of {', '.join(_SQUAD)}")
-                for file in _squad_files(bare):
-                    find(_folder(settings, kind), file)
-            elif kind == "primitives" and rest not in PRIMITIVES:
-                raise EvalError(f"expected one of {', '.join(PRIMITIVES)} behind primitives/")
-            elif kind == "qa":
-                _questions(settings, rest)
-            elif bare == "blimp":
-                _blimp(settings)
-            elif bare == "bpb":
-                lost = [str(path) for path in settings.texts if not Path(path).is_file()]
-                if lost or not settings.texts:
-                    raise EvalError(
-                        f"expected files of text in `texts`; {', '.join(lost) or 'none'}"
-                    )
-        except EvalError as error:
-            faults.append(f"{name}: {error}")
-    return faults
-
-
-def _folder(settings: Settings, kind: str) -> Path:
+def _folder(settings: Settings, name: str) -> Path:
     if settings.data is None:
-        raise EvalError(f"expected the folder of data, with {kind} in it, and none was named")
-    return Path(settings.data) / kind
+        raise EvalError(f"expected the folder of data, with {name} in it, and none was named")
+    return Path(settings.data) / name
 
 
-def _squad_files(name: str) -> tuple[str, str]:
-    version = name.partition("/")[2]
-    return f"train-{version}.json", f"dev-{version}.json"
+def _texts(settings: Settings, part: str) -> list[Path]:
+    lost = [str(path) for path in settings.texts if not Path(path).is_file()]
+    if lost or not settings.texts:
+        raise EvalError(f"expected files of text in `texts`; {', '.join(lost) or 'none'}")
+    return [Path(path) for path in settings.texts]
 
 
-def _blimp(settings: Settings) -> Path:
-    """The folder of pairs, or the archive in it."""
+def _pairs(settings: Settings, part: str) -> Path:
+    """The folder of BLiMP's pairs, or the archive in it."""
     folder = _folder(settings, "blimp")
     if not folder.is_dir():
         raise EvalError(f"{folder}: there is no such folder")
     archives = sorted(folder.glob("*.tar*"))
     return archives[0] if archives and not any(folder.rglob("*.jsonl*")) else folder
+
+
+def _files(task: GlueTask, settings: Settings, part: str) -> Path:
+    """The folder of GLUE or SuperGLUE, which holds the files of the task."""
+    folder = _folder(settings, task.name.partition("/")[0])
+    for split in ("train", *task.dev):
+        find(folder / task.folder, f"{split}.{'tsv' if task.examples is None else 'jsonl'}")
+    return folder
+
+
+def _squad(version: str, settings: Settings, part: str) -> list[Path]:
+    folder = _folder(settings, "squad")
+    return [find(folder, f"{split}-{version}.json") for split in ("train", "dev")]
 
 
 def _questions(settings: Settings, name: str) -> tuple[Path, Path | None]:
@@ -254,3 +249,90 @@ def _questions(settings: Settings, name: str) -> tuple[Path, Path | None]:
         )
     train = [p for p in files if p.name.startswith("train")] or of("train")
     return asked[0], train[0] if train else None
+
+
+# How they are run --------------------------------------------------------------------------------
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The settings that were made; the others are each task's own."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _bits(candidate: Candidate, paths: Sequence[Path], settings: Settings) -> Scores:
+    score = masked_bits if candidate.language.kind == "encoder" else bits_per_byte
+    return score(candidate.language, [read_text(path) for path in paths])
+
+
+def _primitive(name: str, candidate: Candidate, data: None, settings: Settings) -> Scores:
+    numbers = _given(count=settings.limit, shots=settings.shots)
+    return primitives(candidate.language, name, seed=settings.seed, **numbers)
+
+
+def _closed_book(candidate: Candidate, paths: tuple[Path, Path | None], s: Settings) -> Scores:
+    questions, examples = paths
+    pool = None if examples is None else read_questions(examples)
+    numbers = _given(limit=s.limit, shots=s.shots)
+    asked = read_questions(questions)
+    return closed_book(candidate.language, asked, examples=pool, seed=s.seed, **numbers)
+
+
+def _glue(task: GlueTask, candidate: Candidate, folder: Path, s: Settings) -> Scores:
+    sets = {split: read_task(task, folder, split) for split in ("train", *task.dev)}
+    train, c = sets.pop("train"), candidate
+    found = fine_tune(c.model, c.tokenizer, task, train, sets, recipe=s.recipe, seeds=s.seeds)
+    return found.summary()
+
+
+def _spans(
+    nothing: float | None, candidate: Candidate, paths: Sequence[Path], s: Settings
+) -> Scores:
+    """`nothing` is the score above which a question is given no answer."""
+    sets, recipe = map(read_squad, paths), dataclasses.replace(s.spans, threshold=nothing)
+    model, tokenizer = candidate.model, candidate.tokenizer
+    return fine_tune_spans(model, tokenizer, *sets, recipe=recipe, seeds=s.seeds).summary()
+
+
+def _harness(candidate: Candidate, name: str, settings: Settings) -> Any:
+    """The scores of each task that a name of the harness stands for."""
+    from growjax.evals.harness import run_harness  # imports the harness, which takes seconds
+
+    s = settings
+    return run_harness(
+        candidate.language, [name], shots=s.shots, limit=s.limit, include=s.include, seed=s.seed
+    )
+
+
+# The table ---------------------------------------------------------------------------------------
+
+
+ENCODER: tuple[Kind, ...] = ("encoder",)
+
+_TABLE = [
+    Task("bpb", "bits per byte; an encoder's per masked token", "bits_per_byte", _bits, _texts),
+    Task(
+        "blimp",
+        "the likelier of two sentences",
+        "accuracy",
+        lambda candidate, path, s: blimp(candidate.language, path, limit=s.limit),
+        _pairs,
+    ),
+    *(
+        Task(f"primitives/{name}", "small problems in words", "choice", partial(_primitive, name))
+        for name in PRIMITIVES
+    ),
+    Task("qa/NAME", "closed-book questions", "exact_match", _closed_book, _questions, DECODERS),
+    *(
+        Task(name, "fine-tuning", "score", partial(_glue, task), partial(_files, task), ENCODER)
+        for name, task in GLUE.items()
+    ),
+    *(
+        Task(f"squad/{x}", "fine-tuning", "score", partial(_spans, no), partial(_squad, x), ENCODER)
+        for x, no in {"v1.1": None, "v2.0": 0.0}.items()
+    ),
+]
+
+TASKS: dict[str, Task] = {task.name: task for task in _TABLE}
+HARNESS = Task(
+    "any other", "a task of the lm-evaluation-harness", "", _harness, lambda _, name: name
+)

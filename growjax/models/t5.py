@@ -86,11 +86,6 @@ class T5Config:
         return T5(self, key=key)
 
     @classmethod
-    def v1_0(cls, **sizes: Any) -> "T5Config":
-        """ReLU, and a head tied to the embedding whose input is scaled."""
-        return cls(**sizes)
-
-    @classmethod
     def v1_1(cls, **sizes: Any) -> "T5Config":
         """A gated GELU and a head of its own, unscaled (also Flan-T5)."""
         return cls(**{"activation": "gelu_tanh", "glu": True, "tied": False} | sizes)

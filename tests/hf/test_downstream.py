@@ -7,7 +7,7 @@ import pytest
 import tests.hf.oracle  # noqa: F401  # transformers is told to be quiet there
 from experiments.downstream import peer
 from experiments.downstream.made_up import make_up
-from growjax.evals import TASKS, Recipe, read_task
+from growjax.evals import GLUE, Recipe, read_task
 from growjax.evals import finetune as room
 from growjax.evals.commands import open_model
 
@@ -16,7 +16,7 @@ from growjax.evals.commands import open_model
 def test_two_epochs_of_fine_tuning_end_in_the_same_outputs(name, tmp_path):
     data, folder = make_up(tmp_path)
     model, tokenizer, _ = open_model(folder)
-    task, recipe = TASKS[name], Recipe(rate=3e-3, epochs=2, length=16, weight_decay=0.1)
+    task, recipe = GLUE[name], Recipe(rate=3e-3, epochs=2, length=16, weight_decay=0.1)
     train, dev = (read_task(task, data, split) for split in ("train", "dev"))
     fresh = room.Classifier(model, task.outputs, key=jax.random.key(7))
     encode = lambda examples: [room._encoded(tokenizer, x, task, 16) for x in examples]  # noqa: E731

@@ -1,6 +1,13 @@
-"""Bugs to plant above the core, in the form of `tests.planted`: data, plans, runs, forecasts, reports."""
+"""The bugs that `python -m tests.mutations` plants in plans, runs, budgets and what stands on them."""
 
+# As in tests/planted.py
 TABLE = """
+@ tiles are charged half | cost.py | attend | charged_the_same
+- return 4 * math.prod(queries) * keys[-2]
++ return 2 * math.prod(queries) * keys[-2]
+@ a scanned layer is counted once | cost.py | subnet | costs_k_of_l
+- return params["length"] * sum(costs)
++ return sum(costs)
 @ each part of a batch has a mean of its own | programs/step.py | train | add_up
 - return jnp.sum(losses * counts) / weights
 + return jnp.sum(losses * counts) / jnp.sum(counts)
