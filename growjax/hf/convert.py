@@ -88,6 +88,18 @@ def config(folder: str | Path) -> Any:
         return _described(found)[-1]
 
 
+def has_halves(folder: str | Path) -> bool:
+    """Whether parameters in a Hugging Face folder are of 16 bits."""
+    with open_folder(folder) as opened:
+        return bool({entry.dtype for entry in opened.tensors.values()} & {"F16", "BF16"})
+
+
+def with_dtype(model: Any, dtype: str) -> Any:
+    """The model with its parameters in another type; epsilons and frequencies stay as they are."""
+    slots = [slot for slot in axes_of(model).of_kind("param") if slot.value is not None]
+    return put(model, {slot.steps: slot.value.astype(dtype) for slot in slots})
+
+
 def _described(
     found: Folder, ignore: Sequence[str] = ()
 ) -> tuple[Family, dict[str, str], Callable[[str, str], bool], Any]:
