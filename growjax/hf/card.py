@@ -11,6 +11,7 @@ from growjax.axes import sizes
 from growjax.certificate import Certificate
 from growjax.cost import parameters
 from growjax.growth import Chain, Operator, to_dict
+from growjax.hf.companions import card_metadata
 from growjax.hf.convert import save
 
 
@@ -35,6 +36,7 @@ def write_grown(
     if rounding is not None:
         stored += f", which moves outputs by {rounding:.1e} of the largest"
     card = _CARD.format(
+        metadata="".join(f"{key}:{value}\n" for key, value in card_metadata(source).items()),
         source=source.name,
         version=__version__,
         op=op,
@@ -77,7 +79,8 @@ _PROMISES = {
     "approximate": "It does **not** compute what the source computes; the certificate has the jump.",
 }
 _CARD = """---
-tags:
+base_model: {source}
+{metadata}tags:
 - growjax
 ---
 
