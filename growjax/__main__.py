@@ -190,11 +190,12 @@ def calibrate(
 
 @app.command
 def grow(
-    to: dict[str, int],
     out: Path,
+    to: dict[str, int] = {},  # noqa: B006 (never changed; tyro shows it)
     checkpoint: tyro.conf.Positional[Path | None] = None,
     from_hf: Path | None = None,
     by: str | None = None,
+    dtype: str | None = None,
     seed: int = 0,
     allow: tuple[str, ...] = (),
 ) -> None:
@@ -206,17 +207,23 @@ def grow(
         checkpoint: The folder of a run (its last checkpoint) or of one checkpoint.
         from_hf: A Hugging Face folder instead; what is written is one, too.
         by: Operators joined by +: msg, copy, zeros for widths, stack or expand for layers. By default
-            msg, and copy for a Hugging Face folder, which cannot hold gates.
+            msg, and copy for a Hugging Face folder, which cannot hold gates. Or, without --to, one
+            operator with all its options: "copy(mlp=2048, shares=equal)", or several:
+            "chain(copy(mlp=9), stack(layers=(0, 1, 1), branch=zero))".
+        dtype: The type of what is written from a Hugging Face folder. By default that of the folder, and
+            float32 where it has 16 bits.
         seed: Of what is drawn.
         allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
     _allow(allow)
+    if dtype is not None and from_hf is None:
+        raise GrowjaxError("dtype: only with --from-hf; a checkpoint of ours keeps its own")
     if (checkpoint is None) == (from_hf is None):
         raise GrowjaxError("grow: expected one of CHECKPOINT and --from-hf")
     if from_hf is not None:
         from growjax.train.commands import grow_pretrained
 
-        print(grow_pretrained(by or "copy", to, from_hf, out, seed=seed))
+        print(grow_pretrained(by or "copy", to, from_hf, out, seed=seed, dtype=dtype))
         return
     assert checkpoint is not None
     from growjax.runs.checkpoint import read_lineage
@@ -232,7 +239,7 @@ def grow(
 @app.command
 def certify(
     checkpoint: tyro.conf.Positional[Path],
-    to: dict[str, int],
+    to: dict[str, int] = {},  # noqa: B006 (never changed; tyro shows it)
     by: str = "msg",
     seed: int = 0,
     allow: tuple[str, ...] = (),
@@ -242,7 +249,8 @@ def certify(
     Args:
         checkpoint: The folder of a run (its last checkpoint) or of one checkpoint.
         to: Axes and the sizes to reach, such as: --to mlp 2048 embed 384.
-        by: Operators joined by +: msg, copy, zeros for widths, stack for layers.
+        by: Operators joined by +: msg, copy, zeros for widths, stack for layers; or, without --to, one
+            operator with all its options, as for grow.
         seed: Of what is drawn.
         allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """

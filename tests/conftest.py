@@ -95,3 +95,17 @@ def run(tmp_path_factory, programs):
     records = list(train(whole, feed(whole), run=folder, options=options, cache=own))
     programs.update(own)
     return whole, records, folder
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Writes a model of `tests.folders` as a Hugging Face folder; returns the model and the folder."""
+    from growjax import hf
+    from tests.folders import build
+
+    def write(name: str):
+        model = build(name)
+        hf.save(model, tmp_path / name)
+        return model, tmp_path / name
+
+    return write

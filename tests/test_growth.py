@@ -1,6 +1,7 @@
 """Operators as values, lists of source layers, and every trap that exact growth can fall into."""
 
 import json
+import re
 from typing import Any, get_args
 
 import equinox as eqx
@@ -454,3 +455,45 @@ def test_what_no_map_touches_is_not_copied(key):
     arrays = {path for path, slot in gj.axes_of(small).items() if slot.arrays()}
     moved = {slot.path for slot in gj.axes_of(small).having("mlp") if slot.arrays()}
     assert moved and kept == arrays - moved
+
+
+# As text -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        gj.msg(mlp=32, init="zeros", order="interpolate"),
+        gj.copy(mlp=(0, 1, 1), order="random", shares="random", seed=2),
+        gj.stack(layers=(0, 1, 1), branch="split", stream="embed"),
+        gj.stack(layers=4, order="insert", branch="zero"),
+        gj.zeros(heads=8, init="matched"),
+        gj.chain(gj.copy(embed=16), gj.stack(layers=4), gj.zeros(mlp=9)),
+    ],
+)
+def test_an_operator_is_what_it_prints(op):
+    assert gj.growth.parse(str(op)) == op
+
+
+def test_words_need_no_quotes_and_solar_is_a_list():
+    text = " stack(layers=solar(4, dropped=1), branch=zero)\n"
+    assert gj.growth.parse(text) == gj.stack(layers=(0, 1, 2, 1, 2, 3), branch="zero")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("copy(mlp=9", "cannot be read"),
+        ("copy", "expected an operator"),
+        ("solar(4, 1)", "expected an operator"),
+        ("__import__('os')", "expected one of chain, copy"),
+        ("copy.__init__(mlp=9)", "expected numbers, words, tuples and operators"),
+        ("copy(mlp=open('x'))", "expected one of chain"),
+        ("copy(9)", "copy: too many positional arguments"),
+        ("copy(**{'mlp': 9})", "an argument without a name"),
+        ("chain(copy(mlp=9), 3)", "op: expected an operator such as gj.msg"),
+    ],
+)
+def test_a_text_that_is_no_operator_is_refused(text, message):
+    with pytest.raises(GrowthError, match=re.escape(message)):
+        gj.growth.parse(text)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +13,6 @@ import growjax as gj
 from growjax.errors import HuggingFaceError
 from growjax.hf.bert import BERT_
 from tests.folders import MODELS, assert_same, build, rewritten
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """Writes a model of the table and says where."""
-
-    def write(name: str) -> tuple[Any, Path]:
-        model = build(name)
-        gj.hf.save(model, tmp_path / name)
-        return model, tmp_path / name
-
-    return write
 
 
 # There and back ----------------------------------------------------------------------------------
@@ -264,45 +250,6 @@ def test_a_tensor_under_two_spellings_is_not_chosen_from(saved):
         gj.hf.load(folder)
 
 
-_DEFAULT = {"rope_type": "default"}
-ROPES = {
-    "llama": [
-        {"rope_parameters": ..., "rope_theta": 10000.0, "rope_scaling": None},
-        {"rope_parameters": {"rope_theta": 10000.0}, "rope_theta": ..., "rope_scaling": ...},
-        {"rope_parameters": ..., "rope_theta": ..., "rope_scaling": ...},
-        # What is not empty wins, and the same theta may stand in both
-        {"rope_parameters": {"rope_type": "linear", "factor": 3.0}, "rope_scaling": _DEFAULT},
-        {"rope_parameters": _DEFAULT | {"rope_theta": 1e4}, "rope_scaling": {}},
-    ],
-    "llama tied": [{"rope_parameters": ...}, {"rope_theta": ..., "rope_scaling": ...}],
-    "llama scaled": [{"rope_parameters": ...}, {"rope_theta": ..., "rope_scaling": ...}],
-    "llama linear": [
-        {"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2.0}},
-        {"rope_parameters": _DEFAULT, "rope_scaling": {"type": "linear", "factor": 2.0}},
-        {"rope_theta": ..., "rope_scaling": ...},
-    ],
-}
-
-
-def test_a_length_that_is_missing_is_that_of_the_positions(saved):
-    model, folder = saved("llama scaled")
-    block = json.loads((folder / "config.json").read_text())["rope_parameters"]
-    del block["original_max_position_embeddings"]
-    change = {"rope_parameters": block, "rope_scaling": ..., "max_position_embeddings": 64}
-    assert_same(model, gj.hf.load(rewritten(folder, **change)))
-    rewritten(folder, max_position_embeddings=...)
-    assert gj.hf.config(folder).scaling.length == 2048  # what transformers takes
-
-
-@pytest.mark.parametrize("name", ROPES)
-def test_rotary_positions_in_old_and_new_spelling(name, saved):
-    model, folder = saved(name)
-    said = (folder / "config.json").read_text()
-    for change in ROPES[name]:
-        (folder / "config.json").write_text(said)
-        assert_same(model, gj.hf.load(rewritten(folder, **change)))
-
-
 HEADS = {
     "gpt2": ("transformer.wte.weight", "lm_head.weight"),
     "llama tied": ("model.embed_tokens.weight", "lm_head.weight"),
@@ -332,56 +279,6 @@ def test_what_may_be_left_over_is_said(saved):
     ):
         gj.hf.load(folder)
     assert_same(model, gj.hf.load(folder, ignore=["classifier.*"]))
-
-
-@pytest.mark.parametrize("explicit", [True, False, ...])
-@pytest.mark.parametrize(
-    "name, flag", [("t5", True), ("t5", ...)] + [("ul2", f) for f in (True, False, ...)]
-)
-def test_the_head_of_t5_is_tied_by_content_and_scaled_by_flags(name, flag, explicit, saved):
-    _, folder = saved(name)
-    rewritten(folder, tie_word_embeddings=flag, scale_decoder_outputs=explicit)
-    model = gj.hf.load(folder)
-    assert (model.head is None) == (name == "t5")
-    scaled = explicit if explicit is not ... else flag is not False
-    assert (model.output_scale is not None) == scaled
-
-
-def test_what_t5_derives_from_its_projection_wins_where_it_is_in_the_file(saved):
-    _, folder = saved("t5 v1.1")  # gated-gelu
-    for changes, expected in {
-        ("gelu_new", True): ("gelu_tanh", True),
-        ("gelu", True): ("gelu", True),
-        ("relu", ...): ("relu", True),
-        (..., ...): ("gelu_tanh", True),
-    }.items():
-        config = gj.hf.config(rewritten(folder, dense_act_fn=changes[0], is_gated_act=changes[1]))
-        assert (config.activation, config.glu) == expected
-    with pytest.raises(HuggingFaceError, match="wi_0.weight: nothing in this model"):
-        gj.hf.load(rewritten(folder, is_gated_act=False))
-
-
-def test_keys_that_nothing_reads_are_refused_unless_they_are_known_to_change_nothing(saved):
-    model, folder = saved("gpt2")
-    harmless = {"resid_pdrop": 0.5, "task_specific_params": {"text": {}}, "unsloth_fixed": True}
-    assert_same(model, gj.hf.load(rewritten(folder, **harmless, new_norm=None, new_list=[])))
-    for value in (True, False, 0, "rms"):
-        with pytest.raises(HuggingFaceError, match="new_norm: an unknown key"):
-            gj.hf.load(rewritten(folder, new_norm=value))
-    assert_same(model, gj.hf.load(folder, ignore=["new_*"]))
-
-
-def test_spellings_of_one_key_must_agree_and_only_one_is_written(saved, tmp_path):
-    model, folder = saved("gpt2")
-    assert_same(
-        model, gj.hf.load(rewritten(folder, hidden_size=8, n_layer=..., num_hidden_layers=2))
-    )
-    wide = gj.grow(gj.copy(embed=16, heads=4), model)
-    gj.hf.save(wide, tmp_path / "wide", source=folder)
-    assert "hidden_size" not in json.loads((tmp_path / "wide" / "config.json").read_text())
-    assert_same(wide, gj.hf.load(tmp_path / "wide"))
-    with pytest.raises(HuggingFaceError, match="n_embd=8, hidden_size=16 are spellings of one key"):
-        gj.hf.load(rewritten(folder, hidden_size=16))
 
 
 def test_other_names_of_the_embedding_of_t5(saved):
@@ -429,73 +326,3 @@ def test_everything_that_does_not_fit_is_listed_at_once(saved):
         "h.7.ln_1.bias: nothing in this model is called so",
     ):
         assert complaint in str(caught.value)
-
-
-CONFIGS: dict[str, list[tuple[dict[str, Any], str]]] = {
-    "gpt2": [
-        ({"n_layer": 3}, "h.2.attn.c_attn.weight: not in the file"),
-        ({"n_layer": 1}, "h.1.attn.c_attn.weight: nothing in this model"),
-        ({"n_layer": 10**9}, "n_layer: 1000000000 layers, in 28 tensors"),
-        ({"n_embd": -1, "n_head": "two"}, "n_head: expected a positive integer, got 'two'"),
-        ({"n_head": 3}, "8 cannot be divided by 3 heads"),
-        ({"n_embd": 2**40}, "n_embd: expected a positive integer"),
-        ({"activation_function": "mish"}, "activation_function: expected one of gelu"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "only False can be read, got True"),
-        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon: expected a positive number"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config: only None can be read"),
-        ({"model_type": "mamba"}, "model_type: expected one of bert, gpt2, llama, t5, got 'mamba'"),
-        ({"model_type": ["gpt2"]}, "model_type: expected one of bert"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false"),
-        ({"tie_word_embeddings": False}, "lm_head.weight: not in the file"),
-    ],
-    "bert": [
-        ({"position_embedding_type": "relative_key"}, "position_embedding_type: only 'absolute'"),
-        ({"is_decoder": True}, "is_decoder: only False"),
-    ],
-    "llama": [
-        ({"mlp_bias": True}, "mlp_bias: only False"),
-        ({"is_causal": False}, "is_causal: only True can be read, got False"),
-        ({"is_causal": None}, "is_causal: only True can be read, got None"),
-        ({"per_layer_config": {"0": {}}}, "per_layer_config: only None"),
-        (
-            {"rope_scaling": {"rope_type": "default"}, "rope_theta": 10.0},
-            "rope_theta: 10 beside rope_scaling, and 10000.0 in rope_parameters",
-        ),
-        ({"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor: only 1.0"),
-        ({"rope_parameters": {"mscale": 2.0, "beta": 1}}, "rope_parameters.beta: an unknown key"),
-        ({"num_key_value_heads": 3}, "4 cannot be divided by 3"),
-        ({"head_dim": 3}, "head_dim: rotary positions turn pairs"),
-        (
-            {"rope_parameters": {"rope_type": "yarn"}},
-            "rope_type: expected default, linear or llama3",
-        ),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor: expected"),
-        ({"rope_parameters": [1]}, "rope_parameters: expected an object"),
-        (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5}},
-            "partial_rotary_factor: only 1.0",
-        ),
-    ],
-    "t5": [
-        (
-            {"scale_decoder_outputs": None},
-            "scale_decoder_outputs: expected true or false, got None",
-        ),
-        ({"is_encoder_decoder": False}, "is_encoder_decoder: only True"),
-        ({"dense_act_fn": "mish"}, "dense_act_fn: expected one of gelu"),
-        ({"feed_forward_proj": "half-gelu"}, "feed_forward_proj: expected an activation"),
-        ({"relative_attention_num_buckets": 6}, "expected a multiple of 4"),
-        ({"num_decoder_layers": None}, "decoder.block.2.layer.0.SelfAttention.k.weight: nothing"),
-    ],
-}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_that_cannot_be_read_says_why(name, saved):
-    _, folder = saved(name)
-    said = (folder / "config.json").read_text()
-    for change, message in CONFIGS[name]:
-        (folder / "config.json").write_text(said)
-        with pytest.raises(HuggingFaceError) as caught:
-            gj.hf.load(rewritten(folder, **change))
-        assert message in str(caught.value)

@@ -149,7 +149,7 @@ SPOILT: dict[str, tuple[Any, str]] = {
     "a pickle": (_pickle, "pytorch_model.bin is a pickle, which can run code"),
     "a link": (_link, "outside the folder; it is not followed"),
     "a pipe": (_pipe, "expected a file"),
-    "no config": (lambda f: (f / "config.json").unlink(), "there is no such file"),
+    "no config": (lambda f: (f / "config.json").unlink(), "expected config.json, and it is not"),
     "no JSON": (_config("{"), "not readable as JSON"),
     "a list": (_config("[1]"), "expected a JSON object, got a list"),
     "NaN": (_config('{"model_type": NaN}'), "NaN is no number"),

@@ -193,3 +193,52 @@ def test_a_folder_is_grown_into_a_folder_with_a_certificate_and_a_card(tmp_path,
     with pytest.raises(GrowjaxError, match="expected one of CHECKPOINT and --from-hf"):
         app.cli(prog="growjax", args=["grow", "--to", "mlp", "9", "--out", str(tmp_path / "x")])
     assert not (tmp_path / "other").exists()
+
+
+def _grow(tmp_path, *args: str) -> Any:
+    app.cli(prog="growjax", args=["grow", "--from-hf", str(tmp_path / "small"), *args])
+
+
+def test_copies_made_from_a_checkpoint_can_learn_unless_they_are_asked_not_to(tmp_path):
+    gj.hf.save(build("llama"), tmp_path / "small")
+    sizes = ["--to", "embed", "16", "heads", "8", "kv_heads", "4", "mlp", "9"]
+    _grow(tmp_path, *sizes, "--out", str(tmp_path / "free"))
+    record = json.loads((tmp_path / "free" / "certificate.json").read_text())
+    assert set(record["certificate"]["locked"].values()) == {0}
+    assert "Everything that is new can learn" in (tmp_path / "free" / "README.md").read_text()
+    equal = "copy(embed=16, shares=equal)"
+    _grow(tmp_path, "--by", equal, "--out", str(tmp_path / "equal"))
+    card = (tmp_path / "equal" / "README.md").read_text()
+    assert "8 copies along embed move exactly like their source" in card
+
+
+def test_the_command_line_says_every_option_of_every_operator(tmp_path):
+    gj.hf.save(build("llama"), tmp_path / "small")
+    op = gj.chain(
+        gj.copy(mlp=(0, 1, 2, 3, 4, 5, 5), shares="random", seed=3),
+        gj.stack(layers=(0, 1, 1), branch="zero"),
+        gj.zeros(heads=8, init="matched"),
+    )
+    _grow(tmp_path, "--by", str(op), "--out", str(tmp_path / "big"))
+    record = json.loads((tmp_path / "big" / "certificate.json").read_text())
+    assert gj.growth.from_dict(record["operator"]) == op
+    assert gj.sizes(gj.hf.load(tmp_path / "big"))["layers"] == 3
+    with pytest.raises(GrowthError, match="msg leaves gates at 0"):
+        _grow(tmp_path, "--by", "chain(msg(mlp=9))", "--out", str(tmp_path / "other"))
+    with pytest.raises(GrowthError, match="sizes stand in the operator"):
+        _grow(tmp_path, "--by", "copy(mlp=9)", "--to", "mlp", "9", "--out", str(tmp_path / "other"))
+
+
+def test_parameters_of_16_bits_grow_in_float32_and_may_be_stored_in_16(tmp_path):
+    small = build("llama", jnp.bfloat16)
+    gj.hf.save(small, tmp_path / "small")
+    _grow(tmp_path, "--to", "mlp", "9", "--out", str(tmp_path / "wide"))
+    wide = gj.hf.load(tmp_path / "wide")
+    assert wide.blocks.block.mlp.down.dtype == jnp.float32
+    exact = outputs(gj.hf.load(tmp_path / "small", dtype="float32"), batch(small))
+    assert distance(exact, outputs(wide, batch(small)))[1] <= 1e-6
+    half = ["--dtype", "bfloat16", "--out", str(tmp_path / "half")]
+    _grow(tmp_path, "--to", "mlp", "9", *half)
+    assert gj.hf.load(tmp_path / "half").blocks.block.mlp.down.dtype == jnp.bfloat16
+    card = (tmp_path / "half" / "README.md").read_text()
+    assert "stored in bfloat16, which moves outputs by" in card

@@ -35,13 +35,6 @@ class Scored(NamedTuple):
     greedy: bool
 
 
-def kind_of(model: Any) -> Kind:
-    """How a model reads: as a decoder, as an encoder and a decoder, or as an encoder."""
-    if isinstance(model, BERT):
-        return "encoder"
-    return "seq2seq" if reads_pairs(model) else "causal"
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
     """A model and the tokenizer it was trained with, as tasks see them: text in, likelihoods out.

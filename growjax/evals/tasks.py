@@ -15,12 +15,13 @@ from growjax.errors import EvalError, raise_all
 from growjax.evals.files import find, read_text
 from growjax.evals.finetune import Recipe, fine_tune
 from growjax.evals.glue import GLUE, GlueTask, read_task
-from growjax.evals.language import Kind, LanguageModel, bits_per_byte, kind_of, masked_bits
+from growjax.evals.language import LanguageModel, bits_per_byte, masked_bits
 from growjax.evals.metrics import Scores
 from growjax.evals.minimal_pairs import blimp
 from growjax.evals.questions import closed_book, read_questions, read_squad
 from growjax.evals.reasoning import PRIMITIVES, primitives
 from growjax.evals.spans import SpanRecipe, fine_tune_spans
+from growjax.models.protocol import Kind, kind_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,41 +4,74 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from growjax import __version__
 from growjax.axes import sizes
 from growjax.certificate import Certificate
 from growjax.cost import parameters
-from growjax.growth import grow
+from growjax.growth import Chain, Operator
+from growjax.hf.companions import card_metadata
 from growjax.hf.convert import save
 from growjax.values import to_dict
 
 
-def written_by(
-    op: Any,
+def write_grown(
+    op: Operator | Chain,
     model: Any,
+    small: Any,
     certificate: Certificate,
     source: Path,
     out: Path,
     *,
-    key: Any,
     seed: int,
+    rounding: float | None = None,
 ) -> None:
-    """Grow a model and write it as `save` does, with `certificate.json` and `README.md`."""
-    big = grow(op, model, key=key)
+    """Write a grown model as `save` does, with `certificate.json` and `README.md`.
+
+    `rounding` is by how much outputs moved, relative to the largest, when its parameters were cast.
+    """
     record = {"operator": to_dict(op), "seed": seed, "certificate": certificate.to_dict()}
+    table = np.asarray(model.embedding.table)
+    stored = f"Its parameters are stored in {table.dtype}"
+    if rounding is not None:
+        stored += f", which moves outputs by {rounding:.1e} of the largest"
     card = _CARD.format(
+        metadata="".join(f"{key}:{value}\n" for key, value in card_metadata(source).items()),
         source=source.name,
         version=__version__,
         op=op,
         seed=seed,
-        old=f"{parameters(model):,}",
-        new=f"{parameters(big):,}",
-        sizes=", ".join(f"{axis} {size}" for axis, size in sizes(big).items()),
+        old=f"{parameters(small):,}",
+        new=f"{parameters(model):,}",
+        sizes=", ".join(f"{axis} {size}" for axis, size in sizes(model).items()),
         promise=_PROMISES[certificate.exactness],
+        stored=stored,
+        learning=_learning(certificate),
         certificate=certificate,
     )
     more = {"certificate.json": json.dumps(record, indent=2) + "\n", "README.md": card}
-    save(big, out, source=source, more=more)
+    save(model, out, source=source, more=more)
+
+
+def _learning(certificate: Certificate) -> str:
+    """What of the new coordinates training can move, and what it cannot."""
+    faults = []
+    for axis, (_, dead) in certificate.dead.items():
+        if dead:
+            faults.append(
+                f"{dead:.0%} of what is new along {axis} still has no gradient after two steps"
+            )
+    for axis, count in certificate.locked.items():
+        if count:
+            faults.append(
+                f"{count} copies along {axis} move exactly like their source, and never differ from it"
+            )
+    if faults:
+        return f"**Not everything that is new can learn**: {'; '.join(faults)}."
+    return (
+        "Everything that is new can learn: it gets a gradient, and no copy moves like its source."
+    )
 
 
 _PROMISES = {
@@ -47,7 +80,8 @@ _PROMISES = {
     "approximate": "It does **not** compute what the source computes; the certificate has the jump.",
 }
 _CARD = """---
-tags:
+base_model: {source}
+{metadata}tags:
 - growjax
 ---
 
@@ -58,6 +92,7 @@ Made from `{source}` by growjax {version}, without training:
     {op}
 
 with seed {seed}. {promise} It has {new} parameters, the source has {old}. Its sizes are: {sizes}.
+{stored}. {learning}
 
 The certificate, measured on random tokens before it was written (`certificate.json` has it in full):
 

@@ -1,6 +1,8 @@
 """`load` and `save`: the same rows in both directions, and every tensor and every leaf accounted for."""
 
 import fnmatch
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from growjax.axes import Axes, axes_of, put
+from growjax.axes import Axes, axes_of, put, sizes
 from growjax.errors import HuggingFaceError, raise_all
 from growjax.hf.bert import BERT_
+from growjax.hf.companions import copy_companions
 from growjax.hf.family import ConfigFile, Family
 from growjax.hf.files import (
     CONFIG,
     Folder,
     Tensor,
-    copy_companions,
     inside,
     open_folder,
     read_json,
@@ -88,6 +90,18 @@ def config(folder: str | Path) -> Any:
         return _described(found)[-1]
 
 
+def has_halves(folder: str | Path) -> bool:
+    """Whether parameters in a Hugging Face folder are of 16 bits."""
+    with open_folder(folder) as opened:
+        return bool({entry.dtype for entry in opened.tensors.values()} & {"F16", "BF16"})
+
+
+def with_dtype(model: Any, dtype: str) -> Any:
+    """The model with its parameters in another type; epsilons and frequencies stay as they are."""
+    slots = [slot for slot in axes_of(model).of_kind("param") if slot.value is not None]
+    return put(model, {slot.steps: slot.value.astype(dtype) for slot in slots})
+
+
 def _described(
     found: Folder, ignore: Sequence[str] = ()
 ) -> tuple[Family, dict[str, str], Callable[[str, str], bool], Any]:
@@ -115,6 +129,7 @@ def save(
     *,
     source: str | Path | None = None,
     shard: int = 5 * 10**9,
+    keys: Mapping[str, Any] | None = None,
     more: Mapping[str, str] | None = None,
 ) -> None:
     """Write a BERT, GPT, Llama or T5 as a folder that `transformers` loads, with equal outputs.
@@ -123,8 +138,11 @@ def save(
 
     - `folder`: must be empty or not there; it gets its name when it is whole.
     - `source`: the folder that the model came from: its tokenizer is copied, and what its `config.json`
-      says besides sizes (special tokens, dropout rates) is kept.
+      says besides sizes (special tokens, dropout rates) is kept. Its licence and the modules of
+      sentence-transformers are copied too; `auto_map` is not, since its code is not.
     - `shard`: the largest size of a file, in bytes; more than one get an index.
+    - `keys`: of `config.json`, besides those that say what the model computes: special ids, or
+      `max_position_embeddings`, which the rotary positions of a `Llama` do not say.
     - `more`: texts to write beside it, by file name, such as a `README.md`.
 
     A grown model is written as a stock one: open gates, branch multipliers and scales are folded into
@@ -135,12 +153,8 @@ def save(
 
         gj.hf.save(gj.grow(gj.copy(embed=768, heads=24), model), "grown", source="all-MiniLM-L6-v2")
     """
-    matching = [family for family in FAMILIES.values() if family.model is type(model)]
-    if not matching:
-        known = ", ".join(family.model.__name__ for family in FAMILIES.values())
-        raise HuggingFaceError(f"model: expected one of {known}, got a {type(model).__name__}")
-    (family,) = matching
-    model, config = stock(model, family)
+    kept = {} if source is None else read_json(inside(Path(source), CONFIG))
+    family, model, config = _written_as(model, kept.get("model_type"))
     table = axes_of(model)
     prefix = "" if family.architecture(config) == family.base else family.prefix
     tensors: dict[str, Tensor] = {}
@@ -150,10 +164,11 @@ def save(
             for name in row.names(layer)[: None if row.all_names else 1]:
                 tensors[name if name.startswith(family.heads) else prefix + name] = tensor
     dtype = str(np.asarray(model.embedding.table).dtype)
-    kept = {} if source is None else read_json(inside(Path(source), CONFIG))
-    for alias in family.aliases:
-        kept.pop(alias, None)
-    written = family.write(config) | {
+    for stale in (*family.aliases, "auto_map"):  # code that would be read instead of the library's
+        kept.pop(stale, None)
+    if source is None:
+        kept = dict(family.defaults)
+    written = {**(keys or {}), **family.write(config)} | {
         "model_type": family.model_type,
         "architectures": [family.architecture(config)],
         "dtype": dtype,
@@ -163,9 +178,30 @@ def save(
         write_json(partial / CONFIG, kept | written)
         write_weights(partial, tensors, shard)
         if source is not None:
-            copy_companions(Path(source), partial)
+            copy_companions(Path(source), partial, sizes(model)["embed"])
         for name, text in (more or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
+
+
+def _written_as(model: Any, preferred: str | None) -> tuple[Family, Any, Any]:
+    """The first family that can say a model, the model as a stock one of it, and its config.
+
+    Several families may share a class. That of the source comes first; where none can say the model, the
+    reasons of each are given.
+    """
+    matching = [family for family in FAMILIES.values() if family.model is type(model)]
+    if not matching:
+        known = ", ".join(dict.fromkeys(family.model.__name__ for family in FAMILIES.values()))
+        raise HuggingFaceError(f"model: expected one of {known}, got a {type(model).__name__}")
+    errors = []
+    for family in sorted(matching, key=lambda family: family.model_type != preferred):
+        try:
+            return family, *stock(model, family)
+        except HuggingFaceError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    raise HuggingFaceError("\n".join(str(error) for error in errors))
 
 
 def _family_of(folder: Folder) -> Family:
@@ -182,8 +218,9 @@ def _canonical(folder: Folder, family: Family) -> dict[str, str]:
     """The names of a file by how the table spells them."""
     found: dict[str, str] = {}
     twice = []
+    wrapped = _wrapper(folder)
     for name in folder.tensors:
-        ours = name.removeprefix(family.prefix)
+        ours = name.removeprefix(wrapped).removeprefix(family.prefix)
         for old, new in family.renamed.items():
             ours = ours.removesuffix(old) + new if ours.endswith(old) else ours
         if ours in found:
@@ -191,6 +228,22 @@ def _canonical(folder: Folder, family: Family) -> dict[str, str]:
         found[ours] = name
     raise_all(HuggingFaceError, f"{folder.path}: the same tensor twice:", shortened(twice))
     return found
+
+
+def _wrapper(folder: Folder) -> str:
+    """The prefix that wrappers of torch left on every name; a warning says that it is not read."""
+    prefix, names = "", list(folder.tensors)
+    while names and (common := re.match(r"(_orig_mod|module)\.", names[0][len(prefix) :])):
+        prefix += common[0]
+        if not all(name.startswith(prefix) for name in names):
+            return prefix.removesuffix(common[0])
+    if prefix:
+        warnings.warn(
+            f"{folder.path}: every tensor is called {prefix}*, as torch.compile or DataParallel leave "
+            "it; the names are read without that",
+            stacklevel=2,
+        )
+    return prefix
 
 
 def _rows_of(family: Family, config: Any, table: Axes) -> list[Row]:
@@ -248,8 +301,22 @@ def _check_coverage(
     raise_all(
         HuggingFaceError,
         f"{folder.path} does not hold this model, as its config.json describes it:",
-        shortened(sorted(complaints) + sorted(left)),
+        [*shortened(sorted(complaints) + sorted(left)), *_hints(folder, bool(complaints))],
     )
+
+
+def _hints(folder: Folder, incomplete: bool) -> list[str]:
+    """What to do about an architecture whose tensors are not those of the model here."""
+    architectures = folder.config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    if re.search(r"For(Sequence|Token|Question|Multiple)", name):
+        return [f"{name} has a head that is not read; pass ignore=['classifier.*', 'score.*', ...]"]
+    if incomplete and re.search(r"(Encoder)?Model$", name):
+        return [
+            f"{name} has no head, and the model here has one; save it with its head, or, where the head "
+            "is the embedding, set tie_word_embeddings to true"
+        ]
+    return []
 
 
 def _filled(

@@ -144,6 +144,7 @@ class Family:
     - `read`, `write`: config.json to config, given also whether two tensors are the same; and back.
     - `only`: the choices of the config that the family can say. `limits`: what else it cannot, in words.
     - `fixed`: keys of config.json that must have this value if they are there.
+    - `defaults`: keys that are written where no source has them, lest readers take their own.
     - `aliases`: other spellings of keys that are written, which would win over them in transformers.
     - `ignored`: patterns of names that hold nothing to be read. `renamed`: old endings and the new ones.
     - `scale`: what queries are multiplied by, given `head_dim`.
@@ -161,6 +162,9 @@ class Family:
     limits: Callable[[Any], list[str]]
     only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    )
     aliases: tuple[str, ...] = ()
     prefix: str = ""
     heads: tuple[str, ...] = ()

@@ -21,12 +21,6 @@ from growjax.errors import HuggingFaceError, raise_all
 
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# What belongs to a checkpoint besides its weights, and is copied as it is.
-COMPANIONS = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model"),
-    *("chat_template.jinja", "generation_config.json"),
-)
 # Of text that is parsed. The longest header of a published shard is far below.
 _LONGEST = 25_000_000
 _DTYPES: dict[str, Any] = {
@@ -78,6 +72,8 @@ def open_folder(path: str | Path) -> Iterator[Folder]:
             f"{path}: expected a folder with {CONFIG} and {WEIGHTS}, and there is none; "
             "nothing is downloaded (`hf download NAME --local-dir FOLDER` does that)"
         )
+    if not os.path.lexists(path / CONFIG):
+        raise HuggingFaceError(f"{path}: expected {CONFIG}, and it is not there{_other_kind(path)}")
     config = read_json(inside(path, CONFIG))
     folder = Folder(path, config, {})
     with contextlib.ExitStack() as stack:
@@ -114,14 +110,14 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, strictly: no key twice, no NaN; raises `HuggingFaceError` for anything else."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """A JSON object (or list), strictly: no key twice, no NaN; or raises `HuggingFaceError`."""
     if path.stat().st_size > _LONGEST:
         raise HuggingFaceError(f"{path}: {path.stat().st_size:,} bytes are no plausible JSON")
-    return _parsed(path, path.read_bytes())
+    return _parsed(path, path.read_bytes(), kind)
 
 
-def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+def _parsed(path: Path, text: bytes, kind: type = dict) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -139,8 +135,9 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = str(error)[:300] or type(error).__name__
         raise HuggingFaceError(f"{path}: not readable as JSON: {reason}") from error
-    if not isinstance(found, dict):
-        raise HuggingFaceError(f"{path}: expected a JSON object, got a {type(found).__name__}")
+    if not isinstance(found, kind):
+        name = {dict: "object", list: "list"}[kind]
+        raise HuggingFaceError(f"{path}: expected a JSON {name}, got a {type(found).__name__}")
     return found
 
 
@@ -149,15 +146,42 @@ def _weight_files(path: Path) -> list[Path]:
     if os.path.lexists(path / WEIGHTS):
         return [inside(path, WEIGHTS)]
     if not os.path.lexists(path / INDEX):
-        pickled = [p.name for p in sorted(path.glob("*.bin")) + sorted(path.glob("*.pt*"))]
-        hint = (
-            f"; {', '.join(pickled[:3])} is a pickle, which can run code and is never opened: convert it "
-            "once, where you trust it, with transformers' save_pretrained(..., safe_serialization=True)"
-        )
         raise HuggingFaceError(
-            f"{path}: expected {WEIGHTS} or {INDEX}, found neither" + hint * bool(pickled)
+            f"{path}: expected {WEIGHTS} or {INDEX}, found neither{_other_kind(path)}"
         )
     return [inside(path, name) for name in dict.fromkeys(_weight_map(path).values())]
+
+
+def _other_kind(path: Path) -> str:
+    """What a folder without a readable checkpoint holds instead, and what to do about it."""
+
+    def named(*patterns: str) -> str:
+        files = [file.name for pattern in patterns for file in sorted(path.glob(pattern))]
+        return ", ".join(files[:3])
+
+    if named("adapter_config.json", "adapter_model.*"):
+        return (
+            "; it holds an adapter (LoRA), not a model: merge it into its base first, with peft's "
+            "merge_and_unload() and save_pretrained()"
+        )
+    if files := named("*.gguf"):
+        return (
+            f"; {files} is quantised for llama.cpp: take the repository that it was made from, or "
+            "transformers' from_pretrained(..., gguf_file=...) and save_pretrained()"
+        )
+    if files := named(
+        "model.*.safetensors", "diffusion_pytorch_model*", "consolidated*.safetensors"
+    ):
+        return (
+            f"; {files} has another name: a variant such as fp16 is read once it is called {WEIGHTS}, "
+            "weights of another library must be converted to transformers' names first"
+        )
+    if files := named("*.bin", "*.pt*"):
+        return (
+            f"; {files} is a pickle, which can run code and is never opened: convert it once, where you "
+            "trust it, with transformers' save_pretrained(..., safe_serialization=True)"
+        )
+    return ""
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -297,10 +321,3 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard: int) -> No
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON for people as well."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the tokenizer and whatever else belongs to a checkpoint, where it is there."""
-    for name in COMPANIONS:
-        if os.path.lexists(source / name):
-            shutil.copyfile(inside(source, name), folder / name)

@@ -123,6 +123,10 @@ LLAMA = Family(
     config_of=_config_of,
     limits=_limits,
     only={"qk_norm": False},
+    defaults={
+        "max_position_embeddings": 2048,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    },
     aliases=("partial_rotary_factor", "original_max_position_embeddings"),
     fixed={"mlp_bias": False, "is_causal": True, "rope_interleaved": False},
     ignored=("layers.*.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"),

@@ -172,6 +172,9 @@ T5_ = Family(
     write=_write,
     config_of=_config_of,
     limits=_limits,
+    # Of the tokenizers here and of T5 alike
+    defaults={"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0},
+    ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     aliases=("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
     fixed={"is_encoder_decoder": True, "is_decoder": False, "is_causal": True},
     scale=lambda head_dim: 1.0,

@@ -18,7 +18,7 @@ from rich.text import Text
 from growjax import growth
 from growjax.axes import axes_of, sizes
 from growjax.budget import MeasuredClock, Op, Timing, save_clock
-from growjax.certificate import Certificate, certify
+from growjax.certificate import Certificate, call, certify, distance
 from growjax.cost import parameters
 from growjax.errors import (
     BudgetError,
@@ -33,7 +33,8 @@ from growjax.forecast.dryrun import dry_run
 from growjax.forecast.pod import chips, compile_for
 from growjax.gates import is_gated, ungated
 from growjax.growth import Chain, Operator, chain
-from growjax.hf.card import written_by
+from growjax.hf.card import write_grown
+from growjax.hf.convert import has_halves, with_dtype
 from growjax.hf.convert import load as load_folder
 from growjax.models.protocol import kind_of
 from growjax.parallel import Layout
@@ -55,7 +56,8 @@ from growjax.values import from_dict, from_json, to_dict
 OPERATORS = {
     "msg": growth.msg,
     "stack": growth.stack,
-    "copy": growth.copy,
+    # Copies with equal shares get equal gradients for ever
+    "copy": functools.partial(growth.copy, shares="random"),
     "zeros": growth.zeros,
     "expand": functools.partial(growth.stack, order="interleave", branch="zero"),
 }
@@ -253,13 +255,21 @@ def calibrate_plans(
 def operator_of(by: str, to: Mapping[str, int], model: Any) -> Operator | Chain:
     """The operator that a command line names: one family, or some joined by `+`, and sizes to reach.
 
+    Without sizes, `by` is the operator in full, as it prints itself (`growjax.growth.parse`). Copies have
+    random shares unless that says otherwise, so that each can learn something of its own.
+
     Each size goes to the first family named that can grow its axis: `stack` and `expand` (copies whose
     branches are zero) take the stacks of layers of the model (or of its shapes) and no other axis.
 
     **Example**
 
         operator_of("msg+stack", {"mlp": 2048, "layers": 12}, model)
+        operator_of("stack(layers=(0, 1, 1, 2), branch=zero)", {}, model)
     """
+    if "(" in by:
+        if to:
+            raise GrowthError(f"to: sizes stand in the operator {by!r} already; leave them out")
+        return growth.parse(by)
     families = by.split("+")
     unknown = [name for name in families if name not in OPERATORS]
     if unknown or not to:
@@ -323,9 +333,19 @@ def grow_checkpoint(
 
 
 def grow_pretrained(
-    by: str, to: Mapping[str, int], source: str | Path, out: str | Path, *, seed: int = 0
+    by: str,
+    to: Mapping[str, int],
+    source: str | Path,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    dtype: str | None = None,
 ) -> Certificate:
     """Grow a Hugging Face folder into another one, with a certificate and a card that says how.
+
+    `by` and `to` are those of `operator_of`. Parameters of 16 bits grow in float32 and are written so,
+    since the shares of copies are no numbers of theirs; `dtype` writes them in another type, and the card
+    says by how much outputs move then.
 
     Raises `GrowthError` for an operator that leaves gates, which no file there can hold; nothing is
     written then, or if the certificate is not passed (`CheckpointError`).
@@ -333,24 +353,33 @@ def grow_pretrained(
     source, out = Path(source), Path(out)
     if out.exists():
         raise CheckpointError(f"{out}: is there already, and nothing is overwritten")
-    if "msg" in by.split("+"):
+    model = load_folder(source, dtype="float32" if has_halves(source) else None)
+    op = operator_of(by, to, model)
+    if any(isinstance(atom, growth.MSG) for atom in growth.atoms(op)):
         raise GrowthError(
             "by: msg leaves gates at 0, and a stock model has none; use copy or zeros for widths and "
             "expand for layers, or gj.hf.save after the gates were opened in training"
         )
-    model = load_folder(source)
-    op = operator_of(by, to, model)
     certificate = certify_model(op, model, seed=seed)
     if not certificate.passed:
         raise CheckpointError(
             f"{source}: growing it by {op} is not what it promises:\n{certificate}"
         )
-    written_by(op, model, certificate, source, out, key=purpose_key(seed, "grow"), seed=seed)
+    big = growth.grow(op, model, key=purpose_key(seed, "grow"))
+    stored = big if dtype is None else with_dtype(big, dtype)
+    batch = random_batch(model, seed)
+    moved = None if dtype is None else distance(call(big, batch), call(stored, batch))[1]
+    write_grown(op, stored, model, certificate, source, out, seed=seed, rounding=moved)
     return certificate
 
 
 def certify_model(op: Operator | Chain, model: Any, *, seed: int = 0) -> Certificate:
     """The certificate of an operator on a model of ours, on sequences drawn at random."""
+    return certify(op, model, random_batch(model, seed), key=purpose_key(seed, "grow"))
+
+
+def random_batch(model: Any, seed: int) -> Any:
+    """Two random sequences of at most 32 tokens, as the model reads them."""
     known = sizes(model)
     if "vocab" not in known:
         raise GrowthError(
@@ -361,8 +390,7 @@ def certify_model(op: Operator | Chain, model: Any, *, seed: int = 0) -> Certifi
     draw = np.random.default_rng(seed)
     rows = [draw.integers(0, known["vocab"], (2, length)) for _ in range(2)]
     first, second = (jnp.asarray(r, jnp.int32) for r in rows)
-    batch = (first, second) if kind_of(model) == "seq2seq" else first
-    return certify(op, model, batch, key=purpose_key(seed, "grow"))
+    return (first, second) if kind_of(model) == "seq2seq" else first
 
 
 def describe(path: str | Path, console: Console) -> None:

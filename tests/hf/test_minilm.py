@@ -1,6 +1,7 @@
 """A real pre-trained encoder, read, grown, certified, written and read by transformers."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
@@ -47,6 +48,9 @@ def test_a_real_encoder_is_read_and_grown_in_width_to_the_same_function(source, 
     gj.hf.save(wide, tmp_path / "wide", source=source)
     found = outputs(reloaded(tmp_path / "wide"))["hidden"]
     assert np.abs(found - np.tile(theirs, 2)).max() <= 2e-5
+    pooling = json.loads((tmp_path / "wide" / "1_Pooling" / "config.json").read_text())
+    assert pooling["word_embedding_dimension"] == 768
+    assert "modules.json" in {path.name for path in (tmp_path / "wide").iterdir()}
     name = "tokenizer.json"
     assert (tmp_path / "wide" / name).read_bytes() == (source / name).read_bytes()
 

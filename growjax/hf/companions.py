@@ -1,0 +1,82 @@
+"""What belongs to a checkpoint besides its weights: tokenizer, licence, modules that read it."""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from growjax.errors import HuggingFaceError
+from growjax.hf.files import inside, read_json, write_json
+
+
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model"),
+    *("sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"),
+    *("generation_config.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+    *("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "USE_POLICY.md", "NOTICE", "NOTICE.txt"),
+)
+MODULES = "modules.json"
+# Of a model card, what still holds of a model that was made from it.
+_METADATA = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
+
+
+def copy_companions(source: Path, folder: Path, embed: int) -> None:
+    """Copy what belongs to a checkpoint, where it is there.
+
+    `embed` is the width of the model that is written: the modules of sentence-transformers that follow it
+    say it too. Raises `HuggingFaceError` for a module with weights that read another width.
+    """
+    for name in COMPANIONS:
+        if os.path.lexists(source / name):
+            shutil.copyfile(inside(source, name), folder / name)
+    if os.path.lexists(source / MODULES):
+        _copy_modules(source, folder, embed)
+
+
+def _copy_modules(source: Path, folder: Path, embed: int) -> None:
+    path = inside(source, MODULES)
+    for module in read_json(path, list):
+        name = module.get("path") if isinstance(module, dict) else None
+        if not isinstance(name, str):
+            raise HuggingFaceError(f"{path}: expected objects with a path, got {module!r}")
+        if not name:
+            continue  # the model itself
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise HuggingFaceError(f"{path}: {name!r} is not the name of a folder in it")
+        if not os.path.lexists(source / name):
+            continue  # a module without a configuration, such as Normalize
+        if not (source / name).resolve().is_relative_to(source.resolve()):
+            raise HuggingFaceError(f"{source / name}: is a link that leads out of the folder")
+        (folder / name).mkdir()
+        for file in sorted(os.listdir(source / name)):
+            shutil.copyfile(inside(source / name, file), folder / name / file)
+        if (folder / name / "config.json").is_file():
+            _resize(folder / name / "config.json", embed)
+    shutil.copyfile(path, folder / MODULES)
+
+
+def _resize(path: Path, embed: int) -> None:
+    """Bring the width that a module reads up to date."""
+    config = read_json(path)
+    if "word_embedding_dimension" in config:
+        write_json(path, config | {"word_embedding_dimension": embed})
+    if config.get("in_features", embed) != embed:
+        raise HuggingFaceError(
+            f"{path.parent.name}: its weights read {config['in_features']} features, and the model has "
+            f"embed={embed} now; remove it from {MODULES} of the source, and train a new one"
+        )
+
+
+def card_metadata(source: Path) -> Mapping[str, str]:
+    """The licence, language and the like from the front matter of a model card, as text."""
+    if not os.path.lexists(source / "README.md"):
+        return {}
+    text = inside(source, "README.md").read_text(encoding="utf-8", errors="replace")
+    parts = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    # A key with what is indented, or listed, below it
+    entries = re.findall(r"^(\w+):(.*(?:\n(?:[ \t]+|- ).*)*)", parts[1], flags=re.MULTILINE)
+    return {key: value.rstrip() for key, value in entries if key in _METADATA}

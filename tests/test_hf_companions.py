@@ -1,0 +1,180 @@
+"""Folders that hold something else, and what travels with a checkpoint besides its weights."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import growjax as gj
+from growjax.errors import HuggingFaceError
+from growjax.hf import convert
+from growjax.hf.companions import card_metadata
+from growjax.hf.llama import LLAMA
+from tests.folders import assert_same, build, rewritten
+
+
+# Other kinds of folders ---------------------------------------------------------------------------
+
+KINDS = {
+    "adapter": (
+        {"adapter_config.json", "adapter_model.safetensors"},
+        "merge it into its base first",
+    ),
+    "gguf": ({"model-q4.gguf"}, "model-q4.gguf is quantised for llama.cpp"),
+    "pickle": ({"config.json", "pytorch_model.bin"}, "pytorch_model.bin is a pickle"),
+    "variant": ({"config.json", "model.fp16.safetensors"}, "is read once it is called model.safet"),
+    "empty": (set(), "expected config.json, and it is not there"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_of_another_kind_says_what_to_do(kind, tmp_path):
+    names, message = KINDS[kind]
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(HuggingFaceError, match=message):
+        gj.hf.load(tmp_path)
+
+
+def test_prefixes_of_wrappers_are_stripped_with_a_warning(saved):
+    model, folder = saved("gpt2")
+    wrapped = rewritten(folder, lambda t: {f"module._orig_mod.{name}": x for name, x in t.items()})
+    with pytest.warns(UserWarning, match=r"called module\._orig_mod\.\*, as torch.compile"):
+        assert_same(model, gj.hf.load(wrapped))
+    rewritten(folder, lambda t: t | {"module.x": np.ones(3, np.float32)})
+    with pytest.raises(HuggingFaceError, match="nothing in this model is called so"):
+        gj.hf.load(folder)  # not all of them have it: no warning, and nothing is stripped
+
+
+@pytest.mark.parametrize(
+    "name, architecture, missing, message",
+    [
+        ("llama", "LlamaModel", "lm_head", "LlamaModel has no head, and the model here has one"),
+        ("t5", "T5EncoderModel", "decoder", "T5EncoderModel has no head"),
+        ("bert no head", "BertForSequenceClassification", "", "pass ignore=['classifier.*'"),
+        ("bert no head", 7, "", "classifier.weight: nothing in this model"),
+    ],
+)
+def test_a_model_without_the_head_or_with_another_one_says_what_to_do(
+    name, architecture, missing, message, saved
+):
+    _, folder = saved(name)
+
+    def behead(tensors):
+        other = {} if missing else {"classifier.weight": np.ones((3, 8), np.float32)}
+        return {k: x for k, x in tensors.items() if not missing or missing not in k} | other
+
+    named = [architecture] if isinstance(architecture, str) else architecture
+    with pytest.raises(HuggingFaceError, match=re.escape(message)):
+        gj.hf.load(rewritten(folder, behead, architectures=named))
+
+
+def test_the_relative_bias_that_old_t5_files_have_and_nothing_reads(saved):
+    model, folder = saved("t5")
+    name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    old = rewritten(folder, lambda t: t | {name: np.ones((32, 2), np.float32)})
+    assert_same(model, gj.hf.load(old))
+
+
+# What belongs to a checkpoint ---------------------------------------------------------------------
+
+
+def _with_modules(folder: Path, *, features: int = 8, path: str = "1_Pooling") -> Path:
+    modules = [{"path": ""}, {"path": path}, {"path": "2_Normalize"}, {"path": "3_Dense"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for name, config in {
+        "1_Pooling": {"word_embedding_dimension": 8, "pooling_mode": "mean"},
+        "3_Dense": {"in_features": features, "out_features": 4},
+    }.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+    (folder / "LICENSE").write_text("Apache")
+    return folder
+
+
+def test_modules_of_sentence_transformers_follow_the_width(saved, tmp_path):
+    model, folder = saved("bert no head")
+    wide = gj.grow(gj.copy(embed=16, heads=4), model)
+    gj.hf.save(wide, tmp_path / "wide", source=_with_modules(folder, features=16))
+    pooling = json.loads((tmp_path / "wide" / "1_Pooling" / "config.json").read_text())
+    assert pooling == {"word_embedding_dimension": 16, "pooling_mode": "mean"}
+    assert (tmp_path / "wide" / "3_Dense" / "config.json").is_file()
+    assert (tmp_path / "wide" / "LICENSE").read_text() == "Apache"
+    assert len(json.loads((tmp_path / "wide" / "modules.json").read_text())) == 4
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"features": 8}, "3_Dense: its weights read 8 features, and the model has embed=16"),
+        ({"features": 16, "path": "../other"}, "is not the name of a folder in it"),
+        ({"features": 16, "path": 3}, "expected objects with a path"),
+    ],
+)
+def test_modules_that_do_not_fit_are_refused(changes, message, saved, tmp_path):
+    model, folder = saved("bert no head")
+    wide = gj.grow(gj.copy(embed=16, heads=4), model)
+    with pytest.raises(HuggingFaceError, match=message):
+        gj.hf.save(wide, tmp_path / "wide", source=_with_modules(folder, **changes))
+    assert not (tmp_path / "wide").exists()
+
+
+def test_a_module_that_is_a_link_out_of_the_folder_is_refused(saved, tmp_path):
+    model, folder = saved("bert no head")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    (folder / "modules.json").write_text('[{"path": "1_Pooling"}]')
+    with pytest.raises(HuggingFaceError, match="a link that leads out of the folder"):
+        gj.hf.save(model, tmp_path / "again", source=folder)
+
+
+def test_code_that_is_not_copied_is_not_named(saved, tmp_path):
+    model, folder = saved("gpt2")
+    rewritten(folder, auto_map={"AutoModel": "modeling_own.Own"})
+    gj.hf.save(model, tmp_path / "again", source=folder)
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_without_a_source_no_reader_takes_special_ids_of_its_own(tmp_path):
+    for name in ("gpt2", "llama", "bert"):
+        gj.hf.save(build(name), tmp_path / name, keys={"eos_token_id": 3})
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (None, 3)
+    longer = {"max_position_embeddings": 512, "hidden_size": 99}
+    gj.hf.save(build("llama"), tmp_path / "longer", keys=longer)
+    config = json.loads((tmp_path / "longer" / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["hidden_size"]) == (512, 8)
+
+
+def test_families_that_share_a_class_are_told_apart_by_what_a_model_is(tmp_path, monkeypatch):
+    other = dataclasses.replace(LLAMA, model_type="normed", only={"qk_norm": True}, limits=_none)
+    monkeypatch.setitem(convert.FAMILIES, "normed", other)
+    for qk_norm, expected in {False: "llama", True: "normed"}.items():
+        gj.hf.save(build("llama", qk_norm=qk_norm), tmp_path / expected)
+        config = json.loads((tmp_path / expected / "config.json").read_text())
+        assert config["model_type"] == expected
+    twin = dataclasses.replace(LLAMA, model_type="twin")
+    monkeypatch.setitem(convert.FAMILIES, "twin", twin)
+    rewritten(tmp_path / "llama", model_type="twin")
+    gj.hf.save(build("llama"), tmp_path / "twin", source=tmp_path / "llama")
+    assert json.loads((tmp_path / "twin" / "config.json").read_text())["model_type"] == "twin"
+    wrong = gj.grow(gj.copy(head_dim=8), build("llama"))
+    with pytest.raises(HuggingFaceError, match="as llama:(.|\n)*as normed:(.|\n)*as twin:"):
+        gj.hf.save(wrong, tmp_path / "wrong")
+
+
+def _none(config) -> list[str]:
+    return []
+
+
+def test_a_card_keeps_licence_and_language_and_names_its_base(saved, tmp_path):
+    _, folder = saved("gpt2")
+    front = "license: apache-2.0\nlanguage:\n- en\n- de\ntags:\n- old\n"
+    (folder / "README.md").write_text(f"---\n{front}---\n\nlicense: none\n")
+    metadata = card_metadata(folder)
+    assert metadata == {"license": " apache-2.0", "language": "\n- en\n- de"}
+    (folder / "README.md").write_text("# No front matter\n\n---\nlicense: none\n---\n")
+    assert card_metadata(folder) == {}
