@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from growjax.axes import Slot, axes_of, find, get, put
@@ -311,6 +312,8 @@ def keep_programs(default: Path, requested: str = "") -> Path | None:
     None if programs are not kept. Several processes of CPUs keep none: loading such a program ends them
     (JAX 0.10).
     """
+    # JAX decides with the first program, and would not look at the settings again
+    compilation_cache.reset_cache()
     if requested == "none" or (jax.process_count() > 1 and jax.default_backend() == "cpu"):
         jax.config.update("jax_enable_compilation_cache", False)
         return None

@@ -1,5 +1,7 @@
 """What `growjax train` compiles is there for the next session."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -35,6 +37,7 @@ def compile_one() -> None:
 
 
 def test_programs_are_kept_by_default_however_small(tmp_path):
+    compile_one()  # as hosts do when they meet, before anybody named a folder
     assert keep_programs(tmp_path / "default") == tmp_path / "default"
     compile_one()
     files = {path.name for path in (tmp_path / "default").iterdir()}
@@ -55,7 +58,11 @@ def test_a_folder_that_was_named_wins(tmp_path):
 def test_none_are_kept_where_that_is_asked_or_where_loading_them_fails(
     processes, requested, tmp_path, monkeypatch
 ):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "told"))
+    compile_one()
+    before = list((tmp_path / "told").iterdir())
+    shutil.rmtree(tmp_path / "told")
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     assert keep_programs(tmp_path / "default", requested) is None
     compile_one()
-    assert not (tmp_path / "default").exists()
+    assert before == [] and not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ anybody rents one. What cannot be known is how fast a step really is.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -253,10 +255,23 @@ def compile_for(
     memory = GENERATIONS[target.partition(":")[0]].memory
     wanted = range(len(plan.spans)) if stages is None else stages
     todo = [n for i in wanted for n in needs(plan.spans[i], first=False)]
-    with concurrent.futures.ThreadPoolExecutor(workers, "compile") as pool:
+    with _uncached(), concurrent.futures.ThreadPoolExecutor(workers, "compile") as pool:
         found = tuple(pool.map(lambda need: _compile(plan, programs, need, reference), todo))
     refusals = list(_refusals(plan, mesh.size, memory, todo, found))
     return Target(plan.name, target, mesh.size, memory, found, tuple(refusals))
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without JAX's persistent cache: no program for chips that are not here can be loaded from it."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # or JAX does not look at the setting again
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _compile(plan: Plan, programs: Programs, need: Need, reference: Any) -> Compiled:

@@ -137,6 +137,18 @@ def test_activations_are_not_sent_around():
     assert shared.collectives["all-to-all"] == 0
 
 
+def test_what_is_compiled_is_not_kept(tmp_path):
+    """A program for chips that are not here cannot be loaded: JAX would warn, and compile it anew."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        for _ in range(2):
+            assert compile_for(plan(steps(4, "small")), "v5e:4x4").refusals == ()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert not list(tmp_path.iterdir()) and jax.config.jax_enable_compilation_cache
+
+
 def test_replicas_add_up_and_do_nothing_else():
     found = compile_for(plan(steps(4, "small"), layout=Layout(step="shard_map")), "v5e:4x4")
     step = by_name(found)[0, "step"].collectives
