@@ -150,7 +150,7 @@ def certify(
     leaves = [x for x in jax.tree.leaves(model) if eqx.is_inexact_array(x)]
     double = all(x.dtype == jnp.float64 for x in leaves)
     forward_lines = (exact,)
-    with jax.enable_x64(double or jax.config.jax_enable_x64):
+    with jax.enable_x64(double or jax.config.jax_enable_x64):  # type: ignore[attr-defined]
         poison = _poison(op, model, batch, programs)
         if not double:
             models = model, _grown(op, model, key), permuted
@@ -171,7 +171,7 @@ def certify(
 
 # A certificate's programs run a few times each: most of the time would go to optimising them. Matrix
 # products are library calls either way.
-_jit = functools.partial(
+_jit: Any = functools.partial(
     eqx.filter_jit,
     compiler_options={
         "xla_backend_optimization_level": 0,

@@ -142,7 +142,8 @@ def test_a_plan_comes_from_json_or_python_and_may_be_changed(tmp_path):
         assert read_plan(tmp_path / name) == every_kind()
     changes = ["batch=2", "rate.peak=1e-3", "model.dtype=bfloat16", "stages.1.ramp=3"]
     changed = read_plan(tmp_path / "plan.json", changes)
-    assert (changed.batch, changed.rate.peak, changed.model.dtype) == (2, 1e-3, "bfloat16")
+    model: Any = changed.model
+    assert (changed.batch, changed.rate.peak, model.dtype) == (2, 1e-3, "bfloat16")
     assert changed.stages[1].ramp == 3
 
 

@@ -188,7 +188,8 @@ def test_losses_along_shorter_paths_are_looked_at_in_every_stage_of_raptr(texts)
     cell = cells("raptr", "smoke", "bert")["raptr"]
     cuts = [stage["start"] / cell.plan.cost for stage in study._stages(cell.plan)]
     assert [sum(cut < share for cut in cuts) for share in (*cell.midway, 1.0)] == [1, 2, 3, 4]
-    small = dataclasses.replace(cell.plan.model, layers=2).build(jax.random.key(0))
+    config: Any = cell.plan.model
+    small = dataclasses.replace(config, layers=2).build(jax.random.key(0))
     assert cell.after and list(cell.after(cell.plan, small, texts)["by_length"]) == ["2"]
 
 

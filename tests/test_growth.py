@@ -193,7 +193,7 @@ def test_an_operator_prints_as_it_is_written(op):
 
 
 def test_a_callable_is_saved_if_an_import_leads_to_it():
-    local = gj.chain(gj.msg(mlp=8), gj.zeros(mlp=9, init=lambda key, shape, dtype: shape))
+    local = gj.chain(gj.msg(mlp=8), gj.zeros(mlp=9, init=lambda key, shape, dtype: jnp.ones(shape)))
     with pytest.raises(
         FormatError, match=r"operators\[1\].init: .*no import leads to this function"
     ):

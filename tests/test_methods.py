@@ -20,6 +20,7 @@ from growjax.models import T5Config
 from growjax.plan.losses import drawn_loss
 from growjax.plan.optimizer import Optimizer, Rule
 from growjax.plan.stages import Work, step_flops
+from growjax.programs.ahead import Ahead
 from growjax.select import RhoLoss, SelectiveBackprop
 from growjax.train import Options, Schedule, Stage, cross_entropy, train
 from tests.runs import BATCH, LENGTH, SMALL, feed, losses, plan, programs_of, same, steps, weights
@@ -277,7 +278,7 @@ def test_drawn_labels_are_the_models_own():
 def test_what_becomes_of_the_optimizer(carried, programs):
     """Copied layers keep their moments, start again alone, or everything starts again."""
     made = plan(steps(3), steps(1, grow=gj.stack(layers=4), carry=carried))
-    ahead = gj.train.transition.Ahead(made, programs_of(made), background=False)
+    ahead = Ahead(made, programs_of(made), background=False)
     state = ahead.get(("birth", 0, None))(np.int32(0))
     ones = state._replace(optimizer=jax.tree.map(jnp.ones_like, state.optimizer))
     grown = ahead.get(("grow", 1, None))(ones, np.int32(0))

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,9 +62,9 @@ def run() -> dict:
         sys.exit("mfu: no setting ran, for the reasons above")
     best = max(found, key=lambda name: found[name][0])
     mfu, plan = found[best]
-    half = dataclasses.replace(
-        plan, model=dataclasses.replace(config, remat=plan.model.remat, layers=config.layers // 2)
-    )
+    chosen: Any = plan.model
+    smaller = dataclasses.replace(config, remat=chosen.remat, layers=config.layers // 2)
+    half = dataclasses.replace(plan, model=smaller)
     (flops, seconds), (fewer, sooner) = _timed(plan), _timed(half)
     layers = 2 * (seconds - sooner)
     return {

@@ -68,7 +68,7 @@ def _einsum(queries, keys, values, mask, bias):
     scores = jnp.einsum("kgtd,ksd->kgts", queries, keys).astype(_wide(queries))
     if bias is not None:
         some = bias(rows, columns) if callable(bias) else bias
-        scores = scores + some.astype(scores.dtype)
+        scores = scores + jnp.asarray(some, scores.dtype)
     seen = mask.tile(rows, columns, whole=True)
     if seen is not None:
         scores = jnp.where(seen, scores, _unseen(scores))
