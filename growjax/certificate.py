@@ -171,13 +171,13 @@ def certify(
 
 # A certificate's programs run a few times each: most of the time would go to optimising them. Matrix
 # products are library calls either way.
-_jit: Any = functools.partial(
-    eqx.filter_jit,
-    compiler_options={
+_QUICK: Any = {
+    "compiler_options": {
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": True,
-    },
-)
+    }
+}
+_jit: Any = functools.partial(eqx.filter_jit, **_QUICK)
 
 
 class _Observation(NamedTuple):

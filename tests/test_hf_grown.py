@@ -19,6 +19,7 @@ from growjax.errors import (
     GrowthError,
     HuggingFaceError,
 )
+from growjax.values import from_dict
 from tests.folders import batch, build, outputs
 
 
@@ -221,7 +222,7 @@ def test_the_command_line_says_every_option_of_every_operator(tmp_path):
     )
     _grow(tmp_path, "--by", str(op), "--out", str(tmp_path / "big"))
     record = json.loads((tmp_path / "big" / "certificate.json").read_text())
-    assert gj.values.from_dict(record["operator"], gj.Operator) == op
+    assert from_dict(record["operator"]) == op
     assert gj.sizes(gj.hf.load(tmp_path / "big"))["layers"] == 3
     with pytest.raises(GrowthError, match="msg leaves gates at 0"):
         _grow(tmp_path, "--by", "chain(msg(mlp=9))", "--out", str(tmp_path / "other"))

@@ -4,7 +4,6 @@ from growjax.growth.copying import copy as copy
 from growjax.growth.depth import solar as solar
 from growjax.growth.depth import sources as sources
 from growjax.growth.depth import stack as stack
-from growjax.growth.masked import MSG as MSG
 from growjax.growth.masked import msg as msg
 from growjax.growth.operator import Chain as Chain
 from growjax.growth.operator import Exactness as Exactness

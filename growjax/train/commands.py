@@ -33,6 +33,7 @@ from growjax.forecast.dryrun import dry_run
 from growjax.forecast.pod import chips, compile_for
 from growjax.gates import is_gated, ungated
 from growjax.growth import Chain, Operator, chain
+from growjax.growth.masked import MSG
 from growjax.hf.card import write_grown
 from growjax.hf.convert import has_halves, with_dtype
 from growjax.hf.convert import load as load_folder
@@ -355,7 +356,7 @@ def grow_pretrained(
         raise CheckpointError(f"{out}: is there already, and nothing is overwritten")
     model = load_folder(source, dtype="float32" if has_halves(source) else None)
     op = operator_of(by, to, model)
-    if any(isinstance(atom, growth.MSG) for atom in growth.atoms(op)):
+    if any(isinstance(atom, MSG) for atom in growth.atoms(op)):
         raise GrowthError(
             "by: msg leaves gates at 0, and a stock model has none; use copy or zeros for widths and "
             "expand for layers, or gj.hf.save after the gates were opened in training"
