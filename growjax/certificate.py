@@ -12,9 +12,8 @@ Four questions, each answered by computation:
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -150,7 +149,7 @@ def certify(
     leaves = [x for x in jax.tree.leaves(model) if eqx.is_inexact_array(x)]
     double = all(x.dtype == jnp.float64 for x in leaves)
     forward_lines = (exact,)
-    with jax.enable_x64(double or jax.config.jax_enable_x64):  # type: ignore[attr-defined]
+    with jax.enable_x64(double or jax.config.read("jax_enable_x64")):
         poison = _poison(op, model, batch, programs)
         if not double:
             models = model, _grown(op, model, key), permuted
@@ -169,15 +168,17 @@ def certify(
     )
 
 
-# A certificate's programs run a few times each: most of the time would go to optimising them. Matrix
-# products are library calls either way.
-_QUICK: Any = {
-    "compiler_options": {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    }
-}
-_jit: Any = functools.partial(eqx.filter_jit, **_QUICK)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _jit(function: _Function) -> _Function:
+    """`eqx.filter_jit` without costly optimisations: a certificate's programs run a few times each.
+
+    Matrix products are library calls either way.
+    """
+    cheap = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    jit: Any = eqx.filter_jit
+    return jit(function, compiler_options=cheap)
 
 
 class _Observation(NamedTuple):

@@ -317,9 +317,9 @@ def keep_programs(default: Path, requested: str = "") -> Path | None:
     if requested == "none" or (jax.process_count() > 1 and jax.default_backend() == "cpu"):
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if not requested and given:
-        return Path(given)
+    told = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if not requested and told:
+        return Path(told)
     folder = Path(requested) if requested else default
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # By default JAX keeps what took a second or more: a toy plan has none, and waits for fifty

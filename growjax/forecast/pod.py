@@ -264,7 +264,7 @@ def compile_for(
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
     """Without JAX's persistent cache: no program for chips that are not here can be loaded from it."""
-    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    before = getattr(jax.config, "jax_enable_compilation_cache", None)
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # or JAX does not look at the setting again
     try:

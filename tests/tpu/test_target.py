@@ -139,15 +139,16 @@ def test_activations_are_not_sent_around():
 
 def test_what_is_compiled_is_not_kept(tmp_path):
     """A program for chips that are not here cannot be loaded: JAX would warn, and compile it anew."""
-    config: Any = jax.config
-    before = config.jax_compilation_cache_dir
+    before = getattr(jax.config, "jax_compilation_cache_dir", None)
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     try:
         for _ in range(2):
             assert compile_for(plan(steps(4, "small")), "v5e:4x4").refusals == ()
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-    assert not list(tmp_path.iterdir()) and config.jax_enable_compilation_cache
+    assert not list(tmp_path.iterdir()) and getattr(
+        jax.config, "jax_enable_compilation_cache", None
+    )
 
 
 def test_replicas_add_up_and_do_nothing_else():
