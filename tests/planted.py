@@ -218,37 +218,37 @@ TABLE = """
 @ growth on an axis that is still ramping | maps.py | bad_input | ramping
 - [slot.path for slot in mine if slot.value is not None]
 + []
-@ a path in the order of drawing | subnet.py | subnet | path_ascends
+@ a path in the order of drawing | subnet/paths.py | subnet | path_ascends
 - return jnp.sort(path)
 + return path
-@ a path without its fixed layers | subnet.py | subnet | path_ascends
+@ a path without its fixed layers | subnet/paths.py | subnet | path_ascends
 - kept = tuple(sorted({i % layers for i in self.keep})) if not bad else ()
 + kept = ()
-@ fixed layers count as drawn ones | subnet.py | subnet | bernoulli_path
+@ fixed layers count as drawn ones | subnet/paths.py | subnet | bernoulli_path
 - (self.length - fixed) / (layers - fixed)
 + self.length / layers
-@ gaps to the layer before | subnet.py | subnet | those_of_the_table
+@ gaps to the layer before | subnet/paths.py | subnet | those_of_the_table
 - gaps = jnp.diff(path, append=layers)
 + gaps = jnp.diff(path, prepend=-1)
-@ the root of the gap forgotten | subnet.py | subnet | add_up_to_the_depth
+@ the root of the gap forgotten | subnet/paths.py | subnet | add_up_to_the_depth
 - "sqrt_gap": lambda: jnp.sqrt(gaps)
 + "sqrt_gap": lambda: gaps
-@ every step draws the same path | subnet.py | subnet | function_of_seed_and_step
+@ every step draws the same path | subnet/base.py | subnet | function_of_seed_and_step
 - jax.random.fold_in(fold_in_name(jax.random.key(seed), "subnet"), step)
 + jax.random.fold_in(fold_in_name(jax.random.key(seed), "subnet"), 0)
-@ the deepest layer is never dropped most | subnet.py | subnet | follows_its_formulas
+@ the deepest layer is never dropped most | subnet/drops.py | subnet | follows_its_formulas
 - return 1 - jnp.arange(1, layers + 1) / layers
 + return 1 - jnp.arange(layers) / layers
-@ kept branches multiplied by p | subnet.py | subnet | one_over_p
+@ kept branches multiplied by p | subnet/drops.py | subnet | one_over_p
 - return 1 / self.chances(on.shape[0], step) if self.inverse else None
 + return self.chances(on.shape[0], step) if self.inverse else None
-@ warm-up on top of the steps | subnet.py | subnet | shares_out_its_steps
+@ warm-up on top of the steps | subnet/paths.py | subnet | shares_out_its_steps
 - np.round((steps - warmup) * np.cumsum(weights) / weights.sum())
 + np.round(steps * np.cumsum(weights) / weights.sum())
-@ the same units in every layer | subnet.py | subnet | units_differ
+@ the same units in every layer | subnet/parts.py | subnet | units_differ
 - jax.vmap(draw)(jax.random.split(key, axes.size(stacks.pop())))
 + jnp.tile(draw(key), (axes.size(stacks.pop()), 1))
-@ units scaled down | subnet.py | subnet | part_of_a_path
+@ units scaled down | subnet/parts.py | subnet | part_of_a_path
 - "linear": size / count
 + "linear": count / size
 @ ages not reset | optim/age.py | optim | fresh_run
@@ -308,7 +308,7 @@ TABLE = """
 @ layers that did not run decay | optim/freezing.py | freeze | bitwise
 - return _rows(running, updates, still), jax.tree_util.tree_unflatten(structure, kept)
 + return updates, jax.tree_util.tree_unflatten(structure, kept)
-@ coins are all heads | subnet.py | freeze | with_a_gradient
+@ coins are all heads | subnet/base.py | freeze | with_a_gradient
 - found[move.axis] = chosen if move.active is None else move.active
 + found[move.axis] = chosen
 @ moments without a layer are left to chance | optim/freezing.py | freeze | refused
@@ -372,10 +372,10 @@ TABLE = """
 @ updates go up the gradient | optim/rules.py | train | norms_are
 - u * -jnp.asarray(rate, u.dtype)
 + u * jnp.asarray(rate, u.dtype)
-@ lengths drawn by chance once and for all | subnet.py | plan | do_alone
-- return step + 1 if by_chance else math.inf
+@ lengths drawn by chance once and for all | subnet/paths.py | plan | do_alone
+- return math.inf if certain else step + 1
 + return math.inf
-@ paths past the end of their stage | subnet.py | plan | do_alone
+@ paths past the end of their stage | subnet/paths.py | plan | do_alone
 - return min(stage.path.steady(step), stage.stop)
 + return stage.path.steady(step)
 """

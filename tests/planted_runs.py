@@ -74,10 +74,7 @@ TABLE = """
 @ the frontier is read without the logarithm | budget/envelope.py | frontier | logarithm
 - parts += [_crossing(ends, losses, log=True)] if ends else []
 + parts += [_crossing(ends, losses)] if ends else []
-@ naive and honest are the same | budget/paired.py | paired | decayed_ends
-- on_way = _arrival(base[budgets[-1], s].curve, score, first=True)
-+ on_way = _arrival(base[budgets[0], s].curve, score, first=True)
-@ nobody waits for a block of steps | train/calibration.py | calibration | waited_for
+@ nobody waits for a block of steps | forecast/calibration.py | calibration | waited_for
 >>>>>>> 8052b76 (Hold arms against the frontier of all that was run of a baseline)
 - jax.block_until_ready(done)
 -     return time.perf_counter_ns() - start
