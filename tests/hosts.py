@@ -1,6 +1,7 @@
 """Programs that tests start in processes of their own: they need other devices than the tests have.
 
 python -m tests.hosts layouts FOLDER              8 devices in one process
+python -m tests.hosts own                         the same, with models that growjax did not write
 python -m tests.hosts rank FOLDER RANK PORT WHAT  one of two processes, one device each
 python -m tests.hosts start FOLDER                one process that starts from what the two made
 """
@@ -25,6 +26,7 @@ from growjax.programs.ahead import lower
 from growjax.programs.step import Programs, checksums
 from growjax.runs.checkpoint import load, numbered
 from growjax.train import End, Layout, Options, Plan, Start, Step, cross_entropy, train
+from tests import own
 from tests.runs import feed, plan, steps
 
 
@@ -77,6 +79,27 @@ def layouts(folder: Path) -> None:
     specs = {str(sharding.spec) for sharding in jax.tree.leaves(born)}
     said = {"losses": found, "specs": sorted(specs), "grown": grown}
     print(json.dumps(said | {"devices": parallel.self_test()}))
+
+
+def own_models() -> None:
+    """The losses of models that growjax did not write, under every layout."""
+    devices = jax.devices()
+    ways = {
+        "one": (Layout(), 1),
+        "two": (Layout(), 2),
+        "replicas": (Layout(step="shard_map"), 8),
+        "fsdp": (Layout(fsdp=8), 8),
+        "both": (Layout(fsdp=2, tensor=2), 8),
+    }
+    plans = {"declared": own.mixed, "annotated": own.annotated, "a dict": own.mapping}
+    found = {
+        name: {
+            way: losses(make(layout=layout, batch=8), devices=devices[:n])
+            for way, (layout, n) in ways.items()
+        }
+        for name, make in plans.items()
+    }
+    print(json.dumps(found))
 
 
 def regrown(checkpoint: Path) -> dict[str, dict[str, int]]:
@@ -166,10 +189,12 @@ def stopped(folder: Path, index: int, what: str) -> None:
 
 
 if __name__ == "__main__":
-    command, where, *rest = sys.argv[1:]
-    if command == "layouts":
+    command, where, *rest = [*sys.argv[1:], "."]
+    if command == "own":
+        own_models()
+    elif command == "layouts":
         layouts(Path(where))
     elif command == "start":
         print(json.dumps(started(Path(where), Layout())))
     else:
-        rank(Path(where), int(rest[0]), *rest[1:])
+        rank(Path(where), int(rest[0]), *rest[1:-1])

@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import growjax as gj
+from growjax import models
 from growjax.budget import Clock
 from growjax.data import Document
 from growjax.nn import Stacked
 from growjax.plan.schedule import Rate
 from growjax.select import Selector
+from growjax.train import Stage
+from tests.runs import plan, steps
 
 
 def twos(key, shape, dtype):
@@ -222,3 +225,52 @@ def apply_loss(model, example):
     logs = jax.nn.log_softmax(apply(model.model, example["tokens"]))
     chosen = jnp.take_along_axis(logs, example["targets"][:, None], axis=-1)[:, 0]
     return -0.95 * chosen - 0.05 * logs.mean(-1), example["weights"]
+
+
+# Plans ---------------------------------------------------------------------------------------------
+
+
+def mixed(**changes):
+    """Every kind of stage: gates that open, layers on top, and paths through them."""
+    return plan(
+        steps(2, "small"),
+        steps(4, "wide", grow=gj.msg(hidden=24), ramp=2),
+        Stage("deep", grow=gj.stack(layers=4), subnet=gj.path_schedule((3, 4), layers=4, steps=4)),
+        **{"model": models.Model("tests.own:mixer", {"layers": 2, "width": 16}), **changes},
+    )
+
+
+def annotated(**changes):
+    return plan(
+        steps(2, "small"),
+        steps(4, "wide", grow=gj.copy(hidden=24, shares="random")),
+        **{"model": models.Model(linears, {"width": 8, "hidden": 16}), **changes},
+    )
+
+
+def mapping(**changes):
+    return plan(
+        steps(2, "small"),
+        steps(4, "wide", grow=gj.zeros(hidden=24)),
+        **{
+            "model": models.Model("tests.own:parameters", {"width": 8, "hidden": 16}),
+            "loss": apply_loss,
+            **changes,
+        },
+    )
+
+
+def everything(**changes):
+    """A plan in which next to nothing is growjax's own."""
+    return plan(
+        steps(6, "reversed", objective=Causal(8)),
+        steps(3, "chosen", grow=Stack(2), select=Hardest()),
+        steps(3, "half", subnet=EveryOther(), grow=gj.msg(hidden=24, init=twos), ramp=2),
+        **{
+            "model": models.Model("tests.own:mixer", {"layers": 2, "width": 16}),
+            "clock": Rows(),
+            "data": Counting(),
+            "rate": Steps(1e-2, (0.3, 0.7)),
+            **changes,
+        },
+    )

@@ -1,7 +1,13 @@
 """The trainer's own suite, for models that growjax did not write: what holds for a GPT holds for them."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,46 +23,18 @@ from growjax.evals import LanguageModel, generate
 from growjax.forecast.dryrun import dry_run
 from growjax.models import Model
 from growjax.report.runs import write_report
+from growjax.runs.checkpoint import read_lineage
 from growjax.runs.lineage import load_model
-from growjax.train import Growth, Options, Stage, Step
+from growjax.train import Growth, Options, Step
 from tests import own
-from tests.runs import feed, losses, plan, same, steps
+from tests.runs import feed, losses, same
 
 
 train: Any = trainer.train
+ROOT = Path(gj.__file__).parents[1]
 
 
-def mixed(**changes):
-    """Every kind of stage: gates that open, layers on top, and paths through them."""
-    return plan(
-        steps(2, "small"),
-        steps(4, "wide", grow=gj.msg(hidden=24), ramp=2),
-        Stage("deep", grow=gj.stack(layers=4), subnet=gj.path_schedule((3, 4), layers=4, steps=4)),
-        **{"model": Model("tests.own:mixer", {"layers": 2, "width": 16}), **changes},
-    )
-
-
-def annotated(**changes):
-    return plan(
-        steps(2, "small"),
-        steps(4, "wide", grow=gj.copy(hidden=24, shares="random")),
-        **{"model": Model(own.linears, {"width": 8, "hidden": 16}), **changes},
-    )
-
-
-def mapping(**changes):
-    return plan(
-        steps(2, "small"),
-        steps(4, "wide", grow=gj.zeros(hidden=24)),
-        **{
-            "model": Model("tests.own:parameters", {"width": 8, "hidden": 16}),
-            "loss": own.apply_loss,
-            **changes,
-        },
-    )
-
-
-PLANS = {"declared": mixed, "annotated": annotated, "a dict": mapping}
+PLANS = {"declared": own.mixed, "annotated": own.annotated, "a dict": own.mapping}
 
 
 @pytest.fixture(scope="module", params=PLANS)
@@ -159,7 +137,7 @@ def test_it_is_evaluated_as_far_as_it_can_be(done):
 )  # fmt: skip
 def test_a_model_that_does_not_fit_is_refused_with_the_plan(changes, message):
     with pytest.raises(PlanError, match=f"(?s){message}"):
-        mixed(**changes)
+        own.mixed(**changes)
 
 
 @pytest.mark.parametrize(
@@ -197,3 +175,76 @@ def test_a_dict_of_arrays_is_grown_certified_and_carried():
     trained = gj.partition(tree)[0]
     state = gj.carry(op, optax.adam(1e-3).init(trained), tree)
     assert state[0].mu.model["mlp"]["down"].shape == (24, 384)
+
+
+# On many devices -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_layout_gives_the_same_losses(layouts, name):
+    one = layouts[name].pop("one")
+    for layout, found in layouts[name].items():
+        np.testing.assert_allclose(found, one, rtol=2e-5, err_msg=layout)
+    assert len(layouts[name]) == 4
+
+
+@pytest.fixture(scope="module")
+def layouts():
+    """The losses of every plan under every layout, in a process that has eight devices."""
+    told = subprocess.run(
+        [sys.executable, "-m", "tests.hosts", "own"],
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert told.returncode == 0, told.stderr[-2000:]
+    return json.loads(told.stdout.splitlines()[-1])
+
+
+# Own values, from a file, by the command line ------------------------------------------------------
+
+
+def growjax(*arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "growjax", *map(str, arguments)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_plan_of_own_values_is_killed_resumed_bitwise_and_reported(tmp_path):
+    of = own.everything()
+    trainer.save_plan(of, tmp_path / "plan.json")
+    assert "tests.own:" in (tmp_path / "plan.json").read_text()
+    refused = growjax("plan", tmp_path / "plan.json")
+    said, _ = refused.communicate(timeout=300)
+    assert refused.returncode == 1 and "give --allow tests" in said and "Traceback" not in said
+
+    command = ["train", tmp_path / "plan.json", "--run", tmp_path / "killed", "--allow", "tests"]
+    doomed = growjax(*command, "--save-every", 2)
+    written = tmp_path / "killed" / "checkpoints" / "00000002-00"
+    while not written.exists() and doomed.poll() is None:
+        time.sleep(0.02)
+    doomed.kill()
+    said, _ = doomed.communicate(timeout=300)
+    assert doomed.returncode == -signal.SIGKILL, said
+    resumed = growjax(*command, "--save-every", 2)
+    said, _ = resumed.communicate(timeout=600)
+    assert resumed.returncode == 0, said
+
+    list(
+        train(
+            of, run=tmp_path / "whole", options=Options(save_every=2, evaluate_every=of.cost / 20)
+        )
+    )
+    ends = [max((tmp_path / name / "checkpoints").iterdir()) for name in ("killed", "whole")]
+    killed, whole = map(read_lineage, ends)
+    assert ends[0].name == ends[1].name and killed["checksums"] == whole["checksums"]
+    assert [op["is"] for op in killed["operators"]] == ["tests.own:Stack", "growjax:MSG"]
+    page = write_report([tmp_path / "killed"], tmp_path / "report.html")
+    assert "tiny" in page.read_text()
