@@ -74,13 +74,13 @@ def _static_places(model, pattern: str) -> list[tuple]:
 
 
 def annotate(
-    model: eqx.Module,
+    model: Any,
     specs: Mapping[str, str | Declaration],
     *,
     ignore: Sequence[str] = (),
     statics: Mapping[str, str | tuple[str, ...]] | None = None,
 ) -> Annotated:
-    """Declare the axes of a model that growjax did not write.
+    """Declare the axes of a model that growjax did not write: a module, or a dict of arrays.
 
     **Arguments**
 

@@ -4,6 +4,7 @@ Some have the bare names of growjax's own classes, on purpose.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -102,7 +103,7 @@ class Hardest(Selector):
     """The examples with the largest losses."""
 
     offers: int = eqx.field(static=True, default=2)
-    compares = False
+    compares: ClassVar[bool] = False
 
     def choose(self, losses, reference, keep, *, key):
         return jnp.sort(jnp.argsort(-losses)[:keep])
@@ -139,8 +140,8 @@ class Block(eqx.Module):
 class Mixer(eqx.Module):
     """A decoder without attention: called with tokens, and with nothing else."""
 
-    words: jax.Array = gj.param("[vocab] -> embed")
     blocks: Stacked[Block]
+    words: jax.Array = gj.param("[vocab] -> embed")
     head: jax.Array = gj.param("embed -> vocab")
 
     def __call__(self, tokens):
@@ -153,11 +154,12 @@ def mixer(layers, width, *, key):
 
     def block(key):
         one, two = jax.random.split(key)
-        return Block(*(0.3 * jax.random.normal(k, (width, width)) for k in (one, two)), None)
+        up, down = (0.3 * jax.random.normal(k, (width, width)) for k in (one, two))
+        return Block(up, down, None)
 
     words = 0.3 * jax.random.normal(first, (384, width))
     head = 0.3 * jax.random.normal(second, (width, 384))
-    return Mixer(words, Stacked(block, layers, remat="everything", key=third), head)
+    return Mixer(Stacked(block, layers, remat="everything", key=third), words, head)
 
 
 class Linears(eqx.Module):

@@ -409,7 +409,7 @@ FAULTS: dict[Any, Any] = {
     GPTConfig: (
         dict(layers=0, embed=-1, head_dim=3, kv_heads=3, positions=2.5, position="rotary")
         | dict(norm="batch", activation="swish", dtype="int8", eps=0.0, remat="some"),
-        "layers embed positions norm eps remat activation dtype heads head_dim",
+        "layers embed positions norm activation eps dtype remat heads head_dim",
     ),
     LlamaConfig: (
         dict(layers=1, kv_heads=3, head_dim=5, theta=-1.0, dtype="bf17"),

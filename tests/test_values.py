@@ -24,7 +24,7 @@ from growjax.plan.optimizer import Optimizer
 from growjax.plan.plan import Plan
 from growjax.plan.schedule import Rate, Schedule
 from growjax.plan.stages import Stage
-from growjax.values import from_dict, to_dict
+from growjax.values import from_dict, names, to_dict
 from tests import own
 
 
@@ -74,7 +74,7 @@ class Widths(NamedTuple):
 
 def test_what_no_import_leads_to_needs_one_line():
     @dataclasses.dataclass(frozen=True)
-    class Local:
+    class Local:  # pyright: ignore[reportRedeclaration]
         widths: Widths
         notes: dict[str, tuple[int, ...]]
 
@@ -138,7 +138,7 @@ def stranger(tmp_path, monkeypatch):
     (tmp_path / "strange_pkg" / "ops.py").write_text(STRANGE)
     (tmp_path / "strange_pkg" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(values.names, "_allowed", set())
+    monkeypatch.setattr(names, "_allowed", set())
     yield tmp_path / "strange_pkg" / "ran"
     for name in ("strange_pkg", "strange_pkg.ops"):
         sys.modules.pop(name, None)

@@ -5,6 +5,7 @@ from growjax.plan.files import save_plan as save_plan
 from growjax.plan.losses import cross_entropy as cross_entropy
 from growjax.plan.optimizer import Optimizer as Optimizer
 from growjax.plan.plan import Plan as Plan
+from growjax.plan.schedule import Rate as Rate
 from growjax.plan.schedule import Schedule as Schedule
 from growjax.plan.stages import Span as Span
 from growjax.plan.stages import Stage as Stage
