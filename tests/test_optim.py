@@ -1,5 +1,6 @@
 """Optimizer state through growth: moments, ages, structure, and Adam's kick of new coordinates."""
 
+import functools
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -97,7 +98,7 @@ def test_plain_adam_kicks_new_coordinates_by_six_and_a_half_learning_rates():
     """Empty moments under an old step count: (1 - b1^t) / sqrt(1 - b2^t) learning rates."""
     model, op, lr = mlp(), gj.msg(mlp=6), 0.01
     tx = optax.adam(lr)
-    state = gj.carry(op, settled_in(tx, trained(model)), model, key=KEY)
+    state = gj.carry(op, settled_in(tx, trained(model)), model, optimizer=tx, key=KEY)
     out, _ = updates(tx, state, trained(gj.grow(op, model, key=KEY)), 100)
     t = np.arange(1, 101)
     kick = (1 - 0.9**t) / np.sqrt(1 - 0.999**t)
@@ -109,7 +110,7 @@ def test_plain_adam_kicks_new_coordinates_by_six_and_a_half_learning_rates():
 
 def test_a_grown_coordinate_starts_as_in_a_fresh_run():
     model, op, tx = mlp(), gj.msg(mlp=6), optim.scale_by_adam()
-    state = gj.carry(op, settled_in(tx, trained(model)), model, key=KEY)
+    state = gj.carry(op, settled_in(tx, trained(model)), model, optimizer=tx, key=KEY)
     grown = trained(gj.grow(op, model, key=KEY))
     out, after = updates(tx, state, grown, 30, gradient=0.7)
     fresh, _ = updates(tx, tx.init(grown), grown, 30, gradient=0.7)
@@ -193,7 +194,7 @@ def test_carried_state_has_the_structure_of_the_grown_models_own(name):
     tx, model = OPTIMIZERS[name], gpt()
     op = gj.chain(gj.msg(embed=12, heads=4), gj.copy(mlp=15), gj.stack(layers=3, order="top"))
     carried = eqx.filter_eval_shape(
-        lambda model: gj.carry(op, tx.init(trained(model)), model, key=KEY), model
+        lambda model: gj.carry(op, tx.init(trained(model)), model, optimizer=tx, key=KEY), model
     )
     own = eqx.filter_eval_shape(lambda model: tx.init(trained(op(model, key=KEY))), model)
     assert jax.tree.structure(carried) == jax.tree.structure(own)
@@ -205,7 +206,7 @@ def test_counters_and_hyper_parameters_stay_as_they_are():
     tx = optax.MultiSteps(OPTIMIZERS["hyper-parameters"], 3)
     model, op = mlp(), gj.msg(mlp=6)
     _, state = updates(tx, tx.init(trained(model)), trained(model), 5)
-    carried = gj.carry(op, state, model, key=KEY)
+    carried = gj.carry(op, state, model, optimizer=tx, key=KEY)
     scalars = lambda s: [float(x) for x in jax.tree.leaves(s) if jnp.ndim(x) == 0]  # noqa: E731
     assert scalars(carried) == scalars(state)
     assert int(carried.mini_step) == 2 and int(carried.inner_opt_state.count) == 1
@@ -217,11 +218,11 @@ def test_the_average_of_the_parameters_moves_as_the_parameters():
     state = tx.init(trained(model))
     op = gj.copy(mlp=7, shares="random")
     grown = trained(gj.grow(op, model))
-    assert eqx.tree_equal(gj.carry(op, state, model)[1].params, grown, rtol=1e-6)
+    assert eqx.tree_equal(gj.carry(op, state, model, optimizer=tx)[1].params, grown, rtol=1e-6)
     # Copies behind gates are young, but an average of them is no moment that starts from zero
     hidden = gj.msg(mlp=7, init="copy")
     grown = trained(gj.grow(hidden, model))
-    assert eqx.tree_equal(gj.carry(hidden, state, model)[1].params, grown)
+    assert eqx.tree_equal(gj.carry(hidden, state, model, optimizer=tx)[1].params, grown)
     with pytest.raises(StateError, match="average again after growing"):
         gj.carry(gj.msg(mlp=6), state, model, key=KEY)
 
@@ -279,7 +280,9 @@ def test_carried_moments_are_those_that_the_grown_model_would_have(tx):
 def test_copies_may_start_from_zero_and_young():
     model, op, tx = mlp(), gj.copy(mlp=7), optim.scale_by_adam()
     state = settled_in(tx, trained(model))
-    dual, zero = (gj.carry(op, state, model, copies=how) for how in ("dual", "zero"))
+    dual, zero = (
+        gj.carry(op, state, model, optimizer=tx, copies=how) for how in ("dual", "zero")
+    )
     share = np.array([0.5, 0.5, 0.5, 1, 0.5, 0.5, 0.5], np.float32)
     for name, power in (("mu", 1), ("nu", 2)):
         kept, blank = getattr(dual, name), getattr(zero, name)
@@ -294,7 +297,7 @@ def test_split_branches_divide_what_writes_and_the_moments_of_what_does_not():
     """Layers 0, 1, 1, the last two with half a branch each: the share and its dual."""
     model, op, tx = gpt(), gj.stack(layers=3, branch="split"), optax.scale_by_adam()
     grown = jax.tree.map(np.asarray, eqx.filter_jit(op)(model).blocks.block)
-    carried = gj.carry(op, settled_in(tx, trained(model)), model)
+    carried = gj.carry(op, settled_in(tx, trained(model)), model, optimizer=tx)
     mu, nu = (jax.tree.map(np.asarray, m.blocks.block) for m in (carried.mu, carried.nu))
     for layer, (source, share) in enumerate([(0, 1), (1, 0.5), (1, 0.5)]):
         old = jax.tree.map(lambda x, i=source: np.asarray(x)[i], model.blocks.block)
@@ -325,7 +328,7 @@ def hop():
         model = jax.tree.map(lambda x: x.astype(jnp.float64), gpt())
         one, state = step(model, tx.init(trained(model)))
         two, _ = step(one, state)
-        carried = gj.carry(op, state, one, key=KEY)
+        carried = gj.carry(op, state, one, optimizer=tx, key=KEY)
         grown, after = step(gj.grow(op, one, key=KEY), carried)
     return op, model, two, carried, grown, after
 
@@ -361,8 +364,9 @@ def test_carrying_through_a_chain_is_carrying_step_by_step_also_inside_jit():
     model, tx = mlp(), optim.adamw(1e-3)
     a, b = gj.copy(mlp=6, shares="random"), gj.msg(mlp=9)
     _, state = updates(tx, tx.init(trained(model)), trained(model), 2)
-    at_once = eqx.filter_jit(lambda s, m: gj.carry(gj.chain(a, b), s, m, key=KEY))(state, model)
-    one_by_one = gj.carry(b, gj.carry(a, state, model), gj.grow(a, model), key=KEY)
+    carry = functools.partial(gj.carry, optimizer=tx)
+    at_once = eqx.filter_jit(lambda s, m: carry(gj.chain(a, b), s, m, key=KEY))(state, model)
+    one_by_one = carry(b, carry(a, state, model), gj.grow(a, model), key=KEY)
     assert eqx.tree_equal(at_once, one_by_one)
     assert at_once[0].ages.of["mlp"].tolist() == [2] * 6 + [0] * 3
 
