@@ -178,16 +178,11 @@ def _probed(optimizer: Any, structure: Any, shapes: tuple[Any, ...]) -> Probe:
     except StateError:
         raise
     except Exception as error:  # whatever a transformation of the user's may raise
-        if isinstance(error, jax.errors.JAXTypeError):
-            hint = "it holds values of a trace: make it outside of jit"
-        else:
-            hint = (
-                "it has to take gj.partition(model)[0], at any size of its axes, and no further arguments "
-                "that it cannot do without; or start its state again after growing"
-            )
         raise StateError(
             "optimizer: its state is understood by running it on a small copy of the parameters, which "
-            f"failed: {type(error).__name__}: {error}\n({hint})"
+            f"failed: {type(error).__name__}: {error}\n"
+            "(it has to take gj.partition(model)[0], at any size of its axes, and no further arguments that "
+            "it cannot do without; or start its state again after growing)"
         ) from error
 
 

@@ -172,23 +172,21 @@ class Run:
 
         self.gradients = stacked([lane.gradients for lane in lanes])
         self.weights = stacked([lane.weights for lane in lanes])
-        self.start = self.state = _jit(jax.vmap(optimizer.init))(self.weights[0])
+        init = _jit(jax.vmap(optimizer.init))
+        _shapes(init, self.weights[0])
+        self.start = self.state = init(self.weights[0])
         self.updates: Any = None
         self._steps, self._asked = 0, updates
-        traced = self._traced(optimizer)
-        shapes = traced.out_info[1]
+        self._update, shapes = self._accepted(optimizer)
         if jax.tree.structure(shapes) != jax.tree.structure(self.start):
             raise StateError(
                 "optimizer: its first update changes the structure of its state, as that of optax.monitor "
                 "does; keep such parts out of the chain"
             )
         self.state = jax.tree.map(_cast, self.start, shapes)
-        if any(jax.tree.leaves(jax.tree.map(lambda x, y: x.dtype != y.dtype, self.start, shapes))):
-            traced = self._traced(optimizer)
-        self._update = traced.lower().compile()
 
-    def _traced(self, optimizer: Any) -> Any:
-        """The program of one update with whatever else the optimizer asks for."""
+    def _accepted(self, optimizer: Any) -> tuple[Callable, Any]:
+        """The update with whatever else the optimizer asks for, and the shapes of the state after it."""
         problem: Exception | None = None
         for extra in _extra_arguments(optimizer):
 
@@ -197,8 +195,11 @@ class Run:
                 updates, state = optimizer.update(gradients, state, weights, **more)
                 return updates if self._asked else None, state
 
+            program = _jit(jax.vmap(update))
             try:
-                return _jit(jax.vmap(update)).trace(*self._fed())
+                return program, _shapes(program, *self._fed())[1]
+            except StateError:
+                raise
             except Exception as error:  # whatever a transformation of the user's may raise
                 problem = error
         assert problem is not None
@@ -219,6 +220,17 @@ class Run:
 def _jit(function: Callable) -> Callable:
     # A program runs a few times on tiny arrays: compiling it is all that it costs
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def _shapes(program: Any, *arguments: Any) -> Any:
+    """The shapes of what a program gives; it must not hold values that are still to be computed."""
+    traced = program.trace(*arguments)
+    if any(isinstance(x, jax.core.Tracer) for x in traced.jaxpr.consts):
+        raise StateError(
+            "optimizer: it holds values of a trace, so it cannot be run by itself; make it outside of jit, "
+            "or keep such values in its state (optax.inject_hyperparams)"
+        )
+    return traced.out_info
 
 
 def _extra_arguments(optimizer: Any) -> list[Callable[[Any, Any], dict[str, Any]]]:
