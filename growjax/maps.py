@@ -7,8 +7,8 @@ Every method in growjax is a list of these. For each leaf that carries the axis,
 by `source`, draws what is `NONE`, and applies `share`:
 
     weights        leaves on `side` ("consumed" by default) are multiplied by the share
-    first moments  and gradients: all other leaves are (the dual of the map)
-    second moments the same, by the square
+    gradients      all other leaves are (the dual of the map)
+    state          of an optimizer: by the power of either that it scales with (its `Law`)
 
 so that copies of one coordinate with shares that sum to 1 compute what the one did, and their
 gradients are what back-propagation will find. On a stack axis (`layers`) the side is that of the
@@ -21,7 +21,7 @@ Checked in float64 by `tests/test_maps.py`: outputs, the transposed gradient, an
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -31,13 +31,50 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from growjax.axes import Axes, DeclaredOutside, Slot, axes_of, get, put
-from growjax.errors import AxisError, GateError, GrowthError, StateError, SubnetError, raise_all
+from growjax.errors import AxisError, GateError, GrowthError, SubnetError, raise_all
 from growjax.gates import Gate
 
 
 NONE = -1
 Init = Callable[[PRNGKeyArray, tuple[int, ...], Any], Array] | Literal["normal", "zeros", "matched"]
-Moment = Literal["weight", "difference", "first", "second"]
+Side = Literal["gradient", "weight"]
+
+
+class Power(NamedTuple):
+    """`|x|^degree`, with the sign of `x` if `odd`; where `x` is 0 it is 0, whatever the degree.
+
+    `odd` is None where that is known only of numbers that are not negative.
+    """
+
+    degree: float
+    odd: bool | None = False
+
+    def of(self, x: Array) -> Array:
+        """The power of every number in an array."""
+        if self.degree == 1 and self.odd:
+            return x
+        # Whole degrees are products, which round as the squares of an optimizer do
+        whole = int(self.degree) if self.degree == int(self.degree) else self.degree
+        sign = jnp.sign(x) if self.odd else 1
+        return jnp.where(x == 0, 0, sign * jnp.abs(x) ** whole)
+
+
+class Law(NamedTuple):
+    """How an array that belongs to a parameter moves with it: what it scales with, entry by entry.
+
+    - `gradient`, `weight`: by which power of what multiplies the parameter's gradients, and of what
+      multiplies its values; None if it does not depend on them, "unknown" if by no power.
+    - `origin`: what is scaled is the distance from this number (the constant that a sum began with).
+    """
+
+    gradient: Power | Literal["unknown"] | None = None
+    weight: Power | Literal["unknown"] | None = None
+    origin: float = 0.0
+
+
+WEIGHT = Law(weight=Power(1, odd=True))
+FIRST = Law(gradient=Power(1, odd=True))
+SECOND = Law(gradient=Power(2))
 
 
 class AxisMap(eqx.Module):
@@ -141,27 +178,54 @@ def _mean_buffers(move: AxisMap, table: Axes) -> list[Slot]:
     return [slot for slot in buffers if move.axis in slot.spec.means]
 
 
-def carry_tree(move: AxisMap, model, tree, moment: Moment, *, copies: bool = True):
-    """A params-shaped tree of optimizer state after one map, where `model` is the model before it.
+def carry_array(
+    move: AxisMap,
+    table: Axes,
+    slot: Slot,
+    array: Array,
+    law: Law,
+    *,
+    fresh: Any = 0,
+    copies: bool = True,
+) -> Array:
+    """An array of optimizer state, shaped like the parameter in `slot`, after one map.
 
-    New coordinates are zero. Copied ones follow the dual of the map or, with `copies=False`, are zero
-    too. `moment="weight"` moves the tree as the weights themselves (averaged parameters), copies too;
-    "difference" as what lies between two such trees, which agree where they are new.
+    `table` is that of the model before the map. Coordinates that start anew hold `fresh`: a number, or
+    the entries of an array of the new shape. They are those without a source and, with `copies=False`,
+    those that are not the first home of their source. All others follow the law, whose powers must be
+    known where `multiplied` lists them.
     """
-    table = axes_of(model)
-    if moment == "weight" and np.any(move.source == NONE):
-        raise StateError(
-            f"an averaged copy of the parameters cannot follow a map with fresh coordinates on "
-            f"{move.axis!r}; start the average again after growing"
-        )
-    values = {}
-    for slot in table.having(move.axis, "param"):
-        old = get(tree, slot.steps)
-        if hasattr(old, "shape"):  # not None, nor a placeholder of a masked optimizer
-            new = _move(move, table, slot, old, "weight" if moment == "difference" else moment)
-            keep = copies or moment == "weight"
-            values[slot.steps] = new if keep else _blank(move, table, slot, new)
-    return put(tree, values)
+    moved = _move(move, table, slot, array, law, fresh=law.origin)
+    anew = (move.source == NONE) if copies else move.is_new()
+    where = slot.positions(move.axis)
+    if not anew.any() or (copies and not hasattr(fresh, "shape") and fresh == law.origin):
+        return moved
+    sizes = {**table.sizes, move.axis: move.length}
+    x = slot.split(moved, sizes)
+    fresh = jnp.asarray(fresh, x.dtype)
+    if fresh.ndim:
+        fresh = slot.split(fresh, sizes)
+    return slot.join(jnp.where(_crosses(anew, x.ndim, where), fresh, x))
+
+
+def multiplied(
+    move: AxisMap, table: Axes, slot: Slot, *, copies: bool = True
+) -> dict[Side, Literal["positive", "any"]]:
+    """What a map multiplies, by anything but 1, in the entries of a parameter that do not start anew.
+
+    With it whether all that it is multiplied by is positive, as far as is known.
+    """
+    anew = (move.source == NONE) if copies else move.is_new()
+    sides: dict[Side, Literal["positive", "any"]] = {}
+    for dim, side, factor in _factors(move, table, slot):
+        if isinstance(factor, jax.core.Tracer):
+            sides[side] = "any"
+            continue
+        factor = np.asarray(factor) if dim is None else np.asarray(factor)[~anew]
+        if np.any(factor != 1):
+            positive = sides.get(side) != "any" and bool(np.all(factor >= 0))
+            sides[side] = "positive" if positive else "any"
+    return sides
 
 
 # One leaf ------------------------------------------------------------------------------------
@@ -175,21 +239,21 @@ def _transport_slot(move: AxisMap, table: Axes, slot: Slot, key):
             return _new_gate(move, table, slot)
         if slot.value is None:
             return None
-        value = _move(move, table, slot, slot.value.value, "weight", fresh=1)
-        return Gate(value, _move(move, table, slot, slot.value.new, "weight", fresh=False))
+        value = _move(move, table, slot, slot.value.value, WEIGHT, fresh=1)
+        return Gate(value, _move(move, table, slot, slot.value.new, WEIGHT, fresh=False))
     if own and slot.kind in ("branch", "active"):
         given = move.branch if slot.kind == "branch" else move.active
         if slot.value is None:
             return given
-        kept = _move(move, table, slot, slot.value, "weight", fresh=1)
+        kept = _move(move, table, slot, slot.value, WEIGHT, fresh=1)
         return kept if given is None else kept * given
     if slot.value is None:
         return None
-    return _move(move, table, slot, slot.value, "weight", fresh=_Fresh(move, slot, key))
+    return _move(move, table, slot, slot.value, WEIGHT, fresh=_Fresh(move, slot, key))
 
 
-def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, moment: Moment, fresh: Any = 0):
-    """Gather one array along the axis and multiply by what its side and `moment` call for.
+def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh: Any):
+    """Gather one array along the axis and multiply by what its side and its law call for.
 
     `fresh` is what a NONE coordinate holds: a number, or a `_Fresh` that draws it.
     """
@@ -200,18 +264,36 @@ def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, moment: Moment, 
     elif len(where) > 1 and isinstance(fresh, _Fresh) and np.any(move.source == NONE):
         for dim in where:
             x = _gather(move.source, x, dim, 0)
-        x = jnp.where(_crosses(move, x.ndim, where), fresh.cells(x, where), x)
+        x = jnp.where(_crosses(move.source == NONE, x.ndim, where), fresh.cells(x, where), x)
     else:
         for dim in where:
             x = _gather(move.source, x, dim, fresh)
-    for dim in where if move.share is not None else ():
-        power = _power(move, slot, dim, moment)
-        if power:
-            x = x * _along(jnp.asarray(move.share, x.dtype) ** power, x.ndim, dim)
-    if slot.kind == "param" and _zero_padded(move) and any(slot.dims[d].normalised for d in where):
-        scale = (table.size(move.axis) / move.length) ** 0.5
-        x = x * scale ** {"weight": 1, "first": -1, "second": -2}[moment]
+    for dim, side, factor in _factors(move, table, slot):
+        power = law.gradient if side == "gradient" else law.weight
+        if isinstance(power, Power):
+            scale = power.of(jnp.asarray(factor, x.dtype))
+            scale = scale if dim is None else _along(scale, x.ndim, dim)
+            x = law.origin + (x - law.origin) * scale if law.origin else x * scale
     return slot.join(x)
+
+
+def _factors(move: AxisMap, table: Axes, slot: Slot) -> Iterator[tuple[int | None, Side, Any]]:
+    """What a map multiplies a leaf by: its weights or its gradients, along which dimension or all."""
+    if slot.kind != "param":
+        return
+    where = slot.positions(move.axis)
+    for dim in where if move.share is not None else ():
+        role = slot.dims[dim].role
+        if role == "stack":
+            takes = any(d.axis == move.via and d.role == "produced" for d in slot.dims)
+        else:
+            takes = role == move.side
+        if role != "lookup":
+            yield dim, "weight" if takes else "gradient", move.share
+    if _zero_padded(move) and any(slot.dims[dim].normalised for dim in where):
+        scale = (table.size(move.axis) / move.length) ** 0.5
+        yield None, "weight", scale
+        yield None, "gradient", 1 / scale
 
 
 def _along(vector, ndim: int, dim: int):
@@ -219,22 +301,9 @@ def _along(vector, ndim: int, dim: int):
     return vector.reshape(vector.shape + (1,) * (ndim - dim - 1))
 
 
-def _crosses(move: AxisMap, ndim: int, where: list[int]) -> np.ndarray:
-    """Where any of several dimensions is at a NONE coordinate (broadcastable)."""
-    fresh = move.source == NONE
-    return functools.reduce(np.logical_or, [_along(fresh, ndim, dim) for dim in where])
-
-
-def _power(move: AxisMap, slot: Slot, dim: int, moment: Moment) -> int:
-    """To which power this leaf takes the share along one of its dimensions."""
-    role = slot.dims[dim].role
-    if slot.kind != "param" or role == "lookup":
-        return 0
-    if role == "stack":
-        takes = any(d.axis == move.via and d.role == "produced" for d in slot.dims)
-    else:
-        takes = role == move.side
-    return int(takes) if moment == "weight" else (not takes) * (1 if moment == "first" else 2)
+def _crosses(chosen: np.ndarray, ndim: int, where: list[int]) -> np.ndarray:
+    """Where any of several dimensions is at a chosen coordinate (broadcastable)."""
+    return functools.reduce(np.logical_or, [_along(chosen, ndim, dim) for dim in where])
 
 
 def _gather(source: np.ndarray, x: Array, dim: int, fresh: Any) -> Array:
@@ -404,14 +473,6 @@ def _check_norms(move: AxisMap, table: Axes) -> None:
             if slot.kind == "param" and slot.steps[:-1] not in mends
         ),
     )
-
-
-def _blank(move: AxisMap, table: Axes, slot: Slot, array: Array) -> Array:
-    """Zero the coordinates that are not the first home of an old one."""
-    x = slot.split(array, {**table.sizes, move.axis: move.length})
-    for dim in slot.positions(move.axis):
-        x = x * _along(jnp.asarray(~move.is_new(), x.dtype), x.ndim, dim)
-    return slot.join(x)
 
 
 def _recheck(node) -> None:

@@ -399,7 +399,7 @@ def assert_carries(op: Operator | Chain, model, batch: Batch, tx, *, rtol: float
         trained = partition(model)[0]
         grown = partition(eqx.filter_jit(op)(model, key=jax.random.key(0)))[0]
         state = tx.update(small.gradient, tx.init(trained), trained)[1]
-        carried = carry(op, state, model, key=jax.random.key(0))
+        carried = carry(op, state, model, optimizer=tx, key=jax.random.key(0))
         direct = tx.update(big.gradient, tx.init(grown), grown)[1]
     chex.assert_trees_all_equal_structs(carried, direct)
     # Each moment by its own scale: the gradient of a key's bias is zero but for rounding.

@@ -66,7 +66,9 @@ def part(subnet):
 def state(tx, whole: bool = False, op=None, **options):
     def carried():
         params = model() if whole else gj.partition(put(model(), {("gate",): None}))[0]
-        return gj.carry(op or gj.copy(mlp=9), tx().init(params), model(), **options)
+        optimizer = tx()
+        options.setdefault("optimizer", optimizer)
+        return gj.carry(op or gj.copy(mlp=9), optimizer.init(params), model(), **options)
 
     return carried
 
@@ -253,29 +255,36 @@ SUBNETS = [
 ]  # fmt: skip
 
 
-def mystery():
-    return optax.GradientTransformation(lambda params: Mystery(params), lambda g, s, p: (g, s))
-
-
-class Mystery(eqx.Module):
-    riddle: Array
+def mixed():
+    return optax.chain(optax.add_decayed_weights(0.1), optax.trace(0.9), optax.scale(-1.0))
 
 
 STATES = [
-    ("unknown field", state(mystery), r"what does 'riddle' hold\? Pass moments="),
-    ("whole model", state(lambda: optax.adam(1e-3), whole=True), r"mu: .*gj\.partition\(model\)"),
+    ("gradients with weights", state(mixed), r"trace\..*no power of the (gradient|weight)s"),
+    (
+        "whole model",
+        state(lambda: optax.adam(1e-3), whole=True),
+        r"buffers.*gj\.partition\(model\)",
+    ),
     (
         "factored",
         state(lambda: optax.adafactor(1e-3, min_dim_size_to_factor=2)),
-        r"(?s)v_row.*\(1,",
+        r"(?s)v_row.*not shaped like its parameter",
     ),
     ("copies", state(lambda: optax.adam(1e-3), copies="all"), "copies: expected .* got 'all'"),
-    ("moments", state(lambda: optax.adam(1e-3), moments={"mu": "3rd"}), "moments: .* '3rd'"),
     ("not an operator", state(lambda: optax.adam(1e-3), op="msg"), "op: expected .* got 'msg'"),
+    ("no optimizer", state(lambda: optax.adam(1e-3), optimizer="adam"), "optimizer: .* got 'adam'"),
     (
-        "an average of fresh weights",
-        state(lambda: optax.contrib.schedule_free_adamw(1e-3), op=gj.msg(mlp=8), key=KEY),
-        "averaged copy .* fresh coordinates on 'mlp'",
+        "another",
+        state(lambda: optax.adam(1e-3), optimizer=optax.lion(1e-3)),
+        r"nu.*expected nothing",
+    ),
+    ("any average", state(lambda: optax.ema(0.9)), "average of gradients or of the weights"),
+    ("a norm", state(lambda: optax.novograd(1e-3)), r"mixes entries of its parameter.*gj\.msg"),
+    (
+        "a line search",
+        state(lambda: optax.lbfgs(1e-3)),
+        r"(?s)small copy of the parameters.*missing.*value_fn",
     ),
 ]
 

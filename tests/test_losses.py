@@ -87,7 +87,7 @@ def test_what_growth_added_moves_at_a_rate_of_its_own_for_a_while(key):
     assert all(np.all(u == 1) for u in jax.tree.leaves(updates))  # nothing is new at birth
 
     op = gj.zeros(mlp=20)
-    state = gj.carry(op, state, small, key=key)
+    state = gj.carry(op, state, small, optimizer=tx, key=key)
     ones = jax.tree.map(jnp.ones_like, gj.partition(gj.grow(op, small, key=key))[0])
     for expected in (3.0, 3.0, 1.0):
         updates, state = update(ones, state)

@@ -14,10 +14,21 @@ from jaxtyping import Array
 
 import growjax as gj
 from growjax import testing
-from growjax.axes import axes_of, get, partition
-from growjax.errors import AxisError, GrowthError, StateError, SubnetError
+from growjax.axes import axes_of, get, partition, put
+from growjax.errors import AxisError, GrowthError, SubnetError
 from growjax.gates import Gate
-from growjax.maps import NONE, AxisMap, apply, carry_tree
+from growjax.maps import (
+    FIRST,
+    NONE,
+    SECOND,
+    WEIGHT,
+    AxisMap,
+    Law,
+    Power,
+    apply,
+    carry_array,
+    multiplied,
+)
 from growjax.models import GPT, T5, GPTConfig, T5Config
 
 
@@ -54,6 +65,19 @@ def leaves(embed: int = 3):
     shape = [(OLD, 2), (embed, OLD), (OLD,), (OLD,), (OLD, 2), (OLD, OLD), (embed, 2), (OLD,)]
     arrays: list[Any] = [jnp.asarray(rng.normal(size=s)) for s in shape]
     return Leaves(*arrays)
+
+
+def carried(move: AxisMap, model, tree, law: Law, **options):
+    """A tree like the trained parameters after a map, every array by one law."""
+    table = axes_of(model)
+    slots = [slot for slot in table.having(move.axis, "param") if slot.arrays()]
+    return put(
+        tree,
+        {
+            slot.steps: carry_array(move, table, slot, get(tree, slot.steps), law, **options)
+            for slot in slots
+        },
+    )
 
 
 def sevens(key, shape, dtype):
@@ -111,8 +135,8 @@ def test_moments_follow_the_dual_of_the_map(move):
     with jax.enable_x64(True):
         before = leaves()
         trained = partition(before)[0]
-        for moment in ("first", "second"):
-            after = carry_tree(move, before, trained, moment)
+        for moment, law in {"first": FIRST, "second": SECOND}.items():
+            after = carried(move, before, trained, law)
             for name, roles in ROLES.items():
                 expected = rule(getattr(before, name), roles, move, moment)
                 np.testing.assert_array_equal(getattr(after, name), expected, f"{moment} {name}")
@@ -165,9 +189,7 @@ def test_a_norm_over_zeros_has_its_gain_and_epsilon_rescaled():
     with jax.enable_x64(True):
         model = Normed(jnp.arange(1.0, 5), jnp.asarray(1e-3), jnp.ones((2, OLD)))
         after = apply(move, model, jax.random.key(0))
-        first, second = (
-            carry_tree(move, model, partition(model)[0], m) for m in ("first", "second")
-        )
+        first, second = (carried(move, model, partition(model)[0], law) for law in (FIRST, SECOND))
     scale = np.sqrt(4 / 6)
     np.testing.assert_allclose(after.weight, scale * np.array([1, 2, 3, 4, 7, 7]), rtol=1e-15)
     np.testing.assert_allclose(after.eps, 1e-3 * scale**2, rtol=1e-15)
@@ -207,7 +229,7 @@ def test_on_a_stack_axis_what_produces_the_stream_takes_the_share():
         model = deep()
         after, dual = (
             apply(move, model, None),
-            carry_tree(move, model, partition(model)[0], "first"),
+            carried(move, model, partition(model)[0], FIRST),
         )
     for name in ("out", "bias", "up", "gain"):
         old = np.asarray(getattr(model, name))[source]
@@ -343,13 +365,77 @@ def test_a_map_that_does_not_fit_says_why(fields, said):
         apply(AxisMap("mlp", **fields), leaves(), jax.random.key(0))
 
 
-def test_a_fresh_coordinate_needs_a_key_and_an_average_cannot_have_one():
+def test_a_fresh_coordinate_needs_a_key():
     move = AxisMap("mlp", [0, 1, 2, 3, NONE])
     with pytest.raises(GrowthError, match="pass key="):
         apply(move, leaves(), None)
-    with pytest.raises(StateError, match="'mlp'"):
-        carry_tree(move, leaves(), partition(leaves())[0], "weight")
-    average = carry_tree(AxisMap("mlp", [0, 0, 1]), leaves(), partition(leaves())[0], "weight")
+
+
+# Laws of optimizer state ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degree", [0.0, 1 / 3, 0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("odd", [True, False])
+def test_a_power_keeps_the_sign_if_it_is_odd_and_zero_at_zero(degree, odd):
+    x = np.array([-2.0, -0.5, 0.0, 0.25, 3.0])
+    with jax.enable_x64(True):
+        found = Power(degree, odd).of(jnp.asarray(x))
+    expected = np.where(x == 0, 0, np.abs(x) ** degree * (np.sign(x) if odd else 1))
+    np.testing.assert_allclose(found, expected, rtol=1e-15)
+
+
+def test_state_scales_from_its_origin_by_the_powers_of_both_sides():
+    move = AxisMap("mlp", [0, 1, 1, 2, 3], share=np.array([1, 0.25, 0.75, 2, -1]))
+    law = Law(gradient=Power(2), weight=Power(1, odd=True), origin=0.5)
+    with jax.enable_x64(True):
+        model = leaves()
+        after = carried(move, model, partition(model)[0], law)
+    share = move.share
+    old = {name: np.asarray(getattr(model, name)) - 0.5 for name in ("reads", "bias", "square")}
+    np.testing.assert_allclose(
+        after.reads, 0.5 + old["reads"][move.source] * share[:, None], rtol=1e-14
+    )
+    np.testing.assert_allclose(after.bias, 0.5 + old["bias"][move.source] * share**2, rtol=1e-14)
+    both = old["square"][move.source][:, move.source] * share[:, None] * share**2
+    np.testing.assert_allclose(after.square, 0.5 + both, rtol=1e-14)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("fresh", [0.25, "own"])
+def test_what_starts_anew_holds_what_it_starts_from(copies, fresh):
+    move = AxisMap("mlp", [0, 1, 2, 3, 0, NONE], share=np.array([0.5, 1, 1, 1, 0.5, 0]))
+    model = leaves()
+    table, old = axes_of(model), np.asarray(model.square)
+    own = jnp.arange(36.0).reshape(6, 6) if fresh == "own" else fresh
+    slot = table["square"]
+    found = carry_array(move, table, slot, model.square, FIRST, fresh=own, copies=copies)
+    anew = np.array([False] * 4 + [not copies, True])
+    crossing = anew[:, None] | anew[None, :]
+    follows = old[move.source][:, move.source] * np.asarray(move.share)
+    np.testing.assert_allclose(found, np.where(crossing, own, follows), rtol=1e-6)
+
+
+def test_what_a_map_multiplies_is_told_by_side_and_by_sign():
+    table = axes_of(leaves())
+    sides = lambda slot, share, source=(0, 1, 1, 2, 3), **more: multiplied(  # noqa: E731
+        AxisMap("mlp", source, share=None if share is None else np.array(share)),
+        table,
+        table[slot],
+        **more,
+    )
+    assert sides("reads", [1, 0.5, 0.5, 1, 1]) == {"weight": "positive"}
+    assert sides("bias", [1, 0.5, 0.5, 1, 1]) == {"gradient": "positive"}
+    assert sides("gain", [1, 1.5, -0.5, 1, 1]) == {"gradient": "any"}
+    assert sides("square", [1, 0.5, 0.5, 1, 1]) == {"weight": "positive", "gradient": "positive"}
+    assert sides("rows", [1, 0.5, 0.5, 1, 1]) == {} == sides("bias", None)
+    # Of fresh coordinates, and of copies that start anew, nothing is multiplied
+    assert sides("bias", [1, 1, 0, 1, 1], (0, 1, NONE, 2, 3)) == {}
+    assert sides("bias", [1, 1, 0.5, 1, 1], copies=False) == {}
+    assert sides("bias", [1, 1, 0.5, 1, 1]) == {"gradient": "positive"}
+
+
+def test_an_average_of_the_weights_is_gathered_with_them():
+    average = carried(AxisMap("mlp", [0, 0, 1]), leaves(), partition(leaves())[0], WEIGHT)
     assert eqx.tree_equal(average.reads, leaves().reads[jnp.asarray([0, 0, 1])])
 
 
@@ -372,7 +458,7 @@ def test_a_tied_head_leaves_its_share_to_the_final_norm_whose_moments_stay():
         op = gj.copy(embed=16)
         (move,) = op.maps(axes_of(model))
         after = jax.jit(lambda m: apply(move, m, None))(model)
-        dual = jax.jit(lambda m: carry_tree(move, m, partition(m)[0], "first"))(model)
+        dual = jax.jit(lambda m: carried(move, m, partition(m)[0], FIRST))(model)
     inner = ("blocks", "block", "mlp_norm", "weight")
     for steps, weight, moment in [
         (("norm", "weight"), 0.5, 1),

@@ -1,5 +1,6 @@
 """Optimizer state through growth: moments, ages, structure, and Adam's kick of new coordinates."""
 
+import functools
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -97,7 +98,7 @@ def test_plain_adam_kicks_new_coordinates_by_six_and_a_half_learning_rates():
     """Empty moments under an old step count: (1 - b1^t) / sqrt(1 - b2^t) learning rates."""
     model, op, lr = mlp(), gj.msg(mlp=6), 0.01
     tx = optax.adam(lr)
-    state = gj.carry(op, settled_in(tx, trained(model)), model, key=KEY)
+    state = gj.carry(op, settled_in(tx, trained(model)), model, optimizer=tx, key=KEY)
     out, _ = updates(tx, state, trained(gj.grow(op, model, key=KEY)), 100)
     t = np.arange(1, 101)
     kick = (1 - 0.9**t) / np.sqrt(1 - 0.999**t)
@@ -109,7 +110,7 @@ def test_plain_adam_kicks_new_coordinates_by_six_and_a_half_learning_rates():
 
 def test_a_grown_coordinate_starts_as_in_a_fresh_run():
     model, op, tx = mlp(), gj.msg(mlp=6), optim.scale_by_adam()
-    state = gj.carry(op, settled_in(tx, trained(model)), model, key=KEY)
+    state = gj.carry(op, settled_in(tx, trained(model)), model, optimizer=tx, key=KEY)
     grown = trained(gj.grow(op, model, key=KEY))
     out, after = updates(tx, state, grown, 30, gradient=0.7)
     fresh, _ = updates(tx, tx.init(grown), grown, 30, gradient=0.7)
@@ -193,7 +194,7 @@ def test_carried_state_has_the_structure_of_the_grown_models_own(name):
     tx, model = OPTIMIZERS[name], gpt()
     op = gj.chain(gj.msg(embed=12, heads=4), gj.copy(mlp=15), gj.stack(layers=3, order="top"))
     carried = eqx.filter_eval_shape(
-        lambda model: gj.carry(op, tx.init(trained(model)), model, key=KEY), model
+        lambda model: gj.carry(op, tx.init(trained(model)), model, optimizer=tx, key=KEY), model
     )
     own = eqx.filter_eval_shape(lambda model: tx.init(trained(op(model, key=KEY))), model)
     assert jax.tree.structure(carried) == jax.tree.structure(own)
@@ -205,7 +206,7 @@ def test_counters_and_hyper_parameters_stay_as_they_are():
     tx = optax.MultiSteps(OPTIMIZERS["hyper-parameters"], 3)
     model, op = mlp(), gj.msg(mlp=6)
     _, state = updates(tx, tx.init(trained(model)), trained(model), 5)
-    carried = gj.carry(op, state, model, key=KEY)
+    carried = gj.carry(op, state, model, optimizer=tx, key=KEY)
     scalars = lambda s: [float(x) for x in jax.tree.leaves(s) if jnp.ndim(x) == 0]  # noqa: E731
     assert scalars(carried) == scalars(state)
     assert int(carried.mini_step) == 2 and int(carried.inner_opt_state.count) == 1
@@ -215,45 +216,122 @@ def test_counters_and_hyper_parameters_stay_as_they_are():
 def test_the_average_of_the_parameters_moves_as_the_parameters():
     model, tx = mlp(), optax.chain(optax.scale_by_adam(), average())
     state = tx.init(trained(model))
-    op = gj.copy(mlp=7, shares="random")
-    grown = trained(gj.grow(op, model))
-    assert eqx.tree_equal(gj.carry(op, state, model)[1].params, grown, rtol=1e-6)
-    # Copies behind gates are young, but an average of them is no moment that starts from zero
-    hidden = gj.msg(mlp=7, init="copy")
-    grown = trained(gj.grow(hidden, model))
-    assert eqx.tree_equal(gj.carry(hidden, state, model)[1].params, grown)
-    with pytest.raises(StateError, match="average again after growing"):
-        gj.carry(gj.msg(mlp=6), state, model, key=KEY)
+    # Copied, with shares, and copied behind gates
+    for op in (gj.copy(mlp=7, shares="random"), gj.msg(mlp=7, init="copy")):
+        grown = trained(gj.grow(op, model))
+        carried = gj.carry(op, state, model, optimizer=tx)
+        assert eqx.tree_equal(carried[1].params, grown, rtol=1e-6)
 
 
-class Strange(NamedTuple):
-    wobble: Any
-    nu: Any
+@pytest.mark.parametrize("op", [gj.msg(mlp=6, init="matched"), gj.zeros(mlp=6)], ids=str)
+def test_the_average_of_a_fresh_coordinate_is_its_own_weight(op):
+    model, tx = mlp(), optax.chain(optax.scale_by_adam(), average())
+    _, state = updates(tx, tx.init(trained(model)), like(trained(model), 3.0), 4)
+    grown = trained(gj.grow(op, model, key=KEY))
+    found = gj.carry(op, state, model, optimizer=tx, key=KEY)[1].params
+    old = np.asarray(state[1].params.up)
+    assert not np.allclose(old, model.up, rtol=0.1)
+    np.testing.assert_array_equal(found.up[:, :4], old)
+    np.testing.assert_array_equal(found.up[:, 4:], grown.up[:, 4:])
+    np.testing.assert_array_equal(found.down[4:], grown.down[4:])
+    shapes = eqx.filter_eval_shape(lambda m: m, model)
+    with pytest.raises(StateError, match="give the model itself"):
+        gj.carry(op, state, shapes, optimizer=tx, key=KEY)
 
 
-def test_a_field_of_unknown_meaning_is_refused_by_name_until_it_is_explained():
+def test_accumulators_of_fresh_coordinates_start_from_their_own_constant():
+    model, op = mlp(), gj.msg(mlp=6)
+    for tx, field, constant in [
+        (optax.adagrad(1e-2), "sum_of_squares", 0.1),
+        (optax.adagrad(1e-2, initial_accumulator_value=0.7), "sum_of_squares", 0.7),
+        (optax.yogi(1e-2), "nu", 1e-6),
+    ]:
+        _, state = updates(tx, tx.init(trained(model)), trained(model), 3)
+        carried = gj.carry(op, state, model, optimizer=tx, key=KEY)
+        found, old = (np.asarray(getattr(s[0], field).up) for s in (carried, state))
+        np.testing.assert_array_equal(found[:, :4], old)
+        np.testing.assert_allclose(found[:, 4:], constant, rtol=1e-6)
+
+
+NAMED = optax.named_chain(("ema", optax.trace(0.9)), ("mom", optax.scale_by_rms()))
+
+
+@pytest.mark.parametrize(
+    "tx, pick, power",
+    [
+        (optax.adamax(1e-2), lambda s: s[0].nu, 1),
+        (optax.rmsprop(1e-2, momentum=0.9), lambda s: s[2].trace, 0),
+        (optax.rmsprop(1e-2, momentum=0.9), lambda s: s[0].nu, 2),
+        (optax.chain(optax.scale_by_adam(), optax.ema(0.9)), lambda s: s[1].ema, 0),
+        (NAMED, lambda s: s["ema"].trace, 1),
+        (NAMED, lambda s: s["mom"].nu, 2),
+    ],
+    ids=["adamax", "trace of rms", "rms", "ema of adam", "named trace", "named rms of it"],
+)
+def test_copies_of_a_producer_take_the_power_of_their_share_that_a_fresh_run_takes(tx, pick, power):
     model, op = mlp(), gj.copy(mlp=8)
-    state = Strange(*(like(trained(model), 1.0) for _ in range(2)))
-    with pytest.raises(StateError, match="what does 'wobble' hold") as error:
-        gj.carry(op, state, model)
-    assert "'nu'" not in str(error.value)
-    carried = gj.carry(op, state, model, moments={"wobble": "first"})
-    np.testing.assert_allclose(carried.wobble.up, 0.5)
-    np.testing.assert_allclose(carried.nu.up, 0.25)
-    np.testing.assert_allclose(carried.wobble.down, 1)
+    _, state = updates(tx, tx.init(trained(model)), trained(model), 3)
+    found = pick(gj.carry(op, state, model, optimizer=tx))
+    old = np.asarray(pick(state).up)
+    np.testing.assert_allclose(found.up, np.tile(old, 2) * 0.5**power, rtol=1e-6)
+
+
+def test_weights_added_to_gradients_are_refused_where_shares_tell_them_apart():
+    model = mlp()
+    tx = optax.chain(optax.add_decayed_weights(0.1), optax.adam(1e-3))
+    state = tx.init(trained(model))
+    with pytest.raises(
+        StateError, match=r"(?s)mu\.\w+.*no power of the gradients.*gj\.msg does not"
+    ):
+        gj.carry(gj.copy(mlp=8), state, model, optimizer=tx)
+    carried = gj.carry(gj.msg(mlp=8), state, model, optimizer=tx, key=KEY)
+    assert carried[1][0].mu.up.shape == (3, 8)
 
 
 def test_factored_and_misshapen_moments_are_refused_by_name():
     model = mlp()
-    state = optax.adafactor(1e-3, min_dim_size_to_factor=1).init(trained(model))
-    with pytest.raises(StateError) as error:
-        gj.carry(gj.copy(mlp=8), state, model)
-    for field in (".v_row:", ".v_col:", ".v:"):
-        assert field in str(error.value)
-    with pytest.raises(StateError, match=r"v_row: not shaped like the parameters \(up "):
-        gj.carry(gj.copy(mlp=8), state, model, moments={"v_row": "second", "v_col": "second"})
+    tx = optax.adafactor(1e-3, min_dim_size_to_factor=1)
+    with pytest.raises(StateError, match="not shaped like its parameter") as error:
+        gj.carry(gj.copy(mlp=8), tx.init(trained(model)), model, optimizer=tx)
+    for field in (".v_row.up", ".v_col.down"):
+        assert field in str(error.value) or "more" in str(error.value)
+    # Whole at one size and factored at the other
+    tx = optax.adafactor(1e-3, min_dim_size_to_factor=3)
+    small = eqx.tree_at(lambda m: (m.up, m.down), model, (model.up[:, :2], model.down[:2]))
+    small = eqx.tree_at(lambda m: m.up_bias, small, small.up_bias[:2])
+    with pytest.raises(StateError, match="grow"):
+        gj.carry(gj.msg(mlp=6), tx.init(trained(small)), small, optimizer=tx, key=KEY)
+    adam = optax.adam(1e-3)
     with pytest.raises(StateError, match="covers buffers too"):
-        gj.carry(gj.msg(mlp=8), optax.adam(1e-3).init(gpt()), gpt(), key=KEY)
+        gj.carry(gj.msg(mlp=8), adam.init(gpt()), gpt(), optimizer=adam, key=KEY)
+
+
+def test_an_average_of_anything_is_refused_with_what_to_do():
+    model, tx = mlp(), optax.ema(0.999)
+    with pytest.raises(StateError, match=r"gradients or of the weights.*gj\.grow\(op, average"):
+        gj.carry(gj.copy(mlp=8), tx.init(trained(model)), model, optimizer=tx)
+
+
+def test_a_transformation_of_a_trace_is_refused_and_one_of_outside_is_not_traced():
+    model, op = mlp(), gj.copy(mlp=8)
+    state = optax.trace(0.9).init(trained(model))
+
+    def inside(decay):
+        return gj.carry(op, state, model, optimizer=optax.chain(optax.trace(decay)))
+
+    with pytest.raises(StateError, match="outside of jit"):
+        jax.jit(inside)(0.9)
+    # An array that it closes over is no value of a trace
+    table = jnp.linspace(1.0, 0.1, 9)
+    scaled = optax.chain(
+        optax.scale_by_schedule(lambda n: table[n]), optax.trace(0.9), optax.scale(-1.0)
+    )
+    gj.carry(op, scaled.init(trained(model)), model, optimizer=scaled)
+    tx = optax.trace(0.9)
+    plain = gj.carry(op, state, model, optimizer=tx)
+    fresh = optax.trace(0.9)  # not asked about before
+    traced = jax.jit(lambda s: gj.carry(op, s, model, optimizer=fresh))(state)
+    assert eqx.tree_equal(plain, traced)
 
 
 # Carrying: values ----------------------------------------------------------------------------
@@ -279,7 +357,7 @@ def test_carried_moments_are_those_that_the_grown_model_would_have(tx):
 def test_copies_may_start_from_zero_and_young():
     model, op, tx = mlp(), gj.copy(mlp=7), optim.scale_by_adam()
     state = settled_in(tx, trained(model))
-    dual, zero = (gj.carry(op, state, model, copies=how) for how in ("dual", "zero"))
+    dual, zero = (gj.carry(op, state, model, optimizer=tx, copies=how) for how in ("dual", "zero"))
     share = np.array([0.5, 0.5, 0.5, 1, 0.5, 0.5, 0.5], np.float32)
     for name, power in (("mu", 1), ("nu", 2)):
         kept, blank = getattr(dual, name), getattr(zero, name)
@@ -294,7 +372,7 @@ def test_split_branches_divide_what_writes_and_the_moments_of_what_does_not():
     """Layers 0, 1, 1, the last two with half a branch each: the share and its dual."""
     model, op, tx = gpt(), gj.stack(layers=3, branch="split"), optax.scale_by_adam()
     grown = jax.tree.map(np.asarray, eqx.filter_jit(op)(model).blocks.block)
-    carried = gj.carry(op, settled_in(tx, trained(model)), model)
+    carried = gj.carry(op, settled_in(tx, trained(model)), model, optimizer=tx)
     mu, nu = (jax.tree.map(np.asarray, m.blocks.block) for m in (carried.mu, carried.nu))
     for layer, (source, share) in enumerate([(0, 1), (1, 0.5), (1, 0.5)]):
         old = jax.tree.map(lambda x, i=source: np.asarray(x)[i], model.blocks.block)
@@ -325,7 +403,7 @@ def hop():
         model = jax.tree.map(lambda x: x.astype(jnp.float64), gpt())
         one, state = step(model, tx.init(trained(model)))
         two, _ = step(one, state)
-        carried = gj.carry(op, state, one, key=KEY)
+        carried = gj.carry(op, state, one, optimizer=tx, key=KEY)
         grown, after = step(gj.grow(op, one, key=KEY), carried)
     return op, model, two, carried, grown, after
 
@@ -361,8 +439,9 @@ def test_carrying_through_a_chain_is_carrying_step_by_step_also_inside_jit():
     model, tx = mlp(), optim.adamw(1e-3)
     a, b = gj.copy(mlp=6, shares="random"), gj.msg(mlp=9)
     _, state = updates(tx, tx.init(trained(model)), trained(model), 2)
-    at_once = eqx.filter_jit(lambda s, m: gj.carry(gj.chain(a, b), s, m, key=KEY))(state, model)
-    one_by_one = gj.carry(b, gj.carry(a, state, model), gj.grow(a, model), key=KEY)
+    carry = functools.partial(gj.carry, optimizer=tx)
+    at_once = eqx.filter_jit(lambda s, m: carry(gj.chain(a, b), s, m, key=KEY))(state, model)
+    one_by_one = carry(b, carry(a, state, model), gj.grow(a, model), key=KEY)
     assert eqx.tree_equal(at_once, one_by_one)
     assert at_once[0].ages.of["mlp"].tolist() == [2] * 6 + [0] * 3
 

@@ -131,7 +131,7 @@ def model_modules() -> list[type]:
 def leaf_names() -> set[str]:
     """What leaves and parts of models are called, but for words that the core has for its own."""
     own = field_names(members(axes, gates, maps, growth, subnet, operator))
-    own |= set(typing.get_args(axes.Kind)) | set(typing.get_args(maps.Moment))
+    own |= set(typing.get_args(axes.Kind)) | set(typing.get_args(maps.Side))
     own |= set(typing.get_args(axes.Role))
     return field_names(model_modules(), static=False) - own
 

@@ -431,7 +431,8 @@ def test_state_grows_in_the_middle_of_a_run_into_the_grown_models_own(op, name):
     rule, operator = Optimizer(name).build(), OPERATORS[op]
     model = eqx.filter_eval_shape(gpt)
     carried = eqx.filter_eval_shape(
-        lambda m: gj.carry(operator, rule.init(trained(m)), m, key=KEY), model
+        lambda m: gj.carry(operator, rule.init(trained(m)), m, optimizer=rule, key=KEY),
+        model,
     )
     grown = eqx.filter_eval_shape(lambda m: trained(operator(m, key=KEY)), model)
     own = eqx.filter_eval_shape(rule.init, grown)
@@ -450,7 +451,7 @@ def test_new_coordinates_move_as_in_a_fresh_run(name):
         rule, trained(model), [like(trained(model), 1.0)] * 40, [0.01] * 40, **more
     )
     model = eqx.combine(jax.tree.map(lambda x: x[-1], path), gj.partition(model)[1])
-    carried = gj.carry(op, state, model, key=KEY)
+    carried = gj.carry(op, state, model, optimizer=rule, key=KEY)
     grown = trained(gj.grow(op, model, key=KEY))
     if name == "schedule_free":
         judged = rule.evaluated(grown, carried)
@@ -472,7 +473,7 @@ def test_new_coordinates_move_as_in_a_fresh_run(name):
 def test_muons_steps_stay_orthogonal_through_growth():
     model, op, rule = mlp(), gj.msg(mlp=6), plain("muon")
     _, state = follow(rule, trained(model), [drawn(trained(model))] * 9, [0.01] * 9)
-    carried = gj.carry(op, state, model, key=KEY)
+    carried = gj.carry(op, state, model, optimizer=rule, key=KEY)
     grown = trained(gj.grow(op, model, key=KEY))
     updates, _ = rule.update(drawn(grown, 1), carried, grown, rate=-1.0)
     values = np.linalg.svd(updates.up, compute_uv=False) / (0.2 * 6**0.5)
@@ -488,12 +489,12 @@ def test_an_average_of_the_parameters_is_carried_with_them():
         model = jax.tree.map(lambda x: x[-1], path)
         judged = rule.evaluated(trained(model), state)
         op = gj.copy(mlp=9, shares="random")
-        carried = gj.carry(op, state, model)
+        carried = gj.carry(op, state, model, optimizer=rule)
         found = rule.evaluated(trained(gj.grow(op, model)), carried)
         for a, b in zip(leaves(found), leaves(trained(gj.grow(op, judged))), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10)
         assert np.array_equal(carried.total, state.total)
         np.testing.assert_allclose(carried.weights.of["mlp"], state.total)
-        blank = gj.carry(op, state, model, copies="zero")
+        blank = gj.carry(op, state, model, optimizer=rule, copies="zero")
         assert blank.weights.of["mlp"].tolist() == [float(state.total)] * 4 + [0] * 5
         assert not blank.offset.up[:, 4:].any() and blank.offset.up[:, :4].any()

@@ -57,7 +57,7 @@ def fit(
     for n, phase in enumerate(phases):
         if phase.grow is not None:
             key = jax.random.fold_in(jax.random.key(seed), n)
-            state = gj.carry(phase.grow, state, model, key=key)
+            state = gj.carry(phase.grow, state, model, optimizer=tx, key=key)
             model = gj.grow(phase.grow, model, key=key)
         end = step + phase.steps
         while step < end:

@@ -42,14 +42,10 @@ class AgedAdEMAMixState(NamedTuple):
     ages: Ages
 
 
-def grown_ages(ages: Ages, move: AxisMap, *, keep: bool) -> Ages:
-    """Ages after one map: fresh coordinates are 0, copies as old as their source if `keep`."""
-    if move.axis not in ages.of:
-        return ages
-    old = ages.of[move.axis]
+def grown_age(age: Num[Array, " old"], move: AxisMap, *, keep: bool) -> Num[Array, " new"]:
+    """Ages along the axis of a map after it: fresh coordinates are 0, copies as old as their source if `keep`."""
     young = move.is_new() if not keep else move.source == NONE
-    new = jnp.where(young, 0, old[np.maximum(move.source, 0)])
-    return Ages({**ages.of, move.axis: new})
+    return jnp.where(young, 0, age[np.maximum(move.source, 0)])
 
 
 def born(params: Any, dtype: Any = jnp.int32) -> Ages:

@@ -1,44 +1,21 @@
-"""Optimizer state through a growth operator: moments move by the dual of each map."""
+"""Optimizer state through a growth operator: every array by the law that a probe of the optimizer finds."""
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
+import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from growjax import maps
-from growjax.axes import axes_of, find, partition, put
+from growjax.axes import Axes, Slot, axes_of, partition
 from growjax.errors import StateError, expect_one_of, raise_all
 from growjax.growth.operator import Chain, Operator, atoms
-from growjax.maps import Moment
-from growjax.optim.age import Ages, grown_ages
-
-
-# What the fields of optimizer states hold, by the names that optax gives them.
-_FIRST = (
-    "mu",
-    "m",
-    "m1",
-    "m2",
-    "trace",
-    "momentum",
-    "acc_grads",
-    "prev_grad",
-    "grad",
-    "ema",
-    "updates",
-)
-_SECOND = ("nu", "nu_max", "v", "h", "hessian", "sum_of_squares")
-_WEIGHT = ("params", "slow_params", "fast_params", "z", "average")
-# Between two sets of weights: a new coordinate is the same in both.
-_DIFFERENCE = ("offset",)
-_MOMENTS: dict[str, Moment] = {
-    **dict.fromkeys(_FIRST, "first"),
-    **dict.fromkeys(_SECOND, "second"),
-    **dict.fromkeys(_WEIGHT, "weight"),
-    **dict.fromkeys(_DIFFERENCE, "difference"),
-}
+from growjax.maps import NONE, WEIGHT, AxisMap
+from growjax.optim.age import grown_age
+from growjax.optim.probe import Cell, Kept, cells, probe
 
 
 def carry(
@@ -46,99 +23,306 @@ def carry(
     state: Any,
     model: Any,
     *,
+    optimizer: Any,
     key: PRNGKeyArray | None = None,
     copies: Literal["dual", "zero"] = "dual",
-    moments: Mapping[str, Moment] | None = None,
 ) -> Any:
-    """The optimizer state of the grown model, for any chain of optax transformations.
+    """The optimizer state of the grown model, for any optax transformation or rule of growjax.
 
-    Every subtree shaped like the parameters moves: first moments by the share on the opposite side from
-    the weights, second moments by its square, averages of the weights and differences between them as
-    the weights. Fresh coordinates are zero. Step counts, schedules and hyper-parameters stay as they are.
+    What each array holds is found by running the optimizer on a toy (`growjax.optim.probe`), never by
+    what it is called. It moves by the power of the map, or of its dual, that it scales with: averages of
+    gradients by the share on the opposite side from the weights, those of squares by its square,
+    traces of normalised updates by its sign, averages of the weights and differences between such as the
+    weights. Fresh coordinates start as a fresh run would start them: from zero, from the constant of
+    an accumulator, from their own weight. Step counts, schedules and hyper-parameters stay as they are.
+    So does what sums over entries (a norm of gradients), as long as nothing is copied with its history.
     Under plain `optax.adam` a zero moment under an old step count moves new weights by up to 6.6 times
     the learning rate; `growjax.optim.adamw` keeps an age for every coordinate instead.
 
     **Arguments**
 
     - `op`: the operator that `model` is about to be grown by.
-    - `state`: what `tx.init(gj.partition(model)[0])` and its updates gave (or `tx.init` of the model).
-    - `key`: as for `gj.grow`; only shapes are computed with it.
-    - `copies`: copied coordinates follow their source by the dual, or start from zero and young.
-    - `moments`: what further fields hold: name to "first", "second", "weight" or "difference".
+    - `state`: what `optimizer.init(gj.partition(model)[0])` and its updates gave.
+    - `optimizer`: the whole transformation that made `state`, or a `growjax.optim.Rule`.
+    - `key`: as for `gj.grow`; fresh weights are drawn with it where an average starts from them.
+    - `copies`: copied coordinates follow their source, or start anew and young, as fresh ones do.
 
-    Raises `StateError` that lists every field whose meaning is not known, and every one whose shape is
-    not that of the parameters (factored moments, which must start again).
+    Raises `StateError` that lists every array which cannot be carried: because copies or shares would
+    change what it mixes (norms), because it scales with no power of what is multiplied (gradients with
+    weights added to them), because it is not shaped like a parameter that grows (factored moments); or if
+    the optimizer cannot be run on a toy. Clipping and the small constants of optimizers (`eps`) are
+    not counted: what a clipped gradient added stays as it was clipped.
 
     **Example**
 
-        state = gj.carry(op, state, small, key=key)
+        state = gj.carry(op, state, small, optimizer=tx, key=key)
         big = gj.grow(op, small, key=key)
     """
     if not isinstance(op, Operator | Chain):
         raise StateError(f"op: expected an operator such as gj.msg(mlp=2048), got {op!r}")
     expect_one_of(StateError, "copies", copies, ("dual", "zero"))
-    for name, moment in (moments or {}).items():
-        expect_one_of(StateError, f"moments: {name}", moment, get_args(Moment))
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        raise StateError(
+            f"optimizer: expected the optax transformation or growjax.optim.Rule that made the state, "
+            f"got {optimizer!r}"
+        )
     shapes = eqx.filter_eval_shape(lambda m: m, model)
-    return _jitted(op, state, shapes, key, {**_MOMENTS, **(moments or {})}, copies)
+    held = _held(optimizer, state, shapes)
+    # Values are needed only where an average starts from fresh weights
+    model = model if any(k.shaped and k.initial is None for _, k in held) else shapes
+    return _jitted(op, jax.tree.leaves(state), model, key, optimizer, held, copies)
+
+
+class _Held(NamedTuple):
+    """An array of the state: where it stands, and what it holds."""
+
+    cell: Cell
+    kept: Kept
+
+
+def _held(optimizer: Any, state: Any, model: Any) -> tuple[_Held, ...]:
+    """What every leaf of a state holds; raises `StateError` if the state is not the optimizer's."""
+    params = partition(model)[0]
+    initial = _initial(optimizer, params)
+    own, wanted = _named(initial, params), cells(initial, params)
+    probed = probe(optimizer, params, wanted)
+    if probed.averages:
+        raise StateError(
+            "optimizer: all that it does is to average what it is fed, so whether this is an average of "
+            "gradients or of the weights cannot be told. Give the whole chain, learning rate included, "
+            "if it averages gradients; grow an average of the weights as the model: gj.grow(op, average, "
+            "key=key)"
+        )
+    given = _named(state, params)
+    faults = _differences(own, given)
+    buffers = [slot.path for slot in axes_of(model).of_kind("buffer")]
+    if any(name.endswith(f".{path}") for name in given for path in buffers):
+        faults = [
+            "it covers buffers too; initialise the optimizer with gj.partition(model)[0]",
+            *faults,
+        ]
+    raise_all(
+        StateError,
+        "state: expected what optimizer.init(gj.partition(model)[0]) and updates lead to, for the whole "
+        "transformation and this model:",
+        faults,
+    )
+    kept = probed.of(wanted)
+    raise_all(
+        StateError,
+        "which parameters the optimizer keeps arrays for depends on their sizes, so a toy does not show "
+        "what these hold; choose parameters by rank or by path, or start the optimizer again:",
+        [f"state{cell.name}" for cell, k in zip(wanted, kept, strict=True) if k is None],
+    )
+    shapes = {slot.steps: slot.value.shape for slot in _params(axes_of(params)).values()}
+    held = []
+    for cell, k in zip(wanted, kept, strict=True):
+        assert k is not None
+        if k.shaped and cell.steps is not None and own[cell.name].shape != shapes[cell.steps]:
+            # Factored at its true size, if not on the toy
+            k = dataclasses.replace(k, shaped=False, reach="leaf")
+        held.append(_Held(cell, k))
+    return tuple(held)
+
+
+def _initial(optimizer: Any, params: Any) -> Any:
+    """The shapes of the state that an optimizer starts from."""
+    try:
+        return jax.eval_shape(optimizer.init, params)
+    except Exception as error:  # whatever a transformation of the user's may raise
+        raise StateError(
+            f"optimizer: its init does not take gj.partition(model)[0]: {type(error).__name__}: {error}\n"
+            "(of a wrapper that takes something else, carry the state inside it by the optimizer inside it)"
+        ) from error
+
+
+def _named(state: Any, params: Any) -> dict[str, Any]:
+    """The arrays of a state by their paths."""
+    names = [cell.name for cell in cells(state, params)]
+    return dict(zip(names, jax.tree.leaves(state), strict=True))
+
+
+def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Where the names or shapes of two states differ: the first few places, and how many there are."""
+
+    def shape(state: Mapping[str, Any], name: str) -> str:
+        return f"shape {np.shape(state[name])}" if name in state else "nothing"
+
+    faults = [
+        f"state{name}: expected {shape(expected, name)}, got {shape(found, name)}"
+        for name in dict.fromkeys([*expected, *found])
+        if shape(expected, name) != shape(found, name)
+    ]
+    return _few(faults)
+
+
+def _few(faults: list[str]) -> list[str]:
+    return faults[:6] + ([f"and {len(faults) - 6} more"] if len(faults) > 6 else [])
+
+
+def _params(table: Axes) -> dict[tuple, Slot]:
+    return {slot.steps: slot for slot in table.of_kind("param") if slot.arrays()}
+
+
+# The maps ------------------------------------------------------------------------------------
+
+
+class _Hop(NamedTuple):
+    """One map of an operator: the model before and after it, and whether copies keep their history."""
+
+    move: AxisMap
+    before: Any
+    after: Any
+    keep: bool
 
 
 @eqx.filter_jit
-def _jitted(op, state, model, key, known: Mapping[str, Moment], copies: str):
+def _jitted(op, leaves: list, model, key, optimizer, held: tuple[_Held, ...], copies: str):
+    hops = []
     for atom in atoms(op):
         for move in atom.maps(axes_of(model)):
-            grown = eqx.filter_eval_shape(lambda m, move=move: maps.apply(move, m, key), model)
+            after = _grown(move, model, key)
             # Behind a gate at 0 copies receive no gradient yet, so nothing has been averaged.
-            keep = copies == "dual" and not move.gated
-            state = _carry_one(move, state, model, grown, known, keep)
-            model = grown
-    return state
+            hops.append(_Hop(move, model, after, copies == "dual" and not move.gated))
+            model = after
+    params = partition(eqx.filter_eval_shape(lambda m: m, model))[0]
+    own = _initial(optimizer, params)
+    names = [cell.name for cell, _ in held]
+    faults = _misshapen(held, leaves, _named(own, params))
+    for hop in hops:
+        faults += [(cell.name, why) for cell, kept in held if (why := _fault(cell, kept, hop))]
+    raise_all(
+        StateError,
+        f"this optimizer state cannot be carried through {op}; start it again with "
+        "optimizer.init(gj.partition(grown)[0]), or see what is said of each array:",
+        _by_reason(faults),
+    )
+    for hop in hops:
+        leaves = _carried(leaves, held, hop, optimizer)
+    expected = {name: np.zeros(np.shape(x)) for name, x in _named(own, params).items()}
+    assert not _differences(expected, dict(zip(names, leaves, strict=True)))
+    return jax.tree.unflatten(jax.tree.structure(own), leaves)
 
 
-def _carry_one(move, state, model, grown, known: Mapping[str, Moment], keep: bool):
-    def shaped(node) -> bool:
-        return isinstance(node, type(model) | Ages)
+def _grown(move: AxisMap, model, key):
+    """The model after a map, or its shapes if only those are known."""
+    if _only_shapes(model):
+        return eqx.filter_eval_shape(lambda m: maps.apply(move, m, key), model)
+    return maps.apply(move, model, key)
 
-    leaves, structure = jax.tree_util.tree_flatten_with_path(state, is_leaf=shaped)
-    complaints, moved = [], []
-    for path, node in leaves:
-        name = _field_name(path)
-        if isinstance(node, Ages):
-            moved.append(grown_ages(node, move, keep=keep))
-        elif not isinstance(node, type(model)):
-            moved.append(node)
-        elif name not in known:
-            complaints.append(
-                f"{jax.tree_util.keystr(path)}: what does {name!r} hold? Pass moments={{{name!r}: ...}}: "
-                "'first' (like gradients), 'second' (their squares), 'weight' or 'difference' (of such)"
+
+def _only_shapes(model) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model))
+
+
+def _misshapen(
+    held: tuple[_Held, ...], leaves: list, own: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """The arrays that would have to change their shape and are not shaped like a parameter."""
+    faults = []
+    for (cell, kept), leaf in zip(held, leaves, strict=True):
+        if cell.name not in own:
+            faults.append((cell.name, "is not kept at the new size"))
+        elif not kept.shaped and cell.axis is None and own[cell.name].shape != np.shape(leaf):
+            faults.append(
+                (
+                    cell.name,
+                    "is not shaped like its parameter, which grows (factored, or of several steps)",
+                )
             )
-        elif faults := _misshapen(node, model):
-            complaints.append(f"{jax.tree_util.keystr(path)}: {faults}")
-        else:
-            tree = maps.carry_tree(move, model, node, known[name], copies=keep)
-            moved.append(_refit(tree, grown))
-    raise_all(StateError, "this optimizer state cannot be carried:", complaints)
-    return jax.tree_util.tree_unflatten(structure, moved)
+    names = {cell.name for cell, _ in held}
+    return faults + [(name, "is kept at the new size alone") for name in own if name not in names]
 
 
-def _field_name(path) -> str:
-    names = [entry.name for entry in path if hasattr(entry, "name")]
-    return names[-1] if names else ""
+def _by_reason(faults: list[tuple[str, str]]) -> list[str]:
+    """One line for each reason: the arrays that it holds for, and the reason."""
+    names: dict[str, dict[str, None]] = {}
+    for name, why in faults:
+        names.setdefault(why, {})[f"state{name}"] = None
+    lines = []
+    for why, arrays in names.items():
+        first = ", ".join(list(arrays)[:3])
+        more = f" and {len(arrays) - 3} more" if len(arrays) > 3 else ""
+        lines.append(f"{first}{more}: {why}")
+    return lines
 
 
-def _misshapen(tree, model) -> str:
-    table = axes_of(model)
-    if any(hasattr(find(tree, slot.steps), "shape") for slot in table.of_kind("buffer")):
-        return "covers buffers too; initialise the optimizer with gj.partition(model)[0]"
-    expected = {s.steps: s.value.shape for s in table.of_kind("param") if s.arrays()}
-    found = {steps: getattr(find(tree, steps), "shape", shape) for steps, shape in expected.items()}
-    wrong = [f"{'.'.join(map(str, s))} {found[s]}" for s in expected if found[s] != expected[s]]
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return f"not shaped like the parameters ({', '.join(wrong[:3])}{more})" if wrong else ""
+def _fault(cell: Cell, kept: Kept, hop: _Hop) -> str:
+    """Why an array cannot follow a map; nothing if it can."""
+    if cell.axis is not None or kept.law == WEIGHT:
+        return ""
+    move, table = hop.move, axes_of(hop.before)
+    slots = _params(table)
+    mixes = kept.reach in ("leaf", "all")
+    # What an array may depend on: its own parameter, or all of them
+    own = cell.steps is not None and kept.reach != "all"
+    touched = [slots[cell.steps]] if own else list(slots.values())
+    touched = [slot for slot in touched if slot.positions(move.axis)]
+    if touched and not kept.additive:
+        return f"depends on how many {move.axis} there are (a mean, or a factor that depends on a shape)"
+    if touched and mixes and _repeats(move, table, hop.keep):
+        return (
+            f"mixes entries of {'its parameter' if kept.reach == 'leaf' else 'several parameters'}, so copies "
+            f'of {move.axis} that keep their history would change it; gj.msg and copies="zero" start them anew'
+        )
+    if not mixes and not kept.shaped:
+        return ""
+    for slot in touched:
+        for side, by in maps.multiplied(move, table, slot, copies=hop.keep).items():
+            power = kept.law.gradient if side == "gradient" else kept.law.weight
+            if power == "unknown" or (power is not None and power.odd is None and by == "any"):
+                return f"{_unknown(kept, side)}; the map of {move.axis} multiplies {side}s, gj.msg does not"
+    return ""
 
 
-def _refit(tree, grown):
-    """Put the moved arrays into the structure that the grown model's own state would have."""
-    template = jax.tree.map(lambda _: None, partition(grown)[0])
-    values = {slot.steps: find(tree, slot.steps) for slot in axes_of(grown).of_kind("param")}
-    return put(template, values)
+def _unknown(kept: Kept, side: str) -> str:
+    if kept.reach == "nothing":
+        return f"did not change in {kept.updates} updates of a toy, so what it holds is not known"
+    if kept.reach != "entry":
+        return f"mixes {side}s of several entries"
+    return f"scales with no power of the {side}s (something is added to them, or each of them is clipped)"
+
+
+def _repeats(move: AxisMap, table: Axes, keep: bool) -> bool:
+    """Whether coordinates that have a history are repeated or lost."""
+    lost = np.setdiff1d(np.arange(table.size(move.axis)), move.source)
+    return bool(lost.size or (keep and np.any(move.is_new() & (move.source != NONE))))
+
+
+def _carried(leaves: list, held: tuple[_Held, ...], hop: _Hop, optimizer: Any) -> list:
+    """The arrays of a state after one map that they can follow."""
+    table = axes_of(hop.before)
+    slots = _params(table)
+    anew = (hop.move.source == NONE) if hop.keep else hop.move.is_new()
+    carried = []
+    for i, (leaf, (cell, kept)) in enumerate(zip(leaves, held, strict=True)):
+        slot = slots.get(cell.steps) if cell.steps is not None else None
+        if cell.axis == hop.move.axis:
+            leaf = grown_age(leaf, hop.move, keep=hop.keep)
+        elif kept.shaped and slot is not None and slot.positions(hop.move.axis):
+            # An average of the weights has no history of gradients: copies follow their source
+            average = kept.law == WEIGHT and kept.initial is None
+            fresh = kept.initial
+            if fresh is None and (np.any(hop.move.source == NONE) or anew.any() and not average):
+                fresh = _started(optimizer, hop.after)[i]
+            leaf = maps.carry_array(
+                hop.move,
+                table,
+                slot,
+                leaf,
+                kept.law,
+                fresh=0 if fresh is None else fresh,
+                copies=hop.keep or average,
+            )
+        carried.append(leaf)
+    return carried
+
+
+def _started(optimizer: Any, model) -> list:
+    """The arrays that an optimizer starts from on a model."""
+    if _only_shapes(model):
+        raise StateError(
+            "model: fresh coordinates of the state start from their weights; give the model itself, not "
+            "its shapes"
+        )
+    return jax.tree.leaves(optimizer.init(partition(model)[0]))

@@ -1,6 +1,7 @@
 """An optimizer as data: what a plan says, and the optax chain that it means."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -82,7 +83,10 @@ class Optimizer:
         return self.refresh_every if self.name == "sophia" else None
 
     def build(self) -> Rule:
-        """The rule of one update; the learning rate is an argument of each."""
+        """The rule of one update, the same object for equal ones; the learning rate is an argument of each."""
+        return _built(self)
+
+    def _rule(self) -> Rule:
         rescale = {
             "adamw": lambda: scale_by_adam(self.b1, self.b2, self.eps),
             "nadamw": lambda: scale_by_adam(self.b1, self.b2, self.eps, nesterov=True),
@@ -103,3 +107,9 @@ class Optimizer:
             parts.append(scale_new(self.new_rate, self.new_steps))
         one = rule(optax.chain(*parts))
         return schedule_free(one, self.b1) if self.name == "schedule_free" else one
+
+
+@functools.cache
+def _built(optimizer: Optimizer) -> Rule:
+    # What is known of a rule (its programs, what its state holds) is remembered by the object
+    return optimizer._rule()

@@ -347,7 +347,9 @@ def _grow(
     grown = op(model, key=key)
     if carried == "reset":
         return programs.state_of(grown)
-    optimizer = carry(op, state.optimizer, model, key=key, copies=carried)
+    optimizer = carry(
+        op, state.optimizer, model, optimizer=programs.optimizer, key=key, copies=carried
+    )
     trained, rest = partition(grown)
     return State(trained, rest, optimizer)
 

@@ -1,0 +1,259 @@
+"""An optimizer under way on a toy: parameters of a model's structure with a few coordinates an axis.
+
+All lanes of a run take the same steps at once, each under something else: gradients of half the entries
+are others, those of every entry are multiplied by a number of its own, mirrored, or zero; and so with
+the weights. `growjax.optim.probe` reads off what the optimizer keeps.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from growjax.axes import DeclaredOutside, Slot, axes_of, put
+from growjax.errors import StateError
+from growjax.optim.rules import Rule
+
+
+PERIOD = 5  # steps after which gradients and weights repeat
+Shape = tuple[int, ...]
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """Outside of every trace, on the CPU, in double precision, under JAX's own settings."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.ensure_compile_time_eval())
+        stack.enter_context(jax.enable_x64(True))
+        stack.enter_context(jax.debug_nans(False))
+        stack.enter_context(jax.disable_jit(False))
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        stack.enter_context(jax.numpy_rank_promotion("allow"))
+        stack.enter_context(jax.transfer_guard("allow"))
+        with contextlib.suppress(
+            RuntimeError
+        ):  # the CPU is not among the platforms of this process
+            stack.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
+        yield
+
+
+def toy(params: Any, size: int) -> Any:
+    """The shapes of parameters like these whose axes all have `size` coordinates."""
+    table = axes_of(params)
+    shapes = {
+        slot.steps: jax.ShapeDtypeStruct([size**count for count in slot.spec.groups], np.float32)
+        for slot in table.of_kind("param")
+        if slot.arrays()
+    }
+    small = put(params, shapes)
+    if isinstance(small, DeclaredOutside):
+        small = small.resized(dict.fromkeys(table.sizes, size))
+    return small
+
+
+def leaves_of(params: Any) -> list[Slot]:
+    """The slots of parameters in the order of their leaves."""
+    slots = [slot for slot in axes_of(params).of_kind("param") if slot.arrays()]
+    numbers = put(params, {slot.steps: n for n, slot in enumerate(slots)})
+    return [slots[n] for n in jax.tree.leaves(numbers)]
+
+
+# What is fed ---------------------------------------------------------------------------------
+
+
+class Lane(NamedTuple):
+    """Gradients and weights of every leaf, `[step, *shape]`."""
+
+    gradients: list[np.ndarray]
+    weights: list[np.ndarray]
+
+
+class Trial(NamedTuple):
+    """Lanes that differ from the "plain" one each by one thing.
+
+    - `masks`: of some lanes: which entries of each leaf are fed others.
+    - `factors`: of some lanes: what multiplies the gradients, and the weights, of each leaf's entries.
+    """
+
+    lanes: dict[str, Lane]
+    masks: dict[str, list[np.ndarray]]
+    factors: dict[str, tuple[list[np.ndarray], list[np.ndarray]]]
+
+
+def trial(shapes: list[Shape], size: float, seed: int) -> Trial:
+    """A trial under gradients whose entries are from half to twice a size; weights are so around 1."""
+    rng = np.random.default_rng(seed)
+
+    def choice(*values: float) -> list[np.ndarray]:
+        return [rng.choice(np.asarray(values), shape) for shape in shapes]
+
+    def draw(scale: float) -> list[np.ndarray]:
+        drawn = [(PERIOD, *shape) for shape in shapes]
+        return [scale * rng.choice([-1.0, 1.0], s) * rng.uniform(0.5, 2, s) for s in drawn]
+
+    g, w, other_g, other_w = draw(size), draw(1.0), draw(size), draw(1.0)
+    ones = choice(1.0)
+    # A chequerboard: black and white entries in every row of every dimension, and one black one at least
+    board = [np.indices(shape).sum(0) % 2 == 0 for shape in shapes]
+    mirrored = [np.where(black, -1.0, 1.0) for black in board]
+    # Powers of two round nothing. Smaller gradients and larger weights: no more is clipped than was.
+    factors = {
+        "no gradients": (choice(0.0), ones),
+        "no weights": (ones, choice(0.0)),
+        "scaled gradients": (choice(0.5, 0.25), ones),
+        "scaled weights": (ones, choice(2.0, 4.0)),
+        "mirrored gradients": (mirrored, ones),
+        "mirrored weights": (ones, mirrored),
+        "both": (choice(0.5, 0.25), choice(2.0, 4.0)),
+    }
+    masks = {"black": board, "white": [~black for black in board]}
+    for n in range(4):
+        chosen = rng.permutation(len(shapes)) % 2 == 0
+        for part in (True, False):
+            masks[f"leaves {n} {part}"] = [
+                np.full(shape, c == part) for c, shape in zip(chosen, shapes, strict=True)
+            ]
+    lanes = {
+        "plain": Lane(g, w),
+        "other gradients": Lane(other_g, w),
+        "other weights": Lane(g, other_w),
+    }
+    for name, (of_g, of_w) in factors.items():
+        lanes[name] = Lane(*(_times(f, x) for f, x in ((of_g, g), (of_w, w))))
+    for name, mask in masks.items():
+        lanes[name] = Lane(_mixed(mask, other_g, g), _mixed(mask, other_w, w))
+    return Trial(lanes, masks, factors)
+
+
+def _times(factors: list[np.ndarray], values: list[np.ndarray]) -> list[np.ndarray]:
+    return [factor * value for factor, value in zip(factors, values, strict=True)]
+
+
+def _mixed(masks: list[np.ndarray], a: list[np.ndarray], b: list[np.ndarray]) -> list[np.ndarray]:
+    return [np.where(mask, x, y) for mask, x, y in zip(masks, a, b, strict=True)]
+
+
+def padded(lane: Lane, slots: list[Slot], by: int) -> Lane:
+    """A lane for a toy with more coordinates: nothing is fed to the new ones, and their weights are 0."""
+
+    def pad(values: list[np.ndarray]) -> list[np.ndarray]:
+        wide = []
+        for x, slot in zip(values, slots, strict=True):
+            split = np.pad(as_axes(x, slot, 1), [(0, 0), *[(0, by)] * len(slot.dims)])
+            wide.append(np.asarray([slot.join(step) for step in split]))
+        return wide
+
+    return Lane(pad(lane.gradients), pad(lane.weights))
+
+
+def as_axes(x: np.ndarray, slot: Slot, leading: int = 0) -> np.ndarray:
+    """A leaf of a toy with a dimension for every axis, after some leading ones."""
+    shape = list(x.shape[:leading])
+    for length, count in zip(x.shape[leading:], slot.spec.groups, strict=True):
+        shape += [round(length ** (1 / count))] * count
+    return x.reshape(shape)
+
+
+# Taking steps --------------------------------------------------------------------------------
+
+
+class Run:
+    """An optimizer that takes the same steps in every lane.
+
+    - `start`, `state`: its state before the first step and now; arrays are `[lane, ...]`.
+    - `updates`: what the last step would add to the weights, if they are asked for.
+    """
+
+    def __init__(self, optimizer: Any, structure: Any, lanes: list[Lane], updates: bool = False):
+        def stacked(leaves: list[list[np.ndarray]]) -> list[Any]:
+            whole = [np.stack(lane) for lane in zip(*leaves, strict=True)]
+            return [structure.unflatten([leaf[:, t] for leaf in whole]) for t in range(PERIOD)]
+
+        self.gradients = stacked([lane.gradients for lane in lanes])
+        self.weights = stacked([lane.weights for lane in lanes])
+        init = _jit(jax.vmap(optimizer.init))
+        _shapes(init, self.weights[0])
+        self.start = self.state = init(self.weights[0])
+        self.updates: Any = None
+        self._steps, self._asked = 0, updates
+        self._update, shapes = self._accepted(optimizer)
+        if jax.tree.structure(shapes) != jax.tree.structure(self.start):
+            raise StateError(
+                "optimizer: its first update changes the structure of its state, as that of optax.monitor "
+                "does; keep such parts out of the chain"
+            )
+        self.state = jax.tree.map(_cast, self.start, shapes)
+
+    def _accepted(self, optimizer: Any) -> tuple[Callable, Any]:
+        """The update with whatever else the optimizer asks for, and the shapes of the state after it."""
+        problem: Exception | None = None
+        for extra in _extra_arguments(optimizer):
+
+            def update(gradients, later, state, weights, extra=extra):
+                more = extra(gradients, later)
+                updates, state = optimizer.update(gradients, state, weights, **more)
+                return updates if self._asked else None, state
+
+            program = _jit(jax.vmap(update))
+            try:
+                return program, _shapes(program, *self._fed())[1]
+            except StateError:
+                raise
+            except Exception as error:  # whatever a transformation of the user's may raise
+                problem = error
+        assert problem is not None
+        raise problem
+
+    def _fed(self) -> tuple:
+        now, later = self._steps % PERIOD, (self._steps + 1) % PERIOD
+        return self.gradients[now], self.gradients[later], self.state, self.weights[now]
+
+    def until(self, steps: int) -> Any:
+        """The state after so many steps in all."""
+        while self._steps < steps:
+            self.updates, self.state = self._update(*self._fed())
+            self._steps += 1
+        return self.state
+
+
+def _jit(function: Callable) -> Callable:
+    # A program runs a few times on tiny arrays: compiling it is all that it costs
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def _shapes(program: Any, *arguments: Any) -> Any:
+    """The shapes of what a program gives; it must not hold values that are still to be computed."""
+    traced = program.trace(*arguments)
+    if any(isinstance(x, jax.core.Tracer) for x in traced.jaxpr.consts):
+        raise StateError(
+            "optimizer: it holds values of a trace, so it cannot be run by itself; make it outside of jit, "
+            "or keep such values in its state (optax.inject_hyperparams)"
+        )
+    return traced.out_info
+
+
+def _extra_arguments(optimizer: Any) -> list[Callable[[Any, Any], dict[str, Any]]]:
+    """What else an update may ask for, in the order to try: from its gradients, and from others."""
+    if isinstance(optimizer, Rule):
+        return [lambda _, others: {"rate": 0.1, "curvature": others, "labels": 8.0}]
+    return [
+        lambda g, others: {"value": 1.0, "grad": g, "curvature": others, "labels": 8.0},
+        lambda g, others: {},
+    ]
+
+
+def _cast(x: Any, like: Any) -> Any:
+    if x.shape != like.shape:
+        raise StateError(
+            f"optimizer: its first update changes an array from {x.shape} to {like.shape}"
+        )
+    return x if x.dtype == like.dtype else x.astype(like.dtype)
+
+
+def numbers(state: Any) -> list[np.ndarray]:
+    """The arrays of a state, keys of random numbers as the numbers that they are."""
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in jax.tree.leaves(state)]
