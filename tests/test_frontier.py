@@ -318,7 +318,7 @@ def test_windows_move_the_loss_that_is_to_be_reached():
     (found,) = speed_up(arm, "arm", frontier(base))
     (alone,) = speed_up([dataclasses.replace(o, windows=None) for o in arm], "arm", frontier(base))
     assert (found.over, alone.over) == ("seeds and windows", "seeds")
-    assert found.estimate == alone.estimate and found.interval and alone.interval
+    assert found.estimate == pytest.approx(alone.estimate) and found.interval and alone.interval
     # What one standard error of the difference is worth: 2.2 is passed at a slope of 1 by 1.415
     pairs = compare(arm, frontier(base))[0]
     assert pairs.over == "seeds and windows"
@@ -326,6 +326,9 @@ def test_windows_move_the_loss_that_is_to_be_reached():
     at = [float(frontier(base).cost_of([2.2 + x], 0).cost[0]) / 4 for x in (half, -half)]
     assert found.interval == pytest.approx(at, abs=0.03)
     assert alone.interval[1] - alone.interval[0] < 0.3 * (found.interval[1] - found.interval[0])
+    # The loss to reach is what the windows say, and not the score of fewer of them
+    off = [dataclasses.replace(o, score=o.score + 0.1) for o in arm]
+    assert speed_up(off, "arm", frontier(base))[0] == found
     # Windows that are alike for both move nothing
     (same,) = speed_up(kept(arm, 0.0), "arm", frontier(base))
     assert same.interval == pytest.approx(alone.interval, abs=0.01)
