@@ -72,9 +72,11 @@ def test_a_step_more_is_the_same_cost():
     best = frontier(SMALL)
     assert best.at(3.97).end and not best.at(3.95).end  # type: ignore[union-attr]
     assert not best.at(3.97, slack=0.0).end  # type: ignore[union-attr]
-    # A mark that fell just before the last step is the end
-    late = [dataclasses.replace(o, curve=(*o.curve, (3.98, o.score - 0.001))) for o in SMALL]
+    # Late marks of a decayed run are its end, and those of another one are not
+    late = [dataclasses.replace(o, curve=(*o.curve, (3.7, o.score - 0.001))) for o in SMALL]
     assert frontier(late).at(4.0).end  # type: ignore[union-attr]
+    loose = [dataclasses.replace(o, decayed=False) for o in late]
+    assert not frontier(loose).at(4.0).end  # type: ignore[union-attr]
 
 
 def test_which_arm_is_lowest_is_decided_by_means_and_not_seed_by_seed():
