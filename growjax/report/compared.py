@@ -14,7 +14,6 @@ from rich.table import Table as RichTable
 from growjax.budget import Outcome, decayed
 from growjax.cost import parameters
 from growjax.errors import BudgetError, raise_all
-from growjax.plan.files import to_dict
 from growjax.plan.plan import Plan
 from growjax.report.figures import (
     Curve,
@@ -37,6 +36,7 @@ from growjax.report.standing import (
     stand,
 )
 from growjax.runs.run import Run
+from growjax.values import to_dict
 
 
 # Arms of costs that are closer than this have no figure of losses against cost
