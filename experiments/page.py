@@ -17,7 +17,7 @@ from experiments.study import read
 from experiments.summary import Group, Row, Study, by, command_for, summarise
 from growjax.budget import load_clock
 from growjax.report import Plot, Table, write_page
-from growjax.report.page import canvas, look, scale, style
+from growjax.report.figures import canvas, look, scale, style
 
 
 Looks = dict[str, dict[str, Any]]

@@ -352,6 +352,34 @@ def evaluate(
 
 
 @app.command
+def compare(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path = Path("compare.html"),
+    baseline: str | None = None,
+    margin: float | None = None,
+    allow: tuple[str, ...] = (),
+) -> None:
+    """Say whether the runs that grow beat the fixed sizes at equal cost: a verdict, a table and a page.
+
+    Runs of one plan that differ in the seed are one arm; those that train all of one model from the first
+    step to the last are the fixed sizes. Six seeds are needed to say anything.
+
+    Args:
+        runs: Folders of finished runs, on the same data and clock.
+        out: The page to write.
+        baseline: The name of an arm to hold the others against, instead of all fixed sizes.
+        margin: A difference that counts as none, in nats, decided on before the runs.
+        allow: Packages of your own that files may import, such as my_pkg; runs their code.
+    """
+    _allow(allow)
+    from rich.console import Console
+
+    from growjax.report.compared import compare_runs
+
+    compare_runs(runs, out=out, baseline=baseline, margin=margin, console=Console())
+
+
+@app.command
 def report(
     runs: tyro.conf.Positional[tuple[Path, ...]],
     out: Path = Path("report.html"),

@@ -17,7 +17,7 @@ import growjax as gj
 from growjax import demo
 from growjax.errors import DataError
 from growjax.report import Plot, Table, write_page
-from growjax.report.page import arms_figure
+from growjax.report.figures import arms_figure
 
 
 ROOT = Path(gj.__file__).parents[1]

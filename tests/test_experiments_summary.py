@@ -22,7 +22,7 @@ from growjax.budget import (
 )
 from growjax.budget.statistics import bca_interval
 from growjax.errors import BudgetError
-from growjax.report.page import look
+from growjax.report.figures import look
 
 
 def line(arm: str, budget: int, seed: int, score: float, depth: int = 8, **more: Any) -> dict:

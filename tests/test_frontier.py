@@ -72,9 +72,11 @@ def test_a_step_more_is_the_same_cost():
     best = frontier(SMALL)
     assert best.at(3.97).end and not best.at(3.95).end  # type: ignore[union-attr]
     assert not best.at(3.97, slack=0.0).end  # type: ignore[union-attr]
-    # A mark that fell just before the last step is the end
-    late = [dataclasses.replace(o, curve=(*o.curve, (3.98, o.score - 0.001))) for o in SMALL]
+    # Late marks of a decayed run are its end, and those of another one are not
+    late = [dataclasses.replace(o, curve=(*o.curve, (3.7, o.score - 0.001))) for o in SMALL]
     assert frontier(late).at(4.0).end  # type: ignore[union-attr]
+    loose = [dataclasses.replace(o, decayed=False) for o in late]
+    assert not frontier(loose).at(4.0).end  # type: ignore[union-attr]
 
 
 def test_which_arm_is_lowest_is_decided_by_means_and_not_seed_by_seed():
@@ -318,7 +320,7 @@ def test_windows_move_the_loss_that_is_to_be_reached():
     (found,) = speed_up(arm, "arm", frontier(base))
     (alone,) = speed_up([dataclasses.replace(o, windows=None) for o in arm], "arm", frontier(base))
     assert (found.over, alone.over) == ("seeds and windows", "seeds")
-    assert found.estimate == alone.estimate and found.interval and alone.interval
+    assert found.estimate == pytest.approx(alone.estimate) and found.interval and alone.interval
     # What one standard error of the difference is worth: 2.2 is passed at a slope of 1 by 1.415
     pairs = compare(arm, frontier(base))[0]
     assert pairs.over == "seeds and windows"
@@ -326,6 +328,9 @@ def test_windows_move_the_loss_that_is_to_be_reached():
     at = [float(frontier(base).cost_of([2.2 + x], 0).cost[0]) / 4 for x in (half, -half)]
     assert found.interval == pytest.approx(at, abs=0.03)
     assert alone.interval[1] - alone.interval[0] < 0.3 * (found.interval[1] - found.interval[0])
+    # The loss to reach is what the windows say, and not the score of fewer of them
+    off = [dataclasses.replace(o, score=o.score + 0.1) for o in arm]
+    assert speed_up(off, "arm", frontier(base))[0] == found
     # Windows that are alike for both move nothing
     (same,) = speed_up(kept(arm, 0.0), "arm", frontier(base))
     assert same.interval == pytest.approx(alone.interval, abs=0.01)

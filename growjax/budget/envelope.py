@@ -24,6 +24,8 @@ Use = Literal["all", "ends"]
 _LEAST = 3
 # With fewer seeds no arm is called faster or slower, as in `compare`
 SEEDS = 6
+# The share of a decayed run's cost whose evaluations are its end
+_LATE = 0.1
 # Budgets end at whole steps: a run that costs this share more counts as of equal cost
 SLACK = 0.01
 
@@ -126,7 +128,8 @@ class Frontier:
 
         Which arm and which evaluation that is, is decided over the seeds that all arms share with
         `seeds`; its `scores` are of all of `seeds` that it has. `slack` is the share by which a run may
-        cost more and still count: whole steps never come to the same cost.
+        cost more and still count: whole steps never come to the same cost. Evaluations in the last tenth
+        of a decayed run are its end.
         """
         chosen, common, _ = self.shared(seeds)
         best: tuple[float, tuple[str, float], float] | None = None
@@ -230,9 +233,11 @@ def frontier(outcomes: Iterable[Outcome], *, use: Use = "all") -> Frontier:
 def _points(run: Outcome, use: Use) -> list[tuple[float, float]]:
     """Evaluations of a run that count, from the cheapest on.
 
-    Marks that fall just before the last step are the end: its rate had fallen by then, too.
+    The last of a decayed run are its end: the rate had all but fallen by then, and which of them is
+    lowest is chance. Of its end the held-out windows are kept.
     """
-    way = [(x, y) for x, y in run.curve if x < run.spent * (1 - SLACK)] if use == "all" else []
+    until = run.spent * (1 - (_LATE if run.decayed else SLACK))
+    way = [(x, y) for x, y in run.curve if x < until] if use == "all" else []
     return [*way, (run.spent, run.score)]
 
 

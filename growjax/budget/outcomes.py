@@ -14,8 +14,6 @@ from growjax.errors import BudgetError, raise_all
 
 # A run whose learning rate ended above this share of its highest one is undecayed
 _DECAYED = 0.1
-# The loss of a run and that of its windows are sums in another order, of float32 on the device
-_AGREE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +30,12 @@ class Outcome:
     - `decayed`: whether its learning rate had fallen by then, see `decayed`.
     - `curve`: pairs of what was spent and the loss at evaluations on the way, in their order.
     - `windows`: (windows, 2) float, of each held-out window the sum of its losses and the number of its
-      predictions; None if they were not kept. Runs that are compared have the same windows.
+      predictions, at the end; None if they were not kept. Runs that are compared have the same windows.
+      There may be more of them than `score` and `curve` were taken over, so that their loss is another:
+      where both runs of a pair have windows, their difference is of these.
 
-    Raises `BudgetError` for numbers that are not finite, a cost of 0, and windows of another shape or
-    whose loss is not `score`, all at once.
+    Raises `BudgetError` for numbers that are not finite, a cost of 0, and windows of another shape, all
+    at once.
 
     **Example**
 
@@ -77,13 +77,6 @@ def _window_faults(outcome: Outcome) -> Iterator[str]:
     losses, weights = windows.T
     if not (np.isfinite(losses).all() and (weights >= 0).all() and weights.sum() > 0):
         yield "windows: expected finite losses and numbers of predictions of 0 or more"
-        return
-    loss = losses.sum() / weights.sum()
-    if abs(loss - outcome.score) > _AGREE * max(abs(outcome.score), 1.0):
-        yield (
-            f"windows: their loss is {loss:.6g} and the score is {outcome.score:.6g}; take both from the "
-            "same evaluation"
-        )
 
 
 def decayed(last: float, peak: float) -> bool:
@@ -136,8 +129,8 @@ def _course(operations: Sequence[tuple[Op, int]], clock: Clock) -> list[int]:
 class Pairs:
     """An arm's scores minus another's, seed by seed, and window by window where both kept them.
 
-    `differences` are in the order of `seeds`; `sums` (seeds, windows) and `weights` (windows,) are None
-    if some run did not keep its windows.
+    `differences` are in the order of `seeds`: of the windows' losses, if all runs kept them. `sums`
+    (seeds, windows) and `weights` (windows,) are None if some did not.
     """
 
     seeds: tuple[int, ...]
@@ -191,7 +184,7 @@ def paired(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Pairs:
     sums = np.stack(
         [a[:, 0] - b[:, 0] for a, b in zip(known[: len(ours)], known[len(ours) :], strict=True)]
     )
-    return Pairs(seeds, differences, sums, weights)
+    return Pairs(seeds, tuple((sums.sum(1) / weights.sum()).tolist()), sums, weights)
 
 
 def check_clock(outcomes: Iterable[Outcome]) -> None:

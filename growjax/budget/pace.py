@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from growjax.budget.envelope import SEEDS, SLACK, Frontier, frontier
-from growjax.budget.outcomes import Outcome, by_seed, check_clock, paired
+from growjax.budget.outcomes import Outcome, Pairs, by_seed, check_clock, paired
 from growjax.budget.statistics import (
     Interval,
     seed_draws,
@@ -100,6 +100,10 @@ def speed_up(
 def _pace_of(arm: str, budget: float, runs: dict[int, Outcome], against: Frontier) -> SpeedUp:
     rivals, seeds, left_out = _rivals(against, runs)
     spent = np.array([runs[s].spent for s in seeds])
+    pairs = _windows(runs, against, seeds)
+    if pairs is not None:
+        # What is to be reached, by the many windows of the end: curves have the few of each mark
+        runs = {s: dataclasses.replace(runs[s], score=loss) for s, loss in pairs.goals.items()}
     low, value, high = _costs(rivals, runs, seeds) / spent
     never, at_once = np.isinf(high), low == 0
     mean, over = float(value.mean()), "seeds"
@@ -119,9 +123,8 @@ def _pace_of(arm: str, budget: float, runs: dict[int, Outcome], against: Frontie
     else:
         bound, reason = "=", ""
         interval = t_interval(value.tolist()) if len(seeds) > 1 else None
-        by_windows = _over_windows(runs, rivals, against, seeds, spent)
-        if by_windows is not None:
-            interval, over = by_windows, "seeds and windows"
+        if pairs is not None and len(seeds) > 1:
+            interval, over = _over_windows(runs, rivals, pairs, spent), "seeds and windows"
     undecayed = (
         "its learning rate had not fallen" if not all(o.decayed for o in runs.values()) else ""
     )
@@ -192,29 +195,45 @@ def _pace(bound: Bound, bracket: Interval, interval: Interval | None, seeds: int
     return "no difference found" if bound == "=" else "open"
 
 
+class _Windows(NamedTuple):
+    """An arm against the frontier's run at its cost, window by window; and the losses that this makes.
+
+    `goals` are that run's scores and the windows' differences.
+    """
+
+    pairs: Pairs
+    goals: dict[int, float]
+
+
+def _windows(
+    runs: Mapping[int, Outcome], against: Frontier, seeds: Sequence[int]
+) -> _Windows | None:
+    """None where some run did not keep its windows, or where the frontier is on some run's way."""
+    point = against.at(float(np.mean([runs[s].spent for s in seeds])), seeds)
+    if point is None or any(point.windows.get(s) is None for s in seeds):
+        return None
+    best = against.arms[point.arm, point.budget]
+    pairs = paired([runs[s] for s in seeds], [best[s] for s in seeds])
+    if pairs.sums is None:
+        return None
+    gaps = dict(zip(seeds, pairs.differences, strict=True))
+    return _Windows(pairs, {s: best[s].score + gap for s, gap in gaps.items()})
+
+
 def _over_windows(
-    runs: dict[int, Outcome],
-    rivals: Frontier,
-    against: Frontier,
-    seeds: tuple[int, ...],
-    spent: np.ndarray,
-) -> Interval | None:
-    """The interval over seeds and windows; None where some run did not keep its windows.
+    runs: Mapping[int, Outcome], rivals: Frontier, windows: _Windows, spent: np.ndarray
+) -> Interval:
+    """The interval of a speed-up over seeds and windows.
 
     Windows are drawn for the arm and for the frontier's run at its cost alike: the difference of the two
     moves by so much, and with it the loss that the frontier has to reach.
     """
-    point = against.at(float(spent.mean()), seeds)
-    if point is None or len(seeds) < 2 or any(point.windows.get(s) is None for s in seeds):
-        return None
-    best = against.arms[point.arm, point.budget]
-    pairs = paired([runs[s] for s in seeds], [best[s] for s in seeds])
-    if pairs.sums is None or pairs.weights is None:
-        return None
+    sums, weights, seeds = windows.pairs.sums, windows.pairs.weights, windows.pairs.seeds
+    assert sums is not None and weights is not None
     rng = np.random.default_rng(0)
     # One draw of windows is the same text for all seeds
-    shifts = window_draws(pairs.sums.mean(0)[None], pairs.weights, rng)[:, 0]
-    shifts = shifts - pairs.sums.sum(1).mean() / pairs.weights.sum()
+    shifts = window_draws(sums.mean(0)[None], weights, rng)[:, 0]
+    shifts = shifts - sums.sum(1).mean() / weights.sum()
     moved = np.stack(
         [
             rivals.cost_of(runs[s].score + shifts, s).cost / cost

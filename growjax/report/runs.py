@@ -8,17 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from growjax.errors import DataError
-from growjax.report.page import (
-    Plot,
-    Table,
-    arms_figure,
-    canvas,
-    look,
-    plain,
-    scale,
-    style,
-    write_page,
-)
+from growjax.report.figures import arms_figure, canvas, look, plain, scale, style
+from growjax.report.page import Plot, Table, write_page
 from growjax.train import Run
 
 

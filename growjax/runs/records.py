@@ -50,6 +50,8 @@ class Begin:
     """Where a run begins: at its birth, or after the checkpoint that it goes on from.
 
     `notes` are sentences about what the user should know: a lock or a damaged checkpoint that was found.
+    `held_out` is how many windows each evaluation on the way is taken over: losses of runs compare over
+    the same ones alone.
     """
 
     stage: int
@@ -57,6 +59,7 @@ class Begin:
     resumed: str | None
     devices: int
     notes: tuple[str, ...] = ()
+    held_out: int | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,7 +99,8 @@ class Session:
         self.resumed = resumed is not None
         notes = tuple(self.saves.notes) if self.saves is not None else ()
         path = None if resumed is None else resumed.path
-        return Begin(self.span.index, self.step, path, self.programs.mesh.size, notes)
+        windows = self.options.held_out
+        return Begin(self.span.index, self.step, path, self.programs.mesh.size, notes, windows)
 
     def _started(self) -> State:
         """The state of a trained model that the plan starts from."""
