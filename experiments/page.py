@@ -201,11 +201,11 @@ def _row_tables(rows: Sequence[Row]) -> list[Table]:
     said = [row for row in rows if "order" not in row and "naive" not in row]
     tables = [_said_table(said), *_clocks_table(rows)]
     if speeds:
-        columns = ("arm", "decayed", "95 %", "naive", "seeds")
+        columns = ("arm", "speed-up", "95 %", "along the longest run", "seeds")
         cells = [
             [
                 f"{row['workload']}, {row['budget']}: {row['question']}",
-                _number(row["estimate"], ".2f"),
+                _bounded(row),
                 _interval(row["interval"], ".2f"),
                 _number(row["naive"], ".2f"),
                 str(row["seeds"]),
@@ -213,9 +213,10 @@ def _row_tables(rows: Sequence[Row]) -> list[Table]:
             for row in speeds
         ]
         note = (
-            "- is a loss that no baseline had: worse than the smallest or better than the largest."
+            "What the baseline needs for the arm's loss, over what the arm was given: the least of all "
+            "that was run of it, decayed or not. >= and <= are bounds: it never had such a loss."
         )
-        tables.append(Table("Speed-ups, honest and naive", columns, cells, note))
+        tables.append(Table("Speed-ups", columns, cells, note))
     if ranks:
         columns = ("question", "arms", "order, best first")
         cells = [
@@ -228,6 +229,12 @@ def _row_tables(rows: Sequence[Row]) -> list[Table]:
         ]
         tables.append(Table("The same runs on other clocks", columns, cells))
     return tables
+
+
+def _bounded(row: Row) -> str:
+    """A speed-up, or the bound that is known of it."""
+    sign = {"=": "", ">=": ">= ", "<=": "<= "}[row.get("bound", "=")]
+    return "-" if row["estimate"] is None else f"{sign}{row['estimate']:.2f}"
 
 
 def _unknown(arms: Sequence[str]) -> str:
@@ -317,5 +324,11 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _interval(value: Sequence[float] | None, form: str) -> str:
-    return "-" if value is None else f"{value[0]:{form}} to {value[1]:{form}}"
+def _interval(value: Sequence[float | None] | None, form: str) -> str:
+    """An interval; one that is open at an end (a bound) says so."""
+    if value is None:
+        return "-"
+    low, high = value
+    if low is None or high is None:
+        return f"at least {_number(low, form)}" if high is None else f"at most {_number(high, form)}"
+    return f"{low:{form}} to {high:{form}}"

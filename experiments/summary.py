@@ -250,7 +250,7 @@ def _speed_ups(group: Group, study: Study) -> Iterator[Row]:
             ):
                 yield {
                     "budget": f"{s.budget:g}x",
-                    "question": f"speed-up of {arm} over decayed {study.baseline}{more}",
+                    "question": f"speed-up of {arm} over all that was run of {study.baseline}{more}",
                     "estimate": s.estimate,
                     "interval": s.interval
                     and [x if math.isfinite(x) else None for x in s.interval],
