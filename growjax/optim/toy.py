@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from growjax.axes import DeclaredOutside, Slot, axes_of, put
 from growjax.errors import StateError
@@ -226,7 +227,7 @@ def _run(program: Any, *arguments: Any) -> Any:
         return program(*arguments)
     except Exception as error:
         consts = jax.make_jaxpr(program.__wrapped__)(*arguments).consts
-        if any(isinstance(x, jax.core.Tracer) for x in consts):
+        if any(isinstance(x, Tracer) for x in consts):
             raise StateError(
                 "optimizer: it holds values of a trace, so it cannot be run by itself; make it outside "
                 "of jit, or keep such values in its state (optax.inject_hyperparams)"
