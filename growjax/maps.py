@@ -28,9 +28,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray
 
-from growjax.axes import Axes, DeclaredOutside, Slot, axes_of, get, put
+from growjax.axes import Axes, DeclaredOutside, Slot, axes_of, put
 from growjax.errors import AxisError, GateError, GrowthError, SubnetError, raise_all
 from growjax.gates import Gate
 
@@ -218,7 +219,7 @@ def multiplied(
     anew = (move.source == NONE) if copies else move.is_new()
     sides: dict[Side, Literal["positive", "any"]] = {}
     for dim, side, factor in _factors(move, table, slot):
-        if isinstance(factor, jax.core.Tracer):
+        if isinstance(factor, Tracer):
             sides[side] = "any"
             continue
         factor = np.asarray(factor) if dim is None else np.asarray(factor)[~anew]

@@ -23,7 +23,7 @@ from jaxtyping import Array
 
 import growjax as gj
 from growjax import optim
-from growjax.axes import axes_of, get, put
+from growjax.axes import put
 from growjax.errors import StateError
 from growjax.optim.age import Ages
 from growjax.optim.rules import AveragedState
@@ -105,7 +105,7 @@ def path() -> Path:
         for name, shape in SHAPES.items()
     }
     with jax.enable_x64(True):
-        models = Layers(**{name: jnp.asarray(x) for name, x in walk.items()})
+        models = _layers({name: jnp.asarray(x) for name, x in walk.items()})
         gradients = jax.jit(jax.vmap(jax.grad(loss)))(models)
     every = [jax.tree.map(lambda x, t=t: x[t], models) for t in range(STEPS + 1)]
     return Path(every[:-1], _steps(gradients), every[-1])
@@ -135,6 +135,10 @@ def growth(name: str) -> Growth:
     return Growth(op, Path(trained[:-1], gradients, trained[-1]), fresh, name in ("zeros", "gates"))
 
 
+def _layers(fields: dict[str, Any]) -> Layers:
+    return Layers(*(fields[name] for name in SHAPES))
+
+
 def _steps(tree: Layers) -> list[Layers]:
     return [jax.tree.map(lambda x, t=t: x[t], tree) for t in range(STEPS)]
 
@@ -149,7 +153,7 @@ def _placed(name: str, tree: Layers, like: Layers) -> Layers:
         else:
             new[tuple(map(slice, shape))] = old
         fields[field] = jnp.asarray(new)
-    return Layers(**fields)
+    return _layers(fields)
 
 
 # Optimizers ----------------------------------------------------------------------------------
@@ -169,6 +173,10 @@ ARGUMENTS = {
 
 def adam() -> Any:
     return optax.adam(1e-2)
+
+
+def late(step: Any, **_: Any) -> Any:
+    return step > 1
 
 
 def halves(params: Any) -> Any:
@@ -196,8 +204,8 @@ BY_HAND: dict[str, Callable[[], Any]] = {
     "optax.apply_every": lambda: optax.chain(optax.apply_every(4), optax.scale(-1.0)),
     "optax.apply_if_finite": lambda: optax.apply_if_finite(adam(), 3),
     "optax.chain": lambda: optax.chain(optax.scale_by_adam(), optax.ema(0.9)),
-    "optax.conditionally_mask": lambda: optax.conditionally_mask(adam(), lambda step: step > 1),
-    "optax.conditionally_transform": lambda: optax.conditionally_transform(adam(), lambda step: step > 1),
+    "optax.conditionally_mask": lambda: optax.conditionally_mask(adam(), late),
+    "optax.conditionally_transform": lambda: optax.conditionally_transform(adam(), late),
     "optax.flatten": lambda: optax.flatten(adam()),
     "optax.freeze": lambda: optax.chain(adam(), optax.freeze(halves(path().last))),
     "optax.inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(optax.linear_schedule(1, 0, 9)),
@@ -232,7 +240,7 @@ BY_HAND: dict[str, Callable[[], Any]] = {
 
 def factories() -> dict[str, Callable]:
     """Every function of optax that says it makes a transformation, and its classes that are some."""
-    found = {"optax.MultiSteps": optax.MultiSteps}
+    found: dict[str, Callable] = {"optax.MultiSteps": optax.MultiSteps}
     for module in (optax, optax.contrib):
         for name, factory in vars(module).items():
             if inspect.isfunction(factory) and not name.startswith("_"):
@@ -267,7 +275,7 @@ def averaged(inner: Any) -> Any:
         updates, after = inner.update(updates, state.inner, params)
         return updates, Average(average, after)
 
-    return optax.GradientTransformation(lambda p: Average(p, inner.init(p)), update)
+    return optax.GradientTransformation(lambda params: Average(params, inner.init(params)), update)
 
 
 OWN: dict[str, Callable[[], Any]] = {
@@ -417,7 +425,7 @@ def assert_carried(optimizer: Any, grown: Growth, state: Any, carried: Any) -> N
 
 
 def near(name: str, want: Any, got: Any) -> None:
-    if jnp.issubdtype(getattr(want, "dtype", None), jax.dtypes.prng_key):
+    if jnp.issubdtype(jnp.asarray(want).dtype, jax.dtypes.prng_key):
         want, got = map(jax.random.key_data, (want, got))
     want, got = np.asarray(want, float), np.asarray(got, float)
     assert want.shape == got.shape, name

@@ -255,8 +255,8 @@ def _fault(cell: Cell, kept: Kept, hop: _Hop) -> str:
     slots = _params(table)
     mixes = kept.reach in ("leaf", "all")
     # What an array may depend on: its own parameter, or all of them
-    own = cell.steps is not None and kept.reach != "all"
-    touched = [slots[cell.steps]] if own else list(slots.values())
+    own = slots.get(cell.steps) if cell.steps is not None and kept.reach != "all" else None
+    touched = list(slots.values()) if own is None else [own]
     touched = [slot for slot in touched if slot.positions(move.axis)]
     if touched and not kept.additive:
         return f"depends on how many {move.axis} there are (a mean, or a factor that depends on a shape)"

@@ -90,7 +90,7 @@ class Probe(NamedTuple):
     averages: bool
 
     def of(self, wanted: Sequence[Cell]) -> list[Kept | None]:
-        """What each of some arrays holds: that of its name, or all of its kind alike; None if not seen."""
+        """What each array holds: that of its name, or all of its kind alike; None if not seen."""
         names = {cell.name: kept for cell, kept in zip(self.cells, self.kept, strict=True)}
         kinds: dict[str, set[Kept]] = {}
         for cell, kept in zip(self.cells, self.kept, strict=True):
@@ -139,8 +139,8 @@ def _like(node: Any, params: Any) -> bool:
 def probe(optimizer: Any, params: Any, wanted: Sequence[Cell]) -> Probe:
     """Find out what an optimizer keeps of parameters like these, of which only the structure matters.
 
-    `wanted` are the arrays to find out about. Nothing is traced: it runs at once, on the host, also inside
-    `jit`. What was found out is remembered for each transformation.
+    `wanted` are the arrays to find out about. Nothing is traced: it runs at once, on the host, also
+    inside `jit`. What was found out is remembered for each transformation.
 
     Raises `StateError` if the transformation cannot be run on a toy.
     """
@@ -185,8 +185,8 @@ def _probed(optimizer: Any, structure: Any, shapes: tuple[Any, ...]) -> Probe:
         raise StateError(
             "optimizer: its state is understood by running it on a small copy of the parameters, which "
             f"failed: {type(error).__name__}: {error}\n"
-            "(it has to take gj.partition(model)[0], at any size of its axes, and no further arguments that "
-            "it cannot do without; or start its state again after growing)"
+            "(it has to take gj.partition(model)[0], at any size of its axes, and no further arguments "
+            "that it cannot do without; or start its state again after growing)"
         ) from error
 
 
@@ -233,7 +233,7 @@ class _Seen(NamedTuple):
 
 
 class _Array:
-    """One array of the state in all trials, by size of the gradients; `leaf` is its parameter's number."""
+    """An array of the state in all trials, by size of the gradients; `leaf` numbers its parameter."""
 
     def __init__(
         self,
@@ -277,7 +277,8 @@ def _read(
     first = starts[0].flat[0].item() if starts[0].size else 0
     constant = all(np.all(x == first) for x in starts)
     reaches = [_widest(_reach(s, leaf, shaped) for s in group) for group in array.by_size]
-    reach = min((r for r in reaches if r != "nothing"), key=_order, default="nothing")
+    moved: list[Reach] = [reach for reach in reaches if reach != "nothing"]
+    reach: Reach = min(moved, key=_order) if moved else "nothing"
     law = _UNKNOWN
     if shaped and leaf is not None and all(_starts_as_weights(s, leaf) for s in seen):
         law = WEIGHT
@@ -292,7 +293,7 @@ def _read(
     return Kept(reach, law, first if constant else None, shaped, additive, steps)
 
 
-def _order(reach: Reach) -> int:
+def _order(reach: str) -> int:
     return get_args(Reach).index(reach)
 
 
@@ -355,7 +356,7 @@ def _law(groups: list[list[_Seen]], leaf: int, initial: float) -> Law:
             both: Any = [None if power is None else "unknown" for power in (gradient, weight)]
             best = Law(*both) if best == _UNKNOWN else best
             continue
-        law = Law(gradient, weight, origin)
+        law = Law(gradient, weight, origin)  # pyright: ignore[reportArgumentType]
         worst = max(_misfit(seen, leaf, law) for seen in groups[0])
         if worst < min(gap, _NEAR):
             best, gap = law, worst
@@ -365,7 +366,7 @@ def _law(groups: list[list[_Seen]], leaf: int, initial: float) -> Law:
 def _power(seen: _Seen, leaf: int, origin: float, side: Side) -> Found:
     """The power of what multiplies the gradients, or the weights, that an array scales with.
 
-    None if it does not change with them in this trial, "unseen" if it changes but is zero in the plain lane.
+    None if it does not change with them in this trial, "unseen" if it is zero in the plain lane alone.
     """
     end = {name: x - origin for name, x in seen.end.items()}
     plain, scaled, mirrored = end["plain"], end[f"scaled {side}s"], end[f"mirrored {side}s"]
@@ -405,10 +406,9 @@ def _agreed(groups: list[list[Found]]) -> Power | Literal["unknown"] | None:
     """The power at the largest size of gradients that shows one, if no smaller one shows another."""
     agreed: Power | None = None
     for powers in groups:
-        shown = {power for power in powers if power is not None and power != "unseen"}
-        if agreed is None and "unknown" in shown:
+        if agreed is None and "unknown" in powers:
             return "unknown"
-        for power in shown - {"unknown"}:
+        for power in [power for power in powers if isinstance(power, Power)]:
             if agreed is None:
                 agreed = power
             elif power.degree != agreed.degree:
@@ -433,7 +433,7 @@ def _misfit(seen: _Seen, leaf: int, law: Law) -> float:
 
 
 def _with_differences(optimizer: Any, run: Run, kept: list[Kept]) -> list[Kept]:
-    """Arrays that the judged parameters contain are differences of weights, and move as the weights do."""
+    """Arrays that the judged parameters contain are differences of weights, and move as weights do."""
     if not isinstance(optimizer, Rule) or optimizer.judged is None:
         return kept
     judged, params = optimizer.judged, jax.tree.map(lambda x: x[0], run.weights[0])

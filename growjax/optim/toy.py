@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from growjax.axes import DeclaredOutside, Slot, axes_of, put
 from growjax.errors import StateError
@@ -174,16 +175,14 @@ class Run:
 
         self.gradients = stacked([lane.gradients for lane in lanes])
         self.weights = stacked([lane.weights for lane in lanes])
-        init = _jit(jax.vmap(optimizer.init))
-        _shapes(init, self.weights[0])
-        self.start = self.state = init(self.weights[0])
+        self.start = self.state = _run(_jit(jax.vmap(optimizer.init)), self.weights[0])
         self.updates: Any = None
         self._steps, self._asked = 0, updates
         self._update, shapes = self._accepted(optimizer)
         if jax.tree.structure(shapes) != jax.tree.structure(self.start):
             raise StateError(
-                "optimizer: its first update changes the structure of its state, as that of optax.monitor "
-                "does; keep such parts out of the chain"
+                "optimizer: its first update changes the structure of its state, as that of "
+                "optax.monitor does; keep such parts out of the chain"
             )
         self.state = jax.tree.map(_cast, self.start, shapes)
 
@@ -199,9 +198,7 @@ class Run:
 
             program = _jit(jax.vmap(update))
             try:
-                return program, _shapes(program, *self._fed())[1]
-            except StateError:
-                raise
+                return program, program.trace(*self._fed()).out_info[1]
             except Exception as error:  # whatever a transformation of the user's may raise
                 problem = error
         assert problem is not None
@@ -214,7 +211,7 @@ class Run:
     def until(self, steps: int) -> Any:
         """The state after so many steps in all."""
         while self._steps < steps:
-            self.updates, self.state = self._update(*self._fed())
+            self.updates, self.state = _run(self._update, *self._fed())
             self._steps += 1
         return self.state
 
@@ -224,15 +221,18 @@ def _jit(function: Callable) -> Callable:
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def _shapes(program: Any, *arguments: Any) -> Any:
-    """The shapes of what a program gives; it must not hold values that are still to be computed."""
-    traced = program.trace(*arguments)
-    if any(isinstance(x, jax.core.Tracer) for x in traced.jaxpr.consts):
-        raise StateError(
-            "optimizer: it holds values of a trace, so it cannot be run by itself; make it outside of jit, "
-            "or keep such values in its state (optax.inject_hyperparams)"
-        )
-    return traced.out_info
+def _run(program: Any, *arguments: Any) -> Any:
+    """What a program gives; raises `StateError` if it holds values that are still to be computed."""
+    try:
+        return program(*arguments)
+    except Exception as error:
+        consts = jax.make_jaxpr(program.__wrapped__)(*arguments).consts
+        if any(isinstance(x, Tracer) for x in consts):
+            raise StateError(
+                "optimizer: it holds values of a trace, so it cannot be run by itself; make it outside "
+                "of jit, or keep such values in its state (optax.inject_hyperparams)"
+            ) from error
+        raise
 
 
 def _extra_arguments(optimizer: Any) -> list[Callable[[Any, Any], dict[str, Any]]]:
