@@ -330,5 +330,7 @@ def _interval(value: Sequence[float | None] | None, form: str) -> str:
         return "-"
     low, high = value
     if low is None or high is None:
-        return f"at least {_number(low, form)}" if high is None else f"at most {_number(high, form)}"
+        return (
+            f"at least {_number(low, form)}" if high is None else f"at most {_number(high, form)}"
+        )
     return f"{low:{form}} to {high:{form}}"

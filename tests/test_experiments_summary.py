@@ -60,7 +60,10 @@ def test_speed_ups_and_rankings_under_other_clocks():
     cheaper = runs[6]["spent"] / runs[18]["spent"]
     assert fast["estimate"] == pytest.approx(2**0.05 * cheaper, rel=1e-3)
     assert fast["verdict"] == "faster" and fast["seeds"] == 6
-    pace = {arm: speed[f"speed-up of {arm} over all that was run of AdamW"] for arm in ("behind", "either")}
+    pace = {
+        arm: speed[f"speed-up of {arm} over all that was run of AdamW"]
+        for arm in ("behind", "either")
+    }
     assert pace["behind"]["verdict"] == "slower"
     assert pace["either"]["verdict"] == "no difference found" and pace["either"]["estimate"] != 1
     ranks = {(r["question"].rpartition(" by ")[2], r["budget"]): r for r in rows if "order" in r}
@@ -91,7 +94,10 @@ def test_speed_ups_are_read_off_the_target_as_well():
     assert not [r for r in summarise(about, runs, "here") if "naive" in r]
     runs += [line("whole", 2, s, 2.8 + 0.01 * s) | {"budget": "1x"} for s in range(6)]
     (found,) = [r for r in summarise(about, runs, "here") if "naive" in r]
-    assert found["question"] == "speed-up of mine over all that was run of AdamW" and found["budget"] == "1x"
+    assert (
+        found["question"] == "speed-up of mine over all that was run of AdamW"
+        and found["budget"] == "1x"
+    )
     assert found["estimate"] == pytest.approx(2**0.5, rel=1e-3) and found["seeds"] == 6
     assert found["verdict"] == "faster"
     (one,) = [
