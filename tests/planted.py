@@ -5,14 +5,14 @@
 # + what the bug makes of it
 TABLE = """
 @ share dropped | maps.py | maps | every_leaf or transpose_of
-- x = x * _along(jnp.asarray(move.share, x.dtype) ** power, x.ndim, dim)
-+ x = x * 1
+- scale = power.of(jnp.asarray(factor, x.dtype))
++ scale = jnp.ones_like(jnp.asarray(factor, x.dtype))
 @ share on the other side | maps.py | maps | every_leaf or transpose_of
 - takes = role == move.side
 + takes = role != move.side
 @ lookup axis takes a share | maps.py | maps | every_leaf or moments_follow
-- if slot.kind != "param" or role == "lookup":
-+ if slot.kind != "param":
+- if role != "lookup":
++ if role:
 @ a square matrix grows along one of its two dimensions | maps.py | maps | every_leaf
 - for dim in where:
 -             x = _gather(move.source, x, dim, fresh)
@@ -29,20 +29,23 @@ TABLE = """
 - scale = (table.size(move.axis) / move.length) ** 0.5
 + scale = (move.length / table.size(move.axis)) ** 0.5
 @ moments of a rescaled gain move as the gain | maps.py | maps | norm_over_zeros
-- {"weight": 1, "first": -1, "second": -2}[moment]
-+ {"weight": 1, "first": 1, "second": 2}[moment]
+- yield None, "gradient", 1 / scale
++ yield None, "gradient", scale
 @ first moments unscaled | maps.py | maps | moments_follow
-- (1 if moment == "first" else 2)
-+ (0 if moment == "first" else 2)
-@ second moments by the first power | maps.py | optim | would_have and amsgrad
-- (1 if moment == "first" else 2)
-+ 1
+- FIRST = Law(gradient=Power(1, odd=True))
++ FIRST = Law()
+@ second moments by the first power | maps.py | maps | moments_follow
+- sign * jnp.abs(x) ** whole
++ sign * jnp.abs(x)
+@ what never had a gradient keeps a trace of signs | maps.py | maps | power_keeps
+- jnp.where(x == 0, 0, sign
++ jnp.where(x != x, 0, sign
 @ no dual for elementwise leaves | maps.py | maps | moments_follow
-- (not takes) * (1 if
-+ (not takes and role != "elementwise") * (1 if
+- if role != "lookup":
++ if role not in ("lookup", "elementwise"):
 @ moments of new coordinates are one | maps.py | maps | moments_follow
-- moment: Moment, fresh: Any = 0):
-+ moment: Moment, fresh: Any = 1):
+- fresh: Any = 0,
++ fresh: Any = 1,
 @ a share of layers on what reads the stream | maps.py | maps | on_a_stack_axis
 - d.axis == move.via and d.role == "produced"
 + d.axis == move.via and d.role == "consumed"
@@ -252,8 +255,8 @@ TABLE = """
 - "linear": size / count
 + "linear": count / size
 @ ages not reset | optim/age.py | optim | fresh_run
-- new = jnp.where(young, 0, old[np.maximum(move.source, 0)])
-+ new = old[np.maximum(move.source, 0)]
+- return jnp.where(young, 0, age[np.maximum(move.source, 0)])
++ return age[np.maximum(move.source, 0)]
 @ as old as the oldest | optim/age.py | optim | youngest
 - jnp.minimum(least, vector)
 + jnp.maximum(jnp.where(least == top, 0, least), vector)
@@ -261,11 +264,32 @@ TABLE = """
 - for i, dim in enumerate(slot.dims):
 + for i, dim in list(enumerate(slot.dims))[-1:]:
 @ copies behind a gate keep moments | optim/carry.py | optim | moments_of_new
-- keep = copies == "dual" and not move.gated
-+ keep = copies == "dual"
-@ second moments carried as first ones | optim/carry.py | optim | would_have and rmsprop
-- **dict.fromkeys(_SECOND, "second")
-+ **dict.fromkeys(_SECOND, "first")
+- copies == "dual" and not move.gated
++ copies == "dual"
+@ second moments carried as first ones | optim/probe.py | optim | would_have and rmsprop
+- return Power(degree, odd)
++ return Power(min(degree, 1.0), odd)
+@ accumulators of fresh coordinates start from zero | optim/carry.py | optim | own_constant
+- fresh = kept.initial
++ fresh = None if kept.initial is None else 0
+@ an average of anything is carried | optim/carry.py | optim | average_of_anything
+- if probed.averages:
++ if probed is None:
+@ norms count as their entries' own | optim/probe.py | carry | optax.lars
+- if shaped and all(_same(
++ if shaped or all(_same(
+@ what a shape decides is kept | optim/carry.py | carry | orthogonal
+- if touched and not kept.additive:
++ if touched and kept is None:
+@ sums count from zero | optim/probe.py | carry | optax.adagrad
+- dict.fromkeys((initial, 0.0))
++ dict.fromkeys((0.0,))
+@ small gradients alone decide a power | optim/probe.py | carry | momentum
+- if agreed is None and "unknown" in powers:
++ if agreed is not None and powers is None:
+@ weights added to gradients are not seen | optim/probe.py | optim | weights_added
+- best = Law(*both) if best == _UNKNOWN else best
++ best = FIRST
 @ gains and biases decay | optim/age.py | optim | decay_is_for_matrices
 - s.init == "normal" for s in slots
 + True for s in slots
@@ -290,12 +314,12 @@ TABLE = """
 @ averages weigh every step alike | optim/rules.py | rules | average_of_where
 - weight = jnp.square(jnp.asarray(rate, float))
 + weight = jnp.asarray(rate, float)
-@ the offset of an average is carried as a moment | optim/carry.py | rules | carried_with_them
-- **dict.fromkeys(_DIFFERENCE, "difference")
-+ **dict.fromkeys(_DIFFERENCE, "first")
-@ averages of copies behind gates are blank | maps.py | optim | average_of_the_parameters
-- keep = copies or moment == "weight"
-+ keep = copies
+@ the offset of an average is carried as a moment | optim/probe.py | rules | carried_with_them
+- dataclasses.replace(k, law=WEIGHT) if i in inside else k
++ dataclasses.replace(k, law=FIRST) if i in inside else k
+@ averages of copies behind gates are blank | optim/carry.py | optim | average_of_the_parameters
+- copies=hop.keep or average,
++ copies=hop.keep,
 @ a wrong gradient passes | certificate.py | certify | wrong_map
 - self.gradient <= 1e-10
 + self.gradient <= 1e10

@@ -12,8 +12,9 @@ TABLE = """
 - return jnp.sum(losses * counts) / weights
 + return jnp.sum(losses * counts) / jnp.sum(counts)
 @ the optimizer starts again at a growth | programs/step.py | train | carried_through
-- optimizer = carry(op, state.optimizer, model, key=key, copies=carried)
-+ optimizer = jax.tree.map(jnp.zeros_like, carry(op, state.optimizer, model, key=key))
+- trained, rest = partition(grown)
++ optimizer = jax.tree.map(jnp.zeros_like, optimizer)
++     trained, rest = partition(grown)
 @ a checksum does not see places | programs/step.py | train | every_place
 - factor = place * np.uint32(0x9E3779B2) + np.uint32(1)
 + factor = place * np.uint32(0) + np.uint32(1)

@@ -70,7 +70,7 @@ def loss(model: Layers) -> Array:
 
 
 class Path(NamedTuple):
-    """The models and gradients that an optimizer sees, step by step, and the model where it is looked at."""
+    """The models and gradients that an optimizer sees, step by step, and the model afterwards."""
 
     models: list[Layers]
     gradients: list[Layers]
@@ -175,6 +175,22 @@ def adam() -> Any:
     return optax.adam(1e-2)
 
 
+def frozen() -> Any:
+    return halves(path().last)
+
+
+def momentum() -> Any:
+    return optax.trace(0.9)
+
+
+def rates() -> Any:
+    return optax.linear_schedule(1, 0, 9)
+
+
+def two() -> dict[Any, Any]:
+    return {True: adam(), False: optax.lion(1e-2)}
+
+
 def late(step: Any, **_: Any) -> Any:
     return step > 1
 
@@ -207,29 +223,31 @@ BY_HAND: dict[str, Callable[[], Any]] = {
     "optax.conditionally_mask": lambda: optax.conditionally_mask(adam(), late),
     "optax.conditionally_transform": lambda: optax.conditionally_transform(adam(), late),
     "optax.flatten": lambda: optax.flatten(adam()),
-    "optax.freeze": lambda: optax.chain(adam(), optax.freeze(halves(path().last))),
-    "optax.inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(optax.linear_schedule(1, 0, 9)),
+    "optax.freeze": lambda: optax.chain(adam(), optax.freeze(frozen())),
+    "optax.inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(rates()),
     "optax.inject_stateful_hyperparams": lambda: optax.inject_stateful_hyperparams(optax.adam)(1e-2),
     "optax.lookahead": lambda: optax.lookahead(adam(), 5, 0.5),
     "optax.masked": lambda: optax.masked(adam(), halves),
     "optax.measure_with_ema": lambda: optax.measure_with_ema(sum_of_gradients, 0.9),
     "optax.monitor": lambda: optax.chain(optax.monitor({"sum": sum_of_gradients}), adam()),
-    "optax.multi_transform": lambda: optax.multi_transform({True: adam(), False: optax.lion(1e-2)}, halves),
-    "optax.named_chain": lambda: optax.named_chain(("ema", optax.trace(0.9)), ("mom", optax.scale_by_rms())),
+    "optax.multi_transform": lambda: optax.multi_transform(two(), halves),
+    "optax.named_chain": lambda: optax.named_chain(("ema", momentum()), ("mom", optax.scale_by_rms())),
     "optax.noisy_sgd": lambda: optax.noisy_sgd(1e-2, key=0),
-    "optax.partition": lambda: optax.partition({True: adam(), False: optax.lion(1e-2)}, halves),
+    "optax.partition": lambda: optax.partition(two(), halves),
     "optax.rmsprop": lambda: optax.rmsprop(1e-2, momentum=0.9, centered=True),
     "optax.scale_by_backtracking_linesearch": lambda: optax.scale_by_backtracking_linesearch(5),
-    "optax.scale_by_schedule": lambda: optax.scale_by_schedule(optax.linear_schedule(1, 0, 9)),
+    "optax.scale_by_schedule": lambda: optax.scale_by_schedule(rates()),
     "optax.scale_by_zoom_linesearch": lambda: optax.scale_by_zoom_linesearch(5),
-    "optax.selective_transform": lambda: optax.selective_transform(adam(), freeze_mask=halves(path().last)),
+    "optax.selective_transform": lambda: optax.selective_transform(adam(), freeze_mask=frozen()),
     "optax.sgd": lambda: optax.sgd(1e-2, momentum=0.9),
     "optax.signum": lambda: optax.signum(1e-2),
     "optax.snapshot": lambda: optax.chain(optax.snapshot("sum", sum_of_gradients), adam()),
     "optax.stateless": lambda: optax.stateless(lambda updates, params: updates),
     "optax.stateless_with_tree_map": lambda: optax.stateless_with_tree_map(lambda u, p: u),
     "optax.with_extra_args_support": lambda: optax.with_extra_args_support(adam()),
-    "optax.contrib.differentially_private_aggregate": lambda: of_one_example(optax.contrib.differentially_private_aggregate(1.0, 0.1, 0)),
+    "optax.contrib.differentially_private_aggregate": lambda: of_one_example(
+        optax.contrib.differentially_private_aggregate(1.0, 0.1, 0)
+    ),
     "optax.contrib.dpsgd": lambda: of_one_example(optax.contrib.dpsgd(1e-2, 1e9, 0.0, 0, momentum=0.9)),
     "optax.contrib.mechanize": lambda: optax.contrib.mechanize(adam()),
     "optax.contrib.sam": lambda: optax.contrib.sam(adam(), optax.sgd(1e-2)),
@@ -278,9 +296,14 @@ def averaged(inner: Any) -> Any:
     return optax.GradientTransformation(lambda params: Average(params, inner.init(params)), update)
 
 
+def own(name: Name, **fields: Any) -> Any:
+    decay = 0.0 if "scale_by_parameter" in fields else 0.1
+    return Optimizer(name, clip=None, weight_decay=decay, **fields).build()
+
+
 OWN: dict[str, Callable[[], Any]] = {
-    **{f"growjax {n}": lambda n=n: Optimizer(n, clip=None, weight_decay=0.1).build() for n in get_args(Name)},
-    "growjax scaled": lambda: Optimizer("lion", clip=None, scale_by_parameter=True, new_rate=2.0, new_steps=3).build(),
+    **{f"growjax {name}": functools.partial(own, name) for name in get_args(Name)},
+    "growjax scaled": lambda: own("lion", scale_by_parameter=True, new_rate=2.0, new_steps=3),
     "growjax scale_by_sophia": lambda: optim.scale_by_sophia(),
     "an average of the weights": lambda: averaged(optax.chain(optax.scale_by_yogi(), optax.scale(-0.1))),
     "adaptive clipping": lambda: optax.chain(optax.adaptive_grad_clip(1e9), optax.adamax(1e-2)),
@@ -298,7 +321,7 @@ def optimizers() -> dict[str, Callable[[], Any]]:
     return made | BY_HAND | OWN
 
 
-# Where copies with a history (of a norm) or shares (of sums with something else) would change what is kept
+# Where copies with a history (of a norm), or shares (of mixed sums), would change what is kept
 COPIES = {"even copies", "uneven copies", "layers"}
 MULTIPLIED = {"even copies", "uneven copies"}
 REFUSED = {

@@ -180,7 +180,8 @@ def test_a_dict_of_arrays_is_grown_certified_and_carried():
     np.testing.assert_allclose(forward(big, tokens), forward(tree, tokens), atol=1e-5)
     assert gj.certify(op, tree, tokens, forward=forward).passed
     trained = gj.partition(tree)[0]
-    state = gj.carry(op, optax.adam(1e-3).init(trained), tree)
+    tx = optax.adam(1e-3)
+    state = gj.carry(op, tx.init(trained), tree, optimizer=tx)
     assert state[0].mu.model["mlp"]["down"].shape == (24, 384)
 
 

@@ -134,7 +134,7 @@ def test_operators_need_no_extra():
         op = gj.chain(gj.copy(mlp=12), gj.stack(layers=3))
         tx = optax.adam(1e-3)
         state = tx.init(gj.partition(small)[0])
-        state = gj.carry(op, state, small, key=key)
+        state = gj.carry(op, state, small, optimizer=tx, key=key)
         big = gj.grow(op, small, key=key)
         assert jax.tree.structure(tx.init(gj.partition(big)[0])) == jax.tree.structure(state)
         assert gj.certify(gj.copy(mlp=12), small, jnp.ones((2, 4)), key=key).passed

@@ -43,7 +43,7 @@ class AgedAdEMAMixState(NamedTuple):
 
 
 def grown_age(age: Num[Array, " old"], move: AxisMap, *, keep: bool) -> Num[Array, " new"]:
-    """Ages along the axis of a map after it: fresh coordinates are 0, copies as old as their source if `keep`."""
+    """Ages along the axis of a map after it: fresh ones 0, copies as old as their source if `keep`."""
     young = move.is_new() if not keep else move.source == NONE
     return jnp.where(young, 0, age[np.maximum(move.source, 0)])
 

@@ -1,4 +1,4 @@
-"""Optimizer state through a growth operator: every array by the law that a probe of the optimizer finds."""
+"""Optimizer state through a growth operator: every array by the law that a probe finds."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -132,7 +132,7 @@ def _initial(optimizer: Any, params: Any) -> Any:
     except Exception as error:  # whatever a transformation of the user's may raise
         raise StateError(
             f"optimizer: its init does not take gj.partition(model)[0]: {type(error).__name__}: {error}\n"
-            "(of a wrapper that takes something else, carry the state inside it by the optimizer inside it)"
+            "(of a wrapper that takes something else, carry what is inside it by the optimizer inside it)"
         ) from error
 
 
@@ -262,8 +262,9 @@ def _fault(cell: Cell, kept: Kept, hop: _Hop) -> str:
         return f"depends on how many {move.axis} there are (a mean, or a factor that depends on a shape)"
     if touched and mixes and _repeats(move, table, hop.keep):
         return (
-            f"mixes entries of {'its parameter' if kept.reach == 'leaf' else 'several parameters'}, so copies "
-            f'of {move.axis} that keep their history would change it; gj.msg and copies="zero" start them anew'
+            f"mixes entries of {'its parameter' if kept.reach == 'leaf' else 'several parameters'}, so "
+            f"copies of {move.axis} that keep their history would change it; gj.msg and "
+            'copies="zero" start them anew'
         )
     if not mixes and not kept.shaped:
         return ""
@@ -271,7 +272,10 @@ def _fault(cell: Cell, kept: Kept, hop: _Hop) -> str:
         for side, by in maps.multiplied(move, table, slot, copies=hop.keep).items():
             power = kept.law.gradient if side == "gradient" else kept.law.weight
             if power == "unknown" or (power is not None and power.odd is None and by == "any"):
-                return f"{_unknown(kept, side)}; the map of {move.axis} multiplies {side}s, gj.msg does not"
+                return (
+                    f"{_unknown(kept, side)}; the map of {move.axis} multiplies {side}s, "
+                    "gj.msg does not"
+                )
     return ""
 
 

@@ -83,7 +83,7 @@ class Optimizer:
         return self.refresh_every if self.name == "sophia" else None
 
     def build(self) -> Rule:
-        """The rule of one update, the same object for equal ones; the learning rate is an argument of each."""
+        """The rule of one update, one object for equal ones; each update is given the learning rate."""
         return _built(self)
 
     def _rule(self) -> Rule:

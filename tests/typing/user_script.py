@@ -39,7 +39,7 @@ def grow_my_own(model: MLP, batch: Array, key: Array) -> MLP:
     assert_type(certificate, gj.Certificate)
     assert_type(certificate.passed, bool)
     tx = optax.adam(1e-3)
-    state = gj.carry(op, tx.init(gj.partition(model)[0]), model, key=key)
+    state = gj.carry(op, tx.init(gj.partition(model)[0]), model, optimizer=tx, key=key)
     assert state is not None
     assert_type(gj.grow(op, model, key=key), MLP)
     assert_type(gj.ramp(model, 0.3), MLP)
