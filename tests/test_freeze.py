@@ -183,7 +183,7 @@ def test_a_layer_that_did_not_run_is_still_as_it_was_born(programs, tmp_path):
 
 def test_what_cannot_be_left_alone_is_refused_before_the_first_step(tmp_path):
     faults = {
-        "inactive: expected one of zero_grad, freeze, got 'drop'": {"inactive": "drop"},
+        "inactive: expected one of 'zero_grad', 'freeze', got 'drop'": {"inactive": "drop"},
         "give a path or drop, got None": {"inactive": "freeze"},
         "give a path or drop, got RandomPart": {
             "inactive": "freeze",

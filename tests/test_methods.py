@@ -165,7 +165,7 @@ def test_reference_seconds_need_a_clock_that_has_them():
         plan(Stage(share=1.0), budget=-1.0, clock=CLOCK)
     with pytest.raises(PlanError, match="stage 0 ''(.|\n)*1 to 4 layers, and 5 run"):
         plan(Stage(seconds=1.0), clock=CLOCK, model=dataclasses.replace(SMALL, layers=5))
-    with pytest.raises(PlanError, match="clock: expected one such as"):
+    with pytest.raises(PlanError, match="clock: expected a clock such as"):
         plan(Stage(seconds=1.0), clock="3090")
 
 
