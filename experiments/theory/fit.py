@@ -36,8 +36,8 @@ class Phase(NamedTuple):
 def staged(schedule: Any) -> list[Phase]:
     """The phases of a `gj.path_schedule`; the whole network is no path, so that its program is shared."""
     return [
-        Phase(stop - start, None if path.length == schedule.layers else path)
-        for start, stop, path in schedule.stages
+        Phase(part.stop - part.start, None if part.path.length == schedule.layers else part.path)
+        for part in schedule.stages
     ]
 
 
