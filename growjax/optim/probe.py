@@ -276,8 +276,10 @@ def _read(
     starts = [*(x for s in seen for x in s.start.values()), *wide_start]
     first = starts[0].flat[0].item() if starts[0].size else 0
     constant = all(np.all(x == first) for x in starts)
-    reaches = [_widest(_reach(s, leaf, shaped) for s in group) for group in array.by_size]
-    moved: list[Reach] = [reach for reach in reaches if reach != "nothing"]
+    reaches: list[Reach] = [
+        _widest(_reach(s, leaf, shaped) for s in group) for group in array.by_size
+    ]
+    moved = [each for each in reaches if each != "nothing"]
     reach: Reach = min(moved, key=_order) if moved else "nothing"
     law = _UNKNOWN
     if shaped and leaf is not None and all(_starts_as_weights(s, leaf) for s in seen):
