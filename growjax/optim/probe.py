@@ -295,7 +295,7 @@ def _read(
     return Kept(reach, law, first if constant else None, shaped, additive, steps)
 
 
-def _order(reach: str) -> int:
+def _order(reach: Reach) -> int:
     return get_args(Reach).index(reach)
 
 
