@@ -279,7 +279,7 @@ def _read(
     reaches: list[Reach] = [
         _widest(_reach(s, leaf, shaped) for s in group) for group in array.by_size
     ]
-    moved = [each for each in reaches if each != "nothing"]
+    moved: list[Any] = [each for each in reaches if each != "nothing"]
     reach: Reach = min(moved, key=_order) if moved else "nothing"
     law = _UNKNOWN
     if shaped and leaf is not None and all(_starts_as_weights(s, leaf) for s in seen):
@@ -295,7 +295,7 @@ def _read(
     return Kept(reach, law, first if constant else None, shaped, additive, steps)
 
 
-def _order(reach: Reach) -> int:
+def _order(reach: str) -> int:
     return get_args(Reach).index(reach)
 
 
