@@ -155,6 +155,22 @@ TABLE = """
 @ the bias of tiles has no gradient | nn/bodies.py | attend | all_scores_give
 - db = jax.tree.map(jnp.add, db, pull(d_scores)[0])
 + db = db
+@ sums over tiles in the activations' dtype | nn/bodies.py | attend | add_up_in_float32
+- length, total = queries.shape[2], keys.shape[1]
+-     q, k, v = _padded(queries, 2, tile), _padded(keys, 1, tile), _padded(values, 1, tile)
+-     wide = _wide(queries)
++ length, total = queries.shape[2], keys.shape[1]
++     q, k, v = _padded(queries, 2, tile), _padded(keys, 1, tile), _padded(values, 1, tile)
++     wide = queries.dtype
+@ attention over tiles runs twice | nn/bodies.py | attend | runs_once
+- return checkpoint_name(out, SAVED), checkpoint_name(logs, SAVED)
++ return out, logs
+@ masks of other lengths are clipped | nn/mask.py | attend | other_lengths
+- if value is not None and value.shape not in shapes:
++ if value is not None and value.shape == ():
+@ documents of one sequence for two | nn/mask.py | attend | other_lengths
+- if self.documents is not None and queries != keys:
++ if self.documents is None and queries != keys:
 @ places that fill the last tile are seen | nn/bodies.py | attend | all_scores_give
 - real = (columns < total)[None, :]
 + real = (columns <= total)[None, :]

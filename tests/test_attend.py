@@ -138,6 +138,55 @@ def test_a_body_that_does_not_exist_is_refused():
         gj.models.GPTConfig(1, 8, 2, 4, 8, 11, 8, attention="flash")  # type: ignore[arg-type]
 
 
+def test_masks_and_biases_of_other_lengths_are_refused():
+    """A tile would clip them, and read them at wrong places without a word."""
+    q, k = draw(1, 1, 1, 4, 4), draw(2, 1, 6, 4)
+    short, wrong = jnp.ones(5, bool), jnp.ones((3, 5), bool)
+    mask = Mask(causal=True, prefix=short, keys=short, documents=jnp.arange(5), pairs=wrong)
+    for body in BODIES:
+        with pytest.raises(AxisError) as caught:
+            inspect.unwrap(attend)(q, k, k, mask, draw(3, 1, 1, 4, 5), body=body)
+        for fault in (
+            "prefix: expected [6], got [5]",
+            "keys: expected [6], got [5]",
+            "pairs: expected [4, 6], got [3, 5]",
+            "documents: expected [6], got [5]",
+            "documents: they number one sequence, and 4 queries see 6 keys",
+            "bias: expected [1, 1, 4, 6], got [1, 1, 4, 5]",
+        ):
+            assert fault in str(caught.value)
+
+
+def test_tiles_add_up_in_float32_whatever_is_attended():
+    """Sums over many tiles of bfloat16 would lose more than the products do."""
+    q, k, v = (
+        draw(i, *s).astype("bfloat16") for i, s in enumerate([(1, 1, 96, 8), *[(1, 96, 8)] * 2])
+    )
+    right = attend(*(x.astype("float64") for x in (q, k, v)), body="einsum")
+    tiles = attend(q, k, v, body="blockwise")
+    assert tiles.dtype == jnp.bfloat16
+    error = float(jnp.abs(tiles.astype("float64") - right).max())
+    assert error < 0.5 * float(jnp.finfo("bfloat16").eps), error
+
+
+def test_the_forward_pass_over_tiles_runs_once_under_dots():
+    """What its backward pass needs is kept by name, where "nothing" computes it again."""
+
+    def loops(remat):
+        config = gj.models.GPTConfig(
+            2, 8, 2, 4, 8, 11, 24, attention="blockwise", remat=remat, position="rotary"
+        )
+        model = gj.models.GPT(config, key=jax.random.key(0))
+        trained, rest = gj.partition(model)
+
+        def loss(trained):
+            return eqx.combine(trained, rest)(jnp.arange(24) % 11).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(trained)).count("while[")
+
+    assert loops("dots") == loops("everything") < loops("nothing")
+
+
 def test_every_body_is_charged_the_same():
     x, counts = jax.ShapeDtypeStruct((3, 24, 8), "float64"), {}
     for body in ("einsum", "blockwise"):

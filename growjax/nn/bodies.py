@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from growjax.errors import AxisError
+from growjax.errors import AxisError, raise_all
 from growjax.nn.mask import ALL, Mask
 
 
@@ -45,7 +45,7 @@ def attend(
 
     Scores and sums are in float32 at least. A query that sees no key gets an average of some values, and
     never NaN. `body` says how it is computed; "auto" takes tiles for long sequences. Raises `AxisError`
-    for a body that does not exist.
+    for a body that does not exist, and for a mask or a bias of other lengths.
 
     **Example**
 
@@ -53,6 +53,11 @@ def attend(
     """
     if body not in get_args(Body):
         raise AxisError(f"body: expected one of {', '.join(get_args(Body))}, got {body!r}")
+    shape = (*queries.shape[:3], keys.shape[1])
+    faults = mask.misfits(*shape[2:])
+    if bias is not None and not callable(bias) and bias.shape != shape:
+        faults.append(f"bias: expected {list(shape)}, got {list(bias.shape)}")
+    raise_all(AxisError, "attention cannot be computed with these:", faults)
     if body == "auto":
         body = "blockwise" if queries.shape[2] * keys.shape[1] >= LONG else "einsum"
     if body == "einsum":

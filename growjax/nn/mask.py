@@ -59,9 +59,7 @@ class Mask(eqx.Module):
         if self.pairs is not None and whole:
             conditions.append(self.pairs)
         elif self.pairs is not None:
-            row = jnp.minimum(
-                query, self.pairs.shape[0] - 1
-            )  # a row for each query, or one for all
+            row = jnp.minimum(query, self.pairs.shape[0] - 1)  # of the query, or the one for all
             conditions.append(self.pairs.at[row, key].get(mode="clip"))
         if not conditions:
             return None
@@ -69,6 +67,21 @@ class Mask(eqx.Module):
         for condition in conditions[1:]:
             seen = seen & condition
         return seen
+
+    def misfits(self, queries: int, keys: int) -> list[str]:
+        """What does not fit so many queries and keys: a tile would read it at wrong places."""
+        wanted = {name: [(keys,)] for name in ("prefix", "keys", "documents")}
+        wanted["pairs"] = [(queries, keys), (1, keys)]
+        faults = []
+        for name, shapes in wanted.items():
+            value = getattr(self, name)
+            if value is not None and value.shape not in shapes:
+                faults.append(f"{name}: expected {list(shapes[0])}, got {list(value.shape)}")
+        if self.documents is not None and queries != keys:
+            faults.append(
+                f"documents: they number one sequence, and {queries} queries see {keys} keys"
+            )
+        return faults
 
     def reach(
         self, first: Int[ArrayLike, ""], count: int, keys: int
