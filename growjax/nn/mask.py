@@ -70,11 +70,14 @@ class Mask(eqx.Module):
 
     def misfits(self, queries: int, keys: int) -> list[str]:
         """What does not fit so many queries and keys: a tile would read it at wrong places."""
-        wanted = {name: [(keys,)] for name in ("prefix", "keys", "documents")}
-        wanted["pairs"] = [(queries, keys), (1, keys)]
+        each, pairs = [(keys,)], [(queries, keys), (1, keys)]
         faults = []
-        for name, shapes in wanted.items():
-            value = getattr(self, name)
+        for name, value, shapes in (
+            ("prefix", self.prefix, each),
+            ("keys", self.keys, each),
+            ("documents", self.documents, each),
+            ("pairs", self.pairs, pairs),
+        ):
             if value is not None and value.shape not in shapes:
                 faults.append(f"{name}: expected {list(shapes[0])}, got {list(value.shape)}")
         if self.documents is not None and queries != keys:
