@@ -41,10 +41,10 @@ def windows_of(corpus: Corpus, objective: Objective, rows: int) -> dict[str, np.
 
 def digest_of(windows: Mapping[str, np.ndarray]) -> str:
     """What tells one set of windows from another."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(windows):
-        found.update(name.encode() + np.ascontiguousarray(windows[name]).tobytes())
-    return found.hexdigest()[:16]
+        digest.update(name.encode() + np.ascontiguousarray(windows[name]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def losses_by_window(model: Any, windows: Mapping[str, np.ndarray]) -> np.ndarray:

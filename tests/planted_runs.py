@@ -28,7 +28,7 @@ TABLE = """
 - self.spent = self.span.spent + sum(self.span.costs[:done])
 + self.spent = self.span.spent
 @ every stage reads from the beginning | runs/feed.py | train | left_off
-- start = found.used(s.steps)
+- start = latest.used(s.steps)
 + start = 0
 @ a stage's own objective judges | train/judge.py | train | neither_batch_nor_stage
 - self._windows[windows] = self.feed.held_out(self.plan.objective, windows)
@@ -40,7 +40,7 @@ TABLE = """
 - saved = list(self.save(crossing))
 + saved = list(self.save())
 @ the lineage is not sealed | runs/checkpoint.py | faults | damaged_checkpoint
-- if sealed(lineage)["seal"] != found["seal"]:
+- if sealed(lineage)["seal"] != sealed_lineage["seal"]:
 + if not sealed(lineage)["seal"]:
 @ checkpoints of another run are taken | runs/saves.py | faults | another_plan
 - if lineage["data"] != data:

@@ -29,18 +29,18 @@ def read_rotary(
     apart = {k: file.get(k) for k in ("rope_theta", "partial_rotary_factor")}
     apart = {k: value for k, value in apart.items() if value is not None}
     block = ConfigFile(apart | blocks[key], ())
-    found = block.number("rope_theta", default=theta)
+    base = block.number("rope_theta", default=theta)
     other = blocks["rope_parameters"].get("rope_theta")
-    if other not in (None, found) and found > 0:
+    if other not in (None, base) and base > 0:
         block.complaints.append(
-            f"rope_theta: {found:g} beside rope_scaling, and {other} in rope_parameters; "
+            f"rope_theta: {base:g} beside rope_scaling, and {other} in rope_parameters; "
             "transformers takes the first; keep one of them"
         )
     scaling = _scaling(block, file, positions)
     block.fixed({"partial_rotary_factor": 1.0, "attention_factor": None, "mscale": None})
     block.unread()
     file.complaints.extend(f"{key}.{fault}" for fault in block.complaints)
-    return found, None if block.complaints else scaling
+    return base, None if block.complaints else scaling
 
 
 def _scaling(block: ConfigFile, file: ConfigFile, positions: int | None) -> RotaryScaling | None:

@@ -110,13 +110,13 @@ def _forward(queries, keys, values, mask, bias, tile):
             highest = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - highest[..., None])
             fade = jnp.exp(top - highest)
-            found = jnp.einsum(
+            read = jnp.einsum(
                 "kgts,ksd->kgtd",
                 weights.astype(v.dtype),
                 _block(v, j, 1, tile),
                 preferred_element_type=wide,
             )
-            return out * fade[..., None] + found, highest, sums * fade + weights.sum(-1)
+            return out * fade[..., None] + read, highest, sums * fade + weights.sum(-1)
 
         shape = block.shape[:3]
         start = (
@@ -176,8 +176,8 @@ def _backward_rule(tile, residuals, gradient):
 
         dq, dk, dv, db = carry
         start = jnp.zeros(block.shape, wide), dk, dv, db
-        found, dk, dv, db = jax.lax.fori_loop(*_reach(mask, i, tile, total), add, start)
-        return _put(dq, found, i, tile), dk, dv, db
+        row_dq, dk, dv, db = jax.lax.fori_loop(*_reach(mask, i, tile, total), add, start)
+        return _put(dq, row_dq, i, tile), dk, dv, db
 
     start = (*(jnp.zeros(x.shape, wide) for x in (q, k, v)), jax.tree.map(jnp.zeros_like, bias))
     dq, dk, dv, db = jax.lax.fori_loop(0, q.shape[2] // tile, row, start)

@@ -142,16 +142,16 @@ def _named(state: Any, params: Any) -> dict[str, Any]:
     return dict(zip(names, jax.tree.leaves(state), strict=True))
 
 
-def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def _differences(expected: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Where the names or shapes of two states differ: the first few places, and how many there are."""
 
     def shape(state: Mapping[str, Any], name: str) -> str:
         return f"shape {np.shape(state[name])}" if name in state else "nothing"
 
     faults = [
-        f"state{name}: expected {shape(expected, name)}, got {shape(found, name)}"
-        for name in dict.fromkeys([*expected, *found])
-        if shape(expected, name) != shape(found, name)
+        f"state{name}: expected {shape(expected, name)}, got {shape(given, name)}"
+        for name in dict.fromkeys([*expected, *given])
+        if shape(expected, name) != shape(given, name)
     ]
     return _few(faults)
 

@@ -102,7 +102,7 @@ class Probe(NamedTuple):
 def cells(state: Any, params: Any) -> list[Cell]:
     """The arrays of an optimizer's state, in the order of its leaves."""
     slots = {slot.steps: slot for slot in axes_of(params).of_kind("param") if slot.arrays()}
-    found = []
+    arrays = []
     known = lambda node: _like(node, params) or isinstance(node, Ages)  # noqa: E731
     for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=known):
         for inner, _ in jax.tree_util.tree_leaves_with_path(node):
@@ -111,16 +111,16 @@ def cells(state: Any, params: Any) -> list[Cell]:
                 getattr(k, "name", getattr(k, "idx", getattr(k, "key", k))) for k in inner
             )
             if isinstance(node, Ages):
-                found.append(Cell(name, name, axis=steps[-1]))
+                arrays.append(Cell(name, name, axis=steps[-1]))
                 continue
             own = [p for p in slots if _like(node, params) and steps[: len(p)] == p]
             if own:
                 where = _numberless(jax.tree_util.keystr(inner), slots[own[0]])
                 kind = jax.tree_util.keystr(path) + where
-                found.append(Cell(name, kind, own[0], steps == own[0]))
+                arrays.append(Cell(name, kind, own[0], steps == own[0]))
             else:
-                found.append(Cell(name, name))
-    return found
+                arrays.append(Cell(name, name))
+    return arrays
 
 
 def _numberless(path: str, slot: Slot) -> str:

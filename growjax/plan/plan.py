@@ -100,8 +100,8 @@ class Plan:
     @property
     def activations(self) -> str:
         """The type that the model computes in: what its configuration says, or that of its parameters."""
-        said = getattr(self.model, "dtype", None)
-        return said or str(jax.tree.leaves(partition(self.origin)[0])[0].dtype)
+        dtype = getattr(self.model, "dtype", None)
+        return dtype or str(jax.tree.leaves(partition(self.origin)[0])[0].dtype)
 
     def before(self, index: int) -> Any:
         """The shapes of the model that a stage finds, gates included."""

@@ -142,15 +142,15 @@ def read_lineage(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected a checkpoint, and there is no such folder")
     with _damage(path), _quiet():
         metadata = ocp.metadata(str(path)).custom_metadata
-    found = metadata.get(_KEY) if isinstance(metadata, dict) else None
-    if not isinstance(found, dict) or "seal" not in found:
+    sealed_lineage = metadata.get(_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(sealed_lineage, dict) or "seal" not in sealed_lineage:
         raise damaged(
             path,
             "its lineage is missing, so nobody can say what it is; it was not written by growjax, or "
             "its metadata file was lost",
         )
-    lineage = {name: value for name, value in found.items() if name != "seal"}
-    if sealed(lineage)["seal"] != found["seal"]:
+    lineage = {name: value for name, value in sealed_lineage.items() if name != "seal"}
+    if sealed(lineage)["seal"] != sealed_lineage["seal"]:
         raise damaged(path, "its lineage was changed after it was written")
     faults = list(lineage_faults(lineage))
     if faults:

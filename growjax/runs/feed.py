@@ -78,9 +78,9 @@ class CorpusFeed:
     def batches(self, span: Span) -> Batches:
         """The batches of one stage, from where the stages before it left off."""
         block = max(s.objective.raw_length for s in self.plan.spans)
-        found, start = None, 0
+        latest, start = None, 0
         for s in itertools.islice(self.plan.spans, span.index + 1):
-            found = Batches(
+            latest = Batches(
                 self.training,
                 s.objective,
                 s.offered,
@@ -90,9 +90,9 @@ class CorpusFeed:
                 rank=jax.process_index(),
                 count=jax.process_count(),
             )
-            start = found.used(s.steps)
-        assert found is not None
-        return found
+            start = latest.used(s.steps)
+        assert latest is not None
+        return latest
 
     def stream(self, span: Span, first: int) -> Any:
         return self.batches(span).iterate(first)

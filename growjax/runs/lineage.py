@@ -24,8 +24,8 @@ from growjax.values import from_dict
 
 def digest_of(tree: Any) -> str:
     """A name for the numbers in a tree, the same on every mesh."""
-    found = json.dumps(numbered(tree, jax.jit(checksums)), sort_keys=True)
-    return hashlib.sha256(found.encode()).hexdigest()[:16]
+    numbers = json.dumps(numbered(tree, jax.jit(checksums)), sort_keys=True)
+    return hashlib.sha256(numbers.encode()).hexdigest()[:16]
 
 
 def operators_of(lineage: Mapping[str, Any]) -> list[Operator]:
@@ -111,6 +111,6 @@ def load_model(
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), wanted, where
     )
-    found = load(path, shapes, only=tuple(wanted))
-    trained = optimizer.evaluated(found["trained"], found.get("optimizer"))
-    return opened(eqx.combine(trained, found["rest"]), lineage["level"]), lineage
+    loaded = load(path, shapes, only=tuple(wanted))
+    trained = optimizer.evaluated(loaded["trained"], loaded.get("optimizer"))
+    return opened(eqx.combine(trained, loaded["rest"]), lineage["level"]), lineage

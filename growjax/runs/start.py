@@ -66,7 +66,7 @@ def read_start(plan: Plan, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
         before = source.lineage.get("start") or {"tokens": 0, "flops": 0}
     # How it computes is the plan's, and all of its numbers are the folder's
     model = jax.tree.unflatten(jax.tree.structure(plan.origin), jax.tree.leaves(model))
-    said: dict[str, Any] = {
+    origin: dict[str, Any] = {
         "folder": plan.start.folder,
         "is": name,
         "digest": digest_of(partition(model)),
@@ -74,8 +74,8 @@ def read_start(plan: Plan, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     for what in ("tokens", "flops"):
         # Of a run that itself started from another one, both count; of a stranger nobody knows
         mine, earlier = (source.lineage or {}).get(what), before.get(what)
-        said[what] = None if mine is None or earlier is None else mine + earlier
-    return model, said
+        origin[what] = None if mine is None or earlier is None else mine + earlier
+    return model, origin
 
 
 def _find(folder: str) -> Source:

@@ -89,15 +89,15 @@ def allow(*packages: str) -> None:
     _allowed.update(packages)
 
 
-def is_value(thing: Any) -> bool:
+def is_value(value: Any) -> bool:
     """Whether this is an instance of a class that can have fields in a file."""
-    cls = type(thing)
-    return bool(ranges.field_names(cls)) or isinstance(thing, eqx.Module) or _is_dataclass(cls)
+    cls = type(value)
+    return bool(ranges.field_names(cls)) or isinstance(value, eqx.Module) or _is_dataclass(cls)
 
 
-def is_function(thing: Any) -> bool:
+def is_function(value: Any) -> bool:
     """Whether this is a function, or one that JAX or Equinox has wrapped, and no class."""
-    return callable(thing) and hasattr(thing, "__qualname__") and not isinstance(thing, type)
+    return callable(value) and hasattr(value, "__qualname__") and not isinstance(value, type)
 
 
 def _is_dataclass(cls: type) -> bool:
@@ -202,8 +202,8 @@ def resolve_function(path: str, allowed: Sequence[str] = (), *, code: bool = Fal
     return function
 
 
-def _hashable(thing: Any) -> bool:
-    return getattr(thing, "__hash__", None) is not None
+def _hashable(value: Any) -> bool:
+    return getattr(value, "__hash__", None) is not None
 
 
 def _extends(cls: type) -> bool:
