@@ -32,6 +32,9 @@ CLAIMS = [
     ("raptr", "ul2", "4x", SPEED.format("raptr", FULL), True),
     ("raptr", "ul2", "1x", SPEED.format("MIDAS", FULL), False),
     ("raptr", "ul2", "4x", SPEED.format("MIDAS", FULL), False),
+    ("no_train_no_gain", "bert", "1x", EQUAL.format("stacking", "AdamW"), True),
+    ("no_train_no_gain", "bert", "2x", EQUAL.format("stacking", "AdamW"), True),
+    ("no_train_no_gain", "bert", "4x", EQUAL.format("stacking", "AdamW"), True),
     ("no_train_no_gain", "bert", "1x", SPEED.format("stacking", "AdamW"), False),
     ("no_train_no_gain", "bert", "2x", SPEED.format("muon", "AdamW"), False),
 ]
