@@ -279,22 +279,22 @@ TABLE = """
 @ as old as the last axis | optim/age.py | optim | youngest
 - for i, dim in enumerate(slot.dims):
 + for i, dim in list(enumerate(slot.dims))[-1:]:
-@ copies behind a gate keep moments | optim/carry.py | optim | moments_of_new
+@ copies behind a gate keep moments | optim/carrying.py | optim | moments_of_new
 - copies == "dual" and not move.gated
 + copies == "dual"
 @ second moments carried as first ones | optim/probe.py | optim | would_have and rmsprop
 - return Power(degree, odd)
 + return Power(min(degree, 1.0), odd)
-@ accumulators of fresh coordinates start from zero | optim/carry.py | optim | own_constant
+@ accumulators of fresh coordinates start from zero | optim/carrying.py | optim | own_constant
 - fresh = kept.initial
 + fresh = None if kept.initial is None else 0
-@ an average of anything is carried | optim/carry.py | optim | average_of_anything
+@ an average of anything is carried | optim/carrying.py | optim | average_of_anything
 - if probed.averages:
 + if probed is None:
 @ norms count as their entries' own | optim/probe.py | carry | optax.lars
 - if shaped and all(_same(
 + if shaped or all(_same(
-@ what a shape decides is kept | optim/carry.py | carry | orthogonal
+@ what a shape decides is kept | optim/carrying.py | carry | orthogonal
 - if touched and not kept.additive:
 + if touched and kept is None:
 @ sums count from zero | optim/probe.py | carry | optax.adagrad
@@ -333,7 +333,7 @@ TABLE = """
 @ the offset of an average is carried as a moment | optim/probe.py | rules | carried_with_them
 - dataclasses.replace(k, law=WEIGHT) if i in inside else k
 + dataclasses.replace(k, law=FIRST) if i in inside else k
-@ averages of copies behind gates are blank | optim/carry.py | optim | average_of_the_parameters
+@ averages of copies behind gates are blank | optim/carrying.py | optim | average_of_the_parameters
 - copies=hop.keep or average,
 + copies=hop.keep,
 @ a wrong gradient passes | certificate.py | certify | wrong_map

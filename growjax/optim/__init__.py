@@ -5,7 +5,7 @@ from growjax.optim.age import matrices as matrices
 from growjax.optim.age import not_biases as not_biases
 from growjax.optim.age import scale_by_adam as scale_by_adam
 from growjax.optim.age import scale_by_ademamix as scale_by_ademamix
-from growjax.optim.carry import carry as carry
+from growjax.optim.carrying import carry as carry
 from growjax.optim.freezing import freeze as freeze
 from growjax.optim.muon import hidden_matrices as hidden_matrices
 from growjax.optim.muon import scale_by_muon as scale_by_muon
