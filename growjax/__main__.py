@@ -47,14 +47,16 @@ def demo(
 
 @app.command
 def train(
-    plan: tyro.conf.Positional[Path],
+    plans: tyro.conf.Positional[tuple[Path, ...]],
     run: Path,
     change: tuple[str, ...] = (),
+    fork: str | None = None,
     evaluations: int = 20,
     held_out: int = 256,
     held_out_end: int = 4096,
     save_every: int | None = None,
     save_minutes: float | None = 10.0,
+    save_at: tuple[int, ...] = (),
     keep_last: int = 2,
     keep_every: int | None = None,
     fall_back: bool = False,
@@ -72,14 +74,19 @@ def train(
     for an error.
 
     Args:
-        plan: A JSON file, or a Python file that defines `plan`.
+        plans: A JSON file, or a Python file that defines `plan`. Several are trained as a tree, one after
+            the other: the first steps that they have in common are trained once.
         run: The folder of its plan, journal and checkpoints. If there are some, it goes on from the last.
+            Of several plans, the folder of their runs, each called after its plan.
         change: Fields of the plan to change, such as batch=16 or model.dtype=bfloat16.
+        fork: A run to go on from, as RUN or RUN@STEP: with its whole state, instead of training the steps
+            before. The plan has to do the same in these.
         evaluations: How often to evaluate on held-out text, evenly over the cost.
         held_out: Windows of held-out text that each evaluation takes; always the same ones.
         held_out_end: Windows that the finished model is evaluated on; 0 for none.
         save_every: Steps between checkpoints; those on both sides of every growth are always written.
         save_minutes: Minutes between checkpoints; None for none by time.
+        save_at: Steps before which a checkpoint is written and kept, for runs that are forked from there.
         keep_last: How many of the latest checkpoints stay.
         keep_every: Checkpoints at multiples of so many steps stay as well.
         fall_back: Set a damaged checkpoint aside and go on from the one before it.
@@ -102,24 +109,33 @@ def train(
 
     from growjax.evals.commands import open_model
     from growjax.train import Options
-    from growjax.train.commands import read_plan, train_plan
+    from growjax.train.commands import read_plan, train_plans
 
     console = Console()
     with console.status("reading the plan"):
-        what = read_plan(plan, change)
+        read = [read_plan(plan, change) for plan in plans]
         second = None if reference is None else open_model(reference)[0]
     options = Options(
-        evaluate_every=what.cost / max(evaluations, 1),
         held_out=held_out,
         held_out_end=held_out_end,
         save_every=save_every,
         save_minutes=save_minutes,
+        save_at=save_at,
         keep_last=keep_last,
         keep_every=keep_every,
         fall_back=fall_back,
         profile=profile,
     )
-    status = train_plan(what, run, options, reference=second, trackers=tracker, console=console)
+    status = train_plans(
+        read,
+        run,
+        options,
+        fork=fork,
+        evaluations=evaluations,
+        reference=second,
+        trackers=tracker,
+        console=console,
+    )
     if status:
         _leave(status)
 

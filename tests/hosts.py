@@ -24,8 +24,8 @@ import growjax as gj
 from growjax import parallel
 from growjax.programs.ahead import lower
 from growjax.programs.step import Programs, checksums
-from growjax.runs.checkpoint import load, numbered
-from growjax.train import End, Layout, Options, Plan, Start, Step, cross_entropy, train
+from growjax.runs.checkpoint import load, numbered, read_lineage
+from growjax.train import End, Fork, Layout, Options, Plan, Start, Step, cross_entropy, train
 from tests import own
 from tests.runs import feed, plan, steps
 
@@ -66,6 +66,7 @@ def layouts(folder: Path) -> None:
     }
     halfway = sorted((folder / "both" / "checkpoints").iterdir())
     grown = regrown(halfway[0])
+    forks = [forked(folder / "both", folder / f"fork {step}", step, devices) for step in (1, 2, 3)]
     for path in halfway:
         if path.name > "00000001-00":
             shutil.rmtree(path)
@@ -77,7 +78,7 @@ def layouts(folder: Path) -> None:
     mesh = sharded.layout.mesh(devices)
     born = parallel.model_shardings(sharded.build(), mesh)
     specs = {str(sharding.spec) for sharding in jax.tree.leaves(born)}
-    said = {"losses": found, "specs": sorted(specs), "grown": grown}
+    said = {"losses": found, "specs": sorted(specs), "grown": grown, "forks": forks}
     print(json.dumps(said | {"devices": parallel.self_test()}))
 
 
@@ -113,6 +114,14 @@ def regrown(checkpoint: Path) -> dict[str, dict[str, int]]:
         grown = lower(of, programs, ("grow", 1, None)).compile()(state, np.int32(of.seed))
         found[f"{n} devices"] = numbered(grown, jax.jit(checksums))
     return found
+
+
+def forked(trunk: Path, run: Path, step: int, devices: list[Any]) -> bool:
+    """Whether a fork of a run, on eight devices, ends with its bits, whatever is grown in between."""
+    of = short(Layout(fsdp=2, tensor=2), fork=Fork(str(trunk), step))
+    losses(of, run=run, devices=devices)
+    ends = [max((at / "checkpoints").iterdir()) for at in (trunk, run)]
+    return read_lineage(ends[0])["checksums"] == read_lineage(ends[1])["checksums"]
 
 
 def started(folder: Path, layout: Layout) -> dict[str, list[float]]:

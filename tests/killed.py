@@ -1,6 +1,7 @@
 """A run that is killed again and again, each time in a process of its own: `python -m tests.killed`.
 
     python -m tests.killed FOLDER DOOM ...
+    python -m tests.killed FOLDER --tree DOOM ...       a tree of plans instead
 
 One session in FOLDER/whole from beginning to end, one a doom in FOLDER/killed, and one there to its end;
 each step and each end is a line of JSON. Processes are forked before JAX has looked for its devices: they
@@ -9,6 +10,7 @@ there: `saving:2`. With a signal before it, that is sent instead, once or twice:
 twice step:1`. The place `after:MS` comes so many milliseconds after the first record.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -19,7 +21,19 @@ from typing import Any
 
 import growjax as gj
 from growjax.runs import checkpoint, saves
-from growjax.train import Begin, End, Growth, Options, Plan, Step, train
+from growjax.train import (
+    Begin,
+    Branch,
+    End,
+    Growth,
+    Options,
+    Plan,
+    Schedule,
+    Step,
+    Warmup,
+    branches,
+    train,
+)
 from growjax.train import session as loop
 from growjax.train.commands import INTERRUPTED, STOPPED
 from tests.runs import feed, plan, steps
@@ -32,6 +46,17 @@ def short() -> Plan:
         steps(6, "ramp", grow=gj.msg(mlp=24, heads=4), ramp=4),
         steps(3, "deep", grow=gj.stack(layers=4, order="top")),
     )
+
+
+def tree(folder: Path) -> list[Branch]:
+    """A plan that grows, the same for longer, and one that grows otherwise where both do."""
+    rate = Schedule(1e-2, "constant", warmup=Warmup(steps=2))
+    short = plan(steps(3), steps(3, grow=gj.msg(mlp=24), ramp=2), rate=rate)
+    long = dataclasses.replace(short, name="long", stages=(*short.stages, steps(3)))
+    other = dataclasses.replace(
+        short, name="other", stages=(steps(3), steps(4, grow=gj.stack(layers=4)))
+    )
+    return branches([short, long, other], folder)
 
 
 class Doom:
@@ -82,18 +107,28 @@ def say(what: Any) -> None:
     os.write(sys.stdout.fileno(), (json.dumps(what) + "\n").encode())
 
 
-def session(folder: Path, said: str) -> int:
-    """One session of the run, until its doom or the end: its exit status, as the command line's."""
-    doom, of = Doom(said), short()
+def session(folder: Path, said: str, runs: list[Branch]) -> int:
+    """One session of the runs, until its doom or the end: its exit status, as the command line's."""
+    doom = Doom(said)
     doom.around(loop, "cross", "before growth", "after growth")
     # Orbax goes on writing in threads of its own once the call has returned
     doom.around(checkpoint.ocp, "save_async", "before saving", "saving")
     doom.around(checkpoint.shutil, "rmtree", "before dropping", "dropping")
-    options = Options(held_out=4, save_every=2)
     status = 1
     # A shell that runs the tests in the background lets them ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for record in train(of, feed(of), run=folder, options=options):
+    for of, run, save_at in runs:
+        status = trained(of, folder / run, save_at, doom)
+        if status:
+            break
+    return status
+
+
+def trained(of: Plan, run: Path, save_at: tuple[int, ...], doom: Doom) -> int:
+    """One session of one run."""
+    status = 1
+    options = Options(held_out=4, save_every=2, save_at=save_at)
+    for record in train(of, feed(of), run=run, options=options):
         if isinstance(record, Begin):
             doom.begin()
         if isinstance(record, End):
@@ -108,14 +143,16 @@ def session(folder: Path, said: str) -> int:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, dooms = Path(sys.argv[1]), sys.argv[2:]
+    of_tree = dooms[:1] == ["--tree"]
     # What orbax's first import brings is shared, too
     assert saves.Saves
-    for said in ["whole", *sys.argv[2:], "never"]:
+    for said in ["whole", *dooms[of_tree:], "never"]:
         child = os.fork()
         if child == 0:
             try:
-                status = session(folder / ("whole" if said == "whole" else "killed"), said)
+                run = folder / ("whole" if said == "whole" else "killed")
+                status = session(run, said, tree(run) if of_tree else [Branch(short(), Path(), ())])
             except BaseException as error:
                 say(repr(error))
                 os._exit(1)

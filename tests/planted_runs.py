@@ -49,8 +49,8 @@ TABLE = """
 - return min((i + 1) / self.ramp, 1.0) if self.ramp else 1.0
 + return min((i + 2) / self.ramp, 1.0) if self.ramp else 1.0
 @ a schedule of the steps, not of the cost | plan/plan.py | plan | follows_cost
-- return climb * self.rate.at(done)
-+ return climb * self.rate.at(min(done, 1.0) ** 0.5)
+- return climb * (rate.rising(spent / warm) if spent < warm else rate.at(done))
++ return climb * rate.at(min(done, 1.0) ** 0.5)
 @ Holm forgets the ranks before | budget/statistics.py | comparison | holm or more_arms
 - highest = max(highest, min((len(p) - rank) * p[i], 1.0))
 + highest = min((len(p) - rank) * p[i], 1.0)
@@ -93,8 +93,8 @@ TABLE = """
 - elif _said(here) != _said(plan):
 + elif hasattr(here, "shape") and _said(here) != _said(plan):
 @ a resumed run forgets what it started from | runs/saves.py | start | bitwise
-- self.parent, self.start = path.name, lineage["start"]
-+ self.parent = path.name
+- self.parent, self.start, self.fork = path.name, lineage["start"], lineage.get("fork")
++ self.parent, self.fork = path.name, lineage.get("fork")
 @ seconds go back with the counter | train/stopwatch.py | faults | clock_that_jumps
 - self.latest = max(self.latest, time.perf_counter())
 + self.latest = time.perf_counter()
@@ -202,4 +202,28 @@ TABLE = """
 @ a bound that leaves 1 in is called no difference | budget/pace.py | frontier | bound
 - return "no difference found" if bound == "=" else "open"
 + return "no difference found"
+@ plans of other rates share their steps | plan/prefix.py | forks | warm_up_of_steps
+- parted = next((n for n, old, new in rates if old != new), None)
++ parted = None if rates else None
+@ a fork may have longer stages before it | plan/prefix.py | forks | other_things
+- if a.index < stage and a.steps != b.steps:
++ if a.index < stage - 9 and a.steps != b.steps:
+@ other rates before a fork are not on record | plan/prefix.py | forks | extended
+- if old != new:
++ if old > 9 * new:
+@ a warm-up of steps moves with the budget | plan/plan.py | forks | warm_up_of_steps
+- return climb * (rate.rising(spent / warm) if spent < warm else rate.at(done))
++ return climb * rate.at(done)
+@ a fork takes the oldest checkpoint | runs/fork.py | forks | growth_may_grow
+- for path in reversed(paths):
++ for path in paths:
+@ a fork's journal begins at the fork | runs/journal.py | forks | extended
+- if self.begin is not None and self.begin.forked and not self.path.exists():
++ if self.begin is None and not self.path.exists():
+@ a fork still needs its trunk | train/loop.py | forks | needs_no_trunk
+- if session.forked:
++ if session.forked and session.step < 0:
+@ what others fork from is dropped | runs/checkpoint.py | forks | of_nothing
+- wanted = step in self.keep or (self.keep_every and step % self.keep_every == 0)
++ wanted = self.keep_every and step % self.keep_every == 0
 """

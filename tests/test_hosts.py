@@ -67,6 +67,11 @@ def test_what_eight_devices_saved_is_read_and_grown_alike_on_fewer(layouts):
     assert all(found == whole for found in fewer)
 
 
+def test_a_fork_on_eight_devices_is_the_run_itself(layouts):
+    """Forked before a growth, after it, and on the paths that follow."""
+    assert layouts["forks"] == [True, True, True]
+
+
 def test_replicas_may_draw_paths_of_their_own(layouts):
     one, own = layouts["losses"]["one"], layouts["losses"]["own paths"]
     assert own[:2] == pytest.approx(one[:2], abs=3e-5)  # before there are paths

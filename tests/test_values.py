@@ -225,7 +225,7 @@ def test_every_fault_is_listed_with_its_path():
         "stages[1].grow.operators[1].order: expected one of",
         "stages[1]: Stage has no 'speed'; it has name, tokens",
         "rate: Schedule lacks peak",
-        "rate.warmup: expected a share from 0 to below 1, got 2",
+        "rate.warmup: expected a share from 0 to below 1 or a Warmup, got 2",
         "optimizer.clip: expected a positive norm or None, got inf",
         "seed: expected an integer of 0 or more, below 2**31, got an integer of 1329 bits",
     ]:

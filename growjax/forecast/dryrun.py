@@ -150,6 +150,10 @@ def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:
         from growjax.runs.start import start_faults
 
         refusals += start_faults(plan)
+    if plan.fork is not None:
+        from growjax.runs.fork import fork_errors
+
+        refusals += fork_errors(plan)
     saved = 1 - plan.flops / sum(whole)
     start = plan.start and plan.start.folder
     shape = mesh and dict(mesh.shape)

@@ -24,8 +24,8 @@ from growjax.models.protocol import Config, kind_of
 from growjax.parallel import Layout
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.plan.optimizer import Optimizer
-from growjax.plan.schedule import Rate
-from growjax.plan.stages import Span, Stage, Start, Steps
+from growjax.plan.schedule import Rate, Warmup
+from growjax.plan.stages import Fork, Span, Stage, Start, Steps
 from growjax.plan.timeline import Era, timeline
 from growjax.subnet import PathSchedule
 from growjax.values import Range, Size, check, positive, register, short
@@ -56,6 +56,7 @@ class Plan:
     - `loss`: what is minimised, one example to its losses and weights; see `cross_entropy`.
     - `start`: a trained model to start from, instead of drawing one. Whether it has the shapes of `model`
       is seen before the first step; it becomes a larger one by the first stage's `grow` alone.
+    - `fork`: a run to go on from, with its whole state; the plan's first steps are those of that run.
 
     Raises `PlanError` that lists every fault.
 
@@ -83,6 +84,7 @@ class Plan:
     ] = 0
     start: Start | None = None
     loss: Loss = cross_entropy
+    fork: Fork | None = None
 
     def __post_init__(self):
         headline = f"plan {short(self.name)} cannot be run:"
@@ -149,9 +151,10 @@ class Plan:
         A function of cost, not of steps: a stage of small steps must not use up the schedule of the
         dear ones, and every run ends where its schedule does, whatever it cost.
         """
-        done, warmup, climb = spent / self.cost, self.rate.warmup, 1.0
-        for span in self.spans:
-            cost, start = sum(span.costs), span.spent / self.cost
+        rate, warm = self._rate
+        done, warmup, climb = spent / self.cost, rate.warmup, 1.0
+        for span, cost in zip(self.spans, self._span_costs, strict=True):
+            start = span.spent / self.cost
             if span.stage.rewind and span.spent <= spent and start > warmup:
                 gone = spent / self.cost - start
                 if span.stage.rewind == "stretch":
@@ -159,7 +162,36 @@ class Plan:
                 done = warmup + gone
             if span.stage.rewarm and 0 <= spent - span.spent < span.stage.rewarm * cost:
                 climb = (spent - span.spent) / (span.stage.rewarm * cost)
-        return climb * self.rate.at(done)
+        # By what was spent, and not by its share: the same numbers in plans of other budgets
+        return climb * (rate.rising(spent / warm) if spent < warm else rate.at(done))
+
+    @functools.cached_property
+    def _span_costs(self) -> tuple[int, ...]:
+        return tuple(sum(span.costs) for span in self.spans)
+
+    @functools.cached_property
+    def _rate(self) -> tuple[Any, int]:
+        """The rate with its warm-up as a share, and the cost at which one of steps or tokens is over."""
+        warmup: Any = self.rate.warmup
+        if not isinstance(warmup, Warmup):
+            return self.rate, 0
+        warm = _warmup_cost(self, warmup)
+        rate: Any = self.rate
+        return dataclasses.replace(rate, warmup=warm / self.cost), warm
+
+
+def _warmup_cost(plan: Plan, warmup: Warmup) -> int:
+    """What a warm-up of steps or tokens costs; raises `PlanError` if it does not end before the plan."""
+    steps, tokens, cost = 0, 0, 0
+    for span in plan.spans:
+        for step_cost in span.costs:
+            over = tokens >= warmup.tokens if warmup.tokens is not None else steps == warmup.steps
+            if over:
+                return cost
+            steps, tokens, cost = steps + 1, tokens + span.step_tokens, cost + step_cost
+    raise PlanError(
+        f"rate: {warmup} does not end before the plan: {steps} steps, {tokens:,} tokens"
+    )
 
 
 def birth(plan: Plan, seed: Any) -> Any:
@@ -204,6 +236,11 @@ def _fit_faults(plan: Plan) -> list[str]:
     faults: list[str] = []
     spans = _work_out(plan, faults)
     plan.__dict__["spans"] = tuple(spans)  # what the cached property would do over again
+    if not faults:
+        try:
+            plan.learning_rate(0)
+        except PlanError as error:
+            faults.append(str(error))
     return faults
 
 

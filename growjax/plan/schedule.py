@@ -13,7 +13,31 @@ from typing import Annotated, Literal
 
 from growjax.budget import decayed
 from growjax.errors import PlanError
-from growjax.values import base, check, positive, ranged, register
+from growjax.values import Size, base, check, positive, ranged, register
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Warmup:
+    """A warm-up of so many steps, or of so many training tokens, whatever the budget is.
+
+    Two plans of different budgets then have the same learning rates while both are at their peak, so that
+    one can be forked from the other.
+
+    **Example**
+
+        Schedule(1e-3, "wsd", warmup=Warmup(steps=200))
+    """
+
+    steps: Size | None = None
+    tokens: Annotated[float, positive()] | None = None
+
+    def __post_init__(self):
+        check(self, PlanError, "this warm-up cannot be used:", self._faults)
+
+    def _faults(self) -> Iterator[str]:
+        if (self.steps is None) == (self.tokens is None):
+            yield f"expected one of steps and tokens, got {self.steps} and {self.tokens}"
 
 
 @base("a learning rate such as Schedule(2e-3)")
@@ -21,6 +45,8 @@ class Rate(abc.ABC):
     """A learning rate as a function of the share of the budget that is spent: subclass it, write `at`.
 
     `warmup` is the share after which a stage can `rewind` it; `peak` its highest value, for reports.
+    Where `warmup` is a `Warmup`, `rising` is the rate at a share of it, and `at` is only asked after it,
+    of the same rate with the warm-up as a share (`dataclasses.replace`).
 
     **Example**
 
@@ -34,11 +60,15 @@ class Rate(abc.ABC):
     """
 
     peak: float
-    warmup: float
+    warmup: float | Warmup
 
     @abc.abstractmethod
     def at(self, done: float) -> float:
         """The learning rate once this share of the budget, from 0 to 1, is spent."""
+
+    def rising(self, climbed: float) -> float:
+        """The learning rate once this share of the warm-up, from 0 to 1, is over."""
+        return self.peak * climbed
 
     @property
     def decayed(self) -> bool:
@@ -57,7 +87,7 @@ class Schedule(Rate):
     - `shape`: how it falls. "linear" and "cosine" from the end of the warmup; "wsd" stays at the peak
       and falls linearly over the last `decay` of the budget; "inverse_sqrt" falls with the root of what
       was spent; "constant" stays, and is not decayed at the end.
-    - `warmup`: the share of the budget over which it rises linearly.
+    - `warmup`: the share of the budget over which it rises linearly, or a `Warmup` of steps or tokens.
     - `start`: from where it rises, as a share of the peak.
     - `decay`: the share over which "wsd" falls.
     - `final`: where it ends, as a share of the peak.
@@ -74,7 +104,7 @@ class Schedule(Rate):
 
     peak: Annotated[float, positive("learning rate")]
     shape: Literal["linear", "cosine", "wsd", "inverse_sqrt", "constant"] = "linear"
-    warmup: Annotated[float, ranged(0, 1, "a share", below=True)] = 0.05
+    warmup: Annotated[float, ranged(0, 1, "a share", below=True)] | Warmup = 0.05
     decay: Annotated[float, ranged(0, 1, "a share", above=True)] = 0.2
     final: Annotated[float, ranged(0, 1, "a share of the peak")] = 0.0
     start: Annotated[float, ranged(0, 1, "a share of the peak")] = 0.0
@@ -83,14 +113,17 @@ class Schedule(Rate):
         check(self, PlanError, "this learning rate cannot be used:", self._faults)
 
     def _faults(self) -> Iterator[str]:
+        if isinstance(self.warmup, Warmup):
+            return  # what share it is, the plan knows
         if self.shape == "wsd" and self.warmup + self.decay > 1:
             yield f"decay: {self.decay} of the budget does not fit after {self.warmup} of warmup"
 
     def at(self, done: float) -> float:
         """The learning rate once this share of the budget is spent; past the end it is the last one."""
+        assert not isinstance(self.warmup, Warmup), "a plan turns it into a share first"
         done = min(max(done, 0.0), 1.0)
         if done < self.warmup:
-            return self.peak * (self.start + (1 - self.start) * done / self.warmup)
+            return self.rising(done / self.warmup)
         late = (done - self.warmup) / (1 - self.warmup)
         if self.shape == "constant":
             return self.peak
@@ -103,3 +136,7 @@ class Schedule(Rate):
         else:
             down = late
         return self.peak * (1 - (1 - self.final) * down)
+
+    def rising(self, climbed: float) -> float:
+        """The learning rate once this share of the warm-up is over."""
+        return self.peak * (self.start + (1 - self.start) * climbed)

@@ -56,6 +56,32 @@ class Start:
 
 @register
 @dataclasses.dataclass(frozen=True)
+class Fork:
+    """A run that a plan goes on from: its whole state before a step, instead of training up to there.
+
+    **Fields**
+
+    - `run`: the folder of that run. Its plan has to do the same up to the step: the same model, seed,
+      growth, parts, batches and lengths of the stages that are over. Learning rates, optimizer settings,
+      loss and data may be others from then on, or may have been others before; that is put on record.
+    - `step`: the step that its checkpoint stands before; None takes the latest one that the plan can go
+      on from.
+
+    **Example**
+
+        longer = dataclasses.replace(plan, name="longer", stages=(*plan.stages, Stage(tokens=400_000)),
+                                     fork=Fork("runs/first"))
+    """
+
+    run: Annotated[str, Range("the name of a folder", bool)]
+    step: Annotated[int, Range("a number of steps", lambda n: n >= 0)] | None = None
+
+    def __post_init__(self):
+        check(self, PlanError)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """One stage of a plan: grow first (or not), then train for a while.
 

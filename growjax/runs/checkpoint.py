@@ -40,13 +40,21 @@ class Checkpoints:
     - `folder`: where they are, and where nothing else should be.
     - `keep_last`: how many of the latest stay.
     - `keep_every`: those at multiples of so many steps stay as well; None keeps no more.
+    - `keep`: and those before these steps.
 
     The first checkpoint of every stage stays whatever is asked for: it is what the later ones grew from.
     """
 
-    def __init__(self, folder: str | Path, *, keep_last: int = 2, keep_every: int | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        keep: Sequence[int] = (),
+    ):
         self.folder = Path(folder).absolute()
-        self.keep_last, self.keep_every = keep_last, keep_every
+        self.keep_last, self.keep_every, self.keep = keep_last, keep_every, keep
         self._writing: tuple[Path, Any] | None = None
 
     def clean(self) -> None:
@@ -93,7 +101,8 @@ class Checkpoints:
         stages: set[int] = set()
         for path in whole:
             step, stage = step_of(path)
-            if stage not in stages or (self.keep_every and step % self.keep_every == 0):
+            wanted = step in self.keep or (self.keep_every and step % self.keep_every == 0)
+            if wanted or stage not in stages:
                 kept.add(path)
             stages.add(stage)
         return [path for path in whole if path not in kept]
@@ -263,6 +272,18 @@ def _start(x: Any) -> bool:
     return words and all(x.get(k, 0) is None or _count(x.get(k)) for k in ("tokens", "flops"))
 
 
+def _fork(x: Any) -> bool:
+    if x is None:
+        return True
+    counts = isinstance(x, dict) and _count(x.get("step")) and _count(x.get("stage"))
+    return (
+        counts
+        and isinstance(x.get("run"), str)
+        and isinstance(x.get("changes"), list)
+        and all(isinstance(change, str) for change in x["changes"])
+    )
+
+
 _FIELDS: dict[str, tuple[str, _Check]] = {
     "growjax": ("the version that wrote it", _is(str)),
     "plan": ("a name", _is(str)),
@@ -283,6 +304,7 @@ _FIELDS: dict[str, tuple[str, _Check]] = {
     "reference": ("a digest or nothing", _is(str, type(None))),
     "parent": ("a checkpoint's name or nothing", _is(str, type(None))),
     "start": ("what it started from, or nothing", _start),
+    "fork": ("what it was forked from, or nothing", _fork),
     "checksums": ("whole numbers by leaf", _counts),
     "certificate": ("a saved certificate or nothing", _is(dict, type(None))),
 }

@@ -17,7 +17,7 @@ import jax
 
 from growjax.errors import DataError, TrainingError
 from growjax.plan.plan import Plan
-from growjax.runs.records import End, Record, Step
+from growjax.runs.records import Begin, End, Record, Step
 
 
 NAME = "metrics.jsonl"
@@ -112,15 +112,21 @@ class Journal:
 
     A last line that a kill cut off is removed first, since what it said is done again. Raises
     `TrainingError` if it cannot be written.
+
+    With `begin`, the first record of a run that was forked, a new journal begins with that run's rows
+    before the fork, each with a field `inherited` that names it.
     """
 
-    def __init__(self, run: Path):
+    def __init__(self, run: Path, begin: Begin | None = None):
         self.path = run / NAME
+        self.begin = begin
 
     def __enter__(self) -> "Journal":
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             mend(self.path)
+            if self.begin is not None and self.begin.forked and not self.path.exists():
+                inherit(self.path, self.begin.forked, self.begin)
             self._file = open(self.path, "a", encoding="utf-8")
         except OSError as error:
             raise self._fault(error) from error
@@ -164,6 +170,23 @@ def mend(path: Path) -> None:
             end = start
         if end < size:
             file.truncate(end)
+
+
+def inherit(path: Path, trunk: str, begin: Begin) -> None:
+    """Begin a journal with the rows of the run that it was forked from; the file is whole or not there.
+
+    A run without a journal (nobody watched it) has nothing to hand on.
+    """
+    if not (Path(trunk) / NAME).exists():
+        return
+    rows = [
+        row | {"inherited": trunk}
+        for row in read_journal(trunk)
+        if row["kind"] in ("begin", "step", "growth") and _before(row, begin.step, begin.stage)
+    ]
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:

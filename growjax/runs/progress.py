@@ -102,6 +102,9 @@ class Progress:
             self.done[span.index] = min(max(record.step - span.start, 0), span.steps)
         self.stage, self.saved = record.stage, record.resumed
         self.complete = record.step == self.plan.steps
+        if record.forked is not None:
+            self.say(f"forked from {record.resumed}, before step {record.step}")
+            return
         if self.complete:
             self.say(f"finished already: {record.resumed} is after the last of {record.step} steps")
         else:

@@ -51,7 +51,7 @@ class Begin:
 
     `notes` are sentences about what the user should know: a lock or a damaged checkpoint that was found.
     `held_out` is how many windows each evaluation on the way is taken over: losses of runs compare over
-    the same ones alone.
+    the same ones alone. `forked` is the folder of the run that this one begins with the state of.
     """
 
     stage: int
@@ -60,6 +60,7 @@ class Begin:
     devices: int
     notes: tuple[str, ...] = ()
     held_out: int | None = dataclasses.field(default=None, compare=False)
+    forked: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

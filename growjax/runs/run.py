@@ -106,6 +106,8 @@ class Run:
         """The sessions of the run in their order; raises `DataError`, see `read_journal`."""
         found: list[Session] = []
         for row in journal.lines_of(self.journal_file):
+            if "inherited" in row:
+                continue  # of the run that this one was forked from
             if row["kind"] == "begin":
                 found.append(Session(row["step"], row["stage"], row.get("resumed"), None))
             elif row["kind"] == "end" and found:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,16 +53,18 @@ class Saves:
         *,
         keep_last: int,
         keep_every: int | None,
+        keep: Sequence[int] = (),
         reference: str | None = None,
         fall_back: bool = False,
     ):
         self.plan, self.run, self.lock = plan, run, lock
         self.reference, self.fall_back = reference, fall_back
         self.checkpoints = Checkpoints(
-            run.checkpoints_folder, keep_last=keep_last, keep_every=keep_every
+            run.checkpoints_folder, keep_last=keep_last, keep_every=keep_every, keep=keep
         )
         self.parent: str | None = None
         self.start: dict[str, Any] | None = None
+        self.fork: dict[str, Any] | None = None
         self.notes: list[str] = []
         if run.plan_file.exists():
             old = _movable(load_plan(run.plan_file))
@@ -164,7 +166,7 @@ class Saves:
                 f"{span.index} has steps {span.start} to {span.start + span.steps}"
             )
         state = load(path, programs.shapes(span.model), together=hosts.together)
-        self.parent, self.start = path.name, lineage["start"]
+        self.parent, self.start, self.fork = path.name, lineage["start"], lineage.get("fork")
         return Resumed(
             str(path), span.index, lineage["step"], lineage["flops"], lineage["seconds"], state
         )
@@ -206,6 +208,7 @@ class Saves:
             "reference": self.reference,
             "parent": self.parent,
             "start": self.start,
+            "fork": self.fork,
             "checksums": numbered(state, seal),
             "certificate": None if crossing is None else dataclasses.asdict(crossing),
         }
@@ -231,4 +234,5 @@ class Saves:
 def _movable(plan: Plan) -> Plan:
     """The plan without what may change when a run goes on."""
     start = plan.start and dataclasses.replace(plan.start, folder="it was read at the start")
-    return dataclasses.replace(plan, layout=type(plan.layout)(), data=None, start=start)
+    fork = plan.fork and dataclasses.replace(plan.fork, run="it was read at the start")
+    return dataclasses.replace(plan, layout=type(plan.layout)(), data=None, start=start, fork=fork)

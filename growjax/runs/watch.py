@@ -105,7 +105,8 @@ def watch(
             if not opened:
                 # Only now is the folder known to be this run's, and locked
                 opened = True
-                journal = stack.enter_context(Journal(Path(run or "")))
+                begin = record if isinstance(record, Begin) else None
+                journal = stack.enter_context(Journal(Path(run or ""), begin))
                 for name in trackers:
                     sinks.append(TRACKERS[name](Path(run or ""), plan))
                     stack.callback(sinks[-1].close)

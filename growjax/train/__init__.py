@@ -8,7 +8,12 @@ from growjax.plan.files import save_plan as save_plan
 from growjax.plan.losses import cross_entropy as cross_entropy
 from growjax.plan.optimizer import Optimizer as Optimizer
 from growjax.plan.plan import Plan as Plan
+from growjax.plan.prefix import Branch as Branch
+from growjax.plan.prefix import branches as branches
+from growjax.plan.prefix import shared_steps as shared_steps
 from growjax.plan.schedule import Schedule as Schedule
+from growjax.plan.schedule import Warmup as Warmup
+from growjax.plan.stages import Fork as Fork
 from growjax.plan.stages import Span as Span
 from growjax.plan.stages import Stage as Stage
 from growjax.plan.stages import Start as Start

@@ -1,5 +1,6 @@
 """What the command line does with plans and checkpoints, as functions."""
 
+import dataclasses
 import functools
 import sys
 import traceback
@@ -42,6 +43,8 @@ from growjax.parallel import Layout
 from growjax.plan.files import load_plan
 from growjax.plan.losses import cross_entropy
 from growjax.plan.plan import Plan, purpose_key
+from growjax.plan.prefix import Branch, branches
+from growjax.plan.stages import Fork
 from growjax.programs.step import Programs, checksums
 from growjax.runs.checkpoint import load, numbered, read_lineage, write
 from growjax.runs.feed import CorpusFeed
@@ -178,6 +181,55 @@ def show_plan(
     compiled = compile_for(plan, target)
     console.print(compiled)
     compiled.check()
+
+
+def train_plans(
+    plans: Sequence[Plan],
+    run: str | Path,
+    options: Options,
+    *,
+    fork: str | None = None,
+    evaluations: int = 20,
+    reference: Any = None,
+    trackers: Sequence[str] = (),
+    console: Console,
+) -> int:
+    """Train a plan, or several as a tree, and return the exit status of the first that did not finish.
+
+    `fork` is RUN or RUN@STEP, for one plan; `evaluations` how often each is evaluated on held-out text.
+    Several plans are trained one after the other, each in the folder of its name in `run`; the steps that
+    they have in common are trained once (`growjax.train.branches`). Raises `PlanError`.
+    """
+    if not plans or (fork is not None and len(plans) > 1):
+        raise PlanError(f"expected plans, and one of them where it forks, got {len(plans)}")
+    if fork is not None:
+        plans = [dataclasses.replace(plans[0], fork=_fork_of(fork))]
+    tree = [Branch(plans[0], Path(run), ())] if len(plans) == 1 else branches(plans, run)
+    for branch in tree:
+        if len(tree) > 1:
+            console.print(f"plan {branch.plan.name}, into {branch.run}", markup=False)
+        chosen = dataclasses.replace(
+            options,
+            evaluate_every=branch.plan.cost / max(evaluations, 1),
+            save_at=(*options.save_at, *branch.save_at),
+        )
+        status = train_plan(
+            branch.plan,
+            branch.run,
+            chosen,
+            reference=reference,
+            trackers=trackers,
+            console=console,
+        )
+        if status:
+            return status
+    return 0
+
+
+def _fork_of(text: str) -> Fork:
+    """RUN or RUN@STEP; a folder may have an @ in its name as well."""
+    run, at, step = text.rpartition("@")
+    return Fork(run, int(step)) if at and step.isdigit() else Fork(text)
 
 
 def train_plan(
@@ -425,6 +477,10 @@ def describe(path: str | Path, console: Console) -> None:
                 f", which took {start['tokens']:,} tokens and {start['flops']:.4g} training FLOPs"
             )
         say(f"started from {start['folder']} ({start['is']}){took}")
+    if fork := lineage.get("fork"):
+        say(f"forked from {fork['run']} before step {fork['step']}")
+        for change in fork["changes"]:
+            say(f"trained otherwise before: {change}")
     if is_gated(model):
         say(f"behind gates at {lineage['level']:.2f}")
     if lineage["certificate"]:

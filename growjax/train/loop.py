@@ -119,6 +119,9 @@ def _run(session: Session, stop: Stop) -> Iterator[Record]:
     with stop:
         try:
             born = not session.resumed
+            if session.forked:
+                # From here on the run needs nothing of the one that it was forked from
+                yield from session.save()
             if born and plan.start is not None and plan.stages[0].grow is None:
                 yield from session.save()
             for span in plan.spans[session.span.index :]:
@@ -198,6 +201,7 @@ def _saves(
         locked[0],
         keep_last=options.keep_last,
         keep_every=options.keep_every,
+        keep=options.save_at,
         fall_back=options.fall_back,
         reference=None if reference is None else digest_of(eqx.filter(reference, eqx.is_array)),
     )

@@ -25,6 +25,7 @@ class Options:
       next step. Nobody is charged for it, in cost or in seconds.
     - `save_every`: steps between checkpoints, besides those on both sides of every growth; and
     - `save_minutes`: minutes between them. None saves by steps alone.
+    - `save_at`: steps before which a checkpoint is written, and kept: what other runs fork from.
     - `keep_last`, `keep_every`: how many of the latest checkpoints stay, and which others.
     - `fall_back`: set a damaged checkpoint aside and go on from the one before it, instead of an error.
     - `background`: compile the next stage while this one trains.
@@ -39,6 +40,7 @@ class Options:
     hooks: Sequence[Hook] = ()
     save_every: int | None = None
     save_minutes: float | None = 10.0
+    save_at: Sequence[int] = ()
     keep_last: int = 2
     keep_every: int | None = None
     fall_back: bool = False
@@ -64,5 +66,8 @@ def _faults(options: Options) -> Iterator[str]:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             yield f"{name}: expected a whole number of {least} or more, got {value!r}"
+    for step in options.save_at:
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            yield f"save_at: expected whole numbers of 0 or more, got {step!r}"
     if options.save_minutes is not None and not options.save_minutes > 0:
         yield f"save_minutes: expected a positive number or None, got {options.save_minutes!r}"

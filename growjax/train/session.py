@@ -69,6 +69,7 @@ class Session:
         self.moved = False  # whether the state is other than what it began as
         self.profiling = False
         self.late: Late | None = None
+        self.forked: str | None = None
         self.timer = SaveTimer(options.save_minutes, clock)
 
     # The beginning ----------------------------------------------------------------------------
@@ -82,11 +83,12 @@ class Session:
                 with self.clock.apart("birth"):
                     resumed = self.saves.resume(self.programs, self.feed.digest)
         if resumed is not None:
-            self.state = resumed.state
-            self.span, self.step = self.plan.spans[resumed.stage], resumed.step
-            done = self.step - self.span.start
-            self.spent = self.span.spent + sum(self.span.costs[:done])
-            self.flops, self.clock.before = resumed.flops, resumed.seconds
+            self._continue(resumed)
+        elif self.plan.fork is not None:
+            with self.doing(f"reading {self.plan.fork.run}"), self.clock.apart("birth"):
+                resumed = self._fork(self.plan)
+            self._continue(resumed)
+            self.forked = str(Path(resumed.path).parent.parent)
         elif self.plan.start is not None:
             with self.doing(f"reading {self.plan.start.folder}"), self.clock.apart("birth"):
                 self.state = self._started()
@@ -100,7 +102,29 @@ class Session:
         notes = tuple(self.saves.notes) if self.saves is not None else ()
         path = None if resumed is None else resumed.path
         windows = self.options.held_out
-        return Begin(self.span.index, self.step, path, self.programs.mesh.size, notes, windows)
+        devices = self.programs.mesh.size
+        return Begin(self.span.index, self.step, path, devices, notes, windows, self.forked)
+
+    def _continue(self, resumed: Any) -> None:
+        """Take the state of a checkpoint, of this run or of the one that it forks from."""
+        self.state = resumed.state
+        self.span, self.step = self.plan.spans[resumed.stage], resumed.step
+        done = self.step - self.span.start
+        self.spent = self.span.spent + sum(self.span.costs[:done])
+        self.flops, self.clock.before = resumed.flops, resumed.seconds
+
+    def _fork(self, plan: Plan) -> Any:
+        """The state before a step of another run."""
+        from growjax.runs.fork import read_fork
+
+        resumed, trunk = read_fork(plan, self.programs, self.feed.digest)
+        if self.saves is not None:
+            self.saves.fork, self.saves.start = trunk.record, trunk.lineage["start"]
+            for change in trunk.changes:
+                self.saves.notes.append(
+                    f"before step {resumed.step} it was not this plan: {change}"
+                )
+        return resumed
 
     def _started(self) -> State:
         """The state of a trained model that the plan starts from."""
@@ -270,6 +294,7 @@ class Session:
             return False
         every = self.options.save_every
         due = every is not None and self.step % every == 0
+        due = due or self.step in self.options.save_at
         # Asked in any case: all hosts must ask alike
         return self.timer.due(self.step) or due
 
