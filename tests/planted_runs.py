@@ -149,11 +149,11 @@ TABLE = """
 - Text(name[:14]),
 + name[:14],
 @ curvature of the first step for all | plan/stages.py | plan | do_alone
-- changes = self.every is not None or self._drawn(work.part, i) is not None
+- changes = self.curvature_every is not None or self._drawn(work.part, i) is not None
 + changes = self._drawn(work.part, i) is not None
 @ coins of the first step for all | plan/stages.py | plan | do_alone
-- changes = self.every is not None or self._drawn(work.part, i) is not None
-+ changes = self.every is not None
+- changes = self.curvature_every is not None or self._drawn(work.part, i) is not None
++ changes = self.curvature_every is not None
 @ layers that are left out move on | programs/step.py | freeze | trainer
 - updates, optimizer = freeze(running, updates, optimizer, state.optimizer)
 + freeze(running, updates, optimizer, state.optimizer)
