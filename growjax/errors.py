@@ -1,7 +1,7 @@
-"""The errors growjax raises. Each is a `ValueError` that lists every fault it found.
+"""The errors growjax raises. Each is a `ValueError` that lists every fault of its input.
 
-Bad input is reported whole: a check gathers its complaints and raises once, naming the argument or
-leaf, what was expected, what came and what to do.
+A check collects all faults and raises once. Each fault is a line that names the argument or leaf, the
+expected and the actual value, and the remedy.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ class GrowjaxError(ValueError):
 
 
 class FormatError(GrowjaxError):
-    """What a file holds is no value, or a value cannot be written to a file."""
+    """A file does not hold a valid value, or a value cannot be written to a file."""
 
 
 class AxisError(GrowjaxError):
@@ -36,11 +36,11 @@ class StateError(GrowjaxError):
 
 
 class CostError(GrowjaxError):
-    """A program holds work that cannot be counted."""
+    """A program holds an operation whose FLOPs cannot be counted."""
 
 
 class BudgetError(GrowjaxError):
-    """A reference clock does not know an operation, or a budget makes no sense."""
+    """A clock has no price for an operation, or a budget is invalid."""
 
 
 class UndecayedError(BudgetError):
@@ -48,7 +48,7 @@ class UndecayedError(BudgetError):
 
 
 class SelectError(GrowjaxError):
-    """A rule for choosing examples contradicts itself or lacks what it compares with."""
+    """A rule for choosing examples contradicts itself, or lacks the model that it compares with."""
 
 
 class PlanError(GrowjaxError):
@@ -56,7 +56,7 @@ class PlanError(GrowjaxError):
 
 
 class DataError(GrowjaxError):
-    """There is no text to train on, or too little."""
+    """The text to train on is missing, unreadable or too short."""
 
 
 class LayoutError(GrowjaxError):
@@ -64,7 +64,7 @@ class LayoutError(GrowjaxError):
 
 
 class CheckpointError(GrowjaxError):
-    """A checkpoint is incomplete, altered, or not of the run that asks for it."""
+    """A checkpoint is missing, incomplete, altered, or belongs to another run."""
 
 
 class DamagedError(CheckpointError):
@@ -84,11 +84,11 @@ class TrainingError(GrowjaxError):
 
 
 class ExtraError(GrowjaxError, ImportError):
-    """A package is missing that one of the extras of `growjax[...]` brings."""
+    """A package is missing that one of the extras of `growjax[...]` installs."""
 
 
 def raise_all(error: type[GrowjaxError], headline: str, complaints: Iterable[str]) -> None:
-    """Raise `error` with one line per complaint, or do nothing if there is none."""
+    """Raise `error` with the headline and one line per complaint; without complaints, do nothing."""
     complaints = list(complaints)
     if complaints:
         raise error("\n  - ".join([headline, *complaints]))

@@ -1,7 +1,8 @@
-"""What `pip install growjax` leaves out, and the extra that brings each package.
+"""Optional packages: those that `pip install growjax` leaves out, and the extra that installs each.
 
-The operators need JAX, Equinox, Optax, jaxtyping, einops and NumPy. A room that needs more asks for it in
-its first line, so that a bare installation says what is missing instead of failing somewhere below.
+The operators need JAX, Equinox, Optax, jaxtyping, einops and NumPy. A room that needs more packages calls
+`require` in its first line, so that a bare installation names the missing package and its extra instead
+of failing with an `ImportError` somewhere inside the room.
 """
 
 import importlib
@@ -11,7 +12,7 @@ from typing import Any
 from growjax.errors import ExtraError
 
 
-# Import name -> the extra of `growjax[...]`
+# Import name of the package -> the extra that installs it, as in `pip install 'growjax[train]'`
 EXTRAS = {
     "grain": "train",
     "matplotlib": "train",
@@ -31,12 +32,13 @@ EXTRAS = {
 
 
 def require(user: str, *packages: str) -> None:
-    """Raise `ExtraError` in one line if some of the packages that `user` imports are not installed.
+    """Raise `ExtraError`, in one line, if some of the packages that `user` imports are not installed.
 
     **Example**
 
         require("growjax.data", "grain")
     """
+    # `find_spec` locates a package without importing it, which may take a second
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         extras = sorted({EXTRAS[package] for package in missing})
@@ -46,9 +48,9 @@ def require(user: str, *packages: str) -> None:
 
 
 def load(module: str, user: str) -> Any:
-    """A module of a package that an extra brings, imported when it is used.
+    """Import a module of an optional package, at the moment it is used.
 
-    Raises `ExtraError` if the package is not installed, or cannot be imported.
+    Raises `ExtraError` if the package is not installed, or if importing it fails.
     """
     package = module.partition(".")[0]
     require(user, package)

@@ -9,8 +9,8 @@ TABLE = """
 - return params["length"] * sum(costs)
 + return sum(costs)
 @ each part of a batch has a mean of its own | programs/step.py | train | add_up
-- return jnp.sum(losses * counts) / weights
-+ return jnp.sum(losses * counts) / jnp.sum(counts)
+- return jnp.sum(losses * weights) / total_weight
++ return jnp.sum(losses * weights) / jnp.sum(weights)
 @ the optimizer starts again at a growth | programs/step.py | train | carried_through
 - trained, rest = partition(grown)
 + optimizer = jax.tree.map(jnp.zeros_like, optimizer)
@@ -149,11 +149,11 @@ TABLE = """
 - Text(name[:14]),
 + name[:14],
 @ curvature of the first step for all | plan/stages.py | plan | do_alone
-- changes = self.every is not None or self._drawn(work.part, i) is not None
+- changes = self.curvature_every is not None or self._drawn(work.part, i) is not None
 + changes = self._drawn(work.part, i) is not None
 @ coins of the first step for all | plan/stages.py | plan | do_alone
-- changes = self.every is not None or self._drawn(work.part, i) is not None
-+ changes = self.every is not None
+- changes = self.curvature_every is not None or self._drawn(work.part, i) is not None
++ changes = self.curvature_every is not None
 @ layers that are left out move on | programs/step.py | freeze | trainer
 - updates, optimizer = freeze(running, updates, optimizer, state.optimizer)
 + freeze(running, updates, optimizer, state.optimizer)

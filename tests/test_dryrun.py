@@ -16,7 +16,7 @@ from growjax.data import MLM, UL2, Causal
 from growjax.errors import LayoutError, PlanError
 from growjax.forecast import dryrun as module
 from growjax.forecast.dryrun import amount, dry_run
-from growjax.forecast.memory import kept_bytes, remedies, usage
+from growjax.forecast.memory import remedies, residual_bytes, usage
 from growjax.forecast.pod import GENERATIONS, chips, compile_for
 from growjax.forecast.xla import xla_training_flops
 from growjax.models import BERTConfig, LlamaConfig, T5Config
@@ -209,13 +209,13 @@ def test_what_a_step_holds_is_what_its_shapes_say():
     use = usage(run, 0, None, 16, training=True)
     (found,) = dry_run(run, devices=16).stages
     assert use.state == (found.parameter_bytes or 0) + (found.optimizer_bytes or 0)
-    assert use.kept == 4 * kept_bytes(run.spans[0], None) and use.sums == 0
+    assert use.residuals == 4 * residual_bytes(run.spans[0], None) and use.sums == 0
     halves = usage(large(accumulate=2), 0, None, 16, training=True)
-    assert halves.kept == use.kept // 2 and halves.sums == 4 * found.parameters
+    assert halves.residuals == use.residuals // 2 and halves.sums == 4 * found.parameters
     config: Any = run.model
     lean = large(model=dataclasses.replace(config, remat="nothing"))
     # Of a layer at length 8, only its input is left
-    assert kept_bytes(lean.spans[0], None) < kept_bytes(run.spans[0], None) / 3
+    assert residual_bytes(lean.spans[0], None) < residual_bytes(run.spans[0], None) / 3
 
 
 def test_remedies_are_those_that_would_be_enough():
@@ -224,12 +224,12 @@ def test_remedies_are_those_that_would_be_enough():
     use = usage(run, 0, None, 16, training=True)
     used = use.total + 2**16
     # Half of what is kept for the backward pass must go, and two parts sum gradients on top
-    said = remedies(run, need, 16, used, used - use.kept // 2)
+    said = remedies(run, need, 16, used, used - use.residuals // 2)
     assert said.startswith("any of these would do: ") and "batch=1024" in said
     assert "accumulate=4" in said and "model.remat=nothing" in said and "fsdp" not in said
     # More than half of the state must go (two devices each hold a little whole): only sharing helps
     few = usage(large(), 0, None, 16, training=True)
-    said = remedies(large(), need, 16, few.total, few.kept + few.state // 2)
+    said = remedies(large(), need, 16, few.total, few.residuals + few.state // 2)
     assert said.startswith("any of these would do: fsdp=4 (about ") and said.count("=") == 1
     said = remedies(run, need, 16, used, few.state // 8)
     assert said.startswith("no single change is enough; together fsdp=16 and accumulate=128")

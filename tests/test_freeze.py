@@ -14,7 +14,7 @@ import pytest
 import growjax as gj
 from growjax import optim
 from growjax.errors import PlanError, StateError
-from growjax.forecast.dryrun import said_work
+from growjax.forecast.dryrun import work_label
 from growjax.models import GPT
 from growjax.optim.age import Ages
 from growjax.parallel import Layout
@@ -184,8 +184,8 @@ def test_a_layer_that_did_not_run_is_still_as_it_was_born(programs, tmp_path):
 def test_what_cannot_be_left_alone_is_refused_before_the_first_step(tmp_path):
     faults = {
         "inactive: expected one of 'zero_grad', 'freeze', got 'drop'": {"inactive": "drop"},
-        "give a path or drop, got None": {"inactive": "freeze"},
-        "give a path or drop, got RandomPart": {
+        "leaves layers out, such as a path, got None": {"inactive": "freeze"},
+        "leaves layers out, such as a path, got RandomPart": {
             "inactive": "freeze",
             "subnet": gj.random_part(mlp=8),
         },
@@ -199,4 +199,4 @@ def test_what_cannot_be_left_alone_is_refused_before_the_first_step(tmp_path):
     whole = plan(stage, model=DEEP)
     save_plan(whole, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json").stages[0].inactive == "freeze"
-    assert "freeze" in said_work(whole.spans[0].works[0])
+    assert "freeze" in work_label(whole.spans[0].works[0])

@@ -109,7 +109,7 @@ def test_a_second_model_that_cannot_read_what_is_offered_stops_it_as_well():
     for config, faults in {
         small: [
             "8 tokens are more than the model's 7",
-            "knows 300 words, and the model that trains 384",
+            "its vocabulary has 300 words, and that of the trained model 384",
         ],
         pairs: ["for one sequence, which is not what T5 reads"],
     }.items():

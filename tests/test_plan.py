@@ -82,7 +82,7 @@ FAULTS = {
         model=T5_SMALL,
         objective=SpanCorruption(16),
     ),
-    "path schedule says how long it is; leave tokens out": lambda: plan(
+    "path schedule has a length of its own; leave tokens out": lambda: plan(
         steps(6, subnet=gj.path_schedule((2,), layers=2, steps=6))
     ),
     "peak: expected a positive": lambda: Schedule(0.0),
@@ -94,7 +94,7 @@ FAULTS = {
     "weight_decay: expected 0 or more": lambda: Optimizer(weight_decay=-1.0),
     "clip: expected a positive norm or None": lambda: Optimizer(clip=0.0),
     "name: expected one of 'adamw'": lambda: Optimizer("adam"),  # type: ignore[arg-type]
-    "one says how much and the other how long": lambda: Optimizer(new_rate=2.0),
+    "the factor of the learning rate and the steps": lambda: Optimizer(new_rate=2.0),
     "decayed: expected one of 'matrices'": lambda: Optimizer(decayed="gains"),  # type: ignore[arg-type]
     "rho: expected a positive number": lambda: Optimizer("sophia", rho=0.0),
     "refresh_every: expected 1 or more": lambda: Optimizer("sophia", refresh_every=0),

@@ -108,7 +108,7 @@ def test_formats_are_told_apart():
     for number, message in [("", "of format 1, and format 2 is read"), ("@3", "of format 3, and")]:
         with pytest.raises(FormatError, match=message):
             from_dict({**saved, "is": saved["is"].removesuffix("@2") + number})
-    with pytest.raises(FormatError, match="kept for growjax"):
+    with pytest.raises(FormatError, match="reserved for growjax"):
         gj.register(name="growjax:Mine")
     with pytest.raises(FormatError, match="expected one like my_pkg.ops:Widen"):
         gj.register(name="mine")
@@ -236,7 +236,7 @@ def test_every_fault_is_listed_with_its_path():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"is": "growjax:Schedule", "peak": 1, "peak": 2}', "'peak' is there twice"),
+        ('{"is": "growjax:Schedule", "peak": 1, "peak": 2}', "'peak' is repeated"),
         ('{"is": "growjax:Schedule", "peak": NaN}', "peak: expected a positive learning rate, got nan"),
         ('{"is": "growjax:Schedule", "peak": 1e999}', "peak: expected a positive learning rate, got inf"),
         ('{"is": "growjax:Schedule", "peak": true}', "peak: expected a positive learning rate, got True"),

@@ -1,4 +1,4 @@
-"""What a plan will cost, and whether it fits: dry run, XLA count, pods, memory, calibration."""
+"""The cost of a plan, and whether it fits: dry run, XLA count, pods, memory, calibration."""
 
 from growjax.extras import require
 

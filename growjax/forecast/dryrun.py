@@ -1,7 +1,7 @@
-"""A plan's dry run: what every stage trains, what it costs and where it will lie, before it starts.
+"""A plan's dry run: the sizes, cost, learning rates and memory of every stage, before it starts.
 
 Everything is worked out from shapes. No array is made and nothing is compiled, so that a plan for a pod
-can be read on a laptop; `growjax.forecast.pod` goes on to compile it for one.
+can be checked on a laptop; `growjax.forecast.pod` compiles it for a pod.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from growjax.programs.step import Programs
 from growjax.subnet import Coins
 
 
-# How far XLA's count of FLOPs may be from ours
-_AGREES = 0.02
+# The largest relative difference between XLA's count of FLOPs and ours that is no fault
+_TOLERANCE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +32,16 @@ class StageFacts:
 
     **Fields**
 
-    - `grows`, `exactness`: what it grows by and what that promises; None if it does not grow.
-    - `parts`: the sub-networks that it trains, and second gradients that it takes.
-    - `selects`: the rule that chooses its batches; None if it trains on all that it reads.
-    - `cost`: what the clock charges, in its unit.
-    - `flops_per_token`, `xla_flops_per_token`: of training, by `growjax.cost` and by XLA.
-    - `saved`: the share of its cost saved against training the last stage's whole model on its tokens.
-    - `parameter_bytes`, `optimizer_bytes`: of the fullest device; None if the layout makes no mesh.
-    - `growing_bytes`: of the states before and after its growth, which it holds both for a moment.
-    - `unsplit`: the parameters that every device holds whole although it shares the rest.
+    - `grows`, `exactness`: the operator and its promise; None if the stage does not grow.
+    - `parts`: the sub-networks that it trains, and the second gradients that it computes.
+    - `selects`: the rule that chooses its batches; None if it trains on every batch as it is read.
+    - `cost`: the cost, in the clock's unit.
+    - `flops_per_token`, `xla_flops_per_token`: training FLOPs, counted by `growjax.cost` and by XLA.
+    - `saved`: 1 - its FLOPs / those of training the last stage's whole model on the same tokens.
+    - `rate`: the learning rates of its first and last step.
+    - `parameter_bytes`, `optimizer_bytes`: bytes on the fullest device; None if the layout makes no mesh.
+    - `growing_bytes`: bytes of the states before and after its growth, both in memory for a moment.
+    - `unsplit`: the parameters that every device holds whole although the layout splits parameters.
     """
 
     index: int
@@ -73,11 +74,13 @@ class StageFacts:
 
 @dataclasses.dataclass(frozen=True)
 class DryRun:
-    """What `dry_run` found; it prints as a table.
+    """The result of `dry_run`; it prints as a table.
 
-    `start` is the folder of the model that it starts from, if there is one;
-    `devices` is what it was worked out for and `mesh` how many of them each axis has, if they can be
-    laid out so. `refusals` says why the plan cannot be run as it is, if it cannot.
+    - `devices`: the number of devices that it was worked out for.
+    - `mesh`: the size of each mesh axis; None if the layout does not fit the devices.
+    - `saved`: the share of FLOPs saved against training the last stage's whole model on all tokens.
+    - `refusals`: the reasons why the plan cannot run as it is; empty if it can.
+    - `start`: the folder of the model that it starts from, or None.
     """
 
     plan: str
@@ -94,11 +97,11 @@ class DryRun:
         return sum(stage.flops for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
-        """As numbers, strings, lists and dicts."""
+        """The fields as numbers, strings, lists and dicts, for JSON."""
         return dataclasses.asdict(self) | {"flops": self.flops}
 
     def check(self) -> None:
-        """Raise `PlanError` with every refusal, if there is one."""
+        """Raise `PlanError` that lists all refusals; do nothing without any."""
         raise_all(PlanError, f"plan {self.plan!r} cannot be run like this:", self.refusals)
 
     def __rich__(self) -> RenderableType:
@@ -119,14 +122,14 @@ class DryRun:
             if stage.unsplit
         ]
         lines = [*notes, *(f"refused: {reason}" for reason in self.refusals)]
-        # Names of plans, stages and folders may hold brackets, and are no markup
+        # As `Text`: names of plans, stages and folders may hold brackets, which Rich reads as markup
         return Group(table, *map(Text, lines))
 
 
 def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:
-    """Work out what a plan trains, costs and needs, from shapes alone.
+    """Work out the sizes, cost and memory of a plan from shapes alone.
 
-    `devices` is how many to lay it out on; by default the fewest that its layout can use.
+    `devices` is the number of devices to lay it out on; by default the fewest that its layout can use.
 
     **Example**
 
@@ -141,12 +144,11 @@ def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:
         refusals.append(str(error))
     else:
         refusals += _split_faults(plan, mesh)
-    whole = [_whole_flops(plan, span) for span in plan.spans]
-    lasts = zip(plan.spans, whole, strict=True)
-    stages = tuple(_facts(plan, span, cost, mesh) for span, cost in lasts)
+    full = [_full_flops(plan, span) for span in plan.spans]
+    stages = tuple(_facts(plan, span, n, mesh) for span, n in zip(plan.spans, full, strict=True))
     refusals += _disagreements(stages)
     if plan.start is not None:
-        # Checkpoints bring Orbax with them, which takes a second
+        # Reading checkpoints imports Orbax, which takes a second
         from growjax.runs.start import start_faults
 
         refusals += start_faults(plan)
@@ -154,18 +156,19 @@ def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:
         from growjax.runs.fork import fork_errors
 
         refusals += fork_errors(plan)
-    saved = 1 - plan.flops / sum(whole)
+    saved = 1 - plan.flops / sum(full)
     start = plan.start and plan.start.folder
     shape = mesh and dict(mesh.shape)
     return DryRun(plan.name, devices, shape, stages, saved, tuple(refusals), start)
 
 
-def _facts(plan: Plan, span: Span, whole: int, mesh: Any) -> StageFacts:
+def _facts(plan: Plan, span: Span, full: int, mesh: Any) -> StageFacts:
+    """The facts of a stage; `full` are the FLOPs of `_full_flops`."""
     grow, flops = span.stage.grow, sum(span.flops)
     tokens = span.steps * span.step_tokens
-    # As the loop does: a step's rate is that of its middle
-    last = span.spent + sum(span.costs)
-    ends = span.spent + span.costs[0] / 2, last - span.costs[-1] / 2
+    # The cost spent in the middle of the first and of the last step, where training takes their rates
+    end = span.spent + sum(span.costs)
+    first, last = span.spent + span.costs[0] / 2, end - span.costs[-1] / 2
     state = growing = None
     if mesh is not None:
         state = _state_bytes(plan, span.model, mesh)
@@ -176,8 +179,8 @@ def _facts(plan: Plan, span: Span, whole: int, mesh: Any) -> StageFacts:
         name=span.stage.name,
         grows=None if grow is None else str(grow),
         exactness=None if grow is None else grow.exactness,
-        parts=tuple(map(said_work, dict.fromkeys(w for _, w in span.programs if w != Work()))),
-        selects=None if span.stage.select is None else said(span.stage.select),
+        parts=tuple(map(work_label, dict.fromkeys(w for _, w in span.programs if w != Work()))),
+        selects=None if span.stage.select is None else label(span.stage.select),
         sizes=span.sizes,
         parameters=parameters(span.model),
         batch=span.batch,
@@ -187,8 +190,8 @@ def _facts(plan: Plan, span: Span, whole: int, mesh: Any) -> StageFacts:
         cost=sum(span.costs) / plan.clock.per_unit,
         flops_per_token=flops / tokens,
         xla_flops_per_token=_xla_flops(plan, span) / tokens,
-        saved=1 - flops / whole,
-        rate=(plan.learning_rate(ends[0]), plan.learning_rate(ends[1])),
+        saved=1 - flops / full,
+        rate=(plan.learning_rate(first), plan.learning_rate(last)),
         parameter_bytes=state and state[0],
         optimizer_bytes=state and state[1],
         growing_bytes=growing,
@@ -196,18 +199,21 @@ def _facts(plan: Plan, span: Span, whole: int, mesh: Any) -> StageFacts:
     )
 
 
-def _whole_flops(plan: Plan, span: Span) -> int:
-    """What a stage would cost if it trained all of the last stage's model."""
+def _full_flops(plan: Plan, span: Span) -> int:
+    """Training FLOPs of a stage if its steps trained the whole model of the last stage."""
     last = plan.spans[-1].model
     return span.steps * step_flops(last, span.objective, span.batch, loss=plan.loss)
 
 
 def _xla_flops(plan: Plan, span: Span) -> float:
-    """XLA's count of a stage: ours of each program, as far as XLA's of one sequence differs from ours."""
+    """XLA's count of the training FLOPs of a stage.
+
+    XLA counts one sequence of each program; the program's steps are scaled by XLA's count over ours.
+    """
     total = 0.0
     for work in dict.fromkeys(span.works):
         ours = sum(n for w, n in zip(span.works, span.flops, strict=True) if w == work)
-        # Layers that coins leave out are still in the program
+        # A program with coins holds all layers, so compare the counts of the whole model
         part = None if isinstance(work.part, Coins) and work.part.tosses else work.part
         xla = xla_training_flops(span.model, span.objective, part, loss=plan.loss)
         total += ours * xla / step_flops(span.model, span.objective, 1, part, loss=plan.loss)
@@ -215,23 +221,25 @@ def _xla_flops(plan: Plan, span: Span) -> float:
 
 
 def _state_bytes(plan: Plan, model: Any, mesh: Any) -> tuple[int, int]:
-    """Bytes of the fullest device: those of the model, and those of the optimizer."""
+    """Bytes on the fullest device: those of the model, and those of the optimizer state."""
     programs = Programs(plan.optimizer.build(), plan.loss, mesh, plan.layout)
     shapes = programs.shapes(model)
     where = programs.shardings(shapes)
-    model = [(shapes.trained, where.trained), (shapes.rest, where.rest)]
-    return sum(per_device_bytes(*pair) for pair in model), per_device_bytes(
-        shapes.optimizer, where.optimizer
-    )
+    trained = per_device_bytes(shapes.trained, where.trained)
+    rest = per_device_bytes(shapes.rest, where.rest)
+    return trained + rest, per_device_bytes(shapes.optimizer, where.optimizer)
 
 
 def _split_faults(plan: Plan, mesh: Any) -> Iterator[str]:
+    """Stages whose batch, in `accumulate` parts, cannot be split over the devices."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     for span in plan.spans:
         rows, parts = span.batch // plan.accumulate, plan.accumulate
         if rows % ways:
-            fit = parts * ways
-            low, high = span.batch // fit * fit, -(-span.batch // fit) * fit
+            # The next multiples below (unless it is 0) and above
+            multiple = parts * ways
+            low = span.batch // multiple * multiple
+            high = -(-span.batch // multiple) * multiple
             choices = " or ".join(str(n) for n in (low, high) if n)
             yield (
                 f"stage {span.index} {span.stage.name!r}: batch: {rows} sequences at a time cannot be "
@@ -241,20 +249,23 @@ def _split_faults(plan: Plan, mesh: Any) -> Iterator[str]:
 
 
 def _disagreements(stages: Sequence[StageFacts]) -> Iterator[str]:
+    """Stages whose FLOPs XLA counts otherwise."""
     for stage in stages:
-        if abs(stage.xla_ratio - 1) > _AGREES:
+        if abs(stage.xla_ratio - 1) > _TOLERANCE:
             yield (
                 f"stage {stage.index} {stage.name!r}: {stage.flops_per_token:.6g} FLOPs a token are "
                 f"counted, and XLA counts {stage.xla_flops_per_token:.6g}; they should agree to "
-                f"{_AGREES:.0%}. Compare with a stage that agrees: this is a fault of the count or of "
-                "the model's code, and what costs are compared with it cannot be believed"
+                f"{_TOLERANCE:.0%}. Either count, or the model's code, is wrong, and so would be every "
+                "cost. Compare with a stage that agrees"
             )
 
 
-# What is printed ---------------------------------------------------------------------------------
+# The printed table -------------------------------------------------------------------------------
 
 
 def _rows(stages: Sequence[StageFacts]) -> Iterator[tuple[str, list[str]]]:
+    """The rows of the table: a name, and a cell for each stage."""
+
     def row(name, cell):
         return name, [cell(stage) for stage in stages]
 
@@ -283,21 +294,21 @@ def _rows(stages: Sequence[StageFacts]) -> Iterator[tuple[str, list[str]]]:
         yield row("while growing", lambda s: amount(s.growing_bytes))
 
 
-def said_work(work: Work) -> str:
-    """What makes a step's program: `RandomPath(length=3), curvature`."""
-    parts = [] if work.part is None else [said(work.part)]
+def work_label(work: Work) -> str:
+    """The work of a step in words: `RandomPath(length=3), curvature`."""
+    parts = [] if work.part is None else [label(work.part)]
     return ", ".join([*parts, *(name for name in ("curvature", "freeze") if getattr(work, name))])
 
 
-def said(part: Any) -> str:
-    """A sub-network or selector as it differs from its class's defaults: `RandomPath(length=3)`."""
+def label(part: Any) -> str:
+    """A sub-network or selector with its fields that are not at their default: `RandomPath(length=3)`."""
     fields = {f.name: (getattr(part, f.name), f.default) for f in dataclasses.fields(part)}
     changed = [f"{name}={value}" for name, (value, default) in fields.items() if value != default]
     return f"{type(part).__name__}({', '.join(changed)})"
 
 
 def amount(n: float | None) -> str:
-    """Bytes for people: `1.5 GiB`."""
+    """A number of bytes in a readable unit: `1.5 GiB`; "-" for None."""
     if n is None:
         return "-"
     for unit in ("B", "KiB", "MiB"):

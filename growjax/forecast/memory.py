@@ -1,7 +1,8 @@
-"""What would make a training step fit a device's memory, by arithmetic: no program is compiled again.
+"""Changes of a plan that make a training step fit a device's memory, estimated without compiling again.
 
-A remedy's gain is the difference of two sums over shapes: of the state that a device holds, or of what
-the forward pass keeps for the backward one. What a compiler adds to those is assumed to stay.
+The gain of a change is computed from shapes: of the state that a device holds, and of the residuals,
+the activations that the forward pass stores for the backward pass. Any other memory that the compiler
+uses is assumed to stay the same.
 """
 
 import dataclasses
@@ -27,34 +28,39 @@ from growjax.subnet import Subnet
 
 
 class Use(NamedTuple):
-    """Bytes of one device: its state, its gradients if they are summed over parts, and what is kept."""
+    """Bytes of one device: its state, the sums of gradients if they accumulate, and the residuals."""
 
     state: int
     sums: int
-    kept: int
+    residuals: int
 
     @property
     def total(self) -> int:
-        return self.state + self.sums + self.kept
+        return self.state + self.sums + self.residuals
 
 
 def remedies(plan: Plan, need: Need, devices: int, used: int, memory: int) -> str:
-    """What brings a program that uses `used` bytes of a device below `memory`, in words."""
+    """Changes of the plan that bring a program that uses `used` bytes of a device to `memory` or less.
+
+    Returns a sentence: the single changes that suffice, or else the strongest changes together.
+    """
     kind, index, work = need
     training, part = kind == "step", work and work.part
     before = usage(plan, index, part, devices, training=training)
 
-    def left(changes: dict[str, Any]) -> int | None:
+    def estimate(changes: dict[str, Any]) -> int | None:
+        """The bytes that the program uses after some changes; None if the plan does not allow them."""
         try:
             after = usage(_changed(plan, changes), index, part, devices, training=training)
-        except GrowjaxError:  # another stage does not allow it
+        except GrowjaxError:
+            # Another stage may not allow the change
             return None
-        return _left(used, before, after)
+        return _estimate(used, before, after)
 
     enough, strongest = [], {}
     for field, values in _options(plan, index, devices, training=training).items():
         for value in values:
-            n = left({field: value})
+            n = estimate({field: value})
             if n is not None and n <= memory:
                 enough.append(f"{field}={value} (about {amount(n)})")
                 break
@@ -62,20 +68,20 @@ def remedies(plan: Plan, need: Need, devices: int, used: int, memory: int) -> st
                 strongest[field] = value
     if enough:
         return f"any of these would do: {', '.join(enough)}"
-    # A smaller batch would be another run, and the parts of one do the same
+    # A smaller batch trains another model, and `accumulate` saves the same memory
     strongest.pop("batch", None)
     more = "take more chips, or chips with more memory"
     if not strongest:
         return more
-    said = " and ".join(f"{field}={value}" for field, value in strongest.items())
-    n = left(strongest)
+    together = " and ".join(f"{field}={value}" for field, value in strongest.items())
+    n = estimate(strongest)
     if n is not None and n <= memory:
-        return f"no single change is enough; together {said} would do (about {amount(n)})"
-    return f"not even {said} would be enough; {more}"
+        return f"no single change is enough; together {together} would do (about {amount(n)})"
+    return f"not even {together} would be enough; {more}"
 
 
 def _changed(plan: Plan, changes: dict[str, Any]) -> Plan:
-    """The plan with some of what `_options` names changed."""
+    """The plan with some of the fields that `_options` names changed."""
     fields: dict[str, Any] = {k: v for k, v in changes.items() if k in ("accumulate", "batch")}
     if "fsdp" in changes:
         fields["layout"] = dataclasses.replace(plan.layout, fsdp=changes["fsdp"], data=-1)
@@ -87,9 +93,12 @@ def _changed(plan: Plan, changes: dict[str, Any]) -> Plan:
 
 
 def usage(plan: Plan, index: int, part: Subnet | None, devices: int, *, training: bool) -> Use:
-    """What a device must hold at least, in a step of a stage or, without `training`, its state alone."""
+    """The least bytes that a device holds during a training step of a stage.
+
+    `part` is the sub-network that is trained. Without `training`, only the state is counted.
+    """
     span = plan.spans[index]
-    sizes = plan.layout.resolved(devices)
+    data, fsdp, _ = plan.layout.resolved(devices)
     mesh = plan.layout.outline(devices)
     programs = Programs(plan.optimizer.build(), plan.loss, mesh, plan.layout)
     shapes = programs.shapes(span.model)
@@ -98,60 +107,70 @@ def usage(plan: Plan, index: int, part: Subnet | None, devices: int, *, training
     if not training:
         return Use(state, 0, 0)
     sums = per_device_bytes(shapes.trained, where.trained) if plan.accumulate > 1 else 0
-    rows = math.ceil(span.batch / plan.accumulate / (sizes[0] * sizes[1]))
-    return Use(state, sums, rows * kept_bytes(span, part, plan.loss))
+    rows = math.ceil(span.batch / plan.accumulate / (data * fsdp))  # on one device, at a time
+    return Use(state, sums, rows * residual_bytes(span, part, plan.loss))
 
 
-def kept_bytes(span: Span, part: Subnet | None, loss: Loss = cross_entropy) -> int:
-    """What the forward pass of one sequence keeps for the backward one, parameters not included."""
+def residual_bytes(span: Span, part: Subnet | None, loss: Loss = cross_entropy) -> int:
+    """Bytes that the forward pass of one sequence stores for the backward pass, without parameters."""
     trained, rest = partition(span.model)
     rows = batch_shapes(span.objective, 1)
 
-    def residuals(trained, rest, example):
-        def loss_of(trained, example):
+    def residuals(trained, rest, rows):
+        def loss_of(trained, rows):
             model = eqx.combine(trained, rest)
             model = model if part is None else part(model, key=jax.random.key(0), step=0)
-            return jax.vmap(lambda row: loss(model, row))(example)[0].sum()
+            losses, _ = jax.vmap(lambda row: loss(model, row))(rows)
+            return losses.sum()
 
-        return jax.vjp(loss_of, trained, example)[1]
+        # The leaves of the pullback function are the residuals
+        return jax.vjp(loss_of, trained, rows)[1]
 
-    leaves = jax.tree.leaves(jax.eval_shape(residuals, trained, rest, rows))
-    found = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(trained))
-    return max(found - whole, 0)
+    def nbytes(tree):
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    stored = jax.eval_shape(residuals, trained, rest, rows)
+    # The parameters are among them, and part of the state
+    return max(nbytes(stored) - nbytes(trained), 0)
 
 
-def _left(used: int, before: Use, after: Use) -> int:
-    """What a program that uses `used` bytes would use after a change."""
-    # A compiler may keep less than is asked for: then its share of that is what shrinks
+def _estimate(used: int, before: Use, after: Use) -> int:
+    """The bytes that a program that uses `used` would use after a change."""
+    # The compiler may store fewer residuals than counted. Then the actual bytes, all that are not
+    # state or sums, are assumed to shrink by the same factor.
     transient = max(used - before.state - before.sums, 0)
-    share = after.kept / before.kept if before.kept else 1.0
-    gain = min(before.kept - after.kept, round(transient * (1 - share)))
+    factor = after.residuals / before.residuals if before.residuals else 1.0
+    gain = min(before.residuals - after.residuals, round(transient * (1 - factor)))
     return used - gain + (after.state - before.state) + (after.sums - before.sums)
 
 
 def _options(plan: Plan, index: int, devices: int, *, training: bool) -> dict[str, Sequence[Any]]:
-    """What may be changed, each with its values from the mildest on."""
+    """The fields that may be changed, each with its possible values from the mildest on."""
     layout, span = plan.layout, plan.spans[index]
-    found: dict[str, Sequence[Any]] = {}
+    options: dict[str, Sequence[Any]] = {}
     if layout.step == "auto":
         doubled = _doubled(layout.fsdp, devices)
-        found["fsdp"] = [n for n in doubled if devices % (n * layout.tensor) == 0]
+        options["fsdp"] = [n for n in doubled if devices % (n * layout.tensor) == 0]
     if not training:
-        return found
+        return options
     ways = math.prod(layout.resolved(devices)[:2])
     parts = _doubled(plan.accumulate, span.batch)
-    found["accumulate"] = [n for n in parts if span.batch % (n * ways) == 0]
-    if not isinstance(plan.model, Model):  # another one's arguments are not ours to change
+    options["accumulate"] = [n for n in parts if span.batch % (n * ways) == 0]
+    # The arguments of a model that growjax did not write are unknown
+    if not isinstance(plan.model, Model):
         for field, cheapest in (("remat", "nothing"), ("dtype", "bfloat16")):
             if getattr(plan.model, field, cheapest) != cheapest:
-                found[f"model.{field}"] = [cheapest]
+                options[f"model.{field}"] = [cheapest]
+    # A stage with a batch of its own does not follow the plan's
     if span.batch == plan.batch:
         smaller = [plan.batch // 2**k for k in range(1, plan.batch.bit_length())]
-        found["batch"] = [n for n in smaller if n % (plan.accumulate * ways) == 0]
-    return found
+        options["batch"] = [n for n in smaller if n % (plan.accumulate * ways) == 0]
+    return options
 
 
 def _doubled(first: int, last: int) -> Iterator[int]:
-    while (first := 2 * first) <= last:
-        yield first
+    """2, 4, 8, ... times `first`, up to `last`."""
+    n = 2 * first
+    while n <= last:
+        yield n
+        n *= 2

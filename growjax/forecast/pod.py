@@ -1,14 +1,15 @@
-"""A plan compiled for a TPU slice that is not there: memory, collectives and time of every program.
+"""A plan compiled for a TPU slice, without a TPU: memory, collectives and estimates of every program.
 
-The TPU compiler runs on any Linux machine; all that it needs is the `libtpu` wheel and the name of a
-slice. So whether each stage fits a chip's memory, and what travels between chips, is known before
-anybody rents one. What cannot be known is how fast a step really is.
+The TPU compiler runs on any Linux machine; it needs only the `libtpu` wheel and the name of a slice.
+Whether each stage fits a chip's memory, and which collectives it runs, is therefore known before a slice
+is rented. The real time of a step is not.
 """
 
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -25,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from growjax.errors import LayoutError, raise_all
-from growjax.forecast.dryrun import amount, said_work
+from growjax.forecast.dryrun import amount, work_label
 from growjax.forecast.memory import remedies
 from growjax.gates import ungated
 from growjax.parallel import Layout, per_device_bytes, replicated
@@ -37,9 +38,12 @@ from growjax.programs.step import Programs
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A kind of TPU: bytes of memory a chip, dimensions of a slice, and how its slices are called.
+    """A generation of TPUs.
 
-    The compiler keeps a quarter of a GiB or more of the memory for itself.
+    - `memory`: bytes a chip.
+    - `dimensions`: the dimensions of a slice, 2 for 4x4.
+    - `accelerator`: the name of its slices in Google Cloud; the count in that name is `per_chip` times
+      the number of chips.
     """
 
     memory: int
@@ -53,15 +57,18 @@ GENERATIONS = {
     "v5p": Generation(95 << 30, 3, "v5p", per_chip=2),
     "v6e": Generation(32 << 30, 2, "v6e"),
 }
+# v4 is missing: the compiler describes each of its chips as two devices, of which JAX makes no mesh
+
+# The compiler reserves a quarter of a GiB or more of a chip's memory for itself
 _RESERVED = 256 << 20
-# v4 is missing: this compiler describes its chips as two devices each, which JAX makes no mesh of
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 _CALL = re.compile(rf"\b({'|'.join(COLLECTIVES)})(?:-start)?\(")
-# How a TPU program says reduce-scatter: an all-reduce in a fusion of its own that keeps a slice
+# A reduce-scatter in a TPU program: an all-reduce in a fusion of its own, which returns a slice
 _FUSED = re.compile(r"^%all-reduce-scatter[\w.-]* \(", re.MULTILINE)
+# Transfers to or from the host's memory
 _HOST = re.compile(r"\b(?:outfeed|infeed|send|recv)\(|_xla_buffer_placement=\"pinned_host\"")
-# What the compiler says when a program does not fit: its size, or that of its temporaries alone
+# The compiler's errors for a program that does not fit: with its size, or that of its temporaries alone
 _FULL = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 _TEMPORARIES = re.compile(
     r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)"
@@ -70,17 +77,18 @@ _TEMPORARIES = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one program, for one chip.
+    """One compiled program, for one chip.
 
     **Fields**
 
-    - `memory`: bytes that it needs: `arguments`, `results` that do not reuse them, `temporaries`, code.
-      A program that does not fit is not compiled, and only `memory` is known.
-    - `collectives`: how often each kind stands in the program; a scan's body is there once. A reduce-
-      scatter that overlaps with the product before it is a loop of collective-permutes.
-    - `to_host`: how many transfers to or from the host's memory it holds.
-    - `flops`, `bytes_accessed`, `optimal_seconds`: the compiler's own estimates, a scan's body once;
-      None where it has none.
+    - `memory`: the bytes that it needs, for `arguments`, `results` that do not reuse their memory,
+      `temporaries` and code. A program that does not fit is not compiled, and only `memory` is known.
+    - `collectives`: the number of collectives of each kind in the program, the body of a scan counted
+      once. A reduce-scatter that overlaps with the product before it is a loop of collective-permutes.
+    - `to_host`: the number of transfers to or from the host's memory.
+    - `flops`, `bytes_accessed`, `optimal_seconds`: the compiler's own estimates, the body of a scan
+      counted once; None where it has none.
+    - `seconds`: the time that compiling took.
     """
 
     stage: int
@@ -100,7 +108,10 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What `compile_for` found; it prints as a table. `refusals` say what does not fit and what helps."""
+    """The result of `compile_for`; it prints as a table.
+
+    `refusals` list the programs that do not fit, and the changes of the plan that would make them fit.
+    """
 
     plan: str
     target: str
@@ -110,11 +121,11 @@ class Target:
     refusals: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As numbers, strings, lists and dicts."""
+        """The fields as numbers, strings, lists and dicts, for JSON."""
         return dataclasses.asdict(self)
 
     def check(self) -> None:
-        """Raise `LayoutError` with every program that does not fit, if there is one."""
+        """Raise `LayoutError` that lists the programs that do not fit; do nothing if all fit."""
         headline = f"plan {self.plan!r} does not fit {self.target}:"
         raise_all(LayoutError, headline, self.refusals)
 
@@ -146,13 +157,13 @@ class Target:
 
 
 def chips(target: str) -> int:
-    """How many chips a slice such as "v5e:16x16" has; raises `LayoutError` for none that is known."""
-    generation, _, shape = target.partition(":")
+    """The number of chips of a slice such as "v5e:16x16"; raises `LayoutError` for an invalid name."""
+    name, _, shape = target.partition(":")
     sizes = shape.split("x")
-    known = GENERATIONS.get(generation)
+    generation = GENERATIONS.get(name)
     if (
-        known is None
-        or len(sizes) != known.dimensions
+        generation is None
+        or len(sizes) != generation.dimensions
         or not all(n.isdecimal() and int(n) for n in sizes)
     ):
         examples = ", ".join(
@@ -167,10 +178,10 @@ def chips(target: str) -> int:
 
 
 def prepare(target: str) -> None:
-    """Make JAX look for no TPU on this machine, and tell the compiler where it is.
+    """Set the environment of the TPU compiler for a slice, and keep JAX from looking for a TPU here.
 
-    `compile_for` does it; called before any other use of JAX it also keeps JAX from trying first.
-    Raises `LayoutError` if the compiler is not installed.
+    `compile_for` calls it. Call it before any other use of JAX, which would look for a TPU first. Raises
+    `LayoutError` if the compiler is not installed.
     """
     count, generation = chips(target), GENERATIONS[target.partition(":")[0]]
     if importlib.util.find_spec("libtpu") is None:
@@ -179,15 +190,16 @@ def prepare(target: str) -> None:
             "TPU is needed"
         )
     settings = {
-        # Or it asks a metadata server which machine this is, and waits for an answer
+        # Otherwise it asks Google Cloud's metadata server about this machine, and waits for an answer
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": f"{generation.accelerator}-{count * generation.per_chip}",
-        # No TPU is opened, so another process that compiles, or trains, is not in the way
+        # No TPU is opened, so other processes may load the library at the same time
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     for name, value in settings.items():
-        # On a machine without a TPU, importing JAX leaves a warning where the value would be
+        # A value that the user set stays. Importing JAX on a machine without a TPU sets some of these to
+        # a text that begins with "WARNING".
         if os.environ.get(name, "WARNING").startswith("WARNING"):
             os.environ[name] = value
     if not getattr(jax.config, "jax_platforms", None):
@@ -195,7 +207,7 @@ def prepare(target: str) -> None:
 
 
 def topology(target: str) -> list[Any]:
-    """Devices of a slice that are only described: programs can be compiled for them, and not run.
+    """The devices of a slice, as descriptions: programs can be compiled for them, but not run.
 
     Raises `LayoutError` if the compiler is not installed or does not know the slice.
     """
@@ -204,7 +216,8 @@ def topology(target: str) -> list[Any]:
 
     try:
         return topologies.get_topology_desc(target, platform="tpu").devices
-    except Exception as error:  # jaxlib raises a class of its own without a public name
+    except Exception as error:
+        # jaxlib raises a class of its own that has no public name
         raise LayoutError(
             f"target: the TPU compiler cannot describe a slice {target}: {error}"
         ) from error
@@ -219,19 +232,19 @@ def compile_for(
     reference: Any = None,
     workers: int = 2,
 ) -> Target:
-    """Compile every program of a plan for a TPU slice, on a machine that needs none.
+    """Compile every program of a plan for a TPU slice, on a machine without a TPU.
 
     **Arguments**
 
-    - `target`: such as "v5e:16x16"; the generations are in `GENERATIONS`.
+    - `target`: the slice, such as "v5e:16x16"; the generations are in `GENERATIONS`.
     - `layout`: instead of the plan's.
-    - `stages`: only these, by number.
-    - `reference`: the second model that a selector compares with, or its shapes; if there is none, it
-      is taken to be as large as the model that trains.
-    - `workers`: how many programs are compiled at once.
+    - `stages`: the numbers of the stages to compile; by default all.
+    - `reference`: the second model that a selector compares with, or its shapes; by default, the shapes
+      of the model that trains.
+    - `workers`: the number of programs that are compiled at the same time.
 
     Raises `LayoutError` if the compiler is not installed, the slice is unknown, or the layout or a batch
-    cannot be split over it. What does not fit a chip's memory is in the result.
+    cannot be split over it. A program that does not fit a chip's memory is no error: see `refusals`.
 
     **Example**
 
@@ -253,20 +266,22 @@ def compile_for(
     )
     programs = Programs(plan.optimizer.build(), plan.loss, mesh, layout, plan.accumulate)
     memory = GENERATIONS[target.partition(":")[0]].memory
-    wanted = range(len(plan.spans)) if stages is None else stages
-    todo = [n for i in wanted for n in needs(plan.spans[i], first=False)]
+    indices = range(len(plan.spans)) if stages is None else stages
+    requested = [need for i in indices for need in needs(plan.spans[i], first=False)]
     with _uncached(), concurrent.futures.ThreadPoolExecutor(workers, "compile") as pool:
-        found = tuple(pool.map(lambda need: _compile(plan, programs, need, reference), todo))
-    refusals = list(_refusals(plan, mesh.size, memory, todo, found))
-    return Target(plan.name, target, mesh.size, memory, found, tuple(refusals))
+        compile_one = functools.partial(_compile, plan, programs, reference=reference)
+        compiled = tuple(pool.map(compile_one, requested))
+    refusals = list(_refusals(plan, mesh.size, memory, requested, compiled))
+    return Target(plan.name, target, mesh.size, memory, compiled, tuple(refusals))
 
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """Without JAX's persistent cache: no program for chips that are not here can be loaded from it."""
+    """Switch JAX's persistent cache off: a program for chips of another machine cannot be loaded."""
     before = getattr(jax.config, "jax_enable_compilation_cache", None)
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # or JAX does not look at the setting again
+    # JAX reads the setting once, until the cache is reset
+    compilation_cache.reset_cache()
     try:
         yield
     finally:
@@ -274,7 +289,8 @@ def _uncached() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def _compile(plan: Plan, programs: Programs, need: Need, reference: Any) -> Compiled:
+def _compile(plan: Plan, programs: Programs, need: Need, *, reference: Any) -> Compiled:
+    """Compile one program and read its memory, collectives and estimates."""
     name, stage = _name(need), need[1]
     everywhere = replicated(programs.mesh)
     second = jax.tree.map(
@@ -285,20 +301,22 @@ def _compile(plan: Plan, programs: Programs, need: Need, reference: Any) -> Comp
     start = time.perf_counter()
     try:
         program = lowered.compile()
-    except Exception as error:  # jaxlib raises a class of its own without a public name
+    except Exception as error:
+        # jaxlib raises a class of its own that has no public name
         return _too_large(programs, plan, need, error, time.perf_counter() - start)
     seconds = time.perf_counter() - start
     text, sizes, costs = program.as_text(), program.memory_analysis(), program.cost_analysis() or {}
+    # Results that alias (donated) arguments need no memory of their own
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    parts = (sizes.argument_size_in_bytes, results, sizes.temp_size_in_bytes)
+    arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
     return Compiled(
         stage,
         name,
-        sum(parts) + sizes.generated_code_size_in_bytes,
+        arguments + results + temporaries + sizes.generated_code_size_in_bytes,
         True,
-        arguments=sizes.argument_size_in_bytes,
+        arguments=arguments,
         results=results,
-        temporaries=sizes.temp_size_in_bytes,
+        temporaries=temporaries,
         collectives=_collectives(text),
         to_host=len(_HOST.findall(text)),
         flops=_positive(costs, "flops"),
@@ -311,21 +329,25 @@ def _compile(plan: Plan, programs: Programs, need: Need, reference: Any) -> Comp
 def _too_large(
     programs: Programs, plan: Plan, need: Need, error: Exception, seconds: float
 ) -> Compiled:
-    """What is known of a program that the compiler refused for its size; other errors are raised."""
+    """A program that the compiler refused, with the memory that its error names; else `LayoutError`."""
     span, name = plan.spans[need[1]], _name(need)
-    if full := _FULL.search(str(error)):
-        number, unit, *_ = full.groups()
+    if match := _FULL.search(str(error)):
+        number, unit, *_ = match.groups()
         return Compiled(span.index, name, _bytes(number, unit), False, seconds=seconds)
-    if full := _TEMPORARIES.search(str(error)):
+    if match := _TEMPORARIES.search(str(error)):
+        # The arguments are the state, of known size
         shapes = programs.shapes(span.model)
         state = per_device_bytes(shapes, programs.shardings(shapes))
-        more = _bytes(*full.groups()[:2])
-        return Compiled(span.index, name, state + more, False, temporaries=more, seconds=seconds)
+        number, unit, *_ = match.groups()
+        temporaries = _bytes(number, unit)
+        return Compiled(
+            span.index, name, state + temporaries, False, temporaries=temporaries, seconds=seconds
+        )
     raise LayoutError(f"stage {span.index}: {name}: it cannot be compiled: {error}") from error
 
 
 def _collectives(text: str) -> dict[str, int]:
-    """How often each kind stands in a compiled program."""
+    """The number of collectives of each kind in the text of a compiled program."""
     counts, fused = collections.Counter(_CALL.findall(text)), len(_FUSED.findall(text))
     counts["reduce-scatter"] += fused
     counts["all-reduce"] -= fused
@@ -333,30 +355,36 @@ def _collectives(text: str) -> dict[str, int]:
 
 
 def _name(need: Need) -> str:
+    """The name of a program in the table and in messages."""
     kind, _, work = need
-    what = {"grow": "growth", "before": "evaluation before it", "evaluate": "evaluation"}
     if kind != "step":
-        return what[kind]
-    return ", ".join(["step", said_work(work)] if work and work != Work() else ["step"])
+        names = {"grow": "growth", "before": "evaluation before it", "evaluate": "evaluation"}
+        return names[kind]
+    if work is None or work == Work():
+        return "step"
+    return f"step, {work_label(work)}"
 
 
 def _bytes(number: str, unit: str) -> int:
+    """A size in the compiler's errors, such as "17.5" and "G", in bytes."""
     return round(float(number) * 1024 ** " KMGT".index(unit or " "))
 
 
 def _positive(costs: Any, name: str) -> float | None:
-    """An estimate of the compiler; it says -1 and less where it has none."""
-    return found if (found := costs.get(name, 0)) > 0 else None
+    """An estimate of the compiler; None where it has none, which it writes as a negative number."""
+    value = costs.get(name, 0)
+    return value if value > 0 else None
 
 
 def _refusals(
-    plan: Plan, devices: int, memory: int, todo: Sequence[Need], found: Sequence[Compiled]
+    plan: Plan, devices: int, memory: int, requested: Sequence[Need], compiled: Sequence[Compiled]
 ) -> Iterator[str]:
-    for need, program in zip(todo, found, strict=True):
+    """The programs that move data to the host or do not fit, with the changes that would help."""
+    for need, program in zip(requested, compiled, strict=True):
         where = f"stage {program.stage} {plan.spans[program.stage].stage.name!r}: {program.name}"
         if program.to_host:
             yield f"{where}: moves data to the host {program.to_host} times"
         if not program.fits:
-            says = f"{where}: needs {amount(program.memory)} of {amount(memory)} a chip"
-            helps = remedies(plan, need, devices, program.memory, memory - _RESERVED)
-            yield f"{says}; {helps}"
+            needed = f"{where}: needs {amount(program.memory)} of {amount(memory)} a chip"
+            changes = remedies(plan, need, devices, program.memory, memory - _RESERVED)
+            yield f"{needed}; {changes}"

@@ -1,9 +1,9 @@
-"""What XLA counts for a model's training step, to hold against our own count.
+"""XLA's count of the FLOPs of a training step, to check our own count (`growjax.cost`) against.
 
-XLA's cost analysis counts the body of a scan once, whatever its length, and elementwise work together
-with products. So the step is written out first: every layer in a row, nothing recomputed. Then it is
-counted twice, as it is and with each product replaced by something that costs nothing; the difference
-is what XLA counts for products. Nothing is compiled or computed.
+XLA's cost analysis counts the body of a scan once, whatever its length, and elementwise operations
+together with products. Therefore the step is first unrolled: every layer in a row, and nothing
+recomputed. Then XLA counts it twice, once as it is and once with each product replaced by a broadcast,
+which costs nothing; the difference is XLA's count of the products. Nothing is compiled or computed.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,8 @@ def xla_training_flops(
 ) -> int:
     """XLA's count of the products in the loss of one sequence and its gradient.
 
-    It should be that of `growjax.plan.plan.step_flops` for a batch of one. `model` may hold shapes;
-    `part` is the sub-network that is trained.
+    It should equal `growjax.plan.stages.step_flops` for a batch of one. `model` may hold shapes; `part`
+    is the sub-network that is trained.
     """
     trained, rest = partition(model)
     arrays, static = eqx.partition(rest, lambda x: hasattr(x, "shape"))
@@ -38,22 +38,22 @@ def xla_training_flops(
     example = {k: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for k, x in rows.items()}
 
     def total(trained, arrays, example):
-        # XLA counts no loop of unknown length, which attention over tiles is
+        # Attention over tiles is a loop of unknown length, which XLA does not count
         model = _with_all_scores(eqx.combine(trained, arrays, static))
         model = model if part is None else part(model, key=jax.random.key(0), step=0)
         losses, weights = loss(model, example)
         return jnp.sum(losses * weights)
 
     args = trained, arrays, example
-    # Written out before its gradient is taken: there is no checkpoint left to recompute from
+    # The loss is unrolled before its gradient is taken, so that no `jax.checkpoint` is left in it: the
+    # gradient then recomputes nothing
     step = jax.make_jaxpr(jax.grad(_flat(jax.make_jaxpr(total)(*args))))(*args)
-    flat = jax.tree.leaves(args)
-    with_products, without = (_count(step, flat, products=keep) for keep in (True, False))
-    return with_products - without
+    shapes = jax.tree.leaves(args)
+    return _count(step, shapes, products=True) - _count(step, shapes, products=False)
 
 
 def _with_all_scores(model: Any) -> Any:
-    """The model with every attention in the body that writes all scores."""
+    """The model with every attention computed as one einsum, which makes the whole matrix of scores."""
 
     def change(part):
         return put(part, {("body",): "einsum"}) if isinstance(part, Attention) else part
@@ -62,37 +62,40 @@ def _with_all_scores(model: Any) -> Any:
 
 
 def _flat(program: ClosedJaxpr) -> Callable[..., Any]:
-    """The function that a program with one result computes, written out."""
+    """The function that a program with one result computes, unrolled."""
     return lambda *args: _run(program, jax.tree.leaves(args), products=True)[0]
 
 
 def _count(program: ClosedJaxpr, shapes: list[Any], *, products: bool) -> int:
-    analysis = jax.jit(lambda *xs: _run(program, xs, products=products)).lower(*shapes)
-    found = analysis.cost_analysis()
-    return round(found["flops"]) if found else 0
+    """XLA's count of the FLOPs of a program, unrolled; without `products`, these cost nothing."""
+    lowered = jax.jit(lambda *xs: _run(program, xs, products=products)).lower(*shapes)
+    costs = lowered.cost_analysis()
+    return round(costs["flops"]) if costs else 0
 
 
 def _run(program: ClosedJaxpr, inputs: Any, *, products: bool) -> list[Any]:
-    """Evaluate a program with every loop of known length and every call written out."""
-    known: dict[Any, Any] = {}
+    """Evaluate a program equation by equation, with loops of known length and calls unrolled."""
+    values: dict[Any, Any] = {}  # variable -> its value
 
     def read(atom):
-        return atom.val if isinstance(atom, Literal) else known[atom]
+        return atom.val if isinstance(atom, Literal) else values[atom]
 
     jaxpr = program.jaxpr
-    known.update(zip(jaxpr.constvars, program.consts, strict=True))
-    known.update(zip(jaxpr.invars, inputs, strict=True))
+    values.update(zip(jaxpr.constvars, program.consts, strict=True))
+    values.update(zip(jaxpr.invars, inputs, strict=True))
     for equation in jaxpr.eqns:
-        found = _equation(equation, [read(x) for x in equation.invars], products=products)
-        known.update(zip(equation.outvars, found, strict=True))
+        outputs = _equation(equation, [read(x) for x in equation.invars], products=products)
+        values.update(zip(equation.outvars, outputs, strict=True))
     return [read(x) for x in jaxpr.outvars]
 
 
 def _equation(equation: Any, inputs: list[Any], *, products: bool) -> list[Any]:
+    """The results of one equation of a program."""
     name, params = equation.primitive.name, equation.params
     if name in _PRODUCTS and not products:
         out = equation.outvars[0].aval
-        # Still depends on both, so that nothing before it is dropped
+        # A broadcast of one entry of each operand: the result still depends on both operands, so that
+        # the equations before it are not removed as unused
         corner = sum(x[(0,) * x.ndim].astype(out.dtype) for x in inputs)
         return [jnp.broadcast_to(corner, out.shape)]
     if name == "scan":
@@ -105,16 +108,17 @@ def _equation(equation: Any, inputs: list[Any], *, products: bool) -> list[Any]:
     if inner is not None and name != "while":
         closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
         return _run(closed, inputs, products=products)
-    found = equation.primitive.bind(*inputs, **params)
-    return list(found) if equation.primitive.multiple_results else [found]
+    outputs = equation.primitive.bind(*inputs, **params)
+    return list(outputs) if equation.primitive.multiple_results else [outputs]
 
 
 def _branch(program: ClosedJaxpr, products: bool) -> Callable[..., Any]:
+    """A branch of a `cond`, as the function that `jax.lax.switch` takes."""
     return lambda *operands: _run(program, operands, products=products)
 
 
 def _loop(equation: Any, inputs: list[Any], *, products: bool) -> list[Any]:
-    """A scan all of whose turns are written out, as JAX does it when it is asked to unroll."""
+    """The results of a scan with all of its iterations unrolled, by the scan's own `unroll`."""
     body = equation.params["jaxpr"]
     closed = body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ())
     inner = jax.make_jaxpr(lambda *xs: _run(closed, xs, products=products))(*closed.in_avals)

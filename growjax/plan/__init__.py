@@ -1,4 +1,4 @@
-"""What a run is, as values: the plan, its stages, losses, schedule and optimizer. Computes nothing."""
+"""Plans: training runs as values, with stages, losses, schedules and optimizers. Computes nothing."""
 
 from growjax.plan.files import load_plan as load_plan
 from growjax.plan.files import save_plan as save_plan

@@ -1,4 +1,4 @@
-"""Plans as files, and where two of them differ. The codec is that of `growjax.values`."""
+"""Plans in files, by the codec of `growjax.values`, and the differences of two plans."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,9 +10,9 @@ from growjax.plan.plan import Plan
 
 
 def save_plan(plan: Plan, path: str | Path) -> None:
-    """Write a plan as JSON, for people as well. The file is whole as soon as it is there.
+    """Write a plan as indented JSON; the file is replaced in one step.
 
-    Raises `PlanError` that lists what has no name to be saved under.
+    Raises `PlanError` that lists every class and function without a name in files.
     """
     values.write(plan, path, error=PlanError)
 
@@ -20,14 +20,14 @@ def save_plan(plan: Plan, path: str | Path) -> None:
 def load_plan(path: str | Path, *, allow: Sequence[str] = ()) -> Plan:
     """Read a plan from JSON; raises `PlanError` that lists every fault.
 
-    `allow` names the packages that a plan's own classes and functions may be imported from; see
+    `allow` names packages, besides growjax, whose classes and functions the plan may use; see
     `growjax.values.allow`.
     """
     return values.read(path, Plan, allow=allow, error=PlanError)
 
 
 def differences(old: Any, new: Any, where: str = "plan") -> Iterator[str]:
-    """Where two saved plans differ, one line each."""
+    """The differences of two saved plans, one line each, with the path of the field."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in dict.fromkeys([*old, *new]):
             yield from differences(old.get(name), new.get(name), f"{where}.{name}")

@@ -1,4 +1,4 @@
-"""What a model is trained on: the cross-entropy of every target that counts, or a loss of one's own."""
+"""The loss of a plan: the cross-entropy of the targets, or a function of one's own."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from growjax.models.protocol import predictions
 from growjax.values import register
 
 
-# One example -> the loss at each place, in nats, and how much each place counts.
+# (model, one example) -> the loss at each of its T positions, in nats, and the weight of each position
 Loss = Callable[[Any, Mapping[str, Array]], tuple[Float[Array, " T"], Float[Array, " T"]]]
 
 
@@ -19,29 +19,32 @@ Loss = Callable[[Any, Mapping[str, Array]], tuple[Float[Array, " T"], Float[Arra
 def cross_entropy(
     model: Any, example: Mapping[str, Array]
 ) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
-    """The loss of each target of one example, in nats, and its weight.
+    """The loss of each of the T targets of one example, in nats, and the weight of each.
 
-    `example` is what an objective of `growjax.data` makes; its keys say how the model is called. Logits
-    and losses are in float32 at least. Works for every model that has `predict` or is called with tokens
-    (`growjax.models.protocol`); another one needs a function like this of its own, `Plan(loss=...)`.
+    `example` is made by an objective of `growjax.data`; its keys determine how the model is called.
+    Logits and losses are in float32 at least. Works for every model that has `predict` or is called with
+    tokens (`growjax.models.protocol`); any other model needs a loss of its own, `Plan(loss=...)`.
 
     **Example**
 
         losses, weights = cross_entropy(model, {"tokens": t, "targets": u, "weights": w})
     """
-    scores = predictions(model, example)
-    log_probability = jax.nn.log_softmax(scores, axis=-1)
-    chosen = jnp.take_along_axis(log_probability, example["targets"][:, None], axis=-1)[:, 0]
-    return -chosen, example["weights"].astype(chosen.dtype)
+    logits = predictions(model, example)  # [T, vocab]
+    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+    targets = example["targets"][:, None]
+    log_likelihood = jnp.take_along_axis(log_probabilities, targets, axis=-1)[:, 0]
+    return -log_likelihood, example["weights"].astype(log_likelihood.dtype)
 
 
 def drawn_loss(
     model: Any, example: Mapping[str, Array]
 ) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
-    """`cross_entropy` on labels that the model itself draws by the example's `key`.
+    """`cross_entropy` on labels drawn from the model's own predictions, by the example's `key`.
 
-    The square of its gradient is the diagonal of the Gauss-Newton matrix, on average (Sophia-G).
+    The expected square of its gradient is the diagonal of the Gauss-Newton matrix (Sophia-G: Liu et al.,
+    "Sophia", ICLR 2024).
     """
-    scores = jax.lax.stop_gradient(predictions(model, example))
-    labels = jax.random.categorical(jax.random.wrap_key_data(example["key"]), scores)
+    logits = jax.lax.stop_gradient(predictions(model, example))
+    # The example holds the key's data, an ordinary array, as every other entry of a batch is
+    labels = jax.random.categorical(jax.random.wrap_key_data(example["key"]), logits)
     return cross_entropy(model, {**example, "targets": labels})

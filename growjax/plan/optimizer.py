@@ -1,4 +1,4 @@
-"""An optimizer as data: what a plan says, and the optax chain that it means."""
+"""An optimizer as data: the fields that a plan holds, and the optax chain that they describe."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from growjax.values import at_least, base, check, positive, ranged, register
 
 Name = Literal["adamw", "nadamw", "ademamix", "lion", "sophia", "muon", "schedule_free", "sgd"]
 Decayed = Literal["matrices", "weights", "all"]
-# How much of an average stays at each step
+# The decay rate of an exponential moving average: the share of the average that stays at each step
 Forgetting = Annotated[float, ranged(0, 1, "a rate", below=True)]
 
 
@@ -33,17 +33,19 @@ class Optimizer:
 
     - `name`: "adamw" (with an age for every coordinate), "nadamw", "ademamix", "lion", "sophia",
       "muon", "schedule_free" (AdamW, averaged) or "sgd" (with momentum `b1`).
-    - `b1`, `b2`, `eps`: its memories of gradients and of their squares; short runs want a short `b2`.
-    - `weight_decay`: per unit of learning rate, of what `decayed` says: the "matrices", all "weights"
-      (gains of norms as well, but no biases) or "all".
-    - `scale_by_parameter`: the step of each tensor is multiplied by the root mean square of its entries,
-      or by a thousandth; its decay is not. AdamWScale is "adamw" with this.
+    - `b1`, `b2`, `eps`: Adam's decay rates of the averages of gradients and of their squares, and the
+      constant in the denominator; short runs want a lower `b2`.
+    - `weight_decay`: per unit of learning rate, applied to the parameters that `decayed` names: the
+      "matrices", all "weights" (gains of norms as well, but no biases) or "all".
+    - `scale_by_parameter`: multiply the step of each tensor by the root mean square of its entries, or
+      by 0.001 if that is larger; its weight decay is not scaled. AdamWScale is "adamw" with this.
     - `clip`: the largest norm of the whole gradient; None does not clip.
-    - `new_rate`, `new_steps`: coordinates younger than `new_steps` steps that were not there at birth
-      move at this multiple of the learning rate.
-    - `b3`, `alpha`: AdEMAMix's slow memory and its weight.
-    - `rho`, `refresh_every`: how much Sophia minds curvature, and every how many steps it looks.
-    - `momentum`: of Muon's matrices; `b1`, `b2` and `eps` are for all else.
+    - `new_rate`, `new_steps`: coordinates that growth added less than `new_steps` steps ago move at this
+      multiple of the learning rate.
+    - `b3`, `alpha`: the decay rate of AdEMAMix's slow average, and its weight.
+    - `rho`, `refresh_every`: the weight of the curvature in Sophia's step, and the number of steps
+      between two estimates of it.
+    - `momentum`: for Muon's matrices; all other parameters take Adam's step, by `b1`, `b2` and `eps`.
 
     Raises `PlanError` that lists every field out of range.
 
@@ -73,20 +75,24 @@ class Optimizer:
 
     def _faults(self) -> Iterator[str]:
         if (self.new_rate != 1) != (self.new_steps > 0):
-            yield "new_rate, new_steps: one says how much and the other how long; give both"
+            yield (
+                "new_rate, new_steps: the factor of the learning rate and the steps that it lasts; give "
+                "both or neither"
+            )
         if self.name == "schedule_free" and self.b1 == 0:
             yield "b1: schedule_free trains between an average and its goal; give b1 above 0"
 
     @property
     def curvature_every(self) -> int | None:
-        """Every how many steps it wants the gradient of a loss on labels of the model's own drawing."""
+        """The steps between two gradients on labels that the model draws; None for most optimizers."""
         return self.refresh_every if self.name == "sophia" else None
 
     def build(self) -> Rule:
-        """The rule of one update, one object for equal ones; each update is given the learning rate."""
+        """The rule of one update, which takes the learning rate; equal optimizers share one object."""
         return _built(self)
 
     def _rule(self) -> Rule:
+        # How the gradient becomes a direction; functions, since only one of them is built
         rescale = {
             "adamw": lambda: scale_by_adam(self.b1, self.b2, self.eps),
             "nadamw": lambda: scale_by_adam(self.b1, self.b2, self.eps, nesterov=True),
@@ -94,6 +100,7 @@ class Optimizer:
             "lion": lambda: optax.scale_by_lion(self.b1, self.b2),
             "sophia": lambda: scale_by_sophia(self.b1, self.b2, self.rho),
             "muon": lambda: scale_by_muon(self.b1, self.b2, self.eps, momentum=self.momentum),
+            # Its `b1` interpolates between two sequences, in the wrapper below, and is no momentum
             "schedule_free": lambda: scale_by_adam(0.0, self.b2, self.eps),
             "sgd": lambda: optax.trace(self.b1),
         }[self.name]()
@@ -102,14 +109,16 @@ class Optimizer:
         parts.append(rescale)
         if self.scale_by_parameter:
             parts.append(scale_by_parameter())
+        # After the rescaling: decoupled weight decay, as in AdamW
         parts.append(optax.add_decayed_weights(self.weight_decay, decayed))
         if self.new_steps:
             parts.append(scale_new(self.new_rate, self.new_steps))
-        one = rule(optax.chain(*parts))
-        return schedule_free(one, self.b1) if self.name == "schedule_free" else one
+        chained = rule(optax.chain(*parts))
+        return schedule_free(chained, self.b1) if self.name == "schedule_free" else chained
 
 
 @functools.cache
 def _built(optimizer: Optimizer) -> Rule:
-    # What is known of a rule (its programs, what its state holds) is remembered by the object
+    # A rule is hashed by its functions, which differ with each `_rule()`: only one shared object lets
+    # `jax.jit` and `growjax.optim.probe` find in their caches what they worked out for an equal one
     return optimizer._rule()

@@ -1,7 +1,7 @@
 """A training run as data: stages that grow the model or train a part of it, checked before it runs.
 
-A `Plan` that exists is valid. Making one works out every stage's shapes, steps and cost without
-computing anything, so that a fault in the last stage is found before the first one starts.
+A `Plan` that exists is valid. Its constructor derives every stage's shapes, steps and cost by abstract
+evaluation, so that a fault in the last stage is reported before the first one starts.
 """
 
 import dataclasses
@@ -38,24 +38,24 @@ class Plan:
 
     **Fields**
 
-    - `name`: what the run is called in reports.
+    - `name`: the name of the run in reports.
     - `model`: the model that the first stage starts from: a configuration, whose `dtype` and `remat`
       are those of the run, or `Model` for one that growjax did not write.
-    - `stages`: what happens, in order.
+    - `stages`: the stages, in order.
     - `batch`: sequences per step, over all devices.
-    - `objective`: what one sequence is and what is predicted, such as `growjax.data.Causal(128)`.
+    - `objective`: the length of a sequence and its targets, such as `growjax.data.Causal(128)`.
     - `rate`: the learning rate as a function of the share of the cost that is spent.
     - `optimizer`: how gradients become updates.
-    - `clock`: what each step costs: FLOPs, or seconds of a reference machine.
-    - `budget`: in the clock's unit, needed if and only if stages are shares of it.
-    - `accumulate`: in how many parts, one after the other, each batch is computed.
+    - `clock`: the price list of the run's operations: in FLOPs, or in seconds of a reference machine.
+    - `budget`: in the clock's unit; required if stages are shares of it, and refused otherwise.
+    - `accumulate`: the number of parts in which each batch is computed, one after the other.
     - `layout`: how the run is spread over devices.
-    - `data`: what it trains on; None if `train` is given its own.
+    - `data`: the source of the text; None if `train` is given a feed.
     - `tokenizer`: "bytes", or the path of a `tokenizers` file.
-    - `seed`: of the model, its growth, its sub-networks and the order of the data.
-    - `loss`: what is minimised, one example to its losses and weights; see `cross_entropy`.
-    - `start`: a trained model to start from, instead of drawing one. Whether it has the shapes of `model`
-      is seen before the first step; it becomes a larger one by the first stage's `grow` alone.
+    - `seed`: the seed of the model, its growth, its sub-networks and the order of the data.
+    - `loss`: the function that is minimised: (model, example) to losses and weights, as `cross_entropy`.
+    - `start`: a trained model to start from, instead of a drawn one. Its shapes are compared with those
+      of `model` before the first step; only the first stage's `grow` can make it larger.
     - `fork`: a run to go on from, with its whole state; the plan's first steps are those of that run.
 
     Raises `PlanError` that lists every fault.
@@ -88,10 +88,11 @@ class Plan:
 
     def __post_init__(self):
         headline = f"plan {short(self.name)} cannot be run:"
+        # The stages are worked out only if their lengths are given in a consistent way
         check(self, PlanError, headline, lambda: list(_length_faults(self)) or _fit_faults(self))
 
     def build(self) -> Any:
-        """The model before the first stage, all of its parameters drawn."""
+        """Draw the parameters of the model before the first stage."""
         return birth(self, self.seed)
 
     @functools.cached_property
@@ -101,33 +102,33 @@ class Plan:
 
     @property
     def activations(self) -> str:
-        """The type that the model computes in: what its configuration says, or that of its parameters."""
+        """The dtype of the activations: that of the configuration, or else that of the parameters."""
         dtype = getattr(self.model, "dtype", None)
         return dtype or str(jax.tree.leaves(partition(self.origin)[0])[0].dtype)
 
     def before(self, index: int) -> Any:
-        """The shapes of the model that a stage finds, gates included."""
+        """The shapes of the model when stage `index` begins, before it grows; gates included."""
         return self.spans[index - 1].model if index else self.origin
 
     def key(self, name: str) -> PRNGKeyArray:
-        """The key for one purpose: the same in every run of this plan."""
+        """The random key for one purpose, "model" or "grow": the same in every run of this plan."""
         return purpose_key(self.seed, name)
 
     @functools.cached_property
     def spans(self) -> tuple[Span, ...]:
-        """The stages worked out: what a dry run shows."""
+        """The stages with their steps, FLOPs and costs worked out."""
         return tuple(_work_out(self))
 
     def timeline(self, *, paths: bool = False) -> tuple[Era, ...]:
-        """The stages by name, with the steps, FLOPs and cost that each begins and ends at.
+        """The stages by name, with the step, FLOPs and cost at the start and the end of each.
 
-        With `paths`, each length of a path schedule stands by itself.
+        With `paths`, each length of a path schedule is an entry of its own.
         """
         return tuple(timeline(self.spans, paths=paths))
 
     @functools.cached_property
     def cost(self) -> int:
-        """What the clock charges for the whole run, in its whole numbers."""
+        """The cost of the whole run, in the clock's smallest unit (one FLOP, or one nanosecond)."""
         return sum(sum(span.costs) for span in self.spans)
 
     @functools.cached_property
@@ -146,20 +147,23 @@ class Plan:
         return sum(span.steps * span.step_tokens for span in self.spans)
 
     def learning_rate(self, spent: float) -> float:
-        """The learning rate once so much is spent, in the clock's whole numbers.
+        """The learning rate at a cost spent so far, in the clock's smallest unit.
 
-        A function of cost, not of steps: a stage of small steps must not use up the schedule of the
-        dear ones, and every run ends where its schedule does, whatever it cost.
+        The rate follows cost and not steps: a stage of cheap steps must not use up the schedule of the
+        expensive ones, and every run ends at the end of its schedule.
         """
         rate, warm = self._rate
+        # `done`: the position in the schedule, a share of the whole cost; `climb`: the factor of a rewarm
         done, warmup, climb = spent / self.cost, rate.warmup, 1.0
         for span, cost in zip(self.spans, self._span_costs, strict=True):
             start = span.spent / self.cost
+            # A stage that began already and rewinds starts at the end of the warmup; the last one counts
             if span.stage.rewind and span.spent <= spent and start > warmup:
-                gone = spent / self.cost - start
+                since = spent / self.cost - start
                 if span.stage.rewind == "stretch":
-                    gone *= (1 - warmup) / (1 - start)
-                done = warmup + gone
+                    # The rest of the run covers all of the schedule after its warmup
+                    since *= (1 - warmup) / (1 - start)
+                done = warmup + since
             if span.stage.rewarm and 0 <= spent - span.spent < span.stage.rewarm * cost:
                 climb = (spent - span.spent) / (span.stage.rewarm * cost)
         # By what was spent, and not by its share: the same numbers in plans of other budgets
@@ -171,7 +175,7 @@ class Plan:
 
     @functools.cached_property
     def _rate(self) -> tuple[Any, int]:
-        """The rate with its warm-up as a share, and the cost at which one of steps or tokens is over."""
+        """The rate, its warmup as a share, and the cost at which a `Warmup` ends (0 without one)."""
         warmup: Any = self.rate.warmup
         if not isinstance(warmup, Warmup):
             return self.rate, 0
@@ -181,7 +185,7 @@ class Plan:
 
 
 def _warmup_cost(plan: Plan, warmup: Warmup) -> int:
-    """What a warm-up of steps or tokens costs; raises `PlanError` if it does not end before the plan."""
+    """The cost of a warmup of steps or tokens; raises `PlanError` if it does not end before the plan."""
     steps, tokens, cost = 0, 0, 0
     for span in plan.spans:
         for step_cost in span.costs:
@@ -195,8 +199,10 @@ def _warmup_cost(plan: Plan, warmup: Warmup) -> int:
 
 
 def birth(plan: Plan, seed: Any) -> Any:
-    """The model before the first stage of a plan, drawn from this seed (or from one that is traced)."""
+    """The model before the first stage of a plan, drawn from this seed (a number or a tracer)."""
     model = plan.model.build(purpose_key(seed, "model"))
+    # The growth of a trained model before this plan. Its parameters are read from `start.folder` later;
+    # here it has the same shapes.
     for op in plan.start.operators if plan.start else ():
         model = ungated(op(model, key=purpose_key(seed, "grow")))
     return model
@@ -211,6 +217,7 @@ def purpose_key(seed: int, name: str) -> PRNGKeyArray:
 
 
 def _length_faults(plan: Plan) -> Iterator[str]:
+    """Fields that contradict each other, before any stage is worked out."""
     if not plan.stages:
         yield "stages: expected at least one"
     if plan.layout.own_paths and any(stage.inactive == "freeze" for stage in plan.stages):
@@ -224,18 +231,19 @@ def _length_faults(plan: Plan) -> Iterator[str]:
         yield f"clock: it charges {plan.clock.unit}, and stages last seconds; give a reference clock"
     if plan.optimizer.curvature_every is not None and plan.loss is not cross_entropy:
         yield (
-            f"optimizer: {plan.optimizer.name} draws labels from what the model predicts; that goes with "
-            "cross_entropy, and not with a loss of one's own"
+            f"optimizer: {plan.optimizer.name} draws labels from the model's predictions, so it needs "
+            "the loss cross_entropy, and not another"
         )
     if shares and (len(shares) < len(plan.stages) or abs(sum(shares) - 1) > 1e-6):
         yield f"stages: every one must have a share and all together 1, got {shares}"
 
 
 def _fit_faults(plan: Plan) -> list[str]:
-    """Everything that only shows once the stages are worked out, up to the first that cannot be."""
+    """Faults of the stages once they are worked out, up to the first stage that cannot be."""
     faults: list[str] = []
     spans = _work_out(plan, faults)
-    plan.__dict__["spans"] = tuple(spans)  # what the cached property would do over again
+    # Fills the cached property, which would work everything out again
+    plan.__dict__["spans"] = tuple(spans)
     if not faults:
         try:
             plan.learning_rate(0)
@@ -245,7 +253,7 @@ def _fit_faults(plan: Plan) -> list[str]:
 
 
 def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
-    """Work out every stage from shapes alone, and add what does not fit to `faults`."""
+    """Work out every stage from shapes alone; faults are added to `faults`."""
     faults = [] if faults is None else faults
     spans: list[Span] = []
     try:
@@ -255,12 +263,15 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
         where = "model" if plan.start is None else "start"
         faults.append(f"{where}: " + str(error).replace("\n", "\n    "))
         return spans
-    except Exception as error:  # whatever a function of the user's own does
+    except Exception as error:
+        # The user's own function that builds a model may raise anything
         faults.append(f"model: {plan.model!r} cannot be built: {type(error).__name__}: {error}")
         return spans
+    # Steps, tokens and cost before the stage, and the share of the budget at its end
     start, tokens, spent, share = 0, 0, 0, 0.0
     for n, stage in enumerate(plan.stages):
         where = f"stage {n} {stage.name!r}: "
+        # Gates of the stage before are open by its end, and dropped here
         model = ungated(model)
         batch, objective = stage.batch or plan.batch, stage.objective or plan.objective
         try:
@@ -268,14 +279,14 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
                 model = eqx.filter_eval_shape(stage.grow, model, key=plan.key("grow"))
             misfits = list(_shape_faults(plan, batch, objective, model))
             if not misfits and stage.objective is not None:
-                # Held-out losses are taken through the plan's own, at every stage
+                # Held-out losses are computed with the plan's own objective, at every stage
                 own = _shape_faults(plan, batch, plan.objective, model)
                 misfits = [f"the plan's own, for held-out losses: {fault}" for fault in own]
             if misfits:
                 faults += [where + fault for fault in misfits]
                 continue
             share += stage.share or 0.0
-            # Shares count from the start, so that a stage makes up for its forerunner's rounding
+            # From the shares of all stages so far, so that a stage makes up for earlier rounding
             left = share * (plan.budget or 0.0) * plan.clock.per_unit - spent
             steps = Steps(
                 stage,
@@ -288,15 +299,16 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
                 curvature_every=plan.optimizer.curvature_every,
                 loss=plan.loss,
             )
-            done = list(steps.until(*_limit(plan, stage, batch * objective.raw_length, left)))
+            rows = list(steps.until(*_limit(plan, stage, batch * objective.raw_length, left)))
         except GrowjaxError as error:
             faults.append(where + str(error).replace("\n", "\n    "))
             return spans
-        except Exception as error:  # of a model, loss, operator or objective of the user's own
+        except Exception as error:
+            # The user's own model, loss, operator or objective may raise anything
             faults.append(f"{where}{type(error).__name__}: {error}")
             return spans
-        faults += [where + fault for fault in _ramp_faults(stage, model, len(done))]
-        works, flops, costs = (tuple(column) for column in zip(*done, strict=True))
+        faults += [where + fault for fault in _ramp_faults(stage, model, len(rows))]
+        works, flops, costs = (tuple(column) for column in zip(*rows, strict=True))
         span = Span(
             n,
             stage,
@@ -321,7 +333,10 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
 def _limit(
     plan: Plan, stage: Stage, step_tokens: int, left: float
 ) -> tuple[Literal["steps", "flops", "cost"], float]:
-    """How long a stage lasts, and in what that is counted."""
+    """The length of a stage: its unit, and the number of steps, FLOPs or units of the clock.
+
+    `left` is the cost that the stage's share of the budget leaves, in the clock's smallest unit.
+    """
     if isinstance(stage.subnet, PathSchedule):
         return "steps", stage.subnet.stages[-1].stop
     if stage.tokens is not None:
@@ -332,13 +347,16 @@ def _limit(
 
 
 def _shape_faults(plan: Plan, batch: int, objective: Objective, model: Any) -> Iterator[str]:
-    known = sizes(model)
+    """Faults of a batch and an objective with the shapes of a model."""
+    model_sizes = sizes(model)
     if batch % plan.accumulate:
         yield f"batch: {batch} sequences cannot be computed in {plan.accumulate} equal parts"
     shapes = batch_shapes(objective, 1)
     longest = max(x.shape[1] for x in shapes.values())
-    if longest > known.get("positions", longest):
-        yield f"objective: {longest} tokens are more than the model's {known['positions']} positions"
+    # A model without an axis of positions (rotary, say) reads any length
+    positions = model_sizes.get("positions", longest)
+    if longest > positions:
+        yield f"objective: {longest} tokens are more than the model's {positions} positions"
     seq2seq = "encoder_tokens" in shapes
     if seq2seq != (kind_of(model) == "seq2seq"):
         kind = "an encoder and a decoder" if seq2seq else "one sequence"
@@ -347,9 +365,9 @@ def _shape_faults(plan: Plan, batch: int, objective: Objective, model: Any) -> I
 
 
 def reference_faults(plan: Plan, reference: Any) -> Iterator[str]:
-    """Why a second model cannot look at what the stages of a plan choose from, from shapes alone.
+    """Faults of a second model that the selectors of a plan compare with, from shapes alone.
 
-    A plan with a loss of its own says itself what it reads; it is not looked into.
+    Nothing is checked for a plan with a loss of its own, which may read a batch in any way.
     """
     for span in plan.spans if plan.loss is cross_entropy else ():
         if span.stage.select is None or not span.stage.select.compares:
@@ -359,15 +377,16 @@ def reference_faults(plan: Plan, reference: Any) -> Iterator[str]:
             yield where + fault
         mine, theirs = span.sizes.get("vocab"), sizes(reference).get("vocab")
         if mine != theirs:
-            yield f"{where}it knows {theirs} words, and the model that trains {mine}"
+            yield f"{where}its vocabulary has {theirs} words, and that of the trained model {mine}"
 
 
 def _ramp_faults(stage: Stage, model: Any, steps: int) -> Iterator[str]:
-    fresh = is_gated(model)
+    """Faults of a stage's ramp: gates need one that fits into the stage, and only gates do."""
+    gated = is_gated(model)
     if stage.ramp > steps:
         yield f"the ramp of {stage.ramp} steps is longer than its {steps} steps"
-    if stage.ramp and not fresh:
-        yield "ramp: it grows nothing behind gates, so there is nothing to open"
-    if fresh and not stage.ramp:
+    if stage.ramp and not gated:
+        yield "ramp: it grows nothing behind gates, so no gate can open; leave the ramp out"
+    if gated and not stage.ramp:
         axes = sorted({s.own_axis for s in axes_of(model).of_kind("gate") if s.arrays()})
         yield f"ramp: it grows {', '.join(axes)} behind gates; say over how many steps they open"

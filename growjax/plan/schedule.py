@@ -1,8 +1,8 @@
 """Learning rates as functions of the budget spent.
 
-A rate that counts steps is meaningless once steps cost different amounts: a stage of small steps would
-use up the schedule of the dear ones. Here the argument is always the share of the budget that is spent,
-whatever the budget is counted in.
+A schedule over steps is meaningless once steps cost different amounts: a stage of cheap steps would use
+up the schedule of the expensive ones. Here the argument is always the share of the budget that is spent,
+from 0 to 1, in whatever unit the budget is counted.
 """
 
 import abc
@@ -44,9 +44,9 @@ class Warmup:
 class Rate(abc.ABC):
     """A learning rate as a function of the share of the budget that is spent: subclass it, write `at`.
 
-    `warmup` is the share after which a stage can `rewind` it; `peak` its highest value, for reports.
-    Where `warmup` is a `Warmup`, `rising` is the rate at a share of it, and `at` is only asked after it,
-    of the same rate with the warm-up as a share (`dataclasses.replace`).
+    `warmup` is the share that a stage with `rewind` goes back to; `peak` the highest rate, for reports.
+    With a `Warmup`, `rising` is the rate at a share of it; `at` is called after its end only, on the rate
+    with the warmup as a share of the budget (`dataclasses.replace`).
 
     **Example**
 
@@ -64,7 +64,7 @@ class Rate(abc.ABC):
 
     @abc.abstractmethod
     def at(self, done: float) -> float:
-        """The learning rate once this share of the budget, from 0 to 1, is spent."""
+        """The learning rate when the share `done` of the budget, from 0 to 1, is spent."""
 
     def rising(self, climbed: float) -> float:
         """The learning rate once this share of the warm-up, from 0 to 1, is over."""
@@ -72,25 +72,25 @@ class Rate(abc.ABC):
 
     @property
     def decayed(self) -> bool:
-        """Whether the rate has fallen, by the end, to at most a tenth of its peak."""
+        """Whether the rate ends at a tenth of its peak or less."""
         return decayed(self.at(1.0), self.peak)
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class Schedule(Rate):
-    """The learning rate at a share of the budget: up to a peak, and down again.
+    """A learning rate that rises linearly to a peak, and then falls.
 
     **Fields**
 
     - `peak`: the highest learning rate.
     - `shape`: how it falls. "linear" and "cosine" from the end of the warmup; "wsd" stays at the peak
-      and falls linearly over the last `decay` of the budget; "inverse_sqrt" falls with the root of what
-      was spent; "constant" stays, and is not decayed at the end.
-    - `warmup`: the share of the budget over which it rises linearly, or a `Warmup` of steps or tokens.
-    - `start`: from where it rises, as a share of the peak.
-    - `decay`: the share over which "wsd" falls.
-    - `final`: where it ends, as a share of the peak.
+      and falls linearly over the last `decay` of the budget; "inverse_sqrt" falls with the square root
+      of the share spent; "constant" stays at the peak, also at the end.
+    - `warmup`: the share of the budget over which it rises, or a `Warmup` of steps or tokens.
+    - `start`: the rate at the beginning, as a share of the peak.
+    - `decay`: the share of the budget over which "wsd" falls.
+    - `final`: the rate at the end, as a share of the peak ("inverse_sqrt": the lowest rate).
 
     Raises `PlanError` that lists every field out of range.
 
@@ -119,24 +119,27 @@ class Schedule(Rate):
             yield f"decay: {self.decay} of the budget does not fit after {self.warmup} of warmup"
 
     def at(self, done: float) -> float:
-        """The learning rate once this share of the budget is spent; past the end it is the last one."""
+        """The learning rate when the share `done` of the budget is spent.
+
+        `done` is clipped to [0, 1], so the rate stays at its last value past the end.
+        """
         assert not isinstance(self.warmup, Warmup), "a plan turns it into a share first"
         done = min(max(done, 0.0), 1.0)
         if done < self.warmup:
             return self.rising(done / self.warmup)
-        late = (done - self.warmup) / (1 - self.warmup)
         if self.shape == "constant":
             return self.peak
         if self.shape == "inverse_sqrt":
+            # Without a warmup the rate would be infinite at 0: it stays at the peak for 0.1%
             return self.peak * max(math.sqrt(max(self.warmup, 1e-3) / max(done, 1e-3)), self.final)
+        # From 0 (at the peak) to 1 (at `final`)
+        fallen = (done - self.warmup) / (1 - self.warmup)
         if self.shape == "wsd":
-            down = min(max((done - (1 - self.decay)) / self.decay, 0.0), 1.0)
+            fallen = min(max((done - (1 - self.decay)) / self.decay, 0.0), 1.0)
         elif self.shape == "cosine":
-            down = (1 - math.cos(math.pi * late)) / 2
-        else:
-            down = late
-        return self.peak * (1 - (1 - self.final) * down)
+            fallen = (1 - math.cos(math.pi * fallen)) / 2
+        return self.peak * (1 - (1 - self.final) * fallen)
 
     def rising(self, climbed: float) -> float:
-        """The learning rate once this share of the warm-up is over."""
+        """The learning rate when the share `climbed` of the warmup is over."""
         return self.peak * (self.start + (1 - self.start) * climbed)

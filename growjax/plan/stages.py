@@ -1,4 +1,4 @@
-"""A stage of a plan, and what its steps do and cost, worked out from shapes alone."""
+"""A stage of a plan, and the operations and costs of its steps, worked out from shapes alone."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from growjax.subnet import Coins, PathSchedule, RandomPath, Subnet, random_path
 from growjax.values import Range, Size, check, positive, ranged, register
 
 
-# What a step does and costs is listed before the run: this many take a second or two, and 200 MB
+# The most steps of a stage. Each is listed before the run: this many take a second or two, and 200 MB
 MOST_STEPS = 10_000_000
 Carry = Literal["dual", "zero", "reset"]
 Rewind = Literal["stretch", "slope"]
@@ -34,12 +34,12 @@ Inactive = Literal["zero_grad", "freeze"]
 @register
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """A model that was trained already, for a plan to start from: its parameters, and nothing else.
+    """A trained model that a plan starts from: its parameters, without any optimizer state.
 
     **Fields**
 
-    - `folder`: of a growjax checkpoint, of a run (its last checkpoint), or of a Hugging Face model.
-    - `operators`: what that model grew by since it was what the plan's `model` describes, in order.
+    - `folder`: a growjax checkpoint, a run (its last checkpoint), or a Hugging Face model.
+    - `operators`: the operators, in order, that make a model of these shapes from the plan's `model`.
 
     **Example**
 
@@ -87,27 +87,30 @@ class Stage:
 
     **Fields**
 
-    - `name`: what it is called in reports.
-    - `tokens`: how long it lasts, in training tokens; or
-    - `flops`: in training FLOPs; or
-    - `seconds`: of the plan's reference clock; or
-    - `share`: as a share of the plan's `budget`. A `PathSchedule` says it itself.
+    - `name`: the name of the stage in reports.
+    - `tokens`: its length in training tokens; or
+    - `flops`: its length in training FLOPs; or
+    - `seconds`: its length in seconds of the plan's reference clock; or
+    - `share`: its length as a share of the plan's `budget`. With a `PathSchedule`, which has a length of
+      its own, give none of the four.
     - `grow`: the operator that the stage starts with.
-    - `carry`: the optimizer's state of what grew: "dual" follows the weights, "zero" starts copies from
-      nothing, "reset" starts all of it again.
-    - `ramp`: over how many of its first steps the gates that `grow` added open linearly, from
-      1/ramp to 1. The stage is at least as long.
-    - `subnet`: trains only this part of the model. A `PathSchedule`'s steps count from the stage's
-      first. Layers that are skipped by a coin of their own (`mode="bernoulli"`, progressive layer
-      drop) are charged where they are drawn.
-    - `inactive`: layers that `subnet` leaves out of a step get a gradient of zero, and move on by their
-      momentum and weight decay ("zero_grad"), or stay as they were, with their moments and their age
-      ("freeze").
-    - `select`: chooses each step's batch from several, such as `growjax.select.RhoLoss()`.
-    - `rewarm`: the share of the stage's cost over which the learning rate climbs again, from 0.
-    - `rewind`: the learning rate starts again from its peak: "stretch" falls to the schedule's own end,
-      "slope" as fast as before, as MSG's code does, and ends above it.
-    - `batch`, `objective`: instead of the plan's, for this stage alone.
+    - `carry`: the optimizer state of grown parameters: "dual" follows the weights, "zero" is zero for
+      copies, "reset" starts anew for all parameters.
+    - `ramp`: the number of first steps over which the gates that `grow` added open linearly, from
+      1/ramp to 1. The stage must be at least as long.
+    - `subnet`: the part of the model that is trained; None trains all of it. The steps of a
+      `PathSchedule` count from the stage's first. If each layer is skipped at random by itself
+      (`mode="bernoulli"`, progressive layer drop), a step is charged for the layers it draws.
+    - `inactive`: the layers that `subnet` leaves out of a step: "zero_grad" gives them a gradient of
+      zero, so that momentum and weight decay still move them; "freeze" leaves their parameters, moments
+      and ages unchanged.
+    - `select`: a rule that chooses each step's batch from a larger one, such as
+      `growjax.select.RhoLoss()`.
+    - `rewarm`: the share of the stage's cost over which the learning rate rises again, from 0.
+    - `rewind`: the learning rate goes back to its peak. With "stretch" it falls over the rest of the run
+      to the end of the schedule; with "slope" it falls as fast as before, as in the code of MSG, and
+      ends higher.
+    - `batch`, `objective`: for this stage, instead of the plan's.
     """
 
     name: str = ""
@@ -134,41 +137,41 @@ class Stage:
         lengths = ("tokens", "flops", "seconds", "share")
         given = [name for name in lengths if getattr(self, name) is not None]
         if scheduled and given:
-            yield f"its path schedule says how long it is; leave {' and '.join(given)} out"
+            yield f"its path schedule has a length of its own; leave {' and '.join(given)} out"
         elif not scheduled and len(given) != 1:
             got = " and ".join(given) or "none"
             yield f"expected one of tokens, flops, seconds and share, got {got}"
         layers = scheduled or isinstance(self.subnet, Coins)
         if self.inactive == "freeze" and not layers:
             yield (
-                "inactive: only layers can stay as they were, give a path or drop, got "
+                "inactive: 'freeze' is for a subnet that leaves layers out, such as a path, got "
                 f"{self.subnet!r}"
             )
         if self.carry != "dual" and self.grow is None:
             yield f"carry: {self.carry!r} is for a stage that grows, and this one does not"
 
     def part(self, i: int, seed: int) -> Subnet | None:
-        """The sub-network of the stage's step `i`; equal ones share one program."""
+        """The sub-network that the stage's step `i` trains; equal ones share one program."""
         if isinstance(self.subnet, PathSchedule | RandomPath):
             return self.subnet.at(i, seed=seed)
         return self.subnet
 
     def steady(self, i: int) -> float:
-        """The step before which the part is that of step `i`, as far as is known without drawing."""
+        """The first step after `i` whose `part` may differ from that of step `i`; infinite if none."""
         if isinstance(self.subnet, PathSchedule | RandomPath):
             return self.subnet.steady(i)
         return math.inf
 
     def level(self, i: int) -> float:
-        """How far the gates are open at the stage's step `i`."""
+        """The level of the gates at the stage's step `i`: 0 is closed, 1 open."""
         return min((i + 1) / self.ramp, 1.0) if self.ramp else 1.0
 
 
 class Work(NamedTuple):
-    """What makes one step's program.
+    """The work of one step, as far as it determines the step's program.
 
-    The part that it trains, whether it takes a second gradient, and whether layers that the part leaves
-    out stay as they were.
+    `part` is the sub-network that it trains, `curvature` whether it computes a second gradient, and
+    `freeze` whether the layers outside the part stay unchanged.
     """
 
     part: Subnet | None = None
@@ -177,12 +180,14 @@ class Work(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A stage with everything worked out.
+    """A stage with its steps worked out.
 
-    `start` is its first step; `tokens` and `spent` what was seen and spent before it. Of its step i,
-    `works[i]` says what it does, `flops[i]` its training FLOPs and `costs[i]` what the clock charges for
-    it. `ops` are all operations of the stage and how often each is done, and `firsts` which of its steps
-    does each first. `model` has the shapes it trains, gates included.
+    - `start`: its first step, of the whole run.
+    - `tokens`, `spent`: the training tokens and the cost (in the clock's smallest unit) before it.
+    - `works`, `flops`, `costs`: of each step, its work, its training FLOPs and its cost.
+    - `ops`: the different operations of the stage, and how often each runs.
+    - `firsts`: of each of these operations, the first step (of the stage) that runs it.
+    - `model`: the shapes of the model that it trains, gates included.
     """
 
     index: int
@@ -205,7 +210,7 @@ class Span(NamedTuple):
 
     @property
     def programs(self) -> tuple[tuple[int, Work], ...]:
-        """The different works, each with the step of the stage that needs it first."""
+        """The different works, each with the first step of the stage that needs it."""
         first: dict[Work, int] = {}
         for i, work in enumerate(self.works):
             first.setdefault(work, i)
@@ -228,7 +233,10 @@ class Span(NamedTuple):
 
 
 class Steps:
-    """What the steps of a stage do and cost; each different one is worked out once."""
+    """The work, FLOPs and cost of the steps of a stage; steps that are alike are worked out once.
+
+    `start` is the stage's first step. `loss` is (model, example) to losses and weights.
+    """
 
     def __init__(
         self,
@@ -244,118 +252,128 @@ class Steps:
         loss: Loss = cross_entropy,
     ):
         self.stage, self.model, self.batch, self.objective = stage, model, batch, objective
-        self.start, self.seed, self.clock, self.every = start, seed, clock, curvature_every
-        self.loss = loss
-        self.known: dict[Any, tuple[Op, ...]] = {}
-        self.often: dict[Op, int] = {}
-        self.first: dict[Op, int] = {}
-        self.tossed: dict[tuple[Coins, int], np.ndarray] = {}
-        # The optimizer goes over the whole model, whatever part of it a step trains
+        self.start, self.seed, self.clock = start, seed, clock
+        self.curvature_every, self.loss = curvature_every, loss
+        # (work, layers drawn) -> its operations
+        self._operations: dict[tuple[Work, int | None], tuple[Op, ...]] = {}
+        # Operation -> how often it ran so far, and the first step that ran it
+        self._counts: dict[Op, int] = {}
+        self._firsts: dict[Op, int] = {}
+        # (coins, first step of a block) -> layers that run at each step of the block
+        self._depths: dict[tuple[Coins, int], np.ndarray] = {}
+        # The optimizer updates the whole model, whatever part of it a step trains
         self.updated = parameters(model)
-        self.axes = table = axes_of(model)
-        self.stacks = {a: n for a, n in table.sizes.items() if "stack" in table.roles(a)}
+        self.axes = axes_of(model)
+        # Sizes of the axes of layers
+        self.stacks = {a: n for a, n in self.axes.sizes.items() if "stack" in self.axes.roles(a)}
         if isinstance(stage.subnet, PathSchedule):
-            made_for, axis = stage.subnet.layers, stage.subnet.stages[0].path.axis
-            have = table.size(axis)
-            if made_for != have:
+            expected, axis = stage.subnet.layers, stage.subnet.stages[0].path.axis
+            layers = self.axes.size(axis)
+            if layers != expected:
                 raise PlanError(
-                    f"its paths are made for {made_for} {axis}, and the model has {have}"
+                    f"its paths are made for {expected} {axis}, and the model has {layers}"
                 )
 
     def until(
-        self, what: Literal["steps", "flops", "cost"], amount: float
+        self, unit: Literal["steps", "flops", "cost"], amount: float
     ) -> Iterator[tuple[Work, int, int]]:
-        """Work, FLOPs and cost of the steps that come closest to an amount, and of at least one.
+        """Work, FLOPs and cost of each step, for as many steps as come closest to `amount` of a unit.
 
-        Raises `PlanError` for more steps than a plan can list.
+        Yields one step at least. Raises `PlanError` for more than `MOST_STEPS`.
         """
-        spent, stop = 0.0, 0.0
+        used, stop = 0.0, 0.0
         for i in itertools.count():
-            if what == "steps" and i >= amount:
+            if unit == "steps" and i >= amount:
                 return
-            # Plans have millions of steps, and most are like the one before
+            # Plans have millions of steps, and most are like the one before: until `stop`, all are
             if i >= stop:
                 work, ops = self.step(i)
                 flops, cost = sum(op.flops for op in ops), sum(map(self.clock.cost, ops))
-                more = {"steps": 1, "flops": flops, "cost": cost}[what]
-                changes = self.every is not None or self._drawn(work.part, i) is not None
+                step_amount = {"steps": 1, "flops": flops, "cost": cost}[unit]
+                changes = self.curvature_every is not None or self._drawn(work.part, i) is not None
                 stop = i + 1 if changes else self.stage.steady(i)
-                # Before any are listed: they would not fit into memory
-                if not (amount - spent) / max(more, 1e-300) < MOST_STEPS - i:
+                # Checked in advance, since a list of so many steps would not fit into memory
+                if not (amount - used) / max(step_amount, 1e-300) < MOST_STEPS - i:
                     raise PlanError(
                         f"more than {MOST_STEPS:,} steps; a plan lists its steps, so give larger batches "
                         "or a shorter stage"
                     )
-            if i and spent + more / 2 > amount:
+            # Stop where one more step would miss the amount by more than this many do
+            if i and used + step_amount / 2 > amount:
                 return
-            spent += more
+            used += step_amount
             for op in ops:
-                self.often[op] = self.often.get(op, 0) + 1
-                self.first.setdefault(op, i)
+                self._counts[op] = self._counts.get(op, 0) + 1
+                self._firsts.setdefault(op, i)
             yield work, flops, cost
 
     def step(self, i: int) -> tuple[Work, tuple[Op, ...]]:
-        """What the stage's step `i` does, and the operations that it takes."""
-        refresh = self.every is not None and (self.start + i) % self.every == 0
+        """The work of the stage's step `i`, and the operations that it is charged for."""
+        refresh = self.curvature_every is not None and (self.start + i) % self.curvature_every == 0
         work = Work(self.stage.part(i, self.seed), refresh, self.stage.inactive == "freeze")
         drawn = self._drawn(work.part, i)
-        if (work, drawn) not in self.known:
-            self.known[work, drawn] = tuple(self._ops(work, drawn))
-        return work, self.known[work, drawn]
+        if (work, drawn) not in self._operations:
+            self._operations[work, drawn] = tuple(self._ops(work, drawn))
+        return work, self._operations[work, drawn]
 
     def ops(self) -> tuple[tuple[Op, int], ...]:
-        """Every operation so far, and how often."""
-        return tuple(self.often.items())
+        """Every operation of the steps so far, and how often it ran."""
+        return tuple(self._counts.items())
 
     def firsts(self) -> tuple[int, ...]:
-        """Of each of them, the step that does it first."""
-        return tuple(self.first[op] for op in self.often)
+        """For each operation of `ops`, the first step that ran it."""
+        return tuple(self._firsts[op] for op in self._counts)
 
     def _ops(self, work: Work, drawn: int | None) -> Iterator[Op]:
+        """The operations of one step; `drawn` is the number of layers that its coins let run."""
         part = work.part
-        if drawn is not None:
-            assert isinstance(part, Coins)
-            # Costs are linear in depth; the cheapest path there is has one layer
-            flops = [
-                self._flops(_depths(part.stacks, n)) for n in ((1, 2) if drawn == 0 else (drawn,))
-            ]
-            trained = 2 * flops[0] - flops[1] if drawn == 0 else flops[0]
-            depth = max([drawn, *(n for a, n in self.stacks.items() if a not in part.stacks)])
-        else:
+        if drawn is None:
             trained, depth = self._flops([] if part is None else [part]), self._depth(part)
+        else:
+            assert isinstance(part, Coins)
+            if drawn == 0:
+                # No path has 0 layers, but FLOPs are linear in depth: extrapolate from 1 and 2 layers
+                one, two = (self._flops(_paths(part.stacks, n)) for n in (1, 2))
+                trained = 2 * one - two
+            else:
+                trained = self._flops(_paths(part.stacks, drawn))
+            depth = max([drawn, *(n for a, n in self.stacks.items() if a not in part.stacks)])
         length = self.objective.raw_length
         yield Op("train", depth, self.batch, length, trained, self.updated)
         if work.curvature:
             yield Op("curvature", depth, self.batch, length, trained, self.updated)
         if self.stage.select is not None:
+            # One forward pass of the whole model over all rows on offer: a third of a training step
             rows = self.batch * self.stage.select.offers
-            looked = self._flops([]) // 3 // self.batch * rows
-            yield Op("forward", max(self.stacks.values(), default=0), rows, length, looked, 0)
+            forward = self._flops([]) // 3 // self.batch * rows
+            yield Op("forward", max(self.stacks.values(), default=0), rows, length, forward, 0)
 
     def _flops(self, parts: list[Subnet]) -> int:
         return step_flops(self.model, self.objective, self.batch, *parts, loss=self.loss)
 
     def _depth(self, part: Subnet | None) -> int:
+        """The largest number of layers of any stack in a part of the model; None is the whole model."""
         model = self.model
         if part is not None:
             model = eqx.filter_eval_shape(lambda m: part(m, key=jax.random.key(0), step=0), model)
-        known = sizes(model)
-        return max((known[axis] for axis in self.stacks), default=0)
+        part_sizes = sizes(model)
+        return max((part_sizes[axis] for axis in self.stacks), default=0)
 
     def _drawn(self, part: Subnet | None, i: int) -> int | None:
-        """How many layers the coins of a step let run; None if there are no coins."""
+        """The number of layers that the coins of a step let run; None for a part without coins."""
         if not (isinstance(part, Coins) and part.tosses):
             return None
-        layers, many = self.axes.size(part.stacks[0]), 1024
+        # Drawn in blocks of 1024 steps, since one draw by itself costs a call of JAX
+        layers, block = self.axes.size(part.stacks[0]), 1024
         n = self.start + i
-        first = n // many * many
-        if (part, first) not in self.tossed:
-            self.tossed = {(part, first): part.tossed(layers, self.seed, first, many).sum(1)}
-        return int(self.tossed[part, first][n - first])
+        first = n // block * block
+        if (part, first) not in self._depths:
+            self._depths = {(part, first): part.tossed(layers, self.seed, first, block).sum(1)}
+        return int(self._depths[part, first][n - first])
 
 
-def _depths(stacks: tuple[str, ...], depth: int) -> list[Subnet]:
-    """Paths of one depth through every one of these stacks."""
+def _paths(stacks: tuple[str, ...], depth: int) -> list[Subnet]:
+    """Paths of one depth, one through each of these stacks."""
     return [random_path(depth, keep=(), axis=axis) for axis in stacks]
 
 
@@ -366,7 +384,10 @@ def step_flops(
     *parts: Subnet | None,
     loss: Loss = cross_entropy,
 ) -> int:
-    """Model FLOPs of one training step: three forward passes of the part that is trained."""
+    """Model FLOPs of one training step: three forward passes of the part that is trained.
+
+    `model` may hold arrays or shapes; `parts` are applied one after the other.
+    """
     leaves, structure = jax.tree.flatten((model, batch_shapes(objective, 1)))
     shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x for x in leaves)
     return 3 * batch * _forward_flops(tuple(shapes), structure, parts, loss)
@@ -376,7 +397,11 @@ def step_flops(
 def _forward_flops(
     leaves: tuple, structure: Any, parts: tuple[Subnet | None, ...], loss: Loss
 ) -> int:
-    """Of one sequence, by shapes alone: the plans of a study share most of them."""
+    """FLOPs of one forward pass over one sequence, from shapes.
+
+    Cached across plans, since the plans of a study share most of their models. A cache needs arguments
+    that can be hashed: the leaves' shapes and the tree's structure.
+    """
 
     def forward(model, rows):
         for part in parts:

@@ -1,4 +1,4 @@
-"""What happens when in a plan: its stages, and the parts of those that run a schedule of paths."""
+"""The timeline of a plan: its stages, and the parts of the stages that run a schedule of paths."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,9 +8,10 @@ from growjax.subnet import PathSchedule
 
 
 class Era(NamedTuple):
-    """A part of a run with a name: from step `start` up to `stop`.
+    """A named part of a run: from step `start` up to, and without, step `stop`.
 
-    `flops` (training FLOPs) and `spent` (the clock's whole numbers) are what the run has used at both.
+    `flops` are the training FLOPs of the run at its start and at its end, `spent` the costs, in the
+    clock's smallest unit.
     """
 
     label: str
@@ -26,17 +27,21 @@ def timeline(spans: tuple[Span, ...], *, paths: bool = False) -> Iterator[Era]:
     for span in spans:
         first = 0
         for label, stop in _parts(span, paths):
-            before = flops, spent
+            flops_before, spent_before = flops, spent
             flops += sum(span.flops[first:stop])
             spent += sum(span.costs[first:stop])
             yield Era(
-                label, span.start + first, span.start + stop, (before[0], flops), (before[1], spent)
+                label,
+                span.start + first,
+                span.start + stop,
+                (flops_before, flops),
+                (spent_before, spent),
             )
             first = stop
 
 
 def _parts(span: Span, paths: bool) -> Iterator[tuple[str, int]]:
-    """Names and last steps of what a stage consists of."""
+    """The parts of a stage: the label of each, and the step of the stage at which it stops."""
     schedule = span.stage.subnet
     if not (paths and isinstance(schedule, PathSchedule)):
         yield span.stage.name or f"stage {span.index}", span.steps

@@ -1,1 +1,1 @@
-"""What is compiled: birth, training step, growth and evaluation, ahead of time."""
+"""The compiled programs of a run: birth, training step, growth and evaluation, ahead of time."""

@@ -1,7 +1,7 @@
 """The programs of a plan, compiled one stage ahead of the training that needs them.
 
-The programs of a run are known from its plan. `Ahead` compiles those of the next stage in a thread, so
-that a growth costs the time to move the weights and not the time to compile.
+The plan determines the programs of its run. `Ahead` compiles those of the next stage in a thread while
+this stage trains, so that a growth takes the time to move the weights and not the time to compile.
 """
 
 import concurrent.futures
@@ -22,8 +22,9 @@ from growjax.plan.stages import Span, Work
 from growjax.programs.step import SEED, Controls, Programs
 
 
-Kind = Literal["birth", "grow", "before", "evaluate", "step", "seal"]
-Need = tuple[Kind, int, Work | None]
+ProgramKind = Literal["birth", "grow", "before", "evaluate", "step", "seal"]
+# One program of a run: its kind, the number of the stage, and for a "step" the step's work
+Need = tuple[ProgramKind, int, Work | None]
 
 
 class Ahead:
@@ -32,11 +33,11 @@ class Ahead:
     **Arguments**
 
     - `cache`: compiled programs by a digest of their text, for runs that share some.
-    - `background`: False compiles when a program is asked for, and not before.
-    - `seal`: whether states will be saved, with a checksum.
+    - `background`: whether to compile in advance; if False, a program is compiled when it is requested.
+    - `seal`: whether states will be saved, which needs a program for their checksums.
     - `reference`: the second model that a selector compares with.
 
-    `compiled` counts the programs that were; `waited` are the seconds that somebody waited for one.
+    `compiled` is the number of programs compiled so far, `waited` the seconds for which `get` blocked.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class Ahead:
         self._futures: dict[Need, concurrent.futures.Future] = {}
 
     def start(self, index: int) -> None:
-        """Begin with what stage `index` still needs, then with the stage after it; forget older ones."""
+        """Compile the missing programs of stage `index`, then of the next stage; drop older ones."""
         with self._lock:
+            # A run never goes back to an earlier stage
             self._futures = {n: f for n, f in self._futures.items() if n[1] >= index}
         if self.background:
             for span in self.plan.spans[index : index + 2]:
@@ -67,7 +69,7 @@ class Ahead:
                     self._submit(need)
 
     def get(self, need: Need, meanwhile: Callable[[], None] | None = None) -> Any:
-        """The compiled program, once it is there; `meanwhile` is called now and then until it is."""
+        """Wait for a compiled program and return it; meanwhile `meanwhile` is called every 0.2 s."""
         start = time.perf_counter()
         future = self._submit(need)
         while meanwhile is not None and not future.done():
@@ -78,11 +80,11 @@ class Ahead:
         return program
 
     def ready(self, need: Need) -> bool:
-        """Whether nobody would have to wait for a program."""
+        """Whether a program is compiled already, so that `get` returns at once."""
         return need in self._futures and self._futures[need].done()
 
     def close(self) -> None:
-        """Drop what has not begun."""
+        """Cancel every compilation that has not started."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, need: Need) -> concurrent.futures.Future:
@@ -93,7 +95,7 @@ class Ahead:
 
     def _compile(self, need: Need) -> Any:
         lowered = lower(self.plan, self.programs, need, self.reference)
-        # The text has shapes and shardings, but not the trees that they are the leaves of
+        # The program's text has shapes and shardings, but not the structure of its arguments' trees
         text = f"{lowered.in_tree} {lowered.out_tree} {lowered.as_text()}"
         digest = hashlib.sha256(text.encode()).hexdigest()
         if digest not in self.cache:
@@ -103,7 +105,10 @@ class Ahead:
 
 
 def needs(span: Span, *, first: bool, seal: bool = False) -> list[Need]:
-    """What a stage needs, in order. The stage that a run starts in has grown already, or was born."""
+    """The programs that a stage needs, in the order of their use.
+
+    `first` says that the run starts in this stage, whose model is read or born: it does not grow.
+    """
     grows = span.stage.grow is not None and not first
     growth: list[Need] = [("grow", span.index, None), ("before", span.index, None)] if grows else []
     steps: list[Need] = [("step", span.index, work) for _, work in span.programs]
@@ -112,33 +117,35 @@ def needs(span: Span, *, first: bool, seal: bool = False) -> list[Need]:
 
 
 def lower(plan: Plan, programs: Programs, need: Need, reference: Any = None) -> Any:
-    """One program of a plan, lowered for the shapes and shardings it will meet.
+    """Lower one program of a plan for the shapes and shardings of its arguments.
 
     "before" evaluates the model that is about to grow, in batches of the stage that it grows into.
     """
     kind, index, work = need
     span = plan.spans[index]
-    number = functools.partial(jax.ShapeDtypeStruct, (), sharding=replicated(programs.mesh))
-    seed = number(SEED.dtype)
+    # The shape of a scalar argument, given its dtype
+    scalar = functools.partial(jax.ShapeDtypeStruct, (), sharding=replicated(programs.mesh))
+    seed = scalar(SEED.dtype)
     if kind == "birth":
         return programs.birth(functools.partial(birth, plan)).lower(seed)
+    # Programs that run before or at the growth take the state of the stage before
     shapes = programs.shapes(plan.before(index) if kind in ("grow", "before") else span.model)
     if kind == "grow":
         assert span.stage.grow is not None
         return programs.growth(shapes, span.stage.grow, span.stage.carry).lower(shapes, seed)
     if kind == "seal":
         return programs.seal(shapes).lower(shapes)
-    rows = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split_rows(programs.mesh)),
-        # What is evaluated is the same at every stage; only a step's examples are the stage's own
-        batch_shapes(span.objective, span.offered)
-        if kind == "step"
-        else batch_shapes(plan.objective, span.batch),
-    )
+    if kind == "step":
+        rows = batch_shapes(span.objective, span.offered)
+    else:
+        # Held-out losses are computed with the plan's objective, whatever the stage trains on
+        rows = batch_shapes(plan.objective, span.batch)
+    sharding = split_rows(programs.mesh)
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), rows)
     if kind != "step":
-        return programs.evaluate(shapes).lower(shapes, rows, number(jnp.float32))
+        return programs.evaluate(shapes).lower(shapes, rows, scalar(jnp.float32))
     assert work is not None
-    controls = Controls(number(jnp.float32), number(jnp.float32), number(jnp.int32), seed)
+    controls = Controls(scalar(jnp.float32), scalar(jnp.float32), scalar(jnp.int32), seed)
     select = span.stage.select
     second = reference if select is not None and select.compares else None
     return programs.step(shapes, work, select).lower(shapes, rows, controls, second)

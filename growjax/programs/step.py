@@ -1,10 +1,12 @@
 """The programs of a run: birth, training step, growth and evaluation, as pure functions under jit.
 
-Each is written for one global batch and one whole model. Under `Layout(step="auto")` the shardings of
-its inputs and outputs say where everything lives and the compiler places the collectives; parameters are
-gathered layer by layer, and gradients pinned to the parameters' shardings (`parallel.gathered`), or it
-would rather send activations around. Under "shard_map" the gradient is computed replica by replica, each
-on its own rows (and, if asked, its own path through the layers), and the one collective is written out.
+Each is written for one global batch and one whole model.
+
+- Under `Layout(step="auto")` the compiler places the collectives, from the shardings of inputs and
+  outputs. Parameters are gathered layer by layer, and gradients constrained to the parameters' shardings
+  (`parallel.gathered`); otherwise the compiler splits and sends activations.
+- Under "shard_map" each replica computes the gradient of its own rows (with `own_paths`, through its own
+  path of layers), and the only collective, a sum, is written out.
 """
 
 import dataclasses
@@ -42,11 +44,15 @@ from growjax.select import Selector
 from growjax.subnet import step_key
 
 
-SEED = jax.ShapeDtypeStruct((), jnp.int32)
+SEED = jax.ShapeDtypeStruct((), jnp.int32)  # the shape of a seed, to trace a program with
 
 
 class State(NamedTuple):
-    """What a run carries from step to step: both halves of the model, and the optimizer's state."""
+    """The state that a run carries from step to step.
+
+    `trained` and `rest` are the two halves of the model by `growjax.axes.partition`: the trained
+    parameters, and buffers, gates and static fields. `optimizer` is the optimizer's state.
+    """
 
     trained: Any
     rest: Any
@@ -59,10 +65,10 @@ class State(NamedTuple):
 
 
 class Controls(NamedTuple):
-    """The numbers of one step: how far gates are open, the learning rate, the step and the run's seed.
+    """The scalar arguments of one step: the level of the gates, the learning rate, the step and the seed.
 
-    Scalars of NumPy or of a trace, or their shapes. No program holds a seed, so that runs which differ
-    by it alone share what they compiled.
+    NumPy scalars, tracers, or their shapes. The seed is an argument and not a constant of the program,
+    so that runs that differ in the seed alone share their compiled programs.
     """
 
     level: Any
@@ -72,7 +78,7 @@ class Controls(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What one step reports: its loss, the norm of its gradient and of the parameters before it."""
+    """The numbers of one step: its loss, the norm of its gradient and of the parameters before it."""
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
@@ -86,8 +92,8 @@ class Programs:
     **Fields**
 
     - `optimizer`: the rule of one update, such as `Optimizer().build()`.
-    - `loss`: one example to its losses and weights, such as `growjax.train.cross_entropy`.
-    - `accumulate`: how many parts a batch is computed in, one after the other.
+    - `loss`: (model, example) to losses and weights, such as `growjax.train.cross_entropy`.
+    - `accumulate`: the number of parts in which a batch is computed, one after the other.
     """
 
     optimizer: Rule
@@ -102,12 +108,12 @@ class Programs:
         return State(trained, rest, self.optimizer.init(trained))
 
     def judged(self, state: State) -> Any:
-        """The model to evaluate, which is not the one that trains if the optimizer averages."""
+        """The model to evaluate: the average, if the optimizer averages, or else the trained one."""
         trained = self.optimizer.evaluated(state.trained, state.optimizer)
         return eqx.combine(trained, state.rest)
 
     def shardings(self, state: State) -> State:
-        """Where each array of a state (or of its shapes) lives."""
+        """The sharding of each array of a state, which may hold arrays or shapes."""
         everywhere = replicated(self.mesh)
         return State(
             model_shardings(state.trained, self.mesh),
@@ -116,7 +122,7 @@ class Programs:
         )
 
     def placed(self, state: State) -> State:
-        """The shapes of a state, each with its sharding: what a program is lowered for."""
+        """The shapes of a state, each with its sharding, to lower a program for."""
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             state,
@@ -124,11 +130,14 @@ class Programs:
         )
 
     def shapes(self, model: Any) -> State:
-        """The placed shapes of the state of a model, of which only shapes need be given."""
+        """The shapes and shardings of the state that starts from a model, which may hold shapes only."""
         return self.placed(jax.eval_shape(self.state_of, model))
 
     def birth(self, make: Callable[[Any], Any]) -> Any:
-        """seed -> State: every array is born on the device that keeps it."""
+        """The program (seed) -> State: every array is made on the devices that hold it.
+
+        `make` is (seed) -> model.
+        """
         create = functools.partial(_birth, self, make)
         return jax.jit(
             create,
@@ -137,7 +146,7 @@ class Programs:
         )
 
     def start(self, model: Any) -> State:
-        """The state of a model that is there, each array where it belongs: a fresh optimizer."""
+        """Put a model on the mesh, each array by its sharding, with a fresh optimizer state."""
         shapes = jax.eval_shape(self.state_of, model)
         where = self.shardings(shapes)
         trained, rest = jax.device_put(partition(model), (where.trained, where.rest))
@@ -145,10 +154,10 @@ class Programs:
         return State(trained, rest, fresh(trained))
 
     def step(self, shapes: State, work: Work, select: Selector | None = None) -> Any:
-        """(State, batch, Controls, reference) -> (State, Report); the old state's memory is reused.
+        """The program (State, batch, Controls, reference) -> (State, Report).
 
-        With a selector the batch is what is offered, and `reference` the second model that it compares
-        with, if it does; None otherwise.
+        The old state is donated: its memory is reused. With a selector the batch holds all rows on offer,
+        and `reference` is the second model that it compares with, if it does; otherwise it is None.
         """
         where, everywhere = self.shardings(shapes), replicated(self.mesh)
         return jax.jit(
@@ -159,10 +168,10 @@ class Programs:
         )
 
     def growth(self, shapes: State, op: Operator | Chain, carried: Carry = "dual") -> Any:
-        """(State, seed) -> the grown State, born in its own shardings.
+        """The program (State, seed) -> the grown State, in its own shardings.
 
-        Gates that are still there are dropped first: they must be at 1, where dropping them changes
-        nothing. The old state stays alive until its owner lets it go.
+        Gates of an earlier growth are dropped first; they must be at 1, where that changes nothing. The
+        old state is not donated: both states are in memory until the caller drops the old one.
         """
         grow = functools.partial(_grow, self, op, carried)
         return jax.jit(
@@ -172,12 +181,12 @@ class Programs:
         )
 
     def seal(self, shapes: State) -> Any:
-        """State -> the checksum of every leaf."""
+        """The program (State) -> the checksum of every leaf."""
         where = (self.shardings(shapes),)
         return jax.jit(checksums, in_shardings=where, out_shardings=replicated(self.mesh))
 
     def evaluate(self, shapes: State) -> Any:
-        """(State, batch, level) -> the losses [B, T] of the whole model, and their weights."""
+        """The program (State, batch, level) -> losses and weights of the whole model, [B, T] both."""
         where = self.shardings(shapes)
         everywhere = replicated(self.mesh)
         return jax.jit(
@@ -191,9 +200,10 @@ class Programs:
 
 
 def checksums(tree: Any) -> list[Array]:
-    """A number for every leaf that changes with any bit of it, and with nothing else.
+    """A 32-bit checksum of every leaf, which changes with any one bit of the leaf.
 
-    Sums of whole numbers are the same in any order, so neither the mesh nor the host matters.
+    It is a sum of integers modulo 2**32, the same in any order, so that it does not depend on the mesh
+    or the number of hosts.
     """
 
     def of(x):
@@ -202,10 +212,12 @@ def checksums(tree: Any) -> list[Array]:
         # An eight-byte number becomes two of four, in a dimension of its own
         size = min(x.dtype.itemsize, 4)
         bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * size}")).astype(jnp.uint32)
+        # The row-major index of each entry, so that swapped entries change the sum. It is made from
+        # iotas of the array's shape, which each device computes for the entries that it holds.
         place = jnp.zeros(bits.shape, jnp.uint32)
         for d, n in enumerate(bits.shape):
             place = place * np.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, d)
-        # Odd factors: no bit of any entry is multiplied away
+        # An even constant times the place, plus 1, is odd: multiplying by it loses no bit modulo 2**32
         factor = place * np.uint32(0x9E3779B2) + np.uint32(1)
         return jnp.sum(bits * factor, dtype=jnp.uint32)
 
@@ -225,7 +237,7 @@ def _step(
     controls: Controls,
     reference: Any,
 ) -> tuple[State, Report]:
-    """One update: the state after it, and the loss before it."""
+    """One update: the state after it, and the numbers of the step, such as the loss before the update."""
     if select is not None:
         batch = _chosen(programs, select, state, batch, controls, reference)
     where = model_shardings(state.trained, programs.mesh)
@@ -233,13 +245,13 @@ def _step(
     gradient = jax.lax.with_sharding_constraint(gradient, where)
     curvature = None
     if work.curvature:
-        # A key for each row of the whole batch, so that no layout changes what is drawn
+        # A key for each row of the global batch, so that the labels do not depend on the layout
         key = fold_in_name(step_key(controls.seed, controls.step), "labels")
         keys = jax.random.split(key, batch["weights"].shape[0])
         rows = {**batch, "key": jax.random.key_data(keys)}
         _, curvature = _loss_and_gradient(programs, drawn_loss, work.part, state, rows, controls)
         curvature = jax.lax.with_sharding_constraint(curvature, where)
-    # Labels were drawn at the places that count
+    # The number of labels that `drawn_loss` draws: one at each position of weight 1
     labels = jnp.sum(batch["weights"])
     updates, optimizer = programs.optimizer.update(
         gradient,
@@ -250,6 +262,7 @@ def _step(
         labels=labels,
     )
     if work.freeze and work.part is not None:
+        # Undo the update of the layers that did not run: their parameters and their optimizer state
         key = step_key(controls.seed, controls.step)
         running = work.part.running(state.model, key=key, step=controls.step)
         updates, optimizer = freeze(running, updates, optimizer, state.optimizer)
@@ -265,18 +278,20 @@ def _chosen(
     controls: Controls,
     reference: Any,
 ) -> Any:
-    """The rows of a batch that a step trains on: looked at by the whole model, without a gradient."""
+    """The rows that a step trains on, chosen by their losses under the whole model (no gradient)."""
 
     def mean_losses(model):
+        """The mean loss of each row of the batch, [rows]."""
         model = gathered(model, programs.mesh)
         losses, weights = jax.vmap(lambda row: programs.loss(model, row))(batch)
+        # A row without targets has no weight; its mean is 0 and not NaN
         return jnp.sum(losses * weights, 1) / jnp.maximum(jnp.sum(weights, 1), 1e-9)
 
     losses = mean_losses(opened(state.model, controls.level))
-    others = mean_losses(reference) if select.compares else None
-    keep = losses.shape[0] // select.offers
+    reference_losses = mean_losses(reference) if select.compares else None
+    count = losses.shape[0] // select.offers
     key = step_key(controls.seed, controls.step)
-    index = select.choose(losses, others, keep, key=key)
+    index = select.choose(losses, reference_losses, count, key=key)
     chosen = jax.tree.map(lambda x: x[index], batch)
     return jax.lax.with_sharding_constraint(chosen, split_rows(programs.mesh))
 
@@ -284,11 +299,13 @@ def _chosen(
 def _loss_and_gradient(
     programs: Programs, loss: Loss, part, state: State, batch: Any, controls: Controls
 ):
-    """The mean loss over the global batch and its gradient, by replica or all at once."""
-    # The mean is over all weights of all parts, so that neither parts nor replicas change it.
-    weights = jnp.sum(batch["weights"])
+    """The mean loss over the global batch, and its gradient: all at once, or replica by replica."""
+    # Each part and each replica divides by the weight of the global batch, so that their losses and
+    # gradients add up to those of the mean over all positions
+    total_weight = jnp.sum(batch["weights"])
 
-    def parts(trained, rest, rows, controls, weights, replica=None):
+    def of_rows(trained, rest, rows, controls, total_weight, replica=None):
+        """The contribution of some rows; with the number of a replica, through a path of its own."""
         key = step_key(controls.seed, controls.step)
         key = key if replica is None else jax.random.fold_in(key, replica)
 
@@ -296,44 +313,47 @@ def _loss_and_gradient(
             model = opened(eqx.combine(trained, rest), controls.level)
             model = model if part is None else part(model, key=key, step=controls.step)
             model = gathered(model, programs.mesh)
-            losses, counts = jax.vmap(lambda row: loss(model, row))(rows)
-            return jnp.sum(losses * counts) / weights
+            losses, weights = jax.vmap(lambda row: loss(model, row))(rows)  # [rows, T] both
+            return jnp.sum(losses * weights) / total_weight
 
         return _accumulated(jax.value_and_grad(loss_of), programs.accumulate, trained, rows)
 
     if programs.layout.step == "auto":
-        return parts(state.trained, state.rest, batch, controls, weights)
+        return of_rows(state.trained, state.rest, batch, controls, total_weight)
 
-    def replica(trained, rest, rows, controls, weights):
-        # Varying from here on: gradients stay local until the one sum at the end.
-        trained, rest, controls, weights = jax.lax.pcast(
-            (trained, rest, controls, weights), BATCH[0], to="varying"
+    def of_replica(trained, rest, rows, controls, total_weight):
+        # Marked as varying over replicas: otherwise JAX would sum the gradient of the replicated
+        # parameters over devices in each part, and not once at the end
+        trained, rest, controls, total_weight = jax.lax.pcast(
+            (trained, rest, controls, total_weight), BATCH[0], to="varying"
         )
         rank = jax.lax.axis_index("data") if programs.layout.own_paths else None
-        return jax.lax.psum(parts(trained, rest, rows, controls, weights, rank), BATCH[0])
+        contribution = of_rows(trained, rest, rows, controls, total_weight, rank)
+        return jax.lax.psum(contribution, BATCH[0])
 
     everywhere = PartitionSpec()
     return jax.shard_map(
-        replica,
+        of_replica,
         mesh=programs.mesh,
         in_specs=(everywhere, everywhere, BATCH, everywhere, everywhere),
         out_specs=everywhere,
-    )(state.trained, state.rest, batch, controls, weights)
+    )(state.trained, state.rest, batch, controls, total_weight)
 
 
 def _accumulated(loss_and_gradient: Callable, parts: int, trained: Any, rows: Any):
-    """Sums of a loss and its gradient over the parts of a batch, computed one after the other."""
+    """The sums of a loss and its gradient over the parts of a batch, computed one after the other."""
     if parts == 1:
         return loss_and_gradient(trained, rows)
 
     def split(x):
-        # Every part takes every so-many-th row: each device then splits the rows that it has.
+        # [B, ...] to [parts, B / parts, ...]. Part p takes the rows p, p + parts, ...: every device
+        # then splits the rows that it holds, and none are sent.
         return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
     def add(total, rows):
         return jax.tree.map(jnp.add, total, loss_and_gradient(trained, rows)), None
 
-    # Zeros made from the parameters vary over the mesh, and are split over it, as gradients do.
+    # Made from the parameters, the zeros have the sharding (under shard_map, the type) of gradients
     zeros = jax.tree.map(lambda x: 0 * x, trained)
     start = 0 * jnp.sum(jax.tree.leaves(zeros)[0].astype(jnp.float32)), zeros
     return jax.lax.scan(add, start, jax.tree.map(split, rows))[0]
@@ -342,6 +362,7 @@ def _accumulated(loss_and_gradient: Callable, parts: int, trained: Any, rows: An
 def _grow(
     programs: Programs, op: Operator | Chain, carried: Carry, state: State, seed: Any
 ) -> State:
+    """The grown model, and the optimizer state carried through the same operator with the same key."""
     key = purpose_key(seed, "grow")
     model = ungated(state.model)
     grown = op(model, key=key)
@@ -355,5 +376,6 @@ def _grow(
 
 
 def _evaluate(programs: Programs, state: State, batch: Mapping[str, Array], level: Array):
+    """The losses and weights of each position, [B, T] both."""
     model = gathered(opened(programs.judged(state), level), programs.mesh)
     return jax.vmap(lambda row: programs.loss(model, row))(batch)

@@ -1,8 +1,8 @@
-"""Values that files hold: what a plan, a lineage and a clock are made of, and the one way they are saved.
+"""Values that files hold, such as plans, operators and clocks: their ranges, their names and their codec.
 
-A value is an instance of a frozen dataclass, an `eqx.Module` or a named tuple. Its class declares in its
-annotations what every field may hold (`ranges`), has one name in every file (`names`), and is written
-and read by one `to_dict` and `from_dict` (`codec`).
+A value is an instance of a frozen dataclass, an `eqx.Module` or a named tuple. Its class declares the
+type and range of every field in its annotations (`ranges`), has the same name in every file (`names`),
+and is written and read by one pair of functions, `to_dict` and `from_dict` (`codec`).
 """
 
 from growjax.values.checks import check as check

@@ -1,4 +1,4 @@
-"""The one check that a value runs when it is made."""
+"""The check that a value's constructor runs."""
 
 import contextlib
 import dataclasses
@@ -18,12 +18,12 @@ def check(
     headline: str | None = None,
     also: Iterable[str] | Callable[[], Iterable[str]] = (),
 ) -> None:
-    """Raise `error` that lists every field which does not hold what its annotation declares.
+    """Raise `error` that lists every field whose value does not fit its annotation.
 
-    To be called when a value is made: from `__post_init__`, or an `eqx.Module`'s `__check_init__`.
-    `also` are complaints about what fields are together, or a function that says them; a function is
-    asked only if each field fits. In a dataclass a list becomes a tuple, and a `Path` a string: what they
-    will be when the value is read back.
+    Call it at the end of construction: from `__post_init__`, or an `eqx.Module`'s `__check_init__`.
+    `also` are faults of several fields together, or a function that returns them; the function is
+    called only if each field fits by itself, so it need not check types. In a dataclass, lists are
+    replaced by tuples and `Path`s by strings, as `from_dict` returns them.
 
     **Example**
 
@@ -33,10 +33,13 @@ def check(
     fields = ranges.field_names(type(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, eqx.Module):
         for name in fields:
+            # `object.__setattr__`, because the dataclass is frozen
             object.__setattr__(value, name, _plain(getattr(value, name)))
     for name in fields:
         if names.is_function(getattr(value, name, None)):
-            # Code gave it, or a file that may: what is saved with it can be read again
+            # The function comes from code, or from a file that was allowed to name it. Either way it is
+            # trusted from here on, so that this process can read the value back from a file. A
+            # function without an import path stays untrusted; it cannot be saved anyway.
             with contextlib.suppress(FormatError):
                 names.trust(getattr(value, name))
     complaints = list(ranges.field_faults(value))
@@ -48,7 +51,10 @@ def check(
 
 
 def _plain(value: Any) -> Any:
-    """Lists, wherever they are, as tuples; and paths as strings."""
+    """The value with lists, at any depth, replaced by tuples, and paths by strings."""
+    # `type(...) is tuple` leaves named tuples alone: they are values of their own
     if isinstance(value, list) or type(value) is tuple:
         return tuple(map(_plain, value))
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value

@@ -1,11 +1,11 @@
-"""Values as plain dicts and as JSON, and back: the only codec.
+"""The codec: values to plain dicts and JSON, and back.
 
     {"is": "growjax:Schedule", "peak": 0.002, "shape": "wsd"}
     {"is": "function", "name": "my_pkg.inits:orthogonal"}
 
 A value holds numbers, strings, True, False, None, tuples (lists in a file), dicts with strings for keys,
-functions that have a name, and values. Reading lists every fault with its path, and takes time and
-memory in proportion to the file.
+functions that have a name, and values. The key "is" holds the name of the class. Reading lists every
+fault with its path in the data, and takes time and memory in proportion to the size of the file.
 """
 
 import json
@@ -19,16 +19,17 @@ from growjax.errors import FormatError, GrowjaxError, raise_all
 from growjax.values import names, ranges
 
 
-_DEPTH = 64  # of values in values
-_BYTES = 1 << 26  # of a file: clocks and plans have some thousand lines
-_FAULTS = 30
-_NOTHING: Any = object()
+_DEPTH = 64  # the deepest nesting of values in values; Python's own recursion limit lies far above
+_BYTES = 1 << 26  # the largest file, 64 MiB: clocks and plans have some thousand lines
+_FAULTS = 30  # the most faults that one error lists
+# The result of reading data that have a fault. Not None, which is a value.
+_INVALID: Any = object()
 
 
 def to_dict(value: Any, *, error: type[GrowjaxError] = FormatError) -> Any:
-    """A value as numbers, strings, lists and dicts; `from_dict` is its inverse.
+    """Convert a value to numbers, strings, lists and dicts; `from_dict` is the inverse.
 
-    Raises `error` that lists everything in it that cannot be saved, with its path.
+    Raises `error` that lists every part of the value that cannot be saved, with its path.
 
     **Example**
 
@@ -41,15 +42,19 @@ def to_dict(value: Any, *, error: type[GrowjaxError] = FormatError) -> Any:
 
 
 def _written(value: Any, where: str, depth: int, complaints: list[str]) -> Any:
+    """The plain form of the value at the path `where`; faults are added to `complaints`."""
     if value is None or isinstance(value, str | bool):
         return value
     if depth > _DEPTH:
         complaints.append(f"{where}: more than {_DEPTH} values in one another")
+    elif isinstance(value, numbers.Integral):
+        # Also a NumPy integer; `fits` refuses integers of more than 64 bits
+        if ranges.fits(int, value):
+            return int(value)
+        complaints.append(f"{_at(where)}{ranges.short(value)} is no number that a file can hold")
     elif isinstance(value, numbers.Real):
-        if ranges.fits(int, value) or (
-            ranges.fits(float, value) and not isinstance(value, numbers.Integral)
-        ):
-            return int(value) if isinstance(value, numbers.Integral) else float(value)
+        if ranges.fits(float, value):
+            return float(value)
         complaints.append(f"{_at(where)}{ranges.short(value)} is no number that a file can hold")
     elif names.is_function(value):
         try:
@@ -61,14 +66,14 @@ def _written(value: Any, where: str, depth: int, complaints: list[str]) -> Any:
     elif isinstance(value, list | tuple):
         return [_written(x, f"{where}[{i}]", depth + 1, complaints) for i, x in enumerate(value)]
     elif isinstance(value, Mapping):
-        odd = [key for key in value if not isinstance(key, str) or key == "is"]
-        for key in odd:
-            complaints.append(f"{_at(where)}{ranges.short(key)} cannot be a key")
-        return {
-            key: _written(x, _join(where, str(key)), depth + 1, complaints)
-            for key, x in value.items()
-            if key not in odd
-        }
+        saved = {}
+        for key, x in value.items():
+            # "is" marks a value, so a plain dict cannot have it as a key
+            if isinstance(key, str) and key != "is":
+                saved[key] = _written(x, _join(where, key), depth + 1, complaints)
+            else:
+                complaints.append(f"{_at(where)}{ranges.short(key)} cannot be a key")
+        return saved
     else:
         complaints.append(
             f"{_at(where)}{ranges.short(value)} is no number, string, tuple, dict, function or value"
@@ -77,6 +82,7 @@ def _written(value: Any, where: str, depth: int, complaints: list[str]) -> Any:
 
 
 def _fields_written(value: Any, where: str, depth: int, complaints: list[str]) -> Any:
+    """The plain form of a value with fields: the name of its class, then each field."""
     cls = type(value)
     try:
         saved = {"is": names.tag_of(cls)}
@@ -96,16 +102,16 @@ def from_dict(
     error: type[GrowjaxError] = FormatError,
     source: str = "",
 ) -> Any:
-    """What `to_dict` wrote, also after a trip through JSON.
+    """Make the value that `to_dict` converted; `saved` may have gone through JSON in between.
 
-    Raises `error` that lists every fault with its path: a class or a field that is not known, a value
-    that its class refuses, a package that nobody allowed.
+    Raises `error` that lists every fault with its path: an unknown class or field, a value that its
+    class refuses, a package that is not allowed.
 
     **Arguments**
 
     - `expected`: a class, or an annotation, that the value must fit.
     - `allow`: packages that may be imported for it, besides those of `gj.values.allow`.
-    - `source`: where it is from, for the message.
+    - `source`: the origin of the data, such as a file's path, for the message.
 
     **Example**
 
@@ -121,45 +127,52 @@ def from_dict(
 
 
 class _Reader:
-    """Reads one file's data, and gathers what is wrong with them."""
+    """Reads the data of one file, and collects their faults."""
 
     def __init__(self, allow: Sequence[str]):
         self.allow = allow
-        self.faults: list[str] = []  # the first of them
-        self.count = 0
+        self.faults: list[str] = []  # the first `_FAULTS` of them
+        self.count = 0  # all of them
 
     def fault(self, where: str, complaint: object) -> Any:
-        """Note what is wrong at a path."""
+        """Add a fault of the data at the path `where`; returns `_INVALID`."""
         self.count += 1
         if self.count <= _FAULTS:
+            # The fault of a nested value may list several lines: indent them below their path
             self.faults.append(f"{_at(where)}{complaint}".replace("\n", "\n    "))
-        return _NOTHING
+        return _INVALID
 
     def read(self, saved: Any, where: str, depth: int, hint: Any) -> Any:
-        """The value of some data, or `_NOTHING` after a fault."""
+        """The value of the data at the path `where`, or `_INVALID` after a fault.
+
+        `hint` is the annotation that the value should fit.
+        """
         if saved is None or isinstance(saved, str | bool | int | float):
-            # Before any constructor sees it: code may give some a string for what a file must name
-            wrong = next(ranges.faults(hint, saved, ""), None) or _no_number(saved)
-            return saved if wrong is None else self.fault(where, wrong.removeprefix(": "))
+            # Checked before a constructor sees it: some take a string from code (a path to a function,
+            # say) where a file must hold {"is": "function", ...}, which is subject to `allow`
+            complaint = next(ranges.faults(hint, saved, ""), None) or _no_number(saved)
+            return saved if complaint is None else self.fault(where, complaint.removeprefix(": "))
         if depth > _DEPTH:
             return self.fault(where, f"more than {_DEPTH} values in one another")
         if isinstance(saved, list | tuple):
             inner = ranges.member_hints(hint, len(saved))
-            found = [
+            members = [
                 self.read(x, f"{where}[{i}]", depth + 1, inner[i]) for i, x in enumerate(saved)
             ]
-            return _NOTHING if any(x is _NOTHING for x in found) else tuple(found)
+            return _INVALID if any(x is _INVALID for x in members) else tuple(members)
         if not isinstance(saved, Mapping):
             return self.fault(where, f"{ranges.short(saved)} is nothing that JSON holds")
+        # Only data that `from_json` read have this attribute
         for key in getattr(saved, "repeated", ()):
-            self.fault(where, f"{ranges.short(key)} is there twice")
+            self.fault(where, f"{ranges.short(key)} is repeated")
         if "is" in saved:
             return self._value(saved, where, depth, hint)
         inner = ranges.value_hint(hint)
         read = {k: self.read(v, _join(where, str(k)), depth + 1, inner) for k, v in saved.items()}
-        return _NOTHING if any(x is _NOTHING for x in read.values()) else read
+        return _INVALID if any(x is _INVALID for x in read.values()) else read
 
     def _value(self, saved: Mapping[str, Any], where: str, depth: int, hint: Any) -> Any:
+        """The instance of the class, or the function, that the data name."""
         fields = {name: x for name, x in saved.items() if name != "is"}
         tag = saved["is"]
         if not isinstance(tag, str):
@@ -184,22 +197,23 @@ class _Reader:
             if name in known:
                 read[name] = self.read(x, _join(where, name), depth + 1, hints[name])
         if self.count > before:
-            return _NOTHING
+            return _INVALID
         return self._made(cls, read, where)
 
     def _made(self, cls: type, fields: dict[str, Any], where: str) -> Any:
+        """An instance of the class, its fields checked by its constructor and by its annotations."""
         try:
             value = cls(**fields)
         except GrowjaxError as fault:
             return self.fault(where, fault)
-        except (
-            Exception
-        ) as fault:  # whatever a stranger's class does with a field of the wrong type
+        except Exception as fault:
+            # A user's class may raise anything for a field of the wrong type
             return self.fault(where, f"{cls.__name__}: {type(fault).__name__}: {fault}")
-        wrong = list(ranges.field_faults(value))
-        for complaint in wrong:
+        # A user's class need not call `check`
+        complaints = list(ranges.field_faults(value))
+        for complaint in complaints:
             self.fault(where, complaint)
-        return _NOTHING if wrong else value
+        return _INVALID if complaints else value
 
     def _function(self, fields: Mapping[str, Any]) -> Any:
         name = fields.get("name")
@@ -209,7 +223,7 @@ class _Reader:
 
 
 def _no_number(saved: Any) -> str | None:
-    """What is wrong with a number that no field declares."""
+    """The fault of a number where no annotation declares one: NaN, infinity, more than 64 bits."""
     if isinstance(saved, str | None) or ranges.fits(int | float, saved) or isinstance(saved, bool):
         return None
     return f"no number: {ranges.short(saved)}"
@@ -227,23 +241,29 @@ def _join(where: str, name: str) -> str:
 
 
 class _Pairs(dict):
-    """An object of a JSON file, and which of its keys stand there more than once."""
+    """An object of a JSON file, and those of its keys that the file repeats."""
 
     repeated: tuple[str, ...] = ()
 
 
 def _pairs(items: list[tuple[str, Any]]) -> _Pairs:
+    """The object of these keys and values; `json` itself silently drops all but the last of a key."""
     pairs = _Pairs(items)
     if len(pairs) < len(items):
         seen: set[str] = set()
-        pairs.repeated = tuple(k for k, _ in items if k in seen or seen.add(k))
+        repeated = []
+        for key, _ in items:
+            if key in seen:
+                repeated.append(key)
+            seen.add(key)
+        pairs.repeated = tuple(repeated)
     return pairs
 
 
 def from_json(
     text: str | bytes, *, source: str = "", error: type[GrowjaxError] = FormatError
 ) -> Any:
-    """The data of a JSON text, for `from_dict`; raises `error` for what is none."""
+    """Parse a JSON text into data for `from_dict`; raises `error` if it is not JSON."""
     try:
         return json.loads(text, object_pairs_hook=_pairs)
     except (ValueError, RecursionError) as fault:
@@ -252,9 +272,10 @@ def from_json(
 
 
 def write(value: Any, path: str | Path, *, error: type[GrowjaxError] = FormatError) -> None:
-    """Write a value as JSON, for people as well. The file is whole as soon as it is there."""
+    """Write a value as indented JSON. The file is replaced in one step, and never seen half written."""
     path = Path(path)
     text = json.dumps(to_dict(value, error=error), indent=1) + "\n"
+    # Written under another name and then renamed; the process number keeps two writers apart
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -267,7 +288,7 @@ def read(
     allow: Sequence[str] = (),
     error: type[GrowjaxError] = FormatError,
 ) -> Any:
-    """The value that `write` wrote; raises `error` that lists every fault.
+    """Read a value that `write` wrote; raises `error` that lists every fault.
 
     **Example**
 

@@ -1,15 +1,16 @@
-"""The name of a class or function in files, and what a file may name.
+"""The names of classes and functions in files, and which of them a file may use.
 
-A class of growjax is called `growjax:Plan`, any other by its import path, `my_pkg.ops:Widen`. Names hold
-the module, so that two classes of one bare name never meet. A format number stands behind a name once it
-is not 1 any more: `growjax:Plan@2`.
+A class of growjax has a name like `growjax:Plan`, any other class its import path, `my_pkg.ops:Widen`.
+Names hold the module, so that two classes with the same bare name stay apart. A format number above 1
+follows the name: `growjax:Plan@2`.
 
-A file is data, and may come from a stranger. So it names, and never does, things:
+A file may come from a stranger, so reading it must not run the stranger's code:
 
-- a class is made if it is registered, or if it extends a base that growjax has for users (`ranges.base`);
-- a function is used if it is registered, or if code of this process put it into a value already;
-- the package of either is imported if it is allowed by name (`allow`), and only then. What is allowed may
-  be used, too.
+- a class is instantiated only if it is registered, or if it extends a base that growjax has for users
+  (`ranges.base`);
+- a function is used only if it is registered, or if code of this process has put it into a value;
+- a package is imported only if it is allowed by name (`allow`). Any class or function of an allowed
+  package may be used as well.
 """
 
 import functools
@@ -27,16 +28,16 @@ from growjax.values import ranges
 
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _Thing = TypeVar("_Thing", bound=Callable)
-# The clocks that are committed with results were written when classes had bare names
+# The clock files that are committed with results were written when classes had bare names
 _LEGACY = {name: f"growjax:{name}" for name in ("FlopsClock", "DepthClock", "MeasuredClock")}
-# Imports every room that has values
+# Importing this module imports, and so registers, every class of growjax that files hold
 _ALL = "growjax.plan.files"
 
-_registry: dict[str, Any] = {}
-_names: dict[Any, str] = {}
-_formats: dict[str, int] = {}
-_allowed: set[str] = set()
-_trusted: set[str] = set()
+_registry: dict[str, Any] = {}  # name -> class or function
+_names: dict[Any, str] = {}  # class or function -> name
+_formats: dict[str, int] = {}  # name -> format number
+_allowed: set[str] = set()  # packages that files may import
+_trusted: set[str] = set()  # import paths of functions that files may name
 
 
 @overload
@@ -44,14 +45,14 @@ def register(thing: _Thing, *, name: str | None = None, format: int = 1) -> _Thi
 @overload
 def register(*, name: str | None = None, format: int = 1) -> Callable[[_Thing], _Thing]: ...
 def register(thing: Any = None, *, name: str | None = None, format: int = 1) -> Any:
-    """Let files hold a class, or name a function, wherever it is defined.
+    """Decorator that lets files hold a class, or name a function, wherever it is defined.
 
-    Needed for classes that extend no base of growjax and for those that no import path leads to: in a
-    function, a notebook, or a script that is run. A decorator.
+    Needed for a class that extends no base of growjax, and for one without an import path: defined in a
+    function, in a notebook, or in the script that is run.
 
     **Arguments**
 
-    - `name`: in files; by default `module:Name`.
+    - `name`: the name in files; by default `module:Name`.
     - `format`: raise it when the meaning of a field changes; files of another format are refused.
 
     **Example**
@@ -64,7 +65,7 @@ def register(thing: Any = None, *, name: str | None = None, format: int = 1) -> 
     if name is not None and not _PATH.fullmatch(name):
         raise FormatError(f"name: expected one like my_pkg.ops:Widen, got {name!r}")
     if name is not None and name.startswith("growjax:"):
-        raise FormatError(f"name: {name!r} is kept for growjax; give your own package's")
+        raise FormatError(f"name: {name!r} is reserved for growjax; give your own package's")
     if thing is None:
         return functools.partial(register, name=name, format=format)
     if name is None:
@@ -75,9 +76,9 @@ def register(thing: Any = None, *, name: str | None = None, format: int = 1) -> 
 
 
 def allow(*packages: str) -> None:
-    """Let files that this process reads import these packages, and call what they name in them.
+    """Let files that this process reads import these packages, and use their classes and functions.
 
-    That runs their code. `growjax` commands take `--allow my_pkg`.
+    That runs code of the packages. The `growjax` commands take `--allow my_pkg`.
 
     **Example**
 
@@ -90,13 +91,13 @@ def allow(*packages: str) -> None:
 
 
 def is_value(value: Any) -> bool:
-    """Whether this is an instance of a class that can have fields in a file."""
+    """Whether this is an instance of a class that files can hold with its fields."""
     cls = type(value)
     return bool(ranges.field_names(cls)) or isinstance(value, eqx.Module) or _is_dataclass(cls)
 
 
 def is_function(value: Any) -> bool:
-    """Whether this is a function, or one that JAX or Equinox has wrapped, and no class."""
+    """Whether this is a function, wrapped by JAX or Equinox or not; a class is none."""
     return callable(value) and hasattr(value, "__qualname__") and not isinstance(value, type)
 
 
@@ -109,7 +110,7 @@ def tag_of(cls: type) -> str:
     name = _names.get(cls)
     if name is None:
         name = f"{cls.__module__}:{cls.__qualname__}"
-        if _reached(name) is not cls:
+        if _loaded(name) is not cls:
             raise FormatError(
                 f"{name}: no import leads there; move the class to a module, or decorate it with "
                 "@gj.register"
@@ -131,7 +132,7 @@ def path_of(function: Any) -> str:
         return name
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     path = f"{module}:{name}"
-    if module is None or name is None or _reached(path) is not function:
+    if module is None or name is None or _loaded(path) is not function:
         raise FormatError(
             f"{ranges.short(function)}: no import leads to this function; move it to a module, decorate "
             "it with @gj.register, or use a name that growjax knows"
@@ -140,14 +141,18 @@ def path_of(function: Any) -> str:
 
 
 def trust(function: Any) -> str:
-    """Let files of this process name a function, since its own code does; gives its name."""
+    """Let files that this process reads name a function that its own code uses; returns the name."""
     path = path_of(function)
     _trusted.add(path)
     return path
 
 
 def resolve_class(tag: str, hint: Any = Any, allowed: Sequence[str] = ()) -> type:
-    """The class that a file names, for a field declared as `hint`; raises `FormatError`."""
+    """The class that a file names, for a field declared as `hint`.
+
+    Raises `FormatError` if the class is unknown, not allowed, of another format, or no instance of it
+    fits the field.
+    """
     name, _, number = _LEGACY.get(tag, tag).partition("@")
     if name not in _registry and name.startswith("growjax:"):
         importlib.import_module(_ALL)
@@ -170,6 +175,7 @@ def resolve_class(tag: str, hint: Any = Any, allowed: Sequence[str] = ()) -> typ
     elif not isinstance(cls, type):
         raise FormatError(f"{name} is a function, and no class")
     known = _formats.get(name, 1)
+    # A name without a number is of format 1; the number is cut, since a file may hold any text there
     if number and number != str(known):
         raise FormatError(
             f"{ranges.short(tag)}: of format {number[:9]}, and format {known} is read"
@@ -182,9 +188,9 @@ def resolve_class(tag: str, hint: Any = Any, allowed: Sequence[str] = ()) -> typ
 
 
 def resolve_function(path: str, allowed: Sequence[str] = (), *, code: bool = False) -> Any:
-    """The function that an import path names; raises `FormatError` if a file may not name it.
+    """The function at an import path; raises `FormatError` if a file may not name it.
 
-    With `code` it is this process's own code that names it, and not a file.
+    `code` says that the path comes from this process's own code and not from a file: any is allowed.
     """
     if path in _registry:
         return _registry[path]
@@ -193,10 +199,11 @@ def resolve_function(path: str, allowed: Sequence[str] = (), *, code: bool = Fal
     package = path.partition(":")[0]
     if not code and path not in _trusted and not _is_allowed(package, allowed):
         raise FormatError(_refusal(path, "and a function that a file names is code to run"))
-    function = _walked(path)
+    function = _import(path)
     home = getattr(function, "__module__", None)
     if not callable(function):
         raise FormatError(f"{path}: expected a function, and it is {ranges.short(function)}")
+    # A module may hold a function of another one, as `my_pkg.os.system` would be
     if not code and path not in _trusted and not _is_allowed(str(home), allowed):
         raise FormatError(f"{path}: it is of {home}, which is not allowed")
     return function
@@ -214,6 +221,7 @@ def _extends(cls: type) -> bool:
 
 
 def _is_allowed(package: str, allowed: Sequence[str]) -> bool:
+    """Whether a package, or a package that contains it, is allowed: here or for the whole process."""
     names = {*_allowed, *allowed}
     return any(package == name or package.startswith(f"{name}.") for name in names)
 
@@ -227,30 +235,32 @@ def _refusal(path: str, why: str) -> str:
 
 
 def _imported(path: str, allowed: Sequence[str]) -> Any:
+    """The class or other object at an import path that a file names, if its package is allowed."""
     if not _PATH.fullmatch(path):
         raise FormatError(f"expected a name like my_pkg.ops:Widen, got {ranges.short(path)}")
     package = path.partition(":")[0]
     if package not in sys.modules and not _is_allowed(package, allowed):
         raise FormatError(_refusal(path, "nor is it imported"))
-    return _walked(path)
+    return _import(path)
 
 
-def _walked(path: str) -> Any:
-    """What an import path leads to."""
-    package, _, name = path.partition(":")
+def _import(path: str) -> Any:
+    """Import the module of an import path and return its class or function."""
+    module, _, name = path.partition(":")
     try:
-        thing = importlib.import_module(package)
-        for step in name.split("."):
-            thing = getattr(thing, step)
-    except Exception as error:  # whatever a module does when it is imported
+        thing = importlib.import_module(module)
+        for attribute in name.split("."):
+            thing = getattr(thing, attribute)
+    except Exception as error:
+        # Importing a module runs it, which may raise anything
         raise FormatError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
     return thing
 
 
-def _reached(path: str) -> Any:
-    """What an import path leads to in the modules that are loaded; None if nothing."""
-    package, _, name = path.partition(":")
-    thing = sys.modules.get(package)
-    for step in name.split("."):
-        thing = getattr(thing, step, None)
+def _loaded(path: str) -> Any:
+    """The class or function at an import path, without importing; None if its module is not loaded."""
+    module, _, name = path.partition(":")
+    thing = sys.modules.get(module)
+    for attribute in name.split("."):
+        thing = getattr(thing, attribute, None)
     return thing

@@ -1,11 +1,11 @@
-"""What a field may hold, declared by its annotation.
+"""The types and ranges of fields, declared by their annotations.
 
     peak: Annotated[float, positive("learning rate")]
     shape: Literal["linear", "cosine"] = "linear"
     clip: Annotated[float, positive("norm")] | None = 1.0
 
-Types, `Literal`s, unions, tuples and dicts say themselves what they hold; `Annotated` adds a range. A
-number is finite, and True is none.
+The annotation is a type, a `Literal`, a union, a tuple or a dict; `Annotated` adds a range. Numbers must
+be finite, and True and False are not numbers. In this module a `hint` is such an annotation.
 """
 
 import collections.abc
@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 
-# Whole numbers of a file fit into 64 bits, and sizes into memory: a larger one is a slip or an attack
+# Integers of a file fit into 64 bits, and sizes into memory: a larger one is a slip or an attack
 _WHOLE = 2**63
 _LARGEST = 2**31
-_SHOWN = 200
+_SHOWN = 200  # characters of a value that a message shows
 _PLAIN = {
     int: "an integer",
     float: "a number",
@@ -35,24 +35,25 @@ _Class = TypeVar("_Class", bound=type)
 
 
 class Range(NamedTuple):
-    """A condition on a field's value, and what it asks for in words ("a positive number")."""
+    """A condition on a field's value, and its description for messages ("a positive number")."""
 
     says: str
     holds: Callable[[Any], bool]
 
 
 class Faults(NamedTuple):
-    """A condition that says itself what is wrong with a field's value, a line each."""
+    """A condition whose function `of` lists the faults of a field's value, one line each."""
 
     says: str
     of: Callable[[Any], Iterable[str]]
 
     def holds(self, value: Any) -> bool:
+        # Not `any(self.of(value))`: a fault may be an empty string
         return not any(True for _ in self.of(value))
 
 
 def positive(noun: str = "number") -> Range:
-    """Above 0.
+    """Numbers above 0.
 
     **Example**
 
@@ -62,21 +63,23 @@ def positive(noun: str = "number") -> Range:
 
 
 def at_least(least: float, noun: str = "") -> Range:
-    """At least so much: `at_least(1, "steps")`."""
+    """Numbers of `least` or more: `at_least(1, "steps")`."""
     return Range(f"{least} or more {noun}".rstrip(), lambda x: x >= least)
 
 
 def ranged(
     low: float, high: float, noun: str = "a number", *, above: bool = False, below: bool = False
 ) -> Range:
-    """From `low` to `high`; without `low` itself if `above`, without `high` itself if `below`.
+    """Numbers from `low` to `high`; `above` excludes `low` itself, `below` excludes `high`.
 
     **Example**
 
         b1: Annotated[float, ranged(0, 1, "a rate", below=True)] = 0.9
     """
-    start = f"above {low} and {'below' if below else 'at most'}" if above else f"from {low} to"
-    says = f"{noun} {start} {'below ' if below and not above else ''}{high}"
+    if above:
+        says = f"{noun} above {low} and {'below' if below else 'at most'} {high}"
+    else:
+        says = f"{noun} from {low} to {'below ' if below else ''}{high}"
 
     def holds(x: float) -> bool:
         return (low < x if above else low <= x) and (x < high if below else x <= high)
@@ -85,7 +88,7 @@ def ranged(
 
 
 def one_of(choices: Iterable[Any]) -> Range:
-    """One of some names: for choices that are the keys of a table (else `Literal` says it)."""
+    """One of some names, for choices that are the keys of a table; otherwise use `Literal`."""
     choices = tuple(choices)
     return Range(f"one of {', '.join(map(repr, choices))}", lambda x: x in choices)
 
@@ -102,17 +105,17 @@ Size = Annotated[
 
 
 class _Base(NamedTuple):
-    says: str
-    members: frozenset[str] | None  # what a class must have, where the base is a protocol
+    says: str  # the description for messages
+    members: frozenset[str] | None  # the members of a protocol; None for an ordinary class
 
 
 _BASES: dict[type, _Base] = {}
 
 
 def base(says: str) -> Callable[[_Class], _Class]:
-    """Mark a class that others extend, so that their classes are found by import path.
+    """Decorator for a class that users extend: files may name the classes that extend it.
 
-    A protocol is extended by every class that has its members. `says` is for messages: what was expected.
+    A protocol is extended by every class that has its members. `says` describes an instance in messages.
 
     **Example**
 
@@ -122,6 +125,7 @@ def base(says: str) -> Callable[[_Class], _Class]:
 
     def mark(cls: _Class) -> _Class:
         members = None
+        # Set by `typing.Protocol`
         if getattr(cls, "_is_protocol", False):
             own = {*vars(cls), *vars(cls).get("__annotations__", ())}
             members = frozenset(m for m in own if m == "__call__" or not m.startswith("_"))
@@ -142,13 +146,14 @@ def derives(cls: type, parent: type) -> bool:
     if entry is None or entry.members is None:
         try:
             return issubclass(cls, parent)
-        except TypeError:  # a protocol that nobody marked
+        except TypeError:
+            # A protocol that is not marked by `base` has no instance check: anything is accepted
             return True
     return entry.members <= _members_of(cls)
 
 
 def _members_of(cls: type) -> set[str]:
-    """The attributes and fields of a class; `hasattr` will not do, since every class can be called."""
+    """The attributes and fields of a class. (`hasattr` finds `__call__` on every class.)"""
     return {name for k in cls.__mro__ for name in (*vars(k), *vars(k).get("__annotations__", ()))}
 
 
@@ -157,11 +162,12 @@ def _members_of(cls: type) -> set[str]:
 
 @functools.cache
 def hints(cls: type) -> dict[str, Any]:
-    """What every field of a value's class is declared to hold."""
+    """The annotation of every field of a value's class; Any for one without."""
     names = field_names(cls)
     try:
         known = typing.get_type_hints(cls, include_extras=True)
-    except Exception:  # a forward reference that only a type checker can follow
+    except Exception:
+        # A forward reference to a name that is imported for type checkers only: nothing is checked
         known = {}
     return {name: known.get(name, Any) for name in names}
 
@@ -175,7 +181,7 @@ def field_names(cls: type) -> tuple[str, ...]:
 
 
 def fits(hint: Any, value: Any) -> bool:
-    """Whether a value is what a type, or an annotation, declares."""
+    """Whether a value is of the type, and in the ranges, that an annotation declares."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         rules = [rule for rule in hint.__metadata__ if isinstance(rule, Range | Faults)]
@@ -188,13 +194,15 @@ def fits(hint: Any, value: Any) -> bool:
         return any(fits(arg, value) for arg in args)
     if hint is bool or hint is str:
         return isinstance(value, hint)
+    # A bool is an int in Python, and a NumPy number is not an int or a float
     if hint is int:
         whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         return whole and abs(int(value)) < _WHOLE
     if hint is float:
         return isinstance(value, numbers.Real) and not isinstance(value, bool) and _finite(value)
     if origin is tuple:
-        return isinstance(value, tuple) and all(fits(h, x) for h, x in _members(args, value))
+        members = _members(args, value) if isinstance(value, tuple) else None
+        return members is not None and all(fits(inner, x) for inner, x in members)
     if origin in (dict, collections.abc.Mapping):
         return isinstance(value, Mapping) and all(
             fits(args[0], k) and fits(args[1], v) for k, v in value.items()
@@ -207,16 +215,18 @@ def fits(hint: Any, value: Any) -> bool:
 def _finite(number: Any) -> bool:
     try:
         return math.isfinite(number)
-    except OverflowError:  # an integer that no float reaches
+    except OverflowError:
+        # An integer too large for a float
         return False
 
 
 def _is_class(hint: Any) -> bool:
-    """Whether this is a class to hold a value against, and not a type variable or Any."""
+    """Whether this is a class that `isinstance` can check, and not a type variable or Any."""
     return isinstance(hint, type) and hint is not Any
 
 
 def _is_instance(value: Any, cls: Any) -> bool:
+    """`isinstance`, and for a protocol marked by `base` whether the value has its members."""
     if not _is_class(cls):
         return True
     entry = _BASES.get(cls)
@@ -228,12 +238,17 @@ def _is_instance(value: Any, cls: Any) -> bool:
     return entry.members <= {*getattr(value, "__dict__", ()), *_members_of(type(value))}
 
 
-def _members(args: tuple[Any, ...], value: tuple[Any, ...]) -> list[tuple[Any, Any]]:
-    """The hint of every member of a tuple; one that nothing fits, if their number is wrong."""
+def _members(args: tuple[Any, ...], value: tuple[Any, ...]) -> list[tuple[Any, Any]] | None:
+    """The pairs (hint, member) of a tuple; None if its length is not the declared one.
+
+    `args` are the arguments of the annotation: of `tuple[int, ...]`, int and an ellipsis.
+    """
     if len(args) == 2 and args[1] is Ellipsis:
         return [(args[0], x) for x in value]
-    if not args or len(args) != len(value):
-        return [] if not args else [(Literal["as many as declared"], ...)]
+    if not args:
+        return []
+    if len(args) != len(value):
+        return None
     return list(zip(args, value, strict=True))
 
 
@@ -250,17 +265,20 @@ def options(hint: Any) -> Iterator[Any]:
 
 
 def member_hints(hint: Any, n: int) -> list[Any]:
-    """What the members of a list of n are declared to hold."""
+    """The hints of the n members of a list that is read for a tuple so annotated."""
     for option in options(hint):
         args = get_args(option)
         if get_origin(option) is tuple and args:
-            repeats = len(args) == 2 and args[1] is Ellipsis
-            return [args[0]] * n if repeats else [*args, *[Any] * n][:n]
+            if len(args) == 2 and args[1] is Ellipsis:
+                return [args[0]] * n
+            # A list longer or shorter than declared is refused as a whole, by `fits`; until then
+            # members without a hint are read as anything
+            return [*args, *[Any] * n][:n]
     return [Any] * n
 
 
 def value_hint(hint: Any) -> Any:
-    """What the entries of a dict are declared to hold."""
+    """The hint of the values of a dict so annotated."""
     for option in options(hint):
         if get_origin(option) in (dict, collections.abc.Mapping):
             return get_args(option)[1]
@@ -268,7 +286,7 @@ def value_hint(hint: Any) -> Any:
 
 
 def required(cls: type) -> tuple[str, ...]:
-    """The fields that a class must be given."""
+    """The fields without a default in the constructor of a class."""
     try:
         parameters = inspect.signature(cls).parameters
     except (TypeError, ValueError):
@@ -278,7 +296,7 @@ def required(cls: type) -> tuple[str, ...]:
 
 
 def admits(hint: Any, cls: type) -> bool:
-    """Whether a field so declared may hold an instance of a class."""
+    """Whether a field annotated with `hint` may hold an instance of a class."""
     return any(_admits(option, cls) for option in options(hint))
 
 
@@ -293,7 +311,7 @@ def _admits(hint: Any, cls: type) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """What a type, or an annotation, asks for, in words."""
+    """An annotation in words, for messages: "a number", "one of 'linear', 'cosine'"."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         rules = [rule for rule in hint.__metadata__ if isinstance(rule, Range | Faults)]
@@ -301,11 +319,15 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(repr, args))}"
     if origin is Union or origin is types.UnionType:
-        # Names of several `Literal`s are one list
-        named = [arg for arg in args if get_origin(arg) is Literal]
-        others = [describe(arg) for arg in args if arg not in named]
-        names = [name for arg in named for name in get_args(arg)]
-        first = [describe(Literal[tuple(names)])] if names else []
+        # The choices of all `Literal`s in a union are joined into one list
+        choices: list[Any] = []
+        others: list[str] = []
+        for arg in args:
+            if get_origin(arg) is Literal:
+                choices += get_args(arg)
+            else:
+                others.append(describe(arg))
+        first = [describe(Literal[tuple(choices)])] if choices else []
         return " or ".join(dict.fromkeys([*first, *others]))
     if origin is tuple:
         inside = [describe(arg) for arg in args if arg is not Ellipsis]
@@ -325,12 +347,13 @@ def describe(hint: Any) -> str:
 
 
 def _expected(hint: Any, value: Any) -> str:
-    """What a value that does not fit should have been, as closely as the hint says it."""
+    """The expected value in words, for a value that does not fit: the first range that it violates."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated and fits(args[0], value):
         rules = [rule for rule in hint.__metadata__ if isinstance(rule, Range | Faults)]
         return next(rule.says for rule in rules if not rule.holds(value))
     if origin is Union or origin is types.UnionType:
+        # `X | None`
         others = [arg for arg in args if arg is not type(None)]
         if len(others) == 1:
             return f"{_expected(others[0], value)} or None"
@@ -338,19 +361,23 @@ def _expected(hint: Any, value: Any) -> str:
 
 
 def faults(hint: Any, value: Any, where: str) -> Iterator[str]:
-    """Where a value is not what is declared, and what was expected; nothing where it is."""
+    """The faults of a value under an annotation, one line each; none if it fits.
+
+    `where` is the path of the value, such as `stages[0].grow`. The fault of one member of a tuple is
+    reported at the member.
+    """
     if fits(hint, value):
         return
     origin, args = get_origin(hint), get_args(hint)
     if isinstance(value, tuple) and origin in (Union, types.UnionType, Annotated):
-        # The fault is in a member, if there is one way only in which a tuple could have fitted
-        ways = [arg for arg in args if any(get_origin(o) is tuple for o in options(arg))]
-        if len(ways) == 1 and not fits(ways[0], value):
-            yield from faults(ways[0], value, where)
+        # If one alternative alone is a tuple, that is the one that was meant
+        tuples = [arg for arg in args if any(get_origin(o) is tuple for o in options(arg))]
+        if len(tuples) == 1 and not fits(tuples[0], value):
+            yield from faults(tuples[0], value, where)
             return
     if origin is tuple and isinstance(value, tuple):
         members = _members(args, value)
-        if not members or members[0][1] is not ...:
+        if members is not None:
             for i, (inner, x) in enumerate(members):
                 yield from faults(inner, x, f"{where}[{i}]")
             return
@@ -363,17 +390,19 @@ def faults(hint: Any, value: Any, where: str) -> Iterator[str]:
 
 
 def field_faults(value: Any) -> Iterator[str]:
-    """Every field of a value that does not hold what its annotation declares."""
+    """The faults of every field of a value under its annotation, one line each."""
     for name, hint in hints(type(value)).items():
         yield from faults(hint, getattr(value, name, None), name)
 
 
 def short(value: Any) -> str:
-    """A value as a message shows it: one that is long is cut."""
+    """The text of a value for a message, cut to its first characters if it is long."""
+    # Python refuses to print integers of more than 4300 digits
     if isinstance(value, int) and abs(value) >= _WHOLE:
         return f"an integer of {value.bit_length()} bits"
     try:
         text = repr(value)
-    except Exception as error:  # a stranger's `__repr__`, or an integer of too many digits inside
+    except Exception as error:
+        # A user's `__repr__` may raise anything, and so does a very long integer inside a value
         return f"a {type(value).__name__} ({type(error).__name__})"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
