@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 import growjax as gj
 from growjax import train as trainer
 from growjax.data import ByteTokenizer, Causal, PrefixLM
-from growjax.errors import EvalError, PlanError
+from growjax.errors import AxisError, EvalError, PlanError
 from growjax.evals import LanguageModel, generate
 from growjax.forecast.dryrun import dry_run
 from growjax.models import Model
@@ -183,6 +184,72 @@ def test_a_dict_of_arrays_is_grown_certified_and_carried():
     tx = optax.adam(1e-3)
     state = gj.carry(op, tx.init(trained), tree, optimizer=tx)
     assert state[0].mu.model["mlp"]["down"].shape == (24, 384)
+
+
+def test_a_dict_of_layers_by_number_keeps_its_state_and_a_certificate_sees_through_it():
+    """NNX keys the layers of a list by number; `embed` is what the dict is applied to."""
+    import optax
+
+    rng = np.random.default_rng(0)
+    specs = {"blocks.*.up": "embed -> mlp", "blocks.*.down": "mlp -> embed"}
+    up, down = (jnp.asarray(rng.normal(size=(2, *s)), "float32") for s in [(4, 6), (6, 4)])
+    tree = gj.annotate({"blocks": {i: {"up": up[i], "down": down[i]} for i in range(2)}}, specs)
+
+    def forward(model, x):
+        for block in model.model["blocks"].values():
+            x = x + jnp.tanh(x @ block["up"]) @ block["down"]
+        return x
+
+    x = jnp.asarray(rng.normal(size=(3, 4)), "float32")
+    found = gj.certify(gj.copy(mlp=9), tree, x, forward=forward)
+    assert found.passed and found.forward[-1].floor < 1e-12
+    assert not gj.certify(Forgetful(), tree, x, forward=forward).passed
+    with pytest.raises(AxisError, match="a dict cannot be called; say how it is applied"):
+        gj.certify(gj.copy(mlp=9), tree, x)
+    trained = gj.partition(tree)[0]
+    tx = optax.masked(optax.adam(1e-3), _in_up)
+    state = gj.carry(gj.copy(mlp=9), tx.init(trained), tree, optimizer=tx)
+    assert state.inner_state[0].mu.model["blocks"][1]["up"].shape == (4, 9)
+
+
+def _in_up(tree):
+    return jax.tree_util.tree_map_with_path(lambda path, _: "up" in str(path), tree)
+
+
+class Forgetful(gj.Operator):
+    """Copies hidden units, and halves nothing."""
+
+    exactness = "exact-given-init"
+
+    def maps(self, axes):
+        return [gj.AxisMap("mlp", np.repeat(np.arange(axes.size("mlp")), 2))]
+
+
+class Frozen(Mapping):
+    """A tree that is no dict, as Flax's FrozenDict is."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getitem__(self, key):
+        return self.inner[key]
+
+    def __iter__(self):
+        return iter(self.inner)
+
+    def __len__(self):
+        return len(self.inner)
+
+
+def test_trees_that_no_path_reads_are_refused():
+    jax.tree_util.register_pytree_with_keys(
+        Frozen,
+        lambda tree: ([(jax.tree_util.DictKey("inner"), tree.inner)], None),
+        lambda _, children: Frozen(*children),
+    )
+    with pytest.raises(AxisError, match="w.inner: it is held by a Frozen, .*give plain dicts") as caught:
+        gj.annotate({"w": Frozen(jnp.ones(3))}, {"w.inner": "-> embed"})
+    assert "flax.core.unfreeze" in str(caught.value)
 
 
 # On many devices -----------------------------------------------------------------------------------
