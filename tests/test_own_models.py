@@ -81,6 +81,7 @@ def test_hooks_see_it_as_it_is_judged(done):
     marks = [r for r in records if isinstance(r, Step) and r.held_out is not None]
     assert len(marks) > 2
     for record in marks:
+        assert record.scores is not None
         assert record.scores["loss"] == pytest.approx(record.held_out, rel=1e-5)
         assert record.scores["hidden"] == (16 if record.stage == 0 else 24)
     assert {r.stage for r in marks} == set(range(len(of.stages)))
@@ -159,7 +160,7 @@ def test_tasks_that_it_cannot_do_are_refused_before_any_is_run(done, tmp_path):
     model, held_out = records[-1].model, tmp_path / "held-out.txt"
     name = type(getattr(model, "model", model)).__name__
     held_out.write_text("7 and 49 is 56. " * 3)
-    settings = Settings(texts=[held_out], longest=16, limit=2)
+    settings = Settings(texts=(held_out,), longest=16, limit=2)
     with pytest.raises(EvalError, match="these tasks cannot be run:") as caught:
         evaluate(model, ["bpb", "qa/trivia", "glue/rte"], ByteTokenizer(), settings)
     assert f"qa/trivia: the model writes, and a {name} has no `extend`" in str(caught.value)
