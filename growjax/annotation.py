@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from growjax.axes import Declaration, axes_of, get, put
+from growjax.axes import Declaration, axes_of, find, get, put
 from growjax.errors import AxisError, raise_all
 
 
@@ -25,6 +25,11 @@ class Annotated(eqx.Module):
     statics: tuple[tuple[str, str | tuple[str, ...]], ...] = eqx.field(static=True)
 
     def __call__(self, *args, **kwargs):
+        if not callable(self.model):
+            raise AxisError(
+                f"a {type(self.model).__name__} cannot be called; say how it is applied, such as "
+                "certify(..., forward=lambda model, batch: apply(model.model, batch))"
+            )
         return self.model(*args, **kwargs)
 
     def declarations(self, steps: tuple) -> Iterator[tuple[tuple, Declaration, Any]]:
@@ -104,6 +109,12 @@ def annotate(
     annotated = Annotated(model, declared, tuple(ignore), tuple((statics or {}).items()))
     paths = [path for path, _, _ in _array_leaves(model)]
     complaints = [
+        f"{path}: it is held by a {type(holder).__name__}, which cannot be rebuilt; give plain dicts of "
+        "arrays (of Flax, flax.core.unfreeze(params) or nnx.to_pure_dict(state))"
+        for path, steps, _ in _array_leaves(model)
+        if (holder := _other_holder(model, steps)) is not None
+    ]
+    complaints += [
         f"pattern {pattern!r} matches no array"
         for pattern in (*specs, *ignore)
         if not fnmatch.filter(paths, pattern)
@@ -121,6 +132,15 @@ def annotate(
     raise_all(AxisError, "the annotation does not fit the model:", complaints)
     axes_of(annotated)
     return annotated
+
+
+def _other_holder(model, steps: tuple) -> Any:
+    """The first thing on the way to a leaf that is no module, dict, list or tuple; None if all are."""
+    for i in range(len(steps)):
+        node = find(model, steps[:i])
+        if not isinstance(node, dict | list | tuple) and not dataclasses.is_dataclass(node):
+            return node
+    return None
 
 
 def _array_leaves(model) -> list[tuple[str, tuple, Any]]:

@@ -438,7 +438,7 @@ def find(model: Any, steps: Sequence[str | int]) -> Any:
     """What `get` gives, or None where a tree has no such place (a masked optimizer's, for one)."""
     try:
         return get(model, steps)
-    except AttributeError:
+    except (AttributeError, KeyError, TypeError):  # a dict lacks the key, or a leaf has none
         return None
 
 

@@ -418,4 +418,16 @@ TABLE = """
 @ paths past the end of their stage | subnet/paths.py | plan | do_alone
 - return min(stage.path.steady(step), stage.stop)
 + return stage.path.steady(step)
+@ classes go by their bare names | values/names.py | values | one_bare_name
+- name = f"growjax:{thing.__name__}" if own else f"{thing.__module__}:{thing.__qualname__}"
++ name = f"growjax:{thing.__name__}"
+@ a reversed input is taken for noise | certificate.py | own_models | layers_by_number
+- permuted, floor = model, before
++ floor = floor
+@ dicts that cannot be rebuilt are annotated | annotation.py | own_models | no_path
+- if not isinstance(node, dict | list | tuple) and not dataclasses.is_dataclass(node):
++ if node is None:
+@ a task that writes is begun without extend | evals/tasks.py | own_models | before_any_is_run
+- if asks == "extend" and not hasattr(inside, "extend"):
++ if asks == "extend" and not hasattr(inside, "words"):
 """

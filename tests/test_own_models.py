@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ import pytest
 import growjax as gj
 from growjax import train as trainer
 from growjax.data import ByteTokenizer, Causal, PrefixLM
-from growjax.errors import EvalError, PlanError
-from growjax.evals import LanguageModel, generate
+from growjax.errors import AxisError, EvalError, PlanError
+from growjax.evals import LanguageModel, Settings, evaluate, generate
 from growjax.forecast.dryrun import dry_run
 from growjax.models import Model
 from growjax.report.runs import write_report
 from growjax.runs.checkpoint import read_lineage
 from growjax.runs.lineage import load_model
-from growjax.train import Growth, Options, Step
+from growjax.train import Growth, Options, Step, read_journal
 from tests import own
 from tests.runs import feed, losses, same
 
@@ -38,15 +39,31 @@ ROOT = Path(gj.__file__).parents[1]
 PLANS = {"declared": own.mixed, "annotated": own.annotated, "a dict": own.mapping}
 
 
+def asked(of, **fields) -> Options:
+    """Two hooks: one finds the held-out loss once more, the other says how wide the model is."""
+    rows = feed(of).held_out(of.objective, 6)
+
+    def again(model, step):
+        found, counts = jax.vmap(lambda row: of.loss(model, row))(rows)
+        return {"loss": float((found * counts).sum() / counts.sum())}
+
+    hooks = again, lambda model, step: {"hidden": gj.sizes(model)["hidden"]}
+    return Options(evaluate_every=of.flops / 6, held_out=6, hooks=hooks, **fields)
+
+
 @pytest.fixture(scope="module", params=PLANS)
 def done(request, tmp_path_factory):
     """A plan, its records, its folder, and the programs that it compiled."""
     of, programs = PLANS[request.param](), {}
     folder = tmp_path_factory.mktemp("own") / request.param.replace(" ", "-")
-    options = Options(evaluate_every=of.flops / 3, held_out=6, save_every=2, keep_last=99)
+    options = asked(of, save_every=2, keep_last=99)
     running = train(of, feed(of), run=folder, options=options, cache=programs)
     records = list(trainer.watch(running, of, run=folder))
     return of, records, folder, programs
+
+
+def scores(records):
+    return {r.step: r.scores for r in records if isinstance(r, Step) and r.scores}
 
 
 def test_it_trains_and_its_growth_is_certified(done):
@@ -59,6 +76,19 @@ def test_it_trains_and_its_growth_is_certified(done):
     assert first.crossing.change < 1e-5 < found[0].loss
 
 
+def test_hooks_see_it_as_it_is_judged(done):
+    of, records, folder, _ = done
+    marks = [r for r in records if isinstance(r, Step) and r.held_out is not None]
+    assert len(marks) > 2
+    for record in marks:
+        assert record.scores is not None
+        assert record.scores["loss"] == pytest.approx(record.held_out, rel=1e-5)
+        assert record.scores["hidden"] == (16 if record.stage == 0 else 24)
+    assert {r.stage for r in marks} == set(range(len(of.stages)))
+    rows = [row for row in read_journal(folder) if row["kind"] == "step" and row["scores"]]
+    assert [row["scores"] for row in rows] == [r.scores for r in marks]
+
+
 def test_it_resumes_bitwise(done, tmp_path):
     of, records, folder, programs = done
     for name in ("00000002-00", "00000002-01", "00000004-01"):
@@ -67,9 +97,8 @@ def test_it_resumes_bitwise(done, tmp_path):
         for path in (again / "checkpoints").iterdir():
             if path.name > name:
                 shutil.rmtree(path)
-        options = Options(evaluate_every=of.flops / 3, held_out=6)
-        rest = list(train(of, feed(of), run=again, options=options, cache=programs))
-        assert same(rest, records)
+        rest = list(train(of, feed(of), run=again, options=asked(of), cache=programs))
+        assert same(rest, records) and scores(rest).items() <= scores(records).items()
         whole = losses(records)
         assert losses(rest) == {n: whole[n] for n in losses(rest)} and len(losses(rest)) < of.steps
 
@@ -123,6 +152,24 @@ def test_it_is_evaluated_as_far_as_it_can_be(done):
     assert scored[0].logprob == pytest.approx(float(by_hand), rel=1e-4)
     with pytest.raises(EvalError, match="no `extend`"):
         generate(language, ["7 and "], new=2)
+
+
+def test_tasks_that_it_cannot_do_are_refused_before_any_is_run(done, tmp_path):
+    """In one error; those that it can do are run."""
+    of, records, *_ = done
+    model, held_out = records[-1].model, tmp_path / "held-out.txt"
+    name = type(getattr(model, "model", model)).__name__
+    held_out.write_text("7 and 49 is 56. " * 3)
+    settings = Settings(texts=(held_out,), longest=16, limit=2)
+    with pytest.raises(EvalError, match="these tasks cannot be run:") as caught:
+        evaluate(model, ["bpb", "qa/trivia", "glue/rte"], ByteTokenizer(), settings)
+    assert f"qa/trivia: the model writes, and a {name} has no `extend`" in str(caught.value)
+    assert "glue/rte: is for an encoder, and the model is a decoder" in str(caught.value)
+    if of.loss is own.apply_loss:
+        assert "bpb: reads logits, and a dict cannot be called" in str(caught.value)
+        return
+    found = evaluate(model, ["bpb", "primitives/copy"], ByteTokenizer(), settings)
+    assert 0 < found["bpb"]["bits_per_byte"] < 20 and "choice" in found["primitives/copy"]
 
 
 # What a model does not read is never ignored -------------------------------------------------------
@@ -183,6 +230,74 @@ def test_a_dict_of_arrays_is_grown_certified_and_carried():
     tx = optax.adam(1e-3)
     state = gj.carry(op, tx.init(trained), tree, optimizer=tx)
     assert state[0].mu.model["mlp"]["down"].shape == (24, 384)
+
+
+def test_a_dict_of_layers_by_number_keeps_its_state_and_a_certificate_sees_through_it():
+    """NNX keys the layers of a list by number; `embed` is what the dict is applied to."""
+    import optax
+
+    rng = np.random.default_rng(0)
+    specs = {"blocks.*.up": "embed -> mlp", "blocks.*.down": "mlp -> embed"}
+    up, down = (jnp.asarray(rng.normal(size=(2, *s)), "float32") for s in [(4, 6), (6, 4)])
+    tree = gj.annotate({"blocks": {i: {"up": up[i], "down": down[i]} for i in range(2)}}, specs)
+
+    def forward(model, x):
+        for block in model.model["blocks"].values():
+            x = x + jnp.tanh(x @ block["up"]) @ block["down"]
+        return x
+
+    x = jnp.asarray(rng.normal(size=(3, 4)), "float32")
+    found = gj.certify(gj.copy(mlp=9), tree, x, forward=forward)
+    assert found.passed and found.forward[-1].floor < 1e-12
+    assert not gj.certify(Forgetful(), tree, x, forward=forward).passed
+    with pytest.raises(AxisError, match="a dict cannot be called; say how it is applied"):
+        gj.certify(gj.copy(mlp=9), tree, x)
+    trained = gj.partition(tree)[0]
+    tx = optax.masked(optax.adam(1e-3), _in_up)
+    state = gj.carry(gj.copy(mlp=9), tx.init(trained), tree, optimizer=tx)
+    assert state.inner_state[0].mu.model["blocks"][1]["up"].shape == (4, 9)
+
+
+def _in_up(tree):
+    return jax.tree_util.tree_map_with_path(lambda path, _: "up" in str(path), tree)
+
+
+class Forgetful(gj.Operator):
+    """Copies hidden units, and halves nothing."""
+
+    exactness = "exact-given-init"
+
+    def maps(self, axes):
+        return [gj.AxisMap("mlp", np.repeat(np.arange(axes.size("mlp")), 2))]
+
+
+class Frozen(Mapping):
+    """A tree that is no dict, as Flax's FrozenDict is."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getitem__(self, key):
+        return self.inner[key]
+
+    def __iter__(self):
+        return iter(self.inner)
+
+    def __len__(self):
+        return len(self.inner)
+
+
+def test_trees_that_no_path_reads_are_refused():
+    jax.tree_util.register_pytree_with_keys(
+        Frozen,
+        lambda tree: ([(jax.tree_util.DictKey("inner"), tree.inner)], None),
+        lambda _, children: Frozen(*children),
+    )
+    with pytest.raises(
+        AxisError, match="w.inner: it is held by a Frozen, .*give plain dicts"
+    ) as caught:
+        gj.annotate({"w": Frozen(jnp.ones(3))}, {"w.inner": "-> embed"})
+    assert "flax.core.unfreeze" in str(caught.value)
 
 
 # On many devices -----------------------------------------------------------------------------------

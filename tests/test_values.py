@@ -52,6 +52,14 @@ def test_classes_of_one_bare_name_never_meet():
     assert chained.operators == (theirs, ours)
     assert there_and_back(own.Causal(8)) == own.Causal(8) != there_and_back(Causal(8))
 
+    @gj.register
+    @dataclasses.dataclass(frozen=True)
+    class Plan:
+        name: str
+
+    assert to_dict(plan())["is"] == "growjax:Plan" != to_dict(Plan("theirs"))["is"]
+    assert there_and_back(Plan("theirs")) == Plan("theirs") and there_and_back(plan()) == plan()
+
 
 def test_a_plan_of_own_values_survives_json(tmp_path):
     before = plan(

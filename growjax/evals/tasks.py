@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from growjax.data import Tokenizer
 from growjax.errors import EvalError, raise_all
@@ -21,7 +21,8 @@ from growjax.evals.minimal_pairs import blimp
 from growjax.evals.questions import closed_book, read_questions, read_squad
 from growjax.evals.reasoning import PRIMITIVES, primitives
 from growjax.evals.spans import SpanRecipe, fine_tune_spans
-from growjax.models.protocol import Kind, kind_of
+from growjax.models import BERT
+from growjax.models.protocol import Kind, kind_of, unwrapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,8 @@ def _no_data(settings: Settings, part: str) -> None:
 
 
 DECODERS: tuple[Kind, ...] = ("causal", "seq2seq")
+# What a task does with a model besides reading its arrays
+Asks = Literal["logits", "extend", "fine-tuning"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Task:
     - `run`: `(candidate, data, settings) -> {metric: number}`.
     - `data`: `(settings, name) -> data`, the files that `run` reads; raises `EvalError` if some lack.
     - `models`: the kinds of models that it is for.
+    - `asks`: what it calls: the model's logits, its `extend` (it writes) or a `BERT` to fine-tune; None
+      is nothing that could be known before.
 
     **Example**
 
@@ -102,6 +107,7 @@ class Task:
     run: Callable[[Candidate, Any, Settings], Scores]
     data: Callable[[Settings, str], Any] = _no_data
     models: tuple[Kind, ...] = (*DECODERS, "encoder")
+    asks: Asks | None = None
 
 
 def evaluate(
@@ -129,11 +135,11 @@ def evaluate(
         evaluate(model, ["bpb", "primitives/copy"], tokenizer, Settings(texts=("held-out.txt",)))
     """
     settings = settings or Settings()
-    candidate, kind = Candidate(model, tokenizer, settings), kind_of(model)
+    candidate = Candidate(model, tokenizer, settings)
     requests, faults = [], [] if tasks else ["expected one at least"]
     for task in _expanded(tasks):
         try:
-            requests.append(_request(task, kind, settings))
+            requests.append(_request(task, model, settings))
         except EvalError as error:
             faults.append(f"{task if isinstance(task, str) else task.name}: {error}")
     raise_all(EvalError, "these tasks cannot be run:", faults)
@@ -169,7 +175,7 @@ def _expanded(tasks: Iterable[str | Task]) -> list[str | Task]:
     return whole
 
 
-def _request(asked: str | Task, kind: Kind, settings: Settings) -> _Request:
+def _request(asked: str | Task, model: Any, settings: Settings) -> _Request:
     """One task with its data found and its number of shots read; raises `EvalError` if it cannot run."""
     name, at, shots = (asked if isinstance(asked, str) else asked.name).partition("@")
     if at and not shots.isdigit():
@@ -182,10 +188,27 @@ def _request(asked: str | Task, kind: Kind, settings: Settings) -> _Request:
         if siblings:
             raise EvalError(f"expected one of {', '.join(siblings)}")
         task, part = HARNESS, name
+    kind = kind_of(model)
     if kind not in task.models:
         wanted = " or ".join(_KINDS[each] for each in task.models)
         raise EvalError(f"is for {wanted}, and the model is {_KINDS[kind]}")
+    lacking = _lacking(model, task.asks)
+    if lacking:
+        raise EvalError(lacking)
     return _Request(name + at + shots, task, task.data(settings, part), settings)
+
+
+def _lacking(model: Any, asks: Asks | None) -> str | None:
+    """Why a model cannot do what a task asks of it; None if it can."""
+    inside = unwrapped(model)
+    name = type(inside).__name__
+    if asks == "fine-tuning" and not isinstance(inside, BERT):
+        return f"fine-tunes a BERT, and the model is a {name}"
+    if asks == "extend" and not hasattr(inside, "extend"):
+        return f"the model writes, and a {name} has no `extend`; see growjax.models.GPT for one"
+    if asks is not None and not (callable(inside) or hasattr(inside, "predict")):
+        return f"reads logits, and a {name} cannot be called; see growjax.models.protocol"
+    return None
 
 
 _KINDS = {"causal": "a decoder", "seq2seq": "an encoder-decoder", "encoder": "an encoder"}
@@ -310,30 +333,73 @@ def _harness(candidate: Candidate, name: str, settings: Settings) -> Any:
 ENCODER: tuple[Kind, ...] = ("encoder",)
 
 _TABLE = [
-    Task("bpb", "bits per byte; an encoder's per masked token", "bits_per_byte", _bits, _texts),
+    Task(
+        "bpb",
+        "bits per byte; an encoder's per masked token",
+        "bits_per_byte",
+        _bits,
+        _texts,
+        asks="logits",
+    ),
     Task(
         "blimp",
         "the likelier of two sentences",
         "accuracy",
         lambda candidate, path, s: blimp(candidate.language, path, limit=s.limit),
         _pairs,
+        asks="logits",
     ),
     *(
-        Task(f"primitives/{name}", "small problems in words", "choice", partial(_primitive, name))
+        Task(
+            f"primitives/{name}",
+            "small problems in words",
+            "choice",
+            partial(_primitive, name),
+            asks="logits",
+        )
         for name in PRIMITIVES
     ),
-    Task("qa/NAME", "closed-book questions", "exact_match", _closed_book, _questions, DECODERS),
+    Task(
+        "qa/NAME",
+        "closed-book questions",
+        "exact_match",
+        _closed_book,
+        _questions,
+        DECODERS,
+        "extend",
+    ),
     *(
-        Task(name, "fine-tuning", "score", partial(_glue, task), partial(_files, task), ENCODER)
+        Task(
+            name,
+            "fine-tuning",
+            "score",
+            partial(_glue, task),
+            partial(_files, task),
+            ENCODER,
+            "fine-tuning",
+        )
         for name, task in GLUE.items()
     ),
     *(
-        Task(f"squad/{x}", "fine-tuning", "score", partial(_spans, no), partial(_squad, x), ENCODER)
+        Task(
+            f"squad/{x}",
+            "fine-tuning",
+            "score",
+            partial(_spans, no),
+            partial(_squad, x),
+            ENCODER,
+            "fine-tuning",
+        )
         for x, no in {"v1.1": None, "v2.0": 0.0}.items()
     ),
 ]
 
 TASKS: dict[str, Task] = {task.name: task for task in _TABLE}
 HARNESS = Task(
-    "any other", "a task of the lm-evaluation-harness", "", _harness, lambda _, name: name
+    "any other",
+    "a task of the lm-evaluation-harness",
+    "",
+    _harness,
+    lambda _, name: name,
+    asks="logits",
 )

@@ -79,7 +79,7 @@ class Model:
 
 def kind_of(model: Any) -> Kind:
     """How a model (or its shapes) reads; see the top of this page."""
-    kind: Any = getattr(_inside(model), "kind", "causal")
+    kind: Any = getattr(unwrapped(model), "kind", "causal")
     if kind not in get_args(Kind):
         raise PlanError(
             f"{type(model).__name__}.kind: expected one of {get_args(Kind)}, got {kind!r}"
@@ -92,7 +92,7 @@ def predictions(model: Any, example: Mapping[str, Array]) -> Float[Array, "T voc
 
     Raises `PlanError` for an example that the model does not read: nothing in it is ever ignored.
     """
-    inside = _inside(model)
+    inside = unwrapped(model)
     name = type(inside).__name__
     if hasattr(inside, "predict"):
         scores = inside.predict(example)
@@ -129,5 +129,6 @@ def _readable(model: Any, example: Mapping[str, Array]) -> dict[str, Array]:
     return given
 
 
-def _inside(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
+    """The model itself, of one that is annotated."""
     return model.model if isinstance(model, annotation.Annotated) else model

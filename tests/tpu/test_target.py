@@ -15,10 +15,11 @@ from growjax.data import MLM, UL2, Causal
 from growjax.errors import LayoutError
 from growjax.forecast.dryrun import dry_run
 from growjax.forecast.pod import COLLECTIVES, Compiled, Target, compile_for
-from growjax.models import GPT, BERTConfig, GPTConfig, LlamaConfig, T5Config
+from growjax.models import GPT, BERTConfig, GPTConfig, LlamaConfig, Model, T5Config
 from growjax.select import RhoLoss
-from growjax.train import Layout, Plan, Schedule, Stage
+from growjax.train import Layout, Plan, Schedule, Stage, cross_entropy
 from growjax.train.commands import show_plan
+from tests import own
 from tests.conftest import DEEP
 
 
@@ -198,6 +199,17 @@ MODELS = {
         UL2(64),
     ),
     "BERT": ("v6e:4x4", BERTConfig(**SIZES, positions=64), MLM(64)),
+    # Models that growjax did not write, and which read no documents
+    "a declared module": (
+        "v5e:4x4",
+        Model(own.mixer, {"layers": 2, "width": 128}),
+        Causal(64, packing="concat"),
+    ),
+    "a dict": (
+        "v5e:4x4",
+        Model(own.parameters, {"width": 128, "hidden": 256}),
+        Causal(64, packing="concat"),
+    ),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "replicas": {"layout": Layout()},
@@ -213,16 +225,29 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_every_model_and_layout_compiles(model, layout):
     """On every generation that is known; what travels is parameters, gradients and sums."""
     target, config, objective = MODELS[model]
-    own = LAYOUTS[layout]["layout"].own_paths
+    drawn = LAYOUTS[layout]["layout"].own_paths
     axis = "encoder_layers" if model == "T5" else "layers"
-    part = gj.random_path(1, keep=(), axis=axis) if own else None
+    part = gj.random_path(1, keep=(), axis=axis) if drawn and model != "a dict" else None
     stage = Stage("only", tokens=1, subnet=part)
-    of = plan(stage, model=config, objective=objective, **LAYOUTS[layout])
+    loss = own.apply_loss if model == "a dict" else cross_entropy
+    of = plan(stage, model=config, objective=objective, loss=loss, **LAYOUTS[layout])
     found = compile_for(of, target)
     assert found.refusals == () and len(found.programs) == 2
     for program in found.programs:
         sent = {k: program.collectives[k] for k in ("all-to-all", "collective-permute")}
         assert program.flops and not any(sent.values()), (program.name, sent)
+
+
+@pytest.mark.parametrize("make", [own.mixed, own.annotated, own.mapping])
+def test_plans_of_models_that_growjax_did_not_write_compile(make):
+    """Every program of theirs: gates that open, layers on top, paths, and a dict of arrays."""
+    of = make(layout=Layout(fsdp=4))
+    found = compile_for(of, "v5e:2x2")
+    assert found.refusals == () and all(p.fits and not p.to_host for p in found.programs)
+    names = {(p.stage, p.name.partition(",")[0]) for p in found.programs}
+    for stage in range(len(of.stages)):
+        assert {(stage, "step"), (stage, "evaluation")} <= names
+        assert ((stage, "growth") in names) == (stage > 0)
 
 
 @pytest.fixture(scope="module")
