@@ -71,12 +71,10 @@ TABLE = """
 -             place = None
 + elif y1 > goal:
 +             pass
-<<<<<<< HEAD
 @ the frontier is read without the logarithm | budget/envelope.py | frontier | logarithm
 - parts += [_crossing(ends, losses, log=True)] if ends else []
 + parts += [_crossing(ends, losses)] if ends else []
 @ nobody waits for a block of steps | forecast/calibration.py | calibration | waited_for
->>>>>>> 8052b76 (Hold arms against the frontier of all that was run of a baseline)
 - jax.block_until_ready(done)
 -     return time.perf_counter_ns() - start
 + return time.perf_counter_ns() - start
