@@ -329,7 +329,7 @@ def test_held_out_windows_are_evenly_spread():
         (dict(rank=2, count=2), "rank: expected one of 2 hosts, counted from 0, got 2"),
         (dict(block=8), "block: expected at least the 16 tokens of a window, got 8"),
         (dict(block=10**6), "corpus: expected at least 1000001 tokens, for one block"),
-        (dict(objective=SpanCorruption(2000)), "needs 111 sentinels and there are 100"),
+        (dict(objective=SpanCorruption(2000)), "needs 111 sentinels, and the tokenizer has 100"),
     ],
 )
 def test_a_wrong_argument_is_named(corpus, arguments, match):

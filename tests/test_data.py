@@ -138,7 +138,7 @@ def test_a_bert_vocabulary(tmp_path):
 
 
 def test_a_tokenizer_that_is_none(tmp_path):
-    with pytest.raises(DataError, match="expected 'bytes' or a file, and 'nowhere' is no file"):
+    with pytest.raises(DataError, match="expected 'bytes' or a file, and 'nowhere' is not a file"):
         load_tokenizer("nowhere")
     with pytest.raises(DataError, match="sentinels of 0 or more and a multiple of 1"):
         ByteTokenizer(sentinels=-1)
@@ -151,7 +151,7 @@ def test_a_tokenizer_that_is_none(tmp_path):
 def test_a_vocabulary_that_contradicts_itself_is_refused():
     with pytest.raises(DataError, match="(?s)pieces: expected.*eos: expected an id below 3") as e:
         Vocabulary("d", "wq.", {"eos": 7, "pad": 0}, (2, 2))
-    assert "pieces say that id 0 is text" in str(e.value) and "each id once" in str(e.value)
+    assert "id 0 is text according to" in str(e.value) and "each id once" in str(e.value)
     with pytest.raises(DataError, match="an eos or a sep token"):
         _ = Vocabulary("d", "w", {}).separator
 
@@ -220,7 +220,7 @@ def test_every_kind_of_bad_line_is_named(tmp_path):
         contents(JSONL(str(tmp_path)))
     for n, fault in [
         (2, "'text' is a int, not text"),
-        (3, "no field 'text'; there are 'other'"),
+        (3, "no field 'text'; it has 'other'"),
         (4, "expected an object, got a list"),
         (5, "Expecting property name"),
         (6, "byte 0xff is not UTF-8"),
@@ -242,7 +242,7 @@ def test_parquet(tmp_path):
     parquet.write_table(pa.table({"text": texts, "n": range(600)}), tmp_path / "a.parquet")
     found = contents(Parquet(str(tmp_path)))
     assert list(found.values()) == texts and list(found)[599] == "a.parquet:599"
-    with pytest.raises(DataError, match="a.parquet: no column 'body'; there are text, n"):
+    with pytest.raises(DataError, match="a.parquet: no column 'body'; its columns are text, n"):
         contents(Parquet(str(tmp_path), "body"))
     with pytest.raises(DataError, match="a.parquet, row 0: 'n' is a int, not text"):
         contents(Parquet(str(tmp_path), "n"))
@@ -289,7 +289,7 @@ def test_hugging_face_folders(tmp_path):
     source = data.HuggingFace(str(tmp_path / "saved"))
     assert contents(source) == {"train:0": "one", "train:1": "two"}
     assert source.fingerprint() == source.fingerprint()
-    with pytest.raises(DataError, match="no column 'body'; there are text, n"):
+    with pytest.raises(DataError, match="no column 'body'; its columns are text, n"):
         contents(data.HuggingFace(str(tmp_path / "saved"), field="body"))
 
 
@@ -304,7 +304,7 @@ def test_the_standard_library_is_always_there():
 def test_a_source_that_is_not_there_or_empty(tmp_path, kind):
     with pytest.raises(DataError, match="nowhere: expected a file or a folder"):
         contents(kind(str(tmp_path / "nowhere")))
-    with pytest.raises(DataError, match="expected files like .*, found none"):
+    with pytest.raises(DataError, match="expected files like .*, got none"):
         contents(kind(str(tmp_path)))
     if kind is not Parquet:
         write(tmp_path, **({"a_txt": ""} if kind is Text else {"a_jsonl": '\n{"text": ""}\n'}))
@@ -377,7 +377,7 @@ def test_something_is_always_held_out(tmp_path):
     assert BYTES.decode(training.tokens) == "one<eos>"
     assert BYTES.decode(held_out.tokens) == "two<eos>"
     (tmp_path / "a/1.txt").unlink()
-    with pytest.raises(DataError, match="one to hold out, found 1 in all"):
+    with pytest.raises(DataError, match="one to hold out, got 1 in all"):
         prepare(Text(str(tmp_path / "a")), BYTES, tmp_path / "c")
     with pytest.raises(DataError, match="held_out: expected 2 or more"):
         prepare(Text(str(tmp_path / "a")), BYTES, tmp_path / "c", held_out=1)
@@ -416,7 +416,7 @@ def flip(path: Path):
 @pytest.mark.parametrize(
     "damage, fault, sizes_tell",
     [
-        (truncate, "bytes, found", True),
+        (truncate, "bytes, got", True),
         (Path.unlink, "No such file", True),
         (flip, "its checksum is not the one", False),
     ],

@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_refused():
     ):
         LanguageModel(GPT_32, ByteTokenizer())
     headless = BERT(BERTConfig(layers=1, positions=8, mlm_head=False, **SIZES), key=KEY)
-    with pytest.raises(EvalError, match="mlm_head; it is off"):
+    with pytest.raises(EvalError, match="expected one with mlm_head=True"):
         LanguageModel(headless, TOKENIZER)
 
     class Bare:
@@ -287,7 +287,7 @@ def test_blimp(kind, packed, pairs, tmp_path):
 
 def test_blimp_needs_its_files(tmp_path):
     language = LanguageModel(GPT_32, TOKENIZER)
-    with pytest.raises(EvalError, match="found none"):
+    with pytest.raises(EvalError, match="got none"):
         blimp(language, tmp_path)
     with pytest.raises(EvalError, match="expected a folder or a tar archive"):
         blimp(language, tmp_path / "missing")

@@ -199,7 +199,7 @@ def test_bad_tables_are_refused(tmp_path):
         read_task(GLUE["glue/rte"], tmp_path, "train")
     write(tmp_path / "QQP" / "train.tsv", ROWS["glue/qqp"][0] + "\nshort\n0\t1\t2\ta\tb\t1\n")
     assert len(read_task(GLUE["glue/qqp"], tmp_path, "train")) == 1
-    with pytest.raises(EvalError, match=r"expected dev.tsv .*there is train.tsv"):
+    with pytest.raises(EvalError, match=r"expected dev.tsv .*got train.tsv"):
         read_task(GLUE["glue/rte"], tmp_path, "dev")
     write(tmp_path / "WNLI" / "dev.tsv", "a\tb\n1\t2\n")
     with pytest.raises(EvalError, match=r"expected columns .*sentence1.*got \['a', 'b'\]"):

@@ -221,7 +221,7 @@ HARM = {
     ),
     "bad bytes": (
         overwrite,
-        "expected words below 384 .* got 65535: the file was changed",
+        "expected ids below 384 .* got 65535: the file was changed",
     ),
 }
 

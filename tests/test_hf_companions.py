@@ -25,8 +25,11 @@ KINDS = {
     ),
     "gguf": ({"model-q4.gguf"}, "model-q4.gguf is quantised for llama.cpp"),
     "pickle": ({"config.json", "pytorch_model.bin"}, "pytorch_model.bin is a pickle"),
-    "variant": ({"config.json", "model.fp16.safetensors"}, "is read once it is called model.safet"),
-    "empty": (set(), "expected config.json, and it is not there"),
+    "variant": (
+        {"config.json", "model.fp16.safetensors"},
+        "rename a variant such as fp16 to model.safet",
+    ),
+    "empty": (set(), "expected config.json in it, got none"),
 }
 
 
@@ -45,17 +48,17 @@ def test_prefixes_of_wrappers_are_stripped_with_a_warning(saved):
     with pytest.warns(UserWarning, match=r"called module\._orig_mod\.\*, as torch.compile"):
         assert_same(model, gj.hf.load(wrapped))
     rewritten(folder, lambda t: t | {"module.x": np.ones(3, np.float32)})
-    with pytest.raises(HuggingFaceError, match="nothing in this model is called so"):
+    with pytest.raises(HuggingFaceError, match="is not a tensor of this model"):
         gj.hf.load(folder)  # not all of them have it: no warning, and nothing is stripped
 
 
 @pytest.mark.parametrize(
     "name, architecture, missing, message",
     [
-        ("llama", "LlamaModel", "lm_head", "LlamaModel has no head, and the model here has one"),
+        ("llama", "LlamaModel", "lm_head", "LlamaModel has no head, and growjax's model has one"),
         ("t5", "T5EncoderModel", "decoder", "T5EncoderModel has no head"),
         ("bert no head", "BertForSequenceClassification", "", "pass ignore=['classifier.*'"),
-        ("bert no head", 7, "", "classifier.weight: nothing in this model"),
+        ("bert no head", 7, "", "classifier.weight: is not a tensor of this model"),
     ],
 )
 def test_a_model_without_the_head_or_with_another_one_says_what_to_do(

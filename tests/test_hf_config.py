@@ -72,7 +72,7 @@ def test_what_t5_derives_from_its_projection_wins_where_it_is_in_the_file(saved)
     }.items():
         config = gj.hf.config(rewritten(folder, dense_act_fn=changes[0], is_gated_act=changes[1]))
         assert (config.activation, config.glu) == expected
-    with pytest.raises(HuggingFaceError, match="wi_0.weight: nothing in this model"):
+    with pytest.raises(HuggingFaceError, match="wi_0.weight: is not a tensor of this model"):
         gj.hf.load(rewritten(folder, is_gated_act=False))
 
 
@@ -102,7 +102,7 @@ def test_spellings_of_one_key_must_agree_and_only_one_is_written(saved, tmp_path
 CONFIGS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "gpt2": [
         ({"n_layer": 3}, "h.2.attn.c_attn.weight: not in the file"),
-        ({"n_layer": 1}, "h.1.attn.c_attn.weight: nothing in this model"),
+        ({"n_layer": 1}, "h.1.attn.c_attn.weight: is not a tensor of this model"),
         ({"n_layer": 10**9}, "n_layer: 1000000000 layers, in 28 tensors"),
         ({"n_embd": -1, "n_head": "two"}, "n_head: expected a positive integer, got 'two'"),
         ({"n_head": 3}, "8 cannot be divided by 3 heads"),
@@ -127,12 +127,12 @@ CONFIGS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"per_layer_config": {"0": {}}}, "per_layer_config: only None"),
         (
             {"rope_scaling": {"rope_type": "default"}, "rope_theta": 10.0},
-            "rope_theta: 10 beside rope_scaling, and 10000.0 in rope_parameters",
+            "rope_theta: 10 for rope_scaling, and 10000.0 in rope_parameters",
         ),
         ({"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor: only 1.0"),
         ({"rope_parameters": {"mscale": 2.0, "beta": 1}}, "rope_parameters.beta: an unknown key"),
         ({"num_key_value_heads": 3}, "4 cannot be divided by 3"),
-        ({"head_dim": 3}, "head_dim: rotary positions turn pairs"),
+        ({"head_dim": 3}, "head_dim: expected an even number"),
         (
             {"rope_parameters": {"rope_type": "yarn"}},
             "rope_type: expected default, linear or llama3",
@@ -153,7 +153,7 @@ CONFIGS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"dense_act_fn": "mish"}, "dense_act_fn: expected one of gelu"),
         ({"feed_forward_proj": "half-gelu"}, "feed_forward_proj: expected an activation"),
         ({"relative_attention_num_buckets": 6}, "expected a multiple of 4"),
-        ({"num_decoder_layers": None}, "decoder.block.2.layer.0.SelfAttention.k.weight: nothing"),
+        ({"num_decoder_layers": None}, "decoder.block.2.layer.0.SelfAttention.k.weight: is not a"),
     ],
 }
 

@@ -136,11 +136,14 @@ SPOILT: dict[str, tuple[Any, str]] = {
     "cut off": (_cut, "not whole"),
     "a huge header": (_huge, "a header of 4,611,686,018,427,387,904 bytes"),
     "a long header": (_long_header, "a header of 30,000,000 bytes in a file of 40,000,000"),
-    "a long config": (_long_config, "25,000,001 bytes are no plausible JSON"),
-    "many names, one twice": (_many_twice, "'0' is there twice"),
-    "nothing in it": (lambda f: (f / WEIGHTS).write_bytes(b""), "it is cut off, or no safetensors"),
+    "a long config": (_long_config, "25,000,001 bytes are too many for JSON"),
+    "many names, one twice": (_many_twice, "repeated keys: '0'"),
+    "nothing in it": (
+        lambda f: (f / WEIGHTS).write_bytes(b""),
+        "the file is cut off, or not safetensors",
+    ),
     "overlapping offsets": (_overlap, "not whole"),
-    "a name twice": (_twice, "'transformer.ln_f.weight' is there twice"),
+    "a name twice": (_twice, "repeated keys: 'transformer.ln_f.weight'"),
     "more than there is": (_promise, "not whole"),
     "a negative shape": (_negative, "transformer.wte.weight: expected a dtype and a shape"),
     "integers": (_integers, "ln_f.bias: is of type I32"),
@@ -149,13 +152,13 @@ SPOILT: dict[str, tuple[Any, str]] = {
     "a pickle": (_pickle, "pytorch_model.bin is a pickle, which can run code"),
     "a link": (_link, "outside the folder; it is not followed"),
     "a pipe": (_pipe, "expected a file"),
-    "no config": (lambda f: (f / "config.json").unlink(), "expected config.json, and it is not"),
+    "no config": (lambda f: (f / "config.json").unlink(), "expected config.json in it, got none"),
     "no JSON": (_config("{"), "not readable as JSON"),
     "a list": (_config("[1]"), "expected a JSON object, got a list"),
-    "NaN": (_config('{"model_type": NaN}'), "NaN is no number"),
+    "NaN": (_config('{"model_type": NaN}'), "NaN is not a number"),
     "deep JSON": (_config("[" * 200_000), "not readable as JSON"),
     "a long number": (_config('{"n_layer": ' + "9" * 10_000 + "}"), "not readable as JSON"),
-    "a key twice": (_config('{"n_layer": 1, "n_layer": 2}'), "'n_layer' is there twice"),
+    "a key twice": (_config('{"n_layer": 1, "n_layer": 2}'), "repeated keys: 'n_layer'"),
 }
 
 
@@ -199,7 +202,7 @@ def test_every_shard_is_there_and_holds_what_the_index_says(shards):
     with pytest.raises(HuggingFaceError, match="in another shard too"):
         gj.hf.load(shards)
     files[1].unlink()
-    with pytest.raises(HuggingFaceError, match="there is no such file"):
+    with pytest.raises(HuggingFaceError, match="does not exist"):
         gj.hf.load(shards)
     index.write_text('{"weight_map": [1]}')
     with pytest.raises(HuggingFaceError, match="expected a weight_map"):

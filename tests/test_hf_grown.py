@@ -118,36 +118,48 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "heads": (
         lambda: _grown("bert", gj.zeros(heads=4)),
         HuggingFaceError,
-        "4 heads of 4 would need embed=16, and it is 8; grow heads along with embed",
+        "4 heads of 4 need embed=16, got 8; grow heads along with embed",
     ),
     "embed": (
         lambda: _grown("llama", gj.zeros(embed=10)),
         HuggingFaceError,
-        "embed: transformers wants a multiple of heads=4, and it is 10",
+        "embed: transformers needs a multiple of heads=4, got 10",
     ),
     "frequencies": (
         lambda: _grown("llama", gj.copy(head_dim=8)),
         HuggingFaceError,
-        "rotary.freqs: the config there can only say",
+        "rotary.freqs: expected 0.001, 0.01, 0.1, 1, as its config determines it, got 0.01, 1",
     ),
-    "epsilon": (_mixed_epsilon, HuggingFaceError, "blocks.block.mlp_norm.eps: the config there"),
+    "epsilon": (
+        _mixed_epsilon,
+        HuggingFaceError,
+        "mlp_norm.eps: expected 1e-05, as its config determines it, got 1e-05, 0.001",
+    ),
     "active": (_switched_off, HuggingFaceError, "blocks.active: layers are switched off"),
-    "QK-norm": (lambda: build("llama", qk_norm=True), HuggingFaceError, "qk_norm: it is False"),
+    "QK-norm": (
+        lambda: build("llama", qk_norm=True),
+        HuggingFaceError,
+        "qk_norm: expected False, got True",
+    ),
     "rotary": (
         lambda: build("gpt2", position="rotary", kv_heads=1),
         HuggingFaceError,
-        "position: it is 'learned' there, and 'rotary' here",
+        "position: expected 'learned', got 'rotary'",
     ),
     "shared keys": (
         lambda: build("gpt2", kv_heads=1),
         HuggingFaceError,
         "kv_heads: 1 for 2 queries",
     ),
-    "pre-LN": (lambda: build("bert", post_norm=False), HuggingFaceError, "post_norm: it is True"),
+    "pre-LN": (
+        lambda: build("bert", post_norm=False),
+        HuggingFaceError,
+        "post_norm: expected True, got False",
+    ),
     "exact GELU": (
         lambda: build("t5 v1.1", activation="gelu"),
         HuggingFaceError,
-        "a gated GELU is the tanh form there",
+        "a gated GELU is the tanh form in T5",
     ),
     "grouped queries in T5": (
         lambda: _grown("t5", gj.copy(group=2)),
@@ -206,7 +218,7 @@ def test_copies_made_from_a_checkpoint_can_learn_unless_they_are_asked_not_to(tm
     _grow(tmp_path, *sizes, "--out", str(tmp_path / "free"))
     record = json.loads((tmp_path / "free" / "certificate.json").read_text())
     assert set(record["certificate"]["locked"].values()) == {0}
-    assert "Everything that is new can learn" in (tmp_path / "free" / "README.md").read_text()
+    assert "All new coordinates can learn" in (tmp_path / "free" / "README.md").read_text()
     equal = "copy(embed=16, shares=equal)"
     _grow(tmp_path, "--by", equal, "--out", str(tmp_path / "equal"))
     card = (tmp_path / "equal" / "README.md").read_text()

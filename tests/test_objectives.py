@@ -195,7 +195,7 @@ def check_pair(out):
 def test_sentinels_never_run_out_unnoticed():
     few = ByteTokenizer(sentinels=2).vocabulary
     objective = SpanCorruption(64)
-    with pytest.raises(DataError, match="needs 3 sentinels and there are 2"):
+    with pytest.raises(DataError, match="needs 3 sentinels, and the tokenizer has 2"):
         objective(window(objective.raw_length), few, rng())
     with pytest.raises(DataError, match="holds sentinels"):
         objective(Window(np.full(objective.raw_length, S0), np.zeros(1)), V, rng())

@@ -1,7 +1,7 @@
-"""The batches of one stage. Batch n is a function of the seed, the stage's cursor and n.
+"""The batches of one stage. Batch n is a function of the seed, the stage's cursor and n alone.
 
-Nothing else has a say: not the number of hosts, not that of threads, and not where a run was resumed.
-So a checkpoint holds no state of a loader, and to resume at step n is to ask for batch n.
+It depends neither on the number of hosts and threads nor on where a run was resumed. So a checkpoint
+holds no state of a loader: a run that resumes at step n asks for batch n.
 """
 
 import dataclasses
@@ -21,18 +21,19 @@ from growjax.errors import DataError, GrowjaxError, raise_all
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batches:
-    """What the steps of a stage are trained on, or one host's share of it.
+    """The training batches of a stage, or one host's share of each.
 
     **Arguments**
 
-    - `corpus`, `objective`: what is read, and what is made of it.
+    - `corpus`, `objective`: the tokens, and how examples are made from windows of them.
     - `batch`: rows of a step, on all hosts together.
-    - `block`: tokens that are shuffled as one; the longest `raw_length` of all stages of a run (None: of
-      this one). Must be the same in all stages, or a corpus is read twice here and never there.
-    - `start`: the cursor: how many blocks the stages before this one used. Their `used(steps)` says it.
-    - `seed`: of the order and of what objectives draw.
+    - `block`: the number of tokens that are shuffled as one unit: the longest `raw_length` of all stages
+      of a run (None is that of this stage). It must be the same in all stages; otherwise parts of the
+      corpus would be read twice and others never.
+    - `start`: the cursor: how many blocks the stages before this one used, from their `used(steps)`.
+    - `seed`: decides the order of blocks and the objectives' random draws.
     - `rank`, `count`: which of how many hosts this is. Host r has the r-th slice of every batch.
-    - `threads`: that read ahead, besides that of `iterate`. They pay off on slow discs only.
+    - `threads`: how many threads read ahead, besides that of `iterate`; useful with slow discs only.
 
     Raises `DataError` that lists every fault.
 
@@ -62,20 +63,20 @@ class Batches:
         return self.batch // self.count
 
     def used(self, steps: int) -> int:
-        """The cursor after so many steps: the next stage's `start`."""
+        """The cursor after this many steps: the next stage's `start`."""
         raw = self.objective.raw_length
         return self.start + blocks_used(steps, batch=self.batch, block=self._block, raw_length=raw)
 
     def batch_at(self, n: int) -> Example:
-        """The rows of step n, which counts from the stage's first."""
+        """The batch of step n, counted from the stage's first step."""
         self._check_step(n)
         rows = [self._rows[n * self.rows + k] for k in range(self.rows)]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def dataset(self, first: int = 0) -> Any:
-        """The batches from step `first` on, as a `grain.IterDataset` without end.
+        """The batches from step `first` on, as an infinite `grain.IterDataset`.
 
-        Its iterators' state counts rows from `first`; `iterate(n)` resumes without any state.
+        The state of its iterators counts rows from `first`; `iterate(n)` resumes without any state.
         """
         from growjax.data import pipeline
 
@@ -84,7 +85,7 @@ class Batches:
         return pipeline.batches(rows, self.rows, self.threads)
 
     def iterate(self, first: int = 0, *, buffer: int = 2) -> "Stream":
-        """The steps from `first` on with their batches, made by a thread up to `buffer` ahead.
+        """`(step, batch)` from step `first` on; a thread prepares up to `buffer` batches ahead.
 
         **Example**
 
@@ -104,17 +105,21 @@ class Batches:
 
     def _index(self, step: int) -> int:
         """The example that a step begins with, counted from the beginning of the run."""
-        each = windows_per_block(self._block, self.objective.raw_length)
-        return self.start * each + step * self.batch
+        per_block = windows_per_block(self._block, self.objective.raw_length)
+        return self.start * per_block + step * self.batch
+
+    # pipeline imports Grain, which takes long and is not needed to plan: so it is imported at first use
 
     @functools.cached_property
     def _examples(self) -> Any:
+        """All examples of the run, as a `grain.MapDataset` indexed from its beginning."""
         from growjax.data import pipeline
 
         return pipeline.examples(self.corpus, self.objective, self._block, self.seed)
 
     @functools.cached_property
     def _rows(self) -> Any:
+        """This host's examples, from the first step of the stage on."""
         from growjax.data import pipeline
 
         return pipeline.rows(self._examples, self._index(0), self.batch, self.rank, self.count)
@@ -125,15 +130,17 @@ class Batches:
 
 
 class Stream:
-    """The batches of a stage as they come, and how long was waited for them.
+    """An iterator over `(step, batch)`, with the time that was waited for batches in `waited`.
 
-    A fault in the thread that makes them is raised here, as the `DataError` that it is. Close it, or use
-    it in a `with`, when it is not needed any more: its thread ends then.
+    A `DataError` in the thread that prepares batches is raised here. Closing the stream, or leaving its
+    `with` block, ends the thread.
     """
 
     def __init__(self, batches: Any, first: int):
+        # A list, which `_end` can empty without a reference to this object
         self._batches, self._next = [batches], first
-        # Also at the end of the program: Grain's iterators cannot be collected after its modules
+        # The finalizer also runs at the exit of the program, since Grain's iterators fail if they are
+        # collected after its modules
         self._end = weakref.finalize(self, _end, self._batches)
         self.waited = 0.0  # seconds, over all batches so far
 
@@ -154,7 +161,7 @@ class Stream:
         return self._next - 1, batch
 
     def close(self) -> None:
-        """End the thread. Asking for another batch is an error then."""
+        """End the thread. Asking for another batch raises `DataError` from then on."""
         self._end()
 
     def __enter__(self) -> "Stream":
@@ -165,18 +172,20 @@ class Stream:
 
 
 def _end(batches: list[Any]) -> None:
+    """Remove the only iterator of a list, and close it."""
     batches.pop().close()
 
 
 def held_out_batch(corpus: Corpus, objective: Objective, rows: int) -> Example:
-    """Windows at even distances, with fixed draws: the same for every seed, stage and run.
+    """A batch of evenly spaced windows with fixed draws: the same for every seed, stage and run.
 
     **Arguments**
 
-    - `corpus`: the one held out.
-    - `rows`: how many. They overlap if the corpus is small.
+    - `corpus`: the held-out corpus.
+    - `rows`: how many windows. They overlap if the corpus is small.
 
-    Raises `DataError` if the corpus is shorter than a window, or has not what the objective needs.
+    Raises `DataError` if the corpus is shorter than a window, or if its vocabulary lacks tokens that the
+    objective needs.
 
     **Example**
 
@@ -188,20 +197,22 @@ def held_out_batch(corpus: Corpus, objective: Objective, rows: int) -> Example:
         faults.append(f"rows: expected 1 or more, got {rows}")
     if len(corpus) < length:
         faults.append(f"corpus: expected the {length} tokens of a window, got {len(corpus)}")
-    raise_all(DataError, "nothing can be held out:", faults)
-    found = []
+    raise_all(DataError, "no held-out batch can be made:", faults)
+    examples = []
     for row, start in enumerate(np.linspace(0, len(corpus) - length, rows).astype(int).tolist()):
         stop = start + length
         window = Window(corpus.read(start, stop), corpus.documents(start, stop))
-        found.append(objective(window, corpus.vocabulary, np.random.default_rng([0, row])))
-    return {name: np.stack([example[name] for example in found]) for name in found[0]}
+        examples.append(objective(window, corpus.vocabulary, np.random.default_rng([0, row])))
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
 def _fit_faults(corpus: Corpus, objective: Objective) -> Iterator[str]:
+    """The special tokens and sentinels that the objective needs and the corpus lacks, as one fault."""
     try:
-        who = type(objective).__name__
-        corpus.vocabulary.require(who, objective.needs, objective.sentinels)
+        name = type(objective).__name__
+        corpus.vocabulary.require(name, objective.needs, objective.sentinels)
     except DataError as error:
+        # Its lines become a list within the list of faults
         yield str(error).replace("\n", "\n    ")
 
 
@@ -216,7 +227,7 @@ def _faults(batches: Batches) -> Iterator[str]:
     ]:
         if not isinstance(value, int | np.integer) or value < least:
             yield f"{name}: expected an integer of {least} or more, got {value!r}"
-            return
+            return  # the checks below compute with these numbers
     if not 0 <= b.rank < b.count:
         yield f"rank: expected one of {b.count} hosts, counted from 0, got {b.rank}"
     if b.batch % b.count:

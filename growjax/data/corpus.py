@@ -1,9 +1,9 @@
-"""Tokens on disk: tokenised once, and never used unless they are what was written.
+"""Tokens on disk: tokenised once, and refused if they have changed since.
 
-A corpus is prepared in a folder of its own, next to where it will be, and renamed when it is whole.
-So a folder with a manifest was complete once, and a run that was killed leaves none. The manifest
-holds sizes and checksums; what does not match them is refused, since it is no longer the text that
-a run was started on.
+A corpus is written to a temporary folder next to its final one, which is renamed when it is complete.
+So a folder with a manifest was complete once, and a process that is killed leaves none. The manifest
+holds sizes and checksums. Files that do not match them are refused, since a run that resumes on them
+would go on with other text than it began with.
 """
 
 import contextlib
@@ -39,11 +39,11 @@ class Corpus:
 
     **Fields**
 
-    - `tokens`: all of them; mapped, so only what is looked at is read.
-    - `starts`: the offset of each document, the first one 0.
-    - `vocabulary`: of the tokenizer that made them.
-    - `text_bytes`: of UTF-8 text that went in; 0 if it was tokens already.
-    - `digest`: tells two corpora apart: results on different ones do not compare.
+    - `tokens`: the tokens of all documents; memory-mapped, so only the parts in use are read.
+    - `starts`: the offset of each document in tokens; the first is 0.
+    - `vocabulary`: the vocabulary of the tokenizer that made the tokens.
+    - `text_bytes`: the size of the text in UTF-8 bytes; 0 if the source was tokens already.
+    - `digest`: identifies the corpus: results on corpora with other digests do not compare.
     - `path`: the file with the tokens, or None if they are in memory.
 
     **Example**
@@ -73,39 +73,41 @@ class Corpus:
         return Corpus(tokens, starts, tokenizer.vocabulary, sum(n for _, n in encoded), digest)
 
     def __repr__(self) -> str:
-        # Looks at no token: error reports print this, and the file may be what is wrong
-        where = "in memory" if self.path is None else str(self.path)
-        return f"Corpus({len(self)} tokens, {len(self.starts)} documents, {where})"
+        # Reads no token: error reports print this, and a mapped file may be the cause of the error
+        location = "in memory" if self.path is None else str(self.path)
+        return f"Corpus({len(self)} tokens, {len(self.starts)} documents, {location})"
 
     def __len__(self) -> int:
         """The number of tokens."""
         return len(self.tokens)
 
     def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        """Some tokens, as int32. Raises `DataError` if their file is gone, shorter, or holds no words.
+        """The tokens from `start` to `stop`, as int32.
 
-        The file is read and not mapped: a mapped file that shrinks ends the process without a word.
+        The file is read and not mapped: if a mapped file shrinks, the operating system kills the process.
+        Raises `DataError` if the file is gone or shorter, or has tokens outside the vocabulary.
         """
         if self.path is None:
             return np.asarray(self.tokens[start:stop]).astype(np.int32)
         dtype = self.tokens.dtype
         try:
-            found = np.fromfile(self.path, dtype, stop - start, offset=start * dtype.itemsize)
+            tokens = np.fromfile(self.path, dtype, stop - start, offset=start * dtype.itemsize)
         except OSError as error:
             raise DataError(f"{self.path}: {error.strerror or error}, while it was read") from error
-        if len(found) < stop - start:
+        if len(tokens) < stop - start:
             raise DataError(
                 f"{self.path}: expected {len(self)} tokens, and the file now ends before token {stop}"
             )
-        if found.size and found.max() >= self.vocabulary.size:
+        if tokens.size and tokens.max() >= self.vocabulary.size:
             raise DataError(
-                f"{self.path}: expected words below {self.vocabulary.size} between tokens {start} and "
-                f"{stop}, got {found.max()}: the file was changed; delete its folder and it is made anew"
+                f"{self.path}: expected ids below {self.vocabulary.size} in tokens {start} to {stop}, "
+                f"got {tokens.max()}: the file was changed; delete its folder and it is made anew"
             )
-        return found.astype(np.int32)
+        return tokens.astype(np.int32)
 
     def documents(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        """For each of some tokens, the ordinal of its document, where that of the first one is 0."""
+        """For each token from `start` to `stop` the number of its document; the first one's is 0."""
+        # Mark the tokens that begin a document, and count the marks up to each token
         first, last = np.searchsorted(self.starts, [start + 1, stop])
         marks = np.zeros(stop - start, np.int32)
         marks[self.starts[first:last] - start] = 1
@@ -114,7 +116,9 @@ class Corpus:
     def bits_per_byte(self, nats: float) -> float:
         """A loss in nats per token as bits per byte of text, which compares across tokenizers."""
         if not self.text_bytes:
-            raise DataError("bits per byte: this corpus was given as tokens; its text is not known")
+            raise DataError(
+                "bits per byte: this corpus was given as tokens, so the size of its text is unknown"
+            )
         return nats / math.log(2) * len(self) / self.text_bytes
 
 
@@ -126,17 +130,18 @@ def prepare(
     held_out: int = 20,
     verify: bool = True,
 ) -> tuple[Corpus, Corpus]:
-    """The corpus to train on and the one held out; tokenises only what `cache` does not have yet.
+    """The training corpus and the held-out corpus of a source, from `cache` or tokenised into it.
 
     **Arguments**
 
-    - `source`, `tokenizer`: what to read, and with what. A change of either is another entry.
+    - `source`, `tokenizer`: the text, and how it is tokenised. Another of either is another cache entry.
     - `cache`: a folder that many corpora can share, and many processes use at once.
-    - `held_out`: a document is held out if the CRC-32 of its name is a multiple of this: about one in
-      `held_out`. If none is, the last one is.
-    - `verify`: read everything once to compare checksums; otherwise only sizes are compared.
+    - `held_out`: a document is held out if the CRC-32 of its name is a multiple of this, about one in
+      `held_out`. If no name is, the last document is held out.
+    - `verify`: whether to read all files to compare checksums; otherwise only sizes are compared.
 
-    Raises `DataError` if the source cannot be read, holds too little, or the cache is damaged.
+    Raises `DataError` if the source cannot be read or has fewer than two documents, or if the cache is
+    damaged.
 
     **Example**
 
@@ -157,7 +162,7 @@ def prepare(
 def load(folder: str | Path, *, verify: bool = True) -> tuple[Corpus, Corpus]:
     """The two corpora of a folder that `prepare` made.
 
-    Raises `DataError` that lists every file which is not as it was written.
+    Raises `DataError` that lists every file that has changed since it was written.
     """
     folder = Path(folder)
     manifest = _manifest(folder)
@@ -178,7 +183,7 @@ def load(folder: str | Path, *, verify: bool = True) -> tuple[Corpus, Corpus]:
 
 
 class _Writer:
-    """Appends documents to the files of one corpus, and knows their sizes and checksums."""
+    """Appends documents to the files of one corpus, and computes their sizes and checksums."""
 
     def __init__(self, folder: Path, dtype: np.dtype, files: contextlib.ExitStack):
         folder.mkdir()
@@ -189,6 +194,7 @@ class _Writer:
         self.sizes = [0 for _ in self.names]
 
     def add(self, tokens: np.ndarray, size: int) -> None:
+        """Append one document of `size` bytes of text."""
         data = tokens.astype(self.dtype).tobytes(), np.int64(self.tokens).tobytes()
         for i, part in enumerate(data):
             self.opened[i].write(part)
@@ -198,6 +204,7 @@ class _Writer:
         self.documents += 1
 
     def summary(self) -> dict[str, Any]:
+        """The corpus's entry in the manifest, once all its files are on the disk."""
         for file in self.opened:
             file.flush()
             os.fsync(file.fileno())
@@ -211,17 +218,17 @@ class _Writer:
 
 
 def _build(source: Source, tokenizer: Tokenizer, target: Path, held_out: int) -> None:
-    """Tokenise into a folder next to the target and rename it, whole or not at all."""
+    """Tokenise into a folder next to the target, and rename it to the target when it is complete."""
     dtype = _dtype(tokenizer.vocabulary)
-    work = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
     try:
         with contextlib.ExitStack() as files:
-            writers = {part: _Writer(work / part, dtype, files) for part in _PARTS}
+            writers = {part: _Writer(temporary / part, dtype, files) for part in _PARTS}
             for part, tokens, size in _divided(source, tokenizer, held_out):
                 writers[part].add(tokens, size)
             parts = {part: writer.summary() for part, writer in writers.items()}
         _write_manifest(
-            work / "manifest.json",
+            temporary / "manifest.json",
             {
                 "format": _FORMAT,
                 "source": repr(source),
@@ -232,21 +239,22 @@ def _build(source: Source, tokenizer: Tokenizer, target: Path, held_out: int) ->
             },
         )
         try:
-            work.rename(target)
+            temporary.rename(target)
         except OSError:
             if not target.exists():
                 raise
-            # Another process has made the same one in the meantime; ours is removed below
+            # Another process has made the same corpus in the meantime; this copy is removed below
     except OSError as error:
         raise DataError(f"{target}: the cache cannot be written: {error}") from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _divided(
     source: Source, tokenizer: Tokenizer, held_out: int
 ) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Every document's part, tokens and bytes. One is kept back: it may be the last."""
+    """`(part, tokens, bytes)` of every document; `part` is one of `_PARTS`."""
+    # The last training document waits in `pending`: it is held out if no other document is
     pending, counts = None, dict.fromkeys(_PARTS, 0)
     for document in source.documents():
         tokens, size = _encode(document, tokenizer)
@@ -266,13 +274,16 @@ def _divided(
         yield part, *pending
     if not all(counts.values()):
         raise DataError(
-            f"{source}: expected at least one document to train on and one to hold out, found "
+            f"{source}: expected at least one document to train on and one to hold out, got "
             f"{sum(counts.values())} in all; cut the text into more documents"
         )
 
 
 def _encode(document: Document, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
-    """A document's tokens with the separator, and its bytes; an empty one has neither."""
+    """A document's tokens with the separator, and the bytes of its text; nothing for an empty one.
+
+    A document of tokens is taken as it is, without a separator, and counts 0 bytes.
+    """
     vocabulary, content = tokenizer.vocabulary, document.content
     if isinstance(content, np.ndarray):
         if len(content) and not 0 <= content.min() <= content.max() < vocabulary.size:
@@ -288,11 +299,12 @@ def _encode(document: Document, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
 
 
 def _dtype(vocabulary: Vocabulary) -> np.dtype:
+    """The type of tokens in files: two bytes each if the vocabulary allows, or four."""
     return np.dtype("<u2" if vocabulary.size <= 1 << 16 else "<u4")
 
 
 def _vocabulary(saved: dict[str, Any], folder: Path) -> Vocabulary:
-    # Corpora that were prepared before values had names say the fields alone
+    # Manifests written before values had tags hold the fields alone
     named = {"is": "growjax:Vocabulary", **saved}
     return values.from_dict(named, Vocabulary, error=DataError, source=str(folder))
 
@@ -308,24 +320,26 @@ def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, without its seal. Raises `DataError` if it is not as it was written."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         seal = manifest.pop("seal")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(
-            f"{path}: expected the manifest of a prepared corpus; it cannot be read ({error}). Delete "
-            "the folder and it is made anew"
+            f"{path}: the manifest of a prepared corpus cannot be read ({error}); delete the folder and "
+            "it is made anew"
         ) from error
     if seal != _seal(manifest) or manifest.get("format") != _FORMAT:
         raise DataError(
-            f"{path}: it was changed after it was written, or is of another version. Delete the folder "
-            "and it is made anew"
+            f"{path}: was changed after it was written, or is of another version of growjax; delete the "
+            "folder and it is made anew"
         )
     return manifest
 
 
 def _seal(manifest: dict[str, Any]) -> str:
+    """The checksum of a manifest's contents, which tells whether it was edited."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
@@ -333,7 +347,7 @@ def _file_faults(path: Path, expected: dict[str, Any], verify: bool) -> Iterator
     try:
         size = path.stat().st_size
         if size != expected["size"]:
-            yield f"{path}: expected {expected['size']} bytes, found {size}"
+            yield f"{path}: expected {expected['size']} bytes, got {size}"
         elif verify and _sha256(path) != expected["sha256"]:
             yield f"{path}: its checksum is not the one in the manifest"
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Span corruption and the mixtures of it: a window with spans cut out, and the spans as the target.
+"""Span corruption and UL2: the input is a window with spans cut out, the target those spans.
 
-The recipe is that of T5 (Raffel et al., 2020): how many tokens and spans are cut out depends on the
-window's length alone, and where they are is uniform over all ways to place so many. So the lengths of
-inputs and targets are known before any text is, and every example has the same shapes.
+The method is that of T5 (Raffel et al., 2020): the numbers of tokens and spans to cut out depend on the
+window's length alone, and their places are uniform over all arrangements. So the lengths of inputs and
+targets do not depend on the text, and every example has the same shapes.
 """
 
 import bisect
@@ -30,7 +30,7 @@ Span = Annotated[float, Range("a mean length of 1 or more", lambda x: x >= 1)]
 def span_counts(length: int, rate: float, span: float) -> tuple[int, int]:
     """How many tokens of a window are cut out, and in how many spans of `span` tokens on average.
 
-    T5's numbers, but never more spans than there are tokens to cut out or to stand between them.
+    These are T5's numbers, with no more spans than tokens cut out, or tokens left to separate them.
 
     **Example**
 
@@ -42,7 +42,7 @@ def span_counts(length: int, rate: float, span: float) -> tuple[int, int]:
 
 
 def span_lengths(length: int, rate: float, span: float) -> tuple[int, int]:
-    """The lengths of inputs and targets, with the sentinels and one `eos` each.
+    """The lengths of inputs and targets in tokens, with their sentinels and one `eos` each.
 
     **Example**
 
@@ -53,7 +53,7 @@ def span_lengths(length: int, rate: float, span: float) -> tuple[int, int]:
 
 
 def partition(n: int, parts: int, rng: np.random.Generator) -> Int[np.ndarray, " parts"]:
-    """`n` as a sum of so many positive numbers, uniform over all such sums, whose order counts."""
+    """Positive integers that sum to `n`, drawn uniformly from all such sequences of `parts`."""
     cuts = np.sort(rng.choice(n - 1, parts - 1, replace=False)) + 1
     return np.diff(np.concatenate([[0], cuts, [n]]))
 
@@ -61,7 +61,8 @@ def partition(n: int, parts: int, rng: np.random.Generator) -> Int[np.ndarray, "
 def span_mask(
     length: int, noise: int, spans: int, rng: np.random.Generator
 ) -> Bool[np.ndarray, " length"]:
-    """True at the tokens to cut out. It begins with one that is kept and ends with one that is not."""
+    """True at the tokens to cut out, as T5 draws them: the first is always False, the last True."""
+    # Runs of tokens left in and cut out, alternating: [spans, 2]
     runs = np.stack([partition(length - noise, spans, rng), partition(noise, spans, rng)], 1)
     return np.repeat(np.tile([False, True], spans), runs.ravel())
 
@@ -69,13 +70,14 @@ def span_mask(
 def corrupt(
     tokens: Int[np.ndarray, " n"], mask: Bool[np.ndarray, " n"], vocabulary: Vocabulary
 ) -> tuple[Int[np.ndarray, " i"], Int[np.ndarray, " t"]]:
-    """Inputs, with a sentinel for each span, and targets, each span after its sentinel; `eos` ends both.
+    """Inputs and targets of a window.
 
-    Raises `DataError` if there are more spans than sentinels, or the text holds a sentinel already.
+    The inputs have a sentinel in place of each span, the targets each span behind its sentinel; `eos`
+    ends both. Raises `DataError` for more spans than sentinels, and for text that contains sentinels.
     """
     if vocabulary.is_sentinel[tokens].any():
         raise DataError(
-            "the text holds sentinels, which stand for what is cut out; another tokenizer made it"
+            "the text holds sentinels, which stand for spans that are cut out; another tokenizer made it"
         )
     firsts = mask & ~np.concatenate([[False], mask[:-1]])
     spans = int(firsts.sum())
@@ -83,7 +85,7 @@ def corrupt(
     sentinels, eos = vocabulary.sentinel_ids[:spans], vocabulary.specials["eos"]
     inputs = tokens.copy()
     inputs[firsts] = sentinels
-    # Told from where noise starts, not from the kept runs: these need not come first after a roll
+    # A sentinel goes before the first token of each span among the tokens cut out
     targets = np.insert(tokens[mask], np.flatnonzero(firsts[mask]), sentinels)
     return np.append(inputs[~mask | firsts], eos), np.append(targets, eos)
 
@@ -91,53 +93,65 @@ def corrupt(
 def restore(
     inputs: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray, vocabulary: Vocabulary
 ) -> list[int]:
-    """The text of an example: the target's spans put back where their sentinels stand in the input.
+    """The tokens of the window that an example was made from: spans of the target put back in the input.
 
     Padding, the final `eos` and a mode token are dropped; without sentinels the target follows the
-    input. Raises `DataError` if the sentinels of the two are not the same.
+    input. Raises `DataError` unless both have the same sentinels in the same order.
 
     **Example**
 
         restore(example["encoder_tokens"], example["targets"], vocabulary)
     """
-    source, written = (_stripped(tokens, vocabulary) for tokens in (inputs, targets))
+    source, target = (_without_end(tokens, vocabulary) for tokens in (inputs, targets))
     if source and source[0] in [vocabulary.specials.get(mode) for mode in MODES]:
         source = source[1:]
-    known = set(vocabulary.sentinels)
-    order = [t for t in written if t in known]
-    if order != [t for t in source if t in known] or len(set(order)) < len(order):
+    sentinels = set(vocabulary.sentinels)
+    order = [token for token in target if token in sentinels]
+    if order != [token for token in source if token in sentinels] or len(set(order)) < len(order):
         raise DataError("restore: expected the same sentinels, once each, in inputs and targets")
     if not order:
-        return source + written
-    if written[0] not in known:
+        return source + target
+    if target[0] not in sentinels:
         raise DataError("restore: expected targets that begin with a sentinel")
     spans: dict[int, list[int]] = {}
-    current = written[0]
-    for token in written:
-        current = token if token in known else current
-        spans.setdefault(current, []).extend([] if token in known else [token])
-    return [t for token in source for t in spans.get(token, [token])]
+    current = target[0]
+    for token in target:
+        if token in sentinels:
+            current = token
+            spans[current] = []
+        else:
+            spans[current].append(token)
+    restored: list[int] = []
+    for token in source:
+        restored += spans.get(token, [token])
+    return restored
 
 
-def _stripped(tokens: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> list[int]:
-    """The tokens up to the last `eos`, which ends them; only padding comes after it."""
-    found = [int(t) for t in tokens]
+def _without_end(tokens: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> list[int]:
+    """The tokens before the last `eos`, without it and the padding after it."""
+    ids = [int(token) for token in tokens]
     eos = vocabulary.specials["eos"]
-    if eos not in found:
+    if eos not in ids:
         raise DataError("restore: expected inputs and targets that each end with eos")
-    return found[: len(found) - 1 - found[::-1].index(eos)]
+    last = len(ids) - 1 - ids[::-1].index(eos)
+    return ids[:last]
 
 
 @functools.lru_cache(maxsize=256)
 def _longest(inputs: int, targets: int | None, rate: float, span: float | None, extra: int) -> int:
-    """The longest window whose inputs and targets fit with `extra` more tokens each; 1 if none does."""
+    """The longest window whose inputs and targets fit into these lengths; 1 if no window does.
+
+    `extra` more tokens are reserved in each. `targets` None is no limit; `span` None is one span.
+    """
 
     def too_long(length: int) -> bool:
         mean = span if span is not None else float(length)
-        needed, written = span_lengths(length, rate, mean)
-        return needed + extra > inputs or (targets is not None and written + extra > targets)
+        inputs_needed, targets_needed = span_lengths(length, rate, mean)
+        if inputs_needed + extra > inputs:
+            return True
+        return targets is not None and targets_needed + extra > targets
 
-    # Both lengths never fall as the window grows, so what fits is everything up to a limit.
+    # Both lengths never fall as the window grows: so double until it is too long, then bisect
     high = 2
     while not too_long(high):
         high *= 2
@@ -153,16 +167,16 @@ class SpanCorruption:
     """Predict spans that were cut out (T5), for an encoder and a decoder.
 
     Gives `encoder_tokens` and `encoder_mask`, `[inputs_length]`, and `decoder_tokens`, `decoder_mask`,
-    `targets` and `weights`, `[targets_length]`. A window has `raw_length` tokens: the most whose
-    inputs fit, so there is no padding to speak of.
+    `targets` and `weights`, `[targets_length]`. A window has `raw_length` tokens, the most whose inputs
+    fit, so hardly any padding is needed.
 
     **Arguments**
 
-    - `inputs_length`: the encoder's tokens.
+    - `inputs_length`: the length of the encoder's input in tokens.
     - `rate`: the share of the window that is cut out.
     - `span`: the mean length of a span.
-    - `roll`: turn the window's mask by a random number of places. Otherwise the first token is never
-      cut out and the last one always. Costs one token, for the span that may be cut in two.
+    - `roll`: whether to rotate the window's mask by a random distance. Otherwise the first token is never
+      cut out and the last one always is. It costs one token, for a span that the rotation cuts in two.
 
     **Example**
 
@@ -191,7 +205,7 @@ class SpanCorruption:
 
     @property
     def targets_length(self) -> int:
-        """The decoder's tokens."""
+        """The length of the decoder's targets in tokens."""
         return span_lengths(self.raw_length, self.rate, self.span)[1] + self.roll
 
     @property
@@ -215,11 +229,11 @@ MODES = ("R", "S", "X")
 @register
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """One part of a mixture.
+    """One part of UL2's mixture: span corruption with its own rate, span length and mode token.
 
     **Arguments**
 
-    - `mode`: the token that announces it: `"R"` regular, `"S"` sequential, `"X"` extreme.
+    - `mode`: the token that begins its inputs: `"R"` regular, `"S"` sequential, `"X"` extreme.
     - `rate`: the share of the window that is cut out.
     - `span`: the mean length of a span; None for one span, which is then the end of the window.
     """
@@ -232,6 +246,7 @@ class Denoiser:
         check(self, DataError)
 
 
+# UL2's seven, as published
 DENOISERS = (
     Denoiser("R", 0.15, 3.0),
     Denoiser("R", 0.15, 8.0),
@@ -246,18 +261,19 @@ DENOISERS = (
 @register
 @dataclasses.dataclass(frozen=True)
 class UL2:
-    """A mixture of denoisers, each announced by its mode token (Tay et al., "UL2", 2023).
+    """A mixture of denoisers, each with a mode token at the start (Tay et al., "UL2", 2023).
 
-    Each example draws its denoiser. All take windows of one `raw_length`, the longest that fits them
-    all, and are padded. As a pair the keys are those of `SpanCorruption`; as a decoder `[mode] inputs
-    targets` stand in one row of `inputs_length + targets_length`, and the keys are those of `PrefixLM`.
+    Each example draws its denoiser. All denoisers read windows of one `raw_length`, the longest that fits
+    each of them, and are padded. For an encoder-decoder the keys are those of `SpanCorruption`; for a
+    decoder `[mode] inputs targets` form one row of `inputs_length + targets_length`, and the keys are
+    those of `PrefixLM`.
 
     **Arguments**
 
-    - `inputs_length`, `targets_length`: the tokens of inputs, with the mode token, and of targets; None
-      for as many as the longest target needs.
-    - `denoisers`, `weights`: the parts, and how often each is drawn; None for equally often.
-    - `split`: of the parts with one span, `"fixed"` cuts out the last `rate` of the window, `"uniform"`
+    - `inputs_length`, `targets_length`: the lengths of inputs, with the mode token, and of targets in
+      tokens; None is the length that the longest target needs.
+    - `denoisers`, `weights`: the denoisers, and their relative frequencies; None is equal frequencies.
+    - `split`: for denoisers with one span, `"fixed"` cuts out the last `rate` of the window, `"uniform"`
       an end of any length that fits.
     - `form`: `"seq2seq"` or `"decoder"`.
 
@@ -290,14 +306,14 @@ class UL2:
 
     @property
     def raw_length(self) -> int:
-        # Targets have no mode token; `_longest` charges it to both, so they are given one more
-        given = self.targets_length
-        limits = self.inputs_length, None if given is None else given + 1
-        return min(_longest(*limits, d.rate, d.span, 1) for d in self.denoisers)
+        # One extra token is the mode token of the inputs. `_longest` reserves it in the targets too,
+        # which have none: so their limit is one more
+        targets = None if self.targets_length is None else self.targets_length + 1
+        return min(_longest(self.inputs_length, targets, d.rate, d.span, 1) for d in self.denoisers)
 
     @property
     def written(self) -> int:
-        """The decoder's tokens: `targets_length`, or what the longest target needs."""
+        """The length of the targets in tokens: `targets_length`, or that of the longest target."""
         if self.targets_length is not None:
             return self.targets_length
         raw = self.raw_length
@@ -323,6 +339,7 @@ class UL2:
         return prefixed(row, len(inputs), length, vocabulary.specials["pad"])
 
     def _draw(self, rng: np.random.Generator) -> int:
+        """The index of a denoiser."""
         weights = np.array(self.weights or [1.0] * len(self.denoisers))
         return int(rng.choice(len(weights), p=weights / weights.sum()))
 
@@ -330,7 +347,8 @@ class UL2:
         self, denoiser: Denoiser, length: int, rng: np.random.Generator
     ) -> Bool[np.ndarray, " length"]:
         if denoiser.span is None and self.split == "uniform":
-            # What is kept fits beside mode, sentinel and eos; what is cut out beside sentinel and eos
+            # Cut out an end of the window: the inputs hold the rest with mode, sentinel and eos, the
+            # targets the end with sentinel and eos
             least, most = max(1, length + 3 - self.inputs_length), min(length - 1, self.written - 2)
             return np.arange(length) >= length - rng.integers(least, most + 1)
         counts = span_counts(length, denoiser.rate, denoiser.span or length)
@@ -338,6 +356,6 @@ class UL2:
 
 
 def weight_faults(weights: Sequence[float] | None, parts: int) -> Iterator[str]:
-    """Why these are not the weights of so many parts."""
+    """The fault of weights that are not one for each of `parts`, or sum to 0."""
     if weights is not None and (len(weights) != parts or not sum(weights) > 0):
         yield f"weights: expected one of 0 or more for each of {parts} parts, got {weights!r}"

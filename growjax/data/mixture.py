@@ -1,4 +1,4 @@
-"""Several objectives for one model: each example draws the one it is made by."""
+"""Several objectives for one model: each example is made by one of them, drawn at random."""
 
 import dataclasses
 import functools
@@ -20,14 +20,14 @@ from growjax.values import at_least, check, register
 class Mixture:
     """A mixture of objectives for one kind of model, such as causal, prefix and denoising for a decoder.
 
-    Examples of all parts have the same keys and shapes: shorter ones are padded with zeros, which weigh
-    nothing, and a part without a prefix has one of no tokens. A part that reads less of the window
-    reads its beginning.
+    Examples of all parts have the same keys and shapes: shorter ones are padded with zeros, whose weight
+    is 0, and a part without a prefix has an empty one. A part with a shorter `raw_length` than the
+    mixture reads the beginning of each window.
 
     **Arguments**
 
-    - `parts`: the objectives; all for decoders, or all for pairs.
-    - `weights`: how often each is drawn; None for equally often.
+    - `parts`: the objectives; all for decoders, or all for encoder-decoders.
+    - `weights`: their relative frequencies; None is equal frequencies.
 
     **Example**
 
@@ -46,7 +46,10 @@ class Mixture:
             yield "parts: expected objectives such as Causal(128), got none"
             return
         if len({"encoder_tokens" in batch_shapes(part, 1) for part in self.parts}) > 1:
-            yield "parts: some make examples for decoders and some pairs; one model reads one kind"
+            yield (
+                "parts: some make examples for decoders and some for encoder-decoders; one model reads "
+                "one kind"
+            )
         yield from weight_faults(self.weights, len(self.parts))
 
     @property
@@ -68,7 +71,7 @@ class Mixture:
 
     @functools.cached_property
     def _shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The largest array of each name, over all parts."""
+        """The longest array of each name over all parts, with an axis of 1 row in front."""
         shapes: dict[str, jax.ShapeDtypeStruct] = {}
         for part in self.parts:
             for name, x in batch_shapes(part, 1).items():
@@ -82,6 +85,7 @@ class Mixture:
         example = part(_beginning(window, part), vocabulary, rng)
         out: Example = {name: np.zeros(x.shape[1:], x.dtype) for name, x in self._shapes.items()}
         if "positions" in out:
+            # Padding gets positions that go on, as if the example were as long as the longest
             out["positions"] = np.arange(len(out["positions"])).astype(np.int32)
         for name, x in example.items():
             out[name][: len(x)] = x
@@ -89,5 +93,6 @@ class Mixture:
 
 
 def _beginning(window: Window, part: Objective) -> Window:
+    """The tokens of a window that a part reads."""
     n = part.raw_length + part.lookahead
     return Window(*(x[:n] for x in window))

@@ -1,10 +1,10 @@
-"""What a model is asked to predict: functions from a window of tokens to one training example.
+"""Training objectives: functions from a window of tokens to one training example.
 
 An objective is plain data. Called with a window, a vocabulary and a random generator, it returns NumPy
-arrays whose shapes depend on nothing but the objective, so that a stage compiles once.
+arrays whose shapes depend on the objective alone, so that a stage compiles once.
 
-Every example has `targets` and `weights`: the loss is the mean of the cross-entropy over positions
-weighted by `weights`, which are 1 where a prediction counts and 0 elsewhere.
+Every example has `targets` and `weights`: the loss is the weighted mean of the cross-entropy over
+positions; `weights` are 1 where a prediction counts and 0 elsewhere.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from growjax.values import Range, Size, at_least, base, check, ranged, register
 
 Example = dict[str, np.ndarray]
 
-# Tokens of an example, whose arrays are made to see their shapes
+# The most tokens of an example: `batch_shapes` makes one to learn its shapes, which takes memory
 LONGEST = 2**24
 Length = Annotated[Size, Range("at most 2**24 tokens", lambda n: n <= LONGEST)]
 _THREE = Range(
@@ -33,7 +33,7 @@ _THREE = Range(
 
 
 class Window(NamedTuple):
-    """A stretch of a corpus: its tokens, and for each the ordinal of its document, from 0."""
+    """Consecutive tokens of a corpus, and for each the number of its document in the window, from 0."""
 
     tokens: Int[np.ndarray, " n"]
     documents: Int[np.ndarray, " n"]
@@ -41,7 +41,7 @@ class Window(NamedTuple):
 
 @base("an objective such as Causal(128)")
 class Objective(Protocol):
-    """What an objective can do: a frozen, hashable value, so that a plan can hold it."""
+    """The interface of an objective: a frozen, hashable value, so that a plan can hold it."""
 
     @property
     def raw_length(self) -> int:
@@ -50,31 +50,32 @@ class Objective(Protocol):
 
     @property
     def lookahead(self) -> int:
-        """How many tokens after those it must see: 1 if the last one has a target, else 0."""
+        """How many tokens after those it also reads: 1 if the last one has a target, else 0."""
         ...
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The special tokens it uses."""
+        """The names of the special tokens that it uses."""
         ...
 
     @property
     def sentinels(self) -> int:
-        """How many sentinels it uses at most."""
+        """The most sentinels that an example uses."""
         ...
 
     def __call__(self, window: Window, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
-        """One example of a window of `raw_length + lookahead` tokens."""
+        """The example made from a window of `raw_length + lookahead` tokens."""
         ...
 
 
 def batch_shapes(objective: Objective, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and types of a batch: what a step can be compiled for before there is any data.
+    """The shapes and dtypes of a batch, from which a step can be compiled before any data is read.
 
     **Example**
 
         batch_shapes(Causal(128), 16)["tokens"].shape     # (16, 128)
     """
+    # The shapes depend on the objective alone, so an example of any tokens has them
     vocabulary = ByteTokenizer(sentinels=objective.sentinels).vocabulary
     blank = np.zeros(objective.raw_length + objective.lookahead, np.int32)
     example = objective(Window(blank, blank), vocabulary, np.random.default_rng(0))
@@ -86,15 +87,14 @@ def batch_shapes(objective: Objective, rows: int) -> dict[str, jax.ShapeDtypeStr
 class Causal:
     """Predict every token from those before it.
 
-    Gives `tokens`, `targets` and `weights`, and where documents are told apart `segments` and
-    `positions`, each `[length]`. Windows overlap by one token, so that every token of a block is a
-    target once.
+    Gives `tokens`, `targets` and `weights`, and with `"segments"` also `segments` and `positions`, each
+    `[length]`. Windows overlap by one token, so that every token of a block is a target once.
 
     **Arguments**
 
     - `length`: tokens per example.
     - `packing`: `"segments"` numbers the documents of a window from 0, restarts positions at each, and
-      asks for no token across a border; `"concat"` takes the window for one document.
+      gives weight 0 to the first token of a document; `"concat"` treats the window as one document.
 
     **Example**
 
@@ -118,18 +118,20 @@ class Causal:
         del vocabulary, rng
         tokens, documents = window
         if self.packing == "concat":
-            # Without segments attention needs no mask but the causal one
+            # Without segments attention needs the causal mask alone
             weights = np.ones(self.length, np.float32)
             return {"tokens": tokens[:-1], "targets": tokens[1:], "weights": weights}
         segments = documents[:-1]
-        places = np.arange(self.length, dtype=np.int32)
+        index = np.arange(self.length, dtype=np.int32)
         firsts = np.concatenate([[True], segments[1:] != segments[:-1]])
+        # For each token, the index of the first token of its document
+        begins = np.maximum.accumulate(np.where(firsts, index, 0))
         return {
             "tokens": tokens[:-1],
             "targets": tokens[1:],
             "weights": (documents[1:] == segments).astype(np.float32),
             "segments": segments,
-            "positions": places - np.maximum.accumulate(np.where(firsts, places, 0)),
+            "positions": index - begins,
         }
 
 
@@ -138,9 +140,9 @@ class Causal:
 class PrefixLM:
     """Predict the rest of a window from a prefix of random length, uniform in [1, length - 1].
 
-    As a decoder it gives what `Causal` gives, and `prefix`, True where attention may be bidirectional.
-    As a pair for an encoder and a decoder it gives `encoder_tokens`, `encoder_mask`, `decoder_tokens`,
-    `decoder_mask`, `targets` and `weights`, each `[length]`. Documents are not told apart.
+    For a decoder it gives the keys of `Causal`, and `prefix`, True where attention may be bidirectional.
+    For an encoder-decoder it gives `encoder_tokens`, `encoder_mask`, `decoder_tokens`, `decoder_mask`,
+    `targets` and `weights`, each `[length]`. A window is treated as one document.
 
     **Arguments**
 
@@ -185,20 +187,20 @@ class PrefixLM:
 class MLM:
     """Masked language modelling (Devlin et al., "BERT", 2019): predict some tokens from all others.
 
-    Gives `tokens`, `targets`, `weights` and `mask` (True at real tokens), each `[length]`. Targets are 0
-    where nothing is predicted. Special tokens are never chosen, and never put in for others.
+    Gives `tokens`, `targets`, `weights` and `mask` (False at padding), each `[length]`. Targets are 0
+    where nothing is predicted. Special tokens are never predicted, and never replace others.
 
     **Arguments**
 
-    - `length`: tokens per example, including those of the frame.
-    - `rate`: the share of the tokens that is predicted.
+    - `length`: tokens per example, including `cls` and `sep`.
+    - `rate`: the share of the tokens to predict.
     - `mode`: `"exact"` chooses `max(1, round(rate * length))` tokens of every row, as BERT did;
-      `"bernoulli"` lets each be chosen with probability `rate`, as RoBERTa's usual code does.
-    - `whole_word`: choose all pieces of a word or none. With `"exact"` a word that would exceed the
-      number is skipped.
-    - `replace`: the probabilities that a chosen token becomes `mask`, becomes any other text token, and
+      `"bernoulli"` chooses each with probability `rate`, as RoBERTa's usual code does.
+    - `whole_word`: whether all pieces of a word are chosen together. With `"exact"`, a word that would
+      exceed the number is skipped.
+    - `replace`: the probabilities that a chosen token becomes `mask`, becomes a random text token, and
       stays; drawn for each token.
-    - `max_predictions`: the largest number chosen in a row, with `"exact"`.
+    - `max_predictions`: the most tokens chosen in a row, with `"exact"`.
     - `frame`: whether an example begins with `cls` and ends with `sep`.
 
     **Example**
@@ -221,7 +223,7 @@ class MLM:
 
     def _faults(self) -> Iterator[str]:
         if self.frame and self.length < 3:
-            yield f"length: expected 3 or more tokens, two of them for the frame, got {self.length}"
+            yield f"length: expected 3 or more tokens, two of them cls and sep, got {self.length}"
         if self.max_predictions is not None and self.mode != "exact":
             yield f"max_predictions: is for mode='exact', got {self.max_predictions!r}"
 
@@ -235,9 +237,9 @@ class MLM:
 
     @property
     def predictions(self) -> int:
-        """How many tokens `mode="exact"` chooses, where there are that many."""
-        wanted = max(1, round(self.rate * self.length))
-        return wanted if self.max_predictions is None else min(wanted, self.max_predictions)
+        """The most tokens that `mode="exact"` chooses in a row; a row of few text tokens has fewer."""
+        number = max(1, round(self.rate * self.length))
+        return number if self.max_predictions is None else min(number, self.max_predictions)
 
     def __call__(self, window: Window, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
         v, tokens = vocabulary, window.tokens
@@ -245,11 +247,13 @@ class MLM:
             tokens = np.concatenate([[v.specials["cls"]], tokens, [v.specials["sep"]]])
         tokens = tokens.astype(np.int32)
         chosen = self._choose(tokens, v, rng)
+        # One uniform draw for each token: below the first threshold it becomes `mask`, below the second
+        # another token, and above it stays
         draw = rng.random(len(tokens))
-        hidden, other = np.cumsum(self.replace)[:2]
-        masked = np.where(chosen & (draw < hidden), np.int32(v.specials["mask"]), tokens)
-        swapped = chosen & (draw >= hidden) & (draw < other)
-        masked[swapped] = rng.choice(v.text_ids, swapped.sum())
+        to_mask, to_other = np.cumsum(self.replace)[:2]
+        masked = np.where(chosen & (draw < to_mask), np.int32(v.specials["mask"]), tokens)
+        replaced = chosen & (draw >= to_mask) & (draw < to_other)
+        masked[replaced] = rng.choice(v.text_ids, replaced.sum())
         pad = v.specials.get("pad", -1)
         return {
             "tokens": masked,
@@ -261,23 +265,25 @@ class MLM:
     def _choose(
         self, tokens: np.ndarray, vocabulary: Vocabulary, rng: np.random.Generator
     ) -> Bool[np.ndarray, " length"]:
+        """True at the tokens to predict."""
         text = vocabulary.is_text[tokens]
+        # A unit, which is chosen as a whole, is a word or a token; for each token the number of its unit
         units = vocabulary.words(tokens) if self.whole_word else np.arange(len(tokens))
         candidates, sizes = np.unique(units[text], return_counts=True)
         if self.mode == "bernoulli":
-            taken = candidates[rng.random(len(candidates)) < self.rate]
+            chosen = candidates[rng.random(len(candidates)) < self.rate]
         else:
             order = rng.permutation(len(candidates))
-            taken = candidates[order[_greedy(sizes[order], self.predictions)]]
-        return np.isin(units, taken)
+            chosen = candidates[order[_greedy(sizes[order], self.predictions)]]
+        return np.isin(units, chosen)
 
 
 def _greedy(sizes: np.ndarray, budget: int) -> list[int]:
-    """The places of the units that are taken, in order, without exceeding the budget."""
+    """The indices of units, taken in order, skipping those that would exceed the budget of tokens."""
     taken: list[int] = []
-    for place, size in enumerate(sizes.tolist()):
+    for i, size in enumerate(sizes.tolist()):
         if size <= budget:
-            taken.append(place)
+            taken.append(i)
             budget -= size
         if not budget:
             break
@@ -288,41 +294,48 @@ def _greedy(sizes: np.ndarray, budget: int) -> list[int]:
 
 
 def padded(tokens: np.ndarray, length: int, pad: int) -> Int[np.ndarray, " length"]:
-    """The tokens and then `pad`, up to a length."""
+    """The tokens, padded with `pad` to a length."""
     out = np.full(length, pad, np.int32)
     out[: len(tokens)] = tokens
     return out
 
 
 def pair(
-    inputs: np.ndarray, targets: np.ndarray, rows: int, columns: int, vocabulary: Vocabulary
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    inputs_length: int,
+    targets_length: int,
+    vocabulary: Vocabulary,
 ) -> Example:
-    """An example for an encoder that reads `inputs` and a decoder that writes `targets`.
+    """An example for an encoder that reads `inputs` and a decoder that predicts `targets`.
 
-    The decoder starts from `pad`, as T5's does, and then reads its targets one late.
+    The two are padded to `inputs_length` and `targets_length`. The decoder's input is `pad`, as in T5,
+    and then the targets one position later.
     """
     pad = vocabulary.specials["pad"]
-    real = np.arange(columns) < len(targets)
-    wanted = padded(targets, columns, pad)
+    mask = np.arange(targets_length) < len(targets)
+    targets = padded(targets, targets_length, pad)
     return {
-        "encoder_tokens": padded(inputs, rows, pad),
-        "encoder_mask": np.arange(rows) < len(inputs),
-        "decoder_tokens": np.concatenate([[pad], wanted[:-1]], dtype=np.int32),
-        "decoder_mask": real,
-        "targets": wanted,
-        "weights": real.astype(np.float32),
+        "encoder_tokens": padded(inputs, inputs_length, pad),
+        "encoder_mask": np.arange(inputs_length) < len(inputs),
+        "decoder_tokens": np.concatenate([[pad], targets[:-1]], dtype=np.int32),
+        "decoder_mask": mask,
+        "targets": targets,
+        "weights": mask.astype(np.float32),
     }
 
 
 def prefixed(tokens: np.ndarray, prefix: int, length: int, pad: int = 0) -> Example:
-    """An example for a decoder that reads a prefix and is asked for what follows it."""
+    """An example for a decoder that reads a prefix of so many tokens and predicts the rest of a row."""
     row = padded(tokens, length + 1, pad)
-    places = np.arange(length, dtype=np.int32)
+    index = np.arange(length, dtype=np.int32)
+    # The prediction at index i is of token i + 1: so the first that counts is made by the prefix's last
+    weighted = (index >= prefix - 1) & (index < len(tokens) - 1)
     return {
         "tokens": row[:-1],
         "targets": row[1:],
-        "weights": ((places >= prefix - 1) & (places < len(tokens) - 1)).astype(np.float32),
+        "weights": weighted.astype(np.float32),
         "segments": np.zeros(length, np.int32),
-        "positions": places,
-        "prefix": places < prefix,
+        "positions": index,
+        "prefix": index < prefix,
     }

@@ -1,16 +1,16 @@
-"""In which order a corpus is read, as arithmetic: a plan needs it before any data is there.
+"""The order in which a corpus is read, as arithmetic that a plan can do before any data is read.
 
-A token stream is cut into *blocks*, and the blocks are shuffled anew in every epoch. A batch takes
-*windows* of blocks, one after the other. Where a run stands is one integer, its *cursor*: how many
-blocks it has used. It means the same whatever the batch size and the sequence length are, so both may
-change from stage to stage.
+The tokens are cut into *blocks*, which are shuffled anew in every epoch. A batch takes the *windows* of
+blocks, one after the other. The position of a run in its corpus is one integer, the *cursor*: how many
+blocks it has used. It does not depend on the batch size and the sequence length, so both may change from
+stage to stage.
 """
 
 from growjax.errors import DataError, raise_all
 
 
 def windows_per_block(block: int, raw_length: int) -> int:
-    """How many windows of `raw_length` tokens one block holds; what is left over is not read.
+    """How many windows of `raw_length` tokens one block holds; the rest of the block is not read.
 
     **Example**
 
@@ -26,7 +26,7 @@ def windows_per_block(block: int, raw_length: int) -> int:
 
 
 def blocks_of(tokens: int, block: int) -> int:
-    """How many blocks a corpus has. One more token is needed, the last target; the rest is not read.
+    """How many whole blocks a corpus has, with one token more as the last target; the rest is not read.
 
     **Example**
 
@@ -37,7 +37,7 @@ def blocks_of(tokens: int, block: int) -> int:
 
 
 def blocks_used(steps: int, *, batch: int, block: int, raw_length: int) -> int:
-    """How many blocks some steps use. The next stage starts after them, at a whole block.
+    """How many blocks `steps` steps use, rounded up: the next stage begins with a new block.
 
     **Example**
 
@@ -50,5 +50,5 @@ def blocks_used(steps: int, *, batch: int, block: int, raw_length: int) -> int:
 
 
 def _positive(**sizes: int) -> None:
-    wrong = [f"{name}: expected 1 or more, got {n!r}" for name, n in sizes.items() if n < 1]
-    raise_all(DataError, "there is no such order:", wrong)
+    faults = [f"{name}: expected 1 or more, got {n!r}" for name, n in sizes.items() if n < 1]
+    raise_all(DataError, "a corpus cannot be read in this order:", faults)

@@ -1,8 +1,8 @@
-"""The order of reading as a Grain pipeline: blocks, shuffled, cut into windows, drawn, cut into rows.
+"""A Grain pipeline: blocks are shuffled and cut into windows, windows become examples, examples batches.
 
-Everything up to the rows is a random-access data set whose index counts from the beginning of the run,
-so what row k of batch n holds, and what the objective draws for it, is a function of the seed and of
-where the run stands. Grain is loaded with this module, and this module only when a batch is made.
+Up to the examples it is a random-access data set whose index counts from the beginning of the run. So
+row k of batch n, with the objective's random draws, is a function of the seed and the cursor. Importing
+this module imports Grain; `batches` does so only when it makes a batch.
 """
 
 import functools
@@ -18,7 +18,7 @@ from growjax.data.order import blocks_of, windows_per_block
 
 
 def examples(corpus: Corpus, objective: Objective, block: int, seed: int) -> grain.MapDataset:
-    """The examples of a run without end; index i is window i % w of block i // w, w in each."""
+    """The infinite examples of a run; index i is window i % w of block i // w, with w in each block."""
     # Grain shuffles epoch e by seed + e: without mixing, seed 1 would begin with seed 0's second epoch
     order, draws = np.random.SeedSequence(seed).generate_state(2).tolist()
     blocks = grain.MapDataset.range(blocks_of(len(corpus), block)).shuffle(seed=order).repeat()
@@ -28,27 +28,27 @@ def examples(corpus: Corpus, objective: Objective, block: int, seed: int) -> gra
 
 
 def rows(parent: grain.MapDataset, first: int, batch: int, rank: int, count: int) -> Any:
-    """Those of the examples from `first` on that stand in one host's slice of every batch."""
+    """The examples from `first` on that are in one host's slice of every batch."""
     return _Rows(parent, first, batch, rank, count)
 
 
 def batches(parent: grain.MapDataset, batch: int, threads: int) -> grain.IterDataset:
-    """Rows in batches. They are counted after reading: Grain's state then means the same for any size."""
+    """Rows in batches. Grain's state counts rows, not batches, so it holds for any batch size."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=batch if threads else 0)
     return parent.to_iter_dataset(options).batch(batch)
 
 
 def ahead(batches: grain.IterDataset, buffer: int) -> Any:
-    """An iterator whose batches are made by a thread of its own, at most so many ahead."""
+    """An iterator over batches that its own thread prepares, at most `buffer` ahead."""
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=buffer))
 
 
 class _Windows(grain.MapDataset):
-    """Each element of the parent so many times, with a number from 0."""
+    """Pairs `(block, window)`: each block of the parent with each window number from 0."""
 
-    def __init__(self, parent: grain.MapDataset, each: int):
+    def __init__(self, parent: grain.MapDataset, per_block: int):
         super().__init__(parent)
-        self._each = each
+        self._per_block = per_block
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -56,12 +56,12 @@ class _Windows(grain.MapDataset):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        block, window = divmod(index, self._each)
+        block, window = divmod(index, self._per_block)
         return self._parent[block], window
 
 
 class _Rows(grain.MapDataset):
-    """Row k of batch n is element `first + n * batch + k`; a host has a slice of the ks."""
+    """One host's rows: row k of batch n is element `first + n * batch + k`, for k in the host's slice."""
 
     def __init__(self, parent: grain.MapDataset, first: int, batch: int, rank: int, count: int):
         super().__init__(parent)
@@ -79,6 +79,7 @@ class _Rows(grain.MapDataset):
 
 
 def _read(corpus: Corpus, objective: Objective, block: int, at: tuple[int, int]) -> Window:
+    """The window with the block number and window number `at`; blocks have `block` tokens."""
     start = at[0] * block + at[1] * objective.raw_length
     stop = start + objective.raw_length + objective.lookahead
     return Window(corpus.read(start, stop), corpus.documents(start, stop))

@@ -1,7 +1,7 @@
-"""Where text comes from. A source is plain data, since it is part of a plan that is saved as JSON.
+"""Sources of text. A source is plain data, since a plan that holds it is saved as JSON.
 
 Documents are read one at a time. A fault (bytes that are not UTF-8, a line without the field) does not
-stop the reading at once: the next few are looked for, so that one run tells of a handful.
+stop the reading at once: it goes on until it has the first few faults, and reports them together.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from growjax.errors import DataError, raise_all
 from growjax.values import base, check, register
 
 
-_HANDFUL = 5
+_SHOWN_FAULTS = 5
 
 
 class Document(NamedTuple):
-    """One document: text, its UTF-8 bytes, or tokens that are taken as they are.
+    """One document: text, its UTF-8 bytes, or tokens that are used as they are.
 
-    Its name does not depend on where the source's folder is, since it decides what is held out.
+    Its name decides whether it is held out, so it does not depend on the path of the source's folder.
     """
 
     name: str
@@ -38,14 +38,14 @@ class Document(NamedTuple):
 
 @base("a source such as Text('books')")
 class Source(Protocol):
-    """What a source can do: a frozen value, so that a plan can hold it."""
+    """The interface of a source: a frozen value, so that a plan can hold it."""
 
     def documents(self) -> Iterator[Document]:
-        """Its documents, always in the same order. Raises `DataError` that lists what is wrong."""
+        """Its documents, always in the same order. Raises `DataError` that lists the first faults."""
         ...
 
     def fingerprint(self) -> str:
-        """Changes when the documents do; reads none of them."""
+        """A string that changes when the documents change, made without reading them."""
         ...
 
 
@@ -56,9 +56,9 @@ class Text:
 
     **Arguments**
 
-    - `path`: a file, or a folder that is searched with those below it. Hidden files are left out.
-    - `glob`: which files of a folder.
-    - `split`: cut each file into documents wherever this stands.
+    - `path`: a file, or a folder, which is searched with its subfolders. Hidden files are left out.
+    - `glob`: the pattern of the files of a folder.
+    - `split`: the text that separates the documents of a file; None for one document a file.
 
     **Example**
 
@@ -86,8 +86,8 @@ class Text:
             for n, piece in enumerate(pieces):
                 fault = _utf8_fault(piece)
                 if fault is not None:
-                    where = line + piece.count(b"\n", 0, fault)
-                    yield f"{file}, line {where}: byte 0x{piece[fault]:02x} is not UTF-8"
+                    at = line + piece.count(b"\n", 0, fault)
+                    yield f"{file}, line {at}: byte 0x{piece[fault]:02x} is not UTF-8"
                 else:
                     yield Document(name if self.split is None else f"{name}#{n}", piece)
                 line += piece.count(b"\n") + (self.split or "").count("\n")
@@ -101,7 +101,7 @@ class JSONL:
     **Arguments**
 
     - `path`: a file, or a folder with `*.jsonl`, `*.json` or either of them with `.gz`.
-    - `field`: where in the object the text is.
+    - `field`: the key of the text in the object.
 
     **Example**
 
@@ -169,13 +169,13 @@ class Parquet:
         for name, file in files:
             try:
                 table = parquet.ParquetFile(file)
-            except Exception as error:  # pyarrow has a dozen kinds
+            except Exception as error:  # pyarrow raises a dozen types
                 yield f"{file}: {error}"
                 continue
             with table:
                 columns = table.schema_arrow.names
                 if self.field not in columns:
-                    yield f"{file}: no column {self.field!r}; there are {', '.join(columns)}"
+                    yield f"{file}: no column {self.field!r}; its columns are {', '.join(columns)}"
                     continue
                 row = 0
                 for batch in table.iter_batches(batch_size=256, columns=[self.field]):
@@ -190,13 +190,13 @@ class Parquet:
 @register
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Text that is tokens already; they are taken as they are, and nothing is put between documents.
+    """Text that is tokenised already; the tokens are used as they are, without added separators.
 
     **Arguments**
 
-    - `path`: an `.npy` file of integers; or a folder with `tokens.npy` and, if it is more than one
-      document, `starts.npy`, the offset of each.
-    - `separator`: the id that ends each document, for files without starts.
+    - `path`: an `.npy` file of integers; or a folder with `tokens.npy` and, for more than one document,
+      `starts.npy` with the offset of each in tokens.
+    - `separator`: the id that ends each document, for files without `starts.npy`.
 
     **Example**
 
@@ -216,28 +216,36 @@ class Tokens:
         return _stat(self, [(f.name, f) for f in self._paths() if f.exists()])
 
     def _paths(self) -> tuple[Path, ...]:
+        """The file of tokens, and for a folder that of offsets, which may not exist."""
         path = Path(self.path)
         return (path / "tokens.npy", path / "starts.npy") if path.is_dir() else (path,)
 
     def _read(self) -> Iterator[Document | str]:
-        first, *others = self._paths()
-        tokens = _integers(first)
-        starts = np.zeros(1, np.int64)
-        if others and others[0].exists():
-            starts = np.asarray(_integers(others[0])).astype(np.int64)
-            if not starts.size or starts[0] != 0 or np.any(np.diff(starts) < 0):
-                raise DataError(f"{others[0]}: expected offsets that ascend from 0")
-            if starts[-1] > len(tokens):
-                raise DataError(
-                    f"{others[0]}: expected offsets up to the {len(tokens)} tokens of {first}, got "
-                    f"{starts[-1]}"
-                )
-        elif self.separator is not None:
-            ends = _places(tokens, self.separator) + 1
-            starts = np.concatenate([[0], ends[ends < len(tokens)]])
+        path = self._paths()[0]
+        tokens = _integers(path)
+        starts = self._starts(tokens)
         stops = np.append(starts[1:], len(tokens))
         for n, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
-            yield Document(f"{first.name}:{n}", tokens[start:stop])
+            yield Document(f"{path.name}:{n}", tokens[start:stop])
+
+    def _starts(self, tokens: np.ndarray) -> np.ndarray:
+        """The offsets of the documents: from their file, after each separator, or 0 alone."""
+        path, *offsets = self._paths()
+        if offsets and offsets[0].exists():
+            file = offsets[0]
+            starts = np.asarray(_integers(file)).astype(np.int64)
+            if not starts.size or starts[0] != 0 or np.any(np.diff(starts) < 0):
+                raise DataError(f"{file}: expected offsets that ascend from 0")
+            if starts[-1] > len(tokens):
+                raise DataError(
+                    f"{file}: expected offsets up to the {len(tokens)} tokens of {path}, got {starts[-1]}"
+                )
+            return starts
+        if self.separator is not None:
+            ends = _indices(tokens, self.separator) + 1
+            # A separator at the very end begins no document
+            return np.concatenate([[0], ends[ends < len(tokens)]])
+        return np.zeros(1, np.int64)
 
 
 @register
@@ -247,10 +255,10 @@ class HuggingFace:
 
     **Arguments**
 
-    - `name`: of the data set, or a local folder: of data files, or saved by `save_to_disk`.
+    - `name`: the name of the data set; or a local folder of data files, or one saved by `save_to_disk`.
     - `split`: such as `"train"` or `"train[:10%]"`. For a saved folder, the split in it, if any.
     - `field`: the column of the text.
-    - `config`, `revision`: which variant of the data set, and which state of it.
+    - `config`, `revision`: the variant of the data set, and its version.
 
     **Example**
 
@@ -286,7 +294,7 @@ class HuggingFace:
             return datasets.load_dataset(
                 self.name, self.config, split=self.split, revision=self.revision
             )
-        except Exception as error:  # whatever the network, a cache or a builder may raise
+        except Exception as error:  # the network, a cache or a builder may raise anything
             raise DataError(
                 f"{self.name} (split {self.split!r}): the library datasets cannot load it: {error}"
             ) from error
@@ -295,7 +303,7 @@ class HuggingFace:
         rows = self._load()
         if self.field not in rows.column_names:
             columns = ", ".join(rows.column_names)
-            yield f"{self.name}: no column {self.field!r}; there are {columns}"
+            yield f"{self.name}: no column {self.field!r}; its columns are {columns}"
             return
         for n, row in enumerate(rows.select_columns([self.field])):
             value = row[self.field]
@@ -308,7 +316,7 @@ class HuggingFace:
 @register
 @dataclasses.dataclass(frozen=True)
 class StandardLibrary:
-    """The sources and help topics of this Python's standard library: text that is always there.
+    """The sources and help topics of this Python's standard library, which need no download.
 
     **Example**
 
@@ -333,72 +341,78 @@ class StandardLibrary:
 
 
 def _library_files() -> list[tuple[str, Path]]:
+    """The names and paths of the source files of the standard library."""
     # Installed packages and tests differ from machine to machine, and tests are half of the bytes.
-    left_out = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+    excluded = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    files = []
     for file in root.rglob("*.py"):
         name = file.relative_to(root)
-        if not left_out & set(name.parts) and name.parts[0] != "pydoc_data":
-            found.append((name.as_posix(), file))
-    return sorted(found)
+        if not excluded & set(name.parts) and name.parts[0] != "pydoc_data":
+            files.append((name.as_posix(), file))
+    return sorted(files)
 
 
 # Reading -----------------------------------------------------------------------------------------
 
 
-def _checked(source: Source, found: Iterator[Document | str]) -> Iterator[Document]:
+def _checked(source: Source, items: Iterator[Document | str]) -> Iterator[Document]:
     """Pass documents on until the first fault, which is a string; raise it with the next few."""
     faults: list[str] = []
     empty = True
     try:
-        for item in found:
+        for item in items:
             if isinstance(item, str):
                 faults.append(item)
             elif not faults:
                 empty = empty and not len(item.content)
                 yield item
-            if len(faults) == _HANDFUL:
+            if len(faults) == _SHOWN_FAULTS:
                 break
-    except (OSError, EOFError, zlib.error) as error:  # the last two from a .gz that is cut short
+    except (OSError, EOFError, zlib.error) as error:  # the last two from a truncated .gz
         file, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
         faults.append(f"{file or 'a file'}: {reason or error}")
     raise_all(DataError, f"{source} cannot be read:", faults)
     if empty:
-        raise DataError(f"{source}: expected at least one document that is not empty, found none")
+        raise DataError(f"{source}: expected at least one document that is not empty, got none")
 
 
 def _files(path: str, *globs: str) -> list[tuple[str, Path]]:
-    """A file, or the files of a folder that are not hidden, with their names from there."""
+    """`(name, file)` of a file, or of the files of a folder that are not hidden, sorted by name.
+
+    Names are paths relative to the folder.
+    """
     root = Path(path)
     if root.is_file():
         return [(root.name, root)]
     if not root.is_dir():
-        raise DataError(f"{path}: expected a file or a folder, and it is not there")
-    found = {}
-    for file in (file for glob in globs for file in root.rglob(glob)):
-        name = file.relative_to(root)
-        if file.is_file() and not any(part.startswith(".") for part in name.parts):
-            found[name.as_posix()] = file
-    if not found:
-        raise DataError(f"{path}: expected files like {' or '.join(globs)}, found none")
-    return sorted(found.items())
+        raise DataError(f"{path}: expected a file or a folder, got neither")
+    files = {}
+    for glob in globs:
+        for file in root.rglob(glob):
+            name = file.relative_to(root)
+            if file.is_file() and not any(part.startswith(".") for part in name.parts):
+                files[name.as_posix()] = file
+    if not files:
+        raise DataError(f"{path}: expected files like {' or '.join(globs)}, got none")
+    return sorted(files.items())
 
 
 def _pieces(file: Path, split: str | None) -> Iterator[bytes]:
-    """A file whole, or what stands between the separators, without holding all of it."""
+    """A whole file, or its parts between separators, without holding all of them in memory."""
     with file.open("rb") as opened:
         if split is None:
             yield opened.read()
             return
-        rest = b""
+        rest = b""  # the beginning of a part that ends in a later chunk
         while chunk := opened.read(1 << 20):
-            *whole, rest = (rest + chunk).split(split.encode())
-            yield from whole
+            *complete, rest = (rest + chunk).split(split.encode())
+            yield from complete
         yield rest
 
 
 def _utf8_fault(data: bytes) -> int | None:
+    """The index of the first byte that is not UTF-8, or None."""
     try:
         data.decode()
     except UnicodeDecodeError as error:
@@ -407,10 +421,11 @@ def _utf8_fault(data: bytes) -> int | None:
 
 
 class _Fault(Exception):
-    """What is wrong with one line."""
+    """A fault in one line of a file."""
 
 
 def _field(line: bytes, field: str) -> str:
+    """The text in a field of a line's JSON object. Raises `_Fault`."""
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
@@ -420,14 +435,14 @@ def _field(line: bytes, field: str) -> str:
     if not isinstance(record, dict):
         raise _Fault(f"expected an object, got {_kind(record)}")
     if field not in record:
-        raise _Fault(f"no field {field!r}; there are {', '.join(map(repr, record)) or 'none'}")
+        raise _Fault(f"no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}")
     if not isinstance(record[field], str):
         raise _Fault(f"{field!r} is {_kind(record[field])}, not text")
     return record[field]
 
 
 def _integers(file: Path) -> np.ndarray:
-    """A flat array of integers, mapped and not read; files that could run code are refused."""
+    """A flat array of integers, memory-mapped; pickled files, which can run code, are refused."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -439,14 +454,15 @@ def _integers(file: Path) -> np.ndarray:
     return array
 
 
-def _places(tokens: np.ndarray, value: int) -> np.ndarray:
-    """Where a value stands, looked for in parts: the array may be larger than memory."""
+def _indices(tokens: np.ndarray, value: int) -> np.ndarray:
+    """The indices of a value, searched in parts, since the array may be larger than memory."""
     size = 1 << 24
     parts = [np.flatnonzero(tokens[i : i + size] == value) + i for i in range(0, len(tokens), size)]
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def _library(name: str, source: Source) -> Any:
+    """An optional module, or `DataError` that names the extra to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -457,13 +473,17 @@ def _library(name: str, source: Source) -> Any:
 
 
 def _kind(value: Any) -> str:
+    """The type of a value, for messages."""
     return "null" if value is None else f"a {type(value).__name__}"
 
 
 def _stat(source: Source, files: list[tuple[str, Path]], *more: str) -> str:
-    stats = ((name, file.stat()) for name, file in files)
-    seen = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
-    return _digest(repr(source), *more, *seen)
+    """The fingerprint of a source from the names, sizes and modification times of its files."""
+    lines = []
+    for name, file in files:
+        stat = file.stat()
+        lines.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+    return _digest(repr(source), *more, *lines)
 
 
 def _digest(*parts: str) -> str:

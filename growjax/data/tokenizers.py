@@ -1,7 +1,7 @@
 """Tokenizers behind one small interface: bytes, and files of the `tokenizers` library.
 
-A tokenizer turns a document into ids of text alone. Special tokens are put in by the corpus and the
-objectives; a document that spells one out (`"</s>"`) is text like any other.
+A tokenizer turns a document into ids of text alone. The corpus and the objectives add special tokens; a
+document that contains the spelling of one (`"</s>"`) is tokenised like any other text.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from growjax.errors import DataError
 
 
 class Tokenizer(Protocol):
-    """What a tokenizer can do."""
+    """The interface of a tokenizer."""
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Its tokens, by their roles; `vocabulary.digest` tells it from others."""
+        """Its tokens, by their roles; `vocabulary.digest` identifies it."""
         ...
 
     def encode(self, text: str | bytes) -> Int[np.ndarray, " n"]:
@@ -33,11 +33,11 @@ class Tokenizer(Protocol):
         ...
 
     def places(self, text: str) -> Int[np.ndarray, "n 2"]:
-        """For each token of a text, the characters from which and before which it stands there."""
+        """For each token of a text, its start and end in the text, in characters."""
         ...
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of some ids, for people to read."""
+        """The text of some ids, with special tokens as readable names."""
         ...
 
 
@@ -48,12 +48,12 @@ _BYTE_SPECIALS = ("pad", "bos", "eos", "mask", "cls", "sep", "R", "S", "X")
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
-    """One token a byte of UTF-8, then the special tokens, and at the very end the sentinels.
+    """One token for each byte of UTF-8, then the special tokens, and at the very end the sentinels.
 
     **Arguments**
 
-    - `sentinels`: how many; the first is the last id, and they descend from there, as T5's do.
-    - `multiple`: the vocabulary is padded to a multiple of this, between specials and sentinels.
+    - `sentinels`: how many; the first sentinel is the last id, and they descend from there, as T5's do.
+    - `multiple`: the vocabulary's size is a multiple of this; unused ids stand before the sentinels.
 
     **Example**
 
@@ -78,8 +78,8 @@ class ByteTokenizer:
     @functools.cached_property
     def _vocabulary(self) -> Vocabulary:
         used = 256 + len(_BYTE_SPECIALS) + self.sentinels
-        size = -(-used // self.multiple) * self.multiple
-        # Bytes above 127 are parts of letters in almost all text that is not English
+        size = -(-used // self.multiple) * self.multiple  # rounded up
+        # Bytes above 127 are parts of characters, which are almost always letters
         letters = "".join("l" if b > 127 or chr(b).isalnum() else "w" for b in range(256))
         return Vocabulary(
             digest=f"bytes-{self.sentinels}-{self.multiple}",
@@ -108,6 +108,7 @@ class ByteTokenizer:
 
 # Files of the `tokenizers` library -----------------------------------------------------------------
 
+# The usual spellings of each special token; the first that a vocabulary has is used
 _SPELLINGS = {
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>"),
     "bos": ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>"),
@@ -127,7 +128,7 @@ class LibraryTokenizer:
     """A tokenizer of the library `tokenizers`; see `load_tokenizer`."""
 
     def __init__(self, inner: Any, specials: Mapping[str, str] | None = None):
-        # A file may have been saved with them, and would then cut every document short.
+        # A file may have been saved with truncation and padding, which would alter documents
         inner.no_truncation()
         inner.no_padding()
         inner.encode_special_tokens = True
@@ -135,14 +136,18 @@ class LibraryTokenizer:
         text = inner.to_str()
         ids = inner.get_vocab(with_added_tokens=True)
         added = {t["content"] for t in json.loads(text)["added_tokens"] if t["special"]}
-        named = _named(ids, specials or {})
-        found = [(_SENTINEL.fullmatch(token), i) for token, i in ids.items()]
-        ordered = sorted((int(m[1] or m[2]), i) for m, i in found if m)
+        special_ids = _special_ids(ids, specials or {})
+        sentinels = []
+        for token, i in ids.items():
+            match = _SENTINEL.fullmatch(token)
+            if match:
+                sentinels.append((int(match[1] or match[2]), i))
+        not_text = added | {token for token in ids if _UNUSED.fullmatch(token)}
         self.vocabulary = Vocabulary(
-            digest=hashlib.sha256((text + json.dumps(named)).encode()).hexdigest()[:16],
-            pieces=_pieces(ids, added | {t for t in ids if _UNUSED.fullmatch(t)}, named.values()),
-            specials=named,
-            sentinels=tuple(i for _, i in ordered),
+            digest=hashlib.sha256((text + json.dumps(special_ids)).encode()).hexdigest()[:16],
+            pieces=_pieces(ids, not_text, special_ids.values()),
+            specials=special_ids,
+            sentinels=tuple(i for _, i in sorted(sentinels)),
         )
 
     def encode(self, text: str | bytes) -> Int[np.ndarray, " n"]:
@@ -150,8 +155,8 @@ class LibraryTokenizer:
         return np.array(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
 
     def places(self, text: str) -> Int[np.ndarray, "n 2"]:
-        found = self._inner.encode(text, add_special_tokens=False).offsets
-        return np.array(found, int).reshape(-1, 2)
+        offsets = self._inner.encode(text, add_special_tokens=False).offsets
+        return np.array(offsets, int).reshape(-1, 2)  # also for a text without tokens
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._inner.decode([int(t) for t in tokens], skip_special_tokens=False)
@@ -166,9 +171,9 @@ def load_tokenizer(
 
     - `spec`: `"bytes"`; a JSON file of the library `tokenizers`; or a BERT vocabulary, `vocab.txt`.
       Files need that library: `pip install 'growjax[data]'`.
-    - `specials`: spellings of special tokens that are not the usual ones, such as
-      `{"cls": "<s>", "sep": "</s>"}` for RoBERTa.
-    - `lowercase`: whether the model of a `vocab.txt` is an uncased one.
+    - `specials`: unusual spellings of special tokens, such as `{"cls": "<s>", "sep": "</s>"}` for
+      RoBERTa.
+    - `lowercase`: whether a `vocab.txt` belongs to an uncased model, so that text is lower-cased.
 
     Raises `DataError` if the file is missing or is not a tokenizer.
 
@@ -180,7 +185,7 @@ def load_tokenizer(
         return ByteTokenizer()
     path = Path(spec)
     if not path.is_file():
-        raise DataError(f"tokenizer: expected 'bytes' or a file, and {str(spec)!r} is no file")
+        raise DataError(f"tokenizer: expected 'bytes' or a file, and {str(spec)!r} is not a file")
     try:
         import tokenizers
     except ImportError as error:
@@ -195,37 +200,46 @@ def load_tokenizer(
             inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare exceptions
         raise DataError(
-            f"tokenizer {path}: expected a JSON file of the library tokenizers or a vocab.txt; it "
-            f"says {error}"
+            f"tokenizer {path}: expected a JSON file of the library tokenizers or a vocab.txt, got an "
+            f"error of the library: {error}"
         ) from error
     return LibraryTokenizer(inner, specials)
 
 
-def _named(ids: Mapping[str, int], given: Mapping[str, str]) -> dict[str, int]:
-    """The ids of the special tokens that there are, by their names here."""
-    wrong = [f"{name}={token!r}" for name, token in given.items() if token not in ids]
-    if wrong or set(given) - set(_SPELLINGS):
+def _special_ids(ids: Mapping[str, int], spellings: Mapping[str, str]) -> dict[str, int]:
+    """The ids of the special tokens that a vocabulary has, by growjax's names for them.
+
+    `spellings` go before the usual ones.
+    """
+    wrong = [f"{name}={token!r}" for name, token in spellings.items() if token not in ids]
+    if wrong or set(spellings) - set(_SPELLINGS):
         raise DataError(
             f"specials: expected names among {', '.join(_SPELLINGS)} and tokens of the vocabulary, "
-            f"got {', '.join(wrong) or ', '.join(given)}"
+            f"got {', '.join(wrong) or ', '.join(spellings)}"
         )
-    spelled = {name: (given[name],) if name in given else _SPELLINGS[name] for name in _SPELLINGS}
-    first = {name: next((ids[t] for t in ts if t in ids), None) for name, ts in spelled.items()}
-    return {name: i for name, i in first.items() if i is not None}
+    special_ids = {}
+    for name, usual in _SPELLINGS.items():
+        candidates = (spellings[name],) if name in spellings else usual
+        matching = [token for token in candidates if token in ids]
+        if matching:
+            special_ids[name] = ids[matching[0]]
+    return special_ids
 
 
-def _pieces(ids: Mapping[str, int], special: set[str], named: Iterable[int]) -> str:
+def _pieces(ids: Mapping[str, int], not_text: set[str], special_ids: Iterable[int]) -> str:
     """A letter for each id (see `Vocabulary`), by how the vocabulary marks the parts of words."""
     letters = ["."] * (max(ids.values()) + 1)
+    # Byte-level BPE writes a space before a word as Ġ, SentencePiece as ▁; WordPiece has no such mark,
+    # but ## before a part of a word that is not the first
     mark = next((m for m in ("Ġ", "▁") if any(t.startswith(m) for t in ids)), None)
     for token, i in ids.items():
-        if token in special or _SENTINEL.fullmatch(token):
+        if token in not_text or _SENTINEL.fullmatch(token):
             continue
         if mark is None:
             letters[i] = "c" if token.startswith("##") and len(token) > 2 else "w"
         else:
-            # The mark is a space before a word; a line's end (Ċ) is no part of the word before it
+            # A line's end (Ċ in byte-level BPE) is not part of the word before it
             letters[i] = "w" if token.startswith((mark, "Ċ")) else "c"
-    for i in named:
+    for i in special_ids:
         letters[i] = "."
     return "".join(letters)

@@ -1,7 +1,7 @@
-"""What an objective needs to know about a tokenizer: special tokens, sentinels, and where words start.
+"""A tokenizer's special tokens, sentinels and word boundaries, which objectives depend on.
 
-It is plain data and is kept next to the tokens that it describes, so a prepared corpus can be trained
-on without the tokenizer that made it.
+A vocabulary is plain data, stored next to the tokens that it describes, so a prepared corpus can be
+trained on without the tokenizer that made it.
 """
 
 import dataclasses
@@ -22,14 +22,15 @@ class Vocabulary:
 
     **Fields**
 
-    - `digest`: tells two tokenizers apart.
-    - `pieces`: a letter for each id. `w` starts a word, `c` continues the one before it, `l` does so if
-      that is an `l` too (a letter, for bytes); `.` is no text: a special token, a sentinel or unused.
-    - `specials`: the ids of those that there are of `pad`, `bos`, `eos`, `mask`, `cls`, `sep`, and the
-      mode tokens `R`, `S`, `X`.
-    - `sentinels`: the ids that stand for the first span that is cut out, the second, and so on.
+    - `digest`: identifies the tokenizer.
+    - `pieces`: a letter for each id. `w` starts a word; `c` continues the word before it; `l`, a letter
+      for tokenizers of bytes, continues it if the token before is an `l` too; `.` is not text: a special
+      token, a sentinel or unused.
+    - `specials`: the ids of the special tokens that the tokenizer has, by name: `pad`, `bos`, `eos`,
+      `mask`, `cls`, `sep`, and the mode tokens `R`, `S`, `X`.
+    - `sentinels`: the ids that replace the first span that is cut out, the second, and so on.
 
-    Raises `DataError` if they contradict each other.
+    Raises `DataError` if the fields contradict each other.
 
     **Example**
 
@@ -42,7 +43,7 @@ class Vocabulary:
     sentinels: tuple[int, ...] = ()
 
     def __post_init__(self):
-        check(self, DataError, "this is no vocabulary:", lambda: _faults(self))
+        check(self, DataError, "this vocabulary is inconsistent:", lambda: _faults(self))
 
     @property
     def size(self) -> int:
@@ -57,9 +58,9 @@ class Vocabulary:
     @functools.cached_property
     def is_sentinel(self) -> Bool[np.ndarray, " size"]:
         """True at sentinels."""
-        found = np.zeros(self.size, bool)
-        found[list(self.sentinels)] = True
-        return found
+        mask = np.zeros(self.size, bool)
+        mask[list(self.sentinels)] = True
+        return mask
 
     @functools.cached_property
     def text_ids(self) -> Int[np.ndarray, " n"]:
@@ -73,35 +74,35 @@ class Vocabulary:
 
     @property
     def separator(self) -> int:
-        """What stands after each document: `eos`, or `sep` where there is none."""
+        """The token after each document: `eos`, or `sep` for a tokenizer without one."""
         if "eos" in self.specials:
             return self.specials["eos"]
         if "sep" in self.specials:
             return self.specials["sep"]
         raise DataError(
-            "documents: expected a tokenizer with an eos or a sep token to end them with, this one has "
+            "documents: expected a tokenizer with an eos or a sep token to end them with, got one with "
             f"{', '.join(self.specials) or 'no special tokens'}"
         )
 
     def words(self, tokens: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """For each token the ordinal of its word, from 0; what is no text is a word of its own."""
+        """For each token the number of its word, from 0; a token that is not text is its own word."""
         letters = self._letters[tokens]
-        before = np.concatenate([[ord(".")], letters[:-1]])[: len(letters)]
+        before = np.concatenate([[ord(".")], letters[:-1]])[: len(letters)]  # empty if letters are
         joins = (letters == ord("c")) & (before != ord("."))
         joins |= (letters == ord("l")) & (before == ord("l"))
         return np.maximum(np.cumsum(~joins) - 1, 0)
 
     def require(self, who: str, specials: Iterable[str], sentinels: int = 0) -> None:
-        """Raise `DataError` that lists the special tokens and sentinels which `who` needs in vain."""
-        lacking = [
+        """Raise `DataError` that lists the special tokens and sentinels missing for `who`."""
+        missing = [
             f"it needs the special token {name!r}" for name in specials if name not in self.specials
         ]
         if sentinels > len(self.sentinels):
-            lacking.append(
-                f"it needs {sentinels} sentinels and there are {len(self.sentinels)}; use shorter "
-                "windows, fewer or longer spans, or ByteTokenizer(sentinels=...)"
+            missing.append(
+                f"it needs {sentinels} sentinels, and the tokenizer has {len(self.sentinels)}; use "
+                "shorter windows, fewer or longer spans, or ByteTokenizer(sentinels=...)"
             )
-        raise_all(DataError, f"{who} does not fit the tokenizer:", lacking)
+        raise_all(DataError, f"{who} does not fit the tokenizer:", missing)
 
     @functools.cached_property
     def _letters(self) -> np.ndarray:
@@ -109,17 +110,18 @@ class Vocabulary:
 
 
 def _faults(vocabulary: Vocabulary) -> Iterator[str]:
+    """The contradictions between the fields of a vocabulary."""
     unknown = sorted(set(vocabulary.pieces) - set("wcl."))
     if unknown:
         yield f"pieces: expected the letters w, c, l and '.', got {''.join(unknown)!r}"
-    taken = [*vocabulary.specials.items(), *((f"sentinel {s}", s) for s in vocabulary.sentinels)]
-    for name, i in taken:
+    roles = [*vocabulary.specials.items(), *((f"sentinel {s}", s) for s in vocabulary.sentinels)]
+    for name, i in roles:
         if not 0 <= i < vocabulary.size:
             yield f"{name}: expected an id below {vocabulary.size}, got {i}"
         elif vocabulary.pieces[i] != ".":
-            yield f"{name}: the pieces say that id {i} is text"
+            yield f"{name}: id {i} is text according to `pieces`"
     if len(set(vocabulary.sentinels)) < len(vocabulary.sentinels):
         yield f"sentinels: expected each id once, got {vocabulary.sentinels}"
-    both = set(vocabulary.sentinels) & set(vocabulary.specials.values())
-    if both:
-        yield f"sentinels: {sorted(both)} are special tokens too"
+    shared = set(vocabulary.sentinels) & set(vocabulary.specials.values())
+    if shared:
+        yield f"sentinels: {sorted(shared)} are special tokens too"

@@ -1,4 +1,4 @@
-"""What `growjax eval` does, as functions."""
+"""The command `growjax eval`, as functions."""
 
 import dataclasses
 import json
@@ -29,32 +29,31 @@ def eval_checkpoint(
     out: str | Path,
     console: Console,
 ) -> dict[str, Scores]:
-    """Evaluate a checkpoint, print a table and write the numbers as JSON, with what they are of.
+    """Evaluate a checkpoint, print a table, and write the scores with the settings to `out` as JSON.
 
-    Raises `EvalError` if `out` is there already, and as `open_model` and `evaluate` do.
+    Raises `EvalError` if `out` exists already, and as `open_model` and `evaluate` do.
     """
     out = Path(out)
     if out.exists():
         raise EvalError(
-            f"{out}: is there already, and nothing is overwritten; name another with --out"
+            f"{out}: exists already, and nothing is overwritten; name another with --out"
         )
-    model, found, start = open_model(checkpoint, tokenizer)
+    model, model_tokenizer, start = open_model(checkpoint, tokenizer)
     if start is not None:
+        # Llama was trained with its start token before every text; other models only need it where
+        # a text has no context
         settings = dataclasses.replace(settings, start=start, always=isinstance(model, Llama))
 
-    def done(task: str, scores: Scores) -> None:
-        console.print(
-            f"{task}: {next(iter(scores))} {next(iter(scores.values())):.4f}",
-            style="dim",
-            markup=False,
-        )
+    def print_first_score(task: str, scores: Scores) -> None:
+        metric, value = next(iter(scores.items()))
+        console.print(f"{task}: {metric} {value:.4f}", style="dim", markup=False)
 
-    results = evaluate(model, tasks, found, settings, done=done)
+    results = evaluate(model, tasks, model_tokenizer, settings, done=print_first_score)
     console.print(table_of(results))
     record = {
         "checkpoint": str(checkpoint),
         "growjax": __version__,
-        "tokenizer": found.vocabulary.digest,
+        "tokenizer": model_tokenizer.vocabulary.digest,
         "settings": dataclasses.asdict(settings),
         "results": results,
     }
@@ -65,10 +64,10 @@ def eval_checkpoint(
 
 
 def list_tasks(console: Console) -> None:
-    """Print the table of tasks: what each is, its first score and the models that it is for."""
+    """Print the table of tasks: a description, the first score, and the kinds of model it is for."""
     table = Table(title="Tasks")
     table.add_column("task", no_wrap=True)
-    for column in ("what it is", "first score", "for"):
+    for column in ("description", "first score", "for"):
         table.add_column(column)
     for task in (*TASKS.values(), HARNESS):
         models = ", ".join(task.models) if task.models != Task.models else "any"
@@ -79,20 +78,21 @@ def list_tasks(console: Console) -> None:
 def open_model(
     checkpoint: str | Path, tokenizer: str | Path | None = None
 ) -> tuple[Any, Tokenizer, int | None]:
-    """The model in a folder, its tokenizer, and the token it wants before a text if that is its own.
+    """The model in a folder, its tokenizer, and the model's own start token if it has one.
 
     **Arguments**
 
     - `checkpoint`: a run (its last checkpoint), one checkpoint, or a Hugging Face folder.
-    - `tokenizer`: "bytes" or a file; None is what the run was trained with, or what the folder has
-      (`tokenizer.json` or `vocab.txt`).
+    - `tokenizer`: "bytes" or a file; None is the tokenizer that the run was trained with, or the
+      folder's own (`tokenizer.json` or `vocab.txt`).
 
-    Raises `EvalError` if it is none of these, or if no tokenizer is found.
+    The start token is the `bos` of a Hugging Face tokenizer, and None for a run of growjax. Raises
+    `EvalError` if `checkpoint` is none of these, or if no tokenizer is found.
     """
     path = Path(checkpoint)
     if (path / "config.json").is_file():
-        found = load_tokenizer(tokenizer) if tokenizer else _tokenizer_in(path)
-        return hf.load(path), found, found.vocabulary.specials.get("bos")
+        loaded = load_tokenizer(tokenizer) if tokenizer else _tokenizer_in(path)
+        return hf.load(path), loaded, loaded.vocabulary.specials.get("bos")
     if not path.is_dir():
         raise EvalError(
             f"{path}: expected a run, a checkpoint or a Hugging Face folder; it is none"
@@ -102,26 +102,29 @@ def open_model(
 
 
 def _tokenizer_in(folder: Path) -> Tokenizer:
+    """The tokenizer that a Hugging Face folder holds; `tokenizer.json` comes first."""
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder / "tokenizer.json")
     if (folder / "vocab.txt").is_file():
-        config = folder / "tokenizer_config.json"
-        said: Mapping[str, Any] = read_json(config) if config.is_file() else {}
-        return load_tokenizer(folder / "vocab.txt", lowercase=said.get("do_lower_case", True))
+        path = folder / "tokenizer_config.json"
+        config: Mapping[str, Any] = read_json(path) if path.is_file() else {}
+        # A WordPiece vocabulary does not say whether it is lower-cased; Hugging Face's default is yes
+        return load_tokenizer(folder / "vocab.txt", lowercase=config.get("do_lower_case", True))
     raise EvalError(
         f"{folder}: expected tokenizer.json or vocab.txt in it; name a tokenizer with --tokenizer"
     )
 
 
 def table_of(results: Mapping[str, Scores]) -> Table:
-    """The scores of all tasks, but for those of BLiMP's single files."""
+    """The scores of all tasks as a table, without those of BLiMP's single files."""
     table = Table(title="Evaluation")
     for column, side in (("task", "left"), ("metric", "left"), ("score", "right")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     for task, scores in results.items():
         shown = {name: x for name, x in scores.items() if not name.startswith("paradigm/")}
         for i, (name, value) in enumerate(shown.items()):
+            # Counts (tokens, bytes, seeds) are whole numbers; scores have four digits
             number = f"{value:,.0f}" if value == int(value) and value > 1 else f"{value:.4f}"
-            # Names of tasks may come from a user's files, and are no markup
+            # Names of tasks may come from a user's files, so brackets in them are not markup
             table.add_row(escape(task) if i == 0 else "", escape(name), number)
     return table

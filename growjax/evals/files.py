@@ -15,52 +15,53 @@ from growjax.errors import EvalError, raise_all
 
 
 _OPEN = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
-_HANDFUL = 5
+_SHOWN_FAULTS = 5
 
 
 def find(folder: str | Path, *names: str) -> Path:
-    """The first of some files that is in a folder, as it is or with `.xz`, `.gz` or `.bz2`.
+    """The first of some files that a folder has, plain or compressed (`.xz`, `.gz`, `.bz2`).
 
-    Raises `EvalError` that says what was looked for and what is there.
+    Raises `EvalError` with the expected names and those that the folder has.
     """
     folder = Path(folder)
     for name in names:
-        for end in ("", *_OPEN):
-            if (folder / (name + end)).is_file():
-                return folder / (name + end)
-    there = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else ""
+        for suffix in ("", *_OPEN):
+            path = folder / (name + suffix)
+            if path.is_file():
+                return path
+    present = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else ""
     raise EvalError(
-        f"{folder}: expected {' or '.join(names)} in it (or with {', '.join(_OPEN)}); "
-        + (f"there is {there}" if there else "there is no such folder, or it is empty")
+        f"{folder}: expected {' or '.join(names)} in it (or with {', '.join(_OPEN)}), got "
+        + (present or "no such folder, or an empty one")
     )
 
 
 @contextlib.contextmanager
 def _text(path: Path) -> Iterator[TextIO]:
-    """A text file in UTF-8, open for reading; what is wrong with it is an `EvalError`."""
+    """A UTF-8 text file, plain or compressed, open for reading. Raises `EvalError` if it is damaged."""
     try:
         with _OPEN.get(path.suffix, open)(path, "rb") as file:  # type: ignore[operator]
-            # A byte-order mark, as MRPC has one, belongs to no column
+            # utf-8-sig drops a byte-order mark, which MRPC's files begin with
             yield io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
     except (UnicodeDecodeError, lzma.LZMAError, OSError, EOFError) as error:
         raise EvalError(f"{path}: cannot be read: {error}") from error
 
 
 def read_text(path: Path) -> str:
-    """The whole of a text file in UTF-8."""
+    """The text of a UTF-8 file, plain or compressed."""
     with _text(path) as file:
         return file.read()
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file without their ends; a line is what `\\n` ends and nothing else."""
+    """The lines of a UTF-8 file without their ends; only `\\n` ends a line."""
     with _text(path) as file:
         for line in file:
             yield line.rstrip("\r\n")
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
+    """The value in a JSON file. Raises `EvalError` if it is not JSON."""
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -68,16 +69,19 @@ def read_json(path: Path) -> Any:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file with one JSON object a line; raises `EvalError` with the first bad lines."""
+    """The objects of a file with one JSON object a line. Raises `EvalError` with the first bad lines."""
     yield from _records(path, read_lines(path))
 
 
 def read_archive(path: Path, end: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The records of every file under a folder, or in a tar archive, whose name has this end, by name."""
+    """`(name, records)` of each file with this suffix under a folder, or in a tar archive, by name.
+
+    `end` is the suffix, such as `".jsonl"`; names are without it. Files in a folder may be compressed.
+    """
     if path.is_dir():
         for file in sorted(path.rglob(f"*{end}*")):
-            name, *ends = file.name.partition(end)
-            if ends[1] in ("", *_OPEN):
+            name, _, compression = file.name.partition(end)
+            if compression in ("", *_OPEN):
                 yield name, list(read_records(file))
         return
     try:
@@ -85,7 +89,7 @@ def read_archive(path: Path, end: str) -> Iterator[tuple[str, list[dict[str, Any
             members = [m for m in archive.getmembers() if m.isfile() and m.name.endswith(end)]
             for member in sorted(members, key=lambda m: m.name):
                 name, file = Path(member.name).name, archive.extractfile(member)
-                assert file is not None
+                assert file is not None  # extractfile is None for folders alone
                 lines = file.read().decode().split("\n")
                 yield name.removesuffix(end), list(_records(Path(member.name), iter(lines)))
     except (OSError, tarfile.TarError) as error:
@@ -93,6 +97,7 @@ def read_archive(path: Path, end: str) -> Iterator[tuple[str, list[dict[str, Any
 
 
 def _records(path: Path, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The JSON object of each line that is not blank; after the last, `EvalError` for the others."""
     faults = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -100,13 +105,12 @@ def _records(path: Path, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            record, fault = None, error.msg
+            faults.append(f"line {number}: {error.msg}")
         else:
-            fault = f"expected an object, got {line[:20]!r}"
-        if isinstance(record, dict):
-            yield record
-        else:
-            faults.append(f"line {number}: {fault}")
-            if len(faults) == _HANDFUL:
-                break
+            if isinstance(record, dict):
+                yield record
+            else:
+                faults.append(f"line {number}: expected an object, got {line[:20]!r}")
+        if len(faults) == _SHOWN_FAULTS:
+            break
     raise_all(EvalError, f"{path}: these lines are not JSON objects:", faults)

@@ -2,11 +2,12 @@
 
 AdamW for three epochs (five below 10,000 examples) of batches of 32, a linear warm-up over a tenth of
 the steps and a linear decay to nothing, no weight decay on biases and norms, gradients clipped at 1, and
-a linear head on what the pooler makes of the first token (Devlin et al., "BERT", NAACL 2019). Small
-tasks vary by points between seeds, so there are several: their median counts, and how far they spread.
-The score of a run is that of its last epoch; the best epoch was chosen on the set it is scored on.
+a linear head on the pooled first token (Devlin et al., "BERT", NAACL 2019). Scores on small tasks vary
+by points between seeds, so each task is trained with several: the result is their median, lowest and
+highest. The score of a run is that of its last epoch, since the best epoch would be chosen on the very
+set that it is scored on.
 
-One convention is not kept: the models of growjax have no dropout, so there is none here either.
+It departs from the convention in one point: the models of growjax have no dropout.
 """
 
 import dataclasses
@@ -62,7 +63,7 @@ class Recipe:
     eps: float = 1e-6
 
     def __post_init__(self):
-        wanted = [
+        checks = [
             ("batch", "1 or more", self.batch >= 1),
             ("rate", "a positive rate", self.rate > 0),
             ("epochs", "1 or more, or None", self.epochs is None or self.epochs >= 1),
@@ -72,20 +73,22 @@ class Recipe:
             ("length", "8 or more", self.length >= 8),
         ]
         faults = [
-            f"{n}: expected {what}, got {getattr(self, n)}" for n, what, fine in wanted if not fine
+            f"{name}: expected {expected}, got {getattr(self, name)}"
+            for name, expected, holds in checks
+            if not holds
         ]
         raise_all(EvalError, "this recipe cannot be used:", faults)
 
     def epochs_of(self, examples: int) -> int:
-        """How often so many examples are gone through."""
+        """The number of epochs for a training set of this many examples."""
         return self.epochs or (5 if examples < 10_000 else 3)
 
     def rate_at(self, step: int, steps: int) -> float:
-        """The learning rate of a step, of those there are."""
-        rise = round(self.warmup * steps)
-        if step < rise:
-            return self.rate * (step + 1) / rise
-        return self.rate * (steps - step) / max(steps - rise, 1)
+        """The learning rate of step `step` (from 0) of `steps`: a linear rise, then a linear fall."""
+        warmup = round(self.warmup * steps)
+        if step < warmup:
+            return self.rate * (step + 1) / warmup
+        return self.rate * (steps - step) / max(steps - warmup, 1)
 
 
 class Classifier(eqx.Module):
@@ -97,13 +100,11 @@ class Classifier(eqx.Module):
     bias: Float[Array, " outputs"] = param("-> outputs")
 
     def __init__(self, encoder: BERT, outputs: int, *, key: PRNGKeyArray):
-        """The pooler of the encoder is taken over; without one a new one is drawn."""
+        """Takes the encoder's own pooler; an encoder without one gets a freshly drawn pooler."""
         k_pooler, k_head = jax.random.split(key)
         embed = sizes(encoder)["embed"]
         self.pooler = Pooler(embed, key=k_pooler) if encoder.pooler is None else encoder.pooler
-        # What only pre-training needs is not carried along, nor decayed
-        unused = lambda m: (m.pooler, m.mlm, m.nsp, m.nsp_bias)  # noqa: E731
-        self.encoder = eqx.tree_at(unused, encoder, (None,) * 4, is_leaf=lambda x: x is None)
+        self.encoder = without_heads(encoder)
         self.weight = 0.02 * jax.random.normal(k_head, (embed, outputs))
         self.bias = jnp.zeros(outputs)
 
@@ -112,9 +113,15 @@ class Classifier(eqx.Module):
         return logits(self.pooler(hidden), self.weight) + self.bias
 
 
+def without_heads(encoder: BERT) -> BERT:
+    """An encoder without pooler and pre-training heads, which would otherwise decay and take memory."""
+    heads = lambda m: (m.pooler, m.mlm, m.nsp, m.nsp_bias)  # noqa: E731
+    return eqx.tree_at(heads, encoder, (None,) * 4, is_leaf=lambda x: x is None)
+
+
 @dataclasses.dataclass(frozen=True)
 class FineTuned:
-    """What came of fine-tuning: the scores of every seed after every epoch, `runs[seed][epoch]`.
+    """The scores of every seed after every epoch of fine-tuning, `runs[seed][epoch]`.
 
     With `last_only` a run has one entry, that of the last epoch.
     """
@@ -124,16 +131,20 @@ class FineTuned:
 
     @property
     def last(self) -> list[float]:
-        """For each seed, one number for the last epoch: the mean of the task's metrics."""
+        """For each seed, the headline score of its last epoch: the mean of the task's metrics."""
         return [headline(epochs[-1]) for epochs in self.runs]
 
     @property
     def best(self) -> list[float]:
-        """The same for its best epoch, which is chosen by what it is scored by."""
+        """For each seed, the headline score of its best epoch; biased, since that score chooses it."""
         return [max(map(headline, epochs)) for epochs in self.runs]
 
     def summary(self) -> Scores:
-        """`score` (median of the seeds' last epochs), `lowest`, `highest`, `best_epoch`, each metric."""
+        """Scores over the seeds, as a dict.
+
+        `score`, `lowest` and `highest` are the median, least and greatest of `last`; `best_epoch` is the
+        median of `best`; each metric of the task is the median over the last epochs.
+        """
         names = self.runs[0][-1]
         medians = {n: float(np.median([epochs[-1][n] for epochs in self.runs])) for n in names}
         return {
@@ -166,11 +177,12 @@ def fine_tune(
     - `train`, `dev`: examples (see `read_task`); with several development sets, as MNLI has, the name of
       each stands before its metrics.
     - `seeds`: of the head and of the order of the examples.
-    - `after_epoch`: is told the seed, the epoch and the scores.
-    - `last_only`: score the last epoch alone, which is what counts; the best one is not known then.
+    - `after_epoch`: called with the seed, the epoch (from 1) and the scores, after each epoch.
+    - `last_only`: score the last epoch alone, which saves time; `FineTuned.best` is then that epoch too.
 
-    The last batch of an epoch may be smaller; no batch compiles anew. Raises `EvalError` for a model that
-    is no encoder, and if something is lacking.
+    The last batch of an epoch is filled up with rows of weight 0, so one program serves all batches of
+    a length. Raises `EvalError` for a model that is not a BERT, and without examples, development sets
+    or seeds.
 
     **Example**
 
@@ -186,7 +198,7 @@ def fine_tune(
     recipe = recipe or Recipe()
     length = min(recipe.length, sizes(model)["positions"])
     rows = [_encoded(tokenizer, example, task, length) for example in train]
-    scored = {
+    dev_rows = {
         name: [_encoded(tokenizer, example, task, length) for example in examples]
         for name, examples in dev.items()
     }
@@ -198,17 +210,17 @@ def fine_tune(
         for epoch, classifier in enumerate(trained, 1):
             if last_only and epoch < recipe.epochs_of(len(rows)):
                 continue
-            found = {n: score(task, dev[n], _outputs(classifier, task, scored[n])) for n in dev}
-            whole = next(iter(found.values())) if len(dev) == 1 else _named(found)
-            epochs.append(whole)
+            scores: Scores = {}
+            for name, examples in dev.items():
+                of_set = score(task, examples, _outputs(classifier, task, dev_rows[name]))
+                # With several sets, as MNLI has, the name of the set stands before each metric
+                prefix = f"{name}_" if len(dev) > 1 else ""
+                scores |= {prefix + metric: value for metric, value in of_set.items()}
+            epochs.append(scores)
             if after_epoch is not None:
-                after_epoch(seed, epoch, whole)
+                after_epoch(seed, epoch, scores)
         runs.append(tuple(epochs))
     return FineTuned(task.name, tuple(runs))
-
-
-def _named(found: Mapping[str, Scores]) -> Scores:
-    return {f"{name}_{n}": x for name, scores in found.items() for n, x in scores.items()}
 
 
 # Inputs ------------------------------------------------------------------------------------------
@@ -216,7 +228,10 @@ def _named(found: Mapping[str, Scores]) -> Scores:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """The tokens of every choice, where the second text of each begins, and the target."""
+    """One example: the tokens of each choice, the index where its second text begins, and the target.
+
+    `target` is the index of the label, or the value of a regression.
+    """
 
     tokens: list[np.ndarray]
     second: list[int]
@@ -228,10 +243,12 @@ class _Row:
 
 
 def _encoded(tokenizer: Tokenizer, example: Example, task: GlueTask, length: int) -> _Row:
+    """An example as BERT reads it: `cls`, the first text, `sep`, then for a pair the second, `sep`."""
     special, tokens, second = tokenizer.vocabulary.specials, [], []
     for texts in example.choices:
         parts = [tokenizer.encode(text).tolist() for text in texts]
-        # The longer one loses its end, token by token
+        # Beside the texts stand one `cls` and a `sep` for each; the longer text loses its end, one
+        # token at a time
         while sum(map(len, parts)) > length - 1 - len(parts):
             max(parts, key=len).pop()
         framed = [special["cls"], *parts[0], special["sep"]]
@@ -246,22 +263,20 @@ def _encoded(tokenizer: Tokenizer, example: Example, task: GlueTask, length: int
 
 
 def _collated(rows: Sequence[_Row], size: int) -> dict[str, np.ndarray]:
-    """A batch of `size` rows, each with its choices; rows that are not there weigh nothing."""
+    """A batch of `size` rows, `[rows, choices, tokens]`; rows beyond those given have weight 0."""
     shape = (size, len(rows[0].tokens), bucket(max(row.length for row in rows)))
-    tokens, lengths, second = (
-        np.zeros(shape, np.int32),
-        np.zeros(shape[:2], int),
-        np.zeros(shape[:2], int),
-    )
+    tokens = np.zeros(shape, np.int32)
+    lengths, second = np.zeros(shape[:2], int), np.zeros(shape[:2], int)
     for i, row in enumerate(rows):
         for j, (ids, start) in enumerate(zip(row.tokens, row.second, strict=True)):
             tokens[i, j, : len(ids)], lengths[i, j], second[i, j] = ids, len(ids), start
-    places = np.arange(shape[2])
-    real = places < lengths[..., None]
+    positions = np.arange(shape[2])
+    mask = positions < lengths[..., None]
     return {
         "tokens": tokens,
-        "mask": real,
-        "types": (real & (places >= second[..., None])).astype(np.int32),
+        "mask": mask,
+        # Token types: 0 up to the first `sep`, 1 in the second text
+        "types": (mask & (positions >= second[..., None])).astype(np.int32),
         "target": np.array([row.target for row in rows] + [0] * (size - len(rows)), np.float32),
         "weight": (np.arange(size) < len(rows)).astype(np.float32),
     }
@@ -278,10 +293,13 @@ def train_epochs(
     collate: Callable[[Sequence[Any], int], dict[str, np.ndarray]],
     loss: Callable[[Model, dict[str, Any]], Float[Array, " batch"]],
 ) -> Iterator[Model]:
-    """A model with its head after each epoch over some rows, in an order of its seed.
+    """The trained model after each epoch; `seed` decides the order of the rows.
 
-    `collate` makes a batch of some rows and its size, with a `weight` for each; `loss` is that of every
-    row of a batch.
+    **Arguments**
+
+    - `model`: an encoder with its head; all its parameters are trained.
+    - `collate`: `(rows, size) -> batch`, padded to `size` rows, with a `weight` of 0 or 1 for each.
+    - `loss`: `(model, batch) -> [batch]`, the loss of each row.
     """
     epochs = recipe.epochs_of(len(rows))
     starts = range(0, len(rows), recipe.batch)
@@ -291,16 +309,17 @@ def train_epochs(
     for _ in range(epochs):
         order = rng.permutation(len(rows))
         for start in starts:
-            chosen = [rows[i] for i in order[start : start + recipe.batch]]
+            members = [rows[i] for i in order[start : start + recipe.batch]]
             rate = jnp.float32(recipe.rate_at(step, epochs * len(starts)))
-            trained, state = update(trained, rest, state, collate(chosen, recipe.batch), rate)
+            trained, state = update(trained, rest, state, collate(members, recipe.batch), rate)
             step += 1
         yield eqx.combine(trained, rest)
 
 
+# Cached: `filter_jit` compiles once per function object, so all seeds and tasks share one step
 @functools.lru_cache
 def _program(loss: Any, clip: float, b2: float, eps: float, decay: float) -> tuple[Any, Any]:
-    """An optimizer and the step that uses it, the same ones for every seed and task."""
+    """The optimizer and the jitted training step of a recipe."""
     optimizer = optax.chain(
         optax.clip_by_global_norm(clip),
         optax.scale_by_adam(b2=b2, eps=eps),
@@ -309,20 +328,20 @@ def _program(loss: Any, clip: float, b2: float, eps: float, decay: float) -> tup
 
     @eqx.filter_jit
     def update(trained, rest, state, batch, rate):
-        def mean(trained):
-            each = loss(eqx.combine(trained, rest), batch)
-            return jnp.sum(each * batch["weight"]) / jnp.sum(batch["weight"])
+        def mean_loss(trained):
+            losses = loss(eqx.combine(trained, rest), batch)
+            return jnp.sum(losses * batch["weight"]) / jnp.sum(batch["weight"])
 
-        slopes = eqx.filter_grad(mean)(trained)
-        updates, state = optimizer.update(slopes, state, trained)
+        gradients = eqx.filter_grad(mean_loss)(trained)
+        updates, state = optimizer.update(gradients, state, trained)
         return jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), trained, updates), state
 
     return optimizer, update
 
 
 def _label_loss(model: Classifier, batch: dict[str, Any]) -> Array:
-    found, chosen = jax.vmap(_row(model))(batch), batch["target"].astype(jnp.int32)
-    return optax.softmax_cross_entropy_with_integer_labels(found, chosen)
+    scores, labels = jax.vmap(_row(model))(batch), batch["target"].astype(jnp.int32)
+    return optax.softmax_cross_entropy_with_integer_labels(scores, labels)
 
 
 def _value_loss(model: Classifier, batch: dict[str, Any]) -> Array:
@@ -330,12 +349,16 @@ def _value_loss(model: Classifier, batch: dict[str, Any]) -> Array:
 
 
 def _row(model: Classifier) -> Callable[[Mapping[str, Array]], Array]:
-    """The outputs for one example: those of its text, or one for each choice."""
+    """A function from one row to its outputs: one for each label, or one for each choice.
 
-    def read(row: Mapping[str, Array]) -> Array:
+    A row has an axis of choices; with one choice the outputs are the labels', and with several each
+    choice has a single output, so flattening `[choices, outputs]` serves both.
+    """
+
+    def outputs(row: Mapping[str, Array]) -> Array:
         return jax.vmap(model)(row["tokens"], row["types"], row["mask"]).reshape(-1)
 
-    return read
+    return outputs
 
 
 @eqx.filter_jit
@@ -346,11 +369,11 @@ def _forward(model: Classifier, batch: dict[str, Any]) -> Array:
 def _outputs(
     model: Classifier, task: GlueTask, rows: Sequence[_Row], size: int = 32
 ) -> Float[np.ndarray, "n outputs"]:
-    """What a classifier says of every example, in their order."""
-    found = np.zeros((len(rows), task.outputs * task.choices))
+    """The outputs of a classifier for every row, in the rows' order, in batches of similar lengths."""
+    outputs = np.zeros((len(rows), task.outputs * task.choices))
     order = sorted(range(len(rows)), key=lambda i: rows[i].length)
     for start in range(0, len(rows), size):
-        chosen = order[start : start + size]
-        batch = _collated([rows[i] for i in chosen], size)
-        found[chosen] = np.asarray(_forward(model, batch))[: len(chosen)]
-    return found
+        members = order[start : start + size]
+        batch = _collated([rows[i] for i in members], size)
+        outputs[members] = np.asarray(_forward(model, batch))[: len(members)]
+    return outputs

@@ -1,7 +1,8 @@
-"""Text from a model, token by token: keys and values are kept, and shapes are few.
+"""Text generation, token by token, with a cache of keys and values and few compiled shapes.
 
-Prompts are padded on the right. The last token of a prompt is read again in the first step, so that
-every step is alike, and what padding left in the cache is written over before anything can see it.
+Prompts are padded on the right. The first step reads the last token of a prompt a second time, so that
+every step is alike. Padding leaves keys and values behind the prompt, but each step writes its own over
+them before any query attends to that position.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from growjax.errors import EvalError
 from growjax.evals.language import LanguageModel, batch_rows, bucket
 
 
-# Steps between two looks at the text: enough to keep the host out of the way, few enough not to waste
+# Steps on the device between two checks on the host whether all texts have ended: enough of them to
+# hide the transfer, few enough that little is generated in vain
 _STRIDE = 16
 
 
@@ -31,18 +33,18 @@ def generate(
     temperature: float = 0.0,
     key: PRNGKeyArray | None = None,
 ) -> list[str]:
-    """What a decoder writes after each prompt, without the prompt and without special tokens.
+    """The continuation of each prompt, without the prompt and without special tokens.
 
     **Arguments**
 
     - `language`: a `GPT`, a `Llama` or a `T5`, whose encoder reads the prompt.
-    - `prompts`: if longer than the window less `new` they lose their beginning.
+    - `prompts`: one longer than the window less `new` loses its beginning.
     - `new`: how many tokens at most. A text ends before that at the end-of-text token, and before the
       first of the strings in `until`.
-    - `temperature`: 0 takes the likeliest token; above, tokens are drawn, with `key`: what is drawn for
-      a prompt does not depend on the others.
+    - `temperature`: 0 takes the likeliest token; above 0 tokens are drawn with `key`, and those of one
+      prompt do not depend on the other prompts.
 
-    Raises `EvalError` for an encoder, and if there is no room for the prompt.
+    Raises `EvalError` for an encoder, and if `new` leaves the prompt no room.
 
     **Example**
 
@@ -52,7 +54,8 @@ def generate(
         raise EvalError("generate: an encoder does not write; expected a GPT, a Llama or a T5")
     if not hasattr(language.model, "extend"):
         raise EvalError("generate: the model has no `extend`; see growjax.models.GPT for one")
-    # The decoder of a pair has no positions of its own to run out of
+    # A decoder shares its window between prompt and text. A T5's decoder has relative positions, so
+    # only its encoder is limited: to the window, less the `eos` behind the prompt
     room = language.window - new if language.kind == "causal" else language.window - 1
     if new < 1 or room < 1:
         raise EvalError(
@@ -64,19 +67,28 @@ def generate(
     if language.kind == "causal":
         encoded = [language.begun(tokens) for tokens in encoded]
     encoded = [tokens[-room:] for tokens in encoded]
-    written = [""] * len(prompts)
+    texts = [""] * len(prompts)
     # Longest first. Steps cost more than padding, so short prompts go along with long ones
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     while order:
         width = bucket(len(encoded[order[0]]) + 1)
         count = batch_rows(len(order), language.batch_tokens // (width + new))
-        chosen, order = order[:count], order[count:]
-        filled = [encoded[i] for i in chosen + chosen[:1] * (count - len(chosen))]
-        draws = jnp.array(chosen + chosen[:1] * (count - len(chosen)))
-        found = _batch(language, filled, width, new, until, temperature, key, draws)
-        for i, text in zip(chosen, found, strict=False):
-            written[i] = text
-    return written
+        members, order = order[:count], order[count:]
+        # Copies of the first prompt fill the batch up to its compiled size
+        rows = members + members[:1] * (count - len(members))
+        batch = _batch(
+            language,
+            [encoded[i] for i in rows],
+            width,
+            new,
+            until,
+            temperature,
+            key,
+            jnp.array(rows),
+        )
+        for i, text in zip(members, batch, strict=False):
+            texts[i] = text
+    return texts
 
 
 def _batch(
@@ -87,41 +99,51 @@ def _batch(
     until: Sequence[str],
     temperature: float,
     key: PRNGKeyArray | None,
-    draws: Array,
+    numbers: Array,
 ) -> list[str]:
+    """The continuations of one batch of prompts, padded to `width` tokens.
+
+    `numbers` are the prompts' indices among all prompts: each is folded into `key`, so that the tokens
+    drawn for a prompt are the same in any batch.
+    """
     model, special = language.model, language.tokenizer.vocabulary.specials
-    steps = -(-new // _STRIDE) * _STRIDE
+    steps = -(-new // _STRIDE) * _STRIDE  # rounded up to whole strides
     lengths = np.array([len(tokens) for tokens in prompts])
     padded = np.array([[*tokens, *[0] * (width - len(tokens))] for tokens in prompts], np.int32)
     if language.kind == "seq2seq":
         padded[np.arange(len(prompts)), lengths] = special["eos"]
-        real = np.arange(width) <= lengths[:, None]
-        cache = _read_pair(model, jnp.array(padded), jnp.array(real), bucket(steps))
+        mask = np.arange(width) <= lengths[:, None]
+        cache = _read_pair(model, jnp.array(padded), jnp.array(mask), bucket(steps))
+        # T5's decoder starts with `pad` at position 0
         last, at = jnp.full(len(prompts), special["pad"]), jnp.zeros(len(prompts), jnp.int32)
     else:
         cache = _read(model, jnp.array(padded), bucket(width + steps))
         last = jnp.array(padded[np.arange(len(prompts)), lengths - 1])
         at = jnp.array(lengths - 1, jnp.int32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0) if key is None else key, draws)
+    # At temperature 0 the keys are not used, but the program takes them all the same
+    key = jax.random.key(0) if key is None else key
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
     tokens, texts = np.zeros((len(prompts), 0), np.int32), [""] * len(prompts)
     while tokens.shape[1] < steps:
-        more, cache = _write(model, cache, last, at, keys, jnp.float32(temperature))
-        tokens = np.concatenate([tokens, np.asarray(more)], 1)
-        last, at = more[:, -1], at + _STRIDE
-        ends = [_text(language.tokenizer, row[:new], until) for row in tokens]
-        texts = [text for text, _ in ends]
-        if all(ended for _, ended in ends):
+        stride, cache = _write(model, cache, last, at, keys, jnp.float32(temperature))
+        tokens = np.concatenate([tokens, np.asarray(stride)], 1)
+        last, at = stride[:, -1], at + _STRIDE
+        decoded = [_text(language.tokenizer, row[:new], until) for row in tokens]
+        texts = [text for text, _ in decoded]
+        if all(ended for _, ended in decoded):
             break
     return texts
 
 
 def _text(tokenizer: Tokenizer, tokens: np.ndarray, until: Sequence[str]) -> tuple[str, bool]:
-    """The text of some tokens up to where it ends, and whether it does end."""
+    """The text of some tokens up to an end token or a string of `until`, and whether it has one."""
     vocabulary = tokenizer.vocabulary
-    ends = np.flatnonzero(np.isin(tokens, [vocabulary.specials.get(n, -1) for n in ("eos", "sep")]))
+    # -1, which is never generated, stands for an end token that the vocabulary lacks
+    end_tokens = [vocabulary.specials.get(name, -1) for name in ("eos", "sep")]
+    ends = np.flatnonzero(np.isin(tokens, end_tokens))
     tokens = tokens[: ends[0]] if len(ends) else tokens
-    # A model may have more rows than there are tokens; and special ones are no text
+    # An embedding may have more rows than the vocabulary has tokens; special tokens are not text
     tokens = tokens[tokens < vocabulary.size]
     text = tokenizer.decode(tokens[vocabulary.is_text[tokens]])
     cuts = [text.index(stop) for stop in until if stop and stop in text]
@@ -130,39 +152,54 @@ def _text(tokenizer: Tokenizer, tokens: np.ndarray, until: Sequence[str]) -> tup
 
 @eqx.filter_jit
 def _read(model: Any, prompts: Int[Array, "B T"], size: int) -> Any:
-    # Logits of the prompt are compiled away
+    """The cache of a decoder with `size` positions after reading the prompts."""
+    # Nothing uses the logits of the prompt, so the compiler removes them
     cache = jax.vmap(lambda tokens: model.extend(tokens, model.cache(size), 0)[1])(prompts)
     return _layers_first(cache)
 
 
 @eqx.filter_jit
-def _read_pair(model: Any, prompts: Int[Array, "B S"], real: Array, size: int) -> Any:
-    cache = jax.vmap(lambda t, mask: model.cache(t, size, encoder_mask=mask))(prompts, real)
+def _read_pair(model: Any, prompts: Int[Array, "B S"], masks: Array, size: int) -> Any:
+    """The cache of a T5's decoder with `size` positions, its encoder having read the prompts."""
+    cache = jax.vmap(lambda t, mask: model.cache(t, size, encoder_mask=mask))(prompts, masks)
     return _layers_first(cache)
 
 
 def _layers_first(cache: Any) -> Any:
-    """A batch of caches, the batch behind the layers: a scan would move it there for every token."""
+    """A batch of caches with axes `[layers, batch, ...]`.
+
+    The models scan over layers, which must come first; with the batch first they would transpose the
+    whole cache for every token.
+    """
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, _batch_axis(x)), cache)
 
 
 def _batch_axis(x: Array) -> int:
-    # What has no layers has places alone, such as a mask
+    # Keys and values have layers, so the batch is axis 1; a mask `[batch, positions]` has none
     return int(x.ndim > 2)
 
 
 @eqx.filter_jit
 def _write(
-    model: Any, cache: Any, last: Int[Array, " B"], at: Int[Array, " B"], keys: Array, heat: Array
+    model: Any,
+    cache: Any,
+    last: Int[Array, " B"],
+    at: Int[Array, " B"],
+    keys: Array,
+    temperature: Array,
 ) -> tuple[Int[Array, "B stride"], Any]:
-    """The next tokens of every text, and the cache with all but the last of them in it."""
+    """The next `_STRIDE` tokens of every text, and the cache with all but the last of them in it.
+
+    `last` is the last token of each text, which is not yet in the cache, and `at` its position.
+    """
 
     def one(token, cache, at, key):
         scores, cache = model.extend(token[None], cache, at)
+        # Temperature is an array, so that one program serves all: both branches are computed
         drawn = jax.random.categorical(
-            jax.random.fold_in(key, at), scores[0] / jnp.maximum(heat, 1e-6)
+            jax.random.fold_in(key, at), scores[0] / jnp.maximum(temperature, 1e-6)
         )
-        return jnp.where(heat > 0, drawn, scores[0].argmax()).astype(jnp.int32), cache
+        return jnp.where(temperature > 0, drawn, scores[0].argmax()).astype(jnp.int32), cache
 
     axes = jax.tree.map(_batch_axis, cache)
 

@@ -1,7 +1,7 @@
 """GLUE and SuperGLUE: their tasks as data, and readers of the files as they are published.
 
-Labels are carried as their names, since the numbers differ from one distribution to the next. Wang et
-al., "GLUE", ICLR 2019; "SuperGLUE", NeurIPS 2019.
+A label is stored as its name, since distributions number the labels differently. Wang et al., "GLUE",
+ICLR 2019; "SuperGLUE", NeurIPS 2019.
 """
 
 import dataclasses
@@ -20,15 +20,16 @@ from growjax.evals.metrics import Scores
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One decision to take.
+    """One example: a text or a pair of texts to label, or several to choose from.
 
     **Fields**
 
-    - `choices`: the texts, or pairs of texts, to decide between; a single one if labels are.
+    - `choices`: the texts, or pairs of texts, to choose from; a single one if labels are predicted.
     - `label`: the name of the right label, the number of the right choice (`"0"`, `"1"`), or the value
       of a regression; None in test sets.
-    - `group`: which question it belongs to, where one has several (MultiRC, ReCoRD).
-    - `candidate`, `answers`: of ReCoRD, the entity that is put in and those that are right.
+    - `group`: the question that it belongs to, for tasks with several examples per question (MultiRC,
+      ReCoRD).
+    - `candidate`, `answers`: for ReCoRD, the entity filled into the query, and the right ones.
     """
 
     choices: tuple[tuple[str, ...], ...]
@@ -44,17 +45,17 @@ Metric = Callable[[Sequence[Example], Sequence[Any], Float[np.ndarray, "n labels
 
 @dataclasses.dataclass(frozen=True)
 class GlueTask:
-    """One task: where it is, how it is labelled and what it is scored by.
+    """One task: its files, its labels and its metric.
 
     **Fields**
 
-    - `name`: as it is written, `"glue/rte"`.
-    - `folder`: of its files under that of the benchmark.
-    - `labels`: their names; empty for a regression.
-    - `metric`: of examples, predictions and scores.
+    - `name`: such as `"glue/rte"`.
+    - `folder`: the folder of its files within that of the benchmark.
+    - `labels`: the names of the labels; empty for a regression.
+    - `metric`: a function of examples, predictions and scores.
     - `dev`: the names of its development sets.
-    - `columns`: of GLUE, for each text and then for the label, what a column may be called.
-    - `examples`: of SuperGLUE, what one record of its files gives.
+    - `columns`: for GLUE, the possible names of each text's column, and last of the label's.
+    - `examples`: for SuperGLUE, a function from one record of its files to examples.
     """
 
     name: str
@@ -67,12 +68,12 @@ class GlueTask:
 
     @property
     def choices(self) -> int:
-        """How many texts one example has to choose from."""
+        """The number of texts (or pairs) of one example; 1 if labels are predicted."""
         return 2 if self.name.endswith("copa") else 1
 
     @property
     def outputs(self) -> int:
-        """How many numbers a model gives for each text."""
+        """The number of outputs of the model for each text: one per label, or 1 to rank or regress."""
         return 1 if self.choices > 1 or not self.labels else len(self.labels)
 
 
@@ -87,7 +88,7 @@ def read_task(
     - `source`: the folder of the benchmark, with the task's own folder in it, as they are published
       (`RTE/train.tsv`, `BoolQ/val.jsonl`; `.xz`, `.gz` and `.bz2` are unpacked while reading); or a
       dataset of the library `datasets`, `load_dataset("nyu-mll/glue", "rte")`.
-    - `split`: the name of a file without its end, such as `"train"`, or a split of the dataset.
+    - `split`: the name of a file without its suffix, such as `"train"`, or a split of the dataset.
 
     Raises `EvalError` that lists the first bad lines.
 
@@ -95,27 +96,27 @@ def read_task(
 
         examples = read_task(GLUE["glue/rte"], "data/glue", "train")
     """
+    examples: list[Example] = []
     if isinstance(source, Mapping):
         if split not in source:
             raise EvalError(f"{task.name}: no split {split!r}, only {', '.join(source)}")
-        rows = source[split]
-        names = getattr(rows, "features", {})
-        rows = (_named(row, names) for row in rows)
-        make = task.examples or (lambda row: iter([_from_row(task, row)]))
-        return [example for row in rows for example in make(row)]
+        features = getattr(source[split], "features", {})
+        for row in source[split]:
+            named = _with_label_names(row, features)
+            examples += task.examples(named) if task.examples else [_from_row(task, named)]
+        return examples
     folder = Path(source) / task.folder
     if task.examples is None:
         return _read_table(task, find(folder, f"{split}.tsv"))
     path = find(folder, f"{split}.jsonl")
-    found: list[Example] = []
     for number, record in enumerate(read_records(path), 1):
         try:
-            found += task.examples(record)
+            examples += task.examples(record)
         except (KeyError, TypeError) as error:
             raise EvalError(
                 f"{path}: record {number} has no {error}; it has {[*record]}"
             ) from error
-    return found
+    return examples
 
 
 def score(
@@ -135,51 +136,47 @@ def score(
 
 def headline(scores: Scores) -> float:
     """One number for a task: the mean of its metrics, as in the GLUE average."""
-    parts = [x for name, x in scores.items() if name != "constant" and "answerable" not in name]
-    return float(np.mean(parts))
+    # "constant" marks a correlation that does not exist, and SQuAD 2.0's scores of answerable and
+    # unanswerable questions are parts of its other two
+    values = [x for name, x in scores.items() if name != "constant" and "answerable" not in name]
+    return float(np.mean(values))
 
 
 # GLUE --------------------------------------------------------------------------------------------
 
 
 def _read_table(task: GlueTask, path: Path) -> list[Example]:
-    """A table as published: columns between tabs, with quotes that mean nothing."""
+    """The examples of a published table: columns separated by tabs; quotes are ordinary characters."""
     lines = read_lines(path)
     rows = [line.split("\t") for line in lines]
     header = rows.pop(0) if rows else []
     if task.name == "glue/cola" and "sentence" not in header:
-        # The only one whose files have no header, but for its test set
+        # CoLA's training and development files have no header; its test file has one
         rows, header = [header, *rows], ["source", "label", "author's", "sentence"]
-    *texts, label = task.columns
-    wanted = [next((header.index(n) for n in names if n in header), None) for names in texts]
-    if None in wanted:
+    *text_names, _ = task.columns
+    if any(not any(name in header for name in names) for names in text_names):
         raise EvalError(f"{path}: expected columns {task.columns[:-1]}, got {header}")
-    labelled = next((header.index(name) for name in label if name in header), None)
-    found, faults = [], []
+    examples, faults = [], []
     for number, row in enumerate(rows, 2):
         if len(row) < len(header):
-            # QQP's training set has some of these, and everybody passes them over
+            # QQP's training set has short rows, which are skipped by convention
             if task.name != "glue/qqp":
                 faults.append(f"line {number}: {len(row)} columns of {len(header)}")
             continue
-        values = {
-            task.columns[i][0]: row[column] for i, column in enumerate(wanted) if column is not None
-        }
-        if labelled is not None:
-            values[label[0]] = row[labelled]
         try:
-            found.append(_from_row(task, values))
+            examples.append(_from_row(task, dict(zip(header, row, strict=False))))
         except EvalError as error:
             faults.append(f"line {number}: {error}")
     raise_all(EvalError, f"{path}: these are not rows of {task.name}:", faults[:5])
-    return found
+    return examples
 
 
 def _from_row(task: GlueTask, row: Mapping[str, Any]) -> Example:
-    *texts, label = task.columns
-    text = tuple(str(next(row[n] for n in names if n in row)) for names in texts)
-    value = next((row[n] for n in label if n in row), None)
-    if value is None or value in ("-1", -1):
+    """The example in a row of named columns, each under the first of its possible names."""
+    *text_names, label_names = task.columns
+    text = tuple(str(next(row[name] for name in names if name in row)) for names in text_names)
+    value = next((row[name] for name in label_names if name in row), None)
+    if value is None or value in ("-1", -1):  # -1 is the label of test sets
         return Example((text,), None)
     if not task.labels:
         return Example((text,), float(value))
@@ -188,18 +185,22 @@ def _from_row(task: GlueTask, row: Mapping[str, Any]) -> Example:
     return Example((text,), str(value))
 
 
-def _named(row: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a dataset with the names of its labels, where these are the benchmark's own."""
+def _with_label_names(row: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a dataset, its label as a name if the files of the benchmark use that name.
+
+    Other names ("acceptable", "equivalent") are the library's own, where the files have numbers.
+    """
     values = dict(row)
     names = getattr(features.get("label"), "names", None)
     if names and isinstance(row["label"], int) and row["label"] >= 0:
         name = names[row["label"]]
-        own = {"contradiction", "entailment", "neutral", "not_entailment"}
-        values["label"] = name if name in own else row["label"]
+        published = {"contradiction", "entailment", "neutral", "not_entailment"}
+        values["label"] = name if name in published else row["label"]
     return values
 
 
 def _labels(metric: Callable[[Sequence, Sequence], Scores]) -> Metric:
+    """A metric of true and predicted labels, as a metric of a task."""
     return lambda examples, predicted, scores: metric([e.label for e in examples], predicted)
 
 
@@ -208,7 +209,7 @@ _RTE = ("entailment", "not_entailment")
 _PAIR = (("sentence1", "premise", "#1 String"), ("sentence2", "hypothesis", "#2 String"))
 _QUESTIONS = (("question1",), ("question2",))
 
-# Name, folder, labels, metric, and what the columns of its tables may be called
+# Name, folder, labels, metric, and the possible names of its columns
 _GLUE = [
     ("cola", "CoLA", _NUMBERS, _labels(metrics.matthews), (("sentence",), ("label",))),
     ("sst-2", "SST-2", _NUMBERS, _labels(metrics.accuracy), (("sentence",), ("label",))),
@@ -227,7 +228,7 @@ _DEV = {"mnli": ("dev_matched", "dev_mismatched")}
 
 
 def _truth(record: Mapping[str, Any]) -> str | None:
-    """The label of a record: a name, or `"0"` and `"1"` for false and true; None in a test set."""
+    """The label of a record: a name, `"0"` for false or `"1"` for true, or None in a test set."""
     label = record.get("label")
     if label is None or label == -1:
         return None
@@ -243,13 +244,15 @@ def _entailment(r: Mapping[str, Any]) -> Iterator[Example]:
 
 
 def _copa(r: Mapping[str, Any]) -> Iterator[Example]:
-    ask = "What was the cause?" if r["question"] == "cause" else "What happened as a result?"
-    premise = f"{r['premise']} {ask}"
+    # Each alternative is paired with the premise and the question in words
+    question = "What was the cause?" if r["question"] == "cause" else "What happened as a result?"
+    premise = f"{r['premise']} {question}"
     yield Example(((premise, r["choice1"]), (premise, r["choice2"])), _truth(r))
 
 
 def _multirc(r: Mapping[str, Any]) -> Iterator[Example]:
-    if "paragraph" in r:  # the library `datasets` has one row an answer
+    """One example for each answer of each question, to be judged right or wrong."""
+    if "paragraph" in r:  # the library `datasets` has one row per answer
         group = f"{r['idx']['paragraph']}-{r['idx']['question']}"
         yield Example(((r["paragraph"], f"{r['question']} {r['answer']}"),), _truth(r), group)
         return
@@ -262,20 +265,22 @@ def _multirc(r: Mapping[str, Any]) -> Iterator[Example]:
 
 
 def _record(r: Mapping[str, Any]) -> Iterator[Example]:
-    if "qas" in r:
+    """One example for each entity of the passage in each query, to be judged right or wrong."""
+    if "qas" in r:  # the published files; the library `datasets` has one row per query
         passage = r["passage"]["text"]
-        # The end of an entity is its last character
-        spans = [passage[e["start"] : e["end"] + 1] for e in r["passage"]["entities"]]
-        asked = [
+        # The `end` of an entity is the index of its last character
+        entities = [passage[e["start"] : e["end"] + 1] for e in r["passage"]["entities"]]
+        queries = [
             (str(qa["idx"]), qa["query"], [a["text"] for a in qa.get("answers", ())])
             for qa in r["qas"]
         ]
     else:
-        passage, spans = r["passage"], r["entities"]
-        asked = [(f"{r['idx']['passage']}-{r['idx']['query']}", r["query"], r["answers"])]
+        passage, entities = r["passage"], r["entities"]
+        queries = [(f"{r['idx']['passage']}-{r['idx']['query']}", r["query"], r["answers"])]
+    # The bullet points of a news article follow this mark
     passage = passage.replace("@highlight\n", "- ")
-    for group, query, gold in asked:
-        for entity in dict.fromkeys(spans):
+    for group, query, gold in queries:
+        for entity in dict.fromkeys(entities):
             text = (passage, query.replace("@placeholder", entity))
             label = str(int(entity in gold)) if gold else None
             yield Example((text,), label, group, entity, tuple(gold))
@@ -291,19 +296,20 @@ def _wsc(r: Mapping[str, Any]) -> Iterator[Example]:
 
 
 def _score_multirc(examples: Sequence[Example], predicted: Sequence[Any], scores: Any) -> Scores:
+    """MultiRC's: F1 over all answers, and the share of questions with every answer judged right."""
     groups, truth = [e.group for e in examples], [e.label for e in examples]
     return metrics.grouped_f1(groups, truth, predicted)
 
 
 def _score_record(examples: Sequence[Example], predicted: Sequence[Any], scores: Any) -> Scores:
-    """Of the entities of a query the one with the highest score of "1" is the answer."""
+    """ReCoRD's: the answer to a query is the entity whose label "1" outscores "0" by most."""
     best: dict[str, int] = {}
     margin = scores[:, 1] - scores[:, 0]
     for i, example in enumerate(examples):
         if example.group not in best or margin[i] > margin[best[example.group]]:
             best[example.group] = i
-    chosen = [examples[i] for i in best.values()]
-    return metrics.answers([e.candidate for e in chosen], [e.answers for e in chosen])
+    answered = [examples[i] for i in best.values()]
+    return metrics.answers([e.candidate for e in answered], [e.answers for e in answered])
 
 
 _SUPERGLUE = [

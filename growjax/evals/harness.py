@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness over a growjax model: every task that it knows.
+"""Every task of EleutherAI's lm-evaluation-harness, for models of growjax.
 
 Importing this needs the harness: `pip install 'growjax[eval]'`. Neither PyTorch nor transformers is used.
 Gao et al., "The Language Model Evaluation Harness", https://github.com/EleutherAI/lm-evaluation-harness.
@@ -23,11 +23,11 @@ _TemplateLM: Any = load("lm_eval.api.model", _USER).TemplateLM
 
 
 class HarnessModel(_TemplateLM):
-    """A `LanguageModel` as the harness wants it, for `lm_eval.simple_evaluate(model=...)`.
+    """A `LanguageModel` with the interface of the harness, for `lm_eval.simple_evaluate(model=...)`.
 
-    Decoders and encoder-decoders, with all three types of requests, and encoders with
-    pseudo-log-likelihoods, which do not write. Texts are cut into tokens as the harness's own models cut
-    them, so that the numbers can stand next to theirs.
+    Decoders and encoder-decoders answer all three types of requests; encoders answer likelihoods alone,
+    with pseudo-log-likelihoods. Texts are tokenized as by the harness's own models, so scores compare
+    with theirs.
 
     **Example**
 
@@ -58,61 +58,69 @@ class HarnessModel(_TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """The tokens of a text; special ones are put in by the `LanguageModel`."""
+        """The tokens of a text; the `LanguageModel` adds special tokens."""
         del add_special_tokens, kwargs
         return self.language.encode(string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        # The harness has a prefix of its own where there is no context
-        bare = self.backend == "seq2seq" or self.language.kind == "encoder"
-        empty = [self.prefix_token_id]
-        pairs = [([] if bare and c == empty else c, x) for _, c, x in requests]
-        found = [(s.logprob, s.greedy) for s in self.language.loglikelihoods_of_tokens(pairs)]
-        for (key, _, _), answer in zip(requests, found, strict=True):
+        # In place of an empty context the harness sends the prefix token. Decoders read it; the other
+        # kinds were not trained with one, so their context becomes empty again
+        drop_prefix = self.language.kind != "causal"
+        pairs = []
+        for _, context, continuation in requests:
+            if drop_prefix and context == [self.prefix_token_id]:
+                context = []
+            pairs.append((context, continuation))
+        scored = [(s.logprob, s.greedy) for s in self.language.loglikelihoods_of_tokens(pairs)]
+        for (key, _, _), answer in zip(requests, scored, strict=True):
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, answer)
-        return found
+        return scored
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        found = self.language.rolling([request.args[0] for request in requests])
-        for request, answer in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
-        return found
+        totals = self.language.rolling([request.args[0] for request in requests])
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        # Requests with equal options are generated together
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
-        written = [""] * len(requests)
+        texts = [""] * len(requests)
         for members in groups.values():
-            texts = [requests[i].args[0] for i in members]
+            prompts = [requests[i].args[0] for i in members]
             options = _options(requests[members[0]].args[1], self.language.window)
-            found = generate(self.language, texts, key=jax.random.key(self.seed), **options)
-            for i, text in zip(members, found, strict=True):
-                written[i] = text
+            generated = generate(self.language, prompts, key=jax.random.key(self.seed), **options)
+            for i, text in zip(members, generated, strict=True):
+                texts[i] = text
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)
-        return written
+        return texts
 
 
-def _options(asked: Mapping[str, Any], window: int) -> dict[str, Any]:
-    """The arguments of `generate` for what a task asks; raises `EvalError` for what it cannot do."""
-    asked = load("lm_eval.models.utils", _USER).normalize_gen_kwargs(
-        dict(asked), default_max_gen_toks=min(256, window // 2)
+def _options(requested: Mapping[str, Any], window: int) -> dict[str, Any]:
+    """A task's options as arguments of `generate`; raises `EvalError` for those it does not have."""
+    options = load("lm_eval.models.utils", _USER).normalize_gen_kwargs(
+        dict(requested), default_max_gen_toks=min(256, window // 2)
     )
-    sampled = asked.get("do_sample", False)
-    odd = [f"{n}={asked[n]}" for n in ("top_k", "top_p", "min_p") if sampled and n in asked]
-    odd += [f"num_beams={asked['num_beams']}"] if asked.get("num_beams", 1) > 1 else []
-    if odd:
+    sampled = options.get("do_sample", False)
+    unsupported = []
+    if sampled:
+        unsupported += [f"{n}={options[n]}" for n in ("top_k", "top_p", "min_p") if n in options]
+    if options.get("num_beams", 1) > 1:
+        unsupported.append(f"num_beams={options['num_beams']}")
+    if unsupported:
         raise EvalError(
-            f"generate_until: a task asks for {', '.join(odd)}; expected the likeliest token, or tokens "
-            "drawn at a temperature"
+            f"generate_until: a task asks for {', '.join(unsupported)}; expected the likeliest token, or "
+            "tokens drawn at a temperature"
         )
-    temperature = float(asked.get("temperature", 1.0)) if sampled else 0.0
-    return {"new": asked["max_gen_toks"], "until": asked["until"], "temperature": temperature}
+    temperature = float(options.get("temperature", 1.0)) if sampled else 0.0
+    return {"new": options["max_gen_toks"], "until": options["until"], "temperature": temperature}
 
 
 def run_harness(
@@ -128,14 +136,14 @@ def run_harness(
 
     **Arguments**
 
-    - `tasks`: names, of groups and tags too, or whole definitions.
+    - `tasks`: names of tasks, groups or tags, or whole definitions.
     - `shots`: how many examples stand before each question; None is each task's own number.
-    - `limit`: how many documents of each task.
-    - `include`: a folder of task definitions of your own. The harness's are not read, which takes ten
-        seconds, if `tasks` are all single tasks of that folder.
-    - `seed`: of the choice of examples and of what is drawn.
+    - `limit`: how many documents of each task; None is all.
+    - `include`: a folder of task definitions of your own. If `tasks` are all single tasks of that
+      folder, the harness's own definitions are not read, which saves ten seconds.
+    - `seed`: decides the examples before a question, and drawn tokens.
 
-    Its own tasks are downloaded by the library `datasets`. Raises `EvalError` for an unknown task.
+    The library `datasets` downloads the harness's own tasks. Raises `EvalError` for an unknown task.
 
     **Example**
 
@@ -146,10 +154,10 @@ def run_harness(
     unknown = [name for name in tasks if isinstance(name, str) and name not in known]
     if unknown:
         raise EvalError(
-            f"tasks: growjax and the harness know nothing of {', '.join(unknown)}; `lm-eval ls tasks` "
-            "lists the harness's own"
+            f"tasks: neither growjax nor the harness has {', '.join(unknown)}; `lm-eval ls tasks` lists "
+            "the harness's own"
         )
-    found = load("lm_eval", _USER).simple_evaluate(
+    report = load("lm_eval", _USER).simple_evaluate(
         model=HarnessModel(language, seed=seed),
         tasks=list(tasks),
         num_fewshot=shots,
@@ -162,21 +170,24 @@ def run_harness(
         torch_random_seed=seed,
         fewshot_random_seed=seed,
     )
-    return {name: _scores(metrics) for name, metrics in found["results"].items()}
+    return {name: _scores(metrics) for name, metrics in report["results"].items()}
 
 
 def _manager(tasks: Sequence[str | dict], include: str | Path | None) -> Any:
-    """What knows the tasks. There are thousands of the harness's own, which groups and tags may reach."""
+    """The harness's index of tasks: those of `include` alone if they suffice, or all.
+
+    Groups and tags may refer to any of the harness's thousands of tasks, so only single tasks suffice.
+    """
     manager: Any = load("lm_eval.tasks", _USER).TaskManager
     if include is not None:
-        own = manager(include_path=str(include), include_defaults=False)
-        if all(isinstance(name, str) and name in own.all_subtasks for name in tasks):
-            return own
+        included = manager(include_path=str(include), include_defaults=False)
+        if all(isinstance(name, str) and name in included.all_subtasks for name in tasks):
+            return included
     return manager(include_path=None if include is None else str(include))
 
 
 def _scores(metrics: Mapping[str, Any]) -> Scores:
-    """The numbers among what the harness says of a task; `acc,none` is `acc`."""
+    """The harness's metrics of a task that are numbers, without standard errors; `acc,none` is `acc`."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in metrics.items()

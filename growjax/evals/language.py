@@ -1,8 +1,8 @@
-"""What a model thinks of a text: log-likelihoods of tokens, for decoders, pairs and encoders alike.
+"""Log-likelihoods of tokens, for decoders, encoder-decoders and encoders.
 
-Requests have every length there is, and a program is compiled for one. So they are sorted, padded to
-the next of a few lengths, and run in batches of the same number of tokens: a model compiles a handful of
-programs however many requests it gets, and only sums leave the device.
+A program is compiled for one shape, and requests have many lengths. So requests are sorted, padded to
+one of a few lengths, and run in batches of about the same number of tokens: a model compiles a handful
+of programs for any number of requests, and only sums leave the device.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ Row = dict[str, np.ndarray]
 
 
 class Scored(NamedTuple):
-    """The log-probability of some tokens, in nats, and whether each of them was the likeliest."""
+    """The log-probability of some tokens, in nats, and whether each was the likeliest at its position."""
 
     logprob: float
     greedy: bool
@@ -37,15 +37,16 @@ class Scored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A model and the tokenizer it was trained with, as tasks see them: text in, likelihoods out.
+    """A model with the tokenizer it was trained with: text in, likelihoods out.
 
     **Arguments**
 
     - `model`: a `GPT`, `Llama`, `T5` or `BERT`, or a decoder of your own, `model(tokens) -> logits`.
-    - `tokenizer`: what it was trained with.
+    - `tokenizer`: the one that the model was trained with.
     - `longest`: how many tokens it reads at once; None is as many as it has positions, or 1,024.
-    - `start`: the token before a text; None is what `growjax.data` puts between documents.
-    - `always`: whether `start` stands before a context as well, as Llama was trained.
+    - `start`: the token before a text; None is the separator that `growjax.data` puts between documents.
+    - `always`: whether `start` stands before a context too, as in Llama's training, or only where the
+      context is empty.
     - `batch_tokens`: how many tokens, padding included, go through the model at once.
 
     An encoder's likelihood is the pseudo-log-likelihood: the sum over the tokens, each masked while all
@@ -72,23 +73,23 @@ class LanguageModel:
         if rows is not None and vocabulary.size > rows:
             raise EvalError(
                 f"tokenizer: its largest token is {vocabulary.size - 1}, and the embedding of the model "
-                f"has {rows} rows; expected the tokenizer it was trained with"
+                f"has {rows} rows; expected the tokenizer that the model was trained with"
             )
         needs = {"causal": (), "seq2seq": ("pad", "eos"), "encoder": ("mask", "cls", "sep")}
         vocabulary.require(f"a {self.kind} model", needs[self.kind])
         if self.kind == "encoder" and getattr(self.model, "mlm", predictions) is None:
             raise EvalError(
-                "model: an encoder says how likely a token is through its mlm_head; it is off"
+                "model: an encoder scores tokens with its mlm_head; expected one with mlm_head=True"
             )
 
     @functools.cached_property
     def kind(self) -> Kind:
-        """How the model reads: a decoder, an encoder and a decoder, or an encoder."""
+        """`"causal"` for a decoder, `"seq2seq"` for an encoder-decoder, or `"encoder"`."""
         return kind_of(self.model)
 
     @functools.cached_property
     def window(self) -> int:
-        """How many tokens the model reads at once."""
+        """How many tokens the model reads at once: its positions, or `longest` if that is less."""
         positions = sizes(self.model).get("positions", self.longest or 1024)
         return min(positions, self.longest or positions)
 
@@ -98,47 +99,52 @@ class LanguageModel:
         return self.tokenizer.vocabulary.separator if self.start is None else self.start
 
     def begun(self, context: list[int]) -> list[int]:
-        """A context with the token before a text in front of it, if there should be one."""
+        """A context with the start token in front, if it is empty or `always` asks for one."""
         needed = not context or (self.always and context[0] != self.first)
         return [self.first, *context] if needed else context
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without special ones."""
+        """The tokens of a text, without special tokens."""
         return self.tokenizer.encode(text).tolist()
 
     def loglikelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Scored]:
         """How likely each continuation is after its context, which may be empty.
 
-        Spaces at the end of a context are moved to the continuation, as tokenizers join them to the next
-        word. What does not fit into the window is cut off on the left.
+        Spaces at the end of a context are moved to the continuation, since tokenizers join them to the
+        next word. A pair longer than the window loses its beginning.
         """
         return self.loglikelihoods_of_tokens([self.encode_pair(*pair) for pair in pairs])
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The tokens of a context, and those of the whole text after as many of them."""
-        bare = context.rstrip()
-        context, continuation = bare, context[len(bare) :] + continuation
+        """The tokens of a context and of its continuation, which are encoded as one text.
+
+        Encoding the continuation by itself could give other tokens than in its place. The whole text is
+        cut where the tokens of the context end. An encoder-decoder reads the two apart.
+        """
+        stripped = context.rstrip()
+        context, continuation = stripped, context[len(stripped) :] + continuation
         if self.kind == "seq2seq":
             return self.encode(context), self.encode(continuation)
-        before, whole = self.encode(context), self.encode(context + continuation)
-        return before, whole[len(before) :]
+        head, whole = self.encode(context), self.encode(context + continuation)
+        return head, whole[len(head) :]
 
     def loglikelihoods_of_tokens(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[Scored]:
-        """The same, of tokens."""
+        """As `loglikelihoods`, of pairs of token lists."""
         if self.kind == "encoder":
             return self._pseudo(pairs)
-        make = self._pair if self.kind == "seq2seq" else self._causal
-        rows = [make([*context], [*continuation]) for context, continuation in pairs]
-        found = in_batches(functools.partial(_score, self.model), rows, self.batch_tokens)
-        counts = [row["weights"].sum() for row in rows]
-        return [
-            Scored(float(x), bool(right == n)) for (x, right), n in zip(found, counts, strict=True)
-        ]
+        to_row = self._pair if self.kind == "seq2seq" else self._causal
+        rows = [to_row([*context], [*continuation]) for context, continuation in pairs]
+        totals = in_batches(functools.partial(_score, self.model), rows, self.batch_tokens)
+        scored = []
+        for row, (logprob, likeliest) in zip(rows, totals, strict=True):
+            scored.append(Scored(float(logprob), bool(likeliest == row["weights"].sum())))
+        return scored
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
-        """The log-likelihood of each whole text, in nats: in windows, each token is predicted once.
+        """The log-likelihood of each whole text, in nats; every token is predicted once.
 
-        A window begins where the one before it ends, and the last one reaches back to be full.
+        A longer text than the window is read in windows, each beginning where the one before it ends. The
+        context of a decoder's last window reaches back so that the window is full.
         """
         pairs, owner = [], []
         for i, text in enumerate(texts):
@@ -151,27 +157,28 @@ class LanguageModel:
         return totals
 
     def _windows(self, tokens: list[int]) -> Iterable[tuple[list[int], list[int]]]:
-        """Parts of a text, and what is seen before each."""
-        if self.kind == "encoder":
-            size = self.window - 2
-            yield from (([], tokens[i : i + size]) for i in range(0, len(tokens), size))
-        elif self.kind == "seq2seq":
-            yield from (
-                ([], tokens[i : i + self.window]) for i in range(0, len(tokens), self.window)
-            )
-        else:
-            before = [self.first, *tokens]
+        """`(context, part)` for each window of a text: every token is in one part."""
+        if self.kind == "causal":
+            begun = [self.first, *tokens]  # begun[i] is the token before tokens[i]
             for i in range(0, len(tokens), self.window):
                 end = min(i + self.window, len(tokens))
-                yield before[max(0, end - self.window) : i + 1], tokens[i:end]
+                yield begun[max(0, end - self.window) : i + 1], tokens[i:end]
+        else:
+            # An encoder's window holds `cls` and `sep` too
+            size = self.window - 2 if self.kind == "encoder" else self.window
+            for i in range(0, len(tokens), size):
+                yield [], tokens[i : i + size]
 
     def _causal(self, context: list[int], continuation: list[int]) -> Row:
+        """A decoder's inputs, targets one token later, and weights: 1 on the continuation."""
+        # Of n + 1 tokens the model reads the first n and predicts the last n
         whole = [*self.begun(context), *continuation][-(self.window + 1) :]
         weights = np.zeros(len(whole) - 1, bool)
         weights[max(0, len(weights) - len(continuation)) :] = True
         return {"tokens": _ints(whole[:-1]), "targets": _ints(whole[1:]), "weights": weights}
 
     def _pair(self, context: list[int], continuation: list[int]) -> Row:
+        """An encoder-decoder's inputs: it reads the context with `eos`, and `pad` starts the decoder."""
         special = self.tokenizer.vocabulary.specials
         inputs = [*context[-(self.window - 1) :], special["eos"]]
         targets = continuation[-self.window :]
@@ -184,10 +191,12 @@ class LanguageModel:
         }
 
     def _pseudo(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[Scored]:
+        """Pseudo-log-likelihoods: one row for each token of a continuation, with that token masked."""
         special, rows, owner = self.tokenizer.vocabulary.specials, [], []
         for i, (context, continuation) in enumerate(pairs):
             text = [*context, *continuation][-(self.window - 2) :]
             framed = _ints([special["cls"], *text, special["sep"]])
+            # Index 0 is `cls`, so the text stands at 1 to len(text), its continuation at the end
             for place in range(max(1, len(text) - len(continuation) + 1), len(text) + 1):
                 tokens = framed.copy()
                 tokens[place] = special["mask"]
@@ -201,21 +210,22 @@ class LanguageModel:
                 )
                 owner.append(i)
         totals, greedy = [0.0] * len(pairs), [True] * len(pairs)
-        found = in_batches(functools.partial(_score_masked, self.model), rows, self.batch_tokens)
-        for i, (total, best) in zip(owner, found, strict=True):
-            totals[i] += float(total)
-            greedy[i] &= bool(best)
+        scored = in_batches(functools.partial(_score_masked, self.model), rows, self.batch_tokens)
+        for i, (logprob, likeliest) in zip(owner, scored, strict=True):
+            totals[i] += float(logprob)
+            greedy[i] &= bool(likeliest)
         return list(map(Scored, totals, greedy))
 
 
 def bits_per_byte(language: LanguageModel, texts: Sequence[str]) -> Scores:
-    """What a text costs: bits per byte of its UTF-8, which no tokenizer can flatter, and perplexity.
+    """The negative log-likelihood of texts, in bits per byte of their UTF-8, and the perplexity.
 
     `{"bits_per_byte", "perplexity" (per token), "tokens", "bytes"}`; each text is a document of its own.
-    For an encoder see `masked_bits`. Raises `EvalError` for an encoder, and if there is no text.
+    Bits per byte compare models with different tokenizers; perplexities do not. For an encoder see
+    `masked_bits`. Raises `EvalError` for an encoder, and without any text.
     """
     if language.kind == "encoder":
-        raise EvalError("bits per byte are those of a decoder; an encoder has masked_bits")
+        raise EvalError("bits per byte: expected a decoder; an encoder has masked_bits")
     total = -sum(language.rolling(texts))
     tokens = sum(len(language.encode(text)) for text in texts)
     size = sum(len(text.encode()) for text in texts)
@@ -223,7 +233,7 @@ def bits_per_byte(language: LanguageModel, texts: Sequence[str]) -> Scores:
         raise EvalError("bits per byte: expected some text, got none")
     return {
         "bits_per_byte": total / size / math.log(2),
-        "perplexity": math.exp(min(total / tokens, 700)),
+        "perplexity": math.exp(min(total / tokens, 700)),  # exp(710) overflows float64
         "tokens": float(tokens),
         "bytes": float(size),
     }
@@ -232,29 +242,30 @@ def bits_per_byte(language: LanguageModel, texts: Sequence[str]) -> Scores:
 def masked_bits(
     language: LanguageModel, texts: Sequence[str], *, rate: float = 0.15, seed: int = 0
 ) -> Scores:
-    """What masked tokens cost an encoder, in bits per token, and how many of them it gets right.
+    """An encoder's negative log-likelihood of masked tokens, in bits per token, and its accuracy on them.
 
     A share `rate` of the tokens of every window is masked, the same ones for every model with this
     tokenizer and `seed`. `{"masked_bits", "accuracy", "tokens"}`. Raises `EvalError` for a decoder, and
-    if there is no text.
+    without any text.
     """
     if language.kind != "encoder":
-        raise EvalError("masked bits are those of an encoder; a decoder has bits_per_byte")
+        raise EvalError("masked bits: expected an encoder; a decoder has bits_per_byte")
     rows, vocabulary = [], language.tokenizer.vocabulary
     for i, text in enumerate(texts):
         tokens, size = _ints(language.encode(text)), language.window - 2
         for j in range(0, len(tokens), size):
             part = tokens[j : j + size]
             rng = np.random.default_rng([seed, i, j])
+            # Every chosen token becomes `mask`; training also leaves some, or draws another token
             objective = MLM(len(part) + 2, rate=rate, replace=(1.0, 0.0, 0.0))
             rows.append(objective(Window(part, np.zeros_like(part)), vocabulary, rng))
-    found = list(in_batches(functools.partial(_score, language.model), rows, language.batch_tokens))
+    scored = in_batches(functools.partial(_score, language.model), rows, language.batch_tokens)
     count = sum(int(row["weights"].sum()) for row in rows)
     if not count:
         raise EvalError("masked bits: expected some text, got none")
     return {
-        "masked_bits": -sum(float(total) for total, _ in found) / count / math.log(2),
-        "accuracy": sum(float(right) for _, right in found) / count,
+        "masked_bits": -sum(float(logprob) for logprob, _ in scored) / count / math.log(2),
+        "accuracy": sum(float(likeliest) for _, likeliest in scored) / count,
         "tokens": float(count),
     }
 
@@ -263,19 +274,22 @@ def masked_bits(
 
 
 def bucket(length: int) -> int:
-    """The shape that a length is padded to: a power of two from 16 on, or one and a half of one."""
-    whole = max(16, 1 << max(length - 1, 0).bit_length())
-    return whole * 3 // 4 if 16 < length <= whole * 3 // 4 else whole
+    """The size that a length is padded to: 16, 24, 32, 48, 64, 96, 128 and so on."""
+    power = max(16, 1 << max(length - 1, 0).bit_length())  # the next power of two
+    three_quarters = power * 3 // 4
+    return three_quarters if 16 < length <= three_quarters else power
 
 
 def batch_rows(members: int, most: int) -> int:
-    """How many rows the batches of some members have: alike, and nearly full, if there are few of them.
+    """The number of rows, at most `most`, for equal batches that hold `members` with little padding.
 
-    A power of two or a quarter, a half or three quarters more, so that sizes stay few. Of many members
-    it is `most`, whatever their number.
+    It is a power of two or a quarter, a half or three quarters more, so that there are few sizes. With
+    many members it is `most`, whatever their number.
     """
     most = max(1, most)
-    least = -(-members // -(-members // most))
+    batches = -(-members // most)
+    least = -(-members // batches)
+    # An eighth of the next power of two is a quarter of the one below
     step = max(1, (1 << max(least - 1, 0).bit_length()) // 8)
     return min(most, -(-least // step) * step)
 
@@ -285,30 +299,28 @@ def in_batches(
 ) -> list[tuple]:
     """Run a program over rows of any length, padded to a few shapes; its results in the rows' order.
 
-    Rows of one bucket go together, longest buckets first, and always the same number of them: the last
-    batch is filled up with copies of its first row. Arrays named `encoder_...` have a length of their
-    own, arrays without a dimension none.
+    Rows of one bucket form batches of one size, longest buckets first; copies of its first row fill the
+    last batch. All arrays of a row are padded to the same length, but those named `encoder_...` to one
+    of their own, and arrays without a dimension not at all.
     """
     shapes: dict[tuple[int, int], list[int]] = {}
     for i, row in enumerate(rows):
-        read = bucket(len(row["encoder_tokens"])) if "encoder_tokens" in row else 0
-        own = bucket(max(len(x) for name, x in row.items() if x.ndim and "encoder" not in name))
-        shapes.setdefault((read, own), []).append(i)
+        encoder = bucket(len(row["encoder_tokens"])) if "encoder_tokens" in row else 0
+        lengths = [len(x) for name, x in row.items() if x.ndim and "encoder" not in name]
+        shapes.setdefault((encoder, bucket(max(lengths))), []).append(i)
     results: list[Any] = [None] * len(rows)
-    for (read, own), members in sorted(shapes.items(), reverse=True):
-        count = batch_rows(len(members), batch_tokens // (read + own))
+    for (encoder, length), members in sorted(shapes.items(), reverse=True):
+        count = batch_rows(len(members), batch_tokens // (encoder + length))
         for i in range(0, len(members), count):
             chosen = members[i : i + count]
             filled = chosen + chosen[:1] * (count - len(chosen))
-            batch = {
-                name: np.stack(
-                    [_padded(rows[r][name], read if "encoder" in name else own) for r in filled]
-                )
-                for name in rows[chosen[0]]
-            }
-            found = jax.device_get(program(batch))
+            batch = {}
+            for name in rows[chosen[0]]:
+                size = encoder if "encoder" in name else length
+                batch[name] = np.stack([_padded(rows[r][name], size) for r in filled])
+            outputs = jax.device_get(program(batch))
             for place, r in enumerate(chosen):
-                results[r] = tuple(x[place] for x in found)
+                results[r] = tuple(x[place] for x in outputs)
     return results
 
 
@@ -324,31 +336,35 @@ def _ints(tokens: Iterable[int]) -> np.ndarray:
 def _score(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
     """The log-likelihood of each row's targets, and how many of them are the likeliest token."""
 
-    def one(example):
-        chosen, best = _chosen(predictions(model, example), example["targets"])
-        counts = example["weights"] > 0
-        return jnp.sum(jnp.where(counts, chosen, 0)), jnp.sum(best & counts)
+    def score(example):
+        logprobs, likeliest = _logprobs(predictions(model, example), example["targets"])
+        weighted = example["weights"] > 0
+        # `where` and not a product: a logprob of -inf under weight 0 would give NaN
+        return jnp.sum(jnp.where(weighted, logprobs, 0)), jnp.sum(likeliest & weighted)
 
-    return jax.vmap(one)(batch)
+    return jax.vmap(score)(batch)
 
 
 @eqx.filter_jit
 def _score_masked(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
-    def one(example):
+    """The log-probability of each row's masked token, and whether it is the likeliest."""
+
+    def score(example):
         if isinstance(model, BERT):
-            # The head reads one place; what the model makes of the others is compiled away
+            # Apply the head at the masked position alone: logits over the whole vocabulary at every
+            # position would be the largest array by far
             hidden = model(example["tokens"], mask=example["mask"]).hidden[example["place"]]
             scores = model.mlm(hidden[None], model.embedding)  # type: ignore[misc]
         else:
             scores = predictions(model, example)[example["place"]][None]
-        chosen, best = _chosen(scores, example["target"][None])
-        return chosen[0], best[0]
+        logprobs, likeliest = _logprobs(scores, example["target"][None])
+        return logprobs[0], likeliest[0]
 
-    return jax.vmap(one)(batch)
+    return jax.vmap(score)(batch)
 
 
-def _chosen(scores: Any, targets: Any) -> tuple[Any, Any]:
-    """The log-probability of each target, and whether nothing is likelier."""
+def _logprobs(scores: Any, targets: Any) -> tuple[Any, Any]:
+    """The log-probability of each target, and whether it is the likeliest token; in float32 or wider."""
     wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     logits = jnp.take_along_axis(wide, targets[:, None], axis=-1)[:, 0]
     return logits - jax.nn.logsumexp(wide, axis=-1), wide.argmax(-1) == targets

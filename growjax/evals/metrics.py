@@ -1,8 +1,8 @@
-"""How tasks are scored: the benchmarks' own metrics, each a thin function over a well-kept one.
+"""The benchmarks' own metrics.
 
-Counting and correlating is scikit-learn's and SciPy's. What they do not have is written here, in the
-words of the official scripts: how answers are normalised before they are compared, and the metrics that
-group several answers to one question. Every score is a share from 0 to 1, or a correlation.
+scikit-learn and SciPy compute F1 and correlations. This module adds what they lack, after the official
+scripts: the normalisation of answers before they are compared, and the metrics over several answers to
+one question. Every score is a share from 0 to 1, or a correlation.
 """
 
 import collections
@@ -37,23 +37,23 @@ def f1(truth: Sequence, predicted: Sequence, positive: Hashable = "1") -> Scores
     0 where nothing is predicted to be positive, as in the GLUE scripts.
     """
     _paired(truth, predicted)
-    found = load(*_SKLEARN).f1_score(
+    score = load(*_SKLEARN).f1_score(
         [label == positive for label in truth],
         [label == positive for label in predicted],
         zero_division=0,
     )
-    return {"f1": float(found), **accuracy(truth, predicted)}
+    return {"f1": float(score), **accuracy(truth, predicted)}
 
 
 def macro_f1(truth: Sequence, predicted: Sequence) -> Scores:
-    """The mean of the labels' F1, over those that are in either list, and the accuracy."""
+    """The mean F1 of all labels in either list, and the accuracy."""
     _paired(truth, predicted)
-    found = load(*_SKLEARN).f1_score(truth, predicted, average="macro", zero_division=0)
-    return {"f1": float(found), **accuracy(truth, predicted)}
+    score = load(*_SKLEARN).f1_score(truth, predicted, average="macro", zero_division=0)
+    return {"f1": float(score), **accuracy(truth, predicted)}
 
 
 def matthews(truth: Sequence, predicted: Sequence) -> Scores:
-    """Matthews' correlation of two labellings; 0 if one of them has one label only."""
+    """Matthews' correlation of two lists of labels; 0 if either has a single label."""
     _paired(truth, predicted)
     if len(set(truth)) == 1 or len(set(predicted)) == 1:
         return {"matthews": 0.0}
@@ -63,7 +63,7 @@ def matthews(truth: Sequence, predicted: Sequence) -> Scores:
 def correlations(truth: Sequence[float], predicted: Sequence[float]) -> Scores:
     """Pearson's and Spearman's correlation.
 
-    They do not exist for a constant: then both are 0, and `"constant": 1.0` says why.
+    They are undefined if either list is constant: then both are 0, and `"constant": 1.0` marks it.
     """
     _paired(truth, predicted)
     if np.ptp(np.asarray(truth)) == 0 or np.ptp(np.asarray(predicted)) == 0:
@@ -77,7 +77,7 @@ def correlations(truth: Sequence[float], predicted: Sequence[float]) -> Scores:
 
 
 def grouped_f1(groups: Sequence[Hashable], truth: Sequence, predicted: Sequence) -> Scores:
-    """MultiRC's two: the F1 of "1" over all answers, and the share of questions without a mistake.
+    """MultiRC's metrics: the F1 of "1" over all answers, and the share of questions without a mistake.
 
     Khashabi et al., "Looking Beyond the Surface", NAACL 2018.
 
@@ -93,7 +93,7 @@ def grouped_f1(groups: Sequence[Hashable], truth: Sequence, predicted: Sequence)
     return {"f1": f1(truth, predicted)["f1"], "exact_match": exact}
 
 
-# Answers in words ----------------------------------------------------------------------------------
+# Answers as text -----------------------------------------------------------------------------------
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -107,28 +107,28 @@ def normalise_squad(answer: str) -> str:
 
 
 def normalise_triviaqa(answer: str) -> str:
-    """The same, but with spaces for punctuation and quotes, as in TriviaQA's script."""
+    """As `normalise_squad`, with a space for each punctuation mark and quote (TriviaQA)."""
     marks = string.punctuation + _QUOTES
     bare = "".join(" " if c in marks else c for c in answer.lower())
     return " ".join(_ARTICLES.sub(" ", bare).split())
 
 
 def token_f1(answer: str, gold: str, normalise: Normalise = normalise_squad) -> float:
-    """The F1 of the words of two answers, counted with repetition; two empty ones agree."""
-    ours, theirs = normalise(answer).split(), normalise(gold).split()
-    if not ours or not theirs:
-        return float(ours == theirs)
-    shared = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
-    return 2 * shared / (len(ours) + len(theirs))
+    """The F1 of the words of two answers, counted with repetition; 1 if both are empty."""
+    words, gold_words = normalise(answer).split(), normalise(gold).split()
+    if not words or not gold_words:
+        return float(words == gold_words)
+    shared = sum((collections.Counter(words) & collections.Counter(gold_words)).values())
+    return 2 * shared / (len(words) + len(gold_words))
 
 
 def answers(
     given: Sequence[str], gold: Sequence[Sequence[str]], normalise: Normalise = normalise_squad
 ) -> Scores:
-    """Exact match and token F1 of answers, each against the best of those that are accepted.
+    """Exact match and token F1 of answers, each against the best matching of its accepted answers.
 
-    A question without an answer (SQuAD 2.0) accepts the empty one alone. If some have none and others
-    do, the scores are given for both kinds too: `answerable_f1`, `unanswerable_f1` and so on.
+    A question without accepted answers (SQuAD 2.0) accepts the empty one alone. If there are questions of
+    both kinds, each kind has scores of its own too: `answerable_f1`, `unanswerable_f1` and so on.
     Rajpurkar et al., "SQuAD", EMNLP 2016; "Know What You Don't Know", ACL 2018.
 
     **Example**
@@ -138,22 +138,22 @@ def answers(
     _paired(gold, given)
     exact, overlap = [], []
     for answer, accepted in zip(given, gold, strict=True):
-        # An accepted answer of articles alone is one that nobody could give
-        kept = [a for a in accepted if normalise(a)] or [""]
-        exact.append(max(float(normalise(answer) == normalise(a)) for a in kept))
-        overlap.append(max(token_f1(answer, a, normalise) for a in kept))
-    has = np.array([bool(accepted) for accepted in gold])
+        # SQuAD's script ignores accepted answers that normalise to nothing, such as "the"
+        candidates = [a for a in accepted if normalise(a)] or [""]
+        exact.append(max(float(normalise(answer) == normalise(a)) for a in candidates))
+        overlap.append(max(token_f1(answer, a, normalise) for a in candidates))
+    answerable = np.array([bool(accepted) for accepted in gold])
     scores = {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
-    if has.any() and not has.all():
-        for kind, which in (("answerable", has), ("unanswerable", ~has)):
-            scores[f"{kind}_exact_match"] = float(np.mean(np.array(exact)[which]))
-            scores[f"{kind}_f1"] = float(np.mean(np.array(overlap)[which]))
+    if answerable.any() and not answerable.all():
+        for kind, members in (("answerable", answerable), ("unanswerable", ~answerable)):
+            scores[f"{kind}_exact_match"] = float(np.mean(np.array(exact)[members]))
+            scores[f"{kind}_f1"] = float(np.mean(np.array(overlap)[members]))
     return scores
 
 
 def _paired(truth: Sequence, predicted: Sequence) -> None:
     if len(truth) != len(predicted) or not len(truth):
         raise EvalError(
-            "a metric compares two lists of the same length, not empty; got "
+            "a metric compares two lists of the same length, not empty; got lengths "
             f"{len(truth)} and {len(predicted)}"
         )

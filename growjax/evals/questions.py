@@ -1,4 +1,4 @@
-"""Questions and their accepted answers: SQuAD, and the closed-book sets, which are asked here.
+"""Questions with accepted answers: readers of SQuAD and of closed-book sets, and closed-book scores.
 
 Rajpurkar et al., "SQuAD", EMNLP 2016; Roberts et al., "How Much Knowledge Can You Pack Into the
 Parameters of a Language Model?", EMNLP 2020.
@@ -20,9 +20,10 @@ from growjax.evals.metrics import Scores, answers, normalise_triviaqa
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question, the answers that are accepted, and for SQuAD the text that holds them.
+    """A question, its accepted answers, and for SQuAD the context that contains them.
 
-    `starts` says where in the context each answer begins, in characters. No answers: it has none.
+    `starts` are the offsets of the answers in the context, in characters. An unanswerable question has
+    no `answers`.
     """
 
     id: str
@@ -35,58 +36,63 @@ class Question:
 def read_squad(path: str | Path) -> list[Question]:
     """The questions of a file in the layout of SQuAD 1.1 or 2.0, `.xz`, `.gz` and `.bz2` too.
 
-    Raises `EvalError` if it is laid out otherwise, or if an answer is not where it says.
+    Raises `EvalError` for another layout, and if an answer is not at its offset in the context.
     """
     path = Path(path)
-    found: list[Question] = []
+    questions: list[Question] = []
     try:
         for article in read_json(path)["data"]:
             for paragraph in article["paragraphs"]:
                 for qa in paragraph["qas"]:
-                    given = () if qa.get("is_impossible") else qa["answers"]
-                    texts = tuple(answer["text"] for answer in given)
-                    starts = tuple(int(answer["answer_start"]) for answer in given)
-                    found.append(
+                    accepted = () if qa.get("is_impossible") else qa["answers"]
+                    texts = tuple(answer["text"] for answer in accepted)
+                    starts = tuple(int(answer["answer_start"]) for answer in accepted)
+                    questions.append(
                         Question(qa["id"], qa["question"], texts, paragraph["context"], starts)
                     )
     except (KeyError, TypeError) as error:
-        raise EvalError(f"{path}: is not laid out as SQuAD is; there is no {error}") from error
-    for q in found:
+        raise EvalError(f"{path}: is not laid out as SQuAD: {error} is missing") from error
+    for q in questions:
         for text, start in zip(q.answers, q.starts, strict=True):
             if q.context[start : start + len(text)] != text:
                 raise EvalError(f"{path}: question {q.id}: {text!r} is not at character {start}")
-    return found
+    return questions
 
 
+# The keys of the question and of its answers in the published files
 _QUESTION, _ANSWERS = ("question", "qText", "Question"), ("answers", "answer", "Answer")
 
 
 def read_questions(path: str | Path) -> list[Question]:
     """The questions of a closed-book set: JSON lines, or a JSON list, compressed or not.
 
-    Natural Questions (`question`, `answer`), WebQuestions (`qText`, `answers`) and TriviaQA (`Data`, or
-    its records, whose `Answer` has `Aliases`) as they are published. Raises `EvalError` otherwise.
+    It reads the published files of Natural Questions (`question`, `answer`), WebQuestions (`qText`,
+    `answers`) and TriviaQA (`Data`, or its records, whose `Answer` has `Aliases`). Raises `EvalError`
+    for a record without a question or answers.
 
     **Example**
 
         read_questions("qa/nq_open/NQ-open.dev.jsonl.xz")[0].answers
     """
     path = Path(path)
-    found = []
+    questions = []
     for number, record in enumerate(_entries(path)):
         question = next((record[name] for name in _QUESTION if name in record), None)
-        given = next((record[name] for name in _ANSWERS if name in record), None)
-        if isinstance(given, Mapping):
-            lower = {str(name).lower(): value for name, value in given.items()}
-            given = [*lower.get("aliases", ()), *filter(None, [lower.get("value")])]
-        given = [given] if isinstance(given, str) else given
-        if not isinstance(question, str) or not given:
+        accepted = next((record[name] for name in _ANSWERS if name in record), None)
+        if isinstance(accepted, Mapping):
+            # TriviaQA's `Aliases` and `Value`; the library `datasets` writes them in lower case
+            lower = {str(name).lower(): value for name, value in accepted.items()}
+            accepted = [*lower.get("aliases", ()), *filter(None, [lower.get("value")])]
+        if isinstance(accepted, str):
+            accepted = [accepted]
+        if not isinstance(question, str) or not accepted:
             raise EvalError(f"{path}: record {number} has no question and answers: {[*record]}")
-        found.append(Question(str(number), question, tuple(dict.fromkeys(map(str, given)))))
-    return found
+        questions.append(Question(str(number), question, tuple(dict.fromkeys(map(str, accepted)))))
+    return questions
 
 
 def _entries(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The records of a file: JSON lines, a JSON list, or TriviaQA's object with a list as `Data`."""
     first = next((line.strip() for line in read_lines(path) if line.strip()), "")
     if ".jsonl" in path.name or (first.startswith("{") and first.endswith("}")):
         yield from read_records(path)
@@ -105,17 +111,17 @@ def closed_book(
     limit: int | None = None,
     seed: int = 0,
 ) -> Scores:
-    """Questions answered from memory: exact match and token F1 after TriviaQA's normalisation.
+    """Exact match and token F1 of questions without a context, after TriviaQA's normalisation.
 
     **Arguments**
 
     - `language`: a decoder, or an encoder-decoder.
-    - `questions`: those that are asked; with `limit` only the first so many.
-    - `examples`: where the `shots` answered questions before each one are drawn from, with `seed`; None
+    - `questions`: the questions to ask; with `limit` only the first `limit` of them.
+    - `examples`: the pool from which `seed` draws the `shots` answered questions before each one; None
       is `questions`, without the one that is asked.
-    - `new`: how many tokens an answer may have; it ends with its line.
+    - `new`: the most tokens of an answer, which ends with its line.
 
-    Raises `EvalError` if there are too few questions.
+    Raises `EvalError` if there are no questions, or fewer examples than `shots`.
 
     **Example**
 
@@ -125,14 +131,14 @@ def closed_book(
     asked, pool = questions[:limit], questions if examples is None else examples
     if not asked or len(pool) < shots + (examples is None):
         raise EvalError(
-            f"closed-book questions: expected some, and {shots} others to show, got {len(asked)} and "
-            f"{len(pool)}"
+            f"closed-book questions: expected 1 or more, and {shots} others as examples, got "
+            f"{len(asked)} and {len(pool)}"
         )
     prompts = []
     for i, question in enumerate(asked):
         order = np.random.default_rng([seed, i]).permutation(len(pool)).tolist()
-        shown = [pool[j] for j in order if examples is not None or j != i][:shots]
-        solved = [f"Question: {q.question}\nAnswer: {q.answers[0]}\n\n" for q in shown]
-        prompts.append(f"{''.join(solved)}Question: {question.question}\nAnswer:")
-    given = generate(language, prompts, new=new, until=["\n"])
-    return answers(given, [question.answers for question in asked], normalise_triviaqa)
+        drawn = [pool[j] for j in order if examples is not None or j != i][:shots]
+        answered = [f"Question: {q.question}\nAnswer: {q.answers[0]}\n\n" for q in drawn]
+        prompts.append(f"{''.join(answered)}Question: {question.question}\nAnswer:")
+    generated = generate(language, prompts, new=new, until=["\n"])
+    return answers(generated, [question.answers for question in asked], normalise_triviaqa)

@@ -1,9 +1,9 @@
-"""Extractive question answering: an encoder that points at the answer in a text, as on SQuAD.
+"""Extractive question answering: an encoder scores where the answer begins and ends in a text (SQuAD).
 
-A text that is too long is read in windows that overlap, each behind the question. In training a window
-without the answer points at its first token; that is also how a question without an answer is answered.
-Of a token that several windows hold, the one counts in which it has the most context around it (Devlin et
-al., "BERT", NAACL 2019).
+A text longer than a window is read in overlapping windows, each behind the question. In training, the
+target of a window without the answer is its first token, `cls`; scores there mean "no answer". A token
+that stands in several windows counts only in the one with the most context around it (Devlin et al.,
+"BERT", NAACL 2019).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from growjax.axes import param, sizes
 from growjax.data import Tokenizer
 from growjax.errors import EvalError, raise_all
-from growjax.evals.finetune import FineTuned, Recipe, train_epochs
+from growjax.evals.finetune import FineTuned, Recipe, train_epochs, without_heads
 from growjax.evals.language import bucket
 from growjax.evals.metrics import Scores, answers
 from growjax.evals.questions import Question
@@ -29,17 +29,17 @@ from growjax.nn import logits
 
 @dataclasses.dataclass(frozen=True)
 class SpanRecipe:
-    """How questions are read and answers are found; the defaults are those of BERT on SQuAD.
+    """How questions are read and answers are chosen; the defaults are those of BERT on SQuAD.
 
     **Fields**
 
-    - `training`: of the steps; its `length` is that of a window.
-    - `stride`: how many tokens further the next window begins.
-    - `query`: how many tokens of a question are read.
-    - `candidates`: how many starts and ends of a window are paired.
-    - `answer`: how many tokens an answer may have.
-    - `threshold`: no answer is given if pointing nowhere scores so much more than the best answer; None
-      always gives one (SQuAD 1.1).
+    - `training`: the recipe of the training steps; its `length` is that of a window in tokens.
+    - `stride`: the distance between the starts of windows, in tokens.
+    - `query`: the most tokens of a question; the rest is cut off.
+    - `candidates`: how many of a window's best starts and ends are paired.
+    - `answer`: the most tokens of an answer.
+    - `threshold`: the answer is empty if "no answer" scores this much more than the best span; None
+      always gives a span (SQuAD 1.1).
 
     Raises `EvalError` that lists every field out of range.
     """
@@ -52,15 +52,18 @@ class SpanRecipe:
     threshold: float | None = None
 
     def __post_init__(self):
+        # A window holds the question, `cls` and two `sep` besides text
         room = self.training.length - self.query - 3
-        wanted = [
+        checks = [
             ("query", f"from 1 to {self.training.length - 4}", 1 <= self.query and room >= 1),
-            ("stride", f"from 1 to {room}, what fits into a window", 1 <= self.stride <= room),
+            ("stride", f"from 1 to {room}, the text of a window", 1 <= self.stride <= room),
             ("candidates", "1 or more", self.candidates >= 1),
             ("answer", "1 or more", self.answer >= 1),
         ]
         faults = [
-            f"{n}: expected {what}, got {getattr(self, n)}" for n, what, fine in wanted if not fine
+            f"{name}: expected {expected}, got {getattr(self, name)}"
+            for name, expected, holds in checks
+            if not holds
         ]
         raise_all(EvalError, "this recipe cannot be used:", faults)
 
@@ -73,15 +76,14 @@ class Pointer(eqx.Module):
     bias: Float[Array, " ends"] = param("-> ends")
 
     def __init__(self, encoder: BERT, *, key: PRNGKeyArray):
-        unused = lambda m: (m.pooler, m.mlm, m.nsp, m.nsp_bias)  # noqa: E731
-        self.encoder = eqx.tree_at(unused, encoder, (None,) * 4, is_leaf=lambda x: x is None)
+        self.encoder = without_heads(encoder)
         self.weight = 0.02 * jax.random.normal(key, (sizes(encoder)["embed"], 2))
         self.bias = jnp.zeros(2)
 
     def __call__(self, tokens: Array, types: Array, mask: Array) -> Float[Array, "T 2"]:
         hidden = self.encoder(tokens, token_types=types, mask=mask).hidden
         scores = logits(hidden, self.weight) + self.bias
-        # Nobody may point at padding
+        # Padding gets (nearly) no probability: half the least number, so that a sum does not overflow
         return jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min / 2)
 
 
@@ -89,9 +91,14 @@ class Pointer(eqx.Module):
 class Window:
     """A part of a text behind its question.
 
-    `first` is where the text begins among the `tokens`; `places` are the characters of its tokens, and
-    `best` says of which of them this window has the most context. `target`: the first and last token of
-    the answer, or 0 and 0.
+    **Fields**
+
+    - `question`: the number of the question.
+    - `tokens`: `cls`, the question, `sep`, the part of the text, `sep`.
+    - `first`: the index of the text's first token.
+    - `places`: `[text tokens, 2]`, the start and end of each text token in the context, in characters.
+    - `best`: `[text tokens]`, whether the token has its most context in this window.
+    - `target`: the indices of the answer's first and last token, or 0 and 0 without an answer.
     """
 
     question: int
@@ -105,7 +112,7 @@ class Window:
 def windows(
     tokenizer: Tokenizer, question: Question, number: int, recipe: SpanRecipe
 ) -> list[Window]:
-    """The windows of one question, the first of its accepted answers marked in those that hold it."""
+    """The windows of one question; a window's target is the first accepted answer, if whole there."""
     special = tokenizer.vocabulary.specials
     query = tokenizer.encode(question.question)[: recipe.query]
     text, places = tokenizer.encode(question.context), tokenizer.places(question.context)
@@ -113,35 +120,34 @@ def windows(
     starts = [0]
     while starts[-1] + room < len(text):
         starts.append(starts[-1] + recipe.stride)
-    spans = [(s, min(s + room, len(text))) for s in starts]
-    # How much context each token has in each window
-    tokens = np.arange(len(text))
-    around = [
-        np.where(
-            (tokens >= s) & (tokens < e),
-            np.minimum(tokens - s, e - 1 - tokens) + 0.01 * (e - s),
-            -1.0,
-        )
-        for s, e in spans
-    ]
-    best = np.argmax(around, axis=0)
-    answer = _tokens_of(question, places)
-    found = []
-    for i, (s, e) in enumerate(spans):
-        framed = [special["cls"], *query, special["sep"], *text[s:e], special["sep"]]
+    bounds = [(start, min(start + room, len(text))) for start in starts]
+    # The context of each token in each window, as BERT's script measures it: the shorter side, plus a
+    # little for the window's length, which decides ties
+    index = np.arange(len(text))
+    context = []
+    for start, end in bounds:
+        inside = (index >= start) & (index < end)
+        shorter = np.minimum(index - start, end - 1 - index)
+        context.append(np.where(inside, shorter + 0.01 * (end - start), -1.0))
+    best = np.argmax(context, axis=0)
+    answer = _answer_tokens(question, places)
+    parts = []
+    for i, (start, end) in enumerate(bounds):
+        framed = [special["cls"], *query, special["sep"], *text[start:end], special["sep"]]
         first, target = len(query) + 2, (0, 0)
-        if answer is not None and s <= answer[0] and answer[1] < e:
-            target = (answer[0] - s + first, answer[1] - s + first)
-        ids = np.array(framed, np.int32)
-        found.append(Window(number, ids, first, places[s:e], best[s:e] == i, target))
-    return found
+        if answer is not None and start <= answer[0] and answer[1] < end:
+            target = (answer[0] - start + first, answer[1] - start + first)
+        tokens = np.array(framed, np.int32)
+        parts.append(Window(number, tokens, first, places[start:end], best[start:end] == i, target))
+    return parts
 
 
-def _tokens_of(question: Question, places: np.ndarray) -> tuple[int, int] | None:
-    """The first and the last token of the first accepted answer."""
+def _answer_tokens(question: Question, places: np.ndarray) -> tuple[int, int] | None:
+    """The first and the last text token of the first accepted answer."""
     if not question.answers:
         return None
     start, end = question.starts[0], question.starts[0] + len(question.answers[0])
+    # All tokens that share a character with the answer
     touched = np.flatnonzero((places[:, 0] < end) & (places[:, 1] > start))
     return (int(touched[0]), int(touched[-1])) if len(touched) else None
 
@@ -152,21 +158,28 @@ def answer_of(
     scores: Sequence[Float[np.ndarray, "T 2"]],
     recipe: SpanRecipe,
 ) -> str:
-    """The text that all windows together point at; empty if pointing nowhere scores higher."""
-    found: tuple[float, int, int] | None = None
-    nowhere = min(float(points[0].sum()) for points in scores)
-    for window, points in zip(parts, scores, strict=True):
-        own = points[window.first : window.first + len(window.places)]
-        begins = np.argsort(-own[:, 0], kind="stable")[: recipe.candidates]
-        ends = np.argsort(-own[:, 1], kind="stable")[: recipe.candidates]
+    """The span with the highest start plus end score over all windows; empty if "no answer" wins.
+
+    `parts` are the windows of the question, and `scores` the model's outputs for each.
+    """
+    best: tuple[float, int, int] | None = None  # score, first and last character
+    # The score of "no answer" is that of `cls`, the least over the windows
+    no_answer = min(float(outputs[0].sum()) for outputs in scores)
+    for window, outputs in zip(parts, scores, strict=True):
+        text = outputs[window.first : window.first + len(window.places)]
+        begins = np.argsort(-text[:, 0], kind="stable")[: recipe.candidates]
+        ends = np.argsort(-text[:, 1], kind="stable")[: recipe.candidates]
         for i in begins[window.best[begins]]:
             for j in ends[(ends >= i) & (ends < i + recipe.answer)]:
-                total = float(own[i, 0] + own[j, 1])
-                if found is None or total > found[0]:
-                    found = total, int(window.places[i, 0]), int(window.places[j, 1])
-    if found is None or (recipe.threshold is not None and nowhere - found[0] > recipe.threshold):
+                total = float(text[i, 0] + text[j, 1])
+                if best is None or total > best[0]:
+                    best = total, int(window.places[i, 0]), int(window.places[j, 1])
+    if best is None:
         return ""
-    return question.context[found[1] : found[2]]
+    score, start, end = best
+    if recipe.threshold is not None and no_answer - score > recipe.threshold:
+        return ""
+    return question.context[start:end]
 
 
 def fine_tune_spans(
@@ -181,8 +194,9 @@ def fine_tune_spans(
 ) -> FineTuned:
     """Fine-tune an encoder on questions about texts, and score its answers after every epoch.
 
-    Exact match and F1 as in `growjax.evals.metrics.answers`; the rest is as in `fine_tune`. If there are
-    questions without an answer set a `threshold`, such as 0. Raises `EvalError` if something is lacking.
+    The scores are those of `growjax.evals.metrics.answers`; the other arguments are as in `fine_tune`. If
+    some questions have no answer, set a `threshold` in the recipe, such as 0. Raises `EvalError` for a
+    model that is not a BERT or has fewer positions than a window, and without questions or seeds.
 
     **Example**
 
@@ -201,17 +215,17 @@ def fine_tune_spans(
             f"length: windows of {length} tokens are longer than the {positions} positions of the model"
         )
     rows = [w for i, q in enumerate(train) for w in windows(tokenizer, q, i, recipe)]
-    asked = [windows(tokenizer, q, i, recipe) for i, q in enumerate(dev)]
+    dev_windows = [windows(tokenizer, q, i, recipe) for i, q in enumerate(dev)]
     runs = []
     for seed in seeds:
         epochs, fresh = [], Pointer(model, key=jax.random.key(seed))
         for pointer in train_epochs(fresh, rows, recipe.training, seed, _collated, _loss):
-            points = _points(pointer, [w for parts in asked for w in parts])
-            given = []
-            for question, parts in zip(dev, asked, strict=True):
-                scores, points = points[: len(parts)], points[len(parts) :]
-                given.append(answer_of(question, parts, scores, recipe))
-            epochs.append(answers(given, [question.answers for question in dev]))
+            outputs = iter(_outputs(pointer, [w for parts in dev_windows for w in parts]))
+            predicted = []
+            for question, parts in zip(dev, dev_windows, strict=True):
+                scores = [next(outputs) for _ in parts]
+                predicted.append(answer_of(question, parts, scores, recipe))
+            epochs.append(answers(predicted, [question.answers for question in dev]))
             if after_epoch is not None:
                 after_epoch(seed, len(epochs), epochs[-1])
         runs.append(tuple(epochs))
@@ -219,8 +233,9 @@ def fine_tune_spans(
 
 
 def _collated(rows: Sequence[Window], size: int) -> dict[str, np.ndarray]:
+    """A batch of `size` windows; rows beyond those given have weight 0."""
     length = bucket(max(len(row.tokens) for row in rows))
-    tokens, places = np.zeros((size, length), np.int32), np.arange(length)
+    tokens, positions = np.zeros((size, length), np.int32), np.arange(length)
     ends, firsts = np.zeros((size, 1), int), np.zeros((size, 1), int)
     target = np.zeros((size, 2), np.int32)
     for i, row in enumerate(rows):
@@ -228,18 +243,20 @@ def _collated(rows: Sequence[Window], size: int) -> dict[str, np.ndarray]:
         ends[i], firsts[i] = len(row.tokens), row.first
     return {
         "tokens": tokens,
-        "mask": places < ends,
-        "types": ((places >= firsts) & (places < ends)).astype(np.int32),
+        "mask": positions < ends,
+        # Token types: 0 for the question, 1 for the text
+        "types": ((positions >= firsts) & (positions < ends)).astype(np.int32),
         "target": target,
         "weight": (np.arange(size) < len(rows)).astype(np.float32),
     }
 
 
 def _loss(model: Pointer, batch: dict[str, Any]) -> Array:
+    """The mean cross-entropy of the start and of the end of each row's answer, over the tokens."""
     scores = jax.vmap(model)(batch["tokens"], batch["types"], batch["mask"])
-    logp = jax.nn.log_softmax(scores, axis=1)
-    chosen = jnp.take_along_axis(logp, batch["target"][:, None, :], axis=1)
-    return -jnp.mean(chosen, axis=(1, 2))
+    logprobs = jax.nn.log_softmax(scores, axis=1)
+    at_targets = jnp.take_along_axis(logprobs, batch["target"][:, None, :], axis=1)
+    return -jnp.mean(at_targets, axis=(1, 2))
 
 
 @eqx.filter_jit
@@ -247,13 +264,13 @@ def _forward(model: Pointer, batch: dict[str, Any]) -> Array:
     return jax.vmap(model)(batch["tokens"], batch["types"], batch["mask"])
 
 
-def _points(model: Pointer, rows: Sequence[Window], size: int = 32) -> list[np.ndarray]:
-    """The scores of every window, in their order."""
-    found: list[Any] = [None] * len(rows)
+def _outputs(model: Pointer, rows: Sequence[Window], size: int = 32) -> list[np.ndarray]:
+    """The scores `[tokens, 2]` of every window, in the windows' order, in batches of similar lengths."""
+    outputs: list[Any] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     for start in range(0, len(rows), size):
-        chosen = order[start : start + size]
-        scores = np.asarray(_forward(model, _collated([rows[i] for i in chosen], size)))
-        for place, i in enumerate(chosen):
-            found[i] = scores[place, : len(rows[i].tokens)]
-    return found
+        members = order[start : start + size]
+        batch = np.asarray(_forward(model, _collated([rows[i] for i in members], size)))
+        for place, i in enumerate(members):
+            outputs[i] = batch[place, : len(rows[i].tokens)]
+    return outputs

@@ -1,7 +1,7 @@
 """The tasks of evaluation as a table of values, and the one function that runs them.
 
-A task says which models it is for, where its data are and how it is scored. A task more is a line in
-`TASKS`, or a `Task` of your own in place of a name.
+A task declares the kinds of model that it is for, its files of data, and a function that scores. To add
+one, pass a `Task` of your own in place of a name.
 """
 
 import dataclasses
@@ -27,16 +27,17 @@ from growjax.models.protocol import Kind, kind_of, unwrapped
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What tasks need besides a model, its tokenizer and their names.
+    """The settings of tasks.
 
     **Fields**
 
     - `data`: the folder with `glue`, `superglue`, `squad`, `blimp` and `qa` in it, as they are published.
     - `texts`: the files for `bpb`, a document each.
-    - `shots`: how many solved examples stand before a question; None is what is usual for the task.
-    - `limit`: of how many pairs, problems, questions or documents; None is all. Fine-tuning knows none.
-    - `seed`: of problems, masks and of the choice of examples.
-    - `recipe`, `spans`, `seeds`: of fine-tuning; `spans` is that on SQuAD.
+    - `shots`: how many solved examples stand before a question; None is the usual number for the task.
+    - `limit`: the most pairs, problems, questions or documents of a task; None is all. Fine-tuning has
+      no limit.
+    - `seed`: decides the problems, the masks and the examples before a question.
+    - `recipe`, `spans`, `seeds`: for fine-tuning; `spans` is the recipe for SQuAD.
     - `longest`, `start`, `always`: see `LanguageModel`.
     - `include`: a folder with tasks of your own for the harness.
     """
@@ -57,7 +58,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """The model that is evaluated, with its tokenizer; as a `language` model where a task wants one."""
+    """The model that is evaluated, with its tokenizer; `language` is the two as a `LanguageModel`."""
 
     model: Any
     tokenizer: Tokenizer
@@ -65,7 +66,7 @@ class Candidate:
 
     @cached_property
     def language(self) -> LanguageModel:
-        """Likelihoods of texts. Raises `EvalError` for a model that has none."""
+        """The model as one that scores texts. Raises `EvalError` as `LanguageModel` does."""
         s = self.settings
         return LanguageModel(self.model, self.tokenizer, s.longest, s.start, s.always)
 
@@ -81,14 +82,14 @@ Asks = Literal["logits", "extend", "fine-tuning"]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task: what it needs, and how it is run.
+    """A task of evaluation: a name, its data, and a function that scores.
 
     **Fields**
 
-    - `name`: as it is asked for. `NAME` at its end stands for any name, which `data` is told.
-    - `about`: one line for people; `metric`: the score to look at first.
+    - `name`: the name to ask for. `NAME` at its end stands for any name, which is passed to `data`.
+    - `about`: a line of description; `metric`: the score to look at first.
     - `run`: `(candidate, data, settings) -> {metric: number}`.
-    - `data`: `(settings, name) -> data`, the files that `run` reads; raises `EvalError` if some lack.
+    - `data`: `(settings, name) -> data`, the files that `run` reads; raises `EvalError` without them.
     - `models`: the kinds of models that it is for.
     - `asks`: what it calls: the model's logits, its `extend` (it writes) or a `BERT` to fine-tune; None
       is nothing that could be known before.
@@ -122,13 +123,13 @@ def evaluate(
 
     **Arguments**
 
-    - `model`: one of `growjax.models`, as it is at this moment of training; it is not changed.
-    - `tasks`: names of `TASKS`, or tasks of your own. `primitives` is all of `primitives/...`; any name
-      that is not in the table is asked of the lm-evaluation-harness. `@` and a number behind a name is
-      its own number of shots (`"qa/nq_open@1"`).
-    - `done`: is told every result at once.
+    - `model`: one of `growjax.models`, at any moment of its training; it is not changed.
+    - `tasks`: names of `TASKS`, or tasks of your own. `primitives` stands for all `primitives/...`; a
+      name that is not in the table is looked up in the lm-evaluation-harness. `@` and a number behind a
+      name set its number of shots (`"qa/nq_open@1"`).
+    - `done`: called with the name and scores of each task when it is finished.
 
-    Raises `EvalError` that lists everything that is lacking before anything is computed.
+    Raises `EvalError` that lists all missing data and unsuitable models before anything is computed.
 
     **Example**
 
@@ -136,7 +137,7 @@ def evaluate(
     """
     settings = settings or Settings()
     candidate = Candidate(model, tokenizer, settings)
-    requests, faults = [], [] if tasks else ["expected one at least"]
+    requests, faults = [], [] if tasks else ["expected 1 task or more, got none"]
     for task in _expanded(tasks):
         try:
             requests.append(_request(task, model, settings))
@@ -147,18 +148,21 @@ def evaluate(
     for request in requests:
         scores: Any = request.task.run(candidate, request.data, request.settings)
         if request.task is HARNESS:
-            # It has groups, whose tasks have scores of their own
-            found = {request.name if n == request.data else n: each for n, each in scores.items()}
+            # A name of the harness may be a group, whose tasks have scores of their own; the requested
+            # name may end with a number of shots, which the harness's name (`data`) lacks
+            by_name = {request.name if n == request.data else n: x for n, x in scores.items()}
         else:
-            found = {request.name: scores}
-        results |= found
-        for name, each in found.items():
+            by_name = {request.name: scores}
+        results |= by_name
+        for name, task_scores in by_name.items():
             if done is not None:
-                done(name, each)
+                done(name, task_scores)
     return results
 
 
 class _Request(NamedTuple):
+    """A task that can be run, with its data and its own settings."""
+
     name: str
     task: Task
     data: Any
@@ -166,32 +170,37 @@ class _Request(NamedTuple):
 
 
 def _expanded(tasks: Iterable[str | Task]) -> list[str | Task]:
-    """The requested tasks, with `primitives` as all of them."""
-    whole: list[str | Task] = []
+    """The requested tasks, with all `primitives/...` in place of `primitives`, with the same shots."""
+    expanded: list[str | Task] = []
     for task in tasks:
-        name, at, shots = ("", "", "") if isinstance(task, Task) else task.partition("@")
-        every = PRIMITIVES if name == "primitives" else ()
-        whole += [f"primitives/{each}{at}{shots}" for each in every] or [task]
-    return whole
+        if isinstance(task, str) and task.partition("@")[0] == "primitives":
+            _, at, shots = task.partition("@")
+            expanded += [f"primitives/{name}{at}{shots}" for name in PRIMITIVES]
+        else:
+            expanded.append(task)
+    return expanded
 
 
-def _request(asked: str | Task, model: Any, settings: Settings) -> _Request:
-    """One task with its data found and its number of shots read; raises `EvalError` if it cannot run."""
-    name, at, shots = (asked if isinstance(asked, str) else asked.name).partition("@")
+def _request(requested: str | Task, model: Any, settings: Settings) -> _Request:
+    """One task with its data and its number of shots. Raises `EvalError` if it cannot be run."""
+    name, at, shots = (requested if isinstance(requested, str) else requested.name).partition("@")
     if at and not shots.isdigit():
         raise EvalError(f"expected a number behind @, got {shots!r}")
     settings = dataclasses.replace(settings, shots=int(shots) if at else settings.shots)
     family, _, part = name.partition("/")
-    task = asked if isinstance(asked, Task) else TASKS.get(name) or TASKS.get(f"{family}/NAME")
+    if isinstance(requested, Task):
+        task = requested
+    else:
+        task = TASKS.get(name) or TASKS.get(f"{family}/NAME")
     if task is None:
-        siblings = [each for each in TASKS if each.startswith(f"{family}/")]
+        siblings = [other for other in TASKS if other.startswith(f"{family}/")]
         if siblings:
             raise EvalError(f"expected one of {', '.join(siblings)}")
         task, part = HARNESS, name
     kind = kind_of(model)
     if kind not in task.models:
-        wanted = " or ".join(_KINDS[each] for each in task.models)
-        raise EvalError(f"is for {wanted}, and the model is {_KINDS[kind]}")
+        suitable = " or ".join(_KINDS[k] for k in task.models)
+        raise EvalError(f"is for {suitable}, and the model is {_KINDS[kind]}")
     lacking = _lacking(model, task.asks)
     if lacking:
         raise EvalError(lacking)
@@ -214,19 +223,23 @@ def _lacking(model: Any, asks: Asks | None) -> str | None:
 _KINDS = {"causal": "a decoder", "seq2seq": "an encoder-decoder", "encoder": "an encoder"}
 
 
-# Where data are ----------------------------------------------------------------------------------
+# Data of tasks: each function takes the settings and the last part of a task's name -----------------
 
 
 def _folder(settings: Settings, name: str) -> Path:
+    """A benchmark's folder within `Settings.data`."""
     if settings.data is None:
-        raise EvalError(f"expected the folder of data, with {name} in it, and none was named")
+        raise EvalError(f"expected the folder of data, with {name} in it, got none")
     return Path(settings.data) / name
 
 
 def _texts(settings: Settings, part: str) -> list[Path]:
-    lost = [str(path) for path in settings.texts if not Path(path).is_file()]
-    if lost or not settings.texts:
-        raise EvalError(f"expected files of text in `texts`; {', '.join(lost) or 'none'}")
+    """The files of `Settings.texts`, which must exist."""
+    missing = [str(path) for path in settings.texts if not Path(path).is_file()]
+    if missing:
+        raise EvalError(f"expected files of text in `texts`; missing: {', '.join(missing)}")
+    if not settings.texts:
+        raise EvalError("expected files of text in `texts`, got none")
     return [Path(path) for path in settings.texts]
 
 
@@ -234,13 +247,13 @@ def _pairs(settings: Settings, part: str) -> Path:
     """The folder of BLiMP's pairs, or the archive in it."""
     folder = _folder(settings, "blimp")
     if not folder.is_dir():
-        raise EvalError(f"{folder}: there is no such folder")
+        raise EvalError(f"{folder}: is not a folder; expected BLiMP's pairs in it")
     archives = sorted(folder.glob("*.tar*"))
     return archives[0] if archives and not any(folder.rglob("*.jsonl*")) else folder
 
 
 def _files(task: GlueTask, settings: Settings, part: str) -> Path:
-    """The folder of GLUE or SuperGLUE, which holds the files of the task."""
+    """The folder of GLUE or SuperGLUE, after a check that it has all files of the task."""
     folder = _folder(settings, task.name.partition("/")[0])
     for split in ("train", *task.dev):
         find(folder / task.folder, f"{split}.{'tsv' if task.examples is None else 'jsonl'}")
@@ -248,38 +261,48 @@ def _files(task: GlueTask, settings: Settings, part: str) -> Path:
 
 
 def _squad(version: str, settings: Settings, part: str) -> list[Path]:
+    """The files of training and development questions of one version of SQuAD."""
     folder = _folder(settings, "squad")
     return [find(folder, f"{split}-{version}.json") for split in ("train", "dev")]
 
 
 def _questions(settings: Settings, name: str) -> tuple[Path, Path | None]:
-    """The file of the questions, and that of the examples if there is one."""
+    """The file of questions, and the file of examples to draw from, or None.
+
+    `name` is a file, or a folder with one file of test (or development) questions and perhaps one of
+    training questions.
+    """
     path = _folder(settings, "qa") / name
     if path.is_file():
         return path, None
     if not path.is_dir():
-        raise EvalError(f"{path}: there is no such file or folder of questions")
+        raise EvalError(f"{path}: expected a file or a folder of questions, got neither")
     files = [p for p in sorted(path.iterdir()) if {".json", ".jsonl"} & set(p.suffixes)]
 
-    def of(*words: str) -> list[Path]:
-        parts = {p: p.name.replace("-", ".").replace("_", ".").split(".") for p in files}
-        return [p for p in files if any(part in words for part in parts[p])]
+    def with_word(*words: str) -> list[Path]:
+        """The files with one of these words in their names, such as NQ-open.dev.jsonl."""
+        matching = []
+        for file in files:
+            parts = file.name.replace("-", ".").replace("_", ".").split(".")
+            if any(part in words for part in parts):
+                matching.append(file)
+        return matching
 
-    asked = of("test") or of("dev", "val", "validation")
+    asked = with_word("test") or with_word("dev", "val", "validation")
     if len(asked) != 1:
         raise EvalError(
             f"{path}: expected one file of test or development questions; name one of "
             f"{', '.join(f'qa/{name}/{p.name}' for p in files) or 'none'}"
         )
-    train = [p for p in files if p.name.startswith("train")] or of("train")
+    train = [p for p in files if p.name.startswith("train")] or with_word("train")
     return asked[0], train[0] if train else None
 
 
-# How they are run --------------------------------------------------------------------------------
+# Runs of tasks -----------------------------------------------------------------------------------
 
 
-def _given(**values: Any) -> dict[str, Any]:
-    """The settings that were made; the others are each task's own."""
+def _not_none(**values: Any) -> dict[str, Any]:
+    """The arguments that are not None; a task has its own default for the others."""
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -289,36 +312,42 @@ def _bits(candidate: Candidate, paths: Sequence[Path], settings: Settings) -> Sc
 
 
 def _primitive(name: str, candidate: Candidate, data: None, settings: Settings) -> Scores:
-    numbers = _given(count=settings.limit, shots=settings.shots)
+    numbers = _not_none(count=settings.limit, shots=settings.shots)
     return primitives(candidate.language, name, seed=settings.seed, **numbers)
 
 
 def _closed_book(candidate: Candidate, paths: tuple[Path, Path | None], s: Settings) -> Scores:
     questions, examples = paths
     pool = None if examples is None else read_questions(examples)
-    numbers = _given(limit=s.limit, shots=s.shots)
-    asked = read_questions(questions)
-    return closed_book(candidate.language, asked, examples=pool, seed=s.seed, **numbers)
+    return closed_book(
+        candidate.language,
+        read_questions(questions),
+        examples=pool,
+        seed=s.seed,
+        **_not_none(limit=s.limit, shots=s.shots),
+    )
 
 
 def _glue(task: GlueTask, candidate: Candidate, folder: Path, s: Settings) -> Scores:
-    sets = {split: read_task(task, folder, split) for split in ("train", *task.dev)}
-    train, c = sets.pop("train"), candidate
-    found = fine_tune(c.model, c.tokenizer, task, train, sets, recipe=s.recipe, seeds=s.seeds)
-    return found.summary()
+    train = read_task(task, folder, "train")
+    dev = {split: read_task(task, folder, split) for split in task.dev}
+    model, tokenizer = candidate.model, candidate.tokenizer
+    tuned = fine_tune(model, tokenizer, task, train, dev, recipe=s.recipe, seeds=s.seeds)
+    return tuned.summary()
 
 
 def _spans(
-    nothing: float | None, candidate: Candidate, paths: Sequence[Path], s: Settings
+    threshold: float | None, candidate: Candidate, paths: Sequence[Path], s: Settings
 ) -> Scores:
-    """`nothing` is the score above which a question is given no answer."""
-    sets, recipe = map(read_squad, paths), dataclasses.replace(s.spans, threshold=nothing)
+    """SQuAD; `threshold` is None for version 1.1, whose questions all have an answer."""
+    recipe = dataclasses.replace(s.spans, threshold=threshold)
+    train, dev = (read_squad(path) for path in paths)
     model, tokenizer = candidate.model, candidate.tokenizer
-    return fine_tune_spans(model, tokenizer, *sets, recipe=recipe, seeds=s.seeds).summary()
+    return fine_tune_spans(model, tokenizer, train, dev, recipe=recipe, seeds=s.seeds).summary()
 
 
 def _harness(candidate: Candidate, name: str, settings: Settings) -> Any:
-    """The scores of each task that a name of the harness stands for."""
+    """The scores of each task that a name of the harness, which may be a group, stands for."""
     from growjax.evals.harness import run_harness  # imports the harness, which takes seconds
 
     s = settings
@@ -382,15 +411,15 @@ _TABLE = [
     ),
     *(
         Task(
-            f"squad/{x}",
+            f"squad/{version}",
             "fine-tuning",
             "score",
-            partial(_spans, no),
-            partial(_squad, x),
+            partial(_spans, threshold),
+            partial(_squad, version),
             ENCODER,
             "fine-tuning",
         )
-        for x, no in {"v1.1": None, "v2.0": 0.0}.items()
+        for version, threshold in {"v1.1": None, "v2.0": 0.0}.items()
     ),
 ]
 

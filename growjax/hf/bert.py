@@ -1,4 +1,4 @@
-"""BERT: with or without its heads and their prefix, gamma and beta, tied or with a decoder of its own."""
+"""BERT: with or without heads, with a tied or a separate decoder, and with old names of norms."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ _DECODER = "cls.predictions.decoder"
 
 
 def _rows(config: BERTConfig) -> tuple[Row, ...]:
-    def product(name: str, leaf: str, into: str, out: str) -> list[Row]:
+    def per_layer(name: str, leaf: str, into: str, out: str) -> list[Row]:
         return linear(f"encoder.layer.{{}}.{name}", f"{_BLOCK}.{leaf}", into, out)
 
     bias = "mlm.decoder_bias: vocab"
@@ -25,7 +25,8 @@ def _rows(config: BERTConfig) -> tuple[Row, ...]:
         head = [Row("cls.predictions.bias", bias, others=(f"{_DECODER}.bias",))]
     else:
         words = Row(_WORDS, "embedding.table: vocab embed")
-        # Where the decoder is its own, so is its bias; the other one is there and not used
+        # A separate decoder has its own bias. transformers still expects the tied head's in the file,
+        # though it does not use it
         unused = ("cls.predictions.bias",)
         head = [
             Row(f"{_DECODER}.weight", "mlm.decoder: vocab embed"),
@@ -36,13 +37,13 @@ def _rows(config: BERTConfig) -> tuple[Row, ...]:
         Row("embeddings.position_embeddings.weight", "position.table: positions embed"),
         Row("embeddings.token_type_embeddings.weight", "token_type.table: token_types embed"),
         *norm("embeddings.LayerNorm", "embedding_norm"),
-        *product("attention.self.query", "attention.q", "embed", _HEADS),
-        *product("attention.self.key", "attention.k", "embed", _HEADS),
-        *product("attention.self.value", "attention.v", "embed", _HEADS),
-        *product("attention.output.dense", "attention.o", _HEADS, "embed"),
+        *per_layer("attention.self.query", "attention.q", "embed", _HEADS),
+        *per_layer("attention.self.key", "attention.k", "embed", _HEADS),
+        *per_layer("attention.self.value", "attention.v", "embed", _HEADS),
+        *per_layer("attention.output.dense", "attention.o", _HEADS, "embed"),
         *norm("encoder.layer.{}.attention.output.LayerNorm", f"{_BLOCK}.attention_norm"),
-        *product("intermediate.dense", "mlp.up", "embed", "mlp"),
-        *product("output.dense", "mlp.down", "mlp", "embed"),
+        *per_layer("intermediate.dense", "mlp.up", "embed", "mlp"),
+        *per_layer("output.dense", "mlp.down", "mlp", "embed"),
         *norm("encoder.layer.{}.output.LayerNorm", f"{_BLOCK}.mlp_norm"),
         *linear("pooler.dense", "pooler.weight", "embed", "embed2"),
         *linear("cls.predictions.transform.dense", "mlm.weight", "embed", "embed2"),
@@ -91,8 +92,9 @@ def _write(config: BERTConfig) -> dict[str, Any]:
 
 def _config_of(model: BERT) -> BERTConfig:
     n, block = sizes(model), model.blocks.block
-    first = model.embedding_norm or model.norm
-    assert first is not None
+    # A post-norm BERT has a norm behind the embedding; a pre-norm one has a norm at the end
+    first_norm = model.embedding_norm or model.norm
+    assert first_norm is not None
     return BERTConfig(
         layers=n["layers"],
         embed=n["embed"],
@@ -104,12 +106,12 @@ def _config_of(model: BERT) -> BERTConfig:
         token_types=n["token_types"],
         post_norm=block.post_norm,
         embedding_norm=not block.post_norm and model.embedding_norm is not None,
-        norm="layer" if first.centre else "rms",
+        norm="layer" if first_norm.centre else "rms",
         bias=block.attention.q_bias is not None,
         qk_norm=block.attention.q_norm is not None,
         glu=block.mlp.glu is not None,
         activation=block.mlp.activation,
-        eps=epsilon(first.eps),
+        eps=epsilon(first_norm.eps),
         tied=model.mlm is None or model.mlm.decoder is None,
         dtype=model.dtype,
         remat=model.blocks.remat,

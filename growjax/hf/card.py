@@ -1,4 +1,4 @@
-"""The folder of a grown pre-trained model, with a certificate and a card that says how it was made."""
+"""The folder of a grown pre-trained model, with its certificate and a model card."""
 
 import json
 from pathlib import Path
@@ -27,9 +27,14 @@ def write_grown(
     seed: int,
     rounding: float | None = None,
 ) -> None:
-    """Write a grown model as `save` does, with `certificate.json` and `README.md`.
+    """Write a grown model as `save` does, with `certificate.json` and a model card as `README.md`.
 
-    `rounding` is by how much outputs moved, relative to the largest, when its parameters were cast.
+    **Arguments**
+
+    - `small`, `source`: the model that was grown, and the folder that it came from.
+    - `seed`: the seed of the operator's draws.
+    - `rounding`: the largest change of an output when the grown parameters were cast to the dtype of the
+      file, relative to the largest output; None if they were not cast.
     """
     record = {"operator": to_dict(op), "seed": seed, "certificate": certificate.to_dict()}
     table = np.asarray(model.embedding.table)
@@ -50,17 +55,17 @@ def write_grown(
         learning=_learning(certificate),
         certificate=certificate,
     )
-    more = {"certificate.json": json.dumps(record, indent=2) + "\n", "README.md": card}
-    save(model, out, source=source, more=more)
+    texts = {"certificate.json": json.dumps(record, indent=2) + "\n", "README.md": card}
+    save(model, out, source=source, more=texts)
 
 
 def _learning(certificate: Certificate) -> str:
-    """What of the new coordinates training can move, and what it cannot."""
+    """A sentence that says which of the new coordinates training cannot move, or that it can move all."""
     faults = []
     for axis, (_, dead) in certificate.dead.items():
         if dead:
             faults.append(
-                f"{dead:.0%} of what is new along {axis} still has no gradient after two steps"
+                f"{dead:.0%} of the new coordinates of {axis} still have no gradient after two steps"
             )
     for axis, count in certificate.locked.items():
         if count:
@@ -68,10 +73,8 @@ def _learning(certificate: Certificate) -> str:
                 f"{count} copies along {axis} move exactly like their source, and never differ from it"
             )
     if faults:
-        return f"**Not everything that is new can learn**: {'; '.join(faults)}."
-    return (
-        "Everything that is new can learn: it gets a gradient, and no copy moves like its source."
-    )
+        return f"**Some of the new coordinates cannot learn**: {'; '.join(faults)}."
+    return "All new coordinates can learn: each gets a gradient, and no copy moves just like its source."
 
 
 _PROMISES = {

@@ -1,4 +1,4 @@
-"""What belongs to a checkpoint besides its weights: tokenizer, licence, modules that read it."""
+"""The files of a checkpoint besides its weights: tokenizer, licence, modules of sentence-transformers."""
 
 import os
 import re
@@ -18,17 +18,19 @@ COMPANIONS = (
     *("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "USE_POLICY.md", "NOTICE", "NOTICE.txt"),
 )
 MODULES = "modules.json"
-# Of a model card, what still holds of a model that was made from it.
+# The entries of a model card that also hold for a model grown from it
 _METADATA = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
 
 
 def copy_companions(source: Path, folder: Path, embed: int) -> None:
-    """Copy what belongs to a checkpoint, where it is there.
+    """Copy the companion files that a checkpoint has.
 
-    `embed` is the width of the model that is written: the modules of sentence-transformers that follow it
-    say it too. Raises `HuggingFaceError` for a module with weights that read another width.
+    `embed` is the width of the model that is written. The configurations of sentence-transformers'
+    modules, which read its outputs, get that width. Raises `HuggingFaceError` for a module with weights
+    for another width.
     """
     for name in COMPANIONS:
+        # lexists is also true for a broken link, which `inside` then reports
         if os.path.lexists(source / name):
             shutil.copyfile(inside(source, name), folder / name)
     if os.path.lexists(source / MODULES):
@@ -58,25 +60,25 @@ def _copy_modules(source: Path, folder: Path, embed: int) -> None:
 
 
 def _resize(path: Path, embed: int) -> None:
-    """Bring the width that a module reads up to date."""
+    """Set the width in a module's configuration; raises `HuggingFaceError` if its weights fix another."""
     config = read_json(path)
     if "word_embedding_dimension" in config:
         write_json(path, config | {"word_embedding_dimension": embed})
     if config.get("in_features", embed) != embed:
         raise HuggingFaceError(
             f"{path.parent.name}: its weights read {config['in_features']} features, and the model has "
-            f"embed={embed} now; remove it from {MODULES} of the source, and train a new one"
+            f"embed={embed}; remove the module from {MODULES} of the source, and train a new one"
         )
 
 
 def card_metadata(source: Path) -> Mapping[str, str]:
-    """The licence, language and the like from the front matter of a model card, as text."""
+    """The entries of a model card's front matter that also hold for a grown model, as YAML text."""
     if not os.path.lexists(source / "README.md"):
         return {}
     text = inside(source, "README.md").read_text(encoding="utf-8", errors="replace")
     parts = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
     if len(parts) < 3 or parts[0].strip():
         return {}
-    # A key with what is indented, or listed, below it
+    # A key, its value, and the indented or listed lines below it
     entries = re.findall(r"^(\w+):(.*(?:\n(?:[ \t]+|- ).*)*)", parts[1], flags=re.MULTILINE)
     return {key: value.rstrip() for key, value in entries if key in _METADATA}

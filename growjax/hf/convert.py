@@ -1,4 +1,4 @@
-"""`load` and `save`: the same rows in both directions, and every tensor and every leaf accounted for."""
+"""`load` and `save`: one table of rows for both directions, which must cover all tensors and leaves."""
 
 import fnmatch
 import re
@@ -36,9 +36,9 @@ from growjax.hf.table import Row
 
 
 FAMILIES = {family.model_type: family for family in (BERT_, GPT2, LLAMA, T5_)}
-# Keys of config.json that would change what any family computes.
+# Keys of config.json that would change what a model of any family computes
 FIXED = {"quantization_config": None, "per_layer_config": None}
-_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load(folder: str | Path, *, dtype: str | None = None, ignore: Sequence[str] = ()) -> Any:
@@ -46,30 +46,30 @@ def load(folder: str | Path, *, dtype: str | None = None, ignore: Sequence[str] 
 
     **Arguments**
 
-    - `folder`: with `config.json` and `model.safetensors`, or shards and their index. Nothing is
+    - `folder`: has `config.json` and `model.safetensors`, or shards and their index. Nothing is
       downloaded, executed or unpickled, and nothing outside the folder is read.
-    - `dtype`: of the parameters; by default they stay as they are in the file. Epsilons and rotary
-      frequencies are float32 at least.
-    - `ignore`: patterns of tensors that may be left over, such as `"classifier.*"`, and of keys of
-      `config.json` that change nothing, where the reader does not know them.
+    - `dtype`: the dtype of the parameters; None is that of the file. Epsilons and rotary frequencies are
+      float32 at least.
+    - `ignore`: patterns of tensors that the model does not use, such as `"classifier.*"`, and of unknown
+      keys of `config.json` that change nothing.
 
-    Every tensor is used and every parameter is filled, or `HuggingFaceError` lists what is not; it is
-    also what broken files, unknown configurations and numbers that are not finite raise.
+    Raises `HuggingFaceError` that lists all unused tensors and missing parameters, and for broken files,
+    unknown configurations and numbers that are not finite.
 
     **Example**
 
         model = gj.hf.load("bert-base-uncased")
         hidden = model(tokens).hidden              # [T, embed]
     """
-    with open_folder(folder) as found:
-        family, names, same, config = _described(found, ignore)
+    with open_folder(folder) as opened:
+        family, names, same, config = _described(opened, ignore)
         shapes = shapes_of(config, family)
         table = axes_of(shapes)
         rows = _rows_of(family, config, table)
-        _check_coverage(found, names, rows, table, (*family.ignored, *ignore), dtype)
+        _check_coverage(opened, names, rows, table, (*family.ignored, *ignore), dtype)
         values = {}
         for row in rows:
-            for leaf, array in _filled(found, names, row, table, same, dtype).items():
+            for leaf, array in _leaves(opened, names, row, table, same, dtype).items():
                 values[table[leaf].steps] = jnp.asarray(array)
     for path, value in buffers_of(config, family).items():
         if value is not None:
@@ -80,41 +80,44 @@ def load(folder: str | Path, *, dtype: str | None = None, ignore: Sequence[str] 
 def config(folder: str | Path) -> Any:
     """The configuration that builds the model in a Hugging Face folder, such as a `GPTConfig`.
 
-    Its tensors are not read, but for those that may be tied. Raises `HuggingFaceError` as `load` does.
+    It reads no tensors except a pair that may be tied. Raises `HuggingFaceError` as `load` does.
 
     **Example**
 
         gj.Plan(model=gj.hf.config("gpt2"), start=Start("gpt2"), ...)
     """
-    with open_folder(folder) as found:
-        return _described(found)[-1]
+    with open_folder(folder) as opened:
+        return _described(opened)[-1]
 
 
 def has_halves(folder: str | Path) -> bool:
-    """Whether parameters in a Hugging Face folder are of 16 bits."""
+    """Whether a Hugging Face folder has parameters of 16 bits."""
     with open_folder(folder) as opened:
         return bool({entry.dtype for entry in opened.tensors.values()} & {"F16", "BF16"})
 
 
 def with_dtype(model: Any, dtype: str) -> Any:
-    """The model with its parameters in another type; epsilons and frequencies stay as they are."""
+    """The model with its parameters in another dtype; epsilons and frequencies stay as they are."""
     slots = [slot for slot in axes_of(model).of_kind("param") if slot.value is not None]
     return put(model, {slot.steps: slot.value.astype(dtype) for slot in slots})
 
 
 def _described(
-    found: Folder, ignore: Sequence[str] = ()
+    folder: Folder, ignore: Sequence[str] = ()
 ) -> tuple[Family, dict[str, str], Callable[[str, str], bool], Any]:
-    """The family, the names, whether two tensors are the same, and the configuration of a folder."""
-    family = _family_of(found)
-    names = _canonical(found, family)
-    file = ConfigFile(found.config, names)
+    """The family of a folder, the names of its tensors, a function, and its configuration.
+
+    The names are those of `_canonical`; the function says whether two tensors hold the same numbers.
+    """
+    family = _family_of(folder)
+    names = _canonical(folder, family)
+    file = ConfigFile(folder.config, names)
 
     def same(one: str, other: str) -> bool:
         one, other = names[one], names[other]
-        if found.tensors[one].shape != found.tensors[other].shape:
+        if folder.tensors[one].shape != folder.tensors[other].shape:
             return False
-        return np.array_equal(found.read(one), found.read(other))
+        return np.array_equal(folder.read(one), folder.read(other))
 
     file.fixed({**family.fixed, **FIXED})
     config = family.read(file, same)
@@ -136,25 +139,26 @@ def save(
 
     **Arguments**
 
-    - `folder`: must be empty or not there; it gets its name when it is whole.
-    - `source`: the folder that the model came from: its tokenizer is copied, and what its `config.json`
-      says besides sizes (special tokens, dropout rates) is kept. Its licence and the modules of
-      sentence-transformers are copied too; `auto_map` is not, since its code is not.
-    - `shard`: the largest size of a file, in bytes; more than one get an index.
-    - `keys`: of `config.json`, besides those that say what the model computes: special ids, or
-      `max_position_embeddings`, which the rotary positions of a `Llama` do not say.
-    - `more`: texts to write beside it, by file name, such as a `README.md`.
+    - `folder`: must be empty or absent. It appears under its name only when all files are written.
+    - `source`: the folder that the model came from. Its tokenizer, its licence and the modules of
+      sentence-transformers are copied, and the other keys of its `config.json` (special tokens, dropout
+      rates) are taken over, without `auto_map`, whose code is not copied.
+    - `shard`: the largest size of a file of weights, in bytes; several files get an index.
+    - `keys`: keys of `config.json` besides those that the model determines: special ids, or
+      `max_position_embeddings`, which a `Llama` with its rotary positions does not have.
+    - `more`: further files, texts by file name, such as a `README.md`.
 
     A grown model is written as a stock one: open gates, branch multipliers and scales are folded into
-    its weights. Raises `GateError` while gates are not open, and `HuggingFaceError` with everything that
-    the family cannot say (a `head_dim` that it derives, epsilons that differ, QK-norms).
+    its weights. Raises `GateError` while gates are not open, and `HuggingFaceError` that lists every
+    property that the family cannot express (another `head_dim` than it derives, epsilons that differ,
+    QK-norms).
 
     **Example**
 
         gj.hf.save(gj.grow(gj.copy(embed=768, heads=24), model), "grown", source="all-MiniLM-L6-v2")
     """
-    kept = {} if source is None else read_json(inside(Path(source), CONFIG))
-    family, model, config = _written_as(model, kept.get("model_type"))
+    source_keys = {} if source is None else read_json(inside(Path(source), CONFIG))
+    family, model, config = _written_as(model, source_keys.get("model_type"))
     table = axes_of(model)
     prefix = "" if family.architecture(config) == family.base else family.prefix
     tensors: dict[str, Tensor] = {}
@@ -164,18 +168,19 @@ def save(
             for name in row.names(layer)[: None if row.all_names else 1]:
                 tensors[name if name.startswith(family.heads) else prefix + name] = tensor
     dtype = str(np.asarray(model.embedding.table).dtype)
-    for stale in (*family.aliases, "auto_map"):  # code that would be read instead of the library's
-        kept.pop(stale, None)
+    # transformers would prefer an alias to the key written here, and the code of auto_map to its own
+    for stale in (*family.aliases, "auto_map"):
+        source_keys.pop(stale, None)
     if source is None:
-        kept = dict(family.defaults)
-    written = {**(keys or {}), **family.write(config)} | {
+        source_keys = dict(family.defaults)
+    own_keys = {**(keys or {}), **family.write(config)} | {
         "model_type": family.model_type,
         "architectures": [family.architecture(config)],
         "dtype": dtype,
         "torch_dtype": dtype,
     }
     with written_whole(folder) as partial:
-        write_json(partial / CONFIG, kept | written)
+        write_json(partial / CONFIG, source_keys | own_keys)
         write_weights(partial, tensors, shard)
         if source is not None:
             copy_companions(Path(source), partial, sizes(model)["embed"])
@@ -184,10 +189,10 @@ def save(
 
 
 def _written_as(model: Any, preferred: str | None) -> tuple[Family, Any, Any]:
-    """The first family that can say a model, the model as a stock one of it, and its config.
+    """The first family that can express a model, the model as a stock one of that family, and its config.
 
-    Several families may share a class. That of the source comes first; where none can say the model, the
-    reasons of each are given.
+    Several families may share a class: the one called `preferred`, which is that of the source, is tried
+    first. Raises `HuggingFaceError` with the reasons of each if none can express the model.
     """
     matching = [family for family in FAMILIES.values() if family.model is type(model)]
     if not matching:
@@ -215,39 +220,44 @@ def _family_of(folder: Folder) -> Family:
 
 
 def _canonical(folder: Folder, family: Family) -> dict[str, str]:
-    """The names of a file by how the table spells them."""
-    found: dict[str, str] = {}
-    twice = []
-    wrapped = _wrapper(folder)
+    """The names of the tensors in the file, by their names in the family's table.
+
+    The latter lack prefixes, and have new endings in place of old ones.
+    """
+    names: dict[str, str] = {}
+    duplicates = []
+    wrapper = _wrapper_prefix(folder)
     for name in folder.tensors:
-        ours = name.removeprefix(wrapped).removeprefix(family.prefix)
+        canonical = name.removeprefix(wrapper).removeprefix(family.prefix)
         for old, new in family.renamed.items():
-            ours = ours.removesuffix(old) + new if ours.endswith(old) else ours
-        if ours in found:
-            twice.append(f"{name} and {found[ours]}")
-        found[ours] = name
-    raise_all(HuggingFaceError, f"{folder.path}: the same tensor twice:", shortened(twice))
-    return found
+            if canonical.endswith(old):
+                canonical = canonical.removesuffix(old) + new
+        if canonical in names:
+            duplicates.append(f"{name} and {names[canonical]}")
+        names[canonical] = name
+    raise_all(HuggingFaceError, f"{folder.path}: the same tensor twice:", shortened(duplicates))
+    return names
 
 
-def _wrapper(folder: Folder) -> str:
-    """The prefix that wrappers of torch left on every name; a warning says that it is not read."""
+def _wrapper_prefix(folder: Folder) -> str:
+    """The prefix that torch.compile or DataParallel left on every name, with a warning if any."""
     prefix, names = "", list(folder.tensors)
-    while names and (common := re.match(r"(_orig_mod|module)\.", names[0][len(prefix) :])):
-        prefix += common[0]
-        if not all(name.startswith(prefix) for name in names):
-            return prefix.removesuffix(common[0])
+    # Wrappers can be nested: module._orig_mod.
+    while names and (match := re.match(r"(_orig_mod|module)\.", names[0][len(prefix) :])):
+        if not all(name.startswith(prefix + match[0]) for name in names):
+            return prefix
+        prefix += match[0]
     if prefix:
         warnings.warn(
-            f"{folder.path}: every tensor is called {prefix}*, as torch.compile or DataParallel leave "
-            "it; the names are read without that",
+            f"{folder.path}: every tensor is called {prefix}*, as torch.compile or DataParallel name it; "
+            "the prefix is ignored",
             stacklevel=2,
         )
     return prefix
 
 
 def _rows_of(family: Family, config: Any, table: Axes) -> list[Row]:
-    """The rows of what this model has."""
+    """The rows of a family whose leaves this model has."""
     rows = family.rows(config)
     return [row for row in rows if all(_has(table, leaf) for leaf in row.leaves)]
 
@@ -257,6 +267,7 @@ def _has(table: Axes, leaf: str) -> bool:
 
 
 def _layers(row: Row, table: Axes) -> int:
+    """The number of tensors of a row: one for each layer, or 1. Layers are the first axis of a leaf."""
     return table.size(table[row.leaves[0]].dims[0].axis) if row.layered else 1
 
 
@@ -268,58 +279,65 @@ def _check_coverage(
     ignored: Sequence[str],
     dtype: str | None,
 ) -> None:
-    """Every tensor used or ignored, every leaf filled, every shape and type as it must be."""
+    """Raise `HuggingFaceError` unless the tensors of a folder are those of the rows.
+
+    Every tensor must be used or match a pattern of `ignored`, every row have a tensor, with the right
+    shape and a floating type.
+    """
     complaints, used = [], set()
     for row in rows:
-        shape, kinds = row.shape(table), set()
+        shape, types = row.shape(table), set()
         for layer in range(_layers(row, table)):
             spellings = row.names(layer)
-            there = [name for name in spellings if name in names]
-            used.update(there)
-            if not there:
+            present = [name for name in spellings if name in names]
+            used.update(present)
+            if not present:
                 complaints.append(f"{spellings[0]}: not in the file")
-            for name in there:
+            for name in present:
                 entry = folder.tensors[names[name]]
-                kinds.add(entry.dtype)
-                if entry.dtype not in _NAMES:
+                types.add(entry.dtype)
+                if entry.dtype not in _FLOATS:
                     complaints.append(f"{name}: is of type {entry.dtype}, expected a floating one")
                 if entry.shape != shape:
                     complaints.append(
                         f"{name}: expected the shape {list(shape)}, got {list(entry.shape)}"
                     )
-        if dtype is None and len(kinds) > 1:
+        # The layers of a row become one stacked array, which has one type
+        if dtype is None and len(types) > 1:
             complaints.append(
-                f"{row.name}: {', '.join(sorted(kinds))} in different layers; pass dtype="
+                f"{row.name}: {', '.join(sorted(types))} in different layers; pass dtype="
             )
-        if dtype is None and "F64" in kinds and not jax.config.read("jax_enable_x64"):
+        if dtype is None and "F64" in types and not jax.config.read("jax_enable_x64"):
             complaints.append(f"{row.name}: is of type F64; enable x64, or pass dtype='float32'")
-    left = [
-        f"{name}: nothing in this model is called so"
+    unused = [
+        f"{name}: is not a tensor of this model"
         for name in names
         if name not in used and not any(fnmatch.fnmatchcase(name, p) for p in ignored)
     ]
     raise_all(
         HuggingFaceError,
-        f"{folder.path} does not hold this model, as its config.json describes it:",
-        [*shortened(sorted(complaints) + sorted(left)), *_hints(folder, bool(complaints))],
+        f"{folder.path} does not hold the model that its config.json describes:",
+        [*shortened(sorted(complaints) + sorted(unused)), *_hints(folder, bool(complaints))],
     )
 
 
 def _hints(folder: Folder, incomplete: bool) -> list[str]:
-    """What to do about an architecture whose tensors are not those of the model here."""
+    """Advice for an architecture whose tensors differ from those of growjax's model."""
     architectures = folder.config.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     if re.search(r"For(Sequence|Token|Question|Multiple)", name):
-        return [f"{name} has a head that is not read; pass ignore=['classifier.*', 'score.*', ...]"]
+        return [
+            f"{name} has a head that growjax does not read; pass ignore=['classifier.*', 'score.*', ...]"
+        ]
     if incomplete and re.search(r"(Encoder)?Model$", name):
         return [
-            f"{name} has no head, and the model here has one; save it with its head, or, where the head "
-            "is the embedding, set tie_word_embeddings to true"
+            f"{name} has no head, and growjax's model has one; save it with its head, or set "
+            "tie_word_embeddings to true if the head is the embedding"
         ]
     return []
 
 
-def _filled(
+def _leaves(
     folder: Folder,
     names: Mapping[str, str],
     row: Row,
@@ -327,31 +345,31 @@ def _filled(
     same: Callable[[str, str], bool],
     dtype: str | None,
 ) -> dict[str, np.ndarray]:
-    """The leaves of a row, from all its layers."""
-    found: dict[str, np.ndarray] = {}
+    """The arrays of a row's leaves, by path, with all layers stacked."""
+    arrays: dict[str, np.ndarray] = {}
     layers = _layers(row, table)
     for layer in range(layers):
-        there = [name for name in row.names(layer) if name in names]
-        differing = [] if row.all_names else [n for n in there[1:] if not same(there[0], n)]
+        present = [name for name in row.names(layer) if name in names]
+        differing = [] if row.all_names else [n for n in present[1:] if not same(present[0], n)]
         raise_all(
             HuggingFaceError,
-            f"{folder.path}: {there[0]} is there under other names too, with other numbers:",
+            f"{folder.path}: {present[0]} is in it under other names too, with other numbers:",
             differing,
         )
-        tensor = folder.read(names[there[0]])
+        tensor = folder.read(names[present[0]])
         tensor = tensor if dtype is None else tensor.astype(jnp.dtype(dtype))
         for leaf, array in zip(row.leaves, row.unpack(table, tensor), strict=True):
             if not row.layered:
-                found[leaf] = array
+                arrays[leaf] = array
                 continue
-            if leaf not in found:
-                found[leaf] = np.empty((layers, *array.shape), array.dtype)
-            found[leaf][layer] = array
-    return found
+            if leaf not in arrays:
+                arrays[leaf] = np.empty((layers, *array.shape), array.dtype)
+            arrays[leaf][layer] = array
+    return arrays
 
 
 def _tensor(row: Row, layer: int, table: Axes) -> Tensor:
-    """The tensor of one layer, to be made when it is written."""
+    """The tensor of one layer, which is made when it is written: so one layer is in memory at a time."""
     leaves = [table[leaf].value for leaf in row.leaves]
     size = sum(leaf.nbytes for leaf in leaves) // _layers(row, table)
 

@@ -1,4 +1,4 @@
-"""What a family of checkpoints is: its rows, and its config.json in both directions."""
+"""A family of checkpoints: its table of rows, and its config.json in both directions."""
 
 import dataclasses
 import fnmatch
@@ -13,7 +13,7 @@ from growjax.hf.keys import is_tolerated
 from growjax.hf.table import Row
 
 
-# Both ways: names of activations there, and here. The first of several is the one that is written.
+# Names of activations in config.json, and in growjax. Of several names for one, the first is written
 ACTIVATIONS: dict[str, str] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -26,10 +26,11 @@ ACTIVATIONS: dict[str, str] = {
 
 
 class ConfigFile:
-    """A config.json, read key by key; `check` raises everything that was wrong with it.
+    """A config.json, read key by key; `check` raises all faults that were noted on the way.
 
-    A method takes the spellings of one key and a default for where none is there. Spellings that are
-    there with different values are a fault: readers disagree about which one wins.
+    A method takes the spellings of one key, and a default for a file without any. Several spellings with
+    different values are a fault, since readers disagree about which one wins. After a fault a method
+    returns a harmless value, so that reading goes on to the next key.
     """
 
     def __init__(self, values: Mapping[str, Any], names: Iterable[str]):
@@ -37,7 +38,7 @@ class ConfigFile:
         self.read: set[str] = set()
 
     def get(self, *keys: str, default: Any = None) -> Any:
-        """The value under one of these keys; null counts as not there."""
+        """The value under one of these keys; null counts as absent."""
         self.read.update(keys)
         given = {key: self.values[key] for key in keys if self.values.get(key) is not None}
         if len({repr(value) for value in given.values()}) > 1:
@@ -63,7 +64,7 @@ class ConfigFile:
         return 1.0
 
     def flag(self, *keys: str, default: bool) -> bool:
-        """True or false. Null is the default only where that is false: some readers take it for that."""
+        """True or false. Null is accepted only if the default is false, since some readers take it so."""
         value = self.get(*keys, default=default)
         if default and any(self.values.get(key, default) is None for key in keys):
             value = None
@@ -72,25 +73,25 @@ class ConfigFile:
         return bool(value)
 
     def activation(self, key: str, default: str) -> str:
-        """An activation, by its name here."""
+        """An activation, by its name in growjax."""
         return self.known(key, self.get(key, default=default))
 
     def known(self, key: str, value: Any) -> str:
-        """The name here of an activation that is called `value` there."""
+        """The name in growjax of the activation `value` of config.json."""
         if not isinstance(value, str) or value not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            self.complaints.append(f"{key}: expected one of {known}, got {value!r}")
+            allowed = ", ".join(ACTIVATIONS)
+            self.complaints.append(f"{key}: expected one of {allowed}, got {value!r}")
             return "relu"
         return ACTIVATIONS[value]
 
     def share(self, key: str, total: int, parts: int) -> int:
-        """`total / parts`, which must be whole."""
+        """`total / parts`, which must be an integer."""
         if total % parts:
             self.complaints.append(f"{key}: {total} cannot be divided by {parts} heads")
         return max(total // parts, 1)
 
     def layers(self, *keys: str, default: int | None = None) -> int:
-        """A number of layers; as there is a tensor for each, a file bounds it."""
+        """A number of layers, at most that of tensors: so a hostile file cannot ask for a huge model."""
         value = self.size(*keys, default=default)
         if value > len(self.names):
             self.complaints.append(f"{keys[0]}: {value} layers, in {len(self.names)} tensors")
@@ -98,9 +99,10 @@ class ConfigFile:
         return value
 
     def fixed(self, values: Mapping[str, Any]) -> None:
-        """Keys that change what is computed, and that must have one value if they are there.
+        """Note a fault for each of these keys that is present with another value than this.
 
-        Null is not that value, unless false or null is: readers take it for false.
+        They are keys that change what the model computes, and growjax computes one value alone. Null
+        stands for null or false only, since readers take it for false.
         """
         self.read.update(values)
         for key, value in values.items():
@@ -111,7 +113,7 @@ class ConfigFile:
                 )
 
     def unread(self, ignored: Iterable[str] = ()) -> None:
-        """Complain of keys that nothing read, unless empty, `ignored` or known to be harmless."""
+        """Note a fault for each key that was not read, unless it is empty, `ignored` or tolerated."""
         ignored = tuple(ignored)
         for key, value in self.values.items():
             empty = value in (None, "", [], {})
@@ -119,7 +121,7 @@ class ConfigFile:
                 continue
             if not any(fnmatch.fnmatchcase(key, pattern) for pattern in ignored):
                 self.complaints.append(
-                    f"{key}: an unknown key, {value!r} here; if it changes nothing that the model "
+                    f"{key}: an unknown key, with value {value!r}; if it changes nothing that the model "
                     f"computes, remove it or pass ignore=[{key!r}]"
                 )
 
@@ -132,24 +134,28 @@ class ConfigFile:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A family of checkpoints and the model of `growjax.models` that computes what they do.
+    """A family of checkpoints, and the model of `growjax.models` that computes the same function.
 
     **Fields**
 
-    - `model_type`: as in config.json. `architecture`: the class there that computes what a model does.
-    - `prefix`: of all names but those that begin like one of `heads`; it may be missing in a file, and
-      is not written for the architecture `base`.
-    - `model`: the class here; `config_of` reads its config off a model, whatever it grew from.
-    - `rows`: the table, given a config; its names are without the prefix.
-    - `read`, `write`: config.json to config, given also whether two tensors are the same; and back.
-    - `only`: the choices of the config that the family can say. `limits`: what else it cannot, in words.
-    - `fixed`: keys of config.json that must have this value if they are there.
-    - `defaults`: keys that are written where no source has them, lest readers take their own.
-    - `aliases`: other spellings of keys that are written, which would win over them in transformers.
-    - `ignored`: patterns of names that hold nothing to be read. `renamed`: old endings and the new ones.
-    - `scale`: what queries are multiplied by, given `head_dim`.
-    - `settled`: the model with what its head is scaled by folded into its weights.
-    - `zero_biases`: whether biases that a model has not are written as zeros.
+    - `model_type`: the value of that key in config.json.
+    - `architecture`: a function from a config to the class of transformers that computes it.
+    - `prefix`: the prefix of tensor names, except those that begin with one of `heads`. Files may lack
+      it, and it is not written for the architecture `base`.
+    - `model`: growjax's class. `config_of`: a function from a model, grown or not, to its config.
+    - `rows`: a function from a config to the table of rows, whose names lack the prefix.
+    - `read`: a function from a `ConfigFile`, and one that compares two tensors, to a config.
+    - `write`: a function from a config to keys of config.json.
+    - `only`: fields of the config, with the one value that the family has.
+    - `limits`: a function from a config to messages about everything else that the family lacks.
+    - `fixed`: keys of config.json that must have this value if they are present.
+    - `defaults`: keys to write without a source, since readers have other defaults.
+    - `aliases`: other spellings of written keys, which transformers would prefer to them.
+    - `ignored`: patterns of names of tensors that are not needed.
+    - `renamed`: old endings of names, and the new ones.
+    - `scale`: a function from `head_dim` to the factor that queries are multiplied by.
+    - `settled`: a function that folds the scale of a model's head into its weights.
+    - `zero_biases`: whether biases that a model lacks are written as zeros.
     """
 
     model_type: str
@@ -177,8 +183,8 @@ class Family:
 
 
 def activation_name(activation: str) -> str:
-    """What an activation is called there."""
-    return next(name for name, here in ACTIVATIONS.items() if here == activation)
+    """The name in config.json of growjax's activation."""
+    return next(name for name, own_name in ACTIVATIONS.items() if own_name == activation)
 
 
 def is_tied(
@@ -190,10 +196,14 @@ def is_tied(
     default: bool,
     by_content: bool = False,
 ) -> bool:
-    """Whether the head is the table of words: as config.json says, where the tensors bear it out.
+    """Whether the head is tied to the embedding, by config.json, checked against the tensors.
 
-    `by_content`: a head of its own is believed where config.json says that it is tied (T5 as written
-    by transformers 5). Elsewhere old and new readers would disagree, so that is a complaint.
+    **Arguments**
+
+    - `same`: says whether two tensors hold the same numbers.
+    - `head`, `words`: the tensor of the head, and the possible names of the embedding.
+    - `by_content`: if config.json says tied but the tensors differ, whether to believe the tensors (T5 as
+      written by transformers 5). Otherwise that is a fault, since old and new readers would disagree.
     """
     tied = file.flag("tie_word_embeddings", default=default)
     words = [name for name in words if name in file.names]
@@ -201,12 +211,12 @@ def is_tied(
         return tied
     if not by_content:
         file.complaints.append(
-            f"tie_word_embeddings: true, but {head} is there and is not {words[0]}; set it to false if "
-            "the model has a head of its own, or remove that tensor"
+            f"tie_word_embeddings: true, but {head} differs from {words[0]}; set it to false if the "
+            "model has a head of its own, or remove that tensor"
         )
     return not by_content
 
 
 def epsilon(array: Any) -> float:
-    """An epsilon as it was written: the shortest decimal that gives the same number in its dtype."""
+    """An epsilon as it stands in config.json: the shortest decimal that rounds to it in its dtype."""
     return float(str(np.asarray(array).ravel()[0]))

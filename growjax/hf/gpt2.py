@@ -1,4 +1,4 @@
-"""GPT-2: weights that are `[in, out]`, and one tensor for queries, keys and values."""
+"""GPT-2: weights are `[in, out]`, and queries, keys and values share one tensor."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _BLOCK = "blocks.block"
 
 
 def _rows(config: GPTConfig) -> tuple[Row, ...]:
-    def product(name: str, leaf: str, into: str, out: str) -> list[Row]:
+    def per_layer(name: str, leaf: str, into: str, out: str) -> list[Row]:
         return linear(f"h.{{}}.{name}", f"{_BLOCK}.{leaf}", into, out, transposed=True)
 
     words = Row("wte.weight", "embedding.table: vocab embed", others=("lm_head.weight",))
@@ -21,11 +21,11 @@ def _rows(config: GPTConfig) -> tuple[Row, ...]:
         words if config.tied else Row("wte.weight", words.holds),
         Row("wpe.weight", "position.table: positions embed"),
         *norm("h.{}.ln_1", f"{_BLOCK}.attention_norm"),
-        *product("attn.c_attn", "attention.q|k|v", "embed", _HEADS),
-        *product("attn.c_proj", "attention.o", _HEADS, "embed"),
+        *per_layer("attn.c_attn", "attention.q|k|v", "embed", _HEADS),
+        *per_layer("attn.c_proj", "attention.o", _HEADS, "embed"),
         *norm("h.{}.ln_2", f"{_BLOCK}.mlp_norm"),
-        *product("mlp.c_fc", "mlp.up", "embed", "mlp"),
-        *product("mlp.c_proj", "mlp.down", "mlp", "embed"),
+        *per_layer("mlp.c_fc", "mlp.up", "embed", "mlp"),
+        *per_layer("mlp.c_proj", "mlp.down", "mlp", "embed"),
         *norm("ln_f", "norm"),
         Row("lm_head.weight", "head: vocab embed"),
     )
@@ -89,15 +89,20 @@ def _config_of(model: GPT) -> GPTConfig:
 
 
 def head_dim_limits(config: Any) -> list[str]:
-    """GPT-2 and BERT derive the size of a head, and have as many keys as queries."""
+    """The faults of a config whose `head_dim` is not `embed / heads`, or whose heads share keys.
+
+    The files of GPT-2 and BERT have no keys for either.
+    """
     c, complaints = config, []
     if c.heads * c.head_dim != c.embed:
         complaints.append(
-            f"head_dim: it is embed / heads there, so {c.heads} heads of {c.head_dim} would need "
-            f"embed={c.heads * c.head_dim}, and it is {c.embed}; grow heads along with embed"
+            f"head_dim: expected embed / heads, as transformers derives it; {c.heads} heads of "
+            f"{c.head_dim} need embed={c.heads * c.head_dim}, got {c.embed}; grow heads along with embed"
         )
     if getattr(c, "kv_heads", None) not in (None, c.heads):
-        complaints.append(f"kv_heads: {c.kv_heads} for {c.heads} queries; no keys are shared there")
+        complaints.append(
+            f"kv_heads: {c.kv_heads} for {c.heads} queries; in this family no heads share keys"
+        )
     return complaints
 
 

@@ -1,20 +1,20 @@
-"""Keys of config.json that no reader asks for, since they change nothing that a model computes.
+"""Keys of config.json that growjax ignores, since they do not change the function of a model.
 
-A key that is neither read nor on this list is refused unless its value is empty: a file may come from a
-version of transformers that computes something else with it. `make test-hf` flips every key that
-transformers knows and holds this list to what it computes.
+A key that is neither read nor on this list is refused unless its value is empty: a newer version of
+transformers may compute something else with it. `make test-hf` changes every key that transformers
+knows, and checks that its outputs change with no key on this list.
 """
 
 import fnmatch
 
 
-# By the reason why they may be ignored; patterns as in a shell.
+# Patterns as in a shell, by the reason why their keys may be ignored
 TOLERATED: dict[str, tuple[str, ...]] = {
-    "act in training, or when weights are drawn": (
+    "matter in training, or when weights are drawn": (
         *("*dropout*", "*_pdrop", "initializer_*", "init_std", "*_init_std", "z_loss*"),
         *("gradient_checkpointing", "use_gradient_checkpointing", "layerdrop", "*_layerdrop"),
     ),
-    "say where a file came from": (
+    "tell where a file came from": (
         *("model_type", "architectures", "transformers_version", "_name_or_path", "name_or_path"),
         *(
             "_commit_hash",
@@ -32,7 +32,7 @@ TOLERATED: dict[str, tuple[str, ...]] = {
             "is_llama_config",
         ),
     ),
-    "say in which type numbers are stored; parameters keep that of the file": (
+    "name the type in which numbers are stored; parameters keep the type of the file": (
         *("dtype", "torch_dtype", "use_bfloat16", "fp16", "bf16"),
     ),
     "name tokens, which a tokenizer and a generator read": (
@@ -52,7 +52,7 @@ TOLERATED: dict[str, tuple[str, ...]] = {
         *("pooler_*", "directionality", "classifier_*", "n_special", "predict_special_tokens"),
         *("vocab_size_or_config_json_file", "nsp_*"),
     ),
-    "choose what is returned, or by which program it is computed": (
+    "choose which outputs are returned, or which program computes them": (
         *("output_attentions", "output_hidden_states", "output_past", "return_dict"),
         *("tie_last_hidden_states", "torchscript", "chunk_size_feed_forward", "pretraining_tp"),
         *("*attn_implementation*", "*experts_implementation*", "reorder_and_upcast_attn"),
@@ -63,5 +63,5 @@ _PATTERNS = tuple(pattern for patterns in TOLERATED.values() for pattern in patt
 
 
 def is_tolerated(key: str) -> bool:
-    """Whether a key of config.json is known to change nothing that a model computes."""
+    """Whether a key of config.json is known not to change the function of a model."""
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in _PATTERNS)

@@ -1,4 +1,4 @@
-"""Llama: halves of heads turned against each other there, neighbouring coordinates here."""
+"""Llama: transformers rotates the two halves of a head, growjax pairs of neighbouring coordinates."""
 
 from typing import Any
 
@@ -13,21 +13,21 @@ _BLOCK = "blocks.block"
 
 
 def _rows(config: LlamaConfig) -> tuple[Row, ...]:
-    def product(name: str, leaf: str, into: str, out: str) -> list[Row]:
+    def per_layer(name: str, leaf: str, into: str, out: str) -> list[Row]:
         return linear(f"layers.{{}}.{name}", f"{_BLOCK}.{leaf}", into, out)
 
     words = Row("embed_tokens.weight", "embedding.table: vocab embed", others=("lm_head.weight",))
     return (
         words if config.tied else Row("embed_tokens.weight", words.holds),
         norm("layers.{}.input_layernorm", f"{_BLOCK}.attention_norm")[0],
-        *product("self_attn.q_proj", "attention.q", "embed", "(kv_heads group two pairs)"),
-        *product("self_attn.k_proj", "attention.k", "embed", "(kv_heads two pairs)"),
-        *product("self_attn.v_proj", "attention.v", "embed", "(kv_heads head_dim)"),
-        *product("self_attn.o_proj", "attention.o", "(kv_heads group head_dim)", "embed"),
+        *per_layer("self_attn.q_proj", "attention.q", "embed", "(kv_heads group two pairs)"),
+        *per_layer("self_attn.k_proj", "attention.k", "embed", "(kv_heads two pairs)"),
+        *per_layer("self_attn.v_proj", "attention.v", "embed", "(kv_heads head_dim)"),
+        *per_layer("self_attn.o_proj", "attention.o", "(kv_heads group head_dim)", "embed"),
         norm("layers.{}.post_attention_layernorm", f"{_BLOCK}.mlp_norm")[0],
-        product("mlp.gate_proj", "mlp.glu", "embed", "mlp")[0],
-        product("mlp.up_proj", "mlp.up", "embed", "mlp")[0],
-        product("mlp.down_proj", "mlp.down", "mlp", "embed")[0],
+        per_layer("mlp.gate_proj", "mlp.glu", "embed", "mlp")[0],
+        per_layer("mlp.up_proj", "mlp.up", "embed", "mlp")[0],
+        per_layer("mlp.down_proj", "mlp.down", "mlp", "embed")[0],
         norm("norm", "norm")[0],
         Row("lm_head.weight", "head: vocab embed"),
     )
@@ -37,12 +37,16 @@ def _read(file: ConfigFile, same: Any) -> LlamaConfig:
     embed, heads = file.size("hidden_size"), file.size("num_attention_heads")
     kv_heads = file.size("num_key_value_heads", default=heads)
     file.share("num_key_value_heads", heads, kv_heads)
-    given = file.get("head_dim") is not None
-    head_dim = file.size("head_dim") if given else file.share("hidden_size", embed, heads)
+    if file.get("head_dim") is not None:
+        head_dim = file.size("head_dim")
+    else:
+        head_dim = file.share("hidden_size", embed, heads)
     if head_dim % 2:
-        file.complaints.append(f"head_dim: rotary positions turn pairs, got {head_dim}")
-    if file.complaints:  # the config would refuse these in its own words
-        file.check("llama")
+        file.complaints.append(
+            f"head_dim: expected an even number, since rotary positions turn pairs, got {head_dim}"
+        )
+    # LlamaConfig would refuse such sizes with a message that does not name the keys of the file
+    file.check("llama")
     theta, scaling = read_rotary(file, positions=2048)
     return LlamaConfig(
         layers=file.layers("num_hidden_layers"),
@@ -108,7 +112,7 @@ def _limits(config: LlamaConfig) -> list[str]:
     c = config
     if c.embed % c.heads == 0:
         return []
-    return [f"embed: transformers wants a multiple of heads={c.heads}, and it is {c.embed}"]
+    return [f"embed: transformers needs a multiple of heads={c.heads}, got {c.embed}"]
 
 
 LLAMA = Family(

@@ -1,4 +1,4 @@
-"""Rotary positions as config.json has them: one object since transformers 5, several keys before."""
+"""Rotary positions in config.json: one object since transformers 5, several keys before."""
 
 from typing import Any
 
@@ -13,12 +13,11 @@ _LENGTH = "original_max_position_embeddings"
 def read_rotary(
     file: ConfigFile, *, theta: float = 10000.0, positions: int | None = None
 ) -> tuple[float, RotaryScaling | None]:
-    """Theta and the scaling.
+    """Theta and the scaling of a config.json.
 
-    `theta` and `positions` are what the family takes where the file has no `rope_theta` and no
-    `max_position_embeddings`. As in transformers, a `rope_scaling` that is not empty stands in for
-    `rope_parameters`; theta comes from that object, or else from `rope_theta` beside it. Two objects with
-    different thetas are a fault.
+    `theta` and `positions` are the family's defaults for `rope_theta` and `max_position_embeddings`. As
+    in transformers, a `rope_scaling` that is not empty replaces `rope_parameters`; theta comes from that
+    object, or else from the key `rope_theta` of the file. Two objects with different thetas are a fault.
     """
     blocks = {key: file.get(key, default={}) for key in ("rope_scaling", "rope_parameters")}
     for key, block in blocks.items():
@@ -26,14 +25,18 @@ def read_rotary(
             file.complaints.append(f"{key}: expected an object, got {block!r}")
             return theta, None
     key = "rope_scaling" if blocks["rope_scaling"] else "rope_parameters"
-    apart = {k: file.get(k) for k in ("rope_theta", "partial_rotary_factor")}
-    apart = {k: value for k, value in apart.items() if value is not None}
-    block = ConfigFile(apart | blocks[key], ())
+    # Old files have these two keys outside the object, which wins
+    outside = {}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        value = file.get(name)
+        if value is not None:
+            outside[name] = value
+    block = ConfigFile(outside | blocks[key], ())
     base = block.number("rope_theta", default=theta)
     other = blocks["rope_parameters"].get("rope_theta")
     if other not in (None, base) and base > 0:
         block.complaints.append(
-            f"rope_theta: {base:g} beside rope_scaling, and {other} in rope_parameters; "
+            f"rope_theta: {base:g} for rope_scaling, and {other} in rope_parameters; "
             "transformers takes the first; keep one of them"
         )
     scaling = _scaling(block, file, positions)
@@ -44,9 +47,10 @@ def read_rotary(
 
 
 def _scaling(block: ConfigFile, file: ConfigFile, positions: int | None) -> RotaryScaling | None:
+    """The scaling in the object `block` of a config.json, or None; faults are noted in `block`."""
     kind = block.get("rope_type", "type", default="default")
     length = file.get("max_position_embeddings", default=positions)
-    beside = file.get(_LENGTH)
+    file_length = file.get(_LENGTH)
     if kind == "default":
         return None
     if kind not in ("linear", "llama3"):
@@ -55,8 +59,10 @@ def _scaling(block: ConfigFile, file: ConfigFile, positions: int | None) -> Rota
     factor = block.number("factor", default=0.0)
     if kind == "linear":
         return _valid(block, factor=factor)
-    if beside not in (None, block.get(_LENGTH)):
-        block.complaints.append(f"{_LENGTH}: {block.get(_LENGTH)} here, and {beside} beside it")
+    if file_length not in (None, block.get(_LENGTH)):
+        block.complaints.append(
+            f"{_LENGTH}: {block.get(_LENGTH)} in the object, and {file_length} outside it"
+        )
     return _valid(
         block,
         factor=factor,
@@ -66,18 +72,19 @@ def _scaling(block: ConfigFile, file: ConfigFile, positions: int | None) -> Rota
     )
 
 
-def _valid(block: ConfigFile, **choices: Any) -> RotaryScaling | None:
+def _valid(block: ConfigFile, **fields: Any) -> RotaryScaling | None:
+    """The scaling with these fields; None, and a noted fault, if it refuses them."""
     if block.complaints:
         return None
     try:
-        return RotaryScaling(**choices)
+        return RotaryScaling(**fields)
     except AxisError as error:
         block.complaints.append(str(error))
         return None
 
 
 def write_rotary(theta: float, scaling: RotaryScaling | None) -> dict[str, Any]:
-    """The keys of old and new readers, which say the same."""
+    """The keys of rotary positions, once for old and once for new readers of config.json."""
     block = None
     if scaling is not None:
         block = {"rope_type": "linear", "factor": scaling.factor}

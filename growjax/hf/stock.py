@@ -1,4 +1,4 @@
-"""Grown models as stock ones: every scale folded into parameters, or the reason why that cannot be."""
+"""Grown models as stock ones: every scale is folded into parameters, or the model is refused."""
 
 import dataclasses
 from typing import Any
@@ -17,33 +17,33 @@ from growjax.nn import Attention, Block, Stacked
 
 
 def stock(model: Any, family: Family) -> tuple[Any, Any]:
-    """The same function as a model that its config says in full, and that config.
+    """A model that computes the same function and is wholly described by a config, and that config.
 
-    Folds open gates, multipliers of residual branches, the scale that attention was born with and what
-    a head is scaled by; writes biases that the model has not as zeros where the family always has some.
-    Raises `GateError` while gates are not open, and `HuggingFaceError` with everything else that the
-    family cannot say.
+    It folds open gates, multipliers of residual branches, and the scales of attention and head into
+    weights. Missing biases become zeros if the family always has biases. Raises `GateError` while gates
+    are not open, and `HuggingFaceError` with every other property that the family cannot express.
     """
     model = settle(model) if is_gated(model) else model
     complaints = []
     for name, stack in vars(model).items():
         if isinstance(stack, Stacked):
-            complaints += [
-                f"{name}.active: layers are switched off; save the model, not a sub-network of it"
-            ] * (stack.active is not None)
-            model = put(model, {(name,): _plain(stack, family)})
+            if stack.active is not None:
+                complaints.append(
+                    f"{name}.active: layers are switched off; save the model, not a sub-network of it"
+                )
+            model = put(model, {(name,): _folded(stack, family)})
     raise_all(HuggingFaceError, f"this model cannot be written as {family.model_type}:", complaints)
     model = _with_biases(family.settled(model), family)
 
     config = family.config_of(model)
     complaints = [
-        f"{field}: it is {value!r} there, and {getattr(config, field)!r} here"
+        f"{field}: expected {value!r}, got {getattr(config, field)!r}"
         for field, value in family.only.items()
         if getattr(config, field) != value
     ]
     complaints += family.limits(config)
     if not complaints:
-        complaints += _unsaid(model, config, family)
+        complaints += _differences(model, config, family)
     raise_all(
         HuggingFaceError,
         f"this model cannot be written as {family.model_type}:",
@@ -52,8 +52,11 @@ def stock(model: Any, family: Family) -> tuple[Any, Any]:
     return model, config
 
 
-def _plain(stack: Stacked, family: Family) -> Stacked:
-    """A stack without multipliers of its branches, and with the scale of attention that is derived."""
+def _folded(stack: Stacked, family: Family) -> Stacked:
+    """A stack without multipliers of its branches, and with the family's scale of attention.
+
+    `branch`, one multiplier per layer, goes into the last product of each residual branch.
+    """
     block: Any = stack.block
     assert isinstance(block, Block)
     values: dict[tuple, Any] = {("branch",): None, ("read",): None}
@@ -61,22 +64,24 @@ def _plain(stack: Stacked, family: Family) -> Stacked:
         attention = get(block, path)
         if attention is not None:
             values |= {("block", *path): _rescaled(attention, family.scale(attention.q.shape[-1]))}
-    stack, scale = put(stack, values), stack.branch
-    if scale is None:
+    branch, stack = stack.branch, put(stack, values)
+    if branch is None:
         return stack
-    ends = [("attention", "o"), ("attention", "o_bias"), ("cross", "o"), ("cross", "o_bias")]
-    ends += [("mlp", "down"), ("mlp", "down_bias")]
+    last = [("attention", "o"), ("attention", "o_bias"), ("cross", "o"), ("cross", "o_bias")]
+    last += [("mlp", "down"), ("mlp", "down_bias")]
     folded = {}
-    for path in ends:
+    for path in last:
         array = None if get(block, path[:1]) is None else get(block, path)
         if array is not None:
-            along = jnp.reshape(jnp.asarray(scale, array.dtype), (-1, *[1] * (array.ndim - 1)))
-            folded[("block", *path)] = array * along
+            # [layers, 1, ..., 1]: layers are the first axis of every array of a stack
+            per_layer = jnp.reshape(jnp.asarray(branch, array.dtype), (-1, *[1] * (array.ndim - 1)))
+            folded[("block", *path)] = array * per_layer
     return put(stack, folded)
 
 
 def _rescaled(attention: Attention, scale: float) -> Attention:
-    """The same attention with another `scale`: queries take up the difference."""
+    """The same attention with another `scale`: the weights of queries take up the ratio."""
+    # A QK-norm undoes a factor of queries; the family refuses it later
     if attention.scale == scale or attention.q_norm is not None:
         return attention
     factor = attention.scale / scale
@@ -85,60 +90,63 @@ def _rescaled(attention: Attention, scale: float) -> Attention:
 
 
 def _with_biases(model: Any, family: Family) -> Any:
-    """The model with zeros for biases that it has not and that the family always has."""
+    """The model with zeros for biases that it lacks and that the family always has."""
     if not family.zero_biases:
         return model
     config = dataclasses.replace(family.config_of(model), bias=True)
     table, dtype = axes_of(model), model.embedding.table.dtype
-    return put(
-        model,
-        {
-            slot.steps: jnp.zeros(slot.value.shape, dtype)
-            for slot in axes_of(shapes_of(config, family)).of_kind("param")
-            if slot.path.endswith("bias") and slot.value is not None
-            if slot.path in table and table[slot.path].value is None
-        },
-    )
+    zeros = {}
+    for slot in axes_of(shapes_of(config, family)).of_kind("param"):
+        if not slot.path.endswith("bias") or slot.value is None:
+            continue
+        if slot.path in table and table[slot.path].value is None:
+            zeros[slot.steps] = jnp.zeros(slot.value.shape, dtype)
+    return put(model, zeros)
 
 
 def shapes_of(config: Any, family: Family) -> Any:
-    """The model of a config without its numbers."""
+    """The model of a config, with shapes and dtypes in place of arrays."""
     return eqx.filter_eval_shape(family.model, config, key=jax.random.key(0))
 
 
 def buffers_of(config: Any, family: Family) -> dict[str, Any]:
-    """What a config says of a model besides its parameters: epsilons, frequencies, scales, by path."""
+    """The arrays of a model that its config determines: epsilons, frequencies, scales, by path."""
 
     @jax.jit
-    def make():  # the parameters are never drawn: nothing asks for them
+    def make():  # the parameters are not outputs, so the compiler removes their draws
         model = family.model(config, key=jax.random.key(0))
         return {slot.path: slot.value for slot in axes_of(model).of_kind("buffer")}
 
     return make()
 
 
-def _unsaid(model: Any, config: Any, family: Family) -> list[str]:
-    """Where a model is not the one that its config builds."""
-    wanted, table = shapes_of(config, family), axes_of(model)
+def _differences(model: Any, config: Any, family: Family) -> list[str]:
+    """The differences of a model from the one that its config builds."""
+    expected, table = shapes_of(config, family), axes_of(model)
     complaints = []
-    for slot in axes_of(wanted).values():
-        have, want = (None if x is None else x.shape for x in (table[slot.path].value, slot.value))
-        if slot.kind in ("param", "buffer") and have != want:
-            complaints.append(f"{slot.path}: expected the shape {want}, got {have}")
+    for slot in axes_of(expected).values():
+        own = table[slot.path].value
+        shape = None if own is None else own.shape
+        expected_shape = None if slot.value is None else slot.value.shape
+        if slot.kind in ("param", "buffer") and shape != expected_shape:
+            complaints.append(f"{slot.path}: expected the shape {expected_shape}, got {shape}")
     if complaints:
         return complaints
-    for path, want in buffers_of(config, family).items():
-        have = table[path].value
-        if have is not None and not np.array_equal(have, want.astype(have.dtype)):
+    for path, value in buffers_of(config, family).items():
+        own = table[path].value
+        if own is not None and not np.array_equal(own, value.astype(own.dtype)):
             complaints.append(
-                f"{path}: the config there can only say {_brief(want)}, not {_brief(have)}"
+                f"{path}: expected {_brief(value)}, as its config determines it, got {_brief(own)}"
             )
-    if not complaints and jax.tree.structure(model) != jax.tree.structure(wanted):
-        complaints.append(f"{type(model).__name__}: its choices are not those of any {config}")
+    if not complaints and jax.tree.structure(model) != jax.tree.structure(expected):
+        complaints.append(
+            f"{type(model).__name__}: has a structure that no config builds: {config}"
+        )
     return complaints
 
 
 def _brief(array: Any) -> str:
+    """The first distinct values of an array, for messages."""
     values = np.unique(np.asarray(array, np.float64))
     shown = ", ".join(f"{value:g}" for value in values[:4])
     return shown + ", ..." * (len(values) > 4)

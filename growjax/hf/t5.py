@@ -1,4 +1,4 @@
-"""T5, T5 v1.1 and UL2: a head that may be tied and may be scaled, which files say in several ways."""
+"""T5, T5 v1.1 and UL2: a head that may be tied and may be scaled, for which files have several keys."""
 
 from typing import Any
 
@@ -26,17 +26,18 @@ def _rows(config: T5Config) -> tuple[Row, ...]:
 
 
 def _stack(stack: str, up: str, mlp: int) -> list[Row]:
-    """The rows of the encoder or the decoder, whose feed-forward is its `mlp`-th sub-layer."""
+    """The rows of the encoder or the decoder; `mlp` is the index of the feed-forward sub-layer."""
+    # The first layer has the relative bias, which all layers of its stack use
     first = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     rows = [Row(first, f"{stack}_bias.table: buckets (kv_heads group)")]
-    parts = [("SelfAttention", "attention"), ("EncDecAttention", "cross")][:mlp]
-    for i, (there, here) in enumerate(parts):
-        layer = f"{stack}.block.{{}}.layer.{i}"
-        rows.append(norm(f"{layer}.layer_norm", f"{stack}.block.{here}_norm")[0])
+    # Class names in the file, and fields of growjax's block; an encoder has the first alone
+    attentions = [("SelfAttention", "attention"), ("EncDecAttention", "cross")][:mlp]
+    for i, (file_name, field) in enumerate(attentions):
+        layer, leaf = f"{stack}.block.{{}}.layer.{i}", f"{stack}.block.{field}"
+        rows.append(norm(f"{layer}.layer_norm", f"{leaf}_norm")[0])
         for name in ("q", "k", "v"):
-            leaf = f"{stack}.block.{here}.{name}"
-            rows.append(linear(f"{layer}.{there}.{name}", leaf, "embed", _HEADS)[0])
-        rows.append(linear(f"{layer}.{there}.o", f"{stack}.block.{here}.o", _HEADS, "embed")[0])
+            rows.append(linear(f"{layer}.{file_name}.{name}", f"{leaf}.{name}", "embed", _HEADS)[0])
+        rows.append(linear(f"{layer}.{file_name}.o", f"{leaf}.o", _HEADS, "embed")[0])
     layer, leaf = f"{stack}.block.{{}}.layer.{mlp}", f"{stack}.block.mlp"
     return [
         *rows,
@@ -52,15 +53,16 @@ def _read(file: ConfigFile, same: Any) -> T5Config:
     activation, glu = _feed_forward(file)
     layers = file.layers("num_layers", "num_hidden_layers")
     buckets = file.size("relative_attention_num_buckets", default=32)
-    reach = file.size("relative_attention_max_distance", default=128)
-    if buckets % 4 or reach <= buckets // 2:
+    max_distance = file.size("relative_attention_max_distance", default=128)
+    if buckets % 4 or max_distance <= buckets // 2:
         file.complaints.append(
             "relative_attention_num_buckets: expected a multiple of 4, and a max_distance of more than "
-            f"its half, got {buckets} and {reach}"
+            f"its half, got {buckets} and {max_distance}"
         )
         file.check("t5")
     tied = is_tied(file, same, head="lm_head.weight", words=_WORDS, default=True, by_content=True)
-    # One flag meant both until transformers 5, which forces it to true and writes another one
+    # Until transformers 5 one flag meant both "tied" and "scaled"; since then it is always true, and
+    # scale_decoder_outputs is written too
     one_flag = file.flag("tie_word_embeddings", default=True)
     return T5Config(
         encoder_layers=layers,
@@ -71,7 +73,7 @@ def _read(file: ConfigFile, same: Any) -> T5Config:
         mlp=file.size("d_ff"),
         vocab=file.size("vocab_size"),
         buckets=buckets,
-        max_distance=reach,
+        max_distance=max_distance,
         activation=activation,
         glu=glu,
         tied=tied,
@@ -83,8 +85,8 @@ def _read(file: ConfigFile, same: Any) -> T5Config:
 def _feed_forward(file: ConfigFile) -> tuple[str, bool]:
     """The activation and whether it is gated.
 
-    `feed_forward_proj` says both: `gated-gelu` means the tanh form, `gelu` the exact one. What is derived
-    from it stands in the file too, as `dense_act_fn` and `is_gated_act`, which transformers lets win.
+    `feed_forward_proj` has both: `gated-gelu` means the tanh form, `gelu` the exact one. The file also
+    has the values derived from it, `dense_act_fn` and `is_gated_act`, which transformers prefers.
     """
     value = file.get("feed_forward_proj", default="relu")
     gated, _, name = value.rpartition("-") if isinstance(value, str) else ("?", "", "")
@@ -144,22 +146,26 @@ def _config_of(model: T5) -> T5Config:
 
 
 def _settled(model: T5) -> T5:
-    """A tied head scaled by `embed ** -0.5` and one of its own not at all: what all readers agree on."""
+    """The model with the scale of its head on which all readers agree.
+
+    That is `embed ** -0.5` for a tied head, and none for a separate one. The last norm's weights take up
+    the ratio to the model's own scale.
+    """
     dtype = model.embedding.table.dtype
     tied, scale = model.head is None, model.output_scale
-    wanted = jnp.asarray(sizes(model)["embed"] ** -0.5 if tied else 1.0, dtype)
-    have = jnp.ones((), dtype) if scale is None else scale.astype(dtype)
+    target = jnp.asarray(sizes(model)["embed"] ** -0.5 if tied else 1.0, dtype)
+    own = jnp.ones((), dtype) if scale is None else scale.astype(dtype)
     weight = model.decoder_norm.weight
     assert weight is not None
-    folded = weight if bool(have == wanted) else weight * (have / wanted)
+    folded = weight if bool(own == target) else weight * (own / target)
     return put(
-        model, {("decoder_norm", "weight"): folded, ("output_scale",): wanted if tied else None}
+        model, {("decoder_norm", "weight"): folded, ("output_scale",): target if tied else None}
     )
 
 
 def _limits(config: T5Config) -> list[str]:
     if config.glu and config.activation == "gelu":
-        return ["activation: a gated GELU is the tanh form there, and this is the exact one"]
+        return ["activation: a gated GELU is the tanh form in T5, and the model has the exact one"]
     return []
 
 
@@ -172,7 +178,7 @@ T5_ = Family(
     write=_write,
     config_of=_config_of,
     limits=_limits,
-    # Of the tokenizers here and of T5 alike
+    # The ids of T5's own tokenizer
     defaults={"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0},
     ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     aliases=("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"),

@@ -1,12 +1,14 @@
-"""Rows: which leaves a tensor of a Hugging Face file holds, and in which order its dimensions stand.
+"""Rows: the leaves that a tensor of a Hugging Face file holds, and the order of its dimensions.
 
     Row("h.{}.attn.c_proj.weight", "blocks.block.attention.o: (kv_heads group head_dim) embed")
 
-The name, `{}` where layers are counted; then the leaf, and after the colon the dimensions of the tensor
-by the names that the leaf's own have in the axis table (`embed2` is the second one of a square). Brackets
-join several into one. Leaves that share a tensor are joined along its last dimension (`q|k|v`), and axes
-that one of them lacks are left out. `(two pairs)` is `head_dim` with the first halves of all rotary pairs
-before the second ones; growjax keeps the two of a pair next to each other.
+First comes the name of the tensor, with `{}` for the number of the layer. Then comes the leaf, and after
+the colon the dimensions of the tensor, by the names of the leaf's axes (`embed2` is the second one of a
+square). Brackets join several axes into one dimension. Leaves that share a tensor (`q|k|v`) are
+concatenated along its last dimension, and axes that one of them lacks are left out.
+
+`(two pairs)` is `head_dim` in transformers' order of rotary coordinates: the first ones of all pairs
+before the second ones. In growjax the two coordinates of a pair are neighbours, `(pairs two)`.
 """
 
 import dataclasses
@@ -20,15 +22,21 @@ import numpy as np
 from growjax.axes import Axes, Slot
 
 
-_TURNED = {"head_dim": "(pairs two)"}
+# growjax's order of the coordinates of a head, as an einops pattern
+_ROTARY = {"head_dim": "(pairs two)"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One tensor of a file, or one a layer.
+    """One tensor of a file, or one for each layer.
 
-    `others` are names that the same tensor may have in a file; where `all_names`, it is written under
-    each of them, and read under the first.
+    **Fields**
+
+    - `name`: the name of the tensor, with `{}` for the layer.
+    - `holds`: the leaves in it, a colon, and its dimensions.
+    - `others`: further names that the same tensor may have in a file.
+    - `all_names`: whether it is written under all names, and read under the first whatever the others
+      hold.
     """
 
     name: str
@@ -45,16 +53,16 @@ class Row:
 
     @property
     def layered(self) -> bool:
-        """Whether there is one for every layer."""
+        """Whether the row stands for one tensor per layer."""
         return "{}" in self.name
 
     def names(self, layer: int = 0) -> list[str]:
-        """The name of the tensor of a layer, and the others that it may have."""
+        """The names that the tensor of a layer may have; the first is the usual one."""
         return [name.format(layer) for name in (self.name, *self.others)]
 
     def shape(self, table: Axes) -> tuple[int, ...]:
-        """The shape of the tensor."""
-        parts = [self._part(table, leaf) for leaf in self.leaves]
+        """The shape of the tensor (of one layer), given the axes of the model."""
+        parts = self._parts(table)
         return (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
 
     def pack(self, table: Axes, arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -78,22 +86,28 @@ class Row:
         return [self._part(table, leaf) for leaf in self.leaves]
 
     def _part(self, table: Axes, leaf: str) -> "_Part":
+        """The patterns of one leaf: of its own dimensions, and of those in the tensor."""
         layout = self.holds.partition(":")[2]
-        turned = "pairs" in layout
+        rotary = "pairs" in layout
         slot: Slot = table[leaf]
         axes = [dim.axis for dim in slot.dims if dim.role != "stack"]
+        # Einops needs distinct names: the second `embed` of a square is `embed2`
         dims = [f"{axis}2" if axis in axes[:i] else axis for i, axis in enumerate(axes)]
         sizes = {name: table.size(axis) for name, axis in zip(dims, axes, strict=True)}
-        if turned:
+        if rotary:
             sizes |= {"pairs": sizes.pop("head_dim") // 2, "two": 2}
+            dims = [_ROTARY.get(name, name) for name in dims]
+        # Brackets and the names of axes that the leaf has
         tokens = [t for t in re.findall(r"[()]|\w+", layout) if t in "()" or t in sizes]
-        own = " ".join(_TURNED[name] if turned and name in _TURNED else name for name in dims)
-        return _Part(own, " ".join(tokens), sizes, _shape(tokens, sizes))
+        return _Part(" ".join(dims), " ".join(tokens), sizes, _shape(tokens, sizes))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """One leaf of a row: its dimensions as patterns of einops, before and after."""
+    """One leaf of a row: einops patterns of its dimensions in growjax and in the tensor.
+
+    `sizes` are those of the names in the patterns, `shape` that of the leaf's part of the tensor.
+    """
 
     leaf: str
     tensor: str
@@ -102,6 +116,7 @@ class _Part:
 
 
 def _shape(tokens: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a pattern, in which a bracket is one dimension."""
     shape, group = [], None
     for token in tokens:
         if token == "(":
@@ -115,7 +130,7 @@ def _shape(tokens: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def linear(name: str, leaf: str, into: str, out: str, *, transposed: bool = False) -> list[Row]:
-    """The rows of a linear layer, weight and bias: `[out, into]`, or `[into, out]` if `transposed`."""
+    """The rows of a linear layer's weight and bias; the weight is `[out, into]`, or transposed."""
     layout = f"{into} {out}" if transposed else f"{out} {into}"
     return [
         Row(f"{name}.weight", f"{leaf}: {layout}"),
@@ -124,7 +139,7 @@ def linear(name: str, leaf: str, into: str, out: str, *, transposed: bool = Fals
 
 
 def norm(name: str, leaf: str) -> list[Row]:
-    """The rows of a norm over the residual stream, gain and bias."""
+    """The rows of the gain and bias of a norm over the residual stream."""
     return [Row(f"{name}.{last}", f"{leaf}.{last}: embed") for last in ("weight", "bias")]
 
 

@@ -143,7 +143,7 @@ def test_the_harness_tasks_are_read_where_they_may_be_meant(include, monkeypatch
         assert read == [ours, theirs]
     read.clear()
     for folder in (None, include):
-        with pytest.raises(EvalError, match="know nothing of missing"):
+        with pytest.raises(EvalError, match="neither growjax nor the harness has missing"):
             run_harness(language(), ["missing"], include=folder)
     assert read == [(False, True), ours, theirs]
 
