@@ -37,7 +37,7 @@ def demo(
     Args:
         data: A folder of text files to train on; by default, this Python's standard library.
         seed: Of the models, the batches and the paths.
-        out: The folder for report.html and results.json.
+        out: The folder for report.html, summary.json and the folders of the runs.
         steps: How many steps the from-scratch run takes; the other arms follow from its cost.
     """
     from growjax.demo import Size, run

@@ -6,32 +6,45 @@
     grown     narrow and shallow first, then wider behind gates (MSG), then deeper by stacking
     raptr     the whole model, of which every step trains a random path of layers, longer and longer
 
-The text is one that every Python has: the sources and documentation of its own standard library.
+The text is one that every Python has: the sources and documentation of its own standard library. Each run
+has a folder like any other, without checkpoints, and the page is that of `growjax report`.
 """
 
 import dataclasses
 import functools
-import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table as RichTable
 
-from growjax.budget import Outcome, cost_to_reach
-from growjax.cost import parameters
 from growjax.data import ByteTokenizer, Causal, Corpus, StandardLibrary, Text, prepare
 from growjax.errors import DataError
 from growjax.growth import stack
 from growjax.growth.masked import msg
 from growjax.models import GPTConfig
-from growjax.report import Plot, Table, arms_figure, cost_figure, write_page
+from growjax.report import Arm, Plot, Table, cost_figure, write_summary
+from growjax.report.comparisons import own_cost
+from growjax.report.rows import OwnCost
+from growjax.report.runs import read_run, write_report
+from growjax.report.tables import rich_table
+from growjax.runs.watch import watch
 from growjax.subnet import path_schedule
-from growjax.train import CorpusFeed, End, Growth, Options, Plan, Schedule, Stage, Step, train
+from growjax.train import (
+    CorpusFeed,
+    End,
+    Growth,
+    Options,
+    Plan,
+    Schedule,
+    Stage,
+    Step,
+    save_plan,
+    train,
+)
 
 
 # Text --------------------------------------------------------------------------------------------
@@ -49,18 +62,10 @@ def load_text(path: Path | None, cache: Path) -> tuple[Corpus, Corpus]:
         training, held_out = prepare(source, ByteTokenizer(), cache)
     except DataError as error:
         raise DataError(f"{error}; {hint}") from error
-    size = _bytes(training) + _bytes(held_out)
+    size = training.text_bytes + held_out.text_bytes
     if size < 100_000:
         raise DataError(f"{_source(path)}: expected 100 kB of text, found {size} bytes; {hint}")
     return training, held_out
-
-
-def _files(corpus: Corpus) -> int:
-    return len(corpus.starts)
-
-
-def _bytes(corpus: Corpus) -> int:
-    return corpus.text_bytes
 
 
 def _source(path: Path | None) -> str:
@@ -146,10 +151,11 @@ def run(
     out: Path = Path("runs/demo"),
     size: Size = Size(),
     console: Console | None = None,
-) -> dict[str, Any]:
-    """Train the five arms, print a table, and write `results.json` and `report.html` into `out`.
+) -> list[OwnCost]:
+    """Train the five arms, print a table, and write a folder for each, `summary.json` and `report.html`.
 
-    Returns what the JSON holds. Raises `DataError` if there is no text to train on.
+    Returns the rows of the summary: each arm against scratch. Raises `DataError` if there is no text to
+    train on.
 
     **Example**
 
@@ -157,46 +163,58 @@ def run(
     """
     console, plans = console or Console(), arms(size, seed)
     corpora = load_text(data, out / "cache")
-    text = {
-        "source": _source(data),
-        "files": sum(map(_files, corpora)),
-        "training_bytes": _bytes(corpora[0]),
-        "held_out_bytes": _bytes(corpora[1]),
-        "digest": corpora[0].digest[:16],
-    }
-    console.print(
-        f"{text['source']}: {text['files']} files, {text['training_bytes']:,} bytes to train on, "
-        f"{text['held_out_bytes']:,} held out"
-    )
-    started = time.perf_counter()
+    text = _text_in_words(data, corpora)
+    console.print(text)
+    started, compiling = time.perf_counter(), 0.0
     programs: dict[str, Any] = {}
     every = plans[0].flops / size.marks
-    done = [
-        _run_arm(
-            CorpusFeed(plan, *corpora), console, bar, size=size, every=every, programs=programs
-        )
-        for plan, bar in _bars(plans, console)
-    ]
-    for arm, share in zip(done, reached(done, seed), strict=True):
-        arm["reached"] = share
-    results = {
-        "seed": seed,
-        "size": dataclasses.asdict(size),
-        "text": text,
-        "wall_seconds": time.perf_counter() - started,
-        "arms": done,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    page = write_report(out / "report.html", results)
-    _print_table(console, results)
-    console.print(verdict(done))
-    compiling = sum(arm["compile_seconds"] for arm in done)
+    options = Options(evaluate_every=every, held_out=size.held_out, held_out_end=0)
+    for plan, bar in _bars(plans, console):
+        feed = CorpusFeed(plan, *corpora)
+        compiling += _train(feed, out / plan.name, options, programs, console, bar)
+    folders = [out / plan.name for plan in plans]
+    trained = [read_run(folder).arm() for folder in folders]
+    rows = list(own_cost(trained, "scratch"))
+    write_summary(out / "summary.json", rows)
+    results = results_table(trained, rows)
+    model = (
+        f"Model: {size.layers} layers, embed {size.embed}, {size.heads} heads of {size.head_dim}, mlp "
+        f"{size.mlp}; batches of {size.batch} x {size.length} bytes; seed {seed}."
+    )
+    costs = Plot(
+        "Cost of a step",
+        cost_figure(plans),
+        "What a smaller model or a shorter path saves at each step, more steps spend. Lines of equal "
+        "cost are drawn a little apart.",
+    )
+    page = write_report(
+        folders,
+        out / "report.html",
+        title="Five runs of a small language model",
+        answer=[verdict(trained), f"{text} {model}"],
+        target="scratch",
+        per="byte",
+        paths=True,
+        plots=[costs],
+        tables=[results],
+        notes=_NOTES,
+    )
+    console.print(rich_table(results))
+    console.print(verdict(trained))
     console.print(
-        f"{results['wall_seconds']:.0f} s in all, {compiling:.0f} of them compiling and growing. "
+        f"{time.perf_counter() - started:.0f} s in all, {compiling:.0f} of them compiling and growing. "
         f"Report: {page}"
     )
-    return results
+    return rows
+
+
+def _text_in_words(data: Path | None, corpora: tuple[Corpus, Corpus]) -> str:
+    training, held_out = corpora
+    return (
+        f"{_source(data)}: {len(training.starts) + len(held_out.starts)} files, "
+        f"{training.text_bytes:,} bytes to train on, {held_out.text_bytes:,} held out (digest "
+        f"{training.digest[:16]})."
+    )
 
 
 def _bars(plans: Sequence[Plan], console: Console) -> Iterator[tuple[Plan, Any]]:
@@ -221,136 +239,81 @@ def _bars(plans: Sequence[Plan], console: Console) -> Iterator[tuple[Plan, Any]]
             yield plan, functools.partial(progress.update, task)
 
 
-def _run_arm(
+def _train(
     feed: CorpusFeed,
+    folder: Path,
+    options: Options,
+    programs: dict[str, Any],
     console: Console,
     bar: Any,
-    *,
-    size: Size,
-    every: float,
-    programs: dict[str, Any],
-) -> dict[str, Any]:
-    """Train one arm and collect everything that is reported about it, ready for JSON."""
+) -> float:
+    """Train one arm, with its plan and its journal in a folder; return the seconds of compiling."""
     plan = feed.plan
-    losses: list[tuple[int, float]] = []
-    held_out: list[tuple[int, float]] = []
-    growths: list[dict[str, Any]] = []
-    seconds, end = 0.0, None
-    options = Options(evaluate_every=every, held_out=size.held_out, held_out_end=0)
-    for record in train(plan, feed, options=options, cache=programs):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_plan(plan, folder / "plan.json")
+    records = train(plan, feed, options=options, cache=programs)
+    for record in watch(records, plan, run=folder):
         if isinstance(record, Step):
-            losses.append((record.flops, record.loss))
-            seconds = record.seconds
             done = f"{record.flops / 1e12:.3g} of {plan.flops / 1e12:.3g}"
             bar(completed=record.flops, flops=done, loss=f"{record.loss:.3f}")
             if record.held_out is not None:
-                held_out.append((record.flops, record.held_out))
                 bar(held_out=f"{record.held_out:.3f}")
         elif isinstance(record, Growth):
-            crossing = record.crossing
-            growths.append(
-                {
-                    "step": record.step,
-                    "flops": record.flops,
-                    "grew": record.grew,
-                    "before": crossing.before,
-                    "after": crossing.after,
-                    "stall": record.stall,
-                }
-            )
+            before, after = record.crossing.before, record.crossing.after
             grew = ", ".join(f"{axis} {a} -> {b}" for axis, (a, b) in record.grew.items())
             console.print(
-                f"{plan.name}, before step {record.step}: {grew}; held-out loss {crossing.before:.4f} "
-                f"-> {crossing.after:.4f} (jump {crossing.after - crossing.before:+.4f}), training "
-                f"stood still for {record.stall:.1f} s"
+                f"{plan.name}, before step {record.step}: {grew}; held-out loss {before:.4f} -> "
+                f"{after:.4f} (jump {after - before:+.4f}), training stood still for {record.stall:.1f} s"
             )
         elif isinstance(record, End):
-            end = record
-    assert isinstance(end, End)
-    return {
-        "name": plan.name,
-        "final": held_out[-1][1],
-        "flops": plan.flops,
-        "steps": plan.steps,
-        "tokens": plan.tokens,
-        "seconds": seconds,
-        "compile_seconds": end.compile_seconds,
-        "programs": end.programs,
-        "parameters": parameters(end.model),
-        "stages": [
-            {"label": era.label, "start": era.flops[0], "stop": era.flops[1]}
-            for era in plan.timeline(paths=True)
-        ],
-        "costs": _changes([flops for span in plan.spans for flops in span.flops]),
-        "growths": growths,
-        "held_out": held_out,
-        "loss": losses,
-    }
-
-
-def _changes(costs: Sequence[int]) -> list[tuple[int, int]]:
-    """The steps at which the cost of a step changes, and what it changes to."""
-    return [(i, c) for i, c in enumerate(costs) if i == 0 or c != costs[i - 1]]
-
-
-def reached(arms: Sequence[Mapping[str, Any]], seed: int = 0) -> list[float | None]:
-    """The share of the scratch run's FLOPs at which each arm reached scratch's final loss, and stayed.
-
-    None for an arm that ended above it.
-    """
-    outcomes = [
-        Outcome(
-            arm=arm["name"],
-            seed=seed,
-            budget=arm["flops"],
-            clock="FLOPs",
-            spent=arm["flops"],
-            score=arm["final"],
-            decayed=True,
-            curve=tuple(map(tuple, arm["held_out"])),
-        )
-        for arm in arms
-    ]
-    names = [arm["name"] for arm in arms]
-    return [reach.shares[0] for reach in cost_to_reach(outcomes, *names, target="scratch")]
+            return record.compile_seconds
+    raise AssertionError("a run ends with End")
 
 
 # A difference in nats that another seed may turn around
 _CLOSE = 0.01
 
 
-def verdict(arms: Sequence[Mapping[str, Any]]) -> str:
+def verdict(arms: Sequence[Arm]) -> str:
     """Which arm has the lowest held-out loss of those that cost what the grown run costs."""
-    best, second, *_ = sorted(
-        (arm for arm in arms if arm["name"] != "scratch"), key=lambda arm: arm["final"]
-    )
-    grown = next(arm for arm in arms if arm["name"] == "grown")
-    gap = second["final"] - best["final"]
+    by_name = {arm.name: arm for arm in arms}
+    scratch, grown = by_name["scratch"], by_name["grown"]
+    best, second, *_ = sorted((arm for arm in arms if arm is not scratch), key=lambda arm: arm.loss)
+    gap = second.loss - best.loss
     text = (
-        f"At equal cost ({grown['flops'] / 1e12:.3g} TFLOPs) the best arm is {best['name']}: held-out "
-        f"loss {best['final']:.3f}, {gap:.3f} below {second['name']}"
+        f"At equal cost ({grown.cost / 1e12:.3g} TFLOPs) the best arm is {best.name}: held-out loss "
+        f"{best.loss:.3f}, {gap:.3f} below {second.name}"
     )
     if second is not grown and best is not grown:
-        text += f" and {grown['final'] - best['final']:.3f} below grown"
-    text += f". It has {best['parameters']:,} of scratch's {arms[0]['parameters']:,} parameters."
+        text += f" and {grown.loss - best.loss:.3f} below grown"
+    text += f". It has {best.parameters:,} of scratch's {scratch.parameters:,} parameters."
     if gap < _CLOSE:
         text += " With another seed the order of the first two may change."
     return text
 
 
-# Reporting ---------------------------------------------------------------------------------------
+def results_table(arms: Sequence[Arm], rows: Sequence[OwnCost]) -> Table:
+    """How each arm ended, and for what share of the scratch run's cost it had that run's loss."""
+    shares = {row.arm: row.cost_to_reach for row in rows}
+    cells = [
+        [
+            arm.name,
+            f"{arm.parameters:,}",
+            f"{arm.loss:.3f}",
+            f"{arm.cost / 1e12:.3g}",
+            "-" if arm.name not in shares else _saving(shares[arm.name]),
+        ]
+        for arm in arms
+    ]
+    columns = ("arm", "parameters", "held-out loss", "TFLOPs", "cost to reach scratch's loss")
+    return Table("Against scratch", columns, cells, "Losses are in nats per byte.")
 
-_COLUMNS = (
-    "arm",
-    "held-out loss",
-    "TFLOPs",
-    "tokens",
-    "seconds",
-    "cost to reach scratch's loss",
-)
+
+def _saving(share: float | None) -> str:
+    return "not reached" if share is None else f"{share:.0%} ({1 - share:.0%} saved)"
+
+
 _NOTES = (
-    "FLOPs are model FLOPs: the matrix products of a forward pass, counted off the traced program, times "
-    "three. Norms, softmax, the optimizer and recomputation are not counted, for any arm.",
     "The learning rate is a function of the FLOPs spent: up to 2e-3 over the first 5 % of the arm's "
     "own cost, then linearly down to 0 at its end. So every arm is fully decayed where its curve ends, "
     "and only ends compare with ends.",
@@ -358,103 +321,13 @@ _NOTES = (
     "grown run starts as, trained for all of that cost. If the large model is wanted, grown against "
     "control says what growing is worth; if the lowest loss at this cost is wanted, grown has to beat "
     "small as well. Scratch shows what a third more compute buys.",
-    "Held-out loss is the mean over fixed windows of files that nobody trained on, of the whole "
-    "model, also while only a path through it is trained. All arms see the same windows.",
-    "The last column is the share of the scratch run's FLOPs from which on the arm's held-out loss was "
-    "at or below the scratch run's final one. The loss is measured every twentieth of those FLOPs, and "
-    "read off a straight line in between; a loss that rises above the final one again has not got there.",
-    "Seconds are those spent training, without compiling, growing and evaluating. They depend on what "
-    "else the machine does; FLOPs do not.",
+    "Held-out loss is the mean over fixed windows of files that nobody trained on; all arms see the same "
+    "windows.",
+    "The cost to reach scratch's loss is the share of the scratch run's FLOPs from which on the arm's "
+    "held-out loss was at or below the scratch run's final one. The loss is measured every twentieth of "
+    "those FLOPs, and read off a straight line in between; a loss that rises above the final one again "
+    "has not got there.",
     "Runs this short favour small models: few layers learn faster at first, and part of what growing "
     "gains here is no more than that. With larger budgets larger models come first.",
     "One seed: differences of a hundredth of a nat may well change sign with another one.",
 )
-
-
-def _rows(results: dict[str, Any]) -> list[list[str]]:
-    return [
-        [
-            arm["name"],
-            f"{arm['final']:.3f}",
-            f"{arm['flops'] / 1e12:.3g}",
-            f"{arm['tokens']:,}",
-            f"{arm['seconds']:.0f}",
-            _saving(arm["reached"]),
-        ]
-        for arm in results["arms"]
-    ]
-
-
-def _saving(reached: float | None) -> str:
-    if reached is None:
-        return "not reached"
-    return f"{reached:.0%}" if reached == 1 else f"{reached:.0%} ({1 - reached:.0%} saved)"
-
-
-def _print_table(console: Console, results: dict[str, Any]) -> None:
-    table = RichTable()
-    for n, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="right" if n else "left")
-    for row in _rows(results):
-        table.add_row(*row)
-    console.print(table)
-
-
-def write_report(path: Path, results: dict[str, Any]) -> Path:
-    """The HTML page of the results of `run`, which may come from their JSON file."""
-    size, text, done = results["size"], results["text"], results["arms"]
-    jumps = [
-        [
-            ", ".join(f"{axis} {a} to {b}" for axis, (a, b) in growth["grew"].items()),
-            f"{growth['step']}",
-            f"{growth['flops'] / 1e12:.3g}",
-            f"{growth['before']:.4f}",
-            f"{growth['after']:.4f}",
-            f"{growth['after'] - growth['before']:+.4f}",
-        ]
-        for arm in done
-        for growth in arm["growths"]
-    ]
-    smallest = min(arm["parameters"] for arm in done)
-    data = (
-        f"Text: {text['source']}, {text['files']} files, {text['training_bytes']:,} bytes to train "
-        f"on and {text['held_out_bytes']:,} held out (digest {text['digest']}). Model: "
-        f"{size['layers']} layers, embed {size['embed']}, {size['heads']} heads of "
-        f"{size['head_dim']}, mlp {size['mlp']}, {done[0]['parameters']:,} parameters "
-        f"({smallest:,} in small); batches of "
-        f"{size['batch']} x {size['length']} bytes; seed {results['seed']}."
-    )
-    return write_page(
-        path,
-        "Five runs of a small language model",
-        plots=[
-            Plot(
-                "Held-out loss against cost",
-                arms_figure(done, target="scratch", per="byte"),
-                "Every arm ends fully decayed at its own cost. The strip names its stages; a tick on a "
-                "curve is where one begins. The thin line is the scratch run's final loss.",
-            ),
-            Plot(
-                "Cost of a step",
-                cost_figure(done),
-                "What a smaller model or a shorter path saves at each step, more steps spend. Lines of "
-                "equal cost are drawn a little apart.",
-            ),
-        ],
-        tables=[
-            Table(
-                "Results",
-                _COLUMNS,
-                _rows(results),
-                f"{verdict(done)} Losses are in nats per byte. {data}",
-            ),
-            Table(
-                "Growth",
-                ("what grew", "before step", "TFLOPs", "loss before", "loss after", "jump"),
-                jumps,
-                "Loss of the same held-out batch just before and just after. Gates open from 0, so "
-                "growth by msg changes nothing; stacking copies layers, and a jump is expected.",
-            ),
-        ],
-        notes=_NOTES,
-    )

@@ -74,16 +74,16 @@ def test_runs_that_grow_are_held_against_those_of_one_size(tmp_path):
         ("grown", False, 6),
         ("small", True, 6),
     ]
-    (row,) = found.held
-    assert row.equal.verdict == "worse" and row.equal.over == "seeds and windows"
-    assert row.equal.mean == pytest.approx(0.2025) and not row.equal.undecayed
+    (row,) = found.rows
+    assert row.verdict == "worse" and row.over == "seeds and windows"
+    assert row.estimate == pytest.approx(0.2025) and not row.undecayed
     said = "Worse than the best fixed size at equal cost: grown by 0.20"
     assert said in " ".join(shown.getvalue().split()) and str(out) in shown.getvalue()
     page = out.read_text()
     assert page.index("Worse than the best") < page.index("<svg") < page.index("<table")
     # Another baseline is one arm that is named
     other = compare_runs(folders, baseline="grown")
-    assert [(row.arm.name, row.equal.verdict) for row in other.held] == [("small", "better")]
+    assert [(row.arm, row.verdict) for row in other.rows] == [("small", "better")]
     with pytest.raises(BudgetError, match="baseline: 'nobody' is no arm; there are grown, small"):
         compare_runs(folders, baseline="nobody")
 
@@ -92,8 +92,8 @@ def test_decayed_is_read_off_the_run(tmp_path):
     loose = dataclasses.replace(SMALL, name="loose", rate=Schedule(1e-2, "constant"))
     grown = dataclasses.replace(GROWN, rate=Schedule(1e-2, "constant"))
     folders = [*six(tmp_path, grown, 2.2), *six(tmp_path, loose, 2.0)]
-    (row,) = compare_runs(folders).held
-    assert row.equal.undecayed == ("grown",) and row.equal.baseline == "loose, at the undecayed end"
+    (row,) = compare_runs(folders).rows
+    assert row.undecayed == ("grown",) and row.baseline == "loose, at the undecayed end"
 
 
 def test_what_cannot_be_compared_is_named(tmp_path):
@@ -112,4 +112,4 @@ def test_what_cannot_be_compared_is_named(tmp_path):
         compare_runs([])
     # Nothing of one size: nothing is said of growing
     alone = compare_runs([written(tmp_path / "f", GROWN, 2.0)])
-    assert alone.frontier is None and alone.held == ()
+    assert alone.frontier is None and alone.rows == ()

@@ -1,7 +1,7 @@
 """The demo and its report, at sizes where a whole run takes seconds."""
 
 import collections
-import json
+import dataclasses
 import re
 import subprocess
 import sys
@@ -15,9 +15,20 @@ from rich.console import Console
 
 import growjax as gj
 from growjax import demo
+from growjax.budget import Outcome
 from growjax.errors import DataError
-from growjax.report import Plot, Table, write_page
-from growjax.report.figures import arms_figure
+from growjax.report import (
+    Arm,
+    Part,
+    Plot,
+    Table,
+    cost_figure,
+    loss_figure,
+    read_summary,
+    write_page,
+)
+from growjax.report.comparisons import own_cost
+from growjax.report.runs import read_run
 
 
 ROOT = Path(gj.__file__).parents[1]
@@ -80,15 +91,10 @@ def test_too_little_text_is_refused(tmp_path):
         demo.load_text(tmp_path / "text", tmp_path / "cache")
 
 
-def arm(name, held_out, parameters=100):
-    flops, final = held_out[-1]
-    return {
-        "name": name,
-        "held_out": held_out,
-        "flops": flops,
-        "final": final,
-        "parameters": parameters,
-    }
+def arm(name, curve, parameters=100):
+    spent, score = curve[-1]
+    outcome = Outcome(name, 0, spent, "FLOPs", spent, score, True, tuple(curve))
+    return Arm(name, (outcome,), parameters)
 
 
 def test_a_loss_is_reached_where_a_run_falls_to_it_for_the_last_time():
@@ -98,8 +104,11 @@ def test_a_loss_is_reached_where_a_run_falls_to_it_for_the_last_time():
         arm("back again", [(10, 3.0), (20, 2.5), (24, 2.7), (28, 2.3)]),
         arm("never", [(10, 3.0), (20, 2.4), (30, 2.6)]),
     ]
-    shares = demo.reached(arms)
-    assert shares == [1.0, pytest.approx(18.333 / 40, abs=1e-4), pytest.approx(26 / 40), None]
+    rows = list(own_cost(arms, "scratch"))
+    shares = [pytest.approx(18.333 / 40, abs=1e-4), pytest.approx(26 / 40), None]
+    assert [row.cost_to_reach for row in rows] == shares
+    cells = [row[-1] for row in demo.results_table(arms, rows).rows]
+    assert cells == ["-", "46% (54% saved)", "65% (35% saved)", "not reached"]
 
 
 def ends(**losses):
@@ -196,53 +205,69 @@ def test_the_demo_end_to_end(tmp_path):
     (tmp_path / "text").mkdir()
     data, out = write_files(tmp_path / "text"), tmp_path / "out"
     console = Console(record=True, width=120, file=open(tmp_path / "log", "w"))
-    results = demo.run(data, seed=3, out=out, size=TINY, console=console)
+    rows = demo.run(data, seed=3, out=out, size=TINY, console=console)
     console.file.close()
 
-    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
-    scratch, control, small, grown, raptr = results["arms"]
-    assert [g["grew"] for g in grown["growths"]] == [{"mlp": (16, 32)}, {"layers": (2, 4)}]
-    assert [s["label"] for s in raptr["stages"]] == ["path 2", "path 3", "whole model"]
-    assert scratch["reached"] is not None and scratch["reached"] <= 1
-    for arm in results["arms"]:
-        flops = [f for f, _ in arm["loss"]]
-        assert len(flops) == arm["steps"] and flops[-1] == arm["flops"]
-        assert arm["held_out"][-1] == (arm["flops"], arm["final"])
-        assert arm["stages"][-1]["stop"] == arm["flops"] and arm["costs"][0][0] == 0
-        assert arm["parameters"] == scratch["parameters"] or arm is small
-    assert small["parameters"] < scratch["parameters"]
-    assert [arm["reached"] for arm in results["arms"]] == demo.reached(results["arms"])
-    best = min((arm for arm in results["arms"] if arm is not scratch), key=lambda arm: arm["final"])
+    # Every arm has the folder of a run
+    runs = [read_run(out / p.name) for p in demo.arms(TINY, 3)]
+    assert all(run.run.finished and run.last["flops"] == run.plan.flops for run in runs)
+    assert all(len(run.steps) == run.plan.steps for run in runs)
+    scratch, control, small, grown, raptr = arms = [run.arm(paths=True) for run in runs]
+    assert [g["grew"] for g in runs[3].growths] == [{"mlp": [16, 32]}, {"layers": [2, 4]}]
+    assert [s.label for s in raptr.stages] == ["path 2", "path 3", "whole model"]
+    for arm, run in zip(arms, runs, strict=True):
+        assert arm.curve[-1] == (run.plan.flops, arm.loss) and arm.decayed
+        assert arm.stages[-1].stop == run.plan.flops
+        assert (arm.parameters < scratch.parameters) == (arm is small)
+        assert arm.fixed == (arm.name in ("scratch", "control", "small"))
+
+    # Each arm against scratch, from the same losses
+    assert [row.arm for row in rows] == ["control", "small", "grown", "raptr"]
+    assert read_summary(out / "summary.json") == rows
+    for arm, row in zip(arms[1:], rows, strict=True):
+        assert row.estimate == pytest.approx(arm.loss - scratch.loss)
+        assert row.flops == pytest.approx(arm.cost / scratch.cost)
 
     printed = console.export_text()
     assert "before step" in printed and "mlp 16 -> 32" in printed and "(jump " in printed
-    assert all(f"{arm['final']:.3f}" in printed for arm in results["arms"])
-    verdict = demo.verdict(results["arms"])
-    assert f"the best arm is {best['name']}: " in verdict
+    assert all(f"{arm.loss:.3f}" in printed for arm in arms)
+    best = min(arms[1:], key=lambda arm: arm.loss)
+    verdict = demo.verdict(arms)
+    assert f"the best arm is {best.name}: " in verdict
     assert verdict in " ".join(printed.split())
 
     text = (out / "report.html").read_text()
     page = check_page(text)
-    assert page.seen["svg"] == 2 and page.seen["table"] == 2
+    assert page.seen["svg"] == 6 and page.seen["table"] == 3
     for words in ("grown", "path 3", "nats per byte", "prefers-color-scheme:dark", "mlp 16 to 32"):
         assert words in text
-    assert all(f"{arm['final']:.3f}" in text for arm in results["arms"])
-    assert verdict.replace("'", "&#x27;") in text
+    assert all(f"{arm.loss:.4f}" in text for arm in arms)
+    shown = verdict.replace("'", "&#x27;")
+    assert text.index(shown) < text.index("<svg") < text.index("<table")
 
 
 def test_bars_are_on_the_line_where_its_stages_begin():
-    stages = [
-        {"label": label, "start": start * 10**9, "stop": (start + 2) * 10**9}
+    stages = tuple(
+        Part(label, start * 10**9, (start + 2) * 10**9)
         for label, start in (("born", 0), ("grown", 2), ("again", 4))
-    ]
-    held_out = [[0, 5.0], [3 * 10**9, 2.0], [6 * 10**9, 1.0]]
-    arm = {"name": "grown", "held_out": held_out, "final": 1.0, "stages": stages}
-    loss, strip = arms_figure([arm]).axes
+    )
+    curve = [(0, 5.0), (3 * 10**9, 2.0), (6 * 10**9, 1.0)]
+    grown = dataclasses.replace(arm("grown", curve), stages=stages)
+    loss, strip = loss_figure([grown]).axes
     bars = [
         np.asarray(line.get_xydata()).tolist() for line in loss.lines if line.get_marker() == "|"
     ]
     assert bars == [[[2, pytest.approx(3)]], [[4, pytest.approx(5 / 3)]]]  # in gigaFLOPs
     assert [text.get_text() for text in strip.texts] == ["born", "grown", "again"]
+
+
+def test_the_cost_of_a_step_is_that_of_the_plan():
+    plans = demo.arms(TINY)[:1]
+    (axes,) = cost_figure(plans).axes
+    (line,) = axes.lines
+    flops = plans[0].flops / plans[0].steps
+    assert np.asarray(line.get_ydata()) * 1e6 == pytest.approx([flops, flops])
+    assert np.asarray(line.get_xdata()).tolist() == [0, plans[0].steps]
 
 
 def test_a_page_escapes_what_it_is_given(tmp_path):

@@ -7,34 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich.console import Console
-from rich.table import Table as RichTable
 
-from growjax.budget import Outcome, decayed
+from growjax.budget import Frontier
 from growjax.cost import parameters
 from growjax.errors import BudgetError, raise_all
 from growjax.plan.plan import Plan
-from growjax.report.figures import (
-    Curve,
-    Ends,
-    curves_figure,
-    differences_figure,
-    ends_figure,
-    look,
-    scale,
-)
+from growjax.report.arms import Arm, Part, fixed_size
+from growjax.report.comparisons import against_frontier, frontier_of
+from growjax.report.figures import differences_figure, ends_figure, looks_of, loss_figure
 from growjax.report.page import Plot, Table, write_page
-from growjax.report.standing import (
-    Arm,
-    Standing,
-    answer,
-    arms_table,
-    bars,
-    fixed_size,
-    held_table,
-    stand,
-)
+from growjax.report.rows import AgainstFrontier
+from growjax.report.runs import Trained, open_run
+from growjax.report.tables import arms_table, bars, frontier_table, rich_table
+from growjax.report.words import answer
 from growjax.runs.run import Run
 from growjax.values import to_dict
 
@@ -43,20 +29,30 @@ from growjax.values import to_dict
 _APART = 1.2
 
 
-class Finished(NamedTuple):
-    """What one finished run's folder says of it.
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Some arms, the frontier that the fixed ones make (None without one), and the others against it."""
 
-    `recipe` is its plan without what differs between seeds; `judged` is what it was judged by, in words
+    arms: tuple[Arm, ...]
+    frontier: Frontier | None
+    rows: tuple[AgainstFrontier, ...]
+
+
+class Finished(NamedTuple):
+    """A finished run.
+
+    `recipe` is its plan without what differs between seeds; `judged` says what it was judged by, in words
     that tell one text, objective and set of windows from another.
     """
 
     folder: Path
-    plan: Plan
+    trained: Trained
     recipe: str
-    outcome: Outcome
     judged: dict[str, str]
-    rate: float
-    seconds: float
+
+    @property
+    def plan(self) -> Plan:
+        return self.trained.plan
 
 
 def compare_runs(
@@ -66,7 +62,7 @@ def compare_runs(
     baseline: str | None = None,
     margin: float | None = None,
     console: Console | None = None,
-) -> Standing:
+) -> Compared:
     """Hold the runs in some folders against the frontier of those that train one fixed size.
 
     Runs of one plan that differ in the seed are one arm. Whether a learning rate is decayed is read off
@@ -84,73 +80,55 @@ def compare_runs(
 
     **Example**
 
-        compare_runs(["runs/small-0", "runs/grown-0"], out="compare.html").held[0].equal.verdict
+        compare_runs(["runs/small-0", "runs/grown-0"], out="compare.html").rows[0].verdict
     """
-    runs, faults = [], []
+    runs, errors = [], []
     for folder in folders:
         try:
             runs.append(read_finished(folder))
         except BudgetError as error:
-            faults.append(str(error))
-    raise_all(BudgetError, "these runs cannot be compared:", [*faults, *_faults(runs)])
-    plans = {arm.name: (arm, plan) for arm, plan in _arms(runs)}
-    if baseline is not None and baseline not in plans:
-        raise BudgetError(f"baseline: {baseline!r} is no arm; there are {', '.join(plans)}")
-    arms = [arm for arm, _ in plans.values()]
+            errors.append(str(error))
+    raise_all(BudgetError, "these runs cannot be compared:", [*errors, *_faults(runs)])
+    arms = _arms(runs)
+    names = [arm.name for arm in arms]
+    if baseline is not None and baseline not in names:
+        raise BudgetError(f"baseline: {baseline!r} is no arm; there are {', '.join(names)}")
     if baseline is not None:
-        arms = [arm._replace(fixed=arm.name == baseline) for arm in arms]
-    standing = stand(arms, margin=margin)
-    tables = _tables(standing, runs)
+        arms = [dataclasses.replace(arm, fixed=arm.name == baseline) for arm in arms]
+    compared = Compared(
+        tuple(arms), frontier_of(arms), tuple(against_frontier(arms, margin=margin))
+    )
+    tables = _tables(compared, runs)
     if console is not None:
-        for sentence in answer(standing):
+        for sentence in answer(compared.arms, compared.rows):
             console.print(sentence, markup=False, highlight=False)
         for table in tables:
-            console.print(_rich(table))
+            console.print(rich_table(table))
     if out is not None:
-        starts = {name: _starts(plan) for name, (_, plan) in plans.items()}
-        _write(Path(out), standing, runs[0].plan.clock.unit, starts, tables)
+        _write(Path(out), compared, tables)
         if console is not None:
             console.print(f"page: {out}", markup=False)
-    return standing
+    return compared
 
 
 def read_finished(folder: str | os.PathLike[str]) -> Finished:
     """Read one run; raises `BudgetError` if it has not reached the end of its plan."""
-    run = Run(folder)
-    plan, rows = run.plan(), run.rows()
-    steps = [row for row in rows if row["kind"] == "step"]
+    run, trained = Run(folder), open_run(Path(folder))
+    plan, steps = trained.plan, trained.steps
     if not run.finished or not steps:
         done = steps[-1]["step"] + 1 if steps else 0
         raise BudgetError(
             f"{folder}: it has done {done} of {plan.steps} steps; `growjax train {run.plan_file} --run "
             f"{folder}` goes on with it"
         )
-    marks = [(float(row["spent"]), row["held_out"]) for row in steps if row["held_out"] is not None]
-    kept = run.held_out()
-    windows = None if kept is None else np.stack([kept[0].sums, kept[0].weights], axis=1)
-    # The schedule's end over the highest rate of the run: what the plan calls its peak may never come
-    last, peak = plan.learning_rate(plan.cost), max(row["rate"] for row in steps)
-    outcome = Outcome(
-        arm=plan.name,
-        seed=plan.seed,
-        budget=plan.cost / plan.clock.per_unit,
-        clock=plan.clock.identity,
-        spent=marks[-1][0],
-        score=marks[-1][1],
-        decayed=decayed(last, peak),
-        curve=tuple(marks),
-        windows=windows,
-    )
+    held_out = run.held_out()
+    sets = {str(row.get("held_out")) for row in run.rows() if row["kind"] == "begin"}
     judged = {
-        "data": _data(run, {} if kept is None else kept[1]),
+        "data": _data(run, {} if held_out is None else held_out[1]),
         "objective": json.dumps(to_dict(plan.objective), sort_keys=True),
-        "held-out windows on the way": ", ".join(
-            sorted({str(row.get("held_out")) for row in rows if row["kind"] == "begin"})
-        ),
+        "held-out windows on the way": ", ".join(sorted(sets)),
     }
-    return Finished(
-        Path(folder), plan, _recipe(plan), outcome, judged, last / peak, steps[-1]["seconds"]
-    )
+    return Finished(Path(folder), trained, _recipe(plan), judged)
 
 
 def _data(run: Run, about: Mapping[str, Any]) -> str:
@@ -179,15 +157,15 @@ def _faults(runs: Sequence[Finished]) -> Iterator[str]:
         yield "runs: expected the folders of at least one"
         return
     for name, values in {
-        "clocks": [run.outcome.clock for run in runs],
+        "clocks": [run.plan.clock.identity for run in runs],
         **{key: [run.judged[key] for run in runs] for key in runs[0].judged},
     }.items():
-        places: dict[str, list[Path]] = {}
+        by_value: dict[str, list[Path]] = {}
         for run, value in zip(runs, values, strict=True):
-            places.setdefault(value, []).append(run.folder)
-        if len(places) > 1:
+            by_value.setdefault(value, []).append(run.folder)
+        if len(by_value) > 1:
             yield f"{name} differ: " + "; ".join(
-                f"{value} ({', '.join(map(str, folders))})" for value, folders in places.items()
+                f"{value} ({', '.join(map(str, folders))})" for value, folders in by_value.items()
             )
     seeds: dict[tuple[str, int], list[Path]] = {}
     for run in runs:
@@ -197,127 +175,105 @@ def _faults(runs: Sequence[Finished]) -> Iterator[str]:
             yield f"two runs of one plan and of seed {seed}: {', '.join(map(str, folders))}"
 
 
-def _arms(runs: Sequence[Finished]) -> Iterator[tuple[Arm, Plan]]:
+def _arms(runs: Sequence[Finished]) -> list[Arm]:
     """The runs of each recipe; a name that two recipes share gets the first folder's as well."""
     recipes: dict[str, list[Finished]] = {}
     for run in runs:
         recipes.setdefault(run.recipe, []).append(run)
-    names = [found[0].plan.name for found in recipes.values()]
-    for found in recipes.values():
-        plan = found[0].plan
+    names = [group[0].plan.name for group in recipes.values()]
+    arms = []
+    for group in recipes.values():
+        plan = group[0].plan
         name = plan.name
         if names.count(name) > 1:
-            name = f"{name} ({found[0].folder.name})"
-        outcomes = tuple(dataclasses.replace(run.outcome, arm=name) for run in found)
-        yield Arm(name, outcomes, parameters(plan.spans[-1].model), fixed_size(plan)), plan
-
-
-# What is shown -----------------------------------------------------------------------------------
-
-
-def _tables(standing: Standing, runs: Sequence[Finished]) -> list[Table]:
-    tables = []
-    if standing.held:
-        tables.append(held_table(standing.held, "Against the best fixed size at equal cost"))
-    if standing.fixed:
-        tables.append(arms_table(standing.fixed, "Fixed sizes"))
-    else:
-        tables.append(arms_table(standing.arms, "Arms"))
-    columns = ("run", "arm", "seed", "loss (nats)", "cost", "rate at the end", "seconds")
-    cells = [
-        [
-            str(run.folder),
-            run.plan.name,
-            str(run.plan.seed),
-            f"{run.outcome.score:.4f}",
-            f"{run.outcome.spent:.4g}",
-            f"{run.rate:.1%} of its peak",
-            f"{run.seconds:.0f}",
+            name = f"{name} ({group[0].folder.name})"
+        per_unit = plan.clock.per_unit
+        stages = [
+            Part(era.label, era.spent[0] / per_unit, era.spent[1] / per_unit)
+            for era in plan.timeline()
         ]
-        for run in runs
-    ]
-    unit = runs[0].plan.clock.unit
+        arms.append(
+            Arm(
+                name,
+                tuple(dataclasses.replace(run.trained.outcome(), arm=name) for run in group),
+                parameters=parameters(plan.spans[-1].model),
+                fixed=fixed_size(plan),
+                stages=tuple(stages),
+                unit=plan.clock.unit,
+            )
+        )
+    return arms
+
+
+# Tables and page ---------------------------------------------------------------------------------
+
+
+def _tables(compared: Compared, runs: Sequence[Finished]) -> list[Table]:
+    tables = []
+    if compared.rows:
+        tables.append(frontier_table(compared.rows, "Against the best fixed size at equal cost"))
+    fixed = [arm for arm in compared.arms if arm.fixed]
+    tables.append(arms_table(fixed or compared.arms, "Fixed sizes" if fixed else "Arms"))
+    columns = ("run", "arm", "seed", "loss (nats)", "cost", "rate at the end", "seconds")
+    cells = []
+    for run in runs:
+        outcome = run.trained.outcome()
+        cells.append(
+            [
+                str(run.folder),
+                run.plan.name,
+                str(run.plan.seed),
+                f"{outcome.score:.4f}",
+                f"{outcome.spent:.4g}",
+                f"{run.trained.rate_at_end():.1%} of its peak",
+                f"{run.trained.last['seconds']:.0f}",
+            ]
+        )
+    clock = runs[0].plan.clock
     caption = (
-        f"Costs are {unit} as charged by {runs[0].outcome.clock}; losses are of the evaluations on the "
+        f"Costs are {clock.unit} as charged by {clock.identity}; losses are of the evaluations on the "
         "way. Seconds are those of training."
     )
     return [*tables, Table("Runs", columns, cells, caption)]
 
 
-def _rich(table: Table) -> RichTable:
-    shown = RichTable(title=table.title, caption=table.caption or None)
-    for n, column in enumerate(table.columns):
-        shown.add_column(column, justify="right" if n else "left", overflow="fold")
-    for row in table.rows:
-        shown.add_row(*(cell.replace("[", r"\[") for cell in row))
-    return shown
-
-
-def _write(
-    path: Path,
-    standing: Standing,
-    unit: str,
-    starts: Mapping[str, Sequence[float]],
-    tables: Sequence[Table],
-) -> None:
-    divisor, name = 1.0, "reference seconds"
-    if unit == "FLOPs":
-        divisor, name = scale(max(arm.cost for arm in standing.arms))
-        name = f"training {name}"
-    looks = {arm.name: look(n) for n, arm in enumerate(standing.arms)}
+def _write(path: Path, compared: Compared, tables: Sequence[Table]) -> None:
+    arms, looks = compared.arms, looks_of(compared.arms)
     plots = []
-    if standing.held:
+    if compared.rows:
         plots.append(
             Plot(
                 "Against the best fixed size at equal cost",
-                differences_figure(bars(standing), "the best fixed size at its cost"),
+                differences_figure(bars(compared.rows), "the best fixed size at its cost"),
                 "Means with 95% intervals; a small dot is a seed. Green is better, orange is worse; grey "
                 "is neither.",
             )
         )
-    curves = [
-        Curve(arm.name, _mean(arm.outcomes), starts[arm.name], looks[arm.name])
-        for arm in standing.arms
-    ]
     plots.append(
         Plot(
             "Held-out loss against cost",
-            curves_figure(curves, (divisor, name)),
+            loss_figure(arms, looks=looks),
             "Means over seeds; a bar across a line is where a stage begins. Only ends of decayed runs "
             "compare with ends.",
         )
     )
-    costs = [arm.cost for arm in standing.arms]
-    if standing.frontier is not None and max(costs) > _APART * min(costs):
-        ends = [
-            Ends(arm.name, [(arm.cost, [o.score for o in arm.outcomes])], looks[arm.name])
-            for arm in standing.arms
-        ]
-        envelope = [(p.cost, p.loss) for p in standing.frontier.envelope()]
+    costs = [arm.cost for arm in arms]
+    if compared.frontier is not None and max(costs) > _APART * min(costs):
+        envelope = [(point.cost, point.loss) for point in compared.frontier.envelope()]
         plots.append(
             Plot(
                 "Ends",
-                ends_figure(ends, envelope, (divisor, name)),
+                ends_figure(arms, envelope, looks=looks),
                 "A dot is a mean, a small dot a seed. The wide line is the lowest loss of any fixed size "
                 "for no more cost, decayed or not.",
             )
         )
-    names = ", ".join(arm.name for arm in standing.arms)
-    write_page(path, f"Compared: {names}", plots, tables, _NOTES, answer=answer(standing))
+    title = f"Compared: {', '.join(arm.name for arm in arms)}"
+    write_page(path, title, plots, tables, FRONTIER_NOTES, answer=answer(arms, compared.rows))
 
 
-def _mean(outcomes: Sequence[Outcome]) -> list[tuple[float, float]]:
-    """The means of the seeds' evaluations, mark by mark."""
-    curves = zip(*(o.curve for o in outcomes), strict=False)
-    return [tuple(np.mean(points, axis=0).tolist()) for points in curves]
-
-
-def _starts(plan: Plan) -> list[float]:
-    """What had been spent at the beginning of each stage but the first."""
-    return [era.spent[0] / plan.clock.per_unit for era in plan.timeline()[1:]]
-
-
-_NOTES = (
+# How the numbers of a comparison with the frontier are made; pages of studies have them as well
+FRONTIER_NOTES = (
     "An arm is the runs of one plan that differ in the seed. A fixed size trains all of one model, born "
     "for the run, from the first step to the last; the frontier is the lowest loss that any of those was "
     "seen at for no more cost (1% more counts as the same), at its end or on its way, decayed or not.",

@@ -14,6 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 
+from growjax.plan.plan import Plan
+from growjax.report.arms import Arm
+
 
 # name -> (light, dark)
 COLOURS = {
@@ -74,81 +77,143 @@ def canvas(height: float = 3.6, **kwargs: Any) -> tuple[Figure, Any]:
 
 # The figures of a comparison ---------------------------------------------------------------------
 
+Looks = Mapping[str, Mapping[str, Any]]
+# Up to so many arms have a strip below their curves that names their stages
+_STRIP = 6
 
-def arms_figure(
-    arms: Sequence[Mapping[str, Any]], target: str | None = None, *, per: str = "token"
+
+def loss_figure(
+    arms: Sequence[Arm],
+    *,
+    looks: Looks | None = None,
+    target: str | None = None,
+    per: str = "token",
 ) -> Figure:
-    """Held-out loss against training FLOPs, over a strip that names the stages of every arm.
+    """Held-out loss against cost, means over seeds, with a bar where a stage begins.
 
-    Each arm has a `name`, a `held_out` list of [FLOPs, loss], a `final` loss and `stages`, each with
-    its `label`, `start` and `stop` in FLOPs. A line marks the final loss of the arm called `target`.
-    `per` is what a loss is counted per.
+    Below the curves of six arms or fewer a strip names their stages.
+
+    **Arguments**
+
+    - `looks`: colours and dashes by arm; see `looks_of`, which is the default.
+    - `target`: the arm whose final loss a thin line marks.
+    - `per`: what a loss is counted per.
     """
+    looks = looks_of(arms) if looks is None else looks
+    divisor, name = unit_of(arms)
+    strip = None
     with style():
-        figure, (loss, strip) = canvas(
-            4.2 + 0.28 * len(arms),
-            nrows=2,
-            sharex=True,
-            height_ratios=[4.2, 0.12 + 0.28 * len(arms)],
-        )
-        unit, name = scale(max(arm["stages"][-1]["stop"] for arm in arms))
-        for n, arm in enumerate(arms):
-            line = look(n)
-            x, y = zip(*arm["held_out"], strict=True)
-            loss.plot(
-                [f / unit for f in x], y, label=f"{plain(arm['name'])}  {arm['final']:.3f}", **line
+        if len(arms) <= _STRIP:
+            heights = (4.2, 0.12 + 0.28 * len(arms))
+            figure, (axes, strip) = canvas(
+                sum(heights), nrows=2, sharex=True, height_ratios=heights
             )
-            loss.plot(x[-1] / unit, y[-1], "o", color=line["color"], markersize=5)
-            for stage in arm["stages"][1:]:
-                at, height = stage["start"] / unit, np.interp(stage["start"], x, y)
-                loss.plot(at, height, "|", color=line["color"], markersize=13)
-            _stages(strip, arm, n, unit)
+        else:
+            figure, axes = canvas(4.4)
+        late, ends = [], []
         for arm in arms:
-            if arm["name"] == target:
-                loss.axhline(arm["final"], color=COLOURS["soft"][0], linewidth=0.8, zorder=0)
-        # The first tenth is the same steep fall for everybody and would flatten the rest.
-        late = [
-            p for arm in arms for f, p in arm["held_out"] if f >= arm["stages"][-1]["stop"] / 10
-        ]
-        low, high = min(late), max(late)
-        loss.set_ylim(low - 0.06 * (high - low), high + 0.03 * (high - low))
-        loss.set_ylabel(f"held-out loss (nats per {per})")
-        loss.legend(loc="upper right", title="arm, final loss", alignment="left")
-        strip.set_yticks(range(len(arms)), [plain(arm["name"]) for arm in arms])
-        strip.set_ylim(len(arms) - 0.5, -0.5)
-        strip.tick_params(length=0)
-        strip.grid(False)
-        strip.spines["left"].set_visible(False)
-        strip.set_xlabel(f"training {name}")
-        strip.set_xlim(0, None)
+            color = looks[arm.name]["color"]
+            x = [cost / divisor for cost, _ in arm.curve]
+            y = [loss for _, loss in arm.curve]
+            label = f"{plain(arm.name)}  {arm.loss:.3f}"
+            (line,) = axes.plot(x, y, label=label, **looks[arm.name])
+            axes.plot(x[-1], y[-1], "o", color=color, markersize=4)
+            for stage in arm.stages[1:]:
+                start = stage.start / divisor
+                axes.plot(start, np.interp(start, x, y), "|", color=color, markersize=10)
+            if arm.name == target:
+                axes.axhline(arm.loss, color=COLOURS["soft"][0], linewidth=0.8, zorder=0)
+            ends.append((y[-1], line))
+            # The first quarter is the same steep fall for all arms and would flatten the rest
+            late += [loss for cost, loss in zip(x, y, strict=True) if cost > x[-1] / 4]
+        margin = max(late) - min(late)
+        axes.set_ylim(min(late) - 0.05 * margin, max(late) + 0.02 * margin)
+        axes.set_ylabel(f"held-out loss (nats per {per})")
+        if strip is None:
+            axes.set_xlabel(name)
+            legend(figure, ends, "arm, final loss")
+        else:
+            lines = [line for _, line in sorted(ends, key=lambda end: -end[0])]
+            axes.legend(handles=lines, loc="upper right", title="arm, final loss", alignment="left")
+            _strip(strip, arms, looks, divisor)
+            strip.set_xlabel(name)
+        axes.set_xlim(0, None)
     return figure
 
 
-def cost_figure(arms: Sequence[Mapping[str, Any]]) -> Figure:
-    """FLOPs of each step along the run; `costs` is each arm's list of [first step, FLOPs of a step]."""
+def _strip(axes: Axes, arms: Sequence[Arm], looks: Looks, divisor: float) -> None:
+    """A row of boxes for each arm: its stages, each with its label."""
+    for row, arm in enumerate(arms):
+        color = looks[arm.name]["color"]
+        for stage in arm.stages:
+            start, stop = stage.start / divisor, stage.stop / divisor
+            axes.barh(row, stop - start, 0.78, start, color=color, alpha=0.22, linewidth=0)
+            axes.plot([start, start], [row - 0.39, row + 0.39], color=color, linewidth=1.6)
+            axes.annotate(
+                plain(stage.label),
+                (start, row),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center_baseline",
+                fontsize=8,
+            )
+    axes.set_yticks(range(len(arms)), [plain(arm.name) for arm in arms])
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines["left"].set_visible(False)
+
+
+class Line(NamedTuple):
+    """A line of a figure: its name, its points (x, y), and how it is drawn."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    look: Mapping[str, Any]
+
+
+def lines_figure(lines: Sequence[Line], x: str, y: str, *, steps: bool = False) -> Figure:
+    """Lines over one axis, with a legend inside; `steps` holds each value until the next point."""
     with style():
-        figure, axes = canvas(2.9)
-        unit, name = scale(max(cost for arm in arms for _, cost in arm["costs"]))
-        for n, arm in enumerate(arms):
-            starts, costs = zip(*[*arm["costs"], (arm["steps"], arm["costs"][-1][1])], strict=True)
-            # Apart by less than a line's width, so that arms of equal cost can be told apart.
-            shown = [cost / unit * (1 + 0.012 * ((len(arms) - 1) / 2 - n)) for cost in costs]
-            axes.step(starts, shown, where="post", label=plain(arm["name"]), **look(n))
-        axes.set_xlabel("step")
-        axes.set_ylabel(f"{name} per step")
-        axes.set_ylim(0, None)
+        figure, axes = canvas(3.2)
+        for line in lines:
+            if line.points:
+                draw = axes.step if steps else axes.plot
+                more = {"where": "post"} if steps else {}
+                draw(*zip(*line.points, strict=True), label=plain(line.name), **more, **line.look)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
         axes.set_xlim(0, None)
-        axes.legend(loc="lower right", ncols=len(arms))
+        axes.legend(loc="best")
+    return figure
+
+
+def cost_figure(plans: Sequence[Plan]) -> Figure:
+    """FLOPs of each step along a run, a plan a line."""
+    costs = [[flops for span in plan.spans for flops in span.flops] for plan in plans]
+    unit, name = scale(max(map(max, costs)))
+    lines = []
+    for n, (plan, flops) in enumerate(zip(plans, costs, strict=True)):
+        # Apart by less than a line's width, so that plans of equal cost can be told apart
+        apart = 1 + 0.012 * ((len(plans) - 1) / 2 - n)
+        changes = [(i, f) for i, f in enumerate(flops) if i == 0 or f != flops[i - 1]]
+        points = [(i, f / unit * apart) for i, f in [*changes, (len(flops), flops[-1])]]
+        lines.append(Line(plan.name, points, look(n)))
+    figure = lines_figure(lines, "step", f"{name} per step", steps=True)
+    figure.axes[0].set_ylim(0, None)
     return figure
 
 
 class Bar(NamedTuple):
-    """One difference of a figure of differences: its mean, 95% interval and values, and the verdict."""
+    """One difference of a figure of differences: its mean, 95% interval and values, and the verdict.
+
+    One seed tells no interval (None).
+    """
 
     group: str
     label: str
     mean: float
-    interval: tuple[float, float]
+    interval: tuple[float | None, float | None] | None
     values: Sequence[float]
     verdict: str
 
@@ -179,8 +244,8 @@ def differences_figure(bars: Sequence[Bar], zero: str) -> Figure:
                     markersize=2.5,
                     alpha=0.45,
                 )
-                # The interval of one seed is not a number, and no line
-                axes.plot(bar.interval, [place, place], color=colour, linewidth=2.2)
+                if bar.interval is not None:
+                    axes.plot(bar.interval, [place, place], color=colour, linewidth=2.2)
                 axes.plot(bar.mean, place, "o", color=colour, markersize=5.5)
                 ticks.append((place, plain(bar.label)))
             place += 1
@@ -196,110 +261,64 @@ def differences_figure(bars: Sequence[Bar], zero: str) -> Figure:
     return figure
 
 
-class Curve(NamedTuple):
-    """Mean losses of an arm on its way: pairs of cost and loss, and at which costs its stages begin."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    stages: Sequence[float]
-    look: Mapping[str, Any]
-
-
-def curves_figure(curves: Sequence[Curve], unit: tuple[float, str]) -> Figure:
-    """Loss against cost, an arm a line, with a bar where a stage begins.
-
-    `unit` is what costs are divided by, and its name.
-    """
-    divisor, name = unit
-    with style():
-        figure, axes = canvas(4.4)
-        late, ends = [], []
-        for curve in curves:
-            x = [cost / divisor for cost, _ in curve.points]
-            y = [loss for _, loss in curve.points]
-            (line,) = axes.plot(x, y, label=f"{plain(curve.name)}  {y[-1]:.3f}", **curve.look)
-            ends.append((y[-1], line))
-            axes.plot(x[-1], y[-1], "o", color=curve.look["color"], markersize=4)
-            # The first quarter is the same steep fall for everybody and would flatten the rest
-            late += [loss for cost, loss in zip(x, y, strict=True) if cost > x[-1] / 4]
-            for start in curve.stages:
-                place = start / divisor
-                axes.plot(
-                    place, np.interp(place, x, y), "|", color=curve.look["color"], markersize=9
-                )
-        spread = max(late) - min(late)
-        axes.set_ylim(min(late) - 0.05 * spread, max(late))
-        axes.set_xlabel(name)
-        axes.set_ylabel("held-out loss (nats)")
-        legend(figure, ends, "arm, final loss")
-    return figure
-
-
-class Ends(NamedTuple):
-    """Where an arm's runs ended: at each of its costs the losses of its seeds; and how it is drawn."""
-
-    name: str
-    points: Sequence[tuple[float, Sequence[float]]]
-    look: Mapping[str, Any]
-
-
 def ends_figure(
-    arms: Sequence[Ends], frontier: Sequence[tuple[float, float]], unit: tuple[float, str]
+    arms: Sequence[Arm],
+    frontier: Sequence[tuple[float, float]],
+    *,
+    looks: Looks | None = None,
+    edge: str = "frontier of fixed sizes",
 ) -> Figure:
     """Losses at the end against cost, with a dot for every seed; the frontier is a wide line of steps.
 
-    `unit` is what costs are divided by, and its name.
+    Arms of one name at several budgets are joined by a line. `edge` names the frontier, which is given as
+    pairs of cost and loss.
     """
-    divisor, name = unit
+    looks = looks_of(arms) if looks is None else looks
+    divisor, name = unit_of(arms)
+    budgets: dict[str, list[Arm]] = {}
+    for arm in sorted(arms, key=lambda arm: arm.cost):
+        budgets.setdefault(arm.name, []).append(arm)
+    costs = sorted(arm.cost / divisor for arm in arms)
+    losses = [loss for arm in arms for loss in arm.scores]
     with style():
         figure, axes = canvas(4.2)
-        # To the dearest end: what was reached for less is there for more
-        most = max(x for arm in arms for x, _ in arm.points)
-        steps = [*frontier, (max(most, frontier[-1][0]), frontier[-1][1])]
-        (edge,) = axes.step(
-            [x / divisor for x, _ in steps],
-            [y for _, y in steps],
-            where="post",
-            color=COLOURS["line"][0],
-            linewidth=5,
-            label="frontier of fixed sizes",
-            zorder=0,
-        )
-        drawn = []
-        for arm in arms:
-            points = sorted(arm.points)
-            means = [(x / divisor, float(np.mean(ys))) for x, ys in points]
-            (line,) = axes.plot(
-                *zip(*means, strict=True),
-                marker="o",
-                markersize=4.5,
-                linewidth=1.2,
-                label=plain(arm.name),
-                **arm.look,
+        lines = []
+        if frontier:
+            # To the dearest end: what was reached for less is there for more
+            last = max(costs[-1] * divisor, frontier[-1][0])
+            x, y = zip(*[*frontier, (last, frontier[-1][1])], strict=True)
+            (line,) = axes.step(
+                [cost / divisor for cost in x],
+                y,
+                where="post",
+                color=COLOURS["line"][0],
+                linewidth=5,
+                label=plain(edge),
+                zorder=0,
             )
-            drawn.append((means[-1][1], line))
-            for x, ys in points:
-                axes.plot(
-                    [x / divisor] * len(ys),
-                    ys,
-                    "o",
-                    color=arm.look["color"],
-                    markersize=2,
-                    alpha=0.5,
-                )
-        ends = [y for arm in arms for _, ys in arm.points for y in ys]
-        spread = max(ends) - min(ends)
-        # The frontier begins far above what anybody ends with
-        axes.set_ylim(min(ends) - 0.04 * spread, max(ends) + 0.04 * spread)
-        costs = sorted({x / divisor for arm in arms for x, _ in arm.points})
+            lines.append((-np.inf, line))
+        for arm, group in budgets.items():
+            x = [at.cost / divisor for at in group]
+            y = [at.loss for at in group]
+            marks = {"marker": "o", "markersize": 4.5, "linewidth": 1.2}
+            (line,) = axes.plot(x, y, label=plain(arm), **marks, **looks[arm])
+            lines.append((y[-1], line))
+            color = looks[arm]["color"]
+            for at, cost in zip(group, x, strict=True):
+                dots = [cost] * len(at.scores)
+                axes.plot(dots, at.scores, "o", color=color, markersize=2, alpha=0.5)
+        # The frontier begins far above all ends
+        margin = 0.04 * (max(losses) - min(losses))
+        axes.set_ylim(min(losses) - margin, max(losses) + margin)
         axes.set_xscale("log")
         axes.set_xlim(costs[0] / 1.3, costs[-1] * 1.15)
-        marks = [x for n, x in enumerate(costs) if not n or x > 1.1 * costs[n - 1]]
-        axes.set_xticks(marks, [f"{x:.3g}" for x in marks])
+        # Ticks at the costs that are far enough apart for their numbers
+        ticks = [x for n, x in enumerate(costs) if not n or x > 1.1 * costs[n - 1]]
+        axes.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
         axes.minorticks_off()
         axes.set_xlabel(name)
         axes.set_ylabel("held-out loss at the end (nats)")
-        legend(figure, [*drawn, (-np.inf, edge)], "arm")
+        legend(figure, lines, "arm")
     return figure
 
 
@@ -321,20 +340,17 @@ def look(n: int) -> dict[str, Any]:
     return {"color": _SERIES[n % len(_SERIES)], "linestyle": _DASHES[n % len(_DASHES)]}
 
 
-def _stages(strip: Axes, arm: Mapping[str, Any], row: int, unit: float) -> None:
-    colour = look(row)["color"]
-    for stage in arm["stages"]:
-        start, stop = stage["start"] / unit, stage["stop"] / unit
-        strip.barh(row, stop - start, 0.78, start, color=colour, alpha=0.22, linewidth=0)
-        strip.plot([start, start], [row - 0.39, row + 0.39], color=colour, linewidth=1.6)
-        strip.annotate(
-            plain(stage["label"]),
-            (start, row),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center_baseline",
-            fontsize=8,
-        )
+def looks_of(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
+    """The look of each arm by name: the same in every figure that is given these."""
+    return {name: look(n) for n, name in enumerate(dict.fromkeys(arm.name for arm in arms))}
+
+
+def unit_of(arms: Sequence[Arm]) -> tuple[float, str]:
+    """What the costs of arms are divided by in a figure, and the name of the axis."""
+    if arms[0].unit != "FLOPs":
+        return 1.0, "reference seconds"
+    divisor, name = scale(max(arm.cost for arm in arms))
+    return divisor, f"training {name}"
 
 
 def scale(largest: float) -> tuple[float, str]:

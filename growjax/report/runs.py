@@ -1,20 +1,149 @@
-"""One page about some runs, from the journals in their folders."""
+"""The folders of runs as arms, and one page about some of them."""
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+import numpy as np
 
+from growjax.budget import Outcome, decayed
+from growjax.cost import parameters
 from growjax.errors import DataError
-from growjax.report.figures import arms_figure, canvas, look, plain, scale, style
+from growjax.plan.plan import Plan
+from growjax.report.arms import Arm, Part, fixed_size
+from growjax.report.figures import Line, lines_figure, look, loss_figure, unit_of
 from growjax.report.page import Plot, Table, write_page
-from growjax.train import Run
+from growjax.report.tables import number
+from growjax.runs.run import Run
 
 
-def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
+Points = list[tuple[float, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run's folder says, by its plan and its journal.
+
+    **Fields**
+
+    - `steps`: the journal's rows of steps, each step once; `marks`, those with a held-out evaluation.
+    - `growths`: its rows of growths.
+    """
+
+    run: Run
+    plan: Plan
+    steps: list[dict[str, Any]]
+    growths: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.run.folder.name
+
+    @property
+    def marks(self) -> list[dict[str, Any]]:
+        return [row for row in self.steps if row["held_out"] is not None]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.steps[-1]
+
+    def points(self, x: str, y: str) -> Points:
+        """Pairs of two numbers of the steps that have both."""
+        return [
+            (row[x], row[y])
+            for row in self.steps
+            if row.get(x) is not None and row.get(y) is not None
+        ]
+
+    def rate_at_end(self) -> float:
+        """The learning rate where the schedule ends, over the highest that the run had.
+
+        The peak that the plan names may never come.
+        """
+        return self.plan.learning_rate(self.plan.cost) / max(row["rate"] for row in self.steps)
+
+    def outcome(self, charge: str = "spent") -> Outcome:
+        """How the run ended, charged by its plan's clock ("spent") or its "flops"."""
+        held_out = self.run.held_out()
+        windows = None
+        if held_out is not None:
+            windows = np.stack([held_out[0].sums, held_out[0].weights], axis=1)
+        plan, curve = self.plan, self.points(charge, "held_out")
+        by_clock = charge == "spent"
+        return Outcome(
+            arm=self.name,
+            seed=plan.seed,
+            budget=plan.cost / plan.clock.per_unit if by_clock else plan.flops,
+            clock=plan.clock.identity if by_clock else "FLOPs",
+            spent=float(curve[-1][0]),
+            score=curve[-1][1],
+            decayed=decayed(self.rate_at_end(), 1.0),
+            curve=tuple(curve),
+            windows=windows,
+        )
+
+    def arm(self, *, paths: bool = False) -> Arm:
+        """The run as an arm of one seed, charged its FLOPs; `paths` is as in `Plan.timeline`."""
+        spent = self.last["flops"]
+        stages = [
+            Part(era.label, era.flops[0], min(era.flops[1], spent))
+            for era in self.plan.timeline(paths=paths)
+            if era.flops[0] < spent
+        ]
+        return Arm(
+            self.name,
+            (self.outcome("flops"),),
+            parameters=parameters(self.plan.spans[-1].model),
+            fixed=fixed_size(self.plan),
+            stages=tuple(stages),
+            flops=(float(spent),),
+            seconds=(self.last["seconds"],),
+        )
+
+
+def read_run(folder: str | Path) -> Trained:
+    """Read one run; raises `DataError` for a folder without a journal or without an evaluation."""
+    trained = open_run(folder)
+    if not trained.marks:
+        raise DataError(f"{folder}: nothing was evaluated in it yet")
+    return trained
+
+
+def open_run(folder: str | Path) -> Trained:
+    """Read one run, wherever it is; raises `DataError` for a folder without a journal."""
+    run = Run(folder)
+    rows = run.rows()
+    return Trained(
+        run,
+        run.plan(),
+        [row for row in rows if row["kind"] == "step"],
+        [row for row in rows if row["kind"] == "growth"],
+    )
+
+
+def write_report(
+    runs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    title: str = "",
+    answer: Sequence[str] = (),
+    target: str | None = None,
+    per: str = "token",
+    paths: bool = False,
+    plots: Sequence[Plot] = (),
+    tables: Sequence[Table] = (),
+    notes: Sequence[str] = (),
+) -> Path:
     """Write the page of some runs: losses against FLOPs, tokens and seconds, stages, growths, speed.
+
+    **Arguments**
+
+    - `answer`: sentences to begin with; by default, which run has the lowest loss.
+    - `target`: the run whose final loss a line marks; `per`: what a loss is counted per.
+    - `paths`: show each length of a path schedule as a stage of its own.
+    - `plots`, `tables`, `notes`: more of them, before those of every report.
 
     Raises `DataError` for a folder without a journal, or one in which nothing was trained yet.
 
@@ -22,76 +151,93 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
 
         write_report(["runs/scratch", "runs/grown"], "report.html")
     """
-    arms = [read_run(run) for run in runs]
-    if not arms:
+    trained = [read_run(run) for run in runs]
+    if not trained:
         raise DataError("runs: expected at least one folder of a run")
+    arms = [run.arm(paths=paths) for run in trained]
+    nats = f"held-out loss (nats per {per})"
+    divisor, flops = unit_of(arms)
+    looks = [look(n) for n in range(len(trained))]
+
+    def lines(x: str, y: str, *, smooth: bool = False, unit: float = 1.0) -> list[Line]:
+        made = []
+        for run, style in zip(trained, looks, strict=True):
+            points = run.points(x, y)
+            points = running_mean(points) if smooth else points
+            made.append(Line(run.name, [(a / unit, b) for a, b in points], style))
+        return made
+
     plots = [
         Plot(
             "Held-out loss against cost",
-            arms_figure(arms),
-            "The strip names the stages; a tick on a curve is where one begins.",
+            loss_figure(arms, target=target, per=per),
+            "The strip names the stages; a tick on a curve is where one begins."
+            + (f" The thin line is the final loss of {target}." if target else ""),
         ),
-        *(
-            Plot(f"Held-out loss against {name}", _against(arms, key, name), "The same losses.")
-            for key, name in [("tokens", "training tokens"), ("seconds", "seconds of training")]
+        *plots,
+        Plot(
+            "Held-out loss against tokens",
+            lines_figure(lines("tokens", "held_out"), "training tokens", nats),
+            "The same losses.",
+        ),
+        Plot(
+            "Held-out loss against time",
+            lines_figure(lines("seconds", "held_out"), "seconds of training", nats),
+            "The same losses. Seconds depend on what else the machine did.",
         ),
         Plot(
             "Training loss",
-            _losses(arms),
+            lines_figure(
+                lines("flops", "loss", smooth=True, unit=divisor),
+                flops,
+                f"training loss (nats per {per})",
+            ),
             "Of the part that was trained, on its batch; a running mean over a fiftieth of the run.",
         ),
         Plot(
             "Speed",
-            _against(arms, "speed", "training tokens", "tokens per second"),
-            "Of each step, as a running mean. A step that waited for something shows as a dip.",
+            lines_figure(
+                lines("tokens", "tokens_per_second", smooth=True),
+                "training tokens",
+                "tokens per second",
+            ),
+            "Of each step, as a running mean. A step that waited for data shows as a dip.",
         ),
     ]
-    return write_page(out, ", ".join(arm["name"] for arm in arms), plots, _tables(arms), _NOTES)
+    tables = [*tables, results_table(trained), *_scores_table(trained), *_growth_table(trained)]
+    title = title or ", ".join(run.name for run in trained)
+    return write_page(
+        out, title, plots, tables, [*notes, *_NOTES], answer=answer or [_lowest(arms, per)]
+    )
 
 
 _NOTES = (
     "FLOPs are model FLOPs: the matrix products of a forward pass, counted off the traced program, times "
-    "three. Norms, softmax, the optimizer and recomputation are not counted.",
+    "three. Norms, softmax, the optimizer and recomputation are not counted, for any run.",
     "Seconds are those spent training, over all sessions of a run, without compiling, growing, "
     "evaluating and saving.",
-    "Held-out losses are of the whole model, in nats per token, also while a part of it is trained. Ends "
-    "of runs compare if their learning rates are decayed; points before the end do not.",
-    "The certificate of a growth is the loss on one held-out batch just before and just after.",
+    "Held-out losses are of the whole model, also while a part of it is trained. Ends of runs compare if "
+    "their learning rates are decayed; points before the end do not.",
+    "The loss before and after a growth is that of one held-out batch; what an operator promises is "
+    "checked there. An approximate one, such as stacking, promises nothing, and a jump is expected.",
 )
 
 
-def read_run(run: str | Path) -> dict[str, Any]:
-    """What the figures need to know of one run, by its plan and its journal."""
-    plan, rows = Run(run).plan(), Run(run).rows()
-    steps = [row for row in rows if row["kind"] == "step"]
-    spent = steps[-1]["flops"] if steps else 0
-    marks = [row for row in steps if row["held_out"] is not None]
-    if not marks:
-        raise DataError(f"{run}: nothing was evaluated in it yet")
-    return {
-        "name": Path(run).name,
-        "held_out": [(row["flops"], row["held_out"]) for row in marks],
-        "final": marks[-1]["held_out"],
-        "finished": any(row["kind"] == "end" and row["finished"] for row in rows),
-        "stages": [
-            {"label": era.label, "start": era.flops[0], "stop": min(era.flops[1], spent)}
-            for era in plan.timeline()
-            if era.flops[0] < spent
-        ],
-        "tokens": [(row["tokens"], row["held_out"]) for row in marks],
-        "seconds": [(row["seconds"], row["held_out"]) for row in marks],
-        "loss": [(row["flops"], row["loss"]) for row in steps],
-        "speed": [
-            (row["tokens"], row["tokens_per_second"]) for row in steps if "tokens_per_second" in row
-        ],
-        "scores": marks[-1].get("scores") or {},
-        "growths": [row for row in rows if row["kind"] == "growth"],
-        "last": steps[-1],
-        "waited": sum(row["waited"] for row in steps),
-    }
+def _lowest(arms: Sequence[Arm], per: str) -> str:
+    """The run with the lowest loss, with what one run of each cannot say."""
+    best, *others = sorted(arms, key=lambda arm: arm.loss)
+    text = f"The lowest held-out loss is that of {best.name}: {best.loss:.4f} nats per {per}"
+    if not others:
+        return f"{best.name} ended at a held-out loss of {best.loss:.4f} nats per {per}."
+    if best.cost > 1.01 * min(arm.cost for arm in others):
+        text += f", for {best.cost / others[0].cost:.2f} times the FLOPs of {others[0].name}"
+    return (
+        f"{text}, {others[0].loss - best.loss:.4f} below {others[0].name}. "
+        "This page compares runs one by one; `growjax compare` holds seeds against a baseline."
+    )
 
 
-def _mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def running_mean(points: Points) -> Points:
     """A running mean over a fiftieth of the points."""
     width = max(len(points) // 50, 1)
     sums = [0.0, *itertools.accumulate(y for _, y in points)]
@@ -101,65 +247,44 @@ def _mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     ]
 
 
-def _figure(
-    arms: Sequence[Mapping[str, Any]],
-    points: Callable[[Mapping[str, Any]], Sequence[tuple[float, float]]],
-    x: str,
-    y: str,
-) -> Figure:
-    with style():
-        figure, axes = canvas(3.2)
-        for n, arm in enumerate(arms):
-            given = points(arm)
-            if given:
-                axes.plot(*zip(*given, strict=True), label=plain(arm["name"]), **look(n))
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
-        axes.set_xlim(0, None)
-        axes.legend(loc="best")
-    return figure
+# Tables ------------------------------------------------------------------------------------------
 
 
-def _against(
-    arms: Sequence[Mapping[str, Any]],
-    key: str,
-    name: str,
-    label: str = "held-out loss (nats per token)",
-) -> Figure:
-    smooth = _mean if key == "speed" else list
-    return _figure(arms, lambda arm: smooth(arm[key]), name, label)
-
-
-def _losses(arms: Sequence[Mapping[str, Any]]) -> Figure:
-    unit, name = scale(max(arm["last"]["flops"] for arm in arms))
-    return _figure(
-        arms,
-        lambda arm: [(x / unit, y) for x, y in _mean(arm["loss"])],
-        f"training {name}",
-        "training loss (nats per token)",
-    )
-
-
-def _number(x: float | None) -> str:
-    return "-" if x is None else f"{x:.4g}"
-
-
-def _tables(arms: Sequence[Mapping[str, Any]]) -> list[Table]:
-    results = [
+def results_table(runs: Sequence[Trained]) -> Table:
+    """How each run ended, with what it cost."""
+    heads = ("run", "held-out loss", "FLOPs", "tokens", "seconds", "waited for data", "finished")
+    cells = [
         [
-            arm["name"],
-            f"{arm['final']:.4f}",
-            f"{arm['last']['flops']:.4g}",
-            f"{arm['last']['tokens']:,}",
-            f"{arm['last']['seconds']:.0f}",
-            f"{arm['waited']:.1f}",
-            "yes" if arm["finished"] else "no",
+            run.name,
+            f"{run.marks[-1]['held_out']:.4f}",
+            f"{run.last['flops']:.4g}",
+            f"{run.last['tokens']:,}",
+            f"{run.last['seconds']:.0f}",
+            f"{sum(row['waited'] for row in run.steps):.1f}",
+            "yes" if run.run.finished else "no",
         ]
-        for arm in arms
+        for run in runs
     ]
-    growths = [
+    return Table("Results", heads, cells, "Losses in nats; seconds of training.")
+
+
+def _scores_table(runs: Sequence[Trained]) -> list[Table]:
+    scores = [run.marks[-1].get("scores") or {} for run in runs]
+    names = list(dict.fromkeys(name for row in scores for name in row))
+    if not names:
+        return []
+    cells = [
+        [run.name, *(number(row.get(name), ".4g") for name in names)]
+        for run, row in zip(runs, scores, strict=True)
+    ]
+    caption = "What the runs' hooks returned at their last evaluation."
+    return [Table("Scores", ("run", *names), cells, caption)]
+
+
+def _growth_table(runs: Sequence[Trained]) -> list[Table]:
+    cells = [
         [
-            f"{arm['name']}: {', '.join(f'{a} {m} to {n}' for a, (m, n) in row['grew'].items())}",
+            f"{run.name}: {', '.join(f'{axis} {m} to {n}' for axis, (m, n) in row['grew'].items())}",
             row["crossing"]["exactness"],
             f"{row['step']}",
             f"{row['crossing']['before']:.5f}",
@@ -167,31 +292,13 @@ def _tables(arms: Sequence[Mapping[str, Any]]) -> list[Table]:
             f"{row['crossing']['change']:.2g}",
             f"{row['stall']:.2f}",
         ]
-        for arm in arms
-        for row in arm["growths"]
+        for run in runs
+        for row in run.growths
     ]
-    heads = ("run", "held-out loss", "FLOPs", "tokens", "seconds", "waited for data", "finished")
-    tables = [Table("Results", heads, results, "Losses in nats per token; seconds of training.")]
-    scores = dict.fromkeys(name for arm in arms for name in arm["scores"])
-    if scores:
-        rows = [
-            [arm["name"], *(_number(arm["scores"].get(name)) for name in scores)] for arm in arms
-        ]
-        words = "What the runs' hooks said of their last models that were looked at."
-        tables.append(Table("Scores", ("run", *scores), rows, words))
-    if growths:
-        heads = (
-            "what grew",
-            "promise",
-            "before step",
-            "loss before",
-            "after",
-            "change",
-            "stall (s)",
-        )
-        words = (
-            "Change is the mean absolute change of a token's loss; stall is how long training stood "
-            "still."
-        )
-        tables.append(Table("Growth", heads, growths, words))
-    return tables
+    if not cells:
+        return []
+    heads = ("growth", "promise", "before step", "loss before", "after", "change", "stall (s)")
+    caption = (
+        "Change is the mean absolute change of a token's loss; stall: how long training waited."
+    )
+    return [Table("Growth", heads, cells, caption)]

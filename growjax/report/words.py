@@ -1,0 +1,119 @@
+"""What comparisons say in words; a difference that was not found is never an equality."""
+
+import math
+from collections.abc import Sequence
+
+from growjax.report.arms import Arm, place, sizes_in_words
+from growjax.report.rows import AgainstFrontier, EqualCost
+
+
+# More arms of one verdict are counted, and not named
+_NAMED = 4
+
+
+def answer(arms: Sequence[Arm], rows: Sequence[AgainstFrontier]) -> list[str]:
+    """What a comparison with the frontier says, a sentence or two for each workload and budget.
+
+    A difference that was not found is never worded as an equality.
+    """
+    if not any(arm.fixed for arm in arms):
+        return [
+            "No arm here trains one model of one size from its first step to its last, so there is no "
+            "baseline: whether growing pays, these runs cannot say."
+        ]
+    if not rows:
+        best = min((arm for arm in arms if arm.fixed), key=lambda arm: arm.loss)
+        return [
+            f"All arms here are of one fixed size; the lowest loss is that of {best.name}, "
+            f"{best.loss:.4f} nats. Nothing that grows is held against them."
+        ]
+    sentences = []
+    for group in _groups(rows):
+        best = min(group, key=_estimate)
+        sentences.append(
+            f"{verdicts(group, 'the best fixed size at equal cost')} That fixed size is "
+            f"{best.baseline}; fixed sizes run to such a cost: {sizes_in_words(best.sizes)}."
+        )
+    return sentences
+
+
+_PHRASES = {
+    "better": "better than {}",
+    "equivalent": "equivalent to {}",
+    "no difference found": "no difference found to {}",
+    "worse": "worse than {}",
+    "too few seeds": "too few seeds to say (6 are needed), against {}",
+}
+
+
+def verdicts(rows: Sequence[EqualCost], baseline: str) -> str:
+    """A sentence with the arms of each verdict and by how much; all rows are of one place."""
+    kinds: dict[str, list[EqualCost]] = {kind: [] for kind in _PHRASES}
+    for row in sorted(rows, key=_estimate):
+        kinds[row.verdict].append(row)
+    parts = [
+        f"{_PHRASES[kind].format(baseline)}: {_list(group)}"
+        for kind, group in kinds.items()
+        if group
+    ]
+    text = "; ".join(parts) + "."
+    where = place(rows[0].workload, rows[0].budget)
+    return f"At {where}, {text}" if where else text[0].upper() + text[1:]
+
+
+def _groups(rows: Sequence[AgainstFrontier]) -> list[list[AgainstFrontier]]:
+    groups: dict[tuple[str, str], list[AgainstFrontier]] = {}
+    for row in rows:
+        groups.setdefault((row.workload, row.budget), []).append(row)
+    return list(groups.values())
+
+
+def _estimate(row: EqualCost) -> float:
+    return math.inf if row.estimate is None else row.estimate
+
+
+def _list(rows: Sequence[EqualCost]) -> str:
+    """Arms and their differences; the first and the last of many."""
+    if len(rows) <= _NAMED:
+        return ", ".join(f"{row.arm} {_by(row)}" for row in rows)
+    first, last = rows[0], rows[-1]
+    return (
+        f"{len(rows)} arms, from {first.arm} ({first.estimate:+.3f} nats) to {last.arm} "
+        f"({last.estimate:+.3f})"
+    )
+
+
+def _by(row: EqualCost) -> str:
+    if row.verdict not in ("better", "worse") or row.interval is None or row.estimate is None:
+        return interval_text(row.estimate, row.interval)
+    low, high = sorted(abs(x) for x in row.interval if x is not None)
+    return f"by {abs(row.estimate):.3f} nats ({low:.3f} to {high:.3f})"
+
+
+# Numbers in words --------------------------------------------------------------------------------
+
+
+def interval_text(
+    mean: float | None, interval: Sequence[float | None] | None, form: str = "+.3f"
+) -> str:
+    """A number with its interval, or alone where one seed tells none."""
+    if mean is None:
+        return "-"
+    if interval is None or None in interval:
+        return format(mean, form)
+    low, high = interval
+    return f"{mean:{form}} ({low:{form}} to {high:{form}})"
+
+
+def bounded(value: float | None, bound: str, interval: Sequence[float | None] | None = None) -> str:
+    """A speed-up with its interval, or the bound that is known of it.
+
+    **Example**
+
+        bounded(2.412, ">=") == ">= 2.41"
+    """
+    if value is None:
+        return "-"
+    if bound != "=":
+        return f"{bound} {value:.2f}"
+    return interval_text(value, interval, ".2f")
