@@ -95,8 +95,7 @@ class Spec:
                 raise AxisError(f"spec {text!r}: cannot read {name!r}")
         dims = [Dim(name, "stack") for name in stack.split()]
         groups, open_group = [1] * len(dims), None
-        means: list[str] = []
-        variances: list[str] = []
+        means, variances = list[str](), list[str]()
         for i, token in enumerate(tokens):
             if token in ("->", "<-"):
                 continue

@@ -334,8 +334,12 @@ TABLE = """
 - dataclasses.replace(k, law=WEIGHT) if i in inside else k
 + dataclasses.replace(k, law=FIRST) if i in inside else k
 @ averages of copies behind gates are blank | optim/carrying.py | optim | average_of_the_parameters
-- copies=copies,
-+ copies=hop.keep,
+- kept.law,
+-                 fresh=0 if fresh is None else fresh,
+-                 copies=copies,
++ kept.law,
++                 fresh=0 if fresh is None else fresh,
++                 copies=hop.keep,
 @ a wrong gradient passes | certificate.py | certify | wrong_map
 - self.gradient <= 1e-10
 + self.gradient <= 1e10
