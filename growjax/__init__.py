@@ -7,6 +7,7 @@ What operators need is loaded at once, and the rest (data, plans, training, repo
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from growjax import algebra as algebra
 from growjax import annotation as annotation
 from growjax import axes as axes
 from growjax import certificate as certificate
@@ -19,6 +20,8 @@ from growjax import nn as nn
 from growjax import optim as optim
 from growjax import subnet as subnet
 from growjax import values as values
+from growjax.algebra import NONE as NONE
+from growjax.algebra import AxisMap as AxisMap
 from growjax.annotation import Annotated as Annotated
 from growjax.annotation import annotate as annotate
 from growjax.axes import active as active
@@ -43,8 +46,6 @@ from growjax.growth import grow as grow
 from growjax.growth import msg as msg
 from growjax.growth import stack as stack
 from growjax.growth import zeros as zeros
-from growjax.maps import NONE as NONE
-from growjax.maps import AxisMap as AxisMap
 from growjax.optim import carry as carry
 from growjax.subnet import Subnet as Subnet
 from growjax.subnet import path_schedule as path_schedule

@@ -16,6 +16,7 @@ several arrows may be mixed. Around a name:
     ~embed         elementwise, and the statistics of a norm are taken over this axis
     [vocab]        looked up by index, not contracted
     <embed>        not a dimension: the leaf scales like a mean square over embed (a norm's epsilon)
+    <~embed>       the same of a variance: the norm subtracts its mean (a LayerNorm's epsilon)
     (heads dim)    one dimension of the array that holds two axes, the first one slower
     layers: ...    before a colon: leading stack axes (`stacked` and `Stacked` add them themselves)
     {axis}         filled in from an attribute of the module
@@ -42,7 +43,7 @@ from growjax.errors import AxisError, raise_all
 Role = Literal["consumed", "produced", "elementwise", "lookup", "stack"]
 Kind = Literal["param", "buffer", "gate", "branch", "active"]
 _METADATA = "growjax"
-_TOKEN = re.compile(r"->|<-|[()]|\[\w+\]|<\w+>|~?\w+|\S")
+_TOKEN = re.compile(r"->|<-|[()]|\[\w+\]|<~?\w+>|~?\w+|\S")
 
 
 class Dim(NamedTuple):
@@ -60,6 +61,7 @@ class Spec:
     dims: tuple[Dim, ...]
     groups: tuple[int, ...]
     means: tuple[str, ...] = ()
+    variances: tuple[str, ...] = ()
 
     @staticmethod
     @functools.cache
@@ -92,7 +94,8 @@ class Spec:
             if not name.isidentifier():
                 raise AxisError(f"spec {text!r}: cannot read {name!r}")
         dims = [Dim(name, "stack") for name in stack.split()]
-        groups, means, open_group = [1] * len(dims), [], None
+        groups, open_group = [1] * len(dims), None
+        means, variances = list[str](), list[str]()
         for i, token in enumerate(tokens):
             if token in ("->", "<-"):
                 continue
@@ -101,8 +104,8 @@ class Spec:
             elif token == ")" and open_group is not None:
                 groups.append(len(dims) - open_group)
                 open_group = None
-            elif re.fullmatch(r"<\w+>", token):
-                means.append(token[1:-1])
+            elif re.fullmatch(r"<~?\w+>", token):
+                (variances if "~" in token else means).append(token.strip("<~>"))
             elif re.fullmatch(r"\[\w+\]|~?[A-Za-z_]\w*", token):
                 name = token.strip("[]~")
                 looked_up = token.startswith("[")
@@ -113,7 +116,7 @@ class Spec:
                 raise AxisError(f"spec {text!r}: cannot read {token!r}")
         if open_group is not None:
             raise AxisError(f"spec {text!r}: a bracket is not closed")
-        return Spec(tuple(dims), tuple(groups), tuple(means))
+        return Spec(tuple(dims), tuple(groups), tuple(means), tuple(variances))
 
 
 @dataclasses.dataclass(frozen=True)

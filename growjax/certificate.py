@@ -22,10 +22,10 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from growjax import maps
+from growjax.algebra import NONE, AxisMap
 from growjax.axes import axes_of, get, partition, put
 from growjax.gates import ramp
 from growjax.growth.operator import Chain, Exactness, Operator, atoms
-from growjax.maps import NONE, AxisMap
 
 
 # What closed new coordinates are filled with: an offset, and normal numbers of some spread around it
@@ -306,7 +306,7 @@ def _permuted(model):
 
 def _poison(op, model, batch, programs: _Programs) -> dict[str, bool]:
     """Whether outputs are bitwise the same under every fill of what the operator leaves free."""
-    if not any(_is_closed(m) for atom, before in steps(op, model) for m in atom.maps(before)):
+    if not any(m.closed().any() for atom, before in steps(op, model) for m in atom.maps(before)):
         return {}
     first, same = None, {}
     for name, (offset, spread) in FILLS.items():
@@ -333,19 +333,13 @@ def steps(op, model):
         model = shapes(atom, model)
 
 
-def _is_closed(move: AxisMap) -> bool:
-    """Whether new coordinates are hidden, so that their content must not matter."""
-    new = move.is_new()
-    shut = move.gated or (move.share is not None and not np.asarray(move.share)[new].any())
-    return bool(new.any()) and shut
-
-
 def filled(op, model, key, fill: Callable):
     """The grown model with every closed new coordinate filled by `fill` instead."""
     for atom in atoms(op):
         for move in atom.maps(axes_of(model)):
-            if _is_closed(move):
-                source = np.where(move.is_new(), NONE, move.source)
+            closed = move.closed()
+            if closed.any():
+                source = np.where(closed, NONE, move.source)
                 move = dataclasses.replace(move, source=source, init=fill)
             model = maps.apply(move, model, key)
     return model
@@ -387,12 +381,14 @@ def new_coordinates(op, model):
     for atom, table in steps(op, model):
         for move in atom.maps(table):
             before = new.get(move.axis, np.zeros(table.size(move.axis), bool))
-            kept = np.append(before, True)[move.source]  # NONE is -1: the appended True
+            kept = before[np.maximum(move.source, 0)]
             new[move.axis] = move.is_new() | kept
             first = {int(s): i for i, s in reversed(list(enumerate(move.source)))}
             homes[move.axis] = np.asarray(
-                [first[int(s)] if s != NONE else i for i, s in enumerate(move.source)]
+                [first[int(s)] if s >= 0 else i for i, s in enumerate(move.source)]
             )
+            if move.over is not None:  # its coordinates are dealt out: none has a place of its own
+                new.pop(move.over, None)
     return {axis: mask for axis, mask in new.items() if mask.any()}, homes
 
 

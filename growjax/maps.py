@@ -1,10 +1,10 @@
-"""AxisMap: one index map along one named axis, and all that follows from it.
+"""Maps applied: one `AxisMap` along one named axis, and all that follows from it.
 
     source   new index -> old index, or NONE for a coordinate that did not exist
     share    a multiplier per new index, taken by the leaves on one side of the axis
 
-Every method in growjax is a list of these. For each leaf that carries the axis, `transport` gathers
-by `source`, draws what is `NONE`, and applies `share`:
+Every method in growjax is a list of these (`growjax.algebra` has the rest of what a map can be). For each
+leaf that carries the axis, `apply` gathers by `source`, draws what is `NONE`, and applies `share`:
 
     weights        leaves on `side` ("consumed" by default) are multiplied by the share
     gradients      all other leaves are (the dual of the map)
@@ -13,137 +13,42 @@ by `source`, draws what is `NONE`, and applies `share`:
 so that copies of one coordinate with shares that sum to 1 compute what the one did, and their
 gradients are what back-propagation will find. On a stack axis (`layers`) the side is that of the
 residual stream: the leaves of the block that produce `via` take the share. Lookup axes (`vocab`,
-`positions`) have none. A norm that averages over an axis whose new coordinates are held at zero by
-their producers has its gain and epsilon rescaled. Gates, sharding, cost and names read the same table.
+`positions`) have none. A norm that averages over an axis whose new coordinates are zeros (or, if it
+subtracts it, the mean) has its gain and epsilon rescaled. Gates, sharding, cost and names read the same
+table.
 
-Checked in float64 by `tests/test_maps.py`: outputs, the transposed gradient, and the moments.
+Checked in float64 by `tests/test_maps.py` and `tests/test_algebra.py`: outputs, the transposed gradient,
+and the moments.
 """
 
 import functools
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray
 
+from growjax.algebra import (
+    MEAN,
+    NONE,
+    WEIGHT,
+    AxisMap,
+    Init,
+    Law,
+    Power,
+    factors,
+    is_matrix,
+    is_regrouped,
+    mean_square,
+    starts_anew,
+)
 from growjax.axes import Axes, DeclaredOutside, Slot, axes_of, put
 from growjax.errors import AxisError, GateError, GrowthError, SubnetError, raise_all
 from growjax.gates import Gate
-
-
-NONE = -1
-Init = Callable[[PRNGKeyArray, tuple[int, ...], Any], Array] | Literal["normal", "zeros", "matched"]
-Side = Literal["gradient", "weight"]
-
-
-class Power(NamedTuple):
-    """`|x|^degree`, with the sign of `x` if `odd`; where `x` is 0 it is 0, whatever the degree.
-
-    `odd` is None where that is known only of numbers that are not negative.
-    """
-
-    degree: float
-    odd: bool | None = False
-
-    def of(self, x: Array) -> Array:
-        """The power of every number in an array."""
-        if self.degree == 1 and self.odd:
-            return x
-        # Whole degrees are products, which round as the squares of an optimizer do
-        whole = int(self.degree) if self.degree == int(self.degree) else self.degree
-        sign = jnp.sign(x) if self.odd else 1
-        return jnp.where(x == 0, 0, sign * jnp.abs(x) ** whole)
-
-
-class Law(NamedTuple):
-    """How an array that belongs to a parameter moves with it: what it scales with, entry by entry.
-
-    - `gradient`, `weight`: by which power of what multiplies the parameter's gradients, and of what
-      multiplies its values; None if it does not depend on them, "unknown" if by no power.
-    - `origin`: what is scaled is the distance from this number (the constant that a sum began with).
-    """
-
-    gradient: Power | Literal["unknown"] | None = None
-    weight: Power | Literal["unknown"] | None = None
-    origin: float = 0.0
-
-
-WEIGHT = Law(weight=Power(1, odd=True))
-FIRST = Law(gradient=Power(1, odd=True))
-SECOND = Law(gradient=Power(2))
-
-
-class AxisMap(eqx.Module):
-    """An index map along one axis.
-
-    **Fields**
-
-    - `axis`: the axis's name.
-    - `source`: `[new]` old index of every new one, or `NONE`. In a sub-network it may be traced, and
-      `[stack, new]` picks coordinates layer by layer.
-    - `share`: `[new]` multipliers (None: all ones).
-    - `side`: which leaves take the share: those that consume the axis, or those that produce it.
-    - `via`: on a stack axis, the axis whose producers take the share (the residual stream).
-    - `gated`: whether new coordinates are hidden behind the model's gates, at level 0.
-    - `init`: how `NONE` coordinates are drawn: a callable `(key, shape, dtype) -> array` or a name.
-    - `branch`: `[new]` multipliers of the residual branches of a stack axis (None: unchanged).
-    - `active`: `[new]` flags of a stack axis: layers marked False are skipped.
-    """
-
-    axis: str = eqx.field(static=True)
-    source: Any
-    share: Any = None
-    side: Literal["consumed", "produced"] = eqx.field(static=True, default="consumed")
-    via: str = eqx.field(static=True, default="embed")
-    gated: bool = eqx.field(static=True, default=False)
-    init: Init = eqx.field(static=True, default="normal")
-    branch: Any = None
-    active: Any = None
-
-    def __post_init__(self):
-        if not isinstance(self.source, jax.Array):
-            self.source = np.asarray(self.source, np.int32)
-
-    @property
-    def length(self) -> int:
-        """The size of the axis afterwards."""
-        return self.source.shape[-1]
-
-    @property
-    def traced(self) -> bool:
-        """Whether `source` is only known at run time (sub-networks)."""
-        return isinstance(self.source, jax.Array)
-
-    def is_new(self) -> np.ndarray:
-        """`[new]` True where a coordinate is not the first home of an old one."""
-        first = np.zeros(self.length, bool)
-        first[np.unique(self.source, return_index=True)[1]] = True
-        return ~first | (self.source == NONE)
-
-    def check(self, size: int) -> list[str]:
-        """What is wrong with this map on an axis of `size` coordinates."""
-        complaints = []
-        if not self.traced:
-            bad = sorted({int(i) for i in self.source.ravel() if not NONE <= i < size})
-            if bad:
-                complaints.append(f"source {bad} is not among the {size} old coordinates")
-        if self.side not in ("consumed", "produced"):
-            complaints.append(f"side: expected 'consumed' or 'produced', got {self.side!r}")
-        if not (callable(self.init) or self.init in ("normal", "zeros", "matched")):
-            complaints.append(
-                "init must be a callable (key, shape, dtype) -> array or one of 'normal', 'zeros', "
-                f"'matched', got {self.init!r}"
-            )
-        if self.share is not None and np.shape(self.share) != (self.length,):
-            complaints.append(
-                f"share has shape {np.shape(self.share)}, expected ({self.length},) as source"
-            )
-        return [f"axis {self.axis!r}: {complaint}" for complaint in complaints]
 
 
 def apply(move: AxisMap, model, key: PRNGKeyArray | None):
@@ -154,16 +59,17 @@ def apply(move: AxisMap, model, key: PRNGKeyArray | None):
     """
     table = axes_of(model)
     raise_all(AxisError, "the map does not fit the model:", move.check(table.size(move.axis)))
+    raise_all(GrowthError, f"axis {move.axis!r} has no such map:", _misfits(move, table))
     _check_gates(move, table)
     _check_norms(move, table)
     values: dict[tuple, Any] = {}
     for slot in table.having(move.axis):
         values[slot.steps] = _transport_slot(move, table, slot, key)
     for slot in _mean_buffers(move, table):
-        values[slot.steps] = slot.value * (table.size(move.axis) / move.length)
+        values[slot.steps] = slot.value * mean_square(move)
     model = put(model, values)
     if isinstance(model, DeclaredOutside):
-        model = model.resized({**table.sizes, move.axis: move.length})
+        model = model.resized(move.resized(table.sizes))
     _recheck(model)
     return model
 
@@ -175,8 +81,8 @@ def touched(move: AxisMap, table: Axes) -> set[tuple]:
 
 def _mean_buffers(move: AxisMap, table: Axes) -> list[Slot]:
     """The buffers that are added to a mean over the axis, if new coordinates shrink that mean."""
-    buffers = table.of_kind("buffer") if _zero_padded(move) else []
-    return [slot for slot in buffers if move.axis in slot.spec.means]
+    buffers = [] if mean_square(move) is None else table.of_kind("buffer")
+    return [s for s in buffers if move.axis in (*s.spec.means, *s.spec.variances)]
 
 
 def carry_array(
@@ -197,36 +103,19 @@ def carry_array(
     known where `multiplied` lists them.
     """
     moved = _move(move, table, slot, array, law, fresh=law.origin)
-    anew = (move.source == NONE) if copies else move.is_new()
-    where = slot.positions(move.axis)
-    if not anew.any() or (copies and not hasattr(fresh, "shape") and fresh == law.origin):
+    anew = {
+        dim: starts_anew(move, slot, dim, copies=copies, law=law)
+        for dim in slot.positions(move.axis)
+    }
+    young = any(mask.any() for mask in anew.values())
+    if not young or (copies and not hasattr(fresh, "shape") and fresh == law.origin):
         return moved
-    sizes = {**table.sizes, move.axis: move.length}
+    sizes = move.resized(table.sizes)
     x = slot.split(moved, sizes)
     fresh = jnp.asarray(fresh, x.dtype)
     if fresh.ndim:
         fresh = slot.split(fresh, sizes)
-    return slot.join(jnp.where(_crosses(anew, x.ndim, where), fresh, x))
-
-
-def multiplied(
-    move: AxisMap, table: Axes, slot: Slot, *, copies: bool = True
-) -> dict[Side, Literal["positive", "any"]]:
-    """What a map multiplies, by anything but 1, in the entries of a parameter that do not start anew.
-
-    With it whether all that it is multiplied by is positive, as far as is known.
-    """
-    anew = (move.source == NONE) if copies else move.is_new()
-    sides: dict[Side, Literal["positive", "any"]] = {}
-    for dim, side, factor in _factors(move, table, slot):
-        if isinstance(factor, Tracer):
-            sides[side] = "any"
-            continue
-        factor = np.asarray(factor) if dim is None else np.asarray(factor)[~anew]
-        if np.any(factor != 1):
-            positive = sides.get(side) != "any" and bool(np.all(factor >= 0))
-            sides[side] = "positive" if positive else "any"
-    return sides
+    return slot.join(jnp.where(_crosses(anew, x.ndim), fresh, x))
 
 
 # One leaf ------------------------------------------------------------------------------------
@@ -259,42 +148,62 @@ def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh:
     `fresh` is what a NONE coordinate holds: a number, or a `_Fresh` that draws it.
     """
     x = slot.split(array, table.sizes)
-    where = slot.positions(move.axis)
+    if is_regrouped(move, slot):
+        return slot.join(_regrouped(move, table, slot, x))
+    taken = []
+    for dim, side, factor in factors(move, table, slot):
+        power = law.gradient if side == "gradient" else law.weight
+        if isinstance(power, Power):
+            taken.append((dim, factor, power))
+    mixed = {dim for dim, factor, _ in taken if is_matrix(factor)}
+    where = [dim for dim in slot.positions(move.axis) if dim not in mixed]
     if move.traced:
         x = _gather_traced(move, slot, x, where)
     elif len(where) > 1 and isinstance(fresh, _Fresh) and np.any(move.source == NONE):
         for dim in where:
             x = _gather(move.source, x, dim, 0)
-        x = jnp.where(_crosses(move.source == NONE, x.ndim, where), fresh.cells(x, where), x)
+        drawn = dict.fromkeys(where, move.source == NONE)
+        x = jnp.where(_crosses(drawn, x.ndim), fresh.cells(x, where), x)
     else:
         for dim in where:
-            x = _gather(move.source, x, dim, fresh)
-    for dim, side, factor in _factors(move, table, slot):
-        power = law.gradient if side == "gradient" else law.weight
-        if isinstance(power, Power):
-            scale = power.of(jnp.asarray(factor, x.dtype))
-            scale = scale if dim is None else _along(scale, x.ndim, dim)
-            x = law.origin + (x - law.origin) * scale if law.origin else x * scale
+            x = _gather(*_sources(move, slot, x, dim), dim, fresh)
+    for dim, factor, power in taken:
+        scale = power.of(jnp.asarray(factor, x.dtype))
+        if dim in mixed and is_matrix(scale):
+            step = functools.partial(_mixed, scale, dim=dim)
+        else:
+            step = functools.partial(
+                jnp.multiply, scale if dim is None else _along(scale, x.ndim, dim)
+            )
+        x = law.origin + step(x - law.origin) if law.origin else step(x)
     return slot.join(x)
 
 
-def _factors(move: AxisMap, table: Axes, slot: Slot) -> Iterator[tuple[int | None, Side, Any]]:
-    """What a map multiplies a leaf by: its weights or its gradients, along which dimension or all."""
-    if slot.kind != "param":
-        return
-    where = slot.positions(move.axis)
-    for dim in where if move.share is not None else ():
-        role = slot.dims[dim].role
-        if role == "stack":
-            takes = any(d.axis == move.via and d.role == "produced" for d in slot.dims)
-        else:
-            takes = role == move.side
-        if role != "lookup":
-            yield dim, "weight" if takes else "gradient", move.share
-    if _zero_padded(move) and any(slot.dims[dim].normalised for dim in where):
-        scale = (table.size(move.axis) / move.length) ** 0.5
-        yield None, "weight", scale
-        yield None, "gradient", 1 / scale
+def _sources(move: AxisMap, slot: Slot, x: Array, dim: int) -> tuple[np.ndarray, Array]:
+    """What a dimension is gathered from, by which indices: with `above`, this layer and the next."""
+    source = move.rows(slot, dim)
+    stacks = [i for i, d in enumerate(slot.dims) if d.role == "stack"]
+    if not (move.above and stacks and slot.dims[dim].role == "produced"):
+        return source, x
+    layers = x.shape[stacks[-1]]
+    above = jnp.take(x, np.minimum(np.arange(layers) + 1, layers - 1), axis=stacks[-1])
+    source = np.where(move.is_new() & (source >= 0), source + x.shape[dim], source)
+    return source, jnp.concatenate([x, above], axis=dim)
+
+
+def _mixed(matrix: Array, x: Array, *, dim: int) -> Array:
+    """A matrix `[new, old]` times one dimension of an array."""
+    product = jnp.tensordot(matrix, x, axes=(1, dim), precision=jax.lax.Precision.HIGHEST)
+    return jnp.moveaxis(product, 0, dim)
+
+
+def _regrouped(move: AxisMap, table: Axes, slot: Slot, x: Array) -> Array:
+    """A leaf with both axes of a product: the same entries in the same order, in other groups."""
+    (dim,), (inner,) = slot.positions(move.axis), slot.positions(move.over or "")
+    sizes = move.resized(table.sizes)
+    x = jnp.moveaxis(x, (dim, inner), (0, 1))
+    x = x.reshape(sizes[slot.dims[dim].axis], sizes[slot.dims[inner].axis], *x.shape[2:])
+    return jnp.moveaxis(x, (0, 1), (dim, inner))
 
 
 def _along(vector, ndim: int, dim: int):
@@ -302,13 +211,17 @@ def _along(vector, ndim: int, dim: int):
     return vector.reshape(vector.shape + (1,) * (ndim - dim - 1))
 
 
-def _crosses(chosen: np.ndarray, ndim: int, where: list[int]) -> np.ndarray:
-    """Where any of several dimensions is at a chosen coordinate (broadcastable)."""
-    return functools.reduce(np.logical_or, [_along(chosen, ndim, dim) for dim in where])
+def _crosses(chosen: dict[int, np.ndarray], ndim: int) -> np.ndarray:
+    """Where any of several dimensions is at one of its chosen coordinates (broadcastable)."""
+    masks = [_along(rows, ndim, dim) for dim, rows in chosen.items()]
+    return functools.reduce(np.logical_or, masks)
 
 
 def _gather(source: np.ndarray, x: Array, dim: int, fresh: Any) -> Array:
-    """`x[source]` along `dim`, with fresh coordinates where `source` is NONE."""
+    """`x[source]` along `dim`: fresh coordinates where `source` is NONE, the mean where it is MEAN."""
+    if np.any(source == MEAN):
+        source = np.where(source == MEAN, x.shape[dim], source)
+        x = jnp.concatenate([x, jnp.mean(x, dim, keepdims=True)], axis=dim)
     is_fresh = source == NONE
     if is_fresh.any():
         (ids,) = np.nonzero(is_fresh)
@@ -448,14 +361,45 @@ def _check_gates(move: AxisMap, table: Axes) -> None:
     )
 
 
-def _zero_padded(move: AxisMap) -> bool:
-    """Whether producers hold the new coordinates at zero, so that means over the axis shrink."""
-    return move.side == "produced" and move.share is not None
+def _misfits(move: AxisMap, table: Axes) -> list[str]:
+    """What keeps a map that is more than sources and a share from fitting this model."""
+    slots = [slot for slot in table.having(move.axis) if slot.arrays()]
+    faults = []
+    if move.mixes or move.over is not None:
+        faults += [
+            f"{slot.path} is still ramping; ramp it to 1 and settle it first"
+            for slot in table.of_kind("gate")
+            if slot.arrays() and slot.own_axis in (move.axis, move.over)
+        ]
+    if move.mixes:
+        faults += [
+            f"{slot.path} ties its coordinates together (rotary pairs), so they cannot be mixed"
+            for slot in slots
+            if slot.kind in ("buffer", "branch", "active")
+        ]
+    if move.over is not None:
+        old, inner, new = table.size(move.axis), table.size(move.over), move.length
+        if new % old or inner % (new // old) or np.any(move.source != np.arange(new) * old // new):
+            faults.append(
+                f"{old} {move.axis} of {inner} {move.over} each cannot become {new}: each is repeated in "
+                f"place, so many times that {move.over} can be divided by it"
+            )
+        faults += [
+            f"{slot.path} has {move.over} without {move.axis}, or one of them twice"
+            for slot in table.having(move.over)
+            if slot.arrays()
+            and not len(slot.positions(move.over)) == 1 == len(slot.positions(move.axis))
+        ]
+    return faults
 
 
 def _check_norms(move: AxisMap, table: Axes) -> None:
-    """A zero-padded axis needs a norm whose epsilon is data and which subtracts no mean."""
-    if not _zero_padded(move):
+    """A padded axis needs norms whose epsilon is data, and of the kind that the pad leaves as they are.
+
+    Zeros add nothing to a mean square, and means nothing to a variance; every old coordinate has to
+    count as often as any other.
+    """
+    if mean_square(move) is None:
         return
     raise_all(
         GateError,
@@ -463,16 +407,35 @@ def _check_norms(move: AxisMap, table: Axes) -> None:
         "settle these gates first:",
         [s.path for s in table.of_kind("gate") if s.own_axis == move.axis and s.value is not None],
     )
-    mends = {slot.steps[:-1] for slot in table.values() if move.axis in slot.spec.means}
+    norms = [slot for slot in table.normalised(move.axis) if slot.kind == "param"]
+    produced = move.by("produced")
+    p = np.ones(move.length) if produced is None else np.asarray(produced, float)
+    alive = (move.source >= 0) & (p != 0)
+    counts = np.bincount(move.source[alive], p[alive] ** 2, minlength=table.size(move.axis))
+    if norms and np.ptp(counts) > 1e-9 * counts.max():
+        raise GrowthError(
+            f"{move.axis}: old coordinates count {counts.min():g} to {counts.max():g} times, so the "
+            f"statistics of {', '.join(sorted(slot.path for slot in norms))} would change; copy each "
+            "equally often"
+        )
+    pads, means = bool((~alive).any()), move.has_means
+    mends = {
+        slot.steps[:-1]
+        for slot in table.values()
+        if (move.axis in slot.spec.means and not means)
+        or (move.axis in slot.spec.variances and (means or not pads))
+    }
+    kind = "means" if means else "zeros"
+    needs = (
+        "and only a LayerNorm with its epsilon as a buffer (`<~axis>`) can be corrected"
+        if means
+        else "and only an RMS norm with its epsilon as a buffer can be corrected"
+    )
     raise_all(
         GrowthError,
-        f"zeros on {move.axis!r} change the statistics of these norms, and only an RMS norm with its "
-        "epsilon as a buffer can be corrected; use gj.msg or an even gj.copy instead:",
-        sorted(
-            slot.path
-            for slot in table.normalised(move.axis)
-            if slot.kind == "param" and slot.steps[:-1] not in mends
-        ),
+        f"{kind} on {move.axis!r} change the statistics of these norms, {needs}; "
+        "use gj.msg or an even gj.copy instead:",
+        sorted(slot.path for slot in norms if slot.steps[:-1] not in mends),
     )
 
 

@@ -7,46 +7,46 @@ TABLE = """
 @ share dropped | maps.py | maps | every_leaf or transpose_of
 - scale = power.of(jnp.asarray(factor, x.dtype))
 + scale = jnp.ones_like(jnp.asarray(factor, x.dtype))
-@ share on the other side | maps.py | maps | every_leaf or transpose_of
-- takes = role == move.side
-+ takes = role != move.side
-@ lookup axis takes a share | maps.py | maps | every_leaf or moments_follow
-- if role != "lookup":
-+ if role:
+@ share on the other side | algebra.py | maps | every_leaf or transpose_of
+- if own is None and role == self.side:
++ if own is None and role != self.side:
+@ lookup axis takes a share | algebra.py | maps | every_leaf or moments_follow
+- if role == "lookup" or is_matrix(produced)
++ if is_matrix(produced)
 @ a square matrix grows along one of its two dimensions | maps.py | maps | every_leaf
 - for dim in where:
--             x = _gather(move.source, x, dim, fresh)
+-             x = _gather(*_sources(move, slot, x, dim), dim, fresh)
 + for dim in where[:1]:
-+             x = _gather(move.source, x, dim, fresh)
++             x = _gather(*_sources(move, slot, x, dim), dim, fresh)
 @ biases of copies start at zero | maps.py | maps | every_leaf
 - return jnp.take(x, source, axis=dim, mode="clip")
 + taken = jnp.take(x, source, axis=dim, mode="clip")
 +     return taken if x.ndim > 1 else taken.at[x.shape[0] :].set(0)
 @ epsilon not rescaled | maps.py | maps | norm_over_zeros
-- values[slot.steps] = slot.value * (table.size(move.axis) / move.length)
+- values[slot.steps] = slot.value * mean_square(move)
 + values[slot.steps] = slot.value
-@ gain scaled the wrong way | maps.py | maps | norm_over_zeros
-- scale = (table.size(move.axis) / move.length) ** 0.5
-+ scale = (move.length / table.size(move.axis)) ** 0.5
-@ moments of a rescaled gain move as the gain | maps.py | maps | norm_over_zeros
+@ gain scaled the wrong way | algebra.py | maps | norm_over_zeros
+- scale = grown**0.5
++ scale = grown**-0.5
+@ moments of a rescaled gain move as the gain | algebra.py | maps | norm_over_zeros
 - yield None, "gradient", 1 / scale
 + yield None, "gradient", scale
-@ first moments unscaled | maps.py | maps | moments_follow
+@ first moments unscaled | algebra.py | maps | moments_follow
 - FIRST = Law(gradient=Power(1, odd=True))
 + FIRST = Law()
-@ second moments by the first power | maps.py | maps | moments_follow
+@ second moments by the first power | algebra.py | maps | moments_follow
 - sign * jnp.abs(x) ** whole
 + sign * jnp.abs(x)
-@ what never had a gradient keeps a trace of signs | maps.py | maps | power_keeps
+@ what never had a gradient keeps a trace of signs | algebra.py | maps | power_keeps
 - jnp.where(x == 0, 0, sign
 + jnp.where(x != x, 0, sign
-@ no dual for elementwise leaves | maps.py | maps | moments_follow
-- if role != "lookup":
-+ if role not in ("lookup", "elementwise"):
+@ no dual for elementwise leaves | algebra.py | maps | moments_follow
+- if role == "lookup" or is_matrix(produced)
++ if role in ("lookup", "elementwise") or is_matrix(produced)
 @ moments of new coordinates are one | maps.py | maps | moments_follow
 - fresh: Any = 0,
 + fresh: Any = 1,
-@ a share of layers on what reads the stream | maps.py | maps | on_a_stack_axis
+@ a share of layers on what reads the stream | algebra.py | maps | on_a_stack_axis
 - d.axis == move.via and d.role == "produced"
 + d.axis == move.via and d.role == "consumed"
 @ draws without the leaf's path | maps.py | maps | draws_differ
@@ -67,9 +67,9 @@ TABLE = """
 @ gates left open | maps.py | gates | every_hidden_state
 - return Gate((~new).astype(float), new)
 + return Gate((new | ~new).astype(float), new)
-@ copies are not new | maps.py | maps | first_home
-- return ~first | (self.source == NONE)
-+ return self.source == NONE
+@ copies are not new | algebra.py | maps | first_home
+- return ~first | (self.source < 0)
++ return self.source < 0
 @ integers that repeat a size stay | maps.py | axes | rewrites_the_integers
 - if isinstance(model, DeclaredOutside):
 + if isinstance(model, DeclaredOutside) and move.traced:
@@ -286,8 +286,8 @@ TABLE = """
 - return Power(degree, odd)
 + return Power(min(degree, 1.0), odd)
 @ accumulators of fresh coordinates start from zero | optim/carrying.py | optim | own_constant
-- fresh = kept.initial
-+ fresh = None if kept.initial is None else 0
+- copies, fresh = hop.keep or average, kept.initial
++ copies, fresh = hop.keep or average, None if kept.initial is None else 0
 @ an average of anything is carried | optim/carrying.py | optim | average_of_anything
 - if probed.averages:
 + if probed is None:
@@ -334,8 +334,12 @@ TABLE = """
 - dataclasses.replace(k, law=WEIGHT) if i in inside else k
 + dataclasses.replace(k, law=FIRST) if i in inside else k
 @ averages of copies behind gates are blank | optim/carrying.py | optim | average_of_the_parameters
-- copies=hop.keep or average,
-+ copies=hop.keep,
+- kept.law,
+-                 fresh=0 if fresh is None else fresh,
+-                 copies=copies,
++ kept.law,
++                 fresh=0 if fresh is None else fresh,
++                 copies=hop.keep,
 @ a wrong gradient passes | certificate.py | certify | wrong_map
 - self.gradient <= 1e-10
 + self.gradient <= 1e10

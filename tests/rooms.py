@@ -19,6 +19,7 @@ LEVELS = [
     "values extras",
     "axes",
     "annotation gates",
+    "algebra",
     "maps",
     "nn",
     "models",
@@ -38,7 +39,7 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.split()}
 
 # Operators work in a notebook without a trainer: these need jax and equinox alone
-CORE = {"errors", "values", "axes", "annotation", "gates", "maps", "growth", "subnet"}
+CORE = {"errors", "values", "axes", "annotation", "gates", "algebra", "maps", "growth", "subnet"}
 
 # Rooms that only the rooms of this list import
 FRONT = set("hf plan programs runs forecast train evals report demo __main__".split())

@@ -14,21 +14,11 @@ from jaxtyping import Array
 
 import growjax as gj
 from growjax import testing
+from growjax.algebra import FIRST, NONE, SECOND, WEIGHT, AxisMap, Law, Power, multiplied
 from growjax.axes import axes_of, get, partition, put
 from growjax.errors import AxisError, GrowthError, SubnetError
 from growjax.gates import Gate
-from growjax.maps import (
-    FIRST,
-    NONE,
-    SECOND,
-    WEIGHT,
-    AxisMap,
-    Law,
-    Power,
-    apply,
-    carry_array,
-    multiplied,
-)
+from growjax.maps import apply, carry_array
 from growjax.models import GPT, T5, GPTConfig, T5Config
 
 
@@ -355,7 +345,7 @@ def test_the_transpose_of_a_map_is_the_transposed_matrix():
 @pytest.mark.parametrize(
     "fields, said",
     [
-        (dict(source=[0, 9, -2]), r"source \[-2, 9\] is not among the 4 old coordinates"),
+        (dict(source=[0, 9, -3]), r"source \[-3, 9\] is not among the 4 old coordinates"),
         (dict(source=[0, 1], share=np.ones(3)), r"share has shape \(3,\), expected \(2,\)"),
         (dict(source=[0, NONE], init="bogus"), "init must be .* got 'bogus'"),
     ],

@@ -12,7 +12,7 @@ import equinox as eqx
 import pytest
 
 import growjax
-from growjax import axes, gates, growth, maps, models, nn, subnet
+from growjax import algebra, axes, gates, growth, maps, models, nn, subnet
 from growjax.growth import operator
 from tests import rooms
 from tests.rooms import CORE, FRONT, LEVEL, ROOT
@@ -130,8 +130,8 @@ def model_modules() -> list[type]:
 
 def leaf_names() -> set[str]:
     """What leaves and parts of models are called, but for words that the core has for its own."""
-    own = field_names(members(axes, gates, maps, growth, subnet, operator))
-    own |= set(typing.get_args(axes.Kind)) | set(typing.get_args(maps.Side))
+    own = field_names(members(algebra, axes, gates, maps, growth, subnet, operator))
+    own |= set(typing.get_args(axes.Kind)) | set(typing.get_args(algebra.Side))
     own |= set(typing.get_args(axes.Role))
     return field_names(model_modules(), static=False) - own
 

@@ -9,6 +9,7 @@ import equinox as eqx
 import numpy as np
 
 from growjax import values
+from growjax.algebra import AxisMap
 from growjax.axes import Axes
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.operator import (
@@ -18,7 +19,6 @@ from growjax.growth.operator import (
     frozen_sizes,
     split_lists,
 )
-from growjax.maps import AxisMap
 
 
 @values.register

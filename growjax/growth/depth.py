@@ -10,6 +10,7 @@ import equinox as eqx
 import numpy as np
 
 from growjax import values
+from growjax.algebra import AxisMap
 from growjax.axes import Axes
 from growjax.errors import GrowthError, expect_one_of, raise_all
 from growjax.growth.operator import (
@@ -19,7 +20,6 @@ from growjax.growth.operator import (
     frozen_sizes,
     split_lists,
 )
-from growjax.maps import AxisMap
 
 
 Order = Literal["top", "repeat", "interleave", "interpolate", "middle", "insert"]

@@ -9,11 +9,11 @@ import equinox as eqx
 import numpy as np
 
 from growjax import values
+from growjax.algebra import NONE, AxisMap, Init
 from growjax.axes import Axes
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.depth import Order, sources
 from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
-from growjax.maps import NONE, AxisMap, Init
 
 
 @values.register

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from growjax import maps, values
+from growjax.algebra import AxisMap
 from growjax.axes import Axes, axes_of, get, put
 from growjax.errors import AxisError, GrowthError, raise_all
-from growjax.maps import AxisMap
 from growjax.values import Size
 
 

@@ -20,8 +20,8 @@ class Norm(eqx.Module):
 
     Behind a gate `c` the statistics are means weighted by `c` and the output is multiplied by `c`
     (Yao et al. 2024, section on masked LayerNorm), so at gate 0 they are those of the old
-    coordinates, whatever the new ones hold. With RMSNorm, epsilon is data that belongs to a mean
-    square over the axis: operators that pad the axis with zeros rescale it.
+    coordinates, whatever the new ones hold. Epsilon is data that belongs to a mean square over the axis,
+    or to a variance: operators that pad the axis, with zeros or with the mean, rescale it.
 
     `side` is where the norm itself stands on its axis: `"consumed"` marks the last norm before a
     consumer that cannot take a share of its own (a head tied to the embedding, keys that meet
@@ -64,8 +64,8 @@ class Norm(eqx.Module):
 
     @property
     def mean(self) -> str:
-        """What epsilon is measured against, as a spec: a mean square cannot mend a moved mean."""
-        return "" if self.centre else f"<{self.axis}>"
+        """What epsilon is measured against, as a spec: a variance, or a mean square."""
+        return f"<~{self.axis}>" if self.centre else f"<{self.axis}>"
 
     def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... n"]:
         h = x.astype(jnp.promote_types(x.dtype, jnp.float32))

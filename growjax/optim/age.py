@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num
 
+from growjax.algebra import AxisMap
 from growjax.axes import Slot, axes_of, put
-from growjax.maps import NONE, AxisMap
 
 
 class Ages(eqx.Module):
@@ -44,7 +44,7 @@ class AgedAdEMAMixState(NamedTuple):
 
 def grown_age(age: Num[Array, " old"], move: AxisMap, *, keep: bool) -> Num[Array, " new"]:
     """Ages along the axis of a map after it: fresh ones 0, copies as old as their source if `keep`."""
-    young = move.is_new() if not keep else move.source == NONE
+    young = move.is_new() if not keep else move.source < 0
     return jnp.where(young, 0, age[np.maximum(move.source, 0)])
 
 

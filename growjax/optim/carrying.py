@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from growjax import maps
+from growjax import algebra, maps
+from growjax.algebra import WEIGHT, AxisMap, Law
 from growjax.axes import Axes, Slot, axes_of, partition
 from growjax.errors import StateError, expect_one_of, raise_all
 from growjax.growth.operator import Chain, Operator, atoms
-from growjax.maps import NONE, WEIGHT, AxisMap
 from growjax.optim.age import grown_age
 from growjax.optim.probe import Cell, Kept, cells, probe
 
@@ -249,9 +249,11 @@ def _by_reason(faults: list[tuple[str, str]]) -> list[str]:
 
 def _fault(cell: Cell, kept: Kept, hop: _Hop) -> str:
     """Why an array cannot follow a map; nothing if it can."""
+    move, table = hop.move, axes_of(hop.before)
+    if cell.axis is not None and cell.axis == move.over:
+        return f"counts what {move.over} have seen, and these are dealt out to the copies of {move.axis}"
     if cell.axis is not None or kept.law == WEIGHT:
         return ""
-    move, table = hop.move, axes_of(hop.before)
     slots = _params(table)
     mixes = kept.reach in ("leaf", "all")
     # What an array may depend on: its own parameter, or all of them
@@ -269,8 +271,17 @@ def _fault(cell: Cell, kept: Kept, hop: _Hop) -> str:
     if not mixes and not kept.shaped:
         return ""
     for slot in touched:
-        for side, by in maps.multiplied(move, table, slot, copies=hop.keep).items():
+        if kept.law.gradient is not None:
+            why = algebra.undetermined(move, table, slot, copies=hop.keep)
+            if why:
+                return f"follows gradients: {why}"
+        for side, by in algebra.multiplied(move, table, slot, copies=hop.keep).items():
             power = kept.law.gradient if side == "gradient" else kept.law.weight
+            if by == "mixed" and kept.law.linear_in is None:
+                return (
+                    f"is not linear in {side}s, of which the dense map of {move.axis} sums several; a "
+                    "map with one source for each row multiplies them, gj.msg does not"
+                )
             if power == "unknown" or (power is not None and power.odd is None and by == "any"):
                 return (
                     f"{_unknown(kept, side)}; the map of {move.axis} multiplies {side}s, "
@@ -290,14 +301,13 @@ def _unknown(kept: Kept, side: str) -> str:
 def _repeats(move: AxisMap, table: Axes, keep: bool) -> bool:
     """Whether coordinates that have a history are repeated or lost."""
     lost = np.setdiff1d(np.arange(table.size(move.axis)), move.source)
-    return bool(lost.size or (keep and np.any(move.is_new() & (move.source != NONE))))
+    return bool(lost.size or (keep and np.any(move.is_new() & (move.source >= 0))))
 
 
 def _carried(leaves: list, held: tuple[_Held, ...], hop: _Hop, optimizer: Any) -> list:
     """The arrays of a state after one map that they can follow."""
     table = axes_of(hop.before)
     slots = _params(table)
-    anew = (hop.move.source == NONE) if hop.keep else hop.move.is_new()
     carried = []
     for i, (leaf, (cell, kept)) in enumerate(zip(leaves, held, strict=True)):
         slot = slots.get(cell.steps) if cell.steps is not None else None
@@ -306,8 +316,8 @@ def _carried(leaves: list, held: tuple[_Held, ...], hop: _Hop, optimizer: Any) -
         elif kept.shaped and slot is not None and slot.positions(hop.move.axis):
             # An average of the weights has no history of gradients: copies follow their source
             average = kept.law == WEIGHT and kept.initial is None
-            fresh = kept.initial
-            if fresh is None and (np.any(hop.move.source == NONE) or anew.any() and not average):
+            copies, fresh = hop.keep or average, kept.initial
+            if fresh is None and _has_young(hop.move, slot, kept.law, copies):
                 fresh = _started(optimizer, hop.after)[i]
             leaf = maps.carry_array(
                 hop.move,
@@ -316,10 +326,18 @@ def _carried(leaves: list, held: tuple[_Held, ...], hop: _Hop, optimizer: Any) -
                 leaf,
                 kept.law,
                 fresh=0 if fresh is None else fresh,
-                copies=hop.keep or average,
+                copies=copies,
             )
         carried.append(leaf)
     return carried
+
+
+def _has_young(move: AxisMap, slot: Slot, law: Law, copies: bool) -> bool:
+    """Whether some entries of an array start anew."""
+    return any(
+        algebra.starts_anew(move, slot, dim, copies=copies, law=law).any()
+        for dim in slot.positions(move.axis)
+    )
 
 
 def _started(optimizer: Any, model) -> list:

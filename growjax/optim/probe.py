@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from growjax.algebra import FIRST, WEIGHT, Law, Power, Side
 from growjax.axes import Slot, axes_of, put
 from growjax.errors import StateError
-from growjax.maps import FIRST, WEIGHT, Law, Power, Side
 from growjax.optim.age import Ages
 from growjax.optim.rules import Rule
 from growjax.optim.toy import PERIOD, Lane, Run, Trial, as_axes, aside, leaves_of, numbers, padded

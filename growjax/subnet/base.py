@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from growjax import maps
+from growjax.algebra import AxisMap
 from growjax.axes import Axes, axes_of
 from growjax.errors import SubnetError
-from growjax.maps import AxisMap, fold_in_name
+from growjax.maps import fold_in_name
 from growjax.values import base, check
 
 

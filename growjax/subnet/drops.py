@@ -7,8 +7,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from growjax.algebra import AxisMap
 from growjax.axes import Axes
-from growjax.maps import AxisMap
 from growjax.subnet.base import Coins
 from growjax.values import Range, positive, ranged, register
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from growjax.algebra import AxisMap
 from growjax.axes import Axes
 from growjax.errors import SubnetError, raise_all
-from growjax.maps import AxisMap, fold_in_name
+from growjax.maps import fold_in_name
 from growjax.subnet.base import Coins, depth_of
 from growjax.values import Size, at_least, check, positive, register
 
