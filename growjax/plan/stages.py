@@ -17,7 +17,7 @@ from growjax.cost import flops as count_flops
 from growjax.cost import parameters
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.errors import PlanError
-from growjax.growth import Operator
+from growjax.growth import Births, Operator
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.select import Selector
 from growjax.subnet import Coins, PathSchedule, RandomPath, Subnet, random_path
@@ -156,7 +156,8 @@ class Span(NamedTuple):
     `start` is its first step; `tokens` and `spent` what was seen and spent before it. Of its step i,
     `works[i]` says what it does, `flops[i]` its training FLOPs and `costs[i]` what the clock charges for
     it. `ops` are all operations of the stage and how often each is done, and `firsts` which of its steps
-    does each first. `model` has the shapes it trains, gates included.
+    does each first. `model` has the shapes it trains, gates included, and `births` the growth that each
+    coordinate was born in. Growth n happened before step `grown_at[n]` of the run, the first being birth.
     """
 
     index: int
@@ -172,6 +173,8 @@ class Span(NamedTuple):
     model: Any
     batch: int
     objective: Objective
+    births: Births
+    grown_at: tuple[int, ...]
 
     @property
     def steps(self) -> int:
