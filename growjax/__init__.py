@@ -18,6 +18,7 @@ from growjax import maps as maps
 from growjax import models as models
 from growjax import nn as nn
 from growjax import optim as optim
+from growjax import state as state
 from growjax import subnet as subnet
 from growjax import values as values
 from growjax.algebra import NONE as NONE
@@ -39,14 +40,17 @@ from growjax.gates import Gate as Gate
 from growjax.gates import gated as gated
 from growjax.gates import ramp as ramp
 from growjax.gates import settle as settle
+from growjax.growth import Births as Births
 from growjax.growth import Operator as Operator
 from growjax.growth import chain as chain
 from growjax.growth import copy as copy
-from growjax.growth import grow as grow
 from growjax.growth import msg as msg
+from growjax.growth import new as new
 from growjax.growth import stack as stack
 from growjax.growth import zeros as zeros
 from growjax.optim import carry as carry
+from growjax.state import State as State
+from growjax.state import grow as grow
 from growjax.subnet import Subnet as Subnet
 from growjax.subnet import path_schedule as path_schedule
 from growjax.subnet import progressive_layer_drop as progressive_layer_drop

@@ -25,7 +25,7 @@ LEVELS = [
     "models",
     "growth subnet",
     "optim parallel cost data",
-    "certificate budget select",
+    "certificate budget select state",
     "testing hf",
     "plan",
     "programs",

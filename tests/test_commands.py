@@ -214,6 +214,8 @@ def test_a_grown_checkpoint_is_certified_and_computes_the_same(run, tmp_path):
     small, old = load_model(source)
     big, new = load_model(tmp_path / "grown")
     assert gj.sizes(big)["mlp"] == 32 and new["sizes"]["embed"] == 24
+    assert new["births"]["embed"] == [[0, 16], [3, 8]] and old["births"]["embed"] == [[0, 16]]
+    assert new["births"]["mlp"] == [[0, 16], [1, 8], [3, 8]]
     assert new["parent"] == "00000018-02" and len(new["operators"]) == len(old["operators"]) + 1
     tokens = jax.numpy.arange(8)
     np.testing.assert_allclose(small(tokens), big(tokens), atol=1e-4)
@@ -246,8 +248,8 @@ def test_inspect_tells_the_story_of_a_checkpoint(run):
     text = shown.getvalue()
     for words in (
         "step 18, stage 2",
-        "grown by msg(mlp=24, heads=4)",
-        "stack(layers=4",
+        "growth 1: grown by msg(mlp=24, heads=4), new are kv_heads 2-3; mlp 16-23",
+        "growth 2: grown by stack(layers=4, order='top'), new are layers 2-3",
         "after 00000016-02",
         "blocks.block.mlp.up",
         "(4, 16, 24)",

@@ -156,6 +156,13 @@ def test_what_was_half_written_or_half_removed_is_cleared_away(short, copied, pr
     assert not any(place.exists() for place in half)
 
 
+def test_a_run_from_before_there_were_births_is_refused_in_a_sentence(short, copied, programs):
+    of, folder, path = copied
+    rewritten(path, lambda lineage: lineage.pop("births"))
+    with pytest.raises(CheckpointError, match="before checkpoints said which growth added what"):
+        list(train(of, feed(of), run=folder, cache=programs))
+
+
 # Odd lineages ---------------------------------------------------------------------------------
 
 FIELDS = sorted(lineage_faults.__globals__["_FIELDS"])

@@ -137,6 +137,8 @@ def test_lineage_records_what_a_run_started_from(second, run, programs, tmp_path
     assert said["start"]["is"] == "00000006-01"
     assert said["start"]["flops"] == parent["flops"] + of.flops
     assert [op["is"] for op in said["operators"]] == ["growjax:MSG", "growjax:Stack"]
+    assert said["births"] == read_lineage(at(folder, "00000006-01"))["births"]
+    assert said["births"]["mlp"][-1][0] == 1 and said["births"]["layers"][-1][0] == 2
     shown = io.StringIO()
     describe(tmp_path, Console(file=shown, width=200))
     assert f"started from {folder} (00000006-01), which took" in shown.getvalue()

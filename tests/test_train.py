@@ -21,7 +21,7 @@ from growjax.errors import CheckpointError, TrainingError
 from growjax.gates import ungated
 from growjax.programs.step import checksums
 from growjax.runs.checkpoint import load, read_lineage
-from growjax.runs.lineage import load_model, model_of
+from growjax.runs.lineage import births_of, load_model, model_of
 from growjax.train import Begin, End, Growth, Options, Saved, Step, session
 from tests.runs import TOKENS, every_kind, feed, losses, plan, same, steps
 
@@ -309,6 +309,9 @@ def test_lineage_says_everything(run):
     lineage = read_lineage(folder / "checkpoints" / "00000012-02")
     operators = [gj.values.to_dict(s.grow) for s in whole.stages[1:]]
     assert lineage["operators"] == json.loads(json.dumps(operators))
+    assert lineage["births"]["layers"] == [[0, 2], [2, 2]]
+    assert lineage["births"]["mlp"] == [[0, 16], [1, 8]] and lineage["births"]["embed"] == [[0, 16]]
+    assert eqx.tree_equal(births_of(lineage), whole.spans[2].births)
     assert lineage["parent"] == "00000010-02" and lineage["data"] == feed(whole).digest
     assert lineage["step"] == 12 and lineage["stage"] == 2 and lineage["tokens"] == 12 * TOKENS
     assert lineage["flops"] == sum(sum(s.flops) for s in whole.spans[:2]) + sum(

@@ -154,6 +154,7 @@ LINEAGE = {
     "operators": [to_dict(GROWN)],
     "gated": True,
     "sizes": PLAN.spans[1].sizes,
+    "births": PLAN.spans[1].births.runs(),
 }
 
 
@@ -183,6 +184,7 @@ def test_the_lineage_is_right_as_it_stands():
         ("optimizer.name", "adam"),
         ("optimizer.b1", float("nan")),
         ("sizes", {"mlp": 9}),
+        ("births.mlp", [[0, 99]]),
     ],
     ids=str,
 )

@@ -1,5 +1,7 @@
 """Growth operators: pure functions from parameters to larger parameters."""
 
+from growjax.growth.births import Births as Births
+from growjax.growth.births import new as new
 from growjax.growth.copying import copy as copy
 from growjax.growth.depth import solar as solar
 from growjax.growth.depth import sources as sources

@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PRNGKeyArray
 
 from growjax import maps, values
@@ -125,7 +126,7 @@ def atoms(op: Operator) -> tuple[Operator, ...]:
 def grow(
     op: Operator, model: Model, *, key: PRNGKeyArray | None = None, donate: bool = False
 ) -> Model:
-    """Grow a model: one jit-compiled, pure call of the operator.
+    """Grow a model: one jit-compiled, pure call of the operator. (`gj.grow` grows a `gj.State` too.)
 
     **Arguments**
 
@@ -144,7 +145,12 @@ def grow(
     """
     _check_operator(op)
     table = axes_of(model)
-    floating = [s for s in table.values() if s.arrays() and s.kind in ("param", "buffer")]
+    # Under a trace nobody can look at values
+    floating = [
+        s
+        for s in table.values()
+        if s.kind in ("param", "buffer") and s.arrays() and not isinstance(s.value, Tracer)
+    ]
     finite = jax.device_get(_finite([slot.value for slot in floating]))
     raise_all(
         GrowthError,

@@ -17,6 +17,7 @@ from jaxtyping import Array, Num
 
 from growjax.algebra import AxisMap
 from growjax.axes import Slot, axes_of, put
+from growjax.growth.births import over_entries
 
 
 class Ages(eqx.Module):
@@ -158,13 +159,8 @@ def youngest(slot: Slot, vectors: Mapping[str, Array], sizes: Mapping[str, int],
 
     `vectors` holds a number for every coordinate of every axis: an age, or something that rises with it.
     """
-    least = jnp.full((1,) * len(slot.dims), top)
-    for i, dim in enumerate(slot.dims):
-        vector = vectors[dim.axis].reshape((-1,) + (1,) * (len(slot.dims) - i - 1))
-        least = jnp.minimum(least, vector)
-    if all(count == 1 for count in slot.spec.groups):
-        return least
-    return slot.join(jnp.broadcast_to(least, [sizes[dim.axis] for dim in slot.dims]))
+    start = jnp.full((1,) * len(slot.dims), top)
+    return over_entries(slot, vectors, sizes, jnp.minimum, start)
 
 
 def matrices(params) -> Any:

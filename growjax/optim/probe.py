@@ -103,7 +103,7 @@ def cells(state: Any, params: Any) -> list[Cell]:
     """The arrays of an optimizer's state, in the order of its leaves."""
     slots = {slot.steps: slot for slot in axes_of(params).of_kind("param") if slot.arrays()}
     arrays = []
-    known = lambda node: _like(node, params) or isinstance(node, Ages)  # noqa: E731
+    known = lambda node: alike(node, params) or isinstance(node, Ages)  # noqa: E731
     for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=known):
         for inner, _ in jax.tree_util.tree_leaves_with_path(node):
             name = jax.tree_util.keystr((*path, *inner))
@@ -113,7 +113,7 @@ def cells(state: Any, params: Any) -> list[Cell]:
             if isinstance(node, Ages):
                 arrays.append(Cell(name, name, axis=steps[-1]))
                 continue
-            own = [p for p in slots if _like(node, params) and steps[: len(p)] == p]
+            own = [p for p in slots if alike(node, params) and steps[: len(p)] == p]
             if own:
                 where = _numberless(jax.tree_util.keystr(inner), slots[own[0]])
                 kind = jax.tree_util.keystr(path) + where
@@ -127,7 +127,7 @@ def _numberless(path: str, slot: Slot) -> str:
     return f"{re.sub(r'[0-9]+', '*', path)} {slot.spec}"
 
 
-def _like(node: Any, params: Any) -> bool:
+def alike(node: Any, params: Any) -> bool:
     """Whether a node of a state is a tree like the parameters (which may be a list or a dict)."""
     if type(node) is not type(params):
         return False

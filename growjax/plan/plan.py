@@ -19,6 +19,8 @@ from growjax.data.objectives import Objective, batch_shapes
 from growjax.data.sources import Source
 from growjax.errors import GrowjaxError, PlanError
 from growjax.gates import is_gated, ungated
+from growjax.growth import Births
+from growjax.growth.births import grown_shapes
 from growjax.maps import fold_in_name
 from growjax.models.protocol import Config, kind_of
 from growjax.parallel import Layout
@@ -208,6 +210,17 @@ def birth(plan: Plan, seed: Any) -> Any:
     return model
 
 
+def births_at_start(plan: Plan) -> Births:
+    """The births of the coordinates of the model before the first stage."""
+    if plan.start is None or not plan.start.operators:
+        return Births.original(plan.origin)
+    model = eqx.filter_eval_shape(plan.model.build, plan.key("model"))
+    births = Births.original(model)
+    for op in plan.start.operators:
+        births, model = births.grown(op, model), ungated(grown_shapes(op, model))
+    return births
+
+
 def purpose_key(seed: int, name: str) -> PRNGKeyArray:
     """The key for one purpose of a run: "model" or "grow"."""
     return fold_in_name(jax.random.key(seed), name)
@@ -257,8 +270,7 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
     faults = [] if faults is None else faults
     spans: list[Span] = []
     try:
-        model = plan.origin
-        axes_of(model)
+        model, births = plan.origin, births_at_start(plan)
     except GrowjaxError as error:
         where = "model" if plan.start is None else "start"
         faults.append(f"{where}: " + str(error).replace("\n", "\n    "))
@@ -269,6 +281,7 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
         return spans
     # Steps, tokens and cost before the stage, and the share of the budget at its end
     start, tokens, spent, share = 0, 0, 0, 0.0
+    grown_at = (0,) * (int(births.growths) + 1)
     for n, stage in enumerate(plan.stages):
         where = f"stage {n} {stage.name!r}: "
         # Gates of the stage before are open by its end, and dropped here
@@ -276,6 +289,7 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
         batch, objective = stage.batch or plan.batch, stage.objective or plan.objective
         try:
             if stage.grow is not None:
+                births, grown_at = births.grown(stage.grow, model), (*grown_at, start)
                 model = eqx.filter_eval_shape(stage.grow, model, key=plan.key("grow"))
             misfits = list(_shape_faults(plan, batch, objective, model))
             if not misfits and stage.objective is not None:
@@ -323,6 +337,8 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
             model,
             batch,
             objective,
+            births,
+            grown_at,
         )
         spans.append(span)
         start, spent = start + len(costs), spent + sum(costs)

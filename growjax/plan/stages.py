@@ -17,7 +17,7 @@ from growjax.cost import flops as count_flops
 from growjax.cost import parameters
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.errors import PlanError
-from growjax.growth import Operator
+from growjax.growth import Births, Operator
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.select import Selector
 from growjax.subnet import Coins, PathSchedule, RandomPath, Subnet, random_path
@@ -188,6 +188,8 @@ class Span(NamedTuple):
     - `ops`: the different operations of the stage, and how often each runs.
     - `firsts`: of each of these operations, the first step (of the stage) that runs it.
     - `model`: the shapes of the model that it trains, gates included.
+    - `births`: the number of the growth that each coordinate was born in.
+    - `grown_at`: the step of the run that each growth happens before; the first is the birth.
     """
 
     index: int
@@ -203,6 +205,8 @@ class Span(NamedTuple):
     model: Any
     batch: int
     objective: Objective
+    births: Births
+    grown_at: tuple[int, ...]
 
     @property
     def steps(self) -> int:

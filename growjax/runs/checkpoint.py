@@ -161,6 +161,11 @@ def read_lineage(path: str | Path) -> dict[str, Any]:
     lineage = {name: value for name, value in sealed_lineage.items() if name != "seal"}
     if sealed(lineage)["seal"] != sealed_lineage["seal"]:
         raise damaged(path, "its lineage was changed after it was written")
+    if "births" not in lineage:
+        raise CheckpointError(
+            f"{path}: it was written before checkpoints said which growth added what, by growjax "
+            f"{lineage.get('growjax')}; this version does not read it"
+        )
     faults = list(lineage_faults(lineage))
     if faults:
         raise damaged(path, "its lineage makes no sense", faults)
@@ -258,6 +263,14 @@ def _counts(x: Any) -> bool:
     return isinstance(x, dict) and all(_count(n) for n in x.values())
 
 
+def _births(x: Any) -> bool:
+    """Whether it is `{axis: [[birth, how many in a row], ...]}`."""
+    if not isinstance(x, dict) or not all(isinstance(runs, list) for runs in x.values()):
+        return False
+    pairs = [pair for runs in x.values() for pair in runs]
+    return all(isinstance(p, list) and len(p) == 2 and all(map(_count, p)) for p in pairs)
+
+
 def _number(x: Any, most: float = math.inf) -> bool:
     number = isinstance(x, int | float) and not isinstance(x, bool)
     return number and math.isfinite(x) and 0 <= x <= most
@@ -295,6 +308,7 @@ _FIELDS: dict[str, tuple[str, _Check]] = {
     "gated": ("true or false", _is(bool)),
     "level": ("a number from 0 to 1", lambda x: _number(x, 1.0)),
     "sizes": ("whole numbers by axis", _counts),
+    "births": ("the births of coordinates by axis", _births),
     "stage": ("a whole number", _count),
     "step": ("a whole number", _count),
     "tokens": ("a whole number", _count),

@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from growjax.axes import partition, sizes
 from growjax.errors import CheckpointError
 from growjax.gates import opened, ungated
-from growjax.growth import Operator
+from growjax.growth import Births, Operator
+from growjax.growth.births import grown_shapes
 from growjax.parallel import model_shardings, replicated, state_shardings
 from growjax.plan.optimizer import Optimizer
 from growjax.programs.step import checksums
 from growjax.runs.checkpoint import load, numbered, read_lineage
 from growjax.runs.run import checkpoint_in
-from growjax.values import from_dict
+from growjax.values import from_dict, short
 
 
 def digest_of(tree: Any) -> str:
@@ -50,14 +51,28 @@ def optimizer_of(lineage: Mapping[str, Any]) -> Optimizer:
 def model_of(lineage: Mapping[str, Any]) -> Any:
     """The shapes of the model that a checkpoint holds, rebuilt from its lineage alone.
 
-    Raises `CheckpointError` if the lineage describes no model, or one of other sizes than it says.
+    Raises `CheckpointError` if the lineage describes no model, or one of other sizes or births than it
+    says.
     """
+    return _rebuilt(lineage)[0]
+
+
+def births_of(lineage: Mapping[str, Any]) -> Births:
+    """The growth that each coordinate of the model in a checkpoint was born in.
+
+    Growth n is the n-th of the lineage's operators. Raises `CheckpointError` as `model_of`.
+    """
+    return _rebuilt(lineage)[1]
+
+
+def _rebuilt(lineage: Mapping[str, Any]) -> tuple[Any, Births]:
     config, operators = _decoded("model", lineage["model"]), operators_of(lineage)
     key = jax.random.key(0)
     try:
         model = eqx.filter_eval_shape(lambda: config.build(key))
+        births = Births.original(model)
         for op in operators:
-            model = eqx.filter_eval_shape(lambda m, op=op: op(m, key=key), ungated(model))
+            births, model = births.grown(op, ungated(model)), grown_shapes(op, ungated(model))
     except Exception as error:
         # Whatever a strange configuration breaks, the lineage is what is wrong
         raise CheckpointError(f"lineage: it describes no model: {error}") from error
@@ -66,7 +81,12 @@ def model_of(lineage: Mapping[str, Any]) -> Any:
         raise CheckpointError(
             f"lineage: it describes a model of sizes {sizes(model)} and says {lineage['sizes']}"
         )
-    return model
+    if births.runs() != lineage["births"]:
+        raise CheckpointError(
+            f"lineage: its operators add {births.ranges()} to the model, and its births are others: "
+            f"{short(lineage['births'])}"
+        )
+    return model, births
 
 
 def _decoded(field: str, saved: Any) -> Any:

@@ -199,6 +199,7 @@ class Saves:
             "gated": span.stage.grow is not None,
             "level": level,
             "sizes": span.sizes,
+            "births": span.births.runs(),
             "stage": span.index,
             "step": step,
             "tokens": span.tokens + (step - span.start) * span.step_tokens,

@@ -48,7 +48,7 @@ from growjax.plan.stages import Fork
 from growjax.programs.step import Programs, checksums
 from growjax.runs.checkpoint import load, numbered, read_lineage, write
 from growjax.runs.feed import CorpusFeed
-from growjax.runs.lineage import load_model, model_of, operators_of, optimizer_of
+from growjax.runs.lineage import births_of, load_model, model_of, operators_of, optimizer_of
 from growjax.runs.records import End
 from growjax.runs.run import Run, checkpoint_in
 from growjax.runs.watch import watch
@@ -377,6 +377,7 @@ def grow_checkpoint(
         "gated": True,
         "level": 0.0,
         "sizes": sizes(grown.model),
+        "births": births_of(lineage).grown(op, ungated(model)).runs(),
         "parent": path.name,
         "checksums": numbered(grown, jax.jit(checksums)),
         "certificate": certificate.to_dict(),
@@ -466,8 +467,10 @@ def describe(path: str | Path, console: Console) -> None:
         f"{lineage['seconds']:.0f} s of training; seed {lineage['seed']}, growjax {lineage['growjax']}"
     )
     say(f"born as {from_dict(lineage['model'])}")
-    for op in operators_of(lineage):
-        say(f"grown by {op}")
+    added = births_of(lineage).ranges()
+    for n, op in enumerate(operators_of(lineage), 1):
+        new = "; ".join(f"{axis} {where}" for axis, where in added.get(n, {}).items())
+        say(f"growth {n}: grown by {op}, new are {new or 'no coordinates'}")
     if lineage["parent"]:
         say(f"after {lineage['parent']}")
     if start := lineage["start"]:

@@ -1,0 +1,185 @@
+"""Births: the number of the growth that every coordinate was born in, and masks of what is new.
+
+A coordinate of the model as it was first drawn has the number 0, one that the first growth added 1, and
+so on; a chain is one growth. Births move by the maps that move everything else: an old coordinate takes
+its number along wherever a map puts it, and every further copy of it is new. An entry of an array
+belongs to the youngest of its coordinates: what an old row holds in a new column is new.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from growjax.axes import Slot, axes_of, partition, put
+from growjax.errors import GrowthError, StateError, raise_all
+from growjax.growth.operator import Operator, atoms
+from growjax.algebra import AxisMap
+
+
+class Births(eqx.Module):
+    """The number of the growth that each coordinate was born in.
+
+    - `of`: `{axis: [size]}`, whole numbers; 0 is the birth of the model.
+    - `growths`: how many growths there were.
+
+    Arrays of NumPy or of JAX; under `jit` they may be traced.
+
+    **Example**
+
+        births = gj.Births.original(small).grown(op, small)
+        births.of["layers"]          # [0, 0, 0, 1, 1, 1] after gj.stack(layers=6)
+    """
+
+    of: dict[str, Int[Any, " size"]]
+    growths: Int[Any, ""]
+
+    @staticmethod
+    def original(model: Any) -> "Births":
+        """Those of a model that has not grown."""
+        sizes = axes_of(model).sizes
+        return Births({axis: np.zeros(n, np.int32) for axis, n in sizes.items()}, np.int32(0))
+
+    def grown(self, op: Operator, model: Any) -> "Births":
+        """Those of the model that `op` makes of `model`, of which only shapes are looked at.
+
+        Raises `StateError` if they are not those of the model.
+        """
+        self.check(model)
+        number, of = self.growths + 1, dict(self.of)
+        last = len(atoms(op)) - 1
+        for n, atom in enumerate(atoms(op)):
+            for move in atom.maps(axes_of(model)):
+                of[move.axis] = moved_births(of[move.axis], move, number)
+            if n < last:
+                model = grown_shapes(atom, model)
+        return Births(of, number)
+
+    def check(self, model: Any) -> None:
+        """Raise `StateError` that lists every axis of the model for which they are not."""
+        sizes = axes_of(model).sizes
+        have = {axis: np.shape(numbers)[0] for axis, numbers in self.of.items()}
+        raise_all(
+            StateError,
+            "births: expected a number for every coordinate of the model (gj.Births.original(model) is "
+            "for one that has not grown):",
+            [
+                f"{axis}: {have.get(axis, 0)} births, {sizes.get(axis, 0)} coordinates"
+                for axis in {**sizes, **have}
+                if have.get(axis) != sizes.get(axis)
+            ],
+        )
+
+    def masks(self, model: Any, part: Literal["new", "old"] | int = "new") -> Any:
+        """Which entries of the parameters are of one part: a tree like `gj.partition(model)[0]`.
+
+        Boolean arrays. `part` is "new" (the last growth's), "old" (all others), or the number of a
+        growth. Raises `StateError` for births of another model, and `GrowthError` for another part.
+        """
+        self.check(model)
+        known = part in ("new", "old") or (isinstance(part, int) and not isinstance(part, bool))
+        if not known:
+            raise GrowthError(
+                f"part: expected 'new', 'old' or the number of a growth, got {part!r}"
+            )
+        params = partition(model)[0]
+        table, masks = axes_of(params), {}
+        for slot in table.of_kind("param"):
+            if slot.arrays():
+                births = entry_births(slot, self.of, table.sizes)
+                chosen = births == (self.growths if isinstance(part, str) else part)
+                chosen = ~chosen if part == "old" else chosen
+                xp = np if isinstance(chosen, np.ndarray) else jnp
+                masks[slot.steps] = xp.broadcast_to(chosen, slot.value.shape)
+        return put(params, masks)
+
+    def ranges(self) -> dict[int, dict[str, str]]:
+        """For people: of every growth, the coordinates that it added: `{1: {"layers": "3-5"}}`."""
+        words: dict[int, dict[str, str]] = {}
+        for axis, numbers in self.of.items():
+            numbers = np.asarray(numbers)
+            for number in np.unique(numbers).tolist():
+                if number:
+                    words.setdefault(number, {})[axis] = _ranges(np.flatnonzero(numbers == number))
+        return dict(sorted(words.items()))
+
+    def runs(self) -> dict[str, list[list[int]]]:
+        """For a file: the births of every axis as `[birth, how many in a row]`."""
+        return {axis: _runs(np.asarray(numbers)) for axis, numbers in self.of.items()}
+
+
+def new(op: Operator, model: Any) -> Any:
+    """Which entries of the grown model's parameters `op` adds: masks, like its trained half.
+
+    A tree like `gj.partition(grown)[0]` with a boolean array in place of every parameter: True at the
+    entries that have a new coordinate, whether it is drawn or a copy. `model` is the one before growth,
+    of which only shapes are looked at. What several growths added is in `gj.Births`.
+
+    **Example**
+
+        masks = gj.new(gj.stack(layers=6), small)
+        masks.blocks.block.mlp.up[:, 0, 0]       # [False, False, False, True, True, True]
+    """
+    if not isinstance(op, Operator):
+        raise GrowthError(f"op: expected an operator such as gj.msg(mlp=2048), got {op!r}")
+    births = Births.original(model).grown(op, model)
+    return births.masks(grown_shapes(op, model))
+
+
+def grown_shapes(op: Operator, model: Any) -> Any:
+    """The grown model without its numbers."""
+    return eqx.filter_eval_shape(lambda m: op(m, key=jax.random.key(0)), model)
+
+
+def moved_births(births: Any, move: AxisMap, number: Any, *, fresh: bool = False) -> Any:
+    """Births along the axis of a map after it; what is new was born in growth `number`.
+
+    With `fresh` only what has no source is new, and a copy is as old as what it copies.
+    """
+    xp = np if isinstance(births, np.ndarray) else jnp
+    young = move.source < 0 if fresh else move.is_new()
+    if not births.shape[0]:
+        return xp.full(move.length, number, births.dtype)
+    old = births[np.maximum(move.source, 0)]
+    return xp.where(young, xp.asarray(number, births.dtype), old)
+
+
+def entry_births(slot: Slot, births: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
+    """The growth that each entry of a leaf was born in, shaped to broadcast to it."""
+    numpy = all(isinstance(births[dim.axis], np.ndarray) for dim in slot.dims)
+    xp = np if numpy else jnp
+    return over_entries(slot, births, sizes, xp.maximum, xp.zeros((1,) * len(slot.dims), np.int32))
+
+
+def over_entries(
+    slot: Slot, vectors: Mapping[str, Any], sizes: Mapping[str, int], combine: Callable, start: Any
+) -> Any:
+    """What `combine` makes of the numbers of each entry's coordinates, shaped to broadcast to the leaf.
+
+    `vectors` holds a number for every coordinate of every axis, and `start` is an array of one entry.
+    """
+    total: Any = start
+    for i, dim in enumerate(slot.dims):
+        vector = vectors[dim.axis].reshape((-1,) + (1,) * (len(slot.dims) - i - 1))
+        total = combine(total, vector)
+    if all(count == 1 for count in slot.spec.groups):
+        return total
+    shape = [sizes[dim.axis] for dim in slot.dims]
+    whole: Any = (np if isinstance(total, np.ndarray) else jnp).broadcast_to(total, shape)
+    return slot.join(whole)
+
+
+def _runs(numbers: np.ndarray) -> list[list[int]]:
+    cuts = np.flatnonzero(np.diff(numbers)) + 1
+    return [[int(run[0]), len(run)] for run in np.split(numbers, cuts) if len(run)]
+
+
+def _ranges(indices: np.ndarray) -> str:
+    """Indices for people: `0, 3-5`; long lists are cut off."""
+    pieces = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
+    words = [str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in pieces]
+    return ", ".join(words[:8]) + (f" and {len(words) - 8} more" if len(words) > 8 else "")

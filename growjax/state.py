@@ -1,0 +1,217 @@
+"""All that a loop of one's own carries from step to step, grown in one call.
+
+`gj.grow(op, State(...))` is `gj.grow` of the model and `gj.carry` of its optimizer's state, bit by bit.
+Averages of the weights follow, the data cursor stays where it is, and births say what was new when.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from growjax import growth, maps
+from growjax.axes import Slot, axes_of, get, partition, put
+from growjax.errors import StateError, raise_all
+from growjax.growth import Births, Operator, atoms
+from growjax.growth.births import entry_births, moved_births
+from growjax.algebra import AxisMap
+from growjax.maps import WEIGHT
+from growjax.optim.carrying import carry
+from growjax.optim.probe import alike
+
+
+Model = TypeVar("Model")
+
+
+class State(eqx.Module):
+    """A model, its optimizer's state, averages of its weights and a data cursor, which grow together.
+
+    **Fields**
+
+    - `model`: the model, or anything else with axes.
+    - `opt_state`: what `optimizer.init(gj.partition(model)[0])` and updates gave; None if there is none.
+    - `average`: averages of the weights: models, or trained halves of one, in any tree (a dict of some,
+      an `optax.EmaState`). Numbers beside them stay as they are.
+    - `cursor`: where the data is read next, or whatever else growth leaves alone.
+    - `births`: the growth that every coordinate was born in; those of a model that has not grown, unless
+      given.
+
+    A pytree, so it goes through `jit`, `jax.tree.map` and checkpoints.
+
+    **Example**
+
+        state = gj.State(model, tx.init(gj.partition(model)[0]), average=model, cursor=0)
+        state = gj.grow(gj.stack(layers=12), state, optimizer=tx, key=key)
+    """
+
+    model: Any
+    opt_state: Any
+    average: Any
+    cursor: Any
+    births: Births
+
+    def __init__(
+        self,
+        model: Any,
+        opt_state: Any = None,
+        average: Any = None,
+        *,
+        cursor: Any = None,
+        births: Births | None = None,
+    ):
+        self.model, self.opt_state, self.average, self.cursor = model, opt_state, average, cursor
+        given = Births.original(model) if births is None else births
+        self.births = jax.tree.map(jnp.asarray, given)
+
+    def masks(self, part: Literal["new", "old"] | int = "new") -> Any:
+        """Which entries of the parameters the last growth added, or another part: `gj.Births.masks`."""
+        return self.births.masks(self.model, part)
+
+
+def grow(
+    op: Operator,
+    model: Model,
+    *,
+    key: PRNGKeyArray | None = None,
+    donate: bool = False,
+    optimizer: Any = None,
+    copies: Literal["dual", "zero"] = "dual",
+) -> Model:
+    """Grow a model, or a `gj.State` with all that belongs to one: a pure, jit-compiled call.
+
+    **Arguments**
+
+    - `op`: an operator or a chain.
+    - `model`: a model, or a `gj.State`.
+    - `key`: needed by operators that draw new coordinates.
+    - `donate`: free the old arrays that grew (shapes change, so they can never be reused).
+    - `optimizer`, `copies`: of a state, the transformation that its `opt_state` is of, and what becomes
+      of copies; see `gj.carry`.
+
+    Leaves that no map touches are not copied: both models hold the same arrays. In a state, entries of an
+    average move as the weights do, and where a coordinate is fresh its average is its own weight. What an
+    average holds that is not trained (buffers, gates) is the grown model's.
+
+    Raises `GrowthError` for parameters that are not finite, `StateError` for a state that cannot be
+    carried or an average that is none, and whatever the operator's maps raise (`AxisError`, `GateError`,
+    `GrowthError`), always before anything is computed. Works under `jit`, where values are not looked at.
+
+    **Example**
+
+        big = gj.grow(gj.msg(mlp=2048), small, key=jax.random.key(0))
+        state = gj.grow(gj.msg(mlp=2048), state, optimizer=tx, key=jax.random.key(0))
+    """
+    if not isinstance(model, State):
+        if optimizer is not None:
+            raise StateError(
+                "optimizer: a model is grown alone; give gj.State(model, opt_state), or use gj.carry"
+            )
+        return growth.grow(op, model, key=key, donate=donate)
+    return _grown_state(op, model, key, donate, optimizer, copies)
+
+
+def _grown_state(op, state: State, key, donate: bool, optimizer, copies) -> Any:
+    raise_all(StateError, "this state cannot grow:", list(_faults(state, optimizer)))
+    births = state.births.grown(op, state.model)
+    opt_state = state.opt_state
+    if opt_state is not None:
+        opt_state = carry(op, opt_state, state.model, optimizer=optimizer, key=key, copies=copies)
+    model = growth.grow(op, state.model, key=key)
+    average = _grown_average(op, state, model)
+    grown = State(model, opt_state, average, cursor=state.cursor, births=births)
+    if donate:
+        kept = {id(leaf) for leaf in jax.tree.leaves(grown)}
+        for leaf in jax.tree.leaves((state.model, state.opt_state, state.average)):
+            if isinstance(leaf, jax.Array) and id(leaf) not in kept and not leaf.is_deleted():
+                leaf.delete()
+    return grown
+
+
+def _faults(state: State, optimizer: Any) -> Iterator[str]:
+    if state.opt_state is not None and optimizer is None:
+        yield "optimizer: expected the transformation that opt_state is of, got None"
+    if state.opt_state is None and optimizer is not None:
+        yield "opt_state: expected what the optimizer keeps, got None; give State(model, opt_state)"
+    wanted = {slot.path: slot for slot in _params(state.model)}
+    for where, node in _averages(state):
+        if not alike(node, state.model):
+            if np.ndim(node):
+                yield (
+                    f"{where}: expected a model like the one that grows, its trained half, or a number, "
+                    f"got an array of shape {np.shape(node)}"
+                )
+            continue
+        have = {slot.path: slot for slot in _params(node)}
+        for path, slot in wanted.items():
+            shape = np.shape(have[path].value) if path in have else "nothing"
+            if shape != slot.value.shape:
+                yield f"{where}.{path}: expected shape {slot.value.shape}, got {shape}"
+
+
+def _averages(state: State) -> list[tuple[str, Any]]:
+    """The models in `average`, and what stands beside them, by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(
+        state.average, is_leaf=lambda node: alike(node, state.model)
+    )
+    return [(f"average{jax.tree_util.keystr(path)}", node) for path, node in leaves]
+
+
+def _params(model: Any) -> list[Slot]:
+    return [slot for slot in axes_of(model).of_kind("param") if slot.arrays()]
+
+
+def _grown_average(op: Operator, state: State, grown: Any) -> Any:
+    """The averages of the grown model's weights, in the tree that they were in."""
+    like = lambda node: alike(node, state.model)  # noqa: E731
+    nodes, structure = jax.tree.flatten(state.average, is_leaf=like)
+    models = [node for node in nodes if like(node)]
+    if not models:
+        return state.average
+    trained, rest = partition(grown)
+    halves = _averaged(op, state.model, trained, [partition(node)[0] for node in models])
+    moved = iter(
+        half if _is_half(node) else eqx.combine(half, rest)
+        for node, half in zip(models, halves, strict=True)
+    )
+    return structure.unflatten([next(moved) if like(node) else node for node in nodes])
+
+
+def _is_half(node: Any) -> bool:
+    """Whether a tree holds nothing but what is trained."""
+    return not jax.tree.leaves(partition(node)[1])
+
+
+@eqx.filter_jit
+def _averaged(op: Operator, model: Any, trained: Any, halves: list[Any]) -> list[Any]:
+    """Trained halves of averages after an operator; `trained` is that of the grown model."""
+    sources = {slot.steps: slot for slot in _params(model)}
+    values = [{steps: get(half, steps) for steps in sources} for half in halves]
+    # Which growth the history of each coordinate began in: 1 where it is drawn now
+    began = {a: np.zeros(n, np.int32) for a, n in axes_of(model).sizes.items()}
+    for move, before in _hops(op, model):
+        table = axes_of(before)
+        for slot in table.having(move.axis, "param"):
+            if slot.arrays():
+                for held in values:
+                    held[slot.steps] = maps.carry_array(move, table, slot, held[slot.steps], WEIGHT)
+        began[move.axis] = moved_births(began[move.axis], move, 1, fresh=True)
+    table = axes_of(trained)
+    for slot in _params(trained):
+        fresh = entry_births(slot, began, table.sizes) > 0
+        for held in values if fresh.any() else ():
+            own = slot.value.astype(held[slot.steps].dtype)
+            held[slot.steps] = jnp.where(fresh, own, held[slot.steps])
+    return [put(trained, held) for held in values]
+
+
+def _hops(op: Operator, model: Any) -> Iterator[tuple[AxisMap, Any]]:
+    """Every map of an operator, and the shapes of the model that it is applied to."""
+    key = jax.random.key(0)
+    for atom in atoms(op):
+        for move in atom.maps(axes_of(model)):
+            yield move, model
+            model = eqx.filter_eval_shape(lambda m, move=move: maps.apply(move, m, key), model)
