@@ -274,9 +274,11 @@ TABLE = """
 - return jnp.where(young, 0, age[np.maximum(move.source, 0)])
 + return age[np.maximum(move.source, 0)]
 @ as old as the oldest | optim/age.py | optim | youngest
-- jnp.minimum(least, vector)
-+ jnp.maximum(jnp.where(least == top, 0, least), vector)
-@ as old as the last axis | optim/age.py | optim | youngest
+- return over_entries(slot, vectors, sizes, jnp.minimum, start)
++ return over_entries(
++         slot, vectors, sizes, lambda a, b: jnp.maximum(jnp.where(a == top, b, a), b), start
++     )
+@ as old as the last axis | growth/births.py | optim | youngest
 - for i, dim in enumerate(slot.dims):
 + for i, dim in list(enumerate(slot.dims))[-1:]:
 @ copies behind a gate keep moments | optim/carrying.py | optim | moments_of_new
@@ -389,7 +391,7 @@ TABLE = """
 -         k, v = (gated(gated(h, self.gate_kv_heads, -2), self.gate_head_dim) for h in (k, v))
 + k, v = (gated(gated(h, self.gate_kv_heads, -2), self.gate_head_dim) for h in (k, v))
 +         k = k if self.k_norm is None else self.k_norm(k)
-@ ages of axes in brackets stay apart | optim/age.py | survivors | two_axes_in_one
+@ ages of axes in brackets stay apart | growth/births.py | survivors | two_axes_in_one
 - if all(count == 1 for count in slot.spec.groups):
 + if slot.spec.groups:
 @ norms in the activations' dtype | nn/norm.py | survivors | norm_is_computed

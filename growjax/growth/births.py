@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from growjax.algebra import AxisMap
 from growjax.axes import Slot, axes_of, partition, put
 from growjax.errors import GrowthError, StateError, raise_all
 from growjax.growth.operator import Operator, atoms
-from growjax.algebra import AxisMap
 
 
 class Births(eqx.Module):
