@@ -368,6 +368,58 @@ def evaluate(
 
 
 @app.command
+def sweep(
+    plan: tyro.conf.Positional[Path],
+    over: tuple[str, ...],
+    run: Path,
+    out: Path | None = None,
+    margin: float | None = None,
+    evaluations: int = 20,
+    held_out: int = 256,
+    held_out_end: int = 4096,
+    allow: tuple[str, ...] = (),
+    programs: str = "",
+) -> None:
+    """Train a plan with every combination of some values of its fields, and say which ended lowest.
+
+    The same command goes on where it stopped. Exit statuses are those of `train`.
+
+    Args:
+        plan: A JSON file, or a Python file that defines `plan`.
+        over: Fields and their values, such as rate.peak=1e-3,2e-3 seed=0,1,2,3,4,5.
+        run: The folder of the runs, each in one that is called after its values.
+        out: The page to write; by default sweep.html in that folder.
+        margin: A difference that counts as none, in nats, decided on before the runs.
+        evaluations: How often to evaluate each on held-out text, evenly over its cost.
+        held_out: Windows of held-out text that each evaluation takes; always the same ones.
+        held_out_end: Windows that the finished models are evaluated on; 0 for none.
+        allow: Packages of your own that files may import, such as my_pkg; runs their code.
+        programs: The folder of compiled programs; see `train`.
+    """
+    _allow(allow)
+    from growjax import parallel
+
+    parallel.keep_programs(run / "cache" / "programs", programs)
+    from rich.console import Console
+
+    from growjax.report import sweep as swept
+    from growjax.train import Options
+
+    status, _ = swept.sweep(
+        plan,
+        over,
+        run,
+        Options(held_out=held_out, held_out_end=held_out_end),
+        evaluations=evaluations,
+        out=out,
+        margin=margin,
+        console=Console(),
+    )
+    if status:
+        _leave(status)
+
+
+@app.command
 def compare(
     runs: tyro.conf.Positional[tuple[Path, ...]],
     out: Path = Path("compare.html"),

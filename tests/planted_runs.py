@@ -224,4 +224,13 @@ TABLE = """
 @ what others fork from is dropped | runs/checkpoint.py | forks | of_nothing
 - wanted = step in self.keep or (self.keep_every and step % self.keep_every == 0)
 + wanted = self.keep_every and step % self.keep_every == 0
+@ an optimum at the edge of a sweep goes unsaid | report/sweep.py | sweep | where_the_best_is
+- if name != "seed" and len(numbers) > 1 and value in (numbers[0], numbers[-1]):
++ if name != "seed" and len(numbers) > 1 and value == numbers[0]:
+@ each seed of a sweep is an arm | report/sweep.py | sweep | where_the_best_is
+- for name, x in values.items() if name != "seed"]
++ for name, x in values.items() if name]
+@ runs of a tree are named by their plans | plan/prefix.py | sweep | where_the_best_is
+- names = [plan.name for plan in plans] if names is None else names
++ names = [f"{n} {plan.name}" for n, plan in enumerate(plans)]
 """

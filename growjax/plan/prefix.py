@@ -58,14 +58,16 @@ def shared_steps(first: Plan, second: Plan) -> tuple[int, int]:
     return steps, stage
 
 
-def branches(plans: Sequence[Plan], folder: str | Path) -> list[Branch]:
+def branches(
+    plans: Sequence[Plan], folder: str | Path, names: Sequence[str] | None = None
+) -> list[Branch]:
     """Plans as a tree: each forks from the earlier one that it has the most steps in common with.
 
-    They are to be trained in this order, each into the folder named after it, with the checkpoints that
-    later ones fork from (`Options.save_at`). What several have in common is then trained once, and every
-    run ends with the same bits as if it had been trained alone.
+    They are to be trained in this order, each into the folder named after it (or by `names`), with the
+    checkpoints that later ones fork from (`Options.save_at`). What several have in common is then trained
+    once, and every run ends with the same bits as if it had been trained alone.
 
-    Raises `PlanError` for two plans of one name.
+    Raises `PlanError` for two folders of one name.
 
     **Example**
 
@@ -73,7 +75,7 @@ def branches(plans: Sequence[Plan], folder: str | Path) -> list[Branch]:
             for record in train(branch.plan, run=branch.run, options=Options(save_at=branch.save_at)):
                 ...
     """
-    names = [plan.name for plan in plans]
+    names = [plan.name for plan in plans] if names is None else names
     twice = sorted({name for name in names if names.count(name) > 1})
     headline = "these plans cannot be trained as a tree:"
     raise_all(PlanError, headline, [f"{name!r}: two plans are called so" for name in twice])
@@ -84,11 +86,14 @@ def branches(plans: Sequence[Plan], folder: str | Path) -> list[Branch]:
         common = [(shared_steps(earlier, plan)[0], -m) for m, earlier in enumerate(plans[:n])]
         steps, place = max(common, default=(0, 0))
         if plan.fork is None and steps > 0:
-            trunk = plans[-place].name
+            trunk = names[-place]
             save_at[trunk].add(steps)
             plan = dataclasses.replace(plan, fork=Fork(str(folder / trunk), steps))
         forked.append(plan)
-    return [Branch(plan, folder / plan.name, tuple(sorted(save_at[plan.name]))) for plan in forked]
+    return [
+        Branch(plan, folder / name, tuple(sorted(save_at[name])))
+        for plan, name in zip(forked, names, strict=True)
+    ]
 
 
 def fork_faults(trunk: Plan, plan: Plan, step: int, stage: int) -> Iterator[str]:

@@ -145,7 +145,7 @@ def _data(run: Run, about: Mapping[str, Any]) -> str:
 def _recipe(plan: Plan) -> str:
     """The plan as text, without its seed and where it lies: equal for the runs of one arm."""
     saved = to_dict(plan)
-    for name in ("seed", "layout", "data"):
+    for name in ("seed", "layout", "data", "fork"):
         saved.pop(name, None)
     if saved.get("start"):
         saved["start"].pop("folder", None)

@@ -205,6 +205,26 @@ def train_plans(
     if fork is not None:
         plans = [dataclasses.replace(plans[0], fork=_fork_of(fork))]
     tree = [Branch(plans[0], Path(run), ())] if len(plans) == 1 else branches(plans, run)
+    return train_tree(
+        tree,
+        options,
+        evaluations=evaluations,
+        reference=reference,
+        trackers=trackers,
+        console=console,
+    )
+
+
+def train_tree(
+    tree: Sequence[Branch],
+    options: Options,
+    *,
+    evaluations: int = 20,
+    reference: Any = None,
+    trackers: Sequence[str] = (),
+    console: Console,
+) -> int:
+    """Train the plans of a tree in their order; the exit status is that of the first one that stopped."""
     for branch in tree:
         if len(tree) > 1:
             console.print(f"plan {branch.plan.name}, into {branch.run}", markup=False)
