@@ -446,6 +446,6 @@ class Held(eqx.Module):
 
 
 def test_arrays_in_a_namedtuple_are_annotated_and_grown():
-    held = Held(Pair(ones(2, 3), ones(3)))
-    model = gj.annotate(held, {"pair.left": "embed -> mlp", "pair.right": "-> mlp"})
+    held = Held(Pair(ones(3, 2), ones(3)))
+    model = gj.annotate(held, {"pair.left": "mlp -> embed", "pair.right": "-> mlp"})
     assert sizes(eqx.filter_eval_shape(gj.copy(mlp=6), model)) == dict(embed=2, mlp=6)
