@@ -18,6 +18,7 @@ from growjax import maps as maps
 from growjax import models as models
 from growjax import nn as nn
 from growjax import optim as optim
+from growjax import specs as specs
 from growjax import state as state
 from growjax import subnet as subnet
 from growjax import values as values
@@ -30,6 +31,7 @@ from growjax.axes import axes_of as axes_of
 from growjax.axes import branch as branch
 from growjax.axes import buffer as buffer
 from growjax.axes import gate as gate
+from growjax.axes import norm as norm
 from growjax.axes import param as param
 from growjax.axes import partition as partition
 from growjax.axes import sizes as sizes

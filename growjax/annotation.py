@@ -33,8 +33,8 @@ class Annotated(eqx.Module):
         return self.model(*args, **kwargs)
 
     def declarations(self, steps: tuple) -> Iterator[tuple[tuple, Declaration, Any]]:
-        """Every annotated array with the first declaration that matches it."""
-        for path, inner, leaf in _array_leaves(self.model):
+        """Every annotated array, and empty field, with the first declaration that matches it."""
+        for path, inner, leaf in (*_array_leaves(self.model), *_empty_fields(self.model)):
             said = [d for pattern, d in self.specs if fnmatch.fnmatchcase(path, pattern)]
             if said and not any(fnmatch.fnmatchcase(path, p) for p in self.ignore):
                 yield (*steps, "model", *inner), said[0], leaf
@@ -90,7 +90,8 @@ def annotate(
     **Arguments**
 
     - `specs`: leaf-path pattern (`*` matches anything) to spec; the first match counts. A
-      `Declaration` in place of the string says more than "a trained array".
+      `Declaration` in place of the string says more than "a trained array". A pattern may match a field
+      that holds None: `"norm.weight": "~embed"` declares a norm that has no gain.
     - `ignore`: patterns of arrays that are neither grown nor trained.
     - `statics`: pattern of a static field that repeats a size, to its axis (or a tuple of axes, for
       a shape). They are read for sizes that no array shows, and rewritten when the axis grows.
@@ -107,7 +108,7 @@ def annotate(
         for pattern, said in specs.items()
     )
     annotated = Annotated(model, declared, tuple(ignore), tuple((statics or {}).items()))
-    paths = [path for path, _, _ in _array_leaves(model)]
+    paths = [path for path, _, _ in (*_array_leaves(model), *_empty_fields(model))]
     complaints = [
         f"{path}: it is held by a {type(holder).__name__}, which cannot be rebuilt; give plain dicts of "
         "arrays (of Flax, flax.core.unfreeze(params) or nnx.to_pure_dict(state))"
@@ -141,6 +142,24 @@ def _other_holder(model, steps: tuple) -> Any:
         if not isinstance(node, dict | list | tuple) and not dataclasses.is_dataclass(node):
             return node
     return None
+
+
+def _empty_fields(node: Any, steps: tuple = ()) -> Iterator[tuple[str, tuple, None]]:
+    """The fields that are no arrays because they hold None: the weight of a norm without one."""
+    if isinstance(node, eqx.Module):
+        fields = [f for f in dataclasses.fields(node) if not f.metadata.get("static", False)]
+        children = {f.name: getattr(node, f.name, None) for f in fields}
+    elif isinstance(node, dict):
+        children = node
+    elif isinstance(node, list | tuple):
+        children = dict(enumerate(node))
+    else:
+        return
+    for name, child in children.items():
+        if child is None:
+            yield ".".join(map(str, (*steps, name))), (*steps, name), None
+        else:
+            yield from _empty_fields(child, (*steps, name))
 
 
 def _array_leaves(model) -> list[tuple[str, tuple, Any]]:

@@ -8,28 +8,17 @@ A module declares its axes beside its arrays:
         down: Array = param("mlp -> embed")
         gate: Gate | None = gate("mlp")           # hides new coordinates; None costs nothing
 
-A *spec* names the dimensions in order. The arrow points from what a leaf consumes to what it
-produces, either way round (`"mlp <- embed"` is a `[mlp, embed]` array that consumes `embed`), and
-several arrows may be mixed. Around a name:
-
-    embed          no arrow: elementwise (a gain multiplies coordinate by coordinate)
-    ~embed         elementwise, and the statistics of a norm are taken over this axis
-    [vocab]        looked up by index, not contracted
-    <embed>        not a dimension: the leaf scales like a mean square over embed (a norm's epsilon)
-    <~embed>       the same of a variance: the norm subtracts its mean (a LayerNorm's epsilon)
-    (heads dim)    one dimension of the array that holds two axes, the first one slower
-    layers: ...    before a colon: leading stack axes (`stacked` and `Stacked` add them themselves)
-    {axis}         filled in from an attribute of the module
-
-`axes_of(model)` reads these declarations into one table; everything else in growjax follows from it.
+A *spec* names the dimensions in order, and arrows point from what the leaf consumes to what it
+produces; `growjax.specs` lists all that may stand in one. `axes_of(model)` reads the declarations into
+one table, and everything else in growjax follows from it.
 """
 
 import dataclasses
-import functools
+import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -38,85 +27,11 @@ import numpy as np
 from jaxtyping import Array
 
 from growjax.errors import AxisError, raise_all
+from growjax.specs import Dim, Role, Spec, solve_sizes
 
 
-Role = Literal["consumed", "produced", "elementwise", "lookup", "stack"]
 Kind = Literal["param", "buffer", "gate", "branch", "active"]
 _METADATA = "growjax"
-_TOKEN = re.compile(r"->|<-|[()]|\[\w+\]|<~?\w+>|~?\w+|\S")
-
-
-class Dim(NamedTuple):
-    """One axis of one leaf: its name, its role and whether a norm averages over it."""
-
-    axis: str
-    role: Role
-    normalised: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """A parsed spec. `groups[i]` is the number of axes that share dimension i of the array."""
-
-    dims: tuple[Dim, ...]
-    groups: tuple[int, ...]
-    means: tuple[str, ...] = ()
-    variances: tuple[str, ...] = ()
-
-    @staticmethod
-    @functools.cache
-    def parse(text: str) -> "Spec":
-        """Read a spec; raises `AxisError` that says what is wrong with it.
-
-        **Example**
-
-            Spec.parse("embed -> kv_heads head_dim").dims[0] == Dim("embed", "consumed")
-        """
-        stack, _, body = text.rpartition(":")
-        tokens = _TOKEN.findall(body)
-        arrows = [i for i, token in enumerate(tokens) if token in ("->", "<-")]
-
-        def role(i: int) -> Role:
-            left = max((a for a in arrows if a < i), default=None)
-            right = min((a for a in arrows if a > i), default=None)
-            into = [left is not None and tokens[left] == "->"]
-            into.append(right is not None and tokens[right] == "<-")
-            out = [left is not None and tokens[left] == "<-"]
-            out.append(right is not None and tokens[right] == "->")
-            if any(into) and any(out):
-                raise AxisError(
-                    f"spec {text!r}: {tokens[i]!r} lies between arrows that make it both "
-                    "consumed and produced; let every arrow point from consumed to produced"
-                )
-            return "produced" if any(into) else "consumed" if any(out) else "elementwise"
-
-        for name in stack.split():
-            if not name.isidentifier():
-                raise AxisError(f"spec {text!r}: cannot read {name!r}")
-        dims = [Dim(name, "stack") for name in stack.split()]
-        groups, open_group = [1] * len(dims), None
-        means, variances = list[str](), list[str]()
-        for i, token in enumerate(tokens):
-            if token in ("->", "<-"):
-                continue
-            elif token == "(" and open_group is None:
-                open_group = len(dims)
-            elif token == ")" and open_group is not None:
-                groups.append(len(dims) - open_group)
-                open_group = None
-            elif re.fullmatch(r"<~?\w+>", token):
-                (variances if "~" in token else means).append(token.strip("<~>"))
-            elif re.fullmatch(r"\[\w+\]|~?[A-Za-z_]\w*", token):
-                name = token.strip("[]~")
-                looked_up = token.startswith("[")
-                dims.append(Dim(name, "lookup" if looked_up else role(i), token.startswith("~")))
-                if open_group is None:
-                    groups.append(1)
-            else:
-                raise AxisError(f"spec {text!r}: cannot read {token!r}")
-        if open_group is not None:
-            raise AxisError(f"spec {text!r}: a bracket is not closed")
-        return Spec(tuple(dims), tuple(groups), tuple(means), tuple(variances))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +54,18 @@ def param(spec: str, *, init: Literal["normal", "zeros", "ones"] | None = None) 
     for a matrix.
     """
     return _field("param", spec, init)
+
+
+def norm(axis: str) -> Any:
+    """Declare that the module normalises over an axis without a gain: uneven copies would change it.
+
+    The field holds None. A gain that may be absent, `Array | None = param("~embed")`, says the same.
+
+    **Example**
+
+        statistics: None = gj.norm("embed")           # LayerNorm without weight and bias
+    """
+    return _field("param", f"~{axis}", default=None)
 
 
 def buffer(spec: str = "") -> Any:
@@ -209,9 +136,37 @@ class Slot:
         """The arrays in this slot: none, one, or the two of a gate."""
         return jax.tree.leaves(self.value)
 
+    @property
+    def parts(self) -> tuple["Slot", ...]:
+        """The blocks of the leaf, each as a slot; itself where no dimension is a sum."""
+        specs = enumerate(self.spec.parts)
+        each = (dataclasses.replace(self, path=f"{self.path}[{i}]", spec=spec) for i, spec in specs)
+        return tuple(each) or (self,)
+
+    def cut(self, array: Any, sizes: Mapping[str, int]) -> list[Any]:
+        """An array like the leaf, as its `parts` have it."""
+        if not self.spec.parts:
+            return [array]
+        terms = self.spec.terms[self.spec.summed]
+        lengths = [math.prod(dim.size(sizes) for dim in term) for term in terms]
+        before = (slice(None),) * self.spec.summed
+        ends = zip(itertools.accumulate(lengths), lengths, strict=True)
+        return [array[(*before, slice(end - n, end))] for end, n in ends]
+
+    def paste(self, pieces: Sequence[Any]) -> Any:
+        """The inverse of `cut`, for pieces of any sizes."""
+        if not self.spec.parts:
+            return pieces[0]
+        numpy = np if isinstance(pieces[0], np.ndarray) else jnp
+        return numpy.concatenate(pieces, self.spec.summed)
+
+    def mapped(self, function: Callable, array: Any, sizes: Mapping[str, int]) -> Any:
+        """An array like the leaf after `function(part, piece)` of every part."""
+        return self.paste(list(map(function, self.parts, self.cut(array, sizes))))
+
     def split(self, array: Array, sizes: Mapping[str, int]) -> Array:
-        """Give every axis a dimension of its own (see `(heads dim)` in a spec)."""
-        return array.reshape([sizes[dim.axis] for dim in self.dims])
+        """Give every axis of a part a dimension of its own (see `(heads dim)` in a spec)."""
+        return array.reshape([dim.size(sizes) for dim in self.dims])
 
     def join(self, array: Array) -> Array:
         """The inverse of `split`."""
@@ -227,7 +182,8 @@ class Axes(Mapping[str, Slot]):
 
     def __init__(self, slots: Sequence[Slot], known: Mapping[str, int] | None = None):
         self._slots = {slot.path: slot for slot in slots}
-        self.sizes = _solve_sizes(slots, known or {})
+        shaped = [(slot.path, slot.spec, np.shape(x)) for slot in slots for x in slot.arrays()]
+        self.sizes = solve_sizes(shaped, known or {})
 
     def __getitem__(self, path: str) -> Slot:
         return self._slots[path]
@@ -279,6 +235,17 @@ class Axes(Mapping[str, Slot]):
             for dim in slot.dims
         )
 
+    def named(self, name: str) -> tuple[str, ...]:
+        """The axes that a name stands for, itself or those of `heads`, the query heads, where factored.
+
+        Raises `AxisError` with the known names if there is none.
+        """
+        factored = {"heads": ("kv_heads", "group")}.get(name, ())
+        if name not in self.sizes and factored and set(factored) <= set(self.sizes):
+            return factored
+        self.size(name)
+        return (name,)
+
     def size(self, axis: str) -> int:
         """The size of an axis; raises `AxisError` with the known names if there is none."""
         if axis not in self.sizes:
@@ -287,54 +254,11 @@ class Axes(Mapping[str, Slot]):
         return self.sizes[axis]
 
 
-def _solve_sizes(slots: Sequence[Slot], known: Mapping[str, int]) -> dict[str, int]:
-    """Read every axis's size off the arrays, and report all disagreements at once."""
-    complaints: list[str] = []
-    seen: dict[str, dict[int, str]] = {name: {n: "given"} for name, n in known.items()}
-    shared: list[tuple[Slot, tuple[str, ...], int]] = []
-    for slot in slots:
-        for array in slot.arrays():
-            shape, groups = np.shape(array), slot.spec.groups
-            if len(shape) != len(groups):
-                names = " ".join(dim.axis for dim in slot.dims) or "no axis"
-                complaints.append(
-                    f"{slot.path}: declared with {len(groups)} dimensions ({names}), "
-                    f"but its shape is {shape}"
-                )
-                continue
-            start = 0
-            for length, count in zip(shape, groups, strict=True):
-                names = tuple(dim.axis for dim in slot.dims[start : start + count])
-                start += count
-                if count == 1:
-                    seen.setdefault(names[0], {}).setdefault(length, slot.path)
-                else:
-                    shared.append((slot, names, length))
-    for slot, names, length in shared:
-        open_names = [name for name in names if name not in seen]
-        rest = math.prod(next(iter(seen[n])) for n in names if n in seen)
-        if len(open_names) > 1 or length % rest:
-            complaints.append(
-                f"{slot.path}: cannot split a dimension of {length} into {names}; "
-                "each but one needs a size from another leaf, and they must divide it"
-            )
-        elif open_names:
-            seen[open_names[0]] = {length // rest: slot.path}
-        elif rest != length:
-            complaints.append(f"{slot.path}: {names} make {rest}, but the dimension is {length}")
-    for axis, places in seen.items():
-        if len(places) > 1:
-            where = ", ".join(f"{size} at {path}" for size, path in places.items())
-            complaints.append(f"axis {axis!r} has several sizes: {where}")
-    raise_all(AxisError, "the declared axes do not fit the arrays:", complaints)
-    return {axis: next(iter(places)) for axis, places in seen.items()}
-
-
 def _default_init(spec: Spec) -> Literal["normal", "zeros", "ones"]:
-    data = [dim for dim in spec.dims if dim.role != "stack"]
-    if any(dim.normalised for dim in data):
+    if any(dim.normalised for dim in spec.dims):
         return "ones"
-    return "zeros" if len(data) < 2 else "normal"
+    stacks = sum(dim.role == "stack" for dim in spec.dims)
+    return "zeros" if len(spec.groups) - stacks < 2 else "normal"
 
 
 def slot_of(steps, declaration: Declaration, value, *, prefix: str = "", owner=None) -> Slot:
@@ -448,30 +372,62 @@ def find(model: Any, steps: Sequence[str | int]) -> Any:
 def put(model: Any, values: Mapping[tuple[str | int, ...], Any]) -> Any:
     """A copy of the model with new values at some places, given by their steps.
 
-    Unlike `eqx.tree_at` it also fills places that hold None and changes static fields.
+    Unlike `eqx.tree_at` it also fills places that hold None and changes static fields. Raises `AxisError`
+    for places that the model does not have.
     """
+    return _put(model, dict(values), ())
+
+
+def _put(node: Any, values: Mapping[tuple, Any], path: tuple) -> Any:
     if () in values:
         return values[()]
     below: dict[str | int, dict[tuple, Any]] = {}
     for steps, value in values.items():
         below.setdefault(steps[0], {})[steps[1:]] = value
     if not below:
-        return model
-    if isinstance(model, dict):
-        return {name: put(old, below.get(name, {})) for name, old in model.items()}
-    if isinstance(model, list | tuple):
-        names = getattr(model, "_fields", range(len(model)))
-        items = [
-            put(old, below.get(name, below.get(i, {})))
-            for i, (name, old) in enumerate(zip(names, model, strict=True))
-        ]
-        return type(model)(*items) if hasattr(model, "_fields") else type(model)(items)
-    copy = object.__new__(type(model))  # no __init__: sizes may be halfway between two models
-    for field in dataclasses.fields(model):
-        if hasattr(model, field.name):
-            old = getattr(model, field.name)
-            object.__setattr__(copy, field.name, put(old, below.get(field.name, {})))
-    return copy
+        return node
+
+    def child(name: str | int, old: Any) -> Any:
+        inner = below.pop(name, None)
+        return old if inner is None else _put(old, inner, (*path, name))
+
+    if isinstance(node, dict):
+        new: Any = {name: child(name, old) for name, old in node.items()}
+    elif isinstance(node, tuple) and hasattr(node, "_fields"):
+        # By name in a model, by number in the state of an optimizer
+        items = zip(node._fields, enumerate(node), strict=True)
+        new = type(node)(*[child(i if i in below else name, x) for name, (i, x) in items])
+    elif isinstance(node, list | tuple):
+        new = type(node)(child(i, old) for i, old in enumerate(node))
+    elif not dataclasses.is_dataclass(node):
+        new = node
+    else:
+        new = object.__new__(type(node))  # no __init__: sizes may be halfway between two models
+        for field in dataclasses.fields(node):
+            if hasattr(node, field.name):
+                object.__setattr__(new, field.name, child(field.name, getattr(node, field.name)))
+    raise_all(
+        AxisError,
+        f"these places are not in the {type(node).__name__}:",
+        [".".join(map(str, (*path, name))) for name in below],
+    )
+    return new
+
+
+def recheck(node) -> None:
+    """What a module demands of its sizes when it is built, it demands after growth too."""
+    children: Any = ()
+    if isinstance(node, eqx.Module):
+        for cls in type(node).__mro__:
+            if "__check_init__" in vars(cls):
+                cls.__check_init__(node)
+        children = vars(node).values()
+    elif isinstance(node, list | tuple):
+        children = node
+    elif isinstance(node, dict):
+        children = node.values()
+    for child in children:
+        recheck(child)
 
 
 def partition(model: Any) -> tuple[Any, Any]:

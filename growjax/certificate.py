@@ -401,14 +401,14 @@ def _dead(model, gradient, new: dict[str, np.ndarray]) -> dict[str, float]:
             g = get(gradient, slot.steps)
             if g is None:
                 continue
-            g = slot.split(g, table.sizes)
-            lookups = tuple(i for i, dim in enumerate(slot.dims) if dim.role == "lookup")
-            alive = np.any(
-                g != 0, axis=lookups, keepdims=True
-            )  # a row nobody looked up is not dead
-            for dim in slot.positions(axis)[:1]:
-                part = np.compress(mask, alive, axis=dim)
-                zero, total = zero + int((~part).sum()), total + part.size
+            for part, piece in zip(slot.parts, slot.cut(g, table.sizes), strict=True):
+                piece = np.asarray(part.split(piece, table.sizes))
+                lookups = tuple(i for i, dim in enumerate(part.dims) if dim.role == "lookup")
+                # A row nobody looked up is not dead
+                alive = np.any(piece != 0, axis=lookups, keepdims=True)
+                for dim in part.positions(axis)[:1]:
+                    new_ones = np.compress(mask, alive, axis=dim)
+                    zero, total = zero + int((~new_ones).sum()), total + new_ones.size
         shares[axis] = zero / total
     return shares
 
@@ -421,11 +421,12 @@ def _locked(model, change, axis: str, new: np.ndarray, homes: np.ndarray) -> int
         delta = get(change, slot.steps)
         if delta is None:
             continue
-        delta = slot.split(delta, table.sizes)
-        for dim in slot.positions(axis):
-            gap = np.abs(delta - np.take(delta, homes, axis=dim))
-            others = tuple(i for i in range(delta.ndim) if i != dim)
-            same = same & (gap.max(axis=others) <= 1e-9 * np.abs(delta).max())
+        for part, piece in zip(slot.parts, slot.cut(delta, table.sizes), strict=True):
+            piece = np.asarray(part.split(piece, table.sizes))
+            for dim in part.positions(axis):
+                gap = np.abs(piece - np.take(piece, homes, axis=dim))
+                others = tuple(i for i in range(piece.ndim) if i != dim)
+                same = same & (gap.max(axis=others) <= 1e-9 * np.abs(delta).max())
     return int(same.sum())
 
 

@@ -47,15 +47,16 @@ def gated(x: Array, gate: Gate | None, dim: int = -1) -> Array:
 
 
 def _gates(model, axes: Sequence[str] | None) -> list[Slot]:
-    found = [
-        slot
-        for slot in axes_of(model).of_kind("gate")
-        if slot.value is not None and (axes is None or slot.own_axis in axes)
-    ]
-    if not found:
-        which = "" if axes is None else f" on {', '.join(axes)}"
+    table = axes_of(model)
+    held = [slot for slot in table.of_kind("gate") if slot.value is not None]
+    gated = {slot.own_axis for slot in held}
+    names = {name: table.named(name) for name in axes or ()}
+    ungated = [name for name, stand in names.items() if gated.isdisjoint(stand)]
+    if ungated or not held:
+        which = f" on {', '.join(ungated)}" if ungated else ""
         raise GateError(f"this model has no gate{which}: it was not grown by gates, or is settled")
-    return found
+    chosen = gated if axes is None else {axis for stand in names.values() for axis in stand}
+    return [slot for slot in held if slot.own_axis in chosen]
 
 
 def check_level(level) -> None:
@@ -68,7 +69,8 @@ def ramp(model: Model, level: Any, *, axes: Sequence[str] | None = None) -> Mode
     """Set every gate's new coordinates to `level`, from 0 (hidden) to 1 (ordinary).
 
     `level` may be a traced scalar, so that a whole ramp is one program. `axes` limits the change to
-    some axes. Raises `GateError` for a concrete level outside [0, 1] or a model without gates.
+    some axes, by the names that growth takes (`heads` are query heads). Raises `GateError` for a concrete
+    level outside [0, 1] and for a model, or one of the axes, without gates.
 
     **Example**
 

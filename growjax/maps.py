@@ -26,7 +26,6 @@ import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +45,7 @@ from growjax.algebra import (
     mean_square,
     starts_anew,
 )
-from growjax.axes import Axes, DeclaredOutside, Slot, axes_of, put
+from growjax.axes import Axes, DeclaredOutside, Slot, axes_of, put, recheck
 from growjax.errors import AxisError, GateError, GrowthError, SubnetError, raise_all
 from growjax.gates import Gate
 
@@ -61,6 +60,7 @@ def apply(move: AxisMap, model, key: PRNGKeyArray | None):
     raise_all(AxisError, "the map does not fit the model:", move.check(table.size(move.axis)))
     raise_all(GrowthError, f"axis {move.axis!r} has no such map:", _misfits(move, table))
     _check_gates(move, table)
+    _check_takers(move, table)
     _check_norms(move, table)
     values: dict[tuple, Any] = {}
     for slot in table.having(move.axis):
@@ -70,7 +70,7 @@ def apply(move: AxisMap, model, key: PRNGKeyArray | None):
     model = put(model, values)
     if isinstance(model, DeclaredOutside):
         model = model.resized(move.resized(table.sizes))
-    _recheck(model)
+    recheck(model)
     return model
 
 
@@ -102,20 +102,23 @@ def carry_array(
     those that are not the first home of their source. All others follow the law, whose powers must be
     known where `multiplied` lists them.
     """
-    moved = _move(move, table, slot, array, law, fresh=law.origin)
-    anew = {
-        dim: starts_anew(move, slot, dim, copies=copies, law=law)
-        for dim in slot.positions(move.axis)
-    }
-    young = any(mask.any() for mask in anew.values())
-    if not young or (copies and not hasattr(fresh, "shape") and fresh == law.origin):
-        return moved
     sizes = move.resized(table.sizes)
-    x = slot.split(moved, sizes)
-    fresh = jnp.asarray(fresh, x.dtype)
-    if fresh.ndim:
-        fresh = slot.split(fresh, sizes)
-    return slot.join(jnp.where(_crosses(anew, x.ndim), fresh, x))
+    starts = iter(slot.cut(fresh, sizes)) if np.ndim(fresh) else None
+
+    def carried(part: Slot, x: Array) -> Array:
+        x, start = _move(move, table, part, x, law, fresh=law.origin), next(starts or iter([fresh]))
+        anew = {
+            dim: starts_anew(move, part, dim, copies=copies, law=law)
+            for dim in part.positions(move.axis)
+        }
+        young = any(mask.any() for mask in anew.values())
+        if not young or (copies and starts is None and start == law.origin):
+            return x
+        x, start = part.split(x, sizes), jnp.asarray(start, x.dtype)
+        start = part.split(start, sizes) if start.ndim else start
+        return part.join(jnp.where(_crosses(anew, x.ndim), start, x))
+
+    return slot.mapped(carried, array, table.sizes)
 
 
 # One leaf ------------------------------------------------------------------------------------
@@ -139,7 +142,8 @@ def _transport_slot(move: AxisMap, table: Axes, slot: Slot, key):
         return kept if given is None else kept * given
     if slot.value is None:
         return None
-    return _move(move, table, slot, slot.value, WEIGHT, fresh=_Fresh(move, slot, key))
+    gather = lambda part, x: _move(move, table, part, x, WEIGHT, fresh=_Fresh(move, part, key))  # noqa: E731
+    return slot.mapped(gather, slot.value, table.sizes)
 
 
 def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh: Any):
@@ -147,6 +151,8 @@ def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh:
 
     `fresh` is what a NONE coordinate holds: a number, or a `_Fresh` that draws it.
     """
+    if not slot.positions(move.axis):
+        return array
     x = slot.split(array, table.sizes)
     if is_regrouped(move, slot):
         return slot.join(_regrouped(move, table, slot, x))
@@ -386,11 +392,33 @@ def _misfits(move: AxisMap, table: Axes) -> list[str]:
             )
         faults += [
             f"{slot.path} has {move.over} without {move.axis}, or one of them twice"
-            for slot in table.having(move.over)
+            for whole in table.having(move.over)
+            for slot in whole.parts
             if slot.arrays()
+            and slot.positions(move.over)
             and not len(slot.positions(move.over)) == 1 == len(slot.positions(move.axis))
         ]
     return faults
+
+
+def _check_takers(move: AxisMap, table: Axes) -> None:
+    """Multipliers other than 1 need a leaf that takes them, or the map does not do what it says."""
+    dims = [
+        dim for whole in table.having(move.axis, "param") for s in whole.parts for dim in s.dims
+    ]
+    stack = "stack" in table.roles(move.axis)
+    for role in ("consumed", "produced"):
+        factor, axis = move.by(role), move.via if stack else move.axis
+        idle = factor is None or isinstance(factor, jax.Array) or np.all(np.asarray(factor) == 1)
+        wanted = "produced" if stack else role
+        if idle or is_matrix(factor) or any(d.axis == axis and d.role == wanted for d in dims):
+            continue
+        where = ", ".join(slot.path for slot in table.having(move.axis, "param"))
+        raise GrowthError(
+            f"axis {move.axis!r}: no leaf can take its shares, since none has {axis} {wanted} (it is on "
+            f"{where}). A leaf that reads an axis says so by an arrow, '{axis} ->', and so does the norm "
+            "before a tied head; what nothing reads is an output, and can be neither copied nor closed"
+        )
 
 
 def _check_norms(move: AxisMap, table: Axes) -> None:
@@ -429,27 +457,11 @@ def _check_norms(move: AxisMap, table: Axes) -> None:
     needs = (
         "and only a LayerNorm with its epsilon as a buffer (`<~axis>`) can be corrected"
         if means
-        else "and only an RMS norm with its epsilon as a buffer can be corrected"
+        else "and only an RMS norm with a gain and its epsilon as a buffer can be corrected"
     )
     raise_all(
         GrowthError,
         f"{kind} on {move.axis!r} change the statistics of these norms, {needs}; "
         "use gj.msg or an even gj.copy instead:",
-        sorted(slot.path for slot in norms if slot.steps[:-1] not in mends),
+        sorted(s.path for s in norms if s.steps[:-1] not in mends or s.value is None),
     )
-
-
-def _recheck(node) -> None:
-    """What a module demands of its sizes when it is built, it demands after growth too."""
-    children: Any = ()
-    if isinstance(node, eqx.Module):
-        for cls in type(node).__mro__:
-            if "__check_init__" in vars(cls):
-                cls.__check_init__(node)
-        children = vars(node).values()
-    elif isinstance(node, list | tuple):
-        children = node
-    elif isinstance(node, dict):
-        children = node.values()
-    for child in children:
-        _recheck(child)

@@ -318,11 +318,13 @@ class _Study:
         table = axes_of(self.big().model)
         for slot in table.of_kind("param"):
             g = get(gradient, slot.steps)
-            g = None if g is None else slot.split(g, table.sizes)
-            for i, dim in enumerate(slot.dims):
-                if g is not None and dim.axis in new:
-                    part = np.compress(new[dim.axis], g, axis=i)
-                    assert not part.any(), f"{slot.path}: new {dim.axis} have a gradient"
+            pieces = [] if g is None else slot.cut(g, table.sizes)
+            for part, x in zip(slot.parts, pieces, strict=g is not None):
+                x = part.split(x, table.sizes)
+                for i, dim in enumerate(part.dims):
+                    if dim.axis in new:
+                        moved = np.compress(new[dim.axis], x, axis=i)
+                        assert not moved.any(), f"{part.path}: new {dim.axis} have a gradient"
 
     def settles(self, rtol: float | None = None) -> None:
         with jax.enable_x64(True):

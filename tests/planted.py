@@ -274,13 +274,11 @@ TABLE = """
 - return jnp.where(young, 0, age[np.maximum(move.source, 0)])
 + return age[np.maximum(move.source, 0)]
 @ as old as the oldest | optim/age.py | optim | youngest
-- return over_entries(slot, vectors, sizes, jnp.minimum, start)
-+ return over_entries(
-+         slot, vectors, sizes, lambda a, b: jnp.maximum(jnp.where(a == top, b, a), b), start
-+     )
+- jnp.minimum, jnp.asarray(top)
++ jnp.maximum, 0 * jnp.asarray(top)
 @ as old as the last axis | growth/births.py | optim | youngest
-- for i, dim in enumerate(slot.dims):
-+ for i, dim in list(enumerate(slot.dims))[-1:]:
+- for i, dim in enumerate(part.dims):
++ for i, dim in list(enumerate(part.dims))[-1:]:
 @ copies behind a gate keep moments | optim/carrying.py | optim | moments_of_new
 - copies == "dual" and not move.gated
 + copies == "dual"
@@ -321,7 +319,7 @@ TABLE = """
 - range(len(slot.dims) - len(within), len(slot.spec.groups))
 + range(len(slot.spec.groups))
 @ heads and embeddings are hidden matrices | optim/muon.py | rules | matrices_inside
-- if not all({"consumed", "produced"} <= table.roles(dim.axis) for dim in data):
+- if not all({"consumed", "produced"} <= table.roles(dim.axis) for dim in named):
 + if not data:
 @ a matrix is split where its role last changes | optim/muon.py | rules | orthogonal_layer_by_layer
 - first = next((i for i, dim in enumerate(data) if dim.role != data[0].role), 0)
@@ -392,8 +390,8 @@ TABLE = """
 + k, v = (gated(gated(h, self.gate_kv_heads, -2), self.gate_head_dim) for h in (k, v))
 +         k = k if self.k_norm is None else self.k_norm(k)
 @ ages of axes in brackets stay apart | growth/births.py | survivors | two_axes_in_one
-- if all(count == 1 for count in slot.spec.groups):
-+ if slot.spec.groups:
+- if not slot.spec.parts and all(count == 1 for count in slot.spec.groups):
++ if not slot.spec.parts:
 @ norms in the activations' dtype | nn/norm.py | survivors | norm_is_computed
 - h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
 + h = x

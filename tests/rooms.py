@@ -17,6 +17,7 @@ PAGE = ROOT.parent / "docs" / "architecture.md"
 LEVELS = [
     "errors",
     "values extras",
+    "specs",
     "axes",
     "annotation gates",
     "algebra",
@@ -39,7 +40,7 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.split()}
 
 # Operators work in a notebook without a trainer: these need jax and equinox alone
-CORE = {"errors", "values", "axes", "annotation", "gates", "algebra", "maps", "growth", "subnet"}
+CORE = set("errors values specs axes annotation gates algebra maps growth subnet".split())
 
 # Rooms that only the rooms of this list import
 FRONT = set("hf plan programs runs forecast train evals report demo __main__".split())

@@ -12,10 +12,11 @@ from jaxtyping import Array
 
 import growjax as gj
 from growjax import testing
-from growjax.axes import Dim, Spec, axes_of, get, put, sizes
+from growjax.axes import axes_of, get, put, sizes
 from growjax.errors import AxisError, GateError, GrowthError
 from growjax.gates import Gate
 from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, Llama, LlamaConfig, T5Config
+from growjax.specs import Dim, Spec
 
 
 SIZES: dict[str, Any] = dict(embed=8, heads=4, head_dim=2, mlp=6, vocab=11)
@@ -197,7 +198,7 @@ def test_every_rank_and_size_that_disagrees_is_named_in_one_error():
         "axis 'mlp' has several sizes: 3 at a, 4 at b",
         "axis 'embed' has several sizes: 2 at a, 5 at c",
         "f: declared with 2 dimensions (vocab embed), but its shape is (2,)",
-        "c: ('heads', 'head_dim') make 6, but the dimension is 12",
+        "c: (heads head_dim) makes 6, but the dimension is 12",
     ):
         assert said in str(caught.value)
 
@@ -445,6 +446,6 @@ class Held(eqx.Module):
 
 
 def test_arrays_in_a_namedtuple_are_annotated_and_grown():
-    held = Held(Pair(ones(2, 3), ones(3)))
-    model = gj.annotate(held, {"pair.left": "embed -> mlp", "pair.right": "-> mlp"})
+    held = Held(Pair(ones(3, 2), ones(3)))
+    model = gj.annotate(held, {"pair.left": "mlp -> embed", "pair.right": "-> mlp"})
     assert sizes(eqx.filter_eval_shape(gj.copy(mlp=6), model)) == dict(embed=2, mlp=6)

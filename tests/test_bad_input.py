@@ -149,7 +149,7 @@ AXES = [
         grow(lambda: gj.stack(layers=(0, 1, 2, 3, 9))),
         r"'layers': source \[9\] is not amo",
     ),
-    ("source", apply(axis="mlp", source=[0, 6, -2]), r"source \[-2, 6\] is not among the 6"),
+    ("source", apply(axis="mlp", source=[0, 6, -3]), r"source \[-3, 6\] is not among the 6"),
     ("share", apply(axis="mlp", source=[0, 1], share=np.ones(3)), r"shape \(3,\), expected \(2,\)"),
     ("init", apply(axis="mlp", source=[0, -1], init="xavier"), "'mlp': init must be .* 'xavier'"),
     ("spec", lambda: Spec.parse("a -> b -> c"), "'a -> b -> c': 'b' lies between"),

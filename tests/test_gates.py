@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import growjax as gj
 from growjax import testing
 from growjax.axes import axes_of, get, partition, put
-from growjax.errors import GateError
+from growjax.errors import AxisError, GateError
 from growjax.gates import Gate
 from growjax.models import BERT, GPT, BERTConfig, GPTConfig
 from growjax.nn import MLP, Attention, Norm, Stacked, causal, make_block
@@ -345,7 +345,12 @@ def test_ramp_and_settle_can_be_limited_to_some_axes():
     assert gates(again) == {mlp: 0, heads: 0}
     with pytest.raises(GateError, match=f"'kv_heads' is still ramping.*\n.*{heads}"):
         gj.msg(heads=4)(half)
-    for axes in (["embed"], ["mlp"]):
+    named = gj.ramp(half, 0.5, axes=["heads"])  # as growth takes them
+    assert gates(named) == gates(gj.ramp(half, 0.5, axes=["kv_heads"])) == {heads: 0.5}
+    assert not gates(gj.settle(gj.ramp(half, 1, axes=["heads"]), axes=["heads"]))
+    with pytest.raises(AxisError, match="unknown axis 'head'.*kv_heads=3"):
+        gj.ramp(half, 0.5, axes=["head"])
+    for axes in (["embed"], ["mlp"], ["mlp", "heads"], ["group"]):
         with pytest.raises(GateError, match=f"no gate on {axes[0]}"):
             gj.ramp(half, 0.5, axes=axes)
 

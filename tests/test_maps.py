@@ -173,6 +173,10 @@ class Normed(eqx.Module):
     makes: Array = gj.param("embed -> mlp")
 
 
+class NormedRead(Normed):
+    reads: Array = gj.param("mlp -> out")
+
+
 def test_a_norm_over_zeros_has_its_gain_and_epsilon_rescaled():
     move = AxisMap("mlp", [0, 1, 2, 3, NONE, NONE], np.array([1, 1, 1, 1, 0, 0]), side="produced")
     move = dataclasses.replace(move, init=sevens)
@@ -190,7 +194,7 @@ def test_a_norm_over_zeros_has_its_gain_and_epsilon_rescaled():
 
 
 def test_copies_leave_a_norm_as_it_is():
-    model = Normed(jnp.arange(1.0, 5), jnp.asarray(1e-3), jnp.ones((2, OLD)))
+    model = NormedRead(jnp.arange(1.0, 5), jnp.asarray(1e-3), *jnp.ones((2, OLD, OLD)))
     after = apply(AxisMap("mlp", np.arange(8) % 4, share=np.full(8, 0.5)), model, None)
     np.testing.assert_array_equal(after.weight, np.tile(model.weight, 2))
     assert after.eps == model.eps

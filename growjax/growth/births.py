@@ -150,9 +150,9 @@ def moved_births(births: Any, move: AxisMap, number: Any, *, fresh: bool = False
 
 def entry_births(slot: Slot, births: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
     """The growth that each entry of a leaf was born in, shaped to broadcast to it."""
-    numpy = all(isinstance(births[dim.axis], np.ndarray) for dim in slot.dims)
-    xp = np if numpy else jnp
-    return over_entries(slot, births, sizes, xp.maximum, xp.zeros((1,) * len(slot.dims), np.int32))
+    named = [dim.axis for dim in slot.dims if not dim.literal]
+    xp = np if all(isinstance(births[axis], np.ndarray) for axis in named) else jnp
+    return over_entries(slot, births, sizes, xp.maximum, xp.int32(0))
 
 
 def over_entries(
@@ -160,17 +160,21 @@ def over_entries(
 ) -> Any:
     """What `combine` makes of the numbers of each entry's coordinates, shaped to broadcast to the leaf.
 
-    `vectors` holds a number for every coordinate of every axis, and `start` is an array of one entry.
+    `vectors` holds a number for every coordinate of every axis, and `start` is a number to begin with.
     """
-    total: Any = start
-    for i, dim in enumerate(slot.dims):
-        vector = vectors[dim.axis].reshape((-1,) + (1,) * (len(slot.dims) - i - 1))
-        total = combine(total, vector)
-    if all(count == 1 for count in slot.spec.groups):
-        return total
-    shape = [sizes[dim.axis] for dim in slot.dims]
-    whole: Any = (np if isinstance(total, np.ndarray) else jnp).broadcast_to(total, shape)
-    return slot.join(whole)
+    wholes = []
+    for part in slot.parts:
+        total: Any = start.reshape((1,) * len(part.dims))
+        for i, dim in enumerate(part.dims):
+            if not dim.literal:
+                vector = vectors[dim.axis].reshape((-1,) + (1,) * (len(part.dims) - i - 1))
+                total = combine(total, vector)
+        if not slot.spec.parts and all(count == 1 for count in slot.spec.groups):
+            return total
+        shape = [dim.size(sizes) for dim in part.dims]
+        whole: Any = (np if isinstance(total, np.ndarray) else jnp).broadcast_to(total, shape)
+        wholes.append(part.join(whole))
+    return slot.paste(wholes)
 
 
 def _runs(numbers: np.ndarray) -> list[list[int]]:

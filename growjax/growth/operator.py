@@ -55,7 +55,12 @@ class Operator(eqx.Module):
         """The index maps of this operator on a model with these axes, at most one per axis."""
 
     def __call__(self, model: Model, *, key: PRNGKeyArray | None = None) -> Model:
-        """The grown model: pure, and traceable by `jit`, `vmap` and `grad`."""
+        """The grown model, as by `gj.grow`: pure, and traceable by `jit`, `vmap` and `grad`.
+
+        Of shapes (`jax.ShapeDtypeStruct`) it is the shapes of the grown model.
+        """
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model)):
+            return eqx.filter_eval_shape(self, model, key=key)
         for op in atoms(self):
             for move in op.maps(axes_of(model)):
                 model = maps.apply(move, model, key)
@@ -134,23 +139,23 @@ def grow(
     - `key`: needed by operators that draw new coordinates.
     - `donate`: free the old arrays that grew (shapes change, so they can never be reused).
 
-    Leaves that no map touches are not copied: both models hold the same arrays.
+    Leaves that no map touches are not copied: both models hold the same arrays. Under `jit`, `grad`,
+    `vmap` (of a stack of models, say) and `eval_shape` it is the operator itself, with the same value.
 
-    Raises `GrowthError` for parameters that are not finite, and whatever the operator's maps raise
-    (`AxisError`, `GateError`, `GrowthError`), always before anything is computed.
+    Raises `GrowthError` for parameters that are not finite, unless they are traced, and whatever the
+    operator's maps raise (`AxisError`, `GateError`, `GrowthError`), always before anything is computed.
 
     **Example**
 
         big = gj.grow(gj.msg(mlp=2048), small, key=jax.random.key(0))
     """
     _check_operator(op)
+    abstract = Tracer | jax.ShapeDtypeStruct
+    if any(isinstance(leaf, abstract) for leaf in jax.tree.leaves((model, key))):
+        # Under a transformation there are no values to look at, nor arrays to share or to free
+        return op(model, key=key)
     table = axes_of(model)
-    # Under a trace nobody can look at values
-    floating = [
-        s
-        for s in table.values()
-        if s.kind in ("param", "buffer") and s.arrays() and not isinstance(s.value, Tracer)
-    ]
+    floating = [s for s in table.values() if s.arrays() and s.kind in ("param", "buffer")]
     finite = jax.device_get(_finite([slot.value for slot in floating]))
     raise_all(
         GrowthError,

@@ -159,8 +159,7 @@ def youngest(slot: Slot, vectors: Mapping[str, Array], sizes: Mapping[str, int],
 
     `vectors` holds a number for every coordinate of every axis: an age, or something that rises with it.
     """
-    start = jnp.full((1,) * len(slot.dims), top)
-    return over_entries(slot, vectors, sizes, jnp.minimum, start)
+    return over_entries(slot, vectors, sizes, jnp.minimum, jnp.asarray(top))
 
 
 def matrices(params) -> Any:

@@ -259,7 +259,7 @@ def _fault(cell: Cell, kept: Kept, hop: _Hop) -> str:
     # What an array may depend on: its own parameter, or all of them
     own = slots.get(cell.steps) if cell.steps is not None and kept.reach != "all" else None
     touched = list(slots.values()) if own is None else [own]
-    touched = [slot for slot in touched if slot.positions(move.axis)]
+    touched = [part for slot in touched for part in slot.parts if part.positions(move.axis)]
     if touched and not kept.additive:
         return f"depends on how many {move.axis} there are (a mean, or a factor that depends on a shape)"
     if touched and mixes and _repeats(move, table, hop.keep):
@@ -335,8 +335,9 @@ def _carried(leaves: list, held: tuple[_Held, ...], hop: _Hop, optimizer: Any) -
 def _has_young(move: AxisMap, slot: Slot, law: Law, copies: bool) -> bool:
     """Whether some entries of an array start anew."""
     return any(
-        algebra.starts_anew(move, slot, dim, copies=copies, law=law).any()
-        for dim in slot.positions(move.axis)
+        algebra.starts_anew(move, part, dim, copies=copies, law=law).any()
+        for part in slot.parts
+        for dim in part.positions(move.axis)
     )
 
 

@@ -74,7 +74,8 @@ def _matrices(params: Any) -> list[tuple[Slot, tuple[int, ...], tuple[int, ...]]
 
 def _sides(slot: Slot, table: Axes) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     data = [dim for dim in slot.dims if dim.role != "stack"]
-    if not all({"consumed", "produced"} <= table.roles(dim.axis) for dim in data):
+    named = [dim for dim in data if not dim.literal]
+    if not all({"consumed", "produced"} <= table.roles(dim.axis) for dim in named):
         return None
     # The second side starts where the role first changes; a key under QK-norm changes it twice
     # (`embed -> kv_heads <- head_dim`), and is embed by the rest.

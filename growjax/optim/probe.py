@@ -28,7 +28,18 @@ from growjax.axes import Slot, axes_of, put
 from growjax.errors import StateError
 from growjax.optim.age import Ages
 from growjax.optim.rules import Rule
-from growjax.optim.toy import PERIOD, Lane, Run, Trial, as_axes, aside, leaves_of, numbers, padded
+from growjax.optim.toy import (
+    PERIOD,
+    SIZE,
+    Lane,
+    Run,
+    Trial,
+    aside,
+    leaves_of,
+    narrowed,
+    numbers,
+    padded,
+)
 from growjax.optim.toy import toy as toy_of
 from growjax.optim.toy import trial as trial_of
 
@@ -169,7 +180,7 @@ def _representatives(params: Any) -> Any:
 
 
 def _of_toy(optimizer: Any, params: Any) -> Probe:
-    leaves, structure = jax.tree.flatten(toy_of(params, 2))
+    leaves, structure = jax.tree.flatten(toy_of(params, SIZE))
     return _probed(optimizer, structure, tuple(leaves))
 
 
@@ -200,8 +211,8 @@ def _probe_toy(optimizer: Any, params: Any) -> Probe:
     trials = [[trial_of(shapes, size, seed) for seed in range(2)] for size in sizes]
     flat = [trial for group in trials for trial in group]
     run = Run(optimizer, structure, [lane for trial in flat for lane in trial.lanes.values()])
-    wider = toy_of(params, 3)
-    wide = [padded(trial.lanes["plain"], slots, 1) for trial in flat]
+    wider = toy_of(params, SIZE + 1)
+    wide = [padded(trial.lanes["plain"], slots) for trial in flat]
     wide_run = Run(optimizer, jax.tree.structure(wider), wide)
 
     all_cells = cells(run.start, params)
@@ -338,8 +349,7 @@ def _same_old(x: np.ndarray, wide: np.ndarray, slot: Slot | None) -> bool:
         return _same(wide, x)
     if slot is None or x.shape != slot.value.shape:
         return False
-    old = as_axes(wide, slot)[(slice(2),) * len(slot.dims)]
-    return _same(old.reshape(x.shape), x)
+    return _same(narrowed(wide, slot), x)
 
 
 # Laws ----------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ are others, those of every entry are multiplied by a number of its own, mirrored
 the weights. `growjax.optim.probe` reads off what the optimizer keeps.
 """
 
+import collections
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,7 @@ from growjax.errors import StateError
 from growjax.optim.rules import Rule
 
 
+SIZE = 2  # coordinates of every axis of a toy; a wider one has one more
 PERIOD = 5  # steps after which gradients and weights repeat
 Shape = tuple[int, ...]
 
@@ -45,7 +48,7 @@ def toy(params: Any, size: int) -> Any:
     """The shapes of parameters like these whose axes all have `size` coordinates."""
     table = axes_of(params)
     shapes = {
-        slot.steps: jax.ShapeDtypeStruct([size**count for count in slot.spec.groups], np.float32)
+        slot.steps: jax.ShapeDtypeStruct(slot.spec.shape(every(size)), np.float32)
         for slot in table.of_kind("param")
         if slot.arrays()
     }
@@ -137,25 +140,38 @@ def _mixed(masks: list[np.ndarray], a: list[np.ndarray], b: list[np.ndarray]) ->
     return [np.where(mask, x, y) for mask, x, y in zip(masks, a, b, strict=True)]
 
 
-def padded(lane: Lane, slots: list[Slot], by: int) -> Lane:
-    """A lane for a toy with more coordinates: nothing is fed to the new ones, and their weights are 0."""
+def padded(lane: Lane, slots: list[Slot]) -> Lane:
+    """A lane for the wider toy: nothing is fed to the new ones, and their weights are 0."""
 
     def pad(values: list[np.ndarray]) -> list[np.ndarray]:
-        wide = []
+        wide, sizes = [], every(SIZE)
+        wider = functools.partial(_wider, sizes)
         for x, slot in zip(values, slots, strict=True):
-            split = np.pad(as_axes(x, slot, 1), [(0, 0), *[(0, by)] * len(slot.dims)])
-            wide.append(np.asarray([slot.join(step) for step in split]))
+            wide.append(np.asarray([slot.mapped(wider, step, sizes) for step in x]))
         return wide
 
     return Lane(pad(lane.gradients), pad(lane.weights))
 
 
-def as_axes(x: np.ndarray, slot: Slot, leading: int = 0) -> np.ndarray:
-    """A leaf of a toy with a dimension for every axis, after some leading ones."""
-    shape = list(x.shape[:leading])
-    for length, count in zip(x.shape[leading:], slot.spec.groups, strict=True):
-        shape += [round(length ** (1 / count))] * count
-    return x.reshape(shape)
+def _wider(sizes: Mapping[str, int], part: Slot, x: np.ndarray) -> np.ndarray:
+    more = [(0, 0 if dim.literal else 1) for dim in part.dims]
+    return part.join(np.pad(part.split(x, sizes), more))
+
+
+def narrowed(x: np.ndarray, slot: Slot) -> np.ndarray:
+    """The entries of a leaf of the wider toy that the toy has."""
+    wide = every(SIZE + 1)
+
+    def old(part: Slot, x: np.ndarray) -> np.ndarray:
+        kept = [slice(None) if dim.literal else slice(SIZE) for dim in part.dims]
+        return part.join(part.split(x, wide)[tuple(kept)])
+
+    return slot.mapped(old, x, wide)
+
+
+def every(size: int) -> Mapping[str, int]:
+    """Sizes of axes, whatever they are called: all the same."""
+    return collections.defaultdict(lambda: size)
 
 
 # Taking steps --------------------------------------------------------------------------------
