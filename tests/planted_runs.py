@@ -106,8 +106,8 @@ TABLE = """
 - return opened(self.programs.judged(self.state), level)
 + return opened(self.state.model, level)
 @ hooks are charged in seconds | train/session.py | hooks | time_of_hooks
-- with self.clock.apart("hooks", self.state), self.doing("asking the hooks"):
-+ with self.doing("asking the hooks"):
+- with self.stopwatch.apart("hooks", self.state), self.doing("running the hooks"):
++ with self.doing("running the hooks"):
 @ a checkpoint that is being written is written twice | runs/saves.py | killed | killed_everywhere
 - self.checkpoints.wait()
 -         if self.checkpoints.path(step, span.index).exists():
