@@ -1,6 +1,6 @@
 """The command line: `growjax COMMAND`, or `python -m growjax COMMAND`."""
 
-# ruff: noqa: E402 - a missing package is named before it is imported
+# ruff: noqa: E402 - `require` must run before the imports below, to name a package that is missing
 
 import os
 import sys
@@ -22,7 +22,7 @@ import tyro
 app = tyro.extras.SubcommandApp()
 
 
-# A command imports what it needs inside its body, so that `--help` does not load what it never uses.
+# Each command imports its modules inside its body, so that `--help` is fast.
 
 
 @app.command
@@ -36,9 +36,9 @@ def demo(
 
     Args:
         data: A folder of text files to train on; by default, this Python's standard library.
-        seed: Of the models, the batches and the paths.
+        seed: The seed of the models, the batches and the paths.
         out: The folder for report.html, summary.json and the folders of the runs.
-        steps: How many steps the from-scratch run takes; the other arms follow from its cost.
+        steps: Steps of the run from scratch; the lengths of the other runs follow from its cost.
     """
     from growjax.demo import Size, run
 
@@ -67,36 +67,36 @@ def train(
     allow: tuple[str, ...] = (),
     programs: str = "",
 ) -> None:
-    """Run a plan, or go on with it: the same command resumes after a kill, wherever it stopped.
+    """Run a plan, or resume it: the same command goes on from the last checkpoint.
 
-    Ctrl-C and SIGTERM finish the step, save and end; a second one ends at once. The exit status is 0 at
-    the end of the plan, 75 if SIGTERM stopped it (the same command goes on), 130 if Ctrl-C did, and 1
-    for an error.
+    On Ctrl-C or SIGTERM the run finishes its step, saves and ends; on a second one it ends at once. The
+    exit status is 0 at the end of the plan, 75 if SIGTERM stopped it (the same command goes on), 130 if
+    Ctrl-C did, and 1 for an error.
 
     Args:
         plans: A JSON file, or a Python file that defines `plan`. Several are trained as a tree, one after
             the other: the first steps that they have in common are trained once.
-        run: The folder of its plan, journal and checkpoints. If there are some, it goes on from the last.
-            Of several plans, the folder of their runs, each called after its plan.
+        run: The folder of the run: its plan, journal and checkpoints. Of several plans, the folder of
+            their runs, each named after its plan.
         change: Fields of the plan to change, such as batch=16 or model.dtype=bfloat16.
-        fork: A run to go on from, as RUN or RUN@STEP: with its whole state, instead of training the steps
-            before. The plan has to do the same in these.
-        evaluations: How often to evaluate on held-out text, evenly over the cost.
-        held_out: Windows of held-out text that each evaluation takes; always the same ones.
-        held_out_end: Windows that the finished model is evaluated on; 0 for none.
-        save_every: Steps between checkpoints; those on both sides of every growth are always written.
+        fork: A run to go on from, with its whole state, as RUN or RUN@STEP. The plan must train the same
+            steps before; they are not trained again.
+        evaluations: The number of evaluations on held-out text, at equal distances in cost.
+        held_out: The number of held-out windows in each evaluation; always the same ones.
+        held_out_end: The number of windows that the finished model is evaluated on; 0 for none.
+        save_every: Steps between checkpoints, besides those before and after every growth.
         save_minutes: Minutes between checkpoints; None for none by time.
-        save_at: Steps before which a checkpoint is written and kept, for runs that are forked from there.
-        keep_last: How many of the latest checkpoints stay.
-        keep_every: Checkpoints at multiples of so many steps stay as well.
+        save_at: Steps before which to write a checkpoint that stays, for runs that fork from it.
+        keep_last: The number of latest checkpoints that stay.
+        keep_every: Checkpoints at multiples of this many steps stay as well.
         fall_back: Set a damaged checkpoint aside and go on from the one before it.
-        tracker: Where the numbers go besides the journal: tensorboard, wandb.
-        profile: First and last step of which to write a profile.
-        reference: A run, a checkpoint or a Hugging Face folder: the second model that RHO compares with.
+        tracker: Trackers that get the numbers besides the journal: tensorboard, wandb.
+        profile: The first and the last step of a profile to write.
+        reference: The second model that RHO compares with: a run, a checkpoint or a Hugging Face folder.
         hosts: Join the other hosts of a pod first.
         allow: Packages of your own that files may import, such as my_pkg; runs their code.
-        programs: The folder of compiled programs, which a run that goes on loads; by default next to the
-            run, in cache/programs, or where JAX_COMPILATION_CACHE_DIR says. "none" keeps none.
+        programs: The folder for compiled programs, which a resumed run loads; by default
+            JAX_COMPILATION_CACHE_DIR, or else cache/programs next to the run. "none" for no such folder.
     """
     _allow(allow)
     from growjax import parallel
@@ -148,20 +148,21 @@ def plan(
     devices: int | None = None,
     allow: tuple[str, ...] = (),
 ) -> None:
-    """Print what a plan will do and cost, and everything that forbids it; nothing is computed.
+    """Print the stages of a plan, their cost and memory, and all faults; nothing is computed.
 
     Args:
         plan: A JSON file, or a Python file that defines `plan`.
         change: Fields of the plan to change, such as batch=16 or layout.fsdp=8.
-        target: A TPU slice such as v5e:4x4 to compile every program for, with its real compiler.
-        devices: For how many devices, if there is no target.
+        target: A TPU slice such as v5e:4x4 to compile every program for, with the real TPU compiler.
+        devices: The number of devices to lay the plan out on, without a target.
         allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
     _allow(allow)
     if target is not None:
         from growjax.forecast.pod import prepare
 
-        prepare(target)  # before anything asks JAX for its devices
+        # Before any other use of JAX, which would look for a TPU
+        prepare(target)
 
     from rich.console import Console
 
@@ -181,18 +182,18 @@ def calibrate(
     cache: Path = Path("runs/cache"),
     allow: tuple[str, ...] = (),
 ) -> None:
-    """Measure what every operation of some plans takes on this machine, and write the clock as JSON.
+    """Measure the time of every operation of some plans on this machine, and write the clock as JSON.
 
-    Plans that name data are measured on them as well: steps that wait for data are said, not charged.
+    Plans that name data are measured on them as well; waiting for data is reported, but not charged.
 
     Args:
         plans: JSON files, or Python files that define `plan`.
-        out: The file to write; it must not be there.
-        name: Of the clock; by default that of the file.
-        warmup: Steps of each operation before it is timed.
-        steps: Steps that are timed.
-        blocks: In how many blocks; the device is waited for at the end of each.
-        cache: Where the data of plans are kept once they are tokenised.
+        out: The file to write; it must not exist.
+        name: The name of the clock; by default that of the file.
+        warmup: Steps of each operation before the measurement.
+        steps: Steps of each operation that are measured.
+        blocks: The number of blocks of steps; the device is waited for at the end of each.
+        cache: The folder for tokenised data.
         allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
     _allow(allow)
@@ -200,8 +201,16 @@ def calibrate(
 
     from growjax.train.commands import calibrate_plans
 
-    how = {"warmup": warmup, "steps": steps, "blocks": blocks, "cache": cache}
-    calibrate_plans(plans, out, name=name, console=Console(), **how)
+    calibrate_plans(
+        plans,
+        out,
+        name=name,
+        console=Console(),
+        warmup=warmup,
+        steps=steps,
+        blocks=blocks,
+        cache=cache,
+    )
 
 
 @app.command
@@ -215,20 +224,20 @@ def grow(
     seed: int = 0,
     allow: tuple[str, ...] = (),
 ) -> None:
-    """Grow a checkpoint, optimizer state and all, into a new one, and print its certificate.
+    """Grow a checkpoint, with its optimizer state, into a new one, and print its certificate.
 
     Args:
         to: Axes and the sizes to reach, such as: --to mlp 2048 embed 384.
-        out: The folder to write; it must not be there.
+        out: The folder to write; it must not exist.
         checkpoint: The folder of a run (its last checkpoint) or of one checkpoint.
-        from_hf: A Hugging Face folder instead; what is written is one, too.
+        from_hf: A Hugging Face folder to grow instead, into another one.
         by: Operators joined by +: msg, copy, zeros for widths, stack or expand for layers. By default
             msg, and copy for a Hugging Face folder, which cannot hold gates. Or, without --to, one
             operator with all its options: "copy(mlp=2048, shares=equal)", or several:
             "chain(copy(mlp=9), stack(layers=(0, 1, 1), branch=zero))".
-        dtype: The type of what is written from a Hugging Face folder. By default that of the folder, and
-            float32 where it has 16 bits.
-        seed: Of what is drawn.
+        dtype: The dtype to write to a Hugging Face folder. By default that of the source, and float32 if
+            that has 16 bits.
+        seed: The seed of the random draws.
         allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
     _allow(allow)
@@ -260,14 +269,14 @@ def certify(
     seed: int = 0,
     allow: tuple[str, ...] = (),
 ) -> None:
-    """Print the certificate that growing a checkpoint would get; nothing is written.
+    """Print the certificate of growing a checkpoint, without writing anything.
 
     Args:
         checkpoint: The folder of a run (its last checkpoint) or of one checkpoint.
         to: Axes and the sizes to reach, such as: --to mlp 2048 embed 384.
         by: Operators joined by +: msg, copy, zeros for widths, stack for layers; or, without --to, one
             operator with all its options, as for grow.
-        seed: Of what is drawn.
+        seed: The seed of the random draws.
         allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
     _allow(allow)
@@ -284,7 +293,7 @@ def certify(
 
 @app.command
 def inspect(path: tyro.conf.Positional[Path], allow: tuple[str, ...] = ()) -> None:
-    """Print what a checkpoint, or the last one of a run, is and where it came from.
+    """Print the lineage of a checkpoint (of a run, its last one) and its arrays.
 
     Args:
         path: The folder of a checkpoint or of a run.
@@ -322,22 +331,22 @@ def evaluate(
 
     Args:
         checkpoint: The folder of a run, of one checkpoint, or of a Hugging Face model.
-        tasks: Names of tasks; `growjax eval --tasks` lists them. Any other name is asked of lm-eval. \
-            A number of examples to show may stand behind it, as in qa/nq_open@5.
+        tasks: Names of tasks; `growjax eval --tasks` lists them. Any other name is one of lm-eval. \
+            A number of examples to show may follow it, as in qa/nq_open@5.
         data: The folder with glue, superglue, squad, blimp and qa in it.
         text: Files of text for bpb.
-        tokenizer: "bytes" or a file; by default what the model was trained with.
-        shots: How many solved examples to show before a question.
-        limit: How many pairs, problems or questions of a task to ask at most.
-        longest: How many tokens to read at once, for models without a limit of their own.
-        seed: Of problems, masks and examples.
-        seeds: How many times to fine-tune, from seed 0 on.
+        tokenizer: "bytes" or a file; by default the one that the model was trained with.
+        shots: The number of solved examples to show before a question.
+        limit: The most pairs, problems or questions of a task to use.
+        longest: The most tokens to read at once, for models without a limit of their own.
+        seed: The seed of problems, masks and examples.
+        seeds: The number of times to fine-tune, with seeds 0, 1, ...
         rate: The highest learning rate of fine-tuning.
         batch: Examples a step of fine-tuning.
-        epochs: Of fine-tuning; by default 3, or 5 below 10,000 examples.
+        epochs: Epochs of fine-tuning; by default 3, or 5 below 10,000 examples.
         length: The longest input of fine-tuning, in tokens.
-        include: A folder of task definitions for the harness.
-        out: The file to write; it must not be there.
+        include: A folder of task definitions for lm-eval.
+        out: The file to write; it must not exist.
         allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
     _allow(allow)
@@ -427,16 +436,16 @@ def compare(
     margin: float | None = None,
     allow: tuple[str, ...] = (),
 ) -> None:
-    """Say whether the runs that grow beat the fixed sizes at equal cost: a verdict, a table and a page.
+    """Test whether the runs that grow beat the fixed sizes at equal cost: a verdict, a table and a page.
 
-    Runs of one plan that differ in the seed are one arm; those that train all of one model from the first
-    step to the last are the fixed sizes. Six seeds are needed to say anything.
+    Runs of one plan that differ only in the seed are one arm. The arms that train one whole model from
+    the first step to the last are the fixed sizes. A verdict needs six seeds.
 
     Args:
         runs: Folders of finished runs, on the same data and clock.
         out: The page to write.
-        baseline: The name of an arm to hold the others against, instead of all fixed sizes.
-        margin: A difference that counts as none, in nats, decided on before the runs.
+        baseline: The name of an arm to compare the others with, instead of all fixed sizes.
+        margin: A difference that counts as none, in nats, chosen before the runs.
         allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
     _allow(allow)
@@ -467,7 +476,7 @@ def report(
 
 
 def _allow(packages: tuple[str, ...]) -> None:
-    """Let files import these packages, which may lie in the folder that the command is given in."""
+    """Let files import these packages, installed or in the current folder."""
     from growjax import values
 
     if packages:
@@ -476,7 +485,7 @@ def _allow(packages: tuple[str, ...]) -> None:
 
 
 def main() -> None:
-    """Run one command; a fault in what was asked for is a message and not a traceback."""
+    """Run one command; an error of growjax is printed as a message, without a traceback."""
     if sys.argv[1:] == ["--version"]:
         print(f"growjax {__version__}")
         return
@@ -488,12 +497,13 @@ def main() -> None:
     except GrowjaxError as error:
         sys.exit(f"growjax: {error}")
     except KeyboardInterrupt:
-        print("growjax: interrupted; nothing that was saved is lost", file=sys.stderr)
+        print("growjax: interrupted; all that was saved remains", file=sys.stderr)
         _leave(130)
 
 
 def _leave(status: int) -> None:
-    """Exit now, without waiting for threads: one may be compiling what nobody needs any more."""
+    """Exit at once, without waiting for threads, one of which may still compile a program."""
+    # `os._exit` does not flush
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

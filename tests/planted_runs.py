@@ -19,7 +19,7 @@ TABLE = """
 - factor = place * np.uint32(0x9E3779B2) + np.uint32(1)
 + factor = place * np.uint32(0) + np.uint32(1)
 @ checksums are not compared | runs/checkpoint.py | faults | damaged_checkpoint
-- changed = [name for name in wanted if found[name] != written[name]]
+- changed = [name for name in expected if read_sums[name] != written_sums[name]]
 + changed = []
 @ a certificate is not looked at | train/transition.py | faults | breaks_its_promise
 - if limit is not None and not change <= limit:
@@ -88,8 +88,8 @@ TABLE = """
 - if is_gated(source.shapes) and lineage["level"] != 1:
 + if is_gated(source.shapes) and lineage["level"] > 1:
 @ a start of other settings is taken | runs/start.py | start | is_refused
-- elif _said(here) != _said(plan):
-+ elif hasattr(here, "shape") and _said(here) != _said(plan):
+- if _text(ours) != _text(planned):
++ if hasattr(ours, "shape") and _text(ours) != _text(planned):
 @ a resumed run forgets what it started from | runs/saves.py | start | bitwise
 - self.parent, self.start, self.fork = path.name, lineage["start"], lineage.get("fork")
 + self.parent, self.fork = path.name, lineage.get("fork")
@@ -106,8 +106,8 @@ TABLE = """
 - return opened(self.programs.judged(self.state), level)
 + return opened(self.state.model, level)
 @ hooks are charged in seconds | train/session.py | hooks | time_of_hooks
-- with self.clock.apart("hooks", self.state), self.doing("asking the hooks"):
-+ with self.doing("asking the hooks"):
+- with self.stopwatch.apart("hooks", self.state), self.doing("running the hooks"):
++ with self.doing("running the hooks"):
 @ a checkpoint that is being written is written twice | runs/saves.py | killed | killed_everywhere
 - self.checkpoints.wait()
 -         if self.checkpoints.path(step, span.index).exists():
@@ -132,7 +132,7 @@ TABLE = """
 - if _NAME.fullmatch(path.name))
 + if _NAME.match(path.name))
 @ hosts go on from what each sees | runs/saves.py | damage | other_lineage
-- hosts.together(same)
+- hosts.together(compare)
 + hosts.together(lambda: None)
 @ a lap is the speed | runs/journal.py | progress | some_seconds
 - while len(self._laps) > 1 and self._seconds - self._laps[0][0] >= self.window:

@@ -222,7 +222,7 @@ def test_calibrate_from_the_command_line(tmp_path):
     assert "train of 2 layers, 4 x 8 tokens" in shown.getvalue() and str(out) in shown.getvalue()
     assert f"{parameters(small.spans[0].model):,} parameters" in shown.getvalue()
     assert re.search(r"times \d+\.\d{3} with the plan's data", shown.getvalue())
-    with pytest.raises(BudgetError, match="is there already, and nothing is overwritten"):
+    with pytest.raises(BudgetError, match="exists already, and nothing is overwritten"):
         calibrate_plans([tmp_path / "plan.json"], out, console=console, **how)
 
 

@@ -149,9 +149,9 @@ def test_a_plan_comes_from_json_or_python_and_may_be_changed(tmp_path):
 
 CHANGES = {
     "batch": "expected a change like batch=16",
-    "bach=2": "there is no 'bach' in it; it has is, name, model",
-    "stages.9.ramp=1": "there is no '9' in it; it has 0, 1, 2",
-    "batch.x=1": "there is no 'x' in it; it has no fields",
+    "bach=2": "unknown field 'bach'; expected one of is, name, model",
+    "stages.9.ramp=1": "unknown field '9'; expected one of 0, 1, 2",
+    "batch.x=1": "unknown field 'x'; this value has no fields",
     "batch=-1": "batch: expected a positive integer",
     "model.layers=two": "layers: expected a positive integer",
 }
@@ -219,7 +219,7 @@ def test_a_grown_checkpoint_is_certified_and_computes_the_same(run, tmp_path):
     assert new["parent"] == "00000018-02" and len(new["operators"]) == len(old["operators"]) + 1
     tokens = jax.numpy.arange(8)
     np.testing.assert_allclose(small(tokens), big(tokens), atol=1e-4)
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         grow_checkpoint(gj.msg(mlp=32), source, tmp_path / "grown")
     with pytest.raises(CheckpointError, match="its gates are at 0.75"):
         grow_checkpoint(gj.msg(mlp=32), folder / "checkpoints" / "00000006-01", tmp_path / "other")
@@ -236,7 +236,7 @@ class Wrong(gj.Operator):
 
 def test_a_growth_that_fails_its_certificate_writes_nothing(run, tmp_path):
     source = run[1] / "checkpoints" / "00000018-02"
-    with pytest.raises(CheckpointError, match="not what it promises"):
+    with pytest.raises(CheckpointError, match="does not do what it promises"):
         grow_checkpoint(Wrong(), source, tmp_path / "grown")
     assert not (tmp_path / "grown").exists()
 

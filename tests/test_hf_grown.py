@@ -199,7 +199,7 @@ def test_a_folder_is_grown_into_a_folder_with_a_certificate_and_a_card(tmp_path,
     assert record["certificate"]["passed"] and record["certificate"]["axes"]["layers"] == [2, 4]
     card = (tmp_path / "big" / "README.md").read_text()
     assert "# small, grown" in card and "keeps its promise" in card and "zeros(mlp=9)" in card
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         app.cli(prog="growjax", args=[*args, str(tmp_path / "big")])
     with pytest.raises(GrowthError, match="msg leaves gates at 0, and a stock model has none"):
         app.cli(prog="growjax", args=[*args, str(tmp_path / "other"), "--by", "msg"])

@@ -158,7 +158,7 @@ def broken(model: Any, step: Step) -> Any:
 BAD = {
     "hook broken, after step 1: expected numbers by name, got KeyError: 'a word'": [broken],
     "expected numbers by name, got ValueError": [lambda model, step: {"a": "words"}],
-    "another hook says these, too:\n  - a": [lambda model, step: {"a": 1}] * 2,
+    "another hook returns these names as well:\n  - a": [lambda model, step: {"a": 1}] * 2,
 }
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: checkpoints with their lineage, the journal, the data it reads, where it starts."""
+"""A run's folder: checkpoints with their lineage, the journal, the batches, the starting model."""
 
 from growjax.extras import require
 

@@ -1,12 +1,12 @@
-"""Checkpoints that say what they are: arrays under readable names, and the lineage that led to them.
+"""Checkpoints that describe themselves: arrays under readable names, with the lineage of the model.
 
 Orbax writes the arrays, in the background and from every host, into a folder that gets its name only
-when it is whole. The lineage travels inside: the plan and the stage, what the model grew from and by
-which operators, what was spent, and the certificate of the last growth. It is all that is needed to
-rebuild the model; nothing is ever unpickled.
+when it is whole. The lineage is part of the checkpoint: the plan and the stage, the operators that the
+model grew by, the tokens and FLOPs spent, and the certificate of the last growth. It suffices to rebuild
+the model; nothing is ever unpickled.
 
-Loading is strict. A checkpoint of other shapes is refused with a list of every leaf that differs: a
-small model becomes a large one through a growth operator and in no other way.
+Loading is strict. A checkpoint of other shapes is refused with a list of every leaf that differs: only
+an operator makes a small model larger.
 """
 
 import contextlib
@@ -27,22 +27,23 @@ from growjax.programs.step import checksums
 from growjax.runs.run import checkpoints_in, refuse_pattern, step_of
 
 
-# What Orbax has not finished, and what was not removed to its end, have these in their names
+# Parts of folder names: of a checkpoint that Orbax has not finished, of one that is being removed, and
+# of one that is set aside
 _PARTIAL, _DROPPED, _DAMAGED = "orbax-checkpoint-tmp", ".dropped", ".damaged"
-_KEY = "growjax"
+_KEY = "growjax"  # the key of the lineage in Orbax's metadata
 
 
 class Checkpoints:
-    """The checkpoints of one run, `STEP-STAGE` each; saving returns while the writing goes on.
+    """The checkpoints of one run, folders named `STEP-STAGE`; `save` returns while Orbax still writes.
 
     **Arguments**
 
-    - `folder`: where they are, and where nothing else should be.
-    - `keep_last`: how many of the latest stay.
-    - `keep_every`: those at multiples of so many steps stay as well; None keeps no more.
-    - `keep`: and those before these steps.
+    - `folder`: the folder of the checkpoints, with nothing else in it.
+    - `keep_last`: the number of latest checkpoints that stay.
+    - `keep_every`: checkpoints at multiples of this many steps stay as well; None for no others.
+    - `keep`: checkpoints before these steps stay as well.
 
-    The first checkpoint of every stage stays whatever is asked for: it is what the later ones grew from.
+    The first checkpoint of every stage always stays: the later stages grew from it.
     """
 
     def __init__(
@@ -55,23 +56,27 @@ class Checkpoints:
     ):
         self.folder = Path(folder).absolute()
         self.keep_last, self.keep_every, self.keep = keep_last, keep_every, keep
-        self._writing: tuple[Path, Any] | None = None
+        self._writing: tuple[Path, Any] | None = None  # the path, and Orbax's future
 
     def clean(self) -> None:
-        """Remove what killed sessions left half written or half removed; for the owner of the run."""
+        """Remove checkpoints that killed sessions left half written or half removed.
+
+        Only the owner of the run's lock may call it.
+        """
         with contextlib.suppress(FileNotFoundError), _clear(f"{self.folder} cannot be cleaned"):
             for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
                 if _PARTIAL in path.name or path.name.endswith(_DROPPED):
                     shutil.rmtree(path)
 
     def path(self, step: int, stage: int) -> Path:
-        """Where the checkpoint before `step`, in `stage`, is or would be."""
+        """The path of the checkpoint in `stage` before `step`, whether it exists or not."""
         return self.folder / f"{step:08d}-{stage:02d}"
 
     def save(self, step: int, stage: int, state: Any, lineage: Mapping[str, Any]) -> Path:
         """Start to write a state; its arrays may be donated as soon as this returns.
 
-        Waits for the one before. Raises `CheckpointError` if either cannot be written, or is there.
+        Waits for the previous checkpoint first. Raises `CheckpointError` if either cannot be written, or
+        exists already.
         """
         self.wait()
         path = self.path(step, stage)
@@ -81,7 +86,7 @@ class Checkpoints:
         return path
 
     def wait(self) -> None:
-        """Return once nothing is being written, and drop what need not be kept."""
+        """Wait until the last checkpoint is written, then remove the superseded ones."""
         if self._writing is None:
             return
         (path, writing), self._writing = self._writing, None
@@ -89,27 +94,28 @@ class Checkpoints:
             writing.result()
         if jax.process_index() == 0:
             for old in self._superseded():
-                # One that is half removed must not look whole
+                # Renamed first, so that a kill while it is removed leaves no checkpoint that looks whole
                 dropped = old.with_name(old.name + _DROPPED)
                 with _clear(f"{old} could not be removed"):
                     old.rename(dropped)
                     shutil.rmtree(dropped)
 
     def _superseded(self) -> list[Path]:
+        """The checkpoints that no rule keeps."""
         whole = checkpoints_in(self.folder)
-        kept = set(whole[-self.keep_last :]) if self.keep_last else set()
-        stages: set[int] = set()
+        remaining = set(whole[-self.keep_last :]) if self.keep_last else set()
+        stages: set[int] = set()  # stages with a checkpoint so far; the first of each remains
         for path in whole:
             step, stage = step_of(path)
-            wanted = step in self.keep or (self.keep_every and step % self.keep_every == 0)
-            if wanted or stage not in stages:
-                kept.add(path)
+            requested = step in self.keep or (self.keep_every and step % self.keep_every == 0)
+            if requested or stage not in stages:
+                remaining.add(path)
             stages.add(stage)
-        return [path for path in whole if path not in kept]
+        return [path for path in whole if path not in remaining]
 
 
 def set_aside(path: Path) -> Path:
-    """Give a damaged checkpoint another name, so that nothing goes on from it, and return that."""
+    """Rename a damaged checkpoint, so that no run goes on from it; returns the new path."""
     for n in range(1, 1000):
         target = path.with_name(f"{path.name}{_DAMAGED}{n if n > 1 else ''}")
         if not target.exists():
@@ -120,31 +126,34 @@ def set_aside(path: Path) -> Path:
 
 
 def damaged(path: Path, reason: str, faults: Sequence[str] = ()) -> DamagedError:
-    """The error for a checkpoint that cannot be read: what to remove, and where its run goes on then."""
+    """The error for a checkpoint that cannot be read, with the remedy and the step that is left then."""
     listed = "".join(f"\n  - {fault}" for fault in faults)
-    earlier = [p for p in checkpoints_in(path.parent) if p.name < path.name]
-    if not checkpoints_in(path.parent):
+    siblings = checkpoints_in(path.parent)
+    if not siblings:
+        # Not in the folder of a run
         return DamagedError(f"{path} is not a whole checkpoint: {reason}{listed}")
-    then = "the run begins anew"
+    earlier = [p for p in siblings if p.name < path.name]
+    consequence = "the run begins anew"
     if earlier:
-        then = f"the run goes on from step {step_of(earlier[-1])[0]} ({earlier[-1].name})"
+        consequence = f"the run goes on from step {step_of(earlier[-1])[0]} ({earlier[-1].name})"
     return DamagedError(
-        f"{path} is not a whole checkpoint: {reason}. Remove that folder, and {then}; "
+        f"{path} is not a whole checkpoint: {reason}. Remove that folder, and {consequence}; "
         f"`growjax train --fall-back`, or Options(fall_back=True), sets it aside and does so{listed}"
     )
 
 
 def write(path: Path, state: Any, lineage: Mapping[str, Any]) -> Any:
-    """Start to write one checkpoint; `.result()` returns when it is whole."""
+    """Start to write one checkpoint; `.result()` of the returned future waits until it is whole."""
     refuse_pattern(path)
     metadata: Any = {_KEY: sealed(lineage)}
     return ocp.save_async(str(path.absolute()), named(state), custom_metadata=metadata)
 
 
 def read_lineage(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint says about itself.
+    """The lineage of a checkpoint.
 
-    Raises `CheckpointError` if there is none, and `DamagedError` if it is not whole or was edited.
+    Raises `CheckpointError` if the folder is missing, and `DamagedError` if the checkpoint is not whole
+    or its lineage was edited.
     """
     path = Path(path).absolute()
     if not path.is_dir():
@@ -155,7 +164,7 @@ def read_lineage(path: str | Path) -> dict[str, Any]:
     if not isinstance(sealed_lineage, dict) or "seal" not in sealed_lineage:
         raise damaged(
             path,
-            "its lineage is missing, so nobody can say what it is; it was not written by growjax, or "
+            "its lineage is missing, so its model cannot be rebuilt; it was not written by growjax, or "
             "its metadata file was lost",
         )
     lineage = {name: value for name, value in sealed_lineage.items() if name != "seal"}
@@ -168,11 +177,12 @@ def read_lineage(path: str | Path) -> dict[str, Any]:
         )
     faults = list(lineage_faults(lineage))
     if faults:
-        raise damaged(path, "its lineage makes no sense", faults)
+        raise damaged(path, "its lineage is not valid", faults)
     return lineage
 
 
 def _alone(do: Callable[[], Any]) -> Any:
+    """`hosts.together` for one process."""
     return do()
 
 
@@ -183,83 +193,93 @@ def load(
     only: Sequence[str] = (),
     together: Callable[[Callable[[], Any]], Any] = _alone,
 ) -> Any:
-    """The state in a checkpoint, each array born where its shape says.
+    """Read the state of a checkpoint, each array directly into its sharding.
 
-    `shapes` is a tree of `jax.ShapeDtypeStruct`s with shardings, on this or another mesh than that
-    which saved it; `only` reads the parts of the state with these names. `together` runs the reading, and
-    makes an error of one host one of all (`hosts.together`): what follows needs all of them.
+    - `shapes`: a tree of `jax.ShapeDtypeStruct`s with shardings; the mesh need not be the one that the
+      state was saved from.
+    - `only`: the names of the parts of the state to read, such as "trained"; by default all.
+    - `together`: runs the reading, and turns an error on one host into an error on all
+      (`hosts.together`), since the checksums that follow need all hosts.
 
     Raises `CheckpointError` that lists every leaf that is missing, left over or of another shape or
     type, and `DamagedError` for files that are truncated or altered.
     """
-    path, wanted = Path(path).absolute(), named(shapes)
+    path, expected = Path(path).absolute(), named(shapes)
     lineage = read_lineage(path)
     with _damage(path), _quiet():
-        stored: Any = ocp.metadata(str(path), "state").metadata
-        have = {name: (tuple(x.shape), str(x.dtype)) for name, x in stored.items()}
-    if have.keys() != lineage["checksums"].keys():
+        metadata: Any = ocp.metadata(str(path), "state").metadata
+        stored = {name: (tuple(x.shape), str(x.dtype)) for name, x in metadata.items()}
+    if stored.keys() != lineage["checksums"].keys():
         raise damaged(path, "its arrays are not those that its lineage lists")
-    faults = [f"{name}: not in the checkpoint" for name in wanted if name not in have]
-    left = [name for name in have if not only or name.split(".")[0] in only]
-    faults += [f"{name}: in the checkpoint only" for name in left if name not in wanted]
-    for name in wanted.keys() & have.keys():
-        (shape, dtype), want = have[name], wanted[name]
-        if (shape, dtype) != (tuple(want.shape), str(want.dtype)):
+    faults = [f"{name}: not in the checkpoint" for name in expected if name not in stored]
+    for name, (shape, dtype) in stored.items():
+        leaf = expected.get(name)
+        if leaf is None:
+            if not only or name.split(".")[0] in only:
+                faults.append(f"{name}: in the checkpoint only")
+        elif (shape, dtype) != (tuple(leaf.shape), str(leaf.dtype)):
             faults.append(
                 f"{name}: {dtype}{list(shape)} in the checkpoint, expected "
-                f"{want.dtype}{list(want.shape)}"
+                f"{leaf.dtype}{list(leaf.shape)}"
             )
-    hint = "A checkpoint of another size is loaded as what it is and then grown, by `growjax grow`."
+    hint = (
+        "A checkpoint of another size is loaded at its own size and then grown, by `growjax grow`."
+    )
     raise_all(CheckpointError, f"{path} does not hold this state. {hint}", sorted(faults))
     context = ocp.Context()
     context.pytree.loading.partial_load = bool(only)
 
     def read() -> list[Any]:
         with _damage(path), _quiet(), context:
-            arrays: Any = ocp.load(str(path), wanted, checkpointable_name="state")
-            return [arrays[name] for name in wanted]
+            arrays: Any = ocp.load(str(path), expected, checkpointable_name="state")
+            return [arrays[name] for name in expected]
 
     leaves = together(read)
     state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-    found, written = numbered(state, jax.jit(checksums)), lineage["checksums"]
-    changed = [name for name in wanted if found[name] != written[name]]
+    read_sums, written_sums = numbered(state, jax.jit(checksums)), lineage["checksums"]
+    changed = [name for name in expected if read_sums[name] != written_sums[name]]
     if changed:
-        raise damaged(path, "some arrays are not what was written", changed)
+        raise damaged(path, "some arrays are not as they were written", changed)
     return state
 
 
 def numbered(state: Any, checksums: Callable[[Any], list[Any]]) -> dict[str, int]:
-    """The checksum of every leaf, by its name."""
+    """The checksum of every leaf, by its name; `checksums` is a compiled `programs.step.checksums`."""
     return dict(zip(named(state), map(int, jax.device_get(checksums(state))), strict=True))
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their readable names, in its order: `trained.blocks.block.mlp.up`."""
+    """The leaves of a tree by readable names such as `trained.blocks.block.mlp.up`, in their order."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def sealed(lineage: Mapping[str, Any]) -> dict[str, Any]:
-    """The lineage with a checksum of its own text."""
+    """The lineage with its seal, a checksum of its text."""
+    # Through JSON, so that the text is the same before writing and after reading (tuples become lists)
     lineage = json.loads(json.dumps(lineage))
     text = json.dumps(lineage, sort_keys=True)
     return {**lineage, "seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
-# The fields of a lineage, and what each may be; "start" and "certificate" have fields of their own
+# The fields of a lineage -------------------------------------------------------------------------
+
 _Check = Callable[[Any], bool]
 
 
 def _is(*types: type) -> _Check:
-    # A bool counts as an int in Python
+    """A check that a value is an instance of one of these types."""
+    # In Python a bool is an int, which is not meant
     return lambda x: isinstance(x, types) and (bool in types or not isinstance(x, bool))
 
 
 def _count(x: Any) -> bool:
+    """Whether this is a whole number of 0 or more."""
     return isinstance(x, int) and not isinstance(x, bool) and x >= 0
 
 
 def _counts(x: Any) -> bool:
+    """Whether this is a dict of whole numbers."""
     return isinstance(x, dict) and all(_count(n) for n in x.values())
 
 
@@ -272,31 +292,36 @@ def _births(x: Any) -> bool:
 
 
 def _number(x: Any, most: float = math.inf) -> bool:
+    """Whether this is a finite number from 0 to `most`."""
     number = isinstance(x, int | float) and not isinstance(x, bool)
     return number and math.isfinite(x) and 0 <= x <= most
 
 
 def _start(x: Any) -> bool:
+    """Whether this describes the model that the run started from, or None."""
     if x is None:
         return True
-    words = isinstance(x, dict) and all(
-        isinstance(x.get(k), str) for k in ("folder", "is", "digest")
-    )
-    return words and all(x.get(k, 0) is None or _count(x.get(k)) for k in ("tokens", "flops"))
+    if not isinstance(x, dict):
+        return False
+    if not all(isinstance(x.get(k), str) for k in ("folder", "is", "digest")):
+        return False
+    # Tokens and FLOPs of a model from elsewhere are unknown, and None
+    return all(x.get(k, 0) is None or _count(x.get(k)) for k in ("tokens", "flops"))
 
 
 def _fork(x: Any) -> bool:
+    """Whether this describes the run, and its step, that the run was forked from, or None."""
     if x is None:
         return True
-    counts = isinstance(x, dict) and _count(x.get("step")) and _count(x.get("stage"))
-    return (
-        counts
-        and isinstance(x.get("run"), str)
-        and isinstance(x.get("changes"), list)
-        and all(isinstance(change, str) for change in x["changes"])
-    )
+    if not isinstance(x, dict) or not (_count(x.get("step")) and _count(x.get("stage"))):
+        return False
+    changes = x.get("changes")
+    if not isinstance(x.get("run"), str) or not isinstance(changes, list):
+        return False
+    return all(isinstance(change, str) for change in changes)
 
 
+# Each field with its value in words, for messages, and its check
 _FIELDS: dict[str, tuple[str, _Check]] = {
     "growjax": ("the version that wrote it", _is(str)),
     "plan": ("a name", _is(str)),
@@ -317,15 +342,15 @@ _FIELDS: dict[str, tuple[str, _Check]] = {
     "data": ("a digest", _is(str)),
     "reference": ("a digest or nothing", _is(str, type(None))),
     "parent": ("a checkpoint's name or nothing", _is(str, type(None))),
-    "start": ("what it started from, or nothing", _start),
-    "fork": ("what it was forked from, or nothing", _fork),
+    "start": ("the model that it started from, or nothing", _start),
+    "fork": ("the run that it was forked from, or nothing", _fork),
     "checksums": ("whole numbers by leaf", _counts),
     "certificate": ("a saved certificate or nothing", _is(dict, type(None))),
 }
 
 
 def lineage_faults(lineage: Mapping[str, Any]) -> Iterator[str]:
-    """Every field of a lineage that is missing or not what it should be; others may stand beside them."""
+    """The fields of a lineage that are missing or not valid, one line each; other fields are ignored."""
     for name, (expected, check) in _FIELDS.items():
         if name not in lineage:
             yield f"{name}: expected {expected}, and it is missing"
@@ -334,17 +359,17 @@ def lineage_faults(lineage: Mapping[str, Any]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _clear(what: str) -> Iterator[None]:
-    """One kind of error for all that can go wrong below, and the reason with it."""
+def _clear(headline: str) -> Iterator[None]:
+    """Turn any error inside into a `CheckpointError` with a headline and the reason."""
     try:
         yield
     except Exception as error:
-        raise CheckpointError(f"{what}: {_reason(error)}") from error
+        raise CheckpointError(f"{headline}: {_reason(error)}") from error
 
 
 @contextlib.contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Whatever goes wrong in reading is damage: Orbax and TensorStore raise errors of any kind."""
+    """Turn any error inside into a `DamagedError`: Orbax and TensorStore raise many kinds of errors."""
     try:
         yield
     except Exception as error:
@@ -352,13 +377,14 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax tells its whole story at the warning level; errors are raised anyway."""
+    """Silence Orbax, which logs its ordinary work as warnings; its errors are raised, not logged."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

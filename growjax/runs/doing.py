@@ -1,13 +1,13 @@
-"""What a run is busy with between two records, for whoever shows it."""
+"""The activity of a run between two records, such as compiling, for a display."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
 
 class Doing:
-    """What is being done right now, in a few words; empty while steps are trained.
+    """The current activity of a run in a few words; empty while it trains steps.
 
-    `listeners` are called with the words whenever they change, in the thread that trains.
+    `listeners` are called with the new words whenever they change, in the thread that trains.
 
     **Example**
 
@@ -19,16 +19,16 @@ class Doing:
 
     def __init__(self):
         self.listeners: list[Callable[[str], None]] = []
-        self._words: list[str] = []
+        self._words: list[str] = []  # the activities in progress, the innermost last
 
     @property
     def now(self) -> str:
-        """The innermost of what is being done."""
+        """The innermost activity in progress."""
         return self._words[-1] if self._words else ""
 
     @contextlib.contextmanager
     def __call__(self, words: str) -> Iterator[None]:
-        """Say what is done within."""
+        """Announce an activity for as long as the `with` block lasts."""
         self._words.append(words)
         self._tell()
         try:

@@ -1,4 +1,4 @@
-"""What a run reads: the batches of each stage from one corpus, and tokens that are held out."""
+"""The data of a run: the batches of each stage from one corpus, and held-out examples."""
 
 import dataclasses
 import itertools
@@ -16,23 +16,23 @@ from growjax.plan.stages import Span
 
 
 class Feed(Protocol):
-    """What the loop asks for. Another one has to keep the promise: batch n depends on n alone."""
+    """The protocol of a run's data. Batch n must depend on n alone, so that a run can be resumed."""
 
     @property
     def digest(self) -> str:
-        """What tells two sets of data apart; a run is not resumed on another one."""
+        """A digest of the data; a run is not resumed on data with another one."""
         ...
 
     def stream(self, span: Span, first: int) -> Any:
         """A context manager and iterator of `(i, batch)` from the stage's step `first` on.
 
-        A batch is a dict of arrays with this host's rows of it. `waited` are the seconds so far that
-        somebody waited for one.
+        A batch is a dict of arrays with this host's rows. The iterator's `waited` is the number of
+        seconds that `next` has blocked so far.
         """
         ...
 
     def held_out(self, objective: Objective, rows: int) -> Mapping[str, np.ndarray]:
-        """At most so many examples that are never trained on, spread evenly over all that there are.
+        """Up to `rows` examples that are never trained on, spread evenly over the held-out text.
 
         They depend on the objective and the number alone: the same on every host and at every stage.
         """
@@ -41,14 +41,14 @@ class Feed(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CorpusFeed:
-    """The batches of a plan from a corpus and the part of it that is held out.
+    """The batches of a plan from a corpus (`training`), and held-out examples from another (`kept`).
 
-    Blocks are as long as the longest window of any stage, so that the cursor means the same in all of
-    them. Raises `DataError` if the corpus has more words than the model.
+    The corpus is read in blocks as long as the longest window of any stage, so that all stages share one
+    position in it. Raises `DataError` if the tokenizer has more words than the model.
 
     **Example**
 
-        CorpusFeed.of(plan, cache="cache")                     # what the plan names
+        CorpusFeed.of(plan, cache="cache")                     # the data that the plan names
         CorpusFeed(plan, *growjax.data.prepare(Text("books"), ByteTokenizer(), "cache"))
     """
 
@@ -57,16 +57,16 @@ class CorpusFeed:
     kept: Corpus
 
     def __post_init__(self):
-        words, have = self.training.vocabulary.size, self.plan.spans[-1].sizes.get("vocab")
-        if have is not None and words > have:
+        words, rows = self.training.vocabulary.size, self.plan.spans[-1].sizes.get("vocab")
+        if rows is not None and words > rows:
             raise DataError(
-                f"vocab: the tokenizer has {words} words and the model {have}; give the model at "
+                f"vocab: the tokenizer has {words} words and the model {rows}; give the model at "
                 "least as many"
             )
 
     @classmethod
     def of(cls, plan: Plan, cache: str | Path) -> "CorpusFeed":
-        """Tokenise what the plan names, once, into a cache that later runs share."""
+        """Tokenise the data that the plan names, once, into a cache that later runs share."""
         if plan.data is None:
             raise DataError("data: the plan names none, and `train` was given no feed")
         return cls(plan, *prepare(plan.data, load_tokenizer(plan.tokenizer), cache))
@@ -76,7 +76,7 @@ class CorpusFeed:
         return self.training.digest
 
     def batches(self, span: Span) -> Batches:
-        """The batches of one stage, from where the stages before it left off."""
+        """The batches of one stage, which begin where those of the stage before it end."""
         block = max(s.objective.raw_length for s in self.plan.spans)
         latest, start = None, 0
         for s in itertools.islice(self.plan.spans, span.index + 1):
@@ -98,6 +98,6 @@ class CorpusFeed:
         return self.batches(span).iterate(first)
 
     def held_out(self, objective: Objective, rows: int) -> Mapping[str, np.ndarray]:
-        # No more than stand side by side: overlapping ones would count the same tokens twice
+        # At most the number of disjoint windows: overlapping ones would count some tokens twice
         disjoint = (len(self.kept) - objective.lookahead) // objective.raw_length
         return held_out_batch(self.kept, objective, max(min(rows, disjoint), 1))

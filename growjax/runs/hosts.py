@@ -1,6 +1,6 @@
-"""What the hosts of a run agree on before they go on: process 0 decides, and all confirm.
+"""Agreement between the hosts of a run: values that process 0 decides, and actions that succeed on all.
 
-With one process nothing is sent. Every function here must be called by all processes alike.
+All processes must call each of these functions, in the same order. With one process nothing is sent.
 """
 
 import json
@@ -16,15 +16,15 @@ from growjax.errors import CheckpointError, DamagedError, GrowjaxError, raise_al
 
 T = TypeVar("T")
 
-_LONGEST = 1024  # bytes of a fault that is told to the other processes
-_DAMAGED = "damaged: "  # stands before a fault that is damage
+_LONGEST = 1024  # bytes of a fault that are sent to the other processes
+_DAMAGED = "damaged: "  # the prefix of a fault that is a `DamagedError`
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What `make` returns on process 0, on every process: anything that JSON can hold.
+    """Call `make` on process 0 and return its result, anything that JSON can hold, on every process.
 
-    If it raises an error of growjax there, every process raises it: as what it is on process 0, as a
-    `CheckpointError` elsewhere.
+    If `make` raises an error of growjax, process 0 raises it, and every other process a
+    `CheckpointError` with the same message.
     """
     if jax.process_count() == 1:
         return make()
@@ -37,7 +37,7 @@ def from_first(make: Callable[[], Any]) -> Any:
             raised, answer = error, {"error": f"process 0: {error}"}
     text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    # Of a length that all know, which is that of process 0
+    # All processes must send arrays of one length; that of process 0 is the one that counts
     padded = np.zeros(length, np.uint8)
     padded[: len(text)] = text[:length]
     answer = json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
@@ -49,10 +49,10 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 
 def together(do: Callable[[], T]) -> T:
-    """What `do` returns here, once it has succeeded on every process.
+    """Call `do` on every process, and return its result once it has succeeded on all.
 
-    If it raises an error of growjax on any of them, all raise one that names them: a `DamagedError` if
-    all of the faults are, and a `CheckpointError` otherwise.
+    If it raises an error of growjax on some processes, all raise one that names these and their faults:
+    a `DamagedError` if all of the faults are, and a `CheckpointError` otherwise.
     """
     if jax.process_count() == 1:
         return do()
@@ -66,16 +66,21 @@ def together(do: Callable[[], T]) -> T:
     padded = np.zeros(_LONGEST, np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
     everyone = np.asarray(multihost_utils.process_allgather(padded))
-    faults = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in everyone]
-    broken = [text for text in faults if text]
-    kind = DamagedError if all(text.startswith(_DAMAGED) for text in broken) else CheckpointError
-    named = [f"process {i}: {t.removeprefix(_DAMAGED)}" for i, t in enumerate(faults) if t]
-    raise_all(kind, "the hosts cannot go on together:", named)
+    # Cutting may have split a character
+    messages = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in everyone]
+    kind: type[CheckpointError] = DamagedError
+    faults = []
+    for i, message in enumerate(messages):
+        if message:
+            faults.append(f"process {i}: {message.removeprefix(_DAMAGED)}")
+            if not message.startswith(_DAMAGED):
+                kind = CheckpointError
+    raise_all(kind, "the hosts cannot go on together:", faults)
     return result
 
 
 def number_of_first(value: int) -> int:
-    """A whole number of process 0, on every process."""
+    """The integer that process 0 passes (32 bits), on every process."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

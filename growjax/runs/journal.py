@@ -1,7 +1,7 @@
-"""The journal of a run: a line of JSON for every record, only ever added to.
+"""The journal of a run: a line of JSON for every record, appended to a file.
 
-A resumed run goes over the steps after its checkpoint again; whoever reads a journal with `read_journal`
-sees each step once.
+A resumed run repeats the steps after its checkpoint, so the file may hold a step twice; `read_journal`
+returns each step once.
 """
 
 import collections
@@ -21,8 +21,8 @@ from growjax.runs.records import Begin, End, Record, Step
 
 
 NAME = "metrics.jsonl"
-# Dense bfloat16 FLOPs a second of one device, by the beginning of the name that JAX gives it: makers'
-# data sheets. The longest match counts.
+# Dense bfloat16 FLOPs a second of one device, from the makers' data sheets, by the beginning of JAX's
+# name of the device. The longest name that matches counts.
 PEAK = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -40,37 +40,37 @@ PEAK = {
 
 def peak_flops(kind: str) -> float | None:
     """The bfloat16 FLOPs a second of a device of this kind; None for one that is not in the table."""
-    known = [name for name in PEAK if kind.startswith(name)]
-    return PEAK[max(known, key=len)] if known else None
+    matches = [name for name in PEAK if kind.startswith(name)]
+    return PEAK[max(matches, key=len)] if matches else None
 
 
 class Rates:
-    """How fast a run trains, over the last seconds of training: one step's lap says little.
+    """The speed of training over the last seconds, in tokens and FLOPs a second.
 
     **Arguments**
 
-    - `plan`: whose steps they are.
-    - `window`: seconds of training that a rate is taken over; longer if one step takes longer.
+    - `plan`: the plan of the steps.
+    - `window`: seconds of training that the speed is averaged over; longer if one step takes longer.
 
-    A step's lap is the time until its numbers came, which is later for one and sooner for the next; their
-    sum over some seconds is right.
+    The time of a single step is not reliable: it is measured when the host reads the step's numbers,
+    which may be late for one step and early for the next. The sum over some seconds is right.
     """
 
     def __init__(self, plan: Plan, window: float = 10.0):
         self.plan, self.window = plan, window
-        # Seconds, tokens and FLOPs of each step in the window, and their sums
+        # (seconds, tokens, FLOPs) of each step in the window, and their sums
         self._laps: collections.deque[tuple[float, int, int]] = collections.deque()
         self._seconds, self._tokens, self._flops = 0.0, 0, 0
 
     def add(self, step: Step) -> None:
-        """Count a step."""
+        """Add a step to the window, and drop those that are too old."""
         span = self.plan.spans[step.stage]
         self._count((step.took, span.step_tokens, span.flops[step.step - span.start]), 1)
         while len(self._laps) > 1 and self._seconds - self._laps[0][0] >= self.window:
             self._count(self._laps[0], -1)
 
     def _count(self, lap: tuple[float, int, int], sign: int) -> None:
-        """Add the newest lap, or take the oldest one out."""
+        """Append a lap (sign 1), or remove the oldest one (sign -1)."""
         self._seconds += sign * lap[0]
         self._tokens += sign * lap[1]
         self._flops += sign * lap[2]
@@ -81,7 +81,7 @@ class Rates:
 
     def of(self, devices: int) -> dict[str, float]:
         """Tokens and FLOPs a second and, where a device's peak is known, MFU; empty if no time passed."""
-        # Sums of seconds are rounded: what is left of an empty window is no time
+        # The running sum of an empty window may differ from 0 by rounding
         if self._seconds <= 1e-9:
             return {}
         flops = self._flops / self._seconds
@@ -94,7 +94,10 @@ class Rates:
 
 
 def as_row(record: Record, rates: dict[str, float]) -> dict[str, Any]:
-    """A record as a plain dict with its `kind`; steps get their rates, the end only its loss."""
+    """A record as a row of the journal: a dict with its `kind`.
+
+    A step's row includes the rates; the end's has no model, and of the held-out losses only the mean.
+    """
     row = {"kind": type(record).__name__.lower()}
     if isinstance(record, End):
         fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
@@ -108,13 +111,13 @@ def as_row(record: Record, rates: dict[str, float]) -> dict[str, Any]:
 
 
 class Journal:
-    """The journal of one run, open for more; use it in a `with`.
+    """The journal of one run, opened for appending; use it in a `with`.
 
-    A last line that a kill cut off is removed first, since what it said is done again. Raises
-    `TrainingError` if it cannot be written.
+    A last line that was cut off by a kill is removed first, since its step is repeated. Raises
+    `TrainingError` if the file cannot be written.
 
-    With `begin`, the first record of a run that was forked, a new journal begins with that run's rows
-    before the fork, each with a field `inherited` that names it.
+    `begin` is the first record of the session. If the run was forked, a new journal starts with the rows
+    of the other run before the fork, each with a field `inherited` that names that run.
     """
 
     def __init__(self, run: Path, begin: Begin | None = None):
@@ -136,30 +139,30 @@ class Journal:
         self._file.close()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Write one row."""
+        """Append one row."""
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         except OSError as error:
-            # Else closing it would try once more, and hide what happened
+            # Closed here, since `__exit__` would try to flush again, and hide this error by its own
             with contextlib.suppress(OSError):
                 self._file.close()
             raise self._fault(error) from error
 
     def _fault(self, error: OSError) -> TrainingError:
         return TrainingError(
-            f"{self.path}: could not be written: {error.strerror}. Its checkpoints are whole; make "
-            "room, and the same command goes on from the last one"
+            f"{self.path}: could not be written: {error.strerror}. The checkpoints are whole; once the "
+            "file can be written, the same command goes on from the last one"
         )
 
 
 def mend(path: Path) -> None:
-    """Remove what stands behind the last whole line of a journal; nothing to do if it ends with one."""
+    """Truncate a journal after its last line break, if a kill has cut off its last line."""
     if not path.is_file():
         return
     with open(path, "r+b") as file:
         end = size = file.seek(0, os.SEEK_END)
-        # From the end backwards, block by block, to the last line break
+        # Read backwards in blocks of 64 KiB up to the last line break; without one, `end` becomes 0
         while end > 0:
             start = max(end - 65536, 0)
             file.seek(start)
@@ -182,7 +185,7 @@ def inherit(path: Path, trunk: str, begin: Begin) -> None:
     rows = [
         row | {"inherited": trunk}
         for row in read_journal(trunk)
-        if row["kind"] in ("begin", "step", "growth") and _before(row, begin.step, begin.stage)
+        if row["kind"] in ("begin", "step", "growth") and _stays(row, begin.step, begin.stage)
     ]
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -190,9 +193,9 @@ def inherit(path: Path, trunk: str, begin: Begin) -> None:
 
 
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a journal as they were written; a last one that was cut off is left out.
+    """The rows of a journal in the order of the file; a last line that was cut off is left out.
 
-    Raises `DataError` for a file that cannot be read, or with anything else in it.
+    Raises `DataError` for a file that cannot be read, or for a line that is not a record.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -201,7 +204,7 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
     for n, line in enumerate(lines):
         try:
             row = json.loads(line)
-            row["kind"]
+            row["kind"]  # raises for JSON that is not a record
         except (ValueError, KeyError, TypeError) as error:
             if n == len(lines) - 1:
                 return
@@ -212,22 +215,24 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_journal(run: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run, each step once: those that a later session went over again are left out.
+    """The rows of a run, each step once: a step that a later session repeated has the later row only.
 
-    A last line that was cut off by a kill is left out as well. Raises `DataError` for a folder without
-    a journal, or one with anything else in it.
+    A last line that was cut off by a kill is left out. Raises `DataError` for a folder without a
+    journal, or for a line that is not a record.
     """
     rows: list[dict[str, Any]] = []
     for row in lines_of(Path(run) / NAME):
         if row["kind"] == "begin":
-            # Everything from there on is gone over again; a growth at that step belongs to its stage
+            # A session repeats everything from its first step on
             step, stage = row["step"], row["stage"]
-            rows = [r for r in rows if r["kind"] == "end" or _before(r, step, stage)]
+            rows = [r for r in rows if r["kind"] == "end" or _stays(r, step, stage)]
         rows.append(row)
     return rows
 
 
-def _before(row: dict[str, Any], step: int, stage: int) -> bool:
+def _stays(row: dict[str, Any], step: int, stage: int) -> bool:
+    """Whether a row is not repeated by a session that begins in `stage`, before `step`."""
     if row["kind"] == "growth":
+        # A growth has the step of the checkpoint that it is saved in
         return row["stage"] <= stage
     return row["step"] < step or row["kind"] in ("begin", "saved")

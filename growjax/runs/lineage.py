@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, and the model that is rebuilt from it alone."""
+"""The model of a checkpoint, its operators and its optimizer, rebuilt from the lineage alone."""
 
 import hashlib
 import json
@@ -24,24 +24,24 @@ from growjax.values import from_dict, short
 
 
 def digest_of(tree: Any) -> str:
-    """A name for the numbers in a tree, the same on every mesh."""
-    numbers = json.dumps(numbered(tree, jax.jit(checksums)), sort_keys=True)
-    return hashlib.sha256(numbers.encode()).hexdigest()[:16]
+    """A digest of the arrays in a tree, the same on every mesh: 16 hexadecimal digits."""
+    sums = json.dumps(numbered(tree, jax.jit(checksums)), sort_keys=True)
+    return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
 
 def operators_of(lineage: Mapping[str, Any]) -> list[Operator]:
-    """The operators that a model grew by, in order; raises `CheckpointError` for what is none."""
-    found = []
+    """The operators that a model grew by, in order; raises `CheckpointError` for one that is invalid."""
+    operators = []
     for n, saved in enumerate(lineage["operators"]):
         op = _decoded(f"operators[{n}]", saved)
         if not isinstance(op, Operator):
             raise CheckpointError(f"lineage: operators[{n}]: expected an operator, got {op!r}")
-        found.append(op)
-    return found
+        operators.append(op)
+    return operators
 
 
 def optimizer_of(lineage: Mapping[str, Any]) -> Optimizer:
-    """The optimizer that a model was trained by; raises `CheckpointError` for what is none."""
+    """The optimizer that a model was trained by; raises `CheckpointError` if it is invalid."""
     optimizer = _decoded("optimizer", lineage["optimizer"])
     if not isinstance(optimizer, Optimizer):
         raise CheckpointError(f"lineage: optimizer: expected an optimizer, got {optimizer!r}")
@@ -49,10 +49,10 @@ def optimizer_of(lineage: Mapping[str, Any]) -> Optimizer:
 
 
 def model_of(lineage: Mapping[str, Any]) -> Any:
-    """The shapes of the model that a checkpoint holds, rebuilt from its lineage alone.
+    """The shapes of a checkpoint's model: that of the configuration, grown by the operators.
 
-    Raises `CheckpointError` if the lineage describes no model, or one of other sizes or births than it
-    says.
+    Raises `CheckpointError` if no model can be built from them, or not one of the sizes and births in
+    the lineage.
     """
     return _rebuilt(lineage)[0]
 
@@ -74,8 +74,9 @@ def _rebuilt(lineage: Mapping[str, Any]) -> tuple[Any, Births]:
         for op in operators:
             births, model = births.grown(op, ungated(model)), grown_shapes(op, ungated(model))
     except Exception as error:
-        # Whatever a strange configuration breaks, the lineage is what is wrong
+        # Building a model of strange sizes may raise anything
         raise CheckpointError(f"lineage: it describes no model: {error}") from error
+    # The stage after the last growth has dropped its gates
     model = model if lineage["gated"] else ungated(model)
     if sizes(model) != lineage["sizes"]:
         raise CheckpointError(
@@ -90,6 +91,7 @@ def _rebuilt(lineage: Mapping[str, Any]) -> tuple[Any, Births]:
 
 
 def _decoded(field: str, saved: Any) -> Any:
+    """A value in the lineage; raises `CheckpointError` that names its field."""
     try:
         return from_dict(saved)
     except Exception as error:
@@ -99,12 +101,11 @@ def _decoded(field: str, saved: Any) -> Any:
 def load_model(
     path: str | os.PathLike[str], mesh: Mesh | None = None
 ) -> tuple[Any, dict[str, Any]]:
-    """The model in a checkpoint (of a run, its last one), its gates as far open as they were, and its
-    lineage.
+    """Load the model of a checkpoint (of a run, its last one), and its lineage.
 
-    It is the one to evaluate: the average, if the optimizer averages. On a `mesh` it is split as for
-    training; without one it lies on the first device. Raises `CheckpointError` if the checkpoint is not
-    whole.
+    The model is the one to evaluate: the average, if the optimizer averages. Its gates are at the level
+    of the checkpoint. On a `mesh` it is split as for training; without one it is put on the first
+    device. Raises `CheckpointError` if the checkpoint is not whole.
 
     **Example**
 
@@ -115,22 +116,23 @@ def load_model(
     lineage = read_lineage(path)
     trained, rest = partition(model_of(lineage))
     optimizer = optimizer_of(lineage).build()
-    wanted = {"trained": trained, "rest": rest}
+    parts = {"trained": trained, "rest": rest}
     if optimizer.judged is not None:
-        wanted["optimizer"] = jax.eval_shape(optimizer.init, trained)
+        # The average is part of the optimizer state
+        parts["optimizer"] = jax.eval_shape(optimizer.init, trained)
     if mesh is None:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        where = jax.tree.map(lambda _: here, wanted)
+        first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: first_device, parts)
     else:
-        where = {
+        shardings = {
             "trained": model_shardings(trained, mesh),
             "rest": jax.tree.map(lambda _: replicated(mesh), rest),
         }
-        if "optimizer" in wanted:
-            where["optimizer"] = state_shardings(wanted["optimizer"], trained, mesh)
+        if "optimizer" in parts:
+            shardings["optimizer"] = state_shardings(parts["optimizer"], trained, mesh)
     shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), wanted, where
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), parts, shardings
     )
-    loaded = load(path, shapes, only=tuple(wanted))
+    loaded = load(path, shapes, only=tuple(parts))
     trained = optimizer.evaluated(loaded["trained"], loaded.get("optimizer"))
     return opened(eqx.combine(trained, loaded["rest"]), lineage["level"]), lineage

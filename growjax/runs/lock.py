@@ -1,10 +1,10 @@
-"""The lock on a run's folder: one run writes to it at a time, and everybody can see who.
+"""The lock on a run's folder: one process writes to the folder at a time, and the file names it.
 
-A file names its owner: host, process, since when. While the owner lives it touches the file every
-`BEAT` seconds. A process of this machine that is gone is seen at once; of another machine nothing is
-known but the file's age, so that is watched: either it is touched again, or its owner counts as dead
-once it has been silent for `SILENT` seconds (a preempted machine, say). Ages are measured by the file
-system's own clock, since clocks of hosts differ.
+The file holds the owner's host, process number and start. While the owner lives, it touches the file
+every `BEAT` seconds. Whether a process on this machine is alive can be seen at once. For an owner on
+another machine only the age of the file is known: it counts as dead (a preempted machine, say) once the
+file has not been touched for `SILENT` seconds. Ages are measured by the file system's clock, since the
+clocks of hosts differ.
 """
 
 import contextlib
@@ -22,17 +22,18 @@ from typing import Any
 from growjax.errors import CheckpointError
 
 
-BEAT = 20.0  # seconds between two signs of life
-SILENT = 120.0  # seconds without one after which an owner on another machine counts as dead
+BEAT = 20.0  # seconds between two touches of the file
+SILENT = 120.0  # seconds without a touch after which an owner on another machine counts as dead
 
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """Who holds a lock.
+    """The process that holds a lock.
 
-    `space` tells apart machines, boots of a machine, and containers that share a host's name: process
-    numbers mean nothing across them. `started` is when the process did, in ticks since boot: numbers are
-    used again. `token` is drawn for each lock.
+    - `space`: identifies the machine, its boot and its container: process numbers are comparable only
+      within one such space, and containers may share a host's name.
+    - `started`: the start of the process, in ticks since boot, since process numbers are reused.
+    - `token`: a random name of this one lock.
     """
 
     host: str
@@ -47,24 +48,25 @@ class Owner:
 
     @property
     def here(self) -> bool:
-        """Whether its process number is one of this machine."""
+        """Whether the owner is, or was, a process of this machine."""
         return self.space == _space()
 
     @property
     def alive(self) -> bool:
-        """Whether its process runs; for an owner of this machine only."""
+        """Whether the owner's process runs; only for an owner on this machine."""
         status = _status(self.pid)
         if status is None:
             return False
         state, started = status
+        # Z is a zombie, X a dead process; another start means that its number was reused
         return state not in ("Z", "X") and started == self.started
 
 
 class Lock:
-    """The lock in one file; use it in a `with`. Raises `CheckpointError` if somebody else holds it.
+    """The lock in one file; use it in a `with`. Raises `CheckpointError` if another process holds it.
 
-    `note` says so if it was taken over from a dead owner, and `lost` is true once somebody else took
-    it from this one.
+    `note` is a sentence about the dead owner that the lock was taken over from, or None; `lost` is true
+    once another process has taken it over from this one.
 
     **Example**
 
@@ -107,11 +109,12 @@ class Lock:
             if self._read() == self.owner:
                 self.file.unlink()
                 if self._made_folder:
-                    self.file.parent.rmdir()  # only if nothing was put there
+                    # Succeeds only if the folder is empty
+                    self.file.parent.rmdir()
 
     def _acquire(self) -> None:
         text = json.dumps(dataclasses.asdict(self.owner))
-        # A name of its own, linked into place: whoever sees the lock sees all of it
+        # Written under a name of its own and then linked, so that the lock is never seen half written
         mine = self.file.with_name(f"{self.file.name}.{self.owner.token}")
         mine.write_text(text + "\n", encoding="utf-8")
         try:
@@ -125,7 +128,8 @@ class Lock:
             os.replace(mine, self.file)
         finally:
             mine.unlink(missing_ok=True)
-        # Of two that take over at once the later one has it; the other sees that here
+        # If two processes take over at the same time, the later one has the lock, and the other one
+        # notices it here
         time.sleep(0.05)
         if self._read() != self.owner:
             raise CheckpointError(self._held_by(self._read()))
@@ -138,22 +142,25 @@ class Lock:
             if owner.alive:
                 raise CheckpointError(self._held_by(owner))
             return
-        # Another machine, or a file that says nothing: its age has to tell
+        # An owner on another machine, or a file that cannot be read: watch the age of the file
         first = self._age()
         while (age := self._age()) < SILENT:
+            # An age that fell means that the owner has touched the file
             if age < first or self._read() != owner:
                 raise CheckpointError(self._held_by(owner))
             time.sleep(min(1.0, BEAT / 4))
 
     def _held_by(self, owner: Owner | None) -> str:
-        who = "another process" if owner is None else str(owner)
+        """The message of an error that names the owner of the lock."""
+        name = "another process" if owner is None else str(owner)
         return (
-            f"{self.file.parent}: {who} trains in this folder. Wait for it or choose another folder; "
+            f"{self.file.parent}: {name} trains in this folder. Wait for it or choose another folder; "
             f"if you know that it is gone, remove {self.file}"
         )
 
     def _age(self) -> float:
-        """Seconds since the last sign of life, by the file system's clock; infinite without a file."""
+        """Seconds since the file was touched, by the file system's clock; infinite without a file."""
+        # A file touched now has the current time of the file system's clock
         probe = self.file.with_name(f"{self.file.name}.{self.owner.token}")
         probe.touch()
         with contextlib.suppress(FileNotFoundError):
@@ -161,12 +168,14 @@ class Lock:
         return float("inf")
 
     def _read(self) -> Owner | None:
+        """The owner that the file names; None if there is no file, or one that cannot be read."""
         try:
             return Owner(**json.loads(self.file.read_text(encoding="utf-8")))
         except (FileNotFoundError, ValueError, TypeError):
             return None
 
     def _beat(self) -> None:
+        """Touch the file every `BEAT` seconds, until the lock is released or lost."""
         while not self._released.wait(BEAT):
             with contextlib.suppress(OSError):
                 owner = self._read()
@@ -176,25 +185,25 @@ class Lock:
                 os.utime(self.file)
 
     def check(self) -> None:
-        """Raise `CheckpointError` if somebody else has taken the folder."""
+        """Raise `CheckpointError` if another process has taken the lock over."""
         if self.lost:
             raise CheckpointError(f"{self._held_by(self._read())}. This run ends here")
 
 
 def _create(source: Path, target: Path) -> None:
-    """Put a file where there must be none yet, whole; raises `FileExistsError`."""
+    """Copy a file to a path that does not exist yet, in one step; raises `FileExistsError` if it does."""
     try:
         os.link(source, target)
     except FileExistsError:
         raise
     except OSError:
-        # File systems over object stores have no links
+        # File systems over object stores have no links. Opening with "x" fails if the file exists.
         with open(target, "x", encoding="utf-8") as file:
             file.write(source.read_text(encoding="utf-8"))
 
 
 def _space() -> str:
-    """The machine, its boot and its space of process numbers."""
+    """The identity of the machine, its boot and its namespace of process numbers, as one text."""
     parts: list[Any] = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -203,21 +212,27 @@ def _space() -> str:
 
 
 def _status(pid: int) -> tuple[str, str] | None:
-    """State and start of a process; None if there is none, and empty words where nobody can tell."""
+    """The state (one letter) and the start of a process; None if no process has this number.
+
+    Without `/proc` (macOS, say) both are unknown, and the same for every process that runs.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         if Path("/proc/self/stat").exists():
             return None
         try:
+            # Signal 0 is not sent, but checks whether the process exists
             os.kill(pid, 0)
         except ProcessLookupError:
             return None
         except PermissionError:
+            # It exists, and belongs to another user
             pass
         return "", "no ticks"
     except OSError:
         return None
-    # The name stands in brackets and may hold spaces: fields count from behind it
+    # The second field, the name in parentheses, may hold spaces. After it, the first field is the state,
+    # and the 20th the start.
     fields = text.rpartition(")")[2].split()
     return fields[0], fields[19]

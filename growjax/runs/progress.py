@@ -1,6 +1,7 @@
-"""What a person sees of a run: a bar a stage on a terminal, a line every so often elsewhere.
+"""The display of a run: a bar for each stage on a terminal, and lines of text elsewhere.
 
-Names come from plans and paths, so nothing here is markup: all text is printed as it is.
+Names come from plans and paths, and may hold brackets, which Rich reads as markup: all text is printed
+as `Text`, without markup.
 """
 
 import threading
@@ -20,9 +21,9 @@ from growjax.runs.doing import Doing
 from growjax.runs.records import Begin, End, Growth, Record, Saved, Step
 
 
-EVERY = 30.0  # seconds between two lines of loss where there is no terminal
-PATIENCE = 1.5  # seconds that something may take there before it is named
-ROWS = 10  # stages that are shown at once
+EVERY = 30.0  # seconds between two lines of loss, without a terminal
+PATIENCE = 1.5  # seconds before an activity such as compiling is printed, without a terminal
+ROWS = 10  # the most stages that are shown at once
 
 
 class Progress:
@@ -30,26 +31,26 @@ class Progress:
 
     **Arguments**
 
-    - `run`: the folder that closing words point to, or None.
-    - `doing`: what the run does between records (`Training.doing`), or None.
+    - `run`: the folder that the last lines name, or None.
+    - `doing`: the activity of the run between records (`Training.doing`), or None.
     """
 
     def __init__(self, plan: Plan, console: Console, run: str | Path | None, doing: Doing | None):
         self.plan, self.console, self.run = plan, console, run
         self.doing = doing
-        self.done = [0] * len(plan.spans)
-        # FLOPs of each stage that are left after so many of its steps
-        self.after = [_left_after(span.flops) for span in plan.spans]
+        self.done = [0] * len(plan.spans)  # steps of each stage
+        # Of each stage, the FLOPs that are left after 0, 1, ... of its steps
+        self.flops_left = [_remaining(span.flops) for span in plan.spans]
         self.stage = 0
         self.line = ""  # the numbers of the last step
         self.held_out = ""
         self.speed: float | None = None  # FLOPs a second
-        self.words, self.since = "", 0.0  # what is being done, and from when on
-        self.saved: str | None = None
-        self.complete = False  # the run was finished before this session
-        self._printed = console.get_time()
+        self.activity, self.since = "", 0.0  # the current activity, and the time of its start
+        self.saved: str | None = None  # the last checkpoint
+        self.complete = False  # whether the run was finished before this session
+        self._printed = console.get_time()  # the time of the last line of loss
         self._timer: threading.Timer | None = None
-        self._live: Live | None = None
+        self._live: Live | None = None  # only on a terminal
 
     def __enter__(self) -> "Progress":
         if self.doing is not None:
@@ -57,7 +58,8 @@ class Progress:
         if self.console.is_terminal:
             self._live = Live(self, console=self.console, refresh_per_second=8)
             self._live.start()
-            # A signal that ends the process at once must not leave the terminal without a cursor
+            # `Live` hides the cursor. It is shown again, since a signal that ends the process at once
+            # would leave the terminal without one.
             self.console.show_cursor(True)
         return self
 
@@ -68,10 +70,10 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
-    # What is said ---------------------------------------------------------------------------
+    # Printed lines --------------------------------------------------------------------------
 
     def show(self, record: Record, row: dict[str, Any]) -> None:
-        """Take one record and its row in the journal."""
+        """Show one record; `row` is its row in the journal, with the rates of a step."""
         if isinstance(record, Step):
             self._step(record, row)
         elif isinstance(record, Begin):
@@ -90,7 +92,7 @@ class Progress:
             self._end(record)
 
     def say(self, text: str) -> None:
-        """Print a line, above the bars if there are some."""
+        """Print a line; on a terminal, above the bars."""
         self.console.print(Text(text), highlight=False)
 
     def _begin(self, record: Begin) -> None:
@@ -120,10 +122,11 @@ class Progress:
         self.speed = row.get("flops_per_second")
         self.line = f"loss {record.loss:.4f}{self.held_out}{speed}{mfu}"
         now = self.console.get_time()
+        # The time may also have gone backwards, if the clock was set
         due = record.held_out is not None or not 0 <= now - self._printed < EVERY
         if self._live is None and due:
             self._printed = now
-            left = "" if self.speed is None else f"  {clock(self._left())} left"
+            left = "" if self.speed is None else f"  {_duration(self._seconds_left())} left"
             self.say(f"step {record.step + 1}/{self.plan.steps}  {self.line}{left}")
 
     def _end(self, record: End) -> None:
@@ -145,58 +148,59 @@ class Progress:
         if self.run is not None:
             self.say(f"the run is in {self.run}; next: growjax report {self.run}")
 
-    # What is drawn --------------------------------------------------------------------------
+    # The live display -----------------------------------------------------------------------
 
     def __rich__(self) -> RenderableType:
-        """The bars, the numbers of the last step, and what is being done."""
+        """The bars, the numbers of the last step, and the current activity."""
         bars = Table.grid(padding=(0, 1), expand=True)
         bars.add_column(no_wrap=True, max_width=14, overflow="ellipsis")
         bars.add_column(ratio=1, min_width=6)
         bars.add_column(no_wrap=True, justify="right")
         bars.add_column(no_wrap=True, justify="right")
+        # The current stage stands in the middle of the rows, except near both ends of the plan
         first = max(min(self.stage - ROWS // 2, len(self.plan.spans) - ROWS), 0)
         for span in self.plan.spans[first : first + ROWS]:
             name, done = span.stage.name or f"stage {span.index}", self.done[span.index]
-            left = self.after[span.index][done]
+            left = self.flops_left[span.index][done]
             bars.add_row(
                 Text(name[:14]),
                 ProgressBar(span.steps, done),
                 Text(f"{done}/{span.steps}"),
-                Text(clock(left / self.speed) if self.speed and left else ""),
+                Text(_duration(left / self.speed) if self.speed and left else ""),
             )
         lines: list[RenderableType] = [bars]
         if self.line:
             lines.append(Text(self.line))
-        if self.words:
+        if self.activity:
             seconds = max(self.console.get_time() - self.since, 0.0)
-            words = Text(f"{self.words} ({seconds:.0f} s)" if seconds >= 1 else self.words)
-            lines.append(Spinner("dots", words))
+            text = f"{self.activity} ({seconds:.0f} s)" if seconds >= 1 else self.activity
+            lines.append(Spinner("dots", Text(text)))
         return Group(*lines)
 
-    def _left(self) -> float:
-        """Seconds of training that are left, at the speed of the last ones."""
-        flops = sum(float(left[n]) for left, n in zip(self.after, self.done, strict=True))
+    def _seconds_left(self) -> float:
+        """Seconds of training that are left, at the current speed."""
+        flops = sum(float(left[n]) for left, n in zip(self.flops_left, self.done, strict=True))
         return flops / self.speed if self.speed else 0.0
 
-    def _busy(self, words: str) -> None:
-        """Note what the run does now; without a terminal, say it if it takes long."""
-        self.words, self.since = words, self.console.get_time()
+    def _busy(self, activity: str) -> None:
+        """Take the new activity of the run; without a terminal, print it after `PATIENCE` seconds."""
+        self.activity, self.since = activity, self.console.get_time()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if words and self._live is None:
-            self._timer = threading.Timer(PATIENCE, self.say, [f"{words} ..."])
+        if activity and self._live is None:
+            self._timer = threading.Timer(PATIENCE, self.say, [f"{activity} ..."])
             self._timer.daemon = True
             self._timer.start()
 
 
-def _left_after(flops: tuple[int, ...]) -> np.ndarray:
-    """What is left of a sum after 0, 1, ... of its terms: a plan has millions of steps."""
-    done = np.cumsum([0.0, *flops])
+def _remaining(terms: tuple[int, ...]) -> np.ndarray:
+    """The rest of a sum after 0, 1, ... of its terms, for plans of millions of steps."""
+    done = np.cumsum([0.0, *terms])
     return done[-1] - done
 
 
-def clock(seconds: float) -> str:
-    """Seconds as hours, minutes and seconds."""
+def _duration(seconds: float) -> str:
+    """Seconds as H:MM:SS."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02}"

@@ -1,4 +1,4 @@
-"""What a run reports while it runs. Records are plain data: printed, written as JSON, compared."""
+"""The records of a run: one for each step, growth, checkpoint, beginning and end. They are plain data."""
 
 import dataclasses
 from typing import Any
@@ -8,10 +8,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Crossing:
-    """What a growth did: the loss on the same tokens before and after, and the seconds it took.
+    """The effect of a growth: the loss on the same tokens before and after, and the seconds it took.
 
-    `change` is the mean absolute change of a token's loss, in nats; `limit` what rounding explains, or
-    None where the operator promises nothing.
+    - `change`: the mean absolute change of a token's loss, in nats.
+    - `limit`: the largest change that rounding explains; None if the operator promises nothing.
     """
 
     operator: str
@@ -26,10 +26,10 @@ class Crossing:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Losses on the held-out windows, one by one: runs on the same text are compared window by window.
+    """The loss of every held-out window, since runs on the same text are compared window by window.
 
-    `sums` are the losses of a window's positions times their weights, in nats, and `weights` the sums of
-    these: float64 `[windows]` both.
+    `sums` are the weighted sums of the losses over a window's positions, in nats, and `weights` the sums
+    of the weights: float64 `[windows]` both.
     """
 
     sums: np.ndarray
@@ -37,21 +37,25 @@ class HeldOut:
 
     @property
     def windows(self) -> int:
+        """The number of windows."""
         return len(self.sums)
 
     @property
     def loss(self) -> float:
-        """The mean over all weights, in nats per token."""
+        """The weighted mean loss over all windows, in nats per token."""
         return float(self.sums.sum() / self.weights.sum())
 
 
 @dataclasses.dataclass(frozen=True)
 class Begin:
-    """Where a run begins: at its birth, or after the checkpoint that it goes on from.
+    """The beginning of a session: at the birth of the model, or at a checkpoint.
 
-    `notes` are sentences about what the user should know: a lock or a damaged checkpoint that was found.
-    `held_out` is how many windows each evaluation on the way is taken over: losses of runs compare over
-    the same ones alone. `forked` is the folder of the run that this one begins with the state of.
+    - `resumed`: the checkpoint that it goes on from; None at the birth.
+    - `notes`: sentences for the user, such as a lock taken over from a dead process, or a damaged
+      checkpoint set aside.
+    - `held_out`: the number of windows of each evaluation during the run; losses are comparable only
+      over the same windows.
+    - `forked`: the folder of the run whose state this one begins with, or None.
     """
 
     stage: int
@@ -65,16 +69,19 @@ class Begin:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What one training step reports; `held_out` only at marks and after the last step.
+    """One training step.
 
-    `held_out` is taken over the same few windows at every mark (`Options.held_out`); the many of the end
-    are in `End`. `step` counts from 0. `tokens`, `flops`, `spent` and `seconds` are what the run has used
-    once it is done, over all its sessions: `spent` is what the plan's clock charges, in its unit; seconds
-    are those spent training, not compiling, growing, evaluating or saving.
-    `scores` are what the run's hooks said of it, at the same marks; None without hooks.
-    `took` are the seconds since the step before was reported, `waited` those of them spent waiting for
-    data. Losses are in nats per token: `loss` of the part that was trained, on its batch; `held_out` of
-    the whole model.
+    - `step`: its number in the run, from 0.
+    - `tokens`, `flops`, `spent`, `seconds`: the totals of the run after it, over all sessions. `spent` is
+      the cost in the clock's unit; `seconds` are those of training, without compiling, growing,
+      evaluating and saving.
+    - `rate`, `level`: its learning rate, and the level of the gates.
+    - `loss`: the loss of the part that was trained, on its batch, in nats per token.
+    - `took`, `waited`: seconds since the previous step was reported, and the seconds of these spent
+      waiting for data.
+    - `held_out`: the loss of the whole model, in nats per token, on the same windows at every evaluation
+      (`Options.held_out`); None at steps without one. The losses on many windows are in `End`.
+    - `scores`: the numbers of the run's hooks, at the same steps; None without hooks.
     """
 
     stage: int
@@ -96,10 +103,12 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """A growth before `step`: what grew, what it did to the loss, and how long training stood still.
+    """A growth before `step`.
 
-    `stall` are the seconds from the end of the last step to the start of the next; `compile_wait` is
-    the part of them that was spent waiting for programs.
+    - `grew`: the old and the new size of each axis that grew.
+    - `crossing`: its effect on the loss.
+    - `stall`: seconds from the end of the last step to the start of the next.
+    - `compile_wait`: the seconds of these spent waiting for compiled programs.
     """
 
     stage: int
@@ -113,7 +122,7 @@ class Growth:
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """A checkpoint is being written."""
+    """The beginning of the writing of a checkpoint, for the state before `step`."""
 
     stage: int
     step: int
@@ -122,12 +131,15 @@ class Saved:
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """The end of a run, or of a session of it if `finished` is False (it was asked to stop).
+    """The end of a run or, if `finished` is False, of a session that was asked to stop.
 
-    `model` is without gates if the run is finished. `programs` were compiled in this session; the
-    seconds are what was not spent training. `step` is how many steps of the run are done.
-    `held_out` are the losses of the finished model on every window of the fixed set, if there is one;
-    `signal` is what asked to stop, such as "SIGTERM".
+    - `model`: the model to evaluate; without gates if the run is finished.
+    - `programs`: the number of programs compiled in this session.
+    - `compile_seconds`, `held_out_seconds`, `hook_seconds`: seconds of this session that were not
+      training.
+    - `step`: the number of steps of the run that are done.
+    - `held_out`: the losses of the finished model on many windows (`Options.held_out_end`), or None.
+    - `signal`: the signal that asked the run to stop, such as "SIGTERM", or None.
     """
 
     model: Any

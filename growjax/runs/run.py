@@ -1,12 +1,12 @@
-"""The folder of one run, for everybody who reads it or writes to it.
+"""The folder of one run.
 
     RUN/plan.json         the plan
-    RUN/checkpoints/      `STEP-STAGE` each, and nothing else
-    RUN/metrics.jsonl     the journal: a line of JSON for every record, only ever added to
+    RUN/checkpoints/      folders named `STEP-STAGE`, and nothing else
+    RUN/metrics.jsonl     the journal: a line of JSON for every record, append-only
     RUN/held_out.npz      the held-out losses of the trained model, window by window
-    RUN/lock              who trains in it
+    RUN/lock              the process that trains in it
 
-Nothing here imports Orbax, which takes a second: what reads and writes arrays is in `checkpoint`.
+This module does not import Orbax, which takes a second; `checkpoint` does, which reads and writes arrays.
 """
 
 import json
@@ -27,16 +27,18 @@ from growjax.runs.lock import Lock
 from growjax.runs.records import HeldOut
 
 
-_NAME = re.compile(r"(\d{8})-(\d{2})")
-# Every checkpoint that Orbax finished has this file at its top
+_NAME = re.compile(r"(\d{8})-(\d{2})")  # STEP-STAGE
+# A file that every checkpoint has that Orbax has finished
 METADATA = "_CHECKPOINT_METADATA"
 
 
 class Session(NamedTuple):
-    """One process's part of a run: where it began, what it went on from, and how it ended.
+    """One session of a run, by its journal.
 
-    `resumed` is a checkpoint's path, or None at the birth; `finished` is None for a session that was
-    killed, and False for one that was asked to stop.
+    - `step`, `stage`: where it began.
+    - `resumed`: the path of the checkpoint that it went on from; None at the birth of the model.
+    - `finished`: True if it reached the end of the plan, False if it was asked to stop, None if it was
+      killed.
     """
 
     step: int
@@ -50,7 +52,7 @@ class Run:
 
     **Arguments**
 
-    - `folder`: it need not exist yet.
+    - `folder`: the folder, which need not exist yet.
 
     **Example**
 
@@ -71,17 +73,17 @@ class Run:
         return str(self.folder)
 
     def plan(self) -> Plan:
-        """The plan; raises `PlanError` if there is none, or one that cannot be read."""
+        """The plan of the run; raises `PlanError` if its file is missing or cannot be read."""
         return load_plan(self.plan_file)
 
     def lock(self) -> Lock:
-        """The lock that whoever trains here holds."""
+        """The lock of the folder, which the process that trains in it holds."""
         return Lock(self.folder / "lock")
 
     # Checkpoints ------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints that were written to their end, oldest first."""
+        """The whole checkpoints, oldest first."""
         return checkpoints_in(self.checkpoints_folder)
 
     def last(self) -> Path | None:
@@ -104,29 +106,30 @@ class Run:
 
     def sessions(self) -> list[Session]:
         """The sessions of the run in their order; raises `DataError`, see `read_journal`."""
-        found: list[Session] = []
+        sessions: list[Session] = []
         for row in journal.lines_of(self.journal_file):
             if "inherited" in row:
                 continue  # of the run that this one was forked from
             if row["kind"] == "begin":
-                found.append(Session(row["step"], row["stage"], row.get("resumed"), None))
-            elif row["kind"] == "end" and found:
-                found[-1] = found[-1]._replace(finished=bool(row["finished"]))
-        return found
+                sessions.append(Session(row["step"], row["stage"], row.get("resumed"), None))
+            elif row["kind"] == "end" and sessions:
+                sessions[-1] = sessions[-1]._replace(finished=bool(row["finished"]))
+        return sessions
 
     @property
     def finished(self) -> bool:
-        """Whether the last session reached the end of the plan, by the journal."""
+        """Whether the last session in the journal reached the end of the plan."""
         sessions = self.sessions() if self.journal_file.exists() else []
         return bool(sessions) and sessions[-1].finished is True
 
     # The held-out losses of the end --------------------------------------------------------------
 
     def save_held_out(self, held_out: HeldOut, about: dict[str, Any]) -> None:
-        """Write the losses of the windows, all at once; `about` says what they are of.
+        """Write the losses of the windows; `about` identifies their model and windows, as JSON data.
 
         Raises `CheckpointError` if the folder cannot be written to.
         """
+        # Written under another name and renamed, so that the file is never half written
         partial = self.held_out_file.with_name("held_out.npz.partial")
         try:
             with open(partial, "wb") as file:
@@ -140,14 +143,14 @@ class Run:
             ) from error
 
     def held_out(self) -> tuple[HeldOut, dict[str, Any]] | None:
-        """The losses of the windows and what they are of; None if the run has not ended.
+        """The losses of the windows, and `about` as it was saved; None if the run has not ended.
 
         Raises `CheckpointError` if the file is damaged.
 
         **Example**
 
-            found, about = Run("runs/first").held_out()
-            (found.sums / found.weights).std(), about["step"]
+            held_out, about = Run("runs/first").held_out()
+            (held_out.sums / held_out.weights).std(), about["step"]
         """
         if not self.held_out_file.exists():
             return None
@@ -166,7 +169,7 @@ class Run:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder of them, oldest first: names sort by step, then by stage."""
+    """The whole checkpoints in a folder, oldest first: their names sort by step, then by stage."""
     try:
         return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
     except (FileNotFoundError, NotADirectoryError):
@@ -174,13 +177,13 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> tuple[int, int]:
-    """The step that a checkpoint stands before, and its stage, by its name."""
+    """The step before which a checkpoint was saved, and its stage, from its name."""
     step, stage = checkpoint.name.split("-")
     return int(step), int(stage)
 
 
 def checkpoint_in(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint that a path means: itself, or the newest one of a run.
+    """The checkpoint at a path, which is the folder of a checkpoint or of a run (its newest checkpoint).
 
     Raises `CheckpointError` if it is neither.
 
@@ -202,10 +205,10 @@ def checkpoint_in(path: str | os.PathLike[str]) -> Path:
 
 
 def refuse_pattern(path: Path) -> None:
-    """Raise `CheckpointError` for a path that no checkpoint may have.
+    """Raise `CheckpointError` for a path that Orbax would read as a pattern.
 
-    Orbax looks for the files that it puts together by a pattern of the whole path, finds none if there
-    are brackets in it, and leaves a checkpoint without its arrays behind, without an error.
+    Orbax lists the files of a checkpoint by a pattern that includes the whole path. If the path has
+    brackets, it matches no file, and Orbax writes a checkpoint without arrays, and reports no error.
     """
     if any(sign in str(path.absolute()) for sign in "[]*?"):
         raise CheckpointError(
@@ -215,9 +218,10 @@ def refuse_pattern(path: Path) -> None:
 
 
 def refuse_folder(folder: Path) -> None:
-    """Raise `CheckpointError` for a folder that no run may have.
+    """Raise `CheckpointError` for a folder in which no run can be stored.
 
-    That is a checkpoint, a place within one, and a path in which checkpoints cannot be written.
+    That is a checkpoint, a folder inside one or with checkpoints directly in it, and a path that Orbax
+    cannot write to.
     """
     refuse_pattern(folder)
     for place in _with_parents(folder):
@@ -234,6 +238,7 @@ def refuse_folder(folder: Path) -> None:
 
 
 def _with_parents(folder: Path) -> Iterator[Path]:
+    """The absolute path of a folder, then of each folder above it."""
     folder = folder.absolute()
     yield folder
     yield from folder.parents

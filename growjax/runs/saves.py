@@ -1,4 +1,4 @@
-"""The checkpoints that a plan writes into the folder of its run, and how it goes on from them."""
+"""Saving and resuming: the checkpoints that a plan writes into the folder of its run, with lineages."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from growjax.values import from_dict, to_dict
 
 
 class Resumed(NamedTuple):
-    """Where a run goes on: what the checkpoint holds and says."""
+    """The state of a run at a checkpoint, and the position, FLOPs and training seconds of it."""
 
     path: str
     stage: int
@@ -36,13 +36,13 @@ class Saves:
 
     **Arguments**
 
-    - `lock`: on the folder, held by process 0.
+    - `lock`: the lock on the folder, held by process 0.
     - `reference`: the digest of the second model that a selector compares with.
     - `fall_back`: set a damaged checkpoint aside and go on from the one before it; by default it is an
-      error that says what to remove.
+      error that names the folder to remove.
 
-    `notes` are sentences about what was done that the user should know. Raises `CheckpointError` if the
-    folder is that of another plan; where it is spread over devices and where its data lie may differ.
+    `notes` are sentences for the user about checkpoints that were set aside. Raises `CheckpointError` if
+    the folder is that of another plan; the layout and the location of the data may differ.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class Saves:
         self.checkpoints = Checkpoints(
             run.checkpoints_folder, keep_last=keep_last, keep_every=keep_every, keep=keep
         )
-        self.parent: str | None = None
-        self.start: dict[str, Any] | None = None
-        self.fork: dict[str, Any] | None = None
+        self.parent: str | None = None  # the name of the last checkpoint
+        self.start: dict[str, Any] | None = None  # the trained model that the run started from
+        self.fork: dict[str, Any] | None = None  # the run, and its step, that the run was forked from
         self.notes: list[str] = []
         if run.plan_file.exists():
             old = _movable(load_plan(run.plan_file))
@@ -73,24 +73,24 @@ class Saves:
             raise_all(CheckpointError, f"{run} holds the run of another plan; {hint}:", faults)
 
     def last(self) -> Path | None:
-        """The last whole checkpoint, once what is being written is."""
+        """The last checkpoint, once it is written; None if there is none."""
         self.checkpoints.wait()
         return self.run.last()
 
     def check(self) -> None:
-        """Raise `CheckpointError` if somebody else has taken the folder in the meantime."""
+        """Raise `CheckpointError` if another process has taken over the lock on the folder."""
         self.lock.check()
 
     def wait(self) -> None:
-        """Return once nothing is being written."""
+        """Wait until the last checkpoint is written."""
         self.checkpoints.wait()
 
     def resume(self, programs: Programs, data: str) -> Resumed | None:
-        """The state to go on from, on the mesh of the programs; None in a new run.
+        """Read the last checkpoint, onto the mesh of the programs; None for a new run.
 
-        With many hosts, process 0 decides which checkpoint it is, and all of them confirm that they have
-        the same. Raises `CheckpointError` if it is of another run, or if hosts differ, and `DamagedError`
-        if it is not whole and `fall_back` is not set.
+        `data` is the digest of the run's data. With many hosts, process 0 chooses the checkpoint, and all
+        confirm that theirs is the same. Raises `CheckpointError` if it is of another run, or if hosts
+        differ, and `DamagedError` if it is not whole and `fall_back` is not set.
         """
         names = hosts.from_first(self._begin)
         for name in reversed(names):
@@ -105,12 +105,12 @@ class Saves:
         return None
 
     def _begin(self) -> list[str]:
-        """Put the folder in order and list its checkpoints; for process 0."""
+        """Clean the folder, write the plan, and list the names of the checkpoints; for process 0."""
         self.checkpoints.clean()
         names = [path.name for path in self.run.checkpoints()]
         if not self.run.plan_file.exists():
             if names:
-                # The plan was lost: its checkpoints still say whose they are
+                # The file of the plan was lost, but the lineage identifies the plan
                 self._check_plan(self.run.checkpoints()[-1])
             try:
                 self.run.folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class Saves:
         return names
 
     def _check_plan(self, path: Path) -> dict[str, Any]:
-        """The lineage of a checkpoint, if it is of this plan."""
+        """The lineage of a checkpoint; raises `CheckpointError` if it is of another plan."""
         lineage = read_lineage(path)
         if not lineage["stage"] < len(self.plan.spans):
             raise CheckpointError(
@@ -131,33 +131,35 @@ class Saves:
             )
         mine = self._identity(lineage["stage"])
         try:
-            # Through the values, so that a field which did not exist then has its default
+            # Read and saved again: a field that is newer than the checkpoint gets its default
             theirs = {name: to_dict(from_dict(lineage.get(name))) for name in mine}
         except GrowjaxError as error:
             raise CheckpointError(f"{path}: its lineage: {error}") from error
+        # Through JSON, since the lineage has lists for tuples
         faults = list(differences(*json.loads(json.dumps([theirs, mine]))))
         raise_all(CheckpointError, f"{path} is of the run of another plan:", faults)
         return lineage
 
     def _read(self, path: Path, programs: Programs, data: str) -> Resumed:
+        """Read a checkpoint on all hosts; its lineage is compared with the run, and between hosts."""
         lineage = hosts.together(lambda: self._check_plan(path))
         first = hosts.from_first(lambda: lineage)
 
-        def same() -> None:
-            # The checksums of all arrays are in it
+        def compare() -> None:
+            # A lineage holds the checksums of all arrays, so equal lineages mean equal checkpoints
             if json.dumps(lineage, sort_keys=True) != json.dumps(first, sort_keys=True):
                 raise CheckpointError(f"{path} is not the checkpoint that process 0 goes on from")
 
-        hosts.together(same)
+        hosts.together(compare)
         if lineage["data"] != data:
             raise CheckpointError(
                 f"{path}: it was trained on other data (digest {lineage['data']}, now {data}); a run "
-                "goes on with what it began with"
+                "goes on with the data that it began with"
             )
         if lineage["reference"] != self.reference:
             raise CheckpointError(
                 f"{path}: it chose by another second model (digest {lineage['reference']}, now "
-                f"{self.reference}); a run goes on with what it began with"
+                f"{self.reference}); a run goes on with the model that it began with"
             )
         span = self.plan.spans[lineage["stage"]]
         if not span.start <= lineage["step"] <= span.start + span.steps:
@@ -184,12 +186,12 @@ class Saves:
         data: str,
         crossing: Crossing | None,
     ) -> Path | None:
-        """Start to write the state before `step`, with everything that led to it; None if it is there.
+        """Start to write the state before `step`, with its lineage; returns its path.
 
-        A resumed run comes past its checkpoints again, with the same numbers. `seal` is the compiled
-        program of `checksums`.
+        Returns None if the checkpoint exists already: a resumed run repeats steps, with the same numbers.
+        `seal` is the compiled program of `checksums`.
         """
-        # The one that is being written has its name once it is whole, and may be this one
+        # The checkpoint that is still being written may be this one; it gets its name at the end
         self.checkpoints.wait()
         if self.checkpoints.path(step, span.index).exists():
             return None
@@ -218,7 +220,7 @@ class Saves:
         return path
 
     def _identity(self, stage: int) -> dict[str, Any]:
-        """What a checkpoint of one stage says about the plan."""
+        """The fields of a lineage that identify the plan, up to a stage."""
         plan = self.plan
         grown = [s.grow for s in plan.stages[: stage + 1] if s.grow is not None]
         earlier = plan.start.operators if plan.start else ()
@@ -233,7 +235,7 @@ class Saves:
 
 
 def _movable(plan: Plan) -> Plan:
-    """The plan without what may change when a run goes on."""
+    """The plan with the fields that may change when a run is resumed set to fixed values."""
     start = plan.start and dataclasses.replace(plan.start, folder="it was read at the start")
     fork = plan.fork and dataclasses.replace(plan.fork, run="it was read at the start")
     return dataclasses.replace(plan, layout=type(plan.layout)(), data=None, start=start, fork=fork)

@@ -1,7 +1,7 @@
-"""A trained model that a plan starts from: found, held against the plan's own shapes, and read.
+"""The trained model that a plan starts from: compared with the plan's own shapes, and read.
 
-Loading is strict, as for any checkpoint: what differs is named leaf by leaf before anything is computed,
-and a model of another size is loaded as what it is. It becomes a larger one by a growth operator only.
+Loading is strict, as for any checkpoint: differences are listed leaf by leaf before anything is computed.
+Only a growth operator makes the model larger.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ from growjax.runs.lineage import digest_of, load_model, model_of, operators_of
 from growjax.runs.run import checkpoint_in
 
 
-# How a model computes and not what: these are the plan's, whatever the model was trained with
+# Settings of a model that do not change its function: the plan's count, whatever it was trained with
 _OF_THE_RUN = ("dtype", "remat")
-_SHOWN = 30
+_SHOWN = 30  # the most differences that a message lists
 
 
 class Source(NamedTuple):
-    """What is in the folder: the shapes of its model and, unless it is of Hugging Face, its lineage."""
+    """A folder with a trained model: its shapes and, unless it is of Hugging Face, its lineage."""
 
     path: Path
     shapes: Any
@@ -38,47 +38,55 @@ class Source(NamedTuple):
 
 
 def start_faults(plan: Plan) -> list[str]:
-    """Everything that forbids a plan to start from the model it names, from shapes alone."""
+    """The reasons why a plan cannot start from the model that it names, from shapes alone."""
     assert plan.start is not None
     try:
-        source = _find(plan.start.folder)
+        source = _source(plan.start.folder)
     except GrowjaxError as error:
         return [f"start: {error}"]
     return [f"start: {fault}" for fault in _faults(plan, source)]
 
 
 def read_start(plan: Plan, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
-    """The model that a plan starts from, split over the mesh, and what lineages say about it.
+    """Read the model that a plan starts from onto the mesh, and describe its origin for lineages.
 
-    Raises `CheckpointError` that lists every difference from the plan's own shapes, and
-    `HuggingFaceError` for a broken folder.
+    The origin has the folder, the name of the checkpoint, a digest of the parameters, and the tokens and
+    FLOPs of the model's training, which are None if they are unknown. Raises `CheckpointError` that lists
+    every difference from the plan's own shapes, and `HuggingFaceError` for a broken folder.
     """
     assert plan.start is not None
-    source = _find(plan.start.folder)
+    source = _source(plan.start.folder)
     headline = f"plan {plan.name!r} cannot start from {source.path}:"
     raise_all(CheckpointError, headline, _faults(plan, source))
-    before: Mapping[str, Any] = {}
+    tokens = flops = None
     if source.lineage is None:
         dtype = str(jax.tree.leaves(partition(plan.origin)[0])[0].dtype)
         model, name = load_folder(source.path, dtype=dtype), "Hugging Face"
     else:
         model, name = ungated(load_model(source.path, mesh)[0]), source.path.name
-        before = source.lineage.get("start") or {"tokens": 0, "flops": 0}
-    # How it computes is the plan's, and all of its numbers are the folder's
+        # The training of that run and, if it started from a trained model too, of that one
+        earlier = source.lineage.get("start") or {"tokens": 0, "flops": 0}
+        tokens = _total(source.lineage.get("tokens"), earlier.get("tokens"))
+        flops = _total(source.lineage.get("flops"), earlier.get("flops"))
+    # The structure holds settings such as `dtype`, which are the plan's; the leaves are the folder's
     model = jax.tree.unflatten(jax.tree.structure(plan.origin), jax.tree.leaves(model))
     origin: dict[str, Any] = {
         "folder": plan.start.folder,
         "is": name,
         "digest": digest_of(partition(model)),
+        "tokens": tokens,
+        "flops": flops,
     }
-    for what in ("tokens", "flops"):
-        # Of a run that itself started from another one, both count; of a stranger nobody knows
-        mine, earlier = (source.lineage or {}).get(what), before.get(what)
-        origin[what] = None if mine is None or earlier is None else mine + earlier
     return model, origin
 
 
-def _find(folder: str) -> Source:
+def _total(a: int | None, b: int | None) -> int | None:
+    """The sum of two numbers; None if one of them is unknown."""
+    return None if a is None or b is None else a + b
+
+
+def _source(folder: str) -> Source:
+    """The model in a folder: of Hugging Face, of a checkpoint, or of a run."""
     path = Path(folder)
     if (path / "config.json").is_file():
         config, key = read_config(path), jax.random.key(0)
@@ -89,6 +97,7 @@ def _find(folder: str) -> Source:
 
 
 def _faults(plan: Plan, source: Source) -> Iterator[str]:
+    """The differences between the model in a folder and the plan's own, one line each."""
     assert plan.start is not None
     lineage = source.lineage
     if lineage is not None:
@@ -96,9 +105,10 @@ def _faults(plan: Plan, source: Source) -> Iterator[str]:
             yield (
                 f"its gates are at {lineage['level']:.2f}; start from a checkpoint from after its ramp"
             )
-        words = lineage["tokenizer"], plan.tokenizer
-        if words[0] != words[1] and "bytes" in words:
-            yield f"tokenizer: it was trained on {words[0]!r}, and the plan says {words[1]!r}"
+        trained, planned = lineage["tokenizer"], plan.tokenizer
+        # Two different paths may be copies of one file
+        if trained != planned and "bytes" in (trained, planned):
+            yield f"tokenizer: it was trained on {trained!r}, and the plan says {planned!r}"
     unlike = list(_unlike(ungated(source.shapes), plan.origin))
     yield from unlike[:_SHOWN]
     if len(unlike) > _SHOWN:
@@ -112,28 +122,35 @@ def _faults(plan: Plan, source: Source) -> Iterator[str]:
         )
 
 
-def _unlike(here: Any, plan: Any, where: str = "") -> Iterator[str]:
-    """Where two models differ in shapes, types or settings, one line each."""
-    if isinstance(here, eqx.Module) and type(here) is type(plan):
-        for field in dataclasses.fields(here):
+def _unlike(ours: Any, planned: Any, where: str = "") -> Iterator[str]:
+    """The differences of two models in shapes, dtypes or settings, one line each.
+
+    `ours` is the model in the folder, `planned` that of the plan, or the same part of both; `where` is
+    the path of the part.
+    """
+    if isinstance(ours, eqx.Module) and type(ours) is type(planned):
+        for field in dataclasses.fields(ours):
             if field.name not in _OF_THE_RUN:
                 name = f"{where}.{field.name}" if where else field.name
-                yield from _unlike(getattr(here, field.name), getattr(plan, field.name), name)
-    elif (
-        isinstance(here, list | tuple) and isinstance(plan, list | tuple) and len(here) == len(plan)
-    ):
-        for i, pair in enumerate(zip(here, plan, strict=True)):
-            yield from _unlike(*pair, f"{where}[{i}]")
-    elif _said(here) != _said(plan):
-        yield f"{where}: {_said(here)} in the folder, {_said(plan)} in the plan"
+                yield from _unlike(getattr(ours, field.name), getattr(planned, field.name), name)
+        return
+    if isinstance(ours, list | tuple) and isinstance(planned, list | tuple):
+        if len(ours) == len(planned):
+            for i, (x, y) in enumerate(zip(ours, planned, strict=True)):
+                yield from _unlike(x, y, f"{where}[{i}]")
+            return
+    if _text(ours) != _text(planned):
+        yield f"{where}: {_text(ours)} in the folder, {_text(planned)} in the plan"
 
 
-def _said(x: Any) -> str:
+def _text(x: Any) -> str:
+    """An array (or shape), module or setting in a message: `float32[4, 16]`."""
     if hasattr(x, "shape"):
         return f"{x.dtype}{list(x.shape)}"
     return type(x).__name__ if isinstance(x, eqx.Module) else repr(x)
 
 
 def _born(config: Mapping[str, Any]) -> str:
+    """A saved configuration as the call that makes it: `GPTConfig(layers=2, ...)`."""
     name = config["is"].partition(":")[2]
     return f"{name}({', '.join(f'{k}={v}' for k, v in config.items() if k != 'is')})"

@@ -1,4 +1,4 @@
-"""Who is told of a run while it runs: the terminal, the journal, and trackers if asked for."""
+"""The recipients of a run's records: the terminal, the journal, and trackers on request."""
 
 import contextlib
 import importlib
@@ -18,14 +18,14 @@ from growjax.values import to_dict
 
 
 class Tracker(Protocol):
-    """Something that takes numbers by name."""
+    """A service that stores numbers by name, such as TensorBoard."""
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Take the numbers of one step."""
+        """Store the numbers of one step."""
         ...
 
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Write the numbers that are still buffered, and end."""
         ...
 
 
@@ -69,13 +69,13 @@ def watch(
     console: Console | None = None,
     trackers: Sequence[str] = (),
 ) -> Iterator[Record]:
-    """Pass on the records of `train`, and on the way show them, keep them and send them to trackers.
+    """Yield the records of `train`, and show them, write them to the journal and send them to trackers.
 
     **Arguments**
 
-    - `run`: the folder of the journal, `metrics.jsonl`; None keeps none.
-    - `console`: where the progress is drawn (or printed, if it is no terminal); None shows none.
-    - `trackers`: of "tensorboard" and "wandb".
+    - `run`: the folder of the journal, `metrics.jsonl`; None for no journal.
+    - `console`: where the progress is shown: bars on a terminal, lines elsewhere; None for no display.
+    - `trackers`: names of trackers, "tensorboard" or "wandb".
 
     **Example**
 
@@ -89,8 +89,8 @@ def watch(
             f"trackers: expected some of {', '.join(TRACKERS)} and a run folder, got {trackers}"
         )
     if console is not None and first:
-        # Rich redraws in a thread, and may then meet a module that is half imported: large imports that
-        # a run makes when it begins (Orbax, Grain) come before the display starts
+        # Rich redraws in a thread, which may run into a module that the main thread is importing. So the
+        # large imports of a run (Orbax, Grain) come before the display starts.
         for name in ("growjax.data.pipeline", *(["growjax.runs.saves"] if run is not None else [])):
             importlib.import_module(name)
     with contextlib.ExitStack() as stack:
@@ -98,18 +98,16 @@ def watch(
         if console is not None and first:
             progress = stack.enter_context(Progress(plan, console, run, _doing(records)))
         journal: Journal | None = None
-        sinks: list[Tracker] = []
+        opened: list[Tracker] = []
         devices, rates = 1, Rates(plan)
-        opened = run is None or not first
         for record in records:
-            if not opened:
-                # Only now is the folder known to be this run's, and locked
-                opened = True
+            if run is not None and first and journal is None:
+                # Opened with the first record: only then is the folder locked, and known to be this run's
                 begin = record if isinstance(record, Begin) else None
-                journal = stack.enter_context(Journal(Path(run or ""), begin))
+                journal = stack.enter_context(Journal(Path(run), begin))
                 for name in trackers:
-                    sinks.append(TRACKERS[name](Path(run or ""), plan))
-                    stack.callback(sinks[-1].close)
+                    opened.append(TRACKERS[name](Path(run), plan))
+                    stack.callback(opened[-1].close)
             if isinstance(record, Begin):
                 devices = record.devices
             if isinstance(record, Step):
@@ -120,19 +118,20 @@ def watch(
             if isinstance(record, Step):
                 numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
                 numbers |= {f"scores/{k}": v for k, v in (record.scores or {}).items()}
-                for sink in sinks:
-                    sink.write(record.step, numbers)
+                for tracker in opened:
+                    tracker.write(record.step, numbers)
             if progress is not None:
                 progress.show(record, row)
             yield record
 
 
 def _doing(records: Any) -> Any:
-    """What says what a run does between its records, if it says so."""
+    """The current activity (`Doing`) of the run that yields these records; None if it has none."""
     return getattr(records, "doing", None)
 
 
 def _library(name: str) -> Any:
+    """Import the library of a tracker; raises `TrainingError` if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Training runs: plans as data, and the loop that runs, saves and resumes them."""
+"""Training: the loop that runs a plan, saves and resumes it, and the public names of a training run."""
 
 from growjax.forecast.calibration import calibrate as calibrate
 from growjax.models.protocol import Model as Model

@@ -1,4 +1,4 @@
-"""What the command line does with plans and checkpoints, as functions."""
+"""The functions behind the command line's commands for plans and checkpoints."""
 
 import dataclasses
 import functools
@@ -57,26 +57,26 @@ from growjax.train.options import Options
 from growjax.values import from_dict, from_json, to_dict
 
 
+# The names of operators on the command line
 OPERATORS = {
     "msg": growth.msg,
     "stack": growth.stack,
-    # Copies with equal shares get equal gradients for ever
+    # Random shares, since copies with equal shares get equal gradients and never differ
     "copy": functools.partial(growth.copy, shares="random"),
     "zeros": growth.zeros,
     "expand": functools.partial(growth.stack, order="interleave", branch="zero"),
 }
+_DEPTH = {"stack", "expand"}  # the operators that add layers
 
-
-_DEPTH = {"stack", "expand"}
-# Exit statuses of a run that was asked to stop, and saved
+# Exit statuses of a run that was asked to stop, by SIGTERM and by Ctrl-C, and saved
 STOPPED, INTERRUPTED = 75, 130
 
 
 def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
-    """The plan in a JSON file, or the one called `plan` in a Python file, with some fields changed.
+    """Read the plan in a JSON file, or the variable `plan` of a Python file, with some fields changed.
 
-    `changes` are like `rate.peak=1e-3` or `stages.1.tokens=4000`; values are JSON, or words. Raises
-    `PlanError` for a file without a plan and a field that is not there.
+    `changes` have the form `rate.peak=1e-3` or `stages.1.tokens=4000`; a value is JSON or, if it is not,
+    a string. Raises `PlanError` for a file without a plan, and for an unknown field.
 
     **Example**
 
@@ -91,6 +91,7 @@ def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
         except GrowjaxError:
             raise
         except (Exception, SystemExit) as error:
+            # The user's file may raise anything
             raise PlanError(
                 f"{path}{_line_in(path, error)}: {type(error).__name__}: {error}"
             ) from error
@@ -112,7 +113,7 @@ def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
 
 
 def _line_in(path: Path, error: BaseException) -> str:
-    """Where in a file an error came from, as `:LINE`."""
+    """The line of a file that an error came from, as `:LINE`; empty if it came from elsewhere."""
     if isinstance(error, SyntaxError):
         return f":{error.lineno}" if error.filename == str(path) else ""
     frames = traceback.extract_tb(error.__traceback__)
@@ -121,20 +122,21 @@ def _line_in(path: Path, error: BaseException) -> str:
 
 
 def _module(path: Path) -> ModuleType:
-    """A Python file as a module of the name that it would be imported by, from its own folder."""
-    module, before = ModuleType(path.stem), sys.modules.get(path.stem)
+    """Run a Python file as a module of its name, with its folder on the import path."""
+    module, loaded = ModuleType(path.stem), sys.modules.get(path.stem)
     module.__file__, code = str(path), path.read_bytes()
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    # Classes that it defines are found by their import path, unless that is somebody else's
-    if before is None or getattr(before, "__file__", None) == str(path):
+    # Registered, so that files can name its classes by import path; another module of this name stays
+    if loaded is None or getattr(loaded, "__file__", None) == str(path):
         sys.modules[path.stem] = module
     exec(compile(code, str(path), "exec"), vars(module))
     return module
 
 
 def _value(text: str) -> Any:
+    """The value of a change: JSON data, or the text itself."""
     try:
         return from_json(text)
     except FormatError:
@@ -142,17 +144,23 @@ def _value(text: str) -> Any:
 
 
 def _set(saved: Any, name: str, value: Any) -> None:
-    *above, last = name.split(".")
-    place = saved
-    for step in [*above, last]:
-        inside = place
-        key: Any = int(step) if isinstance(place, list) and step.isdigit() else step
-        known = range(len(place)) if isinstance(place, list) else place
-        if not isinstance(place, list | dict) or key not in known:
-            has = ", ".join(map(str, known)) if isinstance(place, list | dict) else "no fields"
-            raise PlanError(f"{name}: there is no {step!r} in it; it has {has}")
-        place = place[key]
-    inside[int(last) if isinstance(inside, list) else last] = value
+    """Set the field of a saved plan at a path such as "stages.1.tokens"."""
+    parent: Any = None
+    key: Any = None
+    node = saved
+    for part in name.split("."):
+        if isinstance(node, list):
+            choices: Any = range(len(node))
+            key = int(part) if part.isdigit() else part
+        else:
+            choices = node if isinstance(node, dict) else ()
+            key = part
+        if key not in choices:
+            fields = ", ".join(map(str, choices))
+            expected = f"expected one of {fields}" if fields else "this value has no fields"
+            raise PlanError(f"{name}: unknown field {part!r}; {expected}")
+        parent, node = node, node[key]
+    parent[key] = value
 
 
 def show_plan(
@@ -162,25 +170,21 @@ def show_plan(
     devices: int | None = None,
     console: Console,
 ) -> None:
-    """Print a plan's dry run, and what a TPU compiler makes of it if a `target` is named.
+    """Print a plan's dry run and, with a `target`, the programs compiled for that TPU slice.
 
-    Raises `PlanError` with everything that forbids the run, once all of it is printed.
+    Raises `PlanError` that lists everything that forbids the run, after the table is printed.
 
     **Example**
 
         show_plan(plan, target="v5e:16x16", console=Console())
     """
-    if target is None:
-        found = dry_run(plan, devices=devices)
-        console.print(found)
-        found.check()
-        return
-    found = dry_run(plan, devices=chips(target))
-    console.print(found)
-    found.check()
-    compiled = compile_for(plan, target)
-    console.print(compiled)
-    compiled.check()
+    forecast = dry_run(plan, devices=devices if target is None else chips(target))
+    console.print(forecast)
+    forecast.check()
+    if target is not None:
+        compiled = compile_for(plan, target)
+        console.print(compiled)
+        compiled.check()
 
 
 def train_plans(
@@ -261,11 +265,12 @@ def train_plan(
     trackers: Sequence[str] = (),
     console: Console,
 ) -> int:
-    """Run a plan in a folder, shown on a console; returns the exit status that says how it ended.
+    """Run a plan in a folder, with its progress on a console; returns the exit status.
 
-    0 is the end of the plan. `STOPPED` (75, what `sysexits.h` calls a temporary failure) is a run that
-    SIGTERM asked to stop: it was saved, and the same command goes on. `INTERRUPTED` (130) is Ctrl-C,
-    saved alike: a person wants it to stop, and a script should not try again.
+    - 0: the end of the plan.
+    - `STOPPED` (75, a temporary failure in `sysexits.h`): SIGTERM asked the run to stop. It is saved, and
+      the same command goes on.
+    - `INTERRUPTED` (130): Ctrl-C. It is saved too, but a script should not start it again.
     """
     records = train(plan, run=run, options=options, reference=reference)
     end = None
@@ -288,15 +293,15 @@ def calibrate_plans(
     blocks: int = 20,
     cache: str | Path = "runs/cache",
 ) -> MeasuredClock:
-    """Measure the operations of the plans in some files, print each and write the clock that charges all.
+    """Measure the operations of the plans in some files, print each, and write the clock.
 
-    The numbers are those of `growjax.train.calibrate`, and plans that name data are measured with them,
-    too. What is wrong with the clock is printed, and it is written all the same. Raises `BudgetError` if
-    `out` is there: results were charged on it.
+    The arguments are those of `growjax.train.calibrate`; plans that name data are measured on their data
+    as well. Faults of the clock are printed, and the clock is written nevertheless. Raises `BudgetError`
+    if `out` exists: results may have been charged by it.
     """
     out = Path(out)
     if out.exists():
-        raise BudgetError(f"{out}: is there already, and nothing is overwritten")
+        raise BudgetError(f"{out}: exists already, and nothing is overwritten")
 
     def show(op: Op, timing: Timing) -> None:
         mean, p5, p95 = (ns / 1e6 for ns in (timing.mean, timing.p5, timing.p95))
@@ -307,14 +312,14 @@ def calibrate_plans(
             markup=False,
         )
 
-    found = [read_plan(plan) for plan in plans]
+    read = [read_plan(plan) for plan in plans]
     clock = calibrate(
-        *found,
+        *read,
         name=name or out.stem,
         warmup=warmup,
         steps=steps,
         blocks=blocks,
-        feeds=[None if plan.data is None else CorpusFeed.of(plan, cache) for plan in found],
+        feeds=[None if plan.data is None else CorpusFeed.of(plan, cache) for plan in read],
         seen=show,
     )
     for fault in clock.faults():
@@ -326,13 +331,13 @@ def calibrate_plans(
 
 
 def operator_of(by: str, to: Mapping[str, int], model: Any) -> Operator | Chain:
-    """The operator that a command line names: one family, or some joined by `+`, and sizes to reach.
+    """The operator that a command line describes: names joined by `+`, and sizes to reach.
 
-    Without sizes, `by` is the operator in full, as it prints itself (`growjax.growth.parse`). Copies have
-    random shares unless that says otherwise, so that each can learn something of its own.
+    Without sizes, `by` is the operator in full, as it prints itself (`growjax.growth.parse`). By name,
+    copies have random shares, so that each can learn something of its own.
 
-    Each size goes to the first family named that can grow its axis: `stack` and `expand` (copies whose
-    branches are zero) take the stacks of layers of the model (or of its shapes) and no other axis.
+    Each size goes to the first operator named that can grow its axis: `stack` and `expand` (copies whose
+    branches are zero) grow stacks of layers and no other axis. `model` may hold arrays or shapes.
 
     **Example**
 
@@ -343,40 +348,41 @@ def operator_of(by: str, to: Mapping[str, int], model: Any) -> Operator | Chain:
         if to:
             raise GrowthError(f"to: sizes stand in the operator {by!r} already; leave them out")
         return growth.parse(by)
-    families = by.split("+")
-    unknown = [name for name in families if name not in OPERATORS]
+    names = by.split("+")
+    unknown = [name for name in names if name not in OPERATORS]
     if unknown or not to:
         raise GrowthError(
             f"by, to: expected some of {', '.join(OPERATORS)} joined by +, and sizes such as mlp=2048; "
             f"got {by!r} and {dict(to)}"
         )
-    table, left, found = axes_of(model), dict(to), []
+    table, left, operators = axes_of(model), dict(to), []
     stacks = [axis for axis in left if "stack" in table.roles(axis)]
-    for family in families:
-        if family in _DEPTH:
-            takes = [axis for axis in left if axis in stacks]
+    for name in names:
+        if name in _DEPTH:
+            axes = [axis for axis in left if axis in stacks]
+        elif _DEPTH & {*names}:
+            axes = [axis for axis in left if axis not in stacks]
         else:
-            takes = [axis for axis in left if not _DEPTH & {*families} or axis not in stacks]
-        if takes:
-            wanted = {axis: left.pop(axis) for axis in takes}
-            found.append(OPERATORS[family](**wanted))
+            # No operator for layers is named; some others can grow them as well
+            axes = list(left)
+        if axes:
+            operators.append(OPERATORS[name](**{axis: left.pop(axis) for axis in axes}))
     if left:
         raise GrowthError(f"to: nothing in {by!r} grows {', '.join(left)}")
-    return found[0] if len(found) == 1 else chain(*found)
+    return operators[0] if len(operators) == 1 else chain(*operators)
 
 
 def grow_checkpoint(
     op: Operator | Chain, path: str | Path, out: str | Path, *, seed: int = 0
 ) -> Certificate:
-    """Grow a checkpoint (of a run, its last one), optimizer state and all, into a new one.
+    """Grow a checkpoint (of a run, its last one), with its optimizer state, into a new checkpoint.
 
-    The old one is not touched. The program is the one that grows a run in its middle. Raises
-    `CheckpointError` if `out` exists, if gates are still opening, or if the certificate is not passed;
-    nothing is written then.
+    The program is the one that grows the state of a run. Raises `CheckpointError`, and writes nothing,
+    if `out` exists, if gates are still opening, or if the certificate is not passed.
     """
     path, out = checkpoint_in(path), Path(out)
     if out.exists():
-        raise CheckpointError(f"{out}: is there already, and nothing is overwritten")
+        raise CheckpointError(f"{out}: exists already, and nothing is overwritten")
     model, lineage = load_model(path)
     if is_gated(model) and lineage["level"] != 1:
         raise CheckpointError(
@@ -384,7 +390,8 @@ def grow_checkpoint(
         )
     certificate = certify_model(op, ungated(model), seed=seed)
     if not certificate.passed:
-        raise CheckpointError(f"{path}: growing it by {op} is not what it promises:\n{certificate}")
+        raise CheckpointError(f"{path}: {op} does not do what it promises:\n{certificate}")
+    # On one device
     layout = Layout()
     mesh = layout.mesh(jax.devices()[:1])
     optimizer = optimizer_of(lineage).build()
@@ -415,18 +422,18 @@ def grow_pretrained(
     seed: int = 0,
     dtype: str | None = None,
 ) -> Certificate:
-    """Grow a Hugging Face folder into another one, with a certificate and a card that says how.
+    """Grow the model in a Hugging Face folder and write it to another one, with a certificate and a card.
 
-    `by` and `to` are those of `operator_of`. Parameters of 16 bits grow in float32 and are written so,
-    since the shares of copies are no numbers of theirs; `dtype` writes them in another type, and the card
-    says by how much outputs move then.
+    `by` and `to` are those of `operator_of`. Parameters of 16 bits are grown and written in float32,
+    since 16 bits cannot represent the shares of copies exactly; `dtype` writes another type, and the card
+    states how much that changes the outputs.
 
-    Raises `GrowthError` for an operator that leaves gates, which no file there can hold; nothing is
-    written then, or if the certificate is not passed (`CheckpointError`).
+    Raises `GrowthError` for an operator that adds gates, which stock models cannot have, and
+    `CheckpointError` if `out` exists or the certificate is not passed; nothing is written then.
     """
     source, out = Path(source), Path(out)
     if out.exists():
-        raise CheckpointError(f"{out}: is there already, and nothing is overwritten")
+        raise CheckpointError(f"{out}: exists already, and nothing is overwritten")
     model = load_folder(source, dtype="float32" if has_halves(source) else None)
     op = operator_of(by, to, model)
     if any(isinstance(atom, MSG) for atom in growth.atoms(op)):
@@ -436,42 +443,41 @@ def grow_pretrained(
         )
     certificate = certify_model(op, model, seed=seed)
     if not certificate.passed:
-        raise CheckpointError(
-            f"{source}: growing it by {op} is not what it promises:\n{certificate}"
-        )
+        raise CheckpointError(f"{source}: {op} does not do what it promises:\n{certificate}")
     big = growth.grow(op, model, key=purpose_key(seed, "grow"))
     stored = big if dtype is None else with_dtype(big, dtype)
     batch = random_batch(model, seed)
-    moved = None if dtype is None else distance(call(big, batch), call(stored, batch))[1]
-    write_grown(op, stored, model, certificate, source, out, seed=seed, rounding=moved)
+    rounding = None if dtype is None else distance(call(big, batch), call(stored, batch))[1]
+    write_grown(op, stored, model, certificate, source, out, seed=seed, rounding=rounding)
     return certificate
 
 
 def certify_model(op: Operator | Chain, model: Any, *, seed: int = 0) -> Certificate:
-    """The certificate of an operator on a model of ours, on sequences drawn at random."""
+    """Certify an operator on a model with an axis `vocab`, on two random sequences."""
     return certify(op, model, random_batch(model, seed), key=purpose_key(seed, "grow"))
 
 
 def random_batch(model: Any, seed: int) -> Any:
-    """Two random sequences of at most 32 tokens, as the model reads them."""
-    known = sizes(model)
-    if "vocab" not in known:
+    """Two random sequences of at most 32 tokens; for an encoder-decoder, a pair of such batches."""
+    model_sizes = sizes(model)
+    if "vocab" not in model_sizes:
         raise GrowthError(
-            "certify: this model has no axis 'vocab', so nobody can draw tokens for it; take gj.certify "
-            "with a batch of your own"
+            "certify: this model has no axis 'vocab', so the range of its tokens is unknown; use "
+            "gj.certify with a batch of your own"
         )
-    length = min(known.get("positions", 32), 32)
-    draw = np.random.default_rng(seed)
-    rows = [draw.integers(0, known["vocab"], (2, length)) for _ in range(2)]
-    first, second = (jnp.asarray(r, jnp.int32) for r in rows)
-    return (first, second) if kind_of(model) == "seq2seq" else first
+    length = min(model_sizes.get("positions", 32), 32)
+    rng = np.random.default_rng(seed)
+    shape = (2, length)
+    inputs = jnp.asarray(rng.integers(0, model_sizes["vocab"], shape), jnp.int32)
+    outputs = jnp.asarray(rng.integers(0, model_sizes["vocab"], shape), jnp.int32)
+    return (inputs, outputs) if kind_of(model) == "seq2seq" else inputs
 
 
 def describe(path: str | Path, console: Console) -> None:
-    """Print what a checkpoint, or the last one of a run, says about itself."""
+    """Print the lineage and the arrays of a checkpoint (of a run, its last one)."""
 
     def say(text: str) -> None:
-        # Names and paths may hold brackets, and are no markup
+        # As `Text`, since names and paths may hold brackets, which Rich reads as markup
         console.print(Text(text))
 
     path = Path(path)
@@ -494,12 +500,12 @@ def describe(path: str | Path, console: Console) -> None:
     if lineage["parent"]:
         say(f"after {lineage['parent']}")
     if start := lineage["start"]:
-        took = ""
+        training = ""
         if start["flops"] is not None:
-            took = (
+            training = (
                 f", which took {start['tokens']:,} tokens and {start['flops']:.4g} training FLOPs"
             )
-        say(f"started from {start['folder']} ({start['is']}){took}")
+        say(f"started from {start['folder']} ({start['is']}){training}")
     if fork := lineage.get("fork"):
         say(f"forked from {fork['run']} before step {fork['step']}")
         for change in fork["changes"]:

@@ -1,4 +1,4 @@
-"""What a model is worth: its loss on held-out windows that stay the same, and what hooks say of it."""
+"""The evaluation of a run's model: its loss on a fixed set of held-out windows, and the hooks' scores."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,48 +14,51 @@ from growjax.runs.feed import Feed
 from growjax.runs.records import HeldOut, Step
 
 
-# The model that is judged and the record of the step it was judged after, to numbers by name
+# (model to evaluate, record of the step before) -> numbers by name
 Hook = Callable[[Any, Step], Mapping[str, float]]
-# The compiled evaluation: (state, batch, level) to losses [B, T] and their weights
+# The compiled evaluation: (state, batch, level of the gates) -> losses and weights, [B, T] both
 Evaluate = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 class Judge:
-    """Judges the model of a run, always on the same windows.
+    """Evaluates the model of a run, always on the same windows.
 
-    Windows are spread evenly over the whole held-out text and made by the plan's own objective, whatever
-    the stage trains on: neither the batch nor the stage has a say in what is read. Batches only carry
-    them to the device, and the last one is filled up with windows of no weight.
+    Windows are spread evenly over the held-out text and made by the plan's own objective, so that they
+    depend neither on the batch nor on the stage. The last batch is filled up with windows of weight 0.
     """
 
     def __init__(self, plan: Plan, feed: Feed, mesh: Mesh, hooks: Sequence[Hook]):
         self.plan, self.feed, self.mesh, self.hooks = plan, feed, mesh, hooks
-        self._windows: dict[int, Mapping[str, np.ndarray]] = {}
+        self._windows: dict[int, Mapping[str, np.ndarray]] = {}  # by the requested number of them
 
     def held_out(
         self, evaluate: Evaluate, state: Any, level: float, *, windows: int, batch: int
     ) -> HeldOut:
-        """The losses on a number of windows (or on all there are), `batch` at a time."""
+        """The losses on a number of windows (or on all, if the text has fewer), `batch` at a time."""
         rows = self._rows(windows)
         count = len(rows["weights"])
         sums, weights = np.zeros(count), np.zeros(count)
         for start in range(0, count, batch):
             index = np.arange(start, min(start + batch, count))
-            losses, counts = self._evaluated(evaluate, state, level, rows, index, batch)
-            sums[index] = (losses * counts).sum(1)[: len(index)]
-            weights[index] = counts.sum(1)[: len(index)]
+            losses, position_weights = self._evaluated(evaluate, state, level, rows, index, batch)
+            sums[index] = (losses * position_weights).sum(1)[: len(index)]
+            weights[index] = position_weights.sum(1)[: len(index)]
         return HeldOut(sums, weights)
 
     def probe(
         self, evaluate: Evaluate, state: Any, level: float, batch: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Losses and weights `[batch, T]` of one batch of windows: what a growth is certified on."""
+        """The losses and weights `[batch, T]` of one batch of windows, which certifies a growth."""
         rows = self._rows(batch)
         index = np.arange(len(rows["weights"]))
         return self._evaluated(evaluate, state, level, rows, index, batch)
 
     def scores(self, model: Any, step: Step) -> dict[str, float]:
-        """What all hooks say of a model; raises `TrainingError` that names the hook and the step."""
+        """The numbers of all hooks, called with a model and the last step.
+
+        Raises `TrainingError` that names the hook and the step, if a hook fails, returns anything but
+        numbers by name, or returns a name of another hook.
+        """
         scores: dict[str, float] = {}
         for hook in self.hooks:
             name = getattr(hook, "__name__", type(hook).__name__)
@@ -68,12 +71,15 @@ class Judge:
                 raise TrainingError(
                     f"{where}: expected numbers by name, got {type(error).__name__}: {error}"
                 ) from error
-            twice = sorted(new.keys() & scores.keys())
-            raise_all(TrainingError, f"{where}: another hook says these, too:", twice)
+            repeated = sorted(new.keys() & scores.keys())
+            raise_all(
+                TrainingError, f"{where}: another hook returns these names as well:", repeated
+            )
             scores |= new
         return scores
 
     def _rows(self, windows: int) -> Mapping[str, np.ndarray]:
+        """The examples of this many windows, made once."""
         if windows not in self._windows:
             self._windows[windows] = self.feed.held_out(self.plan.objective, windows)
         return self._windows[windows]
@@ -87,11 +93,11 @@ class Judge:
         index: np.ndarray,
         batch: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Losses and weights of the windows with these numbers; float64, 0 where a batch is filled up."""
-        # The compiled program takes whole batches: the last window again, with no weight
+        """The losses and weights of the windows `index`: float64 `[batch, T]`, padded with weight 0."""
+        # The compiled program takes whole batches, so the last window is repeated
         filled = np.concatenate([index, np.full(batch - len(index), index[-1])])
-        each = batch // jax.process_count()
-        mine = slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+        per_host = batch // jax.process_count()
+        mine = slice(jax.process_index() * per_host, (jax.process_index() + 1) * per_host)
         examples = {name: values[filled[mine]] for name, values in rows.items()}
         examples = from_host(examples, self.mesh)
         losses, weights = jax.device_get(evaluate(state, examples, np.float32(level)))

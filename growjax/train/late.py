@@ -1,4 +1,4 @@
-"""A step that is on its way: what is known of it before its numbers are, and how they are read."""
+"""A step whose numbers are still being computed on the device, and how the host reads them later."""
 
 import dataclasses
 import math
@@ -12,15 +12,16 @@ from growjax.plan.plan import Plan
 from growjax.plan.stages import Span
 from growjax.programs.step import Report
 from growjax.runs.records import Step
-from growjax.train.stopwatch import Clock
+from growjax.train.stopwatch import Stopwatch
 
 
 @dataclasses.dataclass(frozen=True)
 class Late:
-    """The report of the stage's step `i`, still on the device.
+    """The stage's step `i`, with its report still on the device.
 
-    The host reads it once the next step is on its way, so that the device never waits for the host.
-    `spent` (in the clock's whole numbers) and `flops` are those of the run once the step is done.
+    The host reads it after it has started the next step, so that the device never waits for the host.
+    `spent` (in the plan's clock's smallest unit) and `flops` are the totals of the run after the step;
+    `waited` are the seconds that it waited for its data.
     """
 
     plan: Plan
@@ -34,11 +35,11 @@ class Late:
     report: Report
 
     def read(
-        self, clock: Clock, last: Callable[[], Path | None], held_out: float | None = None
+        self, stopwatch: Stopwatch, last: Callable[[], Path | None], held_out: float | None = None
     ) -> Step:
-        """Wait for the numbers and report them; raises `TrainingError` unless they are finite.
+        """Wait for the numbers and make the record; raises `TrainingError` unless they are finite.
 
-        `last` finds the checkpoint that the error names.
+        `last` returns the last checkpoint, for the error. `held_out` is the step's held-out loss.
         """
         loss, gradient_norm, parameter_norm = (float(x) for x in jax.device_get(self.report))
         span, step = self.span, self.span.start + self.i
@@ -49,7 +50,7 @@ class Late:
                 "lower the peak, lengthen the warmup or look at the batch. Last good checkpoint: "
                 f"{last() or 'none'}"
             )
-        seconds = clock.training()
+        seconds = stopwatch.training()
         return Step(
             stage=span.index,
             step=step,
@@ -62,7 +63,7 @@ class Late:
             loss=loss,
             gradient_norm=gradient_norm,
             parameter_norm=parameter_norm,
-            took=clock.lap(),
+            took=stopwatch.lap(),
             waited=self.waited,
             held_out=held_out,
         )

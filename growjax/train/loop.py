@@ -22,13 +22,13 @@ from growjax.runs.run import Run, refuse_folder
 from growjax.train.options import Options
 from growjax.train.session import Session
 from growjax.train.stop import Stop, Stopped
-from growjax.train.stopwatch import Clock
+from growjax.train.stopwatch import Stopwatch
 
 
 class Training(Iterator[Record]):
-    """The records of a run, as they come; `doing` says what happens between two of them.
+    """The iterator over the records of a run; `doing` is the current activity between two of them.
 
-    Closing it (or dropping it) ends the session as it stands: what is being written is waited for.
+    Closing it (or deleting it) ends the session, after a checkpoint that is being written is whole.
     """
 
     def __init__(self, records: Callable[[Doing], Iterator[Record]]):
@@ -39,7 +39,7 @@ class Training(Iterator[Record]):
         return next(self._records)
 
     def close(self) -> None:
-        """End the session without another record."""
+        """End the session, without further records."""
         self._records.close()
 
 
@@ -54,24 +54,24 @@ def train(
     cache: dict[str, Any] | None = None,
     devices: list[Any] | None = None,
 ) -> Training:
-    """Run a plan, or go on with it: yields `Begin`, a `Step`, `Growth` or `Saved` for each, and `End`.
+    """Run a plan, or resume it: yields `Begin`; `Step`, `Growth` and `Saved` as they happen; and `End`.
 
     **Arguments**
 
-    - `feed`: its data; None reads what the plan names.
-    - `run`: the folder of its checkpoints, locked for as long as it runs. If there are some, the run goes
-      on from the last one, with the same batches, draws and numbers as if it had never stopped. None
-      saves nothing.
-    - `loss`: what is minimised instead of the plan's `loss`.
+    - `feed`: the data; None reads the data that the plan names.
+    - `run`: the folder of the run, locked while it trains. If it has checkpoints, the run goes on from
+      the last one, with the same batches, draws and numbers as if it had never stopped. None saves
+      nothing.
+    - `loss`: the loss to minimise, instead of the plan's.
     - `reference`: the second model that `RhoLoss` compares with.
-    - `cache`: a dict through which runs that follow each other share what they compiled.
-    - `devices`: what the mesh is made of (all, by default).
+    - `cache`: a dict through which runs that follow each other share compiled programs.
+    - `devices`: the devices of the mesh (all, by default).
 
     On SIGTERM or SIGINT a run with a folder finishes its step, saves and ends; on a second one it ends
-    at once. Raises `TrainingError` with the step of the first loss or gradient that is not finite, and
-    for a growth that breaks its promise; `CheckpointError` if the folder holds another run, is locked by
-    another process, or cannot be written to; `DamagedError` if its last checkpoint is not whole;
-    `DataError`.
+    at once. Raises `TrainingError` at the first loss or gradient that is not finite, and for a growth
+    that breaks its promise; `CheckpointError` if the folder holds another run, is locked by another
+    process, or cannot be written to; `DamagedError` if its last checkpoint is not whole; `DataError` for
+    missing or damaged data.
 
     **Example**
 
@@ -89,7 +89,7 @@ def train(
             )
             second = _second_model(plan, reference, programs)
             folder = None if run is None else Run(run)
-            locked = None if folder is None else _locked(folder, stack)
+            lock, notes = (None, []) if folder is None else _locked(folder, stack)
             with doing("reading the text, and tokenising it if it is new"):
                 data = feed or CorpusFeed.of(plan, Path(run or "runs/_").parent / "cache")
             ahead = Ahead(
@@ -102,11 +102,12 @@ def train(
             )
             stack.enter_context(contextlib.closing(ahead))
             saves = None
-            if folder is not None and locked is not None:
-                saves = _saves(plan, folder, options, ahead.reference, locked)
+            if folder is not None:
+                saves = _saves(plan, folder, options, ahead.reference, lock)
+                saves.notes += notes
             stop = Stop(enabled=run is not None)
-            session = Session(plan, data, saves, options, programs, ahead, Clock(), stop, doing)
-            yield from _ended_well(plan, session, stop)
+            session = Session(plan, data, saves, options, programs, ahead, Stopwatch(), stop, doing)
+            yield from _guarded(plan, session, stop)
 
     return Training(records)
 
@@ -115,7 +116,7 @@ def _run(session: Session, stop: Stop) -> Iterator[Record]:
     """A session from its beginning to its end, or until it is asked to stop."""
     yield session.begin()
     plan, saves = session.plan, session.saves
-    # Until here nothing can be lost, and signals do what they always did
+    # Signals are caught from here on; before the first record, a stopped run loses nothing
     with stop:
         try:
             born = not session.resumed
@@ -123,9 +124,11 @@ def _run(session: Session, stop: Stop) -> Iterator[Record]:
                 # From here on the run needs nothing of the one that it was forked from
                 yield from session.save()
             if born and plan.start is not None and plan.stages[0].grow is None:
+                # The trained model, as the run's first checkpoint. A stage that grows saves after it.
                 yield from session.save()
             for span in plan.spans[session.span.index :]:
                 entered = span is session.span
+                # The first stage of a new run may grow as well
                 if not entered or (born and span.index == 0 and span.stage.grow is not None):
                     yield from session.enter(span)
                 first = session.step - span.start
@@ -145,11 +148,15 @@ def _run(session: Session, stop: Stop) -> Iterator[Record]:
     yield end
 
 
-def _ended_well(plan: Plan, session: Session, stop: Stop) -> Iterator[Record]:
-    """The records of a session; what is being written gets its time, and errors name their run."""
+def _guarded(plan: Plan, session: Session, stop: Stop) -> Iterator[Record]:
+    """The records of a session. On an error, a checkpoint that is being written is waited for.
+
+    An error of the JAX runtime becomes a `TrainingError` that names the run and the process.
+    """
     try:
         yield from _run(session, stop)
     except (GrowjaxError, GeneratorExit):
+        # `GeneratorExit`: the caller closed the iterator
         if session.saves is not None:
             with contextlib.suppress(CheckpointError):
                 session.saves.wait()
@@ -163,7 +170,10 @@ def _ended_well(plan: Plan, session: Session, stop: Stop) -> Iterator[Record]:
 
 
 def _second_model(plan: Plan, reference: Any, programs: Programs) -> Any:
-    """The model that selectors compare with, on the mesh; raises `PlanError` if it does not fit."""
+    """Put the model that selectors compare with on the mesh; None if they need none.
+
+    Raises `PlanError` if it does not fit the plan, or is missing.
+    """
     if reference is not None:
         headline = f"plan {plan.name!r} cannot choose by this second model:"
         raise_all(PlanError, headline, reference_faults(plan, reference))
@@ -177,7 +187,7 @@ def _second_model(plan: Plan, reference: Any, programs: Programs) -> Any:
 
 
 def _locked(folder: Run, stack: contextlib.ExitStack) -> tuple[Any, list[str]]:
-    """Lock a run's folder until the session ends; process 0 holds it for all."""
+    """Lock a run's folder until the session ends: the lock, which process 0 holds, and notes about it."""
     lock = folder.lock()
 
     def take() -> list[str]:
@@ -188,22 +198,19 @@ def _locked(folder: Run, stack: contextlib.ExitStack) -> tuple[Any, list[str]]:
     return lock, hosts.from_first(take)
 
 
-def _saves(
-    plan: Plan, folder: Run, options: Options, reference: Any, locked: tuple[Any, list[str]]
-) -> Any:
+def _saves(plan: Plan, folder: Run, options: Options, reference: Any, lock: Any) -> Any:
+    """The checkpoints of a plan in the folder of its run."""
     # Orbax takes a second to import, and a run that saves nothing does not need it
     from growjax.runs.lineage import digest_of
     from growjax.runs.saves import Saves
 
-    saves = Saves(
+    return Saves(
         plan,
         folder,
-        locked[0],
+        lock,
         keep_last=options.keep_last,
         keep_every=options.keep_every,
         keep=options.save_at,
         fall_back=options.fall_back,
         reference=None if reference is None else digest_of(eqx.filter(reference, eqx.is_array)),
     )
-    saves.notes += locked[1]
-    return saves

@@ -1,4 +1,4 @@
-"""How a plan is run, as a value."""
+"""The options of running a plan, as a value."""
 
 import dataclasses
 import math
@@ -10,26 +10,28 @@ from growjax.train.judge import Hook
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a plan is run. None of it changes what is computed.
+    """The options of running a plan. None of them changes the trained model.
 
     **Fields**
 
-    - `evaluate_every`: what is spent between two held-out evaluations, in the whole numbers of the
-      plan's clock (a twentieth of `plan.cost`, say); there is one after the last step anyway.
-    - `held_out`: windows of held-out text that each of them is taken over, always the same ones.
-    - `held_out_end`: windows that the finished model is evaluated on (or all that there are); their
-      losses are in `End.held_out` and in the run's folder. 0 leaves it out.
+    - `evaluate_every`: the cost between two held-out evaluations, in the smallest unit of the plan's
+      clock (`plan.cost / 20`, say). The last step is always followed by one.
+    - `held_out`: the number of held-out windows in each of these evaluations, always the same ones.
+    - `held_out_end`: the number of windows that the finished model is evaluated on (or all, if the text
+      has fewer); the losses are in `End.held_out` and in the run's folder. 0 for none.
     - `hooks`: functions `(model, step) -> {name: number}`, called after each held-out evaluation; the
-      numbers become the step's `scores`. The model is the one that is judged (the average, if the
-      optimizer averages), its gates as open as they are; its arrays are the run's own, and gone after the
-      next step. Nobody is charged for it, in cost or in seconds.
-    - `save_every`: steps between checkpoints, besides those on both sides of every growth; and
-    - `save_minutes`: minutes between them. None saves by steps alone.
-    - `save_at`: steps before which a checkpoint is written, and kept: what other runs fork from.
-    - `keep_last`, `keep_every`: how many of the latest checkpoints stay, and which others.
-    - `fall_back`: set a damaged checkpoint aside and go on from the one before it, instead of an error.
+      numbers become the step's `scores`. The model is the one to evaluate (the average, if the optimizer
+      averages), with its gates at their current level. Its arrays belong to the run, which deletes them
+      in the next step. The time of hooks is not part of the run's cost or seconds.
+    - `save_every`: steps between checkpoints, besides those before and after every growth.
+    - `save_minutes`: minutes between checkpoints; None for none by time.
+    - `save_at`: steps before which a checkpoint is written that stays, for runs that fork from it.
+    - `keep_last`, `keep_every`: the number of latest checkpoints that stay, and the steps at whose
+      multiples others stay.
+    - `fall_back`: set a damaged checkpoint aside and go on from the one before it; by default it is an
+      error.
     - `background`: compile the next stage while this one trains.
-    - `profile`: first and last step of which a profile is written, into the run's folder.
+    - `profile`: the first and the last step of a profile, which is written into the run's folder.
 
     Raises `TrainingError` that lists every fault.
     """
@@ -48,7 +50,7 @@ class Options:
     profile: tuple[int, int] | None = None
 
     def __post_init__(self):
-        raise_all(TrainingError, "these options make no sense:", _faults(self))
+        raise_all(TrainingError, "these options are not valid:", _faults(self))
 
 
 def _faults(options: Options) -> Iterator[str]:

@@ -1,13 +1,12 @@
-"""The state of a run between two records, and what moves it on: a step, a growth, a checkpoint.
+"""The state of a run between two records, and the actions on it: a step, a growth, a checkpoint.
 
-Every step of a stage is a program compiled before it runs, once for every sub-network size. The level
-of a ramp and the learning rate are arguments, and a compiled program refuses shapes it was not made
-for, so nothing recompiles unnoticed. Losses are read one step late: the host never waits for the step
-it has just started.
+Every step runs a program that was compiled before, one for each `Work` of a stage. The level of the
+gates and the learning rate are arguments, and a compiled program refuses other shapes, so nothing is
+recompiled unnoticed. Losses are read one step late, so that the host never waits for the step that it
+has just started.
 
-A ramp that is over leaves its gates in place, at 1, until the next growth (or the end) drops them. The
-function is the same and open gates cost next to nothing, but dropping them changes the program: at a
-boundary, which has a new one anyway, that is free; in the middle of a stage it is not.
+When a ramp is over, its gates stay in the model, at 1, until the next stage (or the end) drops them.
+Open gates cost next to nothing, but dropping them changes the program; a new stage compiles one anyway.
 """
 
 import dataclasses
@@ -33,19 +32,20 @@ from growjax.train.judge import Judge
 from growjax.train.late import Late
 from growjax.train.options import Options
 from growjax.train.stop import Stop, Stopped
-from growjax.train.stopwatch import Clock
+from growjax.train.stopwatch import Stopwatch
 from growjax.train.transition import cross
 from growjax.values import to_dict
 
 
 class Session:
-    """One process's part of a run, from a birth or a checkpoint to a stop or the end.
+    """One session of a run in one process, from a birth or a checkpoint to a stop or the end.
 
     **Arguments**
 
-    - `saves`: where checkpoints go (`growjax.runs.saves.Saves`); None saves nothing.
+    - `saves`: the checkpoints of the run (`growjax.runs.saves.Saves`); None saves nothing.
 
-    `span` and `step` are the stage that the state is in and the step that it stands before.
+    `span` and `step` are the stage of the state, and the next step. `spent` (in the smallest unit of the
+    plan's clock) and `flops` are the totals of the run so far.
     """
 
     def __init__(
@@ -56,44 +56,44 @@ class Session:
         options: Options,
         programs: Programs,
         ahead: Ahead,
-        clock: Clock,
+        stopwatch: Stopwatch,
         stop: Stop,
         doing: Doing,
     ):
         self.plan, self.feed, self.saves, self.options = plan, feed, saves, options
-        self.programs, self.ahead, self.clock = programs, ahead, clock
+        self.programs, self.ahead, self.stopwatch = programs, ahead, stopwatch
         self.stop, self.doing = stop, doing
         self.judge = Judge(plan, feed, programs.mesh, options.hooks)
         self.span, self.step = plan.spans[0], 0
         self.spent, self.flops = 0, 0
-        self.moved = False  # whether the state is other than what it began as
+        self.moved = False  # whether the state has changed in this session
         self.profiling = False
-        self.late: Late | None = None
-        self.forked: str | None = None
-        self.timer = SaveTimer(options.save_minutes, clock)
+        self.late: Late | None = None  # the last step, until its numbers are read
+        self.forked: str | None = None  # the folder of the run that this one was forked from
+        self.timer = SaveTimer(options.save_minutes, stopwatch)
 
     # The beginning ----------------------------------------------------------------------------
 
     def begin(self) -> Begin:
-        """Find the state: of the last checkpoint, of the model that the plan starts from, or born."""
+        """Make the state: from the last checkpoint, from a trained model, or by a birth."""
         resumed = None
         if self.saves is not None:
             last = self.saves.run.last()
             with self.doing("looking for a checkpoint" if last is None else f"restoring {last}"):
-                with self.clock.apart("birth"):
+                with self.stopwatch.apart("birth"):
                     resumed = self.saves.resume(self.programs, self.feed.digest)
         if resumed is not None:
             self._continue(resumed)
         elif self.plan.fork is not None:
-            with self.doing(f"reading {self.plan.fork.run}"), self.clock.apart("birth"):
+            with self.doing(f"reading {self.plan.fork.run}"), self.stopwatch.apart("birth"):
                 resumed = self._fork(self.plan)
             self._continue(resumed)
             self.forked = str(Path(resumed.path).parent.parent)
         elif self.plan.start is not None:
-            with self.doing(f"reading {self.plan.start.folder}"), self.clock.apart("birth"):
+            with self.doing(f"reading {self.plan.start.folder}"), self.stopwatch.apart("birth"):
                 self.state = self._started()
         else:
-            with self.clock.apart("birth"):
+            with self.stopwatch.apart("birth"):
                 born = self._get(("birth", 0, None), "the birth of the model")
                 self.state = born(np.int32(self.plan.seed))
         self.ahead.start(self.span.index)
@@ -110,8 +110,9 @@ class Session:
         self.state = resumed.state
         self.span, self.step = self.plan.spans[resumed.stage], resumed.step
         done = self.step - self.span.start
+        # The cost follows from the plan; FLOPs and seconds are in the lineage
         self.spent = self.span.spent + sum(self.span.costs[:done])
-        self.flops, self.clock.before = resumed.flops, resumed.seconds
+        self.flops, self.stopwatch.earlier = resumed.flops, resumed.seconds
 
     def _fork(self, plan: Plan) -> Any:
         """The state before a step of another run."""
@@ -127,7 +128,8 @@ class Session:
         return resumed
 
     def _started(self) -> State:
-        """The state of a trained model that the plan starts from."""
+        """The state of the trained model that the plan starts from."""
+        # Imports Orbax, which takes a second
         from growjax.runs.start import read_start
 
         model, origin = read_start(self.plan, self.programs.mesh)
@@ -138,9 +140,10 @@ class Session:
     # One step ---------------------------------------------------------------------------------
 
     def train(self, i: int, stream: Any) -> Iterator[Step | Saved]:
-        """The stage's step `i`, and what is due after it; reports the step before."""
+        """Run the stage's step `i`, evaluate and save if it is due; yields the step before."""
         plan, span, options = self.plan, self.span, self.options
         work, step, cost = span.works[i], span.start + i, span.costs[i]
+        # The learning rate in the middle of the step
         level, rate = span.stage.level(i), plan.learning_rate(self.spent + cost / 2)
         controls = Controls(
             np.float32(level), np.float32(rate), np.int32(step), np.int32(plan.seed)
@@ -157,7 +160,8 @@ class Session:
         self.state, report = program(self.state, batch, controls, reference)
         self.moved = True
 
-        yield from self.flush()  # the step before, now that this one is on its way
+        # Read the step before, now that this one runs
+        yield from self.flush()
         self.step = step + 1
         self.spent += cost
         self.flops += span.flops[i]
@@ -168,82 +172,90 @@ class Session:
             yield from self.flush()
             jax.profiler.stop_trace()
             self.profiling = False
+        # After the stage's last step, the loop saves
         if i + 1 < span.steps and self._save_is_due():
-            yield from self.flush()  # what is saved is known to be finite
+            # Raises if the step is not finite, so that only finite states are saved
+            yield from self.flush()
             yield from self.save()
 
     def flush(self, held_out: float | None = None) -> Iterator[Step]:
-        """Wait for the step that is on its way, and report it."""
+        """Wait for the last step, if its numbers have not been read, and yield its record."""
         if self.late is not None:
             late, self.late = self.late, None
-            yield late.read(self.clock, self._last, held_out)
+            yield late.read(self.stopwatch, self._last, held_out)
 
     def _last(self) -> Path | None:
+        """The last checkpoint, or None."""
         return None if self.saves is None else self.saves.last()
 
     def _mark(self, level: float, cost: int) -> Iterator[Step]:
-        """Judge the model, if this step crossed a mark or is the last one."""
+        """Evaluate the model after the last step, or once the cost passed a mark."""
         every = self.options.evaluate_every
-        crossed = self.spent // every > (self.spent - cost) // every
-        if not crossed and self.step != self.plan.steps:
+        passed = self.spent // every > (self.spent - cost) // every
+        if not passed and self.step != self.plan.steps:
             return
-        found = self._held_out(level, self.options.held_out)
-        for step in self.flush(found.loss):
+        held_out = self._held_out(level, self.options.held_out)
+        for step in self.flush(held_out.loss):
             if self.options.hooks:
-                with self.clock.apart("hooks", self.state), self.doing("asking the hooks"):
+                with self.stopwatch.apart("hooks", self.state), self.doing("running the hooks"):
                     scores = self.judge.scores(self._judged(level), step)
                 step = dataclasses.replace(step, scores=scores)
             yield step
 
     def _held_out(self, level: float, windows: int) -> HeldOut:
+        """The held-out losses of the state, with its gates at a level."""
         program = self._compiled(("evaluate", self.span.index, None), "the evaluation")
-        with self.clock.apart("held_out", self.state), self.doing("evaluating"):
+        with self.stopwatch.apart("held_out", self.state), self.doing("evaluating"):
             return self.judge.held_out(
                 program, self.state, level, windows=windows, batch=self.span.batch
             )
 
     def _judged(self, level: float) -> Any:
-        """The model that is evaluated, its gates at a level."""
+        """The model to evaluate (the average, if the optimizer averages), with its gates at a level."""
         return opened(self.programs.judged(self.state), level)
 
     # Between stages ---------------------------------------------------------------------------
 
     def enter(self, span: Span) -> Iterator[Growth | Saved]:
-        """Grow into a stage, if it grows, and put the grown state on record before it trains."""
+        """Enter a stage; if it grows, grow the state, certify the growth and save."""
         if span.stage.grow is None:
-            # Gates of the stage before are open by now; without them the function is the same
+            # Gates of the stage before are open by now, so the function is the same without them
             self.state = self.state._replace(rest=ungated(self.state.rest))
             self.span = span
             self.ahead.start(span.index)
             return
-        start, waited = self.clock.now(), self.ahead.waited
-        with self.clock.apart("grow"):
+        start, waited = self.stopwatch.now(), self.ahead.waited
+        with self.stopwatch.apart("grow"):
             self.state, crossing = cross(
                 self.plan, span, self.state, self._growing, self._probe_of(span)
             )
         self.span, self.moved = span, True
         saved = list(self.save(crossing))
         stopped = None
-        with self.clock.apart("grow"):
+        # Wait for the first step's program here, so that the wait is part of the growth's stall
+        with self.stopwatch.apart("grow"):
             try:
                 self._get(("step", span.index, span.works[0]), "a training step")
             except Stopped as error:
-                # The growth is on record already, and is reported first
+                # The growth is saved already, so its record is yielded before the run stops
                 stopped = error
         compile_wait = self.ahead.waited - waited
-        stall = self.clock.now() - start
+        stall = self.stopwatch.now() - start
         self.ahead.start(span.index)
         old, new = sizes(self.plan.before(span.index)), span.sizes
-        grew = {a: (old.get(a, 0), n) for a, n in new.items() if n != old.get(a)}
+        grew = {axis: (old.get(axis, 0), n) for axis, n in new.items() if n != old.get(axis)}
         yield Growth(span.index, span.start, self.flops, grew, crossing, stall, compile_wait)
         yield from saved
         if stopped is not None:
             raise stopped
 
     def _growing(self, need: Need) -> Any:
+        """A compiled program of a growth."""
         return self._get(need, f"the growth into stage {need[1]}")
 
     def _probe_of(self, span: Span) -> Any:
+        """The `probe` of `cross`: losses on one batch of held-out windows."""
+
         def probe(program: Any, state: State, level: float) -> tuple[np.ndarray, np.ndarray]:
             return self.judge.probe(program, state, level, span.batch)
 
@@ -251,30 +263,31 @@ class Session:
 
     # Programs ---------------------------------------------------------------------------------
 
-    def _compiled(self, need: Need, words: str) -> Any:
-        # Steps that still run are training; a program that is not there yet is not
-        with self.clock.apart("compile", () if self.ahead.ready(need) else self.state):
-            return self._get(need, words)
+    def _compiled(self, need: Need, name: str) -> Any:
+        """A compiled program; waiting for it is not counted as training."""
+        # If the program is not ready, wait for the steps that still run first: their time is training
+        with self.stopwatch.apart("compile", () if self.ahead.ready(need) else self.state):
+            return self._get(need, name)
 
-    def _get(self, need: Need, words: str) -> Any:
-        """A compiled program; raises `Stopped` if the run is asked to stop while it waits for it."""
+    def _get(self, need: Need, name: str) -> Any:
+        """A compiled program; raises `Stopped` if the run is asked to stop while it is compiled."""
         if self.ahead.ready(need):
             return self.ahead.get(need)
-        with self.doing(f"compiling {words}"):
+        with self.doing(f"compiling {name}"):
             return self.ahead.get(need, meanwhile=self.stop.check)
 
     # Checkpoints ------------------------------------------------------------------------------
 
     def save(self, crossing: Crossing | None = None) -> Iterator[Saved]:
-        """Write a checkpoint, unless there is none to write or it is there from an earlier session."""
+        """Start to write a checkpoint, unless the run saves nothing or an earlier session wrote it."""
         if self.saves is None:
             return
         self.timer.restart(self.step)
         span, done = self.span, self.step - self.span.start
-        # Also while the run stops: without this program nothing can be saved
-        with self.clock.apart("compile", self.state), self.doing("saving"):
+        # Not by `_get`, which raises `Stopped`: a run that stops must save
+        with self.stopwatch.apart("compile", self.state), self.doing("saving"):
             seal = self.ahead.get(("seal", span.index, None))
-        with self.clock.apart("save", self.state), self.doing("saving"):
+        with self.stopwatch.apart("save", self.state), self.doing("saving"):
             path: Path | None = self.saves.save(
                 span,
                 self.step,
@@ -282,7 +295,7 @@ class Session:
                 seal,
                 level=span.stage.level(done - 1) if done else 0.0,
                 flops=self.flops,
-                seconds=self.clock.training(),
+                seconds=self.stopwatch.training(),
                 data=self.feed.digest,
                 crossing=crossing,
             )
@@ -295,13 +308,13 @@ class Session:
         every = self.options.save_every
         due = every is not None and self.step % every == 0
         due = due or self.step in self.options.save_at
-        # Asked in any case: all hosts must ask alike
+        # The timer first: all hosts must call it at the same steps
         return self.timer.due(self.step) or due
 
     # The end ----------------------------------------------------------------------------------
 
     def stopped(self) -> Iterator[Step | Saved | End]:
-        """Save where the run stands, and end the session."""
+        """Save the state, and end the session."""
         with self.doing("stopping: the state is saved; a second signal ends at once"):
             yield from self.flush()
             if self.moved:
@@ -309,7 +322,7 @@ class Session:
             yield self._end(finished=False)
 
     def finished(self) -> End:
-        """The end of the run, with the losses on all windows of the fixed set."""
+        """The end of the run, with the losses on `held_out_end` windows."""
         return self._end(finished=True)
 
     def _end(self, *, finished: bool) -> End:
@@ -320,12 +333,12 @@ class Session:
         level = self.span.stage.level(done - 1) if done else 0.0
         held_out = self._held_out_at_the_end(level) if finished else None
         model = self._judged(level)
-        seconds = self.clock.spent
+        seconds = self.stopwatch.spent
         return End(
             model=ungated(model) if finished else model,
             finished=finished,
             programs=self.ahead.compiled,
-            compile_seconds=sum(seconds.get(of, 0.0) for of in ("compile", "grow", "birth")),
+            compile_seconds=sum(seconds.get(name, 0.0) for name in ("compile", "grow", "birth")),
             held_out_seconds=seconds.get("held_out", 0.0),
             hook_seconds=seconds.get("hooks", 0.0),
             step=self.step,
@@ -334,7 +347,7 @@ class Session:
         )
 
     def _held_out_at_the_end(self, level: float) -> HeldOut | None:
-        """Measured, or read from the folder where an earlier session left it; kept there."""
+        """The losses on `held_out_end` windows: measured and saved, or read if a session saved them."""
         windows = self.options.held_out_end
         if not windows:
             return None
@@ -345,36 +358,39 @@ class Session:
             "windows": windows,
         }
         if self.saves is not None:
-            kept = hosts.from_first(lambda: self._kept(about))
-            if kept is not None:
-                return HeldOut(*(np.array(values) for values in kept))
-        found = self._held_out(level, windows)
+            saved = hosts.from_first(lambda: self._saved_held_out(about))
+            if saved is not None:
+                return HeldOut(*(np.array(values) for values in saved))
+        held_out = self._held_out(level, windows)
         if self.saves is not None and jax.process_index() == 0:
-            self.saves.run.save_held_out(found, dict(about))
-        return found
+            self.saves.run.save_held_out(held_out, dict(about))
+        return held_out
 
-    def _kept(self, about: Mapping[str, Any]) -> list[list[float]] | None:
-        kept = self.saves.run.held_out()
-        if kept is None or kept[1] != about:
+    def _saved_held_out(self, about: Mapping[str, Any]) -> list[list[float]] | None:
+        """The sums and weights in the run's folder, as lists, if they are those of `about`."""
+        saved = self.saves.run.held_out()
+        if saved is None or saved[1] != about:
             return None
-        return [kept[0].sums.tolist(), kept[0].weights.tolist()]
+        return [saved[0].sums.tolist(), saved[0].weights.tolist()]
 
 
 class SaveTimer:
-    """When the next checkpoint by time is due, before the same step on all hosts.
+    """Decides when a checkpoint by time is due, before the same step on all hosts.
 
-    One process looks at its clock. With many, process 0 does, and tells the others at steps that all of
-    them know: at each it says how many steps later they meet again, so that it costs next to nothing.
+    Hosts' clocks differ, so process 0 decides and sends its answer to the others. To make this cheap,
+    they communicate at few steps: each answer is the number of steps until the next one, and 0 to save.
     """
 
-    def __init__(self, minutes: float | None, clock: Clock):
+    def __init__(self, minutes: float | None, stopwatch: Stopwatch):
         self.seconds = None if minutes is None else 60 * minutes
-        self.clock = clock
-        self.start, self.first, self.meeting = clock.now(), 0, 0
+        self.stopwatch = stopwatch
+        # The time and the step of the last checkpoint, and the next step at which hosts communicate
+        self.start, self.first, self.meeting = stopwatch.now(), 0, 0
 
     def restart(self, step: int) -> None:
-        """Count from now on: a checkpoint of this step is there, or the run begins."""
-        self.start, self.first, self.meeting = self.clock.now(), step, step + 8
+        """Begin to count the time, at the beginning of the run or after a checkpoint before `step`."""
+        # After 8 steps, the speed is known well enough
+        self.start, self.first, self.meeting = self.stopwatch.now(), step, step + 8
 
     def due(self, step: int) -> bool:
         """Whether to save before `step`."""
@@ -389,13 +405,17 @@ class SaveTimer:
         return wait == 0
 
     def _left(self) -> float:
+        """Seconds until a checkpoint is due; not positive if it is."""
         assert self.seconds is not None
-        return self.seconds - (self.clock.now() - self.start)
+        return self.seconds - (self.stopwatch.now() - self.start)
 
     def _steps_left(self, step: int) -> int:
-        """Half of the steps until the time is up, at this speed; 0 if it is up."""
+        """Half of the steps until a checkpoint is due, at the current speed; 0 if it is due.
+
+        Half, since later steps may be slower: a sequence of halves does not miss the time.
+        """
         left = self._left()
         if left <= 0:
             return 0
-        each = max(self.clock.now() - self.start, 1e-3) / max(step - self.first, 1)
-        return int(min(max(left / each / 2, 1), 4096))
+        step_seconds = max(self.stopwatch.now() - self.start, 1e-3) / max(step - self.first, 1)
+        return int(min(max(left / step_seconds / 2, 1), 4096))

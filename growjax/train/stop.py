@@ -1,4 +1,4 @@
-"""How a run is asked to stop: by SIGTERM, by Ctrl-C, or by notice that a machine will be taken away."""
+"""Requests to stop a run: SIGTERM, Ctrl-C, or the notice that a machine will be preempted."""
 
 import os
 import signal
@@ -15,68 +15,75 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """The run was asked to stop while it waited for something else than a step."""
+    """Raised when the run is asked to stop between two steps, or while it waits for a program."""
 
 
 class Stop:
-    """Whether a run was asked to stop; use it in a `with`.
+    """Catches the signals that ask a run to stop; use it in a `with`.
 
     **Arguments**
 
     - `enabled`: False leaves signals alone (a run that saves nothing has nothing to finish).
 
-    The first SIGTERM or SIGINT is noted, and a second one does what it always did: it ends the process.
-    With many hosts JAX's own service listens for SIGTERM and lets all of them stop before the same step;
-    SIGINT is passed on to it. Signals can be caught in a program's main thread alone.
+    The first SIGTERM or SIGINT is recorded in `signal`; a second one ends the process, as it would
+    without this class. With many hosts, JAX's preemption service listens for SIGTERM and chooses the
+    step before which all of them stop; SIGINT is passed on to it. Python can catch signals in the main
+    thread only, so in another thread nothing is caught.
     """
 
     def __init__(self, enabled: bool):
-        self.many = jax.process_count() > 1
-        self.signal: str | None = None
+        self.many_hosts = jax.process_count() > 1
+        self.signal: str | None = None  # the name of the signal that came, such as "SIGTERM"
         main = threading.current_thread() is threading.main_thread()
         self.enabled = enabled and main
-        self._usual: dict[int, Any] = {}
+        self._earlier: dict[int, Any] = {}  # signal -> its handler before, to be restored
 
     def __enter__(self) -> "Stop":
         for number in _SIGNALS if self.enabled else ():
-            if self.many and number == signal.SIGTERM:
+            if self.many_hosts and number == signal.SIGTERM:
                 continue
-            usual = signal.getsignal(number)
-            # What is ignored stays ignored: nohup, or a job in the background
-            if usual not in (signal.SIG_IGN, None):
-                self._usual[number] = usual
-                signal.signal(number, self._once)
+            earlier = signal.getsignal(number)
+            # A signal that is ignored (under nohup, or in a background job) stays ignored
+            if earlier not in (signal.SIG_IGN, None):
+                self._earlier[number] = earlier
+                signal.signal(number, self._first)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, usual in self._usual.items():
-            signal.signal(number, usual)
-        self._usual = {}
+        for number, earlier in self._earlier.items():
+            signal.signal(number, earlier)
+        self._earlier = {}
 
-    def _once(self, number: int, _: FrameType | None) -> None:
+    def _first(self, number: int, _: FrameType | None) -> None:
+        """Handle the first signal: record it, and let the next one end the process."""
         self.signal = signal.Signals(number).name
-        for other, usual in self._usual.items():
-            # Python would only look at Ctrl-C between two lines of its own, which can take a step
-            at_once = usual is signal.default_int_handler and not hasattr(sys, "ps1")
-            signal.signal(other, signal.SIG_DFL if at_once else usual)
-        self._usual = {n: usual for n, usual in self._usual.items() if n == signal.SIGINT}
-        if self.many:
+        for other, earlier in self._earlier.items():
+            # Python's own handler of Ctrl-C runs between two bytecodes, which may be a whole step away.
+            # The system's ends the process at once; an interactive session keeps Python's.
+            at_once = earlier is signal.default_int_handler and not hasattr(sys, "ps1")
+            signal.signal(other, signal.SIG_DFL if at_once else earlier)
+        # Only SIGINT differs from its handler before, and is restored at the end
+        self._earlier = {n: h for n, h in self._earlier.items() if n == signal.SIGINT}
+        if self.many_hosts:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def before(self, step: int) -> bool:
-        """Whether to stop before this step; on every host the same. Must be asked before every step."""
-        if not self.many:
+        """Whether to stop before this step: the same on every host. Call it before every step."""
+        if not self.many_hosts:
             return self.signal is not None
         try:
             stop = multihost_utils.reached_preemption_sync_point(step)
         except RuntimeError:
-            # JAX's service was switched off: nobody can stop all hosts at the same step
+            # JAX's service is switched off, so hosts cannot agree on a step
             return False
         if stop and self.signal is None:
             self.signal = "SIGTERM"
         return stop
 
     def check(self) -> None:
-        """Raise `Stopped` if this process alone can decide that, and was asked to."""
-        if self.signal is not None and not self.many:
+        """Raise `Stopped` if this process was asked to stop and is the only one.
+
+        With many hosts it does nothing: they can stop only before the same step.
+        """
+        if self.signal is not None and not self.many_hosts:
             raise Stopped

@@ -1,4 +1,4 @@
-"""Where the seconds of a run go."""
+"""The seconds of a run: those spent training, and those spent on other activities."""
 
 import contextlib
 import math
@@ -10,19 +10,19 @@ from typing import Any
 import jax
 
 
-class Clock:
-    """Tells the seconds spent training from those spent on other things.
+class Stopwatch:
+    """Measures the seconds of training, without those of other activities such as saving.
 
-    All of them only ever grow: setting the machine's clock changes nothing, and a counter that jumps
-    back, as some virtual machines' do, stands still until it has caught up. `before` are the seconds that
-    earlier sessions of the run spent training.
+    Times never decrease: setting the machine's clock changes nothing, and if the counter jumps back, as
+    on some virtual machines, time stands still until it has caught up.
     """
 
     def __init__(self):
-        self.latest = -math.inf
+        self.latest = -math.inf  # the latest time that `now` returned
         self.start = self.now()
-        self.before = self.last = 0.0
-        self.spent: defaultdict[str, float] = defaultdict(float)
+        self.earlier = 0.0  # seconds of training in earlier sessions of the run
+        self.last_lap = 0.0  # seconds of training in this session, at the last lap
+        self.spent: defaultdict[str, float] = defaultdict(float)  # seconds of each other activity
 
     def now(self) -> float:
         """Seconds since some time in the past, never fewer than before."""
@@ -30,21 +30,25 @@ class Clock:
         return self.latest
 
     def training(self) -> float:
-        """Seconds spent training, over all sessions."""
-        return self.before + self.now() - self.start - sum(self.spent.values())
+        """Seconds of training, over all sessions."""
+        return self.earlier + self.now() - self.start - sum(self.spent.values())
 
     def lap(self) -> float:
-        """Seconds of training since the last lap."""
-        now = self.training() - self.before
-        took, self.last = now - self.last, now
-        return took
+        """Seconds of training since the last call of `lap`."""
+        now = self.training() - self.earlier
+        seconds, self.last_lap = now - self.last_lap, now
+        return seconds
 
     @contextlib.contextmanager
-    def apart(self, what: str, running: Any = ()) -> Iterator[None]:
-        """Time something that is not training, once the steps that are still running are done."""
+    def apart(self, activity: str, running: Any = ()) -> Iterator[None]:
+        """Count the seconds of a `with` block as another activity, not as training.
+
+        `running` are arrays of training steps that may still run on the device; they are waited for
+        first, since their time is training.
+        """
         jax.block_until_ready(running)
         start = self.now()
         try:
             yield
         finally:
-            self.spent[what] += self.now() - start
+            self.spent[activity] += self.now() - start

@@ -1,6 +1,6 @@
-"""From one stage to the next: grown, checked, and only then kept.
+"""The transition into a stage that grows: grow, certify, and only then give up the old state.
 
-`cross` is a transaction, after which either the new state is certified or nothing has changed.
+`cross` is a transaction: it returns a certified new state, or raises and leaves the old one unchanged.
 """
 
 import time
@@ -18,7 +18,7 @@ from growjax.programs.step import State
 from growjax.runs.records import Crossing
 
 
-# The largest mean change of a loss (nats) that rounding explains, by the type of the activations.
+# The largest mean change of a loss (nats) that rounding explains, by the dtype of the activations
 _ROUNDING = {"float64": 1e-9, "float32": 2e-4, "float16": 1e-2, "bfloat16": 4e-2}
 
 
@@ -29,45 +29,52 @@ def cross(
     get: Callable[[Need], Any],
     probe: Callable[[Any, State, float], tuple[np.ndarray, np.ndarray]],
 ) -> tuple[State, Crossing]:
-    """Grow a state into the stage `span`, certify it, and let the old one go.
+    """Grow a state into the stage `span`, certify the growth, and free the old state.
 
-    `get` gives compiled programs, `probe` the losses and weights that an evaluation program finds on
-    tokens that stay the same. Raises `TrainingError` if an operator that promises to change nothing
-    changed the loss; the checkpoint from before the growth stands.
+    - `get`: returns a compiled program.
+    - `probe`: (evaluation program, state, level of the gates) to losses and weights `[batch, T]`, on the
+      same tokens at every call.
+
+    Raises `TrainingError` if an operator that promises to change nothing changed the loss.
     """
     op = span.stage.grow
     assert op is not None
-    clock = [time.perf_counter()]
+    times = [time.perf_counter()]
 
     def lap() -> float:
-        clock.append(time.perf_counter())
-        return clock[-1] - clock[-2]
+        """Seconds since the last call."""
+        times.append(time.perf_counter())
+        return times[-1] - times[-2]
 
     grow = get(("grow", span.index, None))
-    evaluations = [get((kind, span.index, None)) for kind in ("before", "evaluate")]
+    evaluate_before = get(("before", span.index, None))
+    evaluate_after = get(("evaluate", span.index, None))
     lap()
-    old = probe(evaluations[0], state, 1.0)
-    seconds = lap()
+    # Gates of the stage before are open by now, and new ones are still closed
+    old_losses, weights = probe(evaluate_before, state, 1.0)
+    certify_seconds = lap()
     grown = jax.block_until_ready(grow(state, np.int32(plan.seed)))
     grow_seconds = lap()
-    new = probe(evaluations[1], grown, 0.0)
-    certify_seconds = seconds + lap()
+    new_losses, new_weights = probe(evaluate_after, grown, 0.0)
+    certify_seconds += lap()
 
-    weights = old[1].sum()
-    before, after = (float((losses * w).sum() / weights) for losses, w in (old, new))
-    change = float((np.abs(new[0] - old[0]) * old[1]).sum() / weights)
+    total = weights.sum()
+    before = float((old_losses * weights).sum() / total)
+    after = float((new_losses * new_weights).sum() / total)
+    change = float((np.abs(new_losses - old_losses) * weights).sum() / total)
     dtype = plan.activations
     limit = None if op.exactness == "approximate" else _ROUNDING[dtype]
     crossing = Crossing(
         str(op), op.exactness, before, after, change, limit, grow_seconds, certify_seconds
     )
-    # `not <=`: a change that is not a number is not a small one
+    # Not `change > limit`, which is False for NaN
     if limit is not None and not change <= limit:
         raise TrainingError(
             f"plan {plan.name!r}: {op} promises to be {op.exactness}, and changed the loss of a token "
             f"by {change:.3g} nats on average ({before:.6g} -> {after:.6g}), where {dtype} rounding "
             f"explains {limit:g}. The state before the growth is in the last checkpoint"
         )
+    # Free the device's memory now; a caller may still hold the old state
     for leaf in jax.tree.leaves(state):
         leaf.delete()
     return grown, crossing
