@@ -68,12 +68,12 @@ TABLE = """
 + if undecayed and allow_undecayed:
 @ the first crossing counts | budget/comparison.py | comparison | last_crossing
 - elif y1 > goal:
--             place = None
+-             cost = None
 + elif y1 > goal:
 +             pass
 @ the frontier is read without the logarithm | budget/envelope.py | frontier | logarithm
-- parts += [_crossing(ends, losses, log=True)] if ends else []
-+ parts += [_crossing(ends, losses)] if ends else []
+- parts.append(_crossing(ends, losses, log=True))
++ parts.append(_crossing(ends, losses))
 @ nobody waits for a block of steps | forecast/calibration.py | calibration | waited_for
 - jax.block_until_ready(done)
 -     return time.perf_counter_ns() - start
@@ -192,8 +192,8 @@ TABLE = """
 - if place <= cost * (1 + slack) and
 + if place <= cost and
 @ the frontier forgets the ways of longer runs | budget/envelope.py | frontier | every_cost
-- if use == "all" else []
-+ if use == "none" else []
+- if use == "ends":
++ if use != "none":
 @ what was never reached is taken to be reached at the last end | budget/pace.py | frontier | bound
 - if never.any():
 + if never.all() and at_once.any():

@@ -83,7 +83,7 @@ def test_a_table_is_checked_for_slips():
     assert linear.cost(train(24)) == pytest.approx(
         (linear.line[0] + 24 * linear.line[1]) * 1e9, abs=1
     )
-    with pytest.raises(BudgetError, match="1 to 16 layers, and 24 run"):
+    with pytest.raises(BudgetError, match="its table has 1 to 16 layers, and 24 run"):
         RTX3090_BERT.cost(train(24))
 
 
@@ -114,10 +114,10 @@ def test_a_path_and_a_small_model_have_prices_of_their_own():
     path, small = (Op("train", 4, 128, 128, 300, updated) for updated in (900, 300))
     clock = MeasuredClock("here", ((path, 50), (small, 30)))
     assert (clock.cost(path), clock.cost(small)) == (50, 30)
-    message = r"updated=600\) was measured with 900, 300 of updated parameters alone"
+    message = r"updated=600\) was measured only with 900, 300 of updated parameters"
     with pytest.raises(BudgetError, match=message):
         clock.cost(path._replace(updated=600))
-    with pytest.raises(BudgetError, match="updated=None.* was measured with 900, 300"):
+    with pytest.raises(BudgetError, match="updated=None.* was measured only with 900, 300"):
         clock.cost(path._replace(updated=None))
 
 
@@ -130,7 +130,7 @@ def test_a_clock_from_before_charges_what_was_recorded_before(tmp_path):
     assert clock.cost(Op("train", 4, 128, 128, 300)) == 50
     assert clock.cost(Op("forward", 4, 128, 128, 100)) == 20
     assert clock.cost(Op("forward", 4, 128, 128, 100, updated=0)) == 20
-    with pytest.raises(BudgetError, match="was measured with an unrecorded number of updated"):
+    with pytest.raises(BudgetError, match="was measured only with an unrecorded number of updated"):
         clock.cost(Op("train", 4, 128, 128, 300, updated=900))
     # And it is still the clock that results were charged on
     digest = hashlib.sha256(json.dumps([[*op, ns] for op, ns in entries]).encode()).hexdigest()
@@ -263,11 +263,11 @@ def test_a_budget_ends_where_it_says():
     assert steps == 4 and budget.done == pytest.approx(4 * 0.2253)
     budget.charge(train(16), 3)
     assert budget.done == 1.0 and not budget.affords(train(1))
-    with pytest.raises(BudgetError, match="nothing is given back"):
+    with pytest.raises(BudgetError, match="expected 0 or more operations, got -1"):
         budget.charge(train(1), -1)
     with pytest.raises(BudgetError, match="positive number of seconds"):
         Budget(RTX3090_BERT, total=0)
-    with pytest.raises(BudgetError, match="has no end"):
+    with pytest.raises(BudgetError, match="has no limit"):
         _ = Budget(FlopsClock()).done
 
 

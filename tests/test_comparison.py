@@ -356,7 +356,7 @@ def test_what_may_not_be_compared():
         bad = [*good[:-1], dataclasses.replace(good[-1], **change)]
         with pytest.raises(BudgetError, match=said):
             compare(bad, "base")
-    with pytest.raises(BudgetError, match="'bass' has no run; there are 'base', 'arm'"):
+    with pytest.raises(BudgetError, match="'bass' has no run; expected one of 'base', 'arm'"):
         compare(good, "bass")
     early = [*good[:-1], dataclasses.replace(good[-1], decayed=False)]
     with pytest.raises(UndecayedError, match="the learning rate of arm had not fallen"):

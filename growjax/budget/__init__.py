@@ -1,4 +1,4 @@
-"""What runs cost, on a clock that is the same for everybody, and the learning rates that follow it."""
+"""What runs cost on a reference clock, and statistics that compare runs at equal cost."""
 
 from growjax.budget.clock import A100_T5 as A100_T5
 from growjax.budget.clock import RTX3090_BERT as RTX3090_BERT

@@ -1,8 +1,8 @@
-"""Reference clocks: what a run costs is what its operations take on one known machine, not on this one.
+"""Reference clocks: the cost of a run is what its operations take on a reference machine.
 
-A run counts its operations; a clock says what each costs, as a whole number, so that sums do not depend
-on their order. Nothing that happens on the machine at hand has a say: not its speed, not its load, not
-what it compiles. `FlopsClock` charges model FLOPs; the others charge seconds of a reference machine,
+A run counts its operations, and a clock has the cost of each, as an integer, so that sums do not depend
+on their order. So the cost of a run depends neither on the speed and load of the machine that it runs on
+nor on compilations. `FlopsClock` charges model FLOPs; the others charge seconds of a reference machine
 from a table (Reference System Time: Kaddour et al., "No Train No Gain", NeurIPS 2023, section 3).
 """
 
@@ -24,20 +24,24 @@ from growjax.errors import BudgetError
 
 
 OpKind = Literal["train", "forward", "curvature"]
-# Above this share of their median, the mean of some steps is not that of an undisturbed machine
+# Steps whose mean is more than this multiple of their median were timed on a machine that did other work
 _EVEN = 1.02
 _TABLE = values.Range("at least two positive numbers", lambda seconds: len(seconds) > 1)
 
 
 @values.register
 class Op(NamedTuple):
-    """One thing that a run does and is charged for.
+    """One operation of a run, which a clock charges.
 
-    `kind` is a training step, a forward pass (looking at examples) or a second gradient (curvature);
-    `depth` how many blocks of each stack run; `rows` and `length` how many sequences of how many tokens;
-    `flops` its model FLOPs. `updated` is how many parameters the optimizer goes over: all of the model's,
-    also where a path of it is trained, so that a path through a large model and a small model are two
-    operations. It is None in what was recorded before there was such a number.
+    **Fields**
+
+    - `kind`: a training step, a forward pass (to select examples), or a second gradient (curvature).
+    - `depth`: how many blocks of each stack run.
+    - `rows`, `length`: the number of sequences, and their length in tokens.
+    - `flops`: its model FLOPs.
+    - `updated`: the number of parameters that the optimizer goes through: all of the model's, also if
+      only a path is trained. So a path through a large model and a small model of the same shapes are two
+      operations. It is None in records from before this field existed.
     """
 
     kind: OpKind
@@ -50,10 +54,9 @@ class Op(NamedTuple):
 
 @values.base("a clock such as FlopsClock()")
 class Clock(abc.ABC):
-    """What operations cost: subclass it and write `cost`.
+    """The cost of operations. A clock of your own is a subclass with `cost` and `identity`.
 
-    `unit` is what people give budgets in, and `per_unit` how many of the whole numbers of `cost` make
-    one.
+    `unit` is the unit of budgets, and `per_unit` the number of `cost`'s integer units in one of it.
     """
 
     unit: ClassVar[Literal["FLOPs", "seconds"]]
@@ -61,18 +64,18 @@ class Clock(abc.ABC):
 
     @abc.abstractmethod
     def cost(self, op: Op) -> int:
-        """What one operation costs; raises `BudgetError` for one that the clock does not know."""
+        """The cost of one operation. Raises `BudgetError` for one that the clock does not know."""
 
     @property
     @abc.abstractmethod
     def identity(self) -> str:
-        """What tells two clocks apart: results compare under the same one only."""
+        """A string that identifies the clock: results compare only under equal ones."""
 
 
 @values.register
 @dataclasses.dataclass(frozen=True)
 class FlopsClock(Clock):
-    """Charges model FLOPs: exact, and blind to memory traffic and to small shapes."""
+    """Charges model FLOPs, exactly; memory traffic and the cost of small shapes are not counted."""
 
     unit = "FLOPs"
     per_unit = 1
@@ -88,16 +91,16 @@ class FlopsClock(Clock):
 @values.register
 @dataclasses.dataclass(frozen=True)
 class DepthClock(Clock):
-    """Charges seconds by the number of layers that run, in proportion to the sequences.
+    """Charges seconds by the number of layers that run, in proportion to the number of sequences.
 
     **Fields**
 
-    - `name`: of the machine and the model.
-    - `seconds`: of a training step with 1, 2, ... layers.
+    - `name`: the name of the machine and the model.
+    - `seconds`: the time of a training step with 1, 2, ... layers.
     - `rows`: the sequences of that step.
-    - `forward`, `curvature`: what a forward pass and a second gradient take, as shares of a step. With 0
-      they are free, which shows what a method would gain if they were.
-    - `fit`: "table" knows the depths of the table; "linear" puts a line through it, and knows all.
+    - `forward`, `curvature`: the times of a forward pass and a second gradient, as shares of a step. With
+      0 they are free, which shows what a method would gain if they were.
+    - `fit`: "table" has the depths of the table; "linear" fits a line to it, and has all depths.
     - `provenance`: where the numbers come from.
 
     **Example**
@@ -122,28 +125,28 @@ class DepthClock(Clock):
     def cost(self, op: Op) -> int:
         """Nanoseconds; raises `BudgetError` for a depth that the table does not have."""
         if op.depth == 0:
-            step = self.line[0]
+            step = self.line[0]  # embedding and head alone: the intercept of the line
         elif self.fit == "linear":
             step = self.line[0] + self.line[1] * op.depth
         elif op.depth <= len(self.seconds):
             step = self.seconds[op.depth - 1]
         else:
             raise BudgetError(
-                f"clock {self.name!r}: it knows 1 to {len(self.seconds)} layers, and {op.depth} run; "
-                "take fit='linear' to go on along its line"
+                f"clock {self.name!r}: its table has 1 to {len(self.seconds)} layers, and {op.depth} "
+                "run; use fit='linear' to extrapolate"
             )
         share = {"train": 1.0, "forward": self.forward, "curvature": self.curvature}[op.kind]
         return round(step * share * op.rows / self.rows * 1e9)
 
     @property
     def line(self) -> tuple[float, float]:
-        """Seconds of no layer, and of each, of the line that fits the table best."""
+        """Seconds of a step without layers, and of each layer: the least-squares line of the table."""
         depth = np.arange(1, len(self.seconds) + 1)
-        slope, start = np.polyfit(depth, self.seconds, 1)
-        return float(start), float(slope)
+        slope, intercept = np.polyfit(depth, self.seconds, 1)
+        return float(intercept), float(slope)
 
     def faults(self) -> list[str]:
-        """Where the table contradicts itself: more layers never take less time."""
+        """The depths of the table at which a step takes less time than with one layer fewer."""
         pairs = zip(self.seconds, self.seconds[1:], strict=False)
         return [
             f"{d} layers take {later} s, and {d - 1} took {earlier} s"
@@ -158,9 +161,14 @@ class DepthClock(Clock):
 
 @values.register
 class Timing(NamedTuple):
-    """How an operation was timed: over how many steps, and nanoseconds a step of the blocks of them.
+    """How an operation was timed.
 
-    `fed` is what it takes on batches of a run's own data over what it takes on one that is there already.
+    **Fields**
+
+    - `steps`: the number of steps, which are timed in blocks.
+    - `mean`, `median`, `p5`, `p95`: of the blocks, in nanoseconds a step; `p5` and `p95` are percentiles.
+    - `fed`: the time of a step that waits for a run's own data, over that of a step on a batch already in
+      memory; None if it was not measured.
     """
 
     steps: int
@@ -174,17 +182,18 @@ class Timing(NamedTuple):
 @values.register
 @dataclasses.dataclass(frozen=True)
 class MeasuredClock(Clock):
-    """Charges the seconds that each operation took where it was measured, and knows no others.
+    """Charges the time that each operation took when it was measured, and has no other operations.
 
     `entries` are pairs of an operation and its nanoseconds, `timings` how each was timed, in the same
-    order or not at all; `growjax.train.calibrate` makes them.
+    order, or empty; `growjax.train.calibrate` makes them.
 
-    Of operations that train, the number of parameters that are updated must be the one that was measured.
-    Clocks from before it was recorded have entries without it, which charge operations of the same time,
-    and no others: whether such a price is a path's or a small model's is not known. A forward pass
-    updates nothing, so that its old entries are as good as new ones.
+    A training operation must also have the measured number of updated parameters. Old clocks have entries
+    without that number. They charge only operations that were recorded without it too, since it is not
+    known whether such a price is that of a path or of a small model. A forward pass updates nothing, so
+    its old entries are as good as new ones.
 
-    A cost that falls with depth contradicts itself, and neither of the two operations is charged.
+    If a deeper operation is cheaper than a shallower one, the measurements contradict each other, and
+    neither operation can be charged.
 
     **Example**
 
@@ -200,15 +209,17 @@ class MeasuredClock(Clock):
     per_unit = 10**9
 
     def __post_init__(self):
-        # The clocks of the first studies have plain lists for operations and timings
-        with contextlib.suppress(TypeError, ValueError):  # what they are not, `check` says
-            known = tuple((Op(*op), int(ns)) for op, ns in self.entries)
-            object.__setattr__(self, "entries", known)
+        # The clocks of the first studies have plain lists for operations and timings. Values that are
+        # neither stay as they are, and `check` reports them
+        with contextlib.suppress(TypeError, ValueError):
+            entries = tuple((Op(*op), int(ns)) for op, ns in self.entries)
+            object.__setattr__(self, "entries", entries)
             object.__setattr__(self, "timings", tuple(Timing(*timing) for timing in self.timings))
         values.check(self, BudgetError, f"clock {self.name!r} cannot be used:", self._faults)
-        prices = {_as_read(op): ns for op, ns in self.entries}
-        object.__setattr__(self, "_known", prices)
-        object.__setattr__(self, "_falls", _falls_with_depth(prices))
+        prices = {_price_key(op): ns for op, ns in self.entries}
+        # Plain attributes beside the fields, which a frozen dataclass sets in this way alone
+        object.__setattr__(self, "_prices", prices)
+        object.__setattr__(self, "_contradictions", _contradictions(prices))
 
     def _faults(self) -> Iterator[str]:
         if self.timings and len(self.timings) != len(self.entries):
@@ -220,19 +231,20 @@ class MeasuredClock(Clock):
     def cost(self, op: Op) -> int:
         """Nanoseconds.
 
-        Raises `BudgetError` for an operation that was not measured, or with other numbers of parameters
-        alone, and for one whose price and another's fall with depth.
+        Raises `BudgetError` for an operation that was not measured, or only with other numbers of updated
+        parameters, and for one whose price contradicts that of another depth.
         """
-        known: Mapping[Op, int] = self.__dict__["_known"]
-        op = _as_read(op)
-        if op in self.__dict__["_falls"]:
+        prices: Mapping[Op, int] = self.__dict__["_prices"]
+        op = _price_key(op)
+        if op in self.__dict__["_contradictions"]:
             raise BudgetError(
-                f"clock {self.name!r}: {self.__dict__['_falls'][op]}: a deeper one cannot take less; "
-                "measure both again, on a quiet machine"
+                f"clock {self.name!r}: {self.__dict__['_contradictions'][op]}: a deeper one cannot take "
+                "less; measure both again, on a quiet machine"
             )
-        if op in known:
-            return known[op]
-        others = [other for other in known if other[:-1] == op[:-1]]
+        if op in prices:
+            return prices[op]
+        # The same operation but for the last field, the number of updated parameters
+        others = [other for other in prices if other[:-1] == op[:-1]]
         if not others:
             raise BudgetError(
                 f"clock {self.name!r}: {op} was never measured; calibrate it with this plan as well"
@@ -241,41 +253,45 @@ class MeasuredClock(Clock):
             "an unrecorded number" if o.updated is None else str(o.updated) for o in others
         )
         raise BudgetError(
-            f"clock {self.name!r}: {op} was measured with {measured} of updated parameters alone; a path "
+            f"clock {self.name!r}: {op} was measured only with {measured} of updated parameters; a path "
             "through a large model and a small model differ in that. Calibrate it with this plan as well"
         )
 
     def faults(self) -> list[str]:
-        """Which costs fall with depth, and which operations took uneven steps or waited for data.
+        """The costs that fall with depth, and the operations with uneven steps or waits for data.
 
-        Measure again on a quiet machine, and with data that come faster: a clock that charges steps which
-        wait for data anyway favours slow methods.
+        Measure again on a quiet machine, and with faster data: if steps wait for data anyway, slow
+        methods cost no more than fast ones.
         """
-        found = list(dict.fromkeys(self.__dict__["_falls"].values()))
+        faults = list(dict.fromkeys(self.__dict__["_contradictions"].values()))
         for (op, _), timing in zip(self.entries, self.timings, strict=bool(self.timings)):
             uneven, at_most = timing.mean / timing.median, f"expected at most {_EVEN}"
             if uneven > _EVEN:
-                found.append(f"{op}: {uneven:.3f} of the median on average, {at_most}")
+                faults.append(f"{op}: {uneven:.3f} of the median on average, {at_most}")
             if timing.fed is not None and timing.fed > _EVEN:
-                found.append(f"{op}: {timing.fed:.3f} of its time with the run's data, {at_most}")
-        return found
+                faults.append(f"{op}: {timing.fed:.3f} of its time with the run's data, {at_most}")
+        return faults
 
     @property
     def identity(self) -> str:
-        # As it was before operations had a number of updated parameters, where they have none
-        known = [[*op[: 5 if op.kind == "forward" else 6], ns] for op, ns in self.entries]
-        return f"{self.name} {_digest([[x for x in entry if x is not None] for entry in known])}"
+        # Entries without a number of updated parameters (the sixth field), and forward passes, are hashed
+        # as before that field existed, so that old clocks keep their identity
+        rows = []
+        for op, ns in self.entries:
+            fields = [*op[: 5 if op.kind == "forward" else 6], ns]
+            rows.append([x for x in fields if x is not None])
+        return f"{self.name} {_digest(rows)}"
 
 
 class Budget:
-    """What a run may spend on a clock, and what it has spent: charged by the driver, never by a method.
+    """What a run may spend on a clock, and what it has spent.
 
     **Arguments**
 
-    - `total`: in the clock's unit (FLOPs or reference seconds); None has no end.
+    - `total`: in the clock's unit (FLOPs or reference seconds); None is no limit.
 
-    `spent` is in the clock's whole numbers, `counts` says how often each operation was charged, and
-    `uncharged` names what was left out with the seconds it took here.
+    `spent` is in the clock's integer units, `counts` has how often each operation was charged, and
+    `uncharged` the names of free operations with the seconds that they took.
 
     **Example**
 
@@ -296,69 +312,73 @@ class Budget:
     def charge(self, op: Op, n: int = 1) -> int:
         """Add `n` operations, and return what they cost."""
         if n < 0:
-            raise BudgetError(f"n: nothing is given back; expected 0 or more, got {n}")
+            raise BudgetError(f"n: expected 0 or more operations, got {n}")
         cost = n * self.clock.cost(op)
         self.spent += cost
         self.counts[op] += n
         return cost
 
     def note(self, what: str, seconds: float) -> None:
-        """Name something that nobody is charged for."""
+        """Record the seconds of something that is not charged."""
         self.uncharged[what] += seconds  # type: ignore[assignment]
 
     @property
     def done(self) -> float:
-        """The share that is spent, at most 1."""
+        """The share of the budget that is spent, at most 1."""
         if self.total is None:
-            raise BudgetError("total: this budget has no end, so no share of it can be spent")
+            raise BudgetError("total: this budget has no limit, so no share of it can be spent")
         return min(self.spent / self.total, 1.0)
 
     def affords(self, op: Op, n: int = 1) -> bool:
-        """Whether so many operations are still within the budget."""
+        """Whether `n` more of an operation are within the budget."""
         return self.total is None or self.spent + n * self.clock.cost(op) <= self.total
 
 
 def recharge(counts: Mapping[Op, int], clock: Clock) -> int:
-    """What the same operations cost on another clock."""
+    """The cost of some operations on another clock."""
     return sum(n * clock.cost(op) for op, n in counts.items())
 
 
 def save_clock(clock: Clock, path: str | Path) -> None:
-    """Write a clock as JSON, provenance and all."""
+    """Write a clock as JSON, with its provenance."""
     values.write(clock, path, error=BudgetError)
 
 
 def load_clock(path: str | Path, *, allow: Sequence[str] = ()) -> Clock:
     """Read a clock from JSON; raises `BudgetError` that lists every fault.
 
-    `allow` names the packages that a clock of one's own may be imported from.
+    `allow` names the packages from which a clock class of your own may be imported.
     """
     return values.read(path, Clock, allow=allow, error=BudgetError)
 
 
-def _as_read(op: Op) -> Op:
-    """An operation as clocks look it up: a forward pass updates nothing, recorded or not."""
+def _price_key(op: Op) -> Op:
+    """The operation by which a price is looked up: a forward pass updates nothing, recorded or not."""
     return op._replace(updated=0) if op.kind == "forward" else op
 
 
-def _falls_with_depth(prices: Mapping[Op, int]) -> dict[Op, str]:
-    """Operations of which a deeper one, with no fewer FLOPs and parameters, costs less; and the words."""
-    falls: dict[Op, str] = {}
-    alike: dict[Any, list[Op]] = {}
+def _contradictions(prices: Mapping[Op, int]) -> dict[Op, str]:
+    """The operations that are dearer than a deeper one, or cheaper than a shallower one, with a message.
+
+    Only operations of the same shape are compared, and a deeper one must not have fewer FLOPs or updated
+    parameters.
+    """
+    messages: dict[Op, str] = {}
+    comparable: dict[Any, list[Op]] = {}
     for op in prices:
-        alike.setdefault((op.kind, op.rows, op.length, op.updated is None), []).append(op)
-    for group in alike.values():
+        comparable.setdefault((op.kind, op.rows, op.length, op.updated is None), []).append(op)
+    for group in comparable.values():
         for a, b in itertools.permutations(group, 2):
             more = b.flops >= a.flops and (b.updated or 0) >= (a.updated or 0)
             if a.depth < b.depth and more and prices[b] < prices[a]:
                 deep, shallow = prices[b] / 1e6, prices[a] / 1e6
-                fall = (
+                message = (
                     f"{b.kind} of {b.depth} layers took {deep:.3f} ms, and of {a.depth} layers "
                     f"{shallow:.3f} ms ({b.rows} x {b.length} tokens)"
                 )
-                falls.setdefault(a, fall)
-                falls.setdefault(b, fall)
-    return falls
+                messages.setdefault(a, message)
+                messages.setdefault(b, message)
+    return messages
 
 
 def _digest(value: Any) -> str:

@@ -1,11 +1,12 @@
-"""Is an arm better than the baseline? Paired by seed, at the same cost, each decayed to its own end.
+"""Comparisons of arms with a baseline: paired by seed, at the same cost, each at the end of its decay.
 
-Two arms of one seed share their birth, the order of the text and the masks, so the difference of their
-scores says more than either. Scores are losses: lower is better.
+Runs of one seed share their initial parameters, the order of the text and the masks, so the difference of
+two scores varies less than either. Scores are losses: lower is better.
 
-A run that is looked at before its learning rate has fallen looks worse than it is, and an arm that is
-compared with such a point looks faster (Kaddour et al., "No Train No Gain", NeurIPS 2023). So an arm's
-score counts only at the end of a decayed run. Of a baseline everything counts: `growjax.budget.frontier`.
+Before its learning rate has fallen, a run's loss is higher than a decayed run would have at that cost,
+and an arm that is compared with such a point seems faster than it is (Kaddour et al., "No Train No Gain",
+NeurIPS 2023). So an arm is scored only at the end of a decayed run. All evaluations of a baseline count:
+see `growjax.budget.frontier`.
 """
 
 import itertools
@@ -34,15 +35,18 @@ class Comparison(NamedTuple):
 
     **Fields**
 
-    - `mean`, `interval`: of the difference, with 95%; `over` says whether the interval is over "seeds" or
-      over "seeds and windows", the held-out ones.
-    - `t_interval`, `bca_interval`: over seeds alone, by Student's t and by the bootstrap.
-    - `p`: of flipping signs. `p_t`: of a paired t-test, whose error is over what the interval is over.
-    - `p_equivalent`: of two one-sided tests of `margin`; 1 without a margin. Adjusted by Holm's method.
+    - `differences`: of the scores, in the order of `seeds`.
+    - `mean`, `interval`: the mean difference and its 95% interval; `over` is "seeds", or "seeds and
+      windows" if the interval also counts the held-out windows as a sample.
+    - `t_interval`, `bca_interval`: intervals over seeds alone, by Student's t and by the bootstrap.
+    - `p`: of the sign-flip test. `p_t`: of a paired t-test with the same error as `interval`.
     - `p_holm`: `p_t` adjusted by Holm's method over `family`, the hypotheses that were tested together.
-    - `detectable`: the difference that as many seeds would find in four cases of five.
-    - `point`: of a frontier, which run of it the arm was held against; `left_out` names its arms that
-      share too few seeds with this one.
+    - `p_equivalent`: of two one-sided tests of `margin`, adjusted by Holm's method; 1 without a margin.
+    - `detectable`: the difference that this many seeds detect with a power of 0.8.
+    - `undecayed`: the arms of this comparison whose learning rate had not fallen.
+    - `point`: the point of the frontier that the arm is compared with, if the baseline is a frontier;
+      `left_out` names arms of the frontier that share too few seeds with this one.
+    - `verdict`, `reason`: the result, and what limits it.
     """
 
     arm: str
@@ -74,9 +78,10 @@ class Comparison(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """The share of the target's cost at which an arm's loss was at the target's, and stayed there.
+    """The share of the target's cost after which an arm's loss stayed at or below the target's last loss.
 
-    `mean` and its 95% `interval` are over seeds; None if some seed never got there, as `reason` says.
+    `mean` and its 95% `interval` are over seeds; None if some seed never reached that loss, as `reason`
+    says.
     """
 
     arm: str
@@ -96,26 +101,29 @@ def compare(
     allow_undecayed: bool = False,
     slack: float = SLACK,
 ) -> list[Comparison]:
-    """Every arm against the baseline at its cost, over the seeds that both have.
+    """Every arm against the baseline at the same cost, over the seeds that both have.
 
     **Arguments**
 
-    - `baseline`: an arm's name, all at one budget; or a frontier, against which every arm is held at its
-      own cost and at each of its budgets.
-    - `margin`: a difference within it counts as none, in the unit of the scores; state it before the
-      runs. Without one, nothing is called equivalent.
-    - `allow_undecayed`: compare arms whose learning rate had not fallen all the same, and name them.
+    - `baseline`: the name of an arm, with all runs at one budget; or a frontier, with which every arm is
+      compared at its own cost and at each of its budgets.
+    - `margin`: the largest difference of scores that does not matter; choose it before the runs. Without
+      one, nothing is called equivalent.
+    - `alpha`: the level of the tests.
+    - `allow_undecayed`: whether to compare arms whose learning rate had not fallen; they are listed in
+      `undecayed`.
     - `slack`: the share by which the frontier may cost more than an arm.
 
-    An arm is better (or worse) if the t-test adjusted by Holm's method and the flipping of signs agree on
-    it at `alpha` and the interval leaves 0 out; equivalent if two one-sided tests show it; otherwise no
-    difference was found, which is not the same. With fewer than 6 seeds nothing is said. (Holm over
-    flipped signs would decide nothing: with 6 seeds and two arms the smallest p is 0.0625.)
+    An arm is better (or worse) if the t-test adjusted by Holm's method and the sign-flip test are both
+    significant at `alpha`, and the interval excludes 0. It is equivalent if two one-sided tests are
+    significant. Otherwise the verdict is "no difference found", which does not mean equal. With fewer
+    than 6 seeds it is "too few seeds". (Holm's method over sign-flip tests would decide nothing: with 6
+    seeds and two arms the smallest adjusted p is 0.0625.)
 
-    Raises `BudgetError` for runs on different clocks, judged on different held-out windows, at different
-    budgets (without a frontier), or twice of one seed, for a baseline that has no run, an arm that
-    shares no seed with it and one that costs less than all of the frontier, all at once;
-    `UndecayedError` if learning rates had not fallen.
+    Raises `BudgetError` that lists all of these: runs on different clocks, with different held-out
+    windows, at different budgets (without a frontier), or twice of one seed; a baseline without runs; an
+    arm that shares no seed with it, or costs less than all of the frontier. Raises `UndecayedError` if
+    learning rates had not fallen.
 
     **Example**
 
@@ -129,16 +137,21 @@ def compare(
     undecayed = sorted({o.arm for r in rivals for o in [*r.ours, *r.theirs] if not o.decayed})
     if undecayed and not allow_undecayed:
         raise UndecayedError(
-            f"the learning rate of {', '.join(undecayed)} had not fallen at the score: such a point "
-            "looks worse than the run would. Decay it within the budget, or allow_undecayed=True"
+            f"the learning rate of {', '.join(undecayed)} had not fallen at the score: a decayed run "
+            "would score better. Decay it within the budget, or pass allow_undecayed=True"
         )
     pairs = [paired(r.ours, r.theirs) for r in rivals]
-    spreads = [pair.spread() for pair in pairs]
-    p_t = [1.0 if e is None else e.p() for e in spreads]
-    same = [1.0 if e is None or margin is None else e.p_equivalent(margin) for e in spreads]
+    p_t, p_same = [], []
+    for pair in pairs:
+        spread = pair.spread()  # None for a single seed, which decides nothing
+        p_t.append(1.0 if spread is None else spread.p())
+        if spread is None or margin is None:
+            p_same.append(1.0)
+        else:
+            p_same.append(spread.p_equivalent(margin))
     family = tuple(f"{r.ours[0].arm} at {r.ours[0].budget:.6g}" for r in rivals)
     rows = []
-    for rival, pair, *p in zip(rivals, pairs, p_t, holm(p_t), holm(same), strict=True):
+    for rival, pair, *p in zip(rivals, pairs, p_t, holm(p_t), holm(p_same), strict=True):
         ours, theirs, point, left_out = rival
         flips = sign_flip(pair.differences)
         verdict, reason = _verdict(pair, (flips, p[1], p[2]), margin, alpha, len(family))
@@ -173,22 +186,22 @@ def compare(
 
 
 def cost_to_reach(outcomes: Sequence[Outcome], *arms: str, target: str) -> list[Reach]:
-    """For what share of the target's cost each arm had the loss that the target ended with.
+    """The share of the target's cost at which each arm reached the loss that the target ended with.
 
-    Between two evaluations it is read off a straight line. The last crossing counts: a loss that rises
-    again has not arrived. Budgets may differ, clocks may not.
+    Losses between two evaluations are interpolated linearly. The last crossing counts: a loss that rises
+    above the target's again has not reached it. Budgets may differ, clocks may not.
     """
-    known = _by_arm(outcomes, target)
-    missing = [arm for arm in arms if arm not in known]
+    runs_of = _by_arm(outcomes, target)
+    missing = [arm for arm in arms if arm not in runs_of]
     raise_all(BudgetError, "these arms have no runs:", missing)
     rows = []
     for arm in arms:
-        seeds = sorted(known[arm].keys() & known[target].keys())
+        seeds = sorted(runs_of[arm].keys() & runs_of[target].keys())
         shares = []
         for seed in seeds:
-            run, goal = known[arm][seed], known[target][seed]
-            place = _arrival(run.curve, goal.score)
-            shares.append(None if place is None else place / goal.spent)
+            run, goal = runs_of[arm][seed], runs_of[target][seed]
+            cost = _arrival(run.curve, goal.score)
+            shares.append(None if cost is None else cost / goal.spent)
         reached = [share for share in shares if share is not None]
         reason, mean, interval = "", None, None
         if len(reached) < len(shares):
@@ -201,7 +214,7 @@ def cost_to_reach(outcomes: Sequence[Outcome], *arms: str, target: str) -> list[
 
 
 def words(verdict: str, mean: float, interval: Interval, margin: float | None = None) -> str:
-    """A verdict as people read it: never a difference that was not found as an equality.
+    """A verdict with its mean or interval, as text.
 
     **Example**
 
@@ -210,13 +223,14 @@ def words(verdict: str, mean: float, interval: Interval, margin: float | None = 
     low, high = interval
     span = f"({low:.3f} to {high:.3f})"
     if verdict in ("better", "worse"):
+        # The verdict has the direction, so the numbers need no sign
         low, high = sorted((abs(low), abs(high)))
         return f"{verdict} by {abs(mean):.3f} ({low:.3f} to {high:.3f})"
     if verdict == "equivalent":
         return f"equivalent within {margin:g} {span}"
     if verdict == "no difference found":
         return f"{verdict} {span}"
-    # The interval of one seed is not a number
+    # The interval of one seed is NaN, which is not equal to itself
     return f"too few seeds to say {span if low == low else f'({mean:+.3f})'}"
 
 
@@ -230,12 +244,17 @@ def _verdict(
     alpha: float,
     family: int,
 ) -> tuple[Verdict, str]:
-    """What may be said of some differences; `p` is of flipped signs, of Holm's and of equivalence."""
+    """The verdict on an arm, and its reason.
+
+    `p` are those of the sign-flip test, of the t-test after Holm, and of equivalence; `family` is the
+    number of hypotheses that were tested together.
+    """
     flips, p_holm, p_same = p
     if len(pair.seeds) < SEEDS:
         return "too few seeds", f"{len(pair.seeds)} seeds, and a claim takes {SEEDS}"
     low, high = pair.interval()
     apart = low > 0 or high < 0
+    # Two one-sided tests at alpha are significant if the interval at 1 - 2 alpha is within the margin
     within = pair.interval(1 - 2 * alpha)
     small = margin is not None and -margin < within[0] and within[1] < margin
     if flips <= alpha and p_holm <= alpha and apart:
@@ -256,7 +275,10 @@ def _verdict(
 
 
 class _Rival(NamedTuple):
-    """Runs that are paired, in the order of their seeds, and the point of a frontier if it is one."""
+    """Runs of an arm and of its baseline, paired in the order of their seeds.
+
+    `point` is that of the frontier, if the baseline is one.
+    """
 
     ours: list[Outcome]
     theirs: list[Outcome]
@@ -265,10 +287,13 @@ class _Rival(NamedTuple):
 
 
 def _at_budget(outcomes: Sequence[Outcome], baseline: str) -> list[_Rival]:
-    """Every arm and an arm of the same budget."""
+    """Every arm paired with the baseline arm, at the one budget of all."""
     budgets = sorted({o.budget for o in outcomes})
-    several = f"budgets differ: {', '.join(f'{b:.6g}' for b in budgets)}; compare one at a time"
-    arms = _by_arm(outcomes, baseline, [several] if len(budgets) > 1 else [])
+    faults = []
+    if len(budgets) > 1:
+        listed = ", ".join(f"{budget:.6g}" for budget in budgets)
+        faults.append(f"budgets differ: {listed}; compare one at a time")
+    arms = _by_arm(outcomes, baseline, faults)
     base = arms.pop(baseline)
     rivals = []
     for runs in arms.values():
@@ -278,7 +303,7 @@ def _at_budget(outcomes: Sequence[Outcome], baseline: str) -> list[_Rival]:
 
 
 def _at_frontier(outcomes: Sequence[Outcome], against: Frontier, slack: float) -> list[_Rival]:
-    """Every arm at each of its budgets, and the lowest of the frontier at its cost."""
+    """Every arm at each of its budgets, paired with the lowest run of the frontier at its cost."""
     check_clock([*outcomes, against.runs[0]])
     groups: dict[tuple[str, float], list[Outcome]] = {}
     for o in outcomes:
@@ -293,7 +318,7 @@ def _at_frontier(outcomes: Sequence[Outcome], against: Frontier, slack: float) -
             faults.append(f"{arm!r} at {budget:.6g}: {error}")
             continue
         if point is None:
-            faults.append(f"{arm!r} at {budget:.6g}: nothing of the frontier costs so little")
+            faults.append(f"{arm!r} at {budget:.6g}: every run of the frontier costs more")
             continue
         seeds = sorted(point.scores)
         theirs = [
@@ -304,7 +329,7 @@ def _at_frontier(outcomes: Sequence[Outcome], against: Frontier, slack: float) -
                 clock=against.clock,
                 spent=point.cost,
                 score=point.scores[s],
-                # On a frontier everything counts, whatever its rate was
+                # An undecayed point counts as the baseline, so it is no reason to refuse the arm
                 decayed=True,
                 windows=point.windows[s],
             )
@@ -312,14 +337,17 @@ def _at_frontier(outcomes: Sequence[Outcome], against: Frontier, slack: float) -
         ]
         left_out = against.shared(runs.keys())[2]
         rivals.append(_Rival([runs[s] for s in seeds], theirs, point, left_out))
-    raise_all(BudgetError, "these runs cannot be held against the frontier:", faults)
+    raise_all(BudgetError, "these runs cannot be compared with the frontier:", faults)
     return rivals
 
 
 def _by_arm(
     outcomes: Sequence[Outcome], needed: str, faults: Sequence[str] = ()
 ) -> dict[str, dict[int, Outcome]]:
-    """The runs of each arm by seed, if all of them can be paired with those of one."""
+    """The runs of each arm by seed. Raises `BudgetError` unless each shares seeds with the arm `needed`.
+
+    `faults` are raised together with those noted here.
+    """
     check_clock(outcomes)
     faults = list(faults)
     arms: dict[str, dict[int, Outcome]] = {}
@@ -328,7 +356,7 @@ def _by_arm(
             faults.append(f"{o.arm!r} has two runs of seed {o.seed}")
         arms[o.arm][o.seed] = o
     if needed not in arms:
-        faults.append(f"{needed!r} has no run; there are {', '.join(map(repr, arms))}")
+        faults.append(f"{needed!r} has no run; expected one of {', '.join(map(repr, arms))}")
     faults += [
         f"{arm!r} shares no seed with {needed!r}: {sorted(runs)} and {sorted(arms[needed])}"
         for arm, runs in arms.items()
@@ -339,11 +367,11 @@ def _by_arm(
 
 
 def _arrival(curve: Sequence[tuple[float, float]], goal: float) -> float | None:
-    """Where a curve falls to a goal and stays; None if it does not."""
-    place = curve[0][0] if curve and curve[0][1] <= goal else None
+    """The cost at which a curve of (cost, loss) last falls to a loss; None if it ends above it."""
+    cost = curve[0][0] if curve and curve[0][1] <= goal else None
     for (x0, y0), (x1, y1) in itertools.pairwise(curve):
         if y1 <= goal < y0:
-            place = x0 + (x1 - x0) * (y0 - goal) / (y0 - y1)
+            cost = x0 + (x1 - x0) * (y0 - goal) / (y0 - y1)
         elif y1 > goal:
-            place = None
-    return place
+            cost = None
+    return cost

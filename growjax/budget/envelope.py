@@ -1,8 +1,8 @@
-"""The frontier: the lowest loss that a baseline was seen at for each cost, over all that was run of it.
+"""The frontier: the lowest loss of a baseline at each cost, over all its runs and their evaluations.
 
-An arm that trains for less has to be held against the best that its baseline did at that cost: at another
-size, at another budget, at the end of a decayed run or on the way of a longer one. Whichever of those is
-lowest is the baseline; choosing another one makes an arm look better than it is.
+An arm has to be compared with the best that its baseline reached at the same cost: with another size,
+with another budget, at the end of a decayed run or in the middle of a longer one. A comparison with
+anything but the lowest of these makes the arm look better than it is.
 """
 
 import bisect
@@ -20,22 +20,27 @@ from growjax.errors import BudgetError, UndecayedError
 
 Use = Literal["all", "ends"]
 
-# Runs of the frontier that share fewer seeds with an arm are left out, and named
+# Runs of the frontier that share fewer seeds with an arm are left out, and listed
 _LEAST = 3
-# With fewer seeds no arm is called faster or slower, as in `compare`
+# With fewer seeds there is no verdict, neither here nor in `compare`
 SEEDS = 6
-# The share of a decayed run's cost whose evaluations are its end
+# Evaluations in this last share of a decayed run's cost count as its end
 _LATE = 0.1
 # Budgets end at whole steps: a run that costs this share more counts as of equal cost
 SLACK = 0.01
 
 
 class Point(NamedTuple):
-    """Where a frontier is at some cost: which run is the lowest there, and what its loss is.
+    """The lowest evaluation of a frontier at some cost.
 
-    `cost` and `loss` are means over the seeds of `scores`; `share` is the part of that run's cost. `end`
-    says that all of it was spent, and `decayed` that its learning rate had fallen by then. `windows`
-    has the held-out windows of the seeds whose run kept them, if it is an end.
+    **Fields**
+
+    - `arm`, `budget`: the run that it belongs to.
+    - `cost`, `loss`: its cost and loss, as means over the seeds of `scores`.
+    - `share`: its cost as a share of the run's whole cost.
+    - `end`: whether it is the end of the run; `decayed`: and its learning rate had fallen by then.
+    - `scores`: the loss of each seed.
+    - `windows`: the held-out windows of each seed's run, or None, as in `Outcome`; None if not an end.
     """
 
     arm: str
@@ -55,12 +60,12 @@ class Point(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What a frontier costs to reach some losses, as arrays of their shape.
+    """The costs at which a frontier reaches some losses, as arrays of their shape.
 
-    `cost` is an estimate, `high` the least at which a loss as low was seen, and `low` the evaluation (or
-    end) before it of the run that the estimate is of. Where the frontier never gets there, `cost` and
-    `low` are the most that was spent on any run, and `high` is infinite; where that run is there at its
-    first evaluation, `low` is 0 and the others are that evaluation's cost.
+    `cost` is an estimate between two evaluations of a run. `low` is the cost of the evaluation (or end)
+    before it, and `high` the least cost of any evaluation with a loss as low. If the frontier never
+    reaches a loss, `cost` and `low` are the largest cost of any run, and `high` is infinite. If the first
+    evaluation of the run is as low already, `low` is 0, and `cost` and `high` are its cost.
     """
 
     low: np.ndarray
@@ -74,8 +79,9 @@ class Frontier:
 
     **Fields**
 
-    - `runs`: of any number of arms at any budgets, all on the clock called `clock`.
-    - `use`: "all" evaluations, or those at "ends" alone.
+    - `runs`: the runs of any number of arms at any budgets.
+    - `clock`: the identity of the clock of all of them.
+    - `use`: whether "all" evaluations count, or only the "ends" of runs.
 
     **Example**
 
@@ -98,10 +104,11 @@ class Frontier:
     def shared(
         self, seeds: Collection[int] | None = None
     ) -> tuple[dict[tuple[str, float], dict[int, Outcome]], tuple[int, ...], tuple[str, ...]]:
-        """The arms that can be paired with some seeds, the seeds that all of them have, and who cannot.
+        """The arms that can be paired with some seeds, the seeds that all have, and the other arms.
 
-        Arms with the most of these seeds come first; one that would leave fewer than 3 of them in common
-        (or fewer than all, if they are fewer) is left out, and named.
+        `seeds` None is the seeds of all arms. Arms are taken in the order of how many of the seeds they
+        have, most first. An arm is left out if it would leave fewer than 3 seeds in common (or fewer than
+        all, if there are fewer than 3).
         """
         arms = self.arms
         wanted = set(itertools.chain(*arms.values())) if seeds is None else set(seeds)
@@ -112,11 +119,11 @@ class Frontier:
                 common = common & runs.keys()
                 chosen[key] = runs
             else:
-                have = sorted(wanted & runs.keys())
-                left_out.append(f"{key[0]} at {key[1]:.6g} (seeds {have})")
+                own = sorted(wanted & runs.keys())
+                left_out.append(f"{key[0]} at {key[1]:.6g} (seeds {own})")
         if not chosen:
             raise BudgetError(
-                f"frontier: none of its arms shares {least} of the seeds {sorted(wanted)}: "
+                f"frontier: no arm shares {least} of the seeds {sorted(wanted)}: "
                 + ", ".join(f"{arm!r} has {sorted(runs)}" for (arm, _), runs in arms.items())
             )
         return chosen, tuple(sorted(common)), tuple(left_out)
@@ -124,12 +131,12 @@ class Frontier:
     def at(
         self, cost: float, seeds: Collection[int] | None = None, *, slack: float = SLACK
     ) -> Point | None:
-        """The lowest evaluation that costs no more, in the mean over seeds; None if there is none.
+        """The evaluation with the lowest mean loss over seeds that costs at most `cost`, or None.
 
-        Which arm and which evaluation that is, is decided over the seeds that all arms share with
-        `seeds`; its `scores` are of all of `seeds` that it has. `slack` is the share by which a run may
-        cost more and still count: whole steps never come to the same cost. Evaluations in the last tenth
-        of a decayed run are its end.
+        It is chosen by the seeds that all arms share with `seeds`, and its `scores` are of all of `seeds`
+        that its arm has. `slack` is the share by which a run may cost more and still count, since whole
+        steps never add up to exactly the same cost. Evaluations in the last tenth of a decayed run count
+        as its end.
         """
         chosen, common, _ = self.shared(seeds)
         best: tuple[float, tuple[str, float], float] | None = None
@@ -141,24 +148,27 @@ class Frontier:
             return None
         _, (arm, budget), place = best
         runs = chosen[arm, budget]
-        mine = {s: run for s, run in runs.items() if seeds is None or s in seeds}
-        points = {s: _last(run, place, self.use) for s, run in mine.items()}
-        known = {s: point for s, point in points.items() if point is not None}
-        end = all(spent == runs[s].spent for s, (spent, _) in known.items())
+        # For each seed (cost, loss) of its last evaluation up to that cost
+        points: dict[int, tuple[float, float]] = {}
+        for s, run in runs.items():
+            point = _last(run, place, self.use) if seeds is None or s in seeds else None
+            if point is not None:
+                points[s] = point
+        end = all(spent == runs[s].spent for s, (spent, _) in points.items())
         return Point(
             arm,
             budget,
-            float(np.mean([spent for spent, _ in known.values()])),
-            float(np.mean([loss for _, loss in known.values()])),
-            float(np.mean([spent / runs[s].spent for s, (spent, _) in known.items()])),
-            end,
-            end and all(runs[s].decayed for s in known),
-            {s: loss for s, (_, loss) in sorted(known.items())},
-            {s: runs[s].windows if end else None for s in sorted(known)},
+            cost=float(np.mean([spent for spent, _ in points.values()])),
+            loss=float(np.mean([loss for _, loss in points.values()])),
+            share=float(np.mean([spent / runs[s].spent for s, (spent, _) in points.items()])),
+            end=end,
+            decayed=end and all(runs[s].decayed for s in points),
+            scores={s: loss for s, (_, loss) in sorted(points.items())},
+            windows={s: runs[s].windows if end else None for s in sorted(points)},
         )
 
     def envelope(self, seeds: Collection[int] | None = None) -> tuple[Point, ...]:
-        """Every point at which the frontier falls, from the cheapest on: the steps of a figure."""
+        """The points at which the frontier falls, from the cheapest on, as for a step plot."""
         chosen, common, _ = self.shared(seeds)
         costs = {
             place
@@ -173,12 +183,12 @@ class Frontier:
         return tuple(points)
 
     def cost_of(self, losses: np.ndarray | Sequence[float], seed: int) -> Costs:
-        """What it takes to have some losses, by the runs of one seed.
+        """The costs at which the runs of one seed reach some losses.
 
-        Between two evaluations of one run, and between the decayed ends of neighbours on the lower
-        envelope of ends, the loss is taken to be on a straight line (for ends, in the logarithm of the
-        cost). Nobody evaluated what lies between; the lines give it to the baseline, and the estimate is
-        the lowest cost that any of them has.
+        The loss is interpolated linearly between two evaluations of a run, and in the logarithm of the
+        cost between the decayed ends that are neighbours on their lower envelope. Losses in between were
+        never evaluated; to interpolate them favours the baseline. The estimate is the lowest cost on any
+        of these lines.
         """
         runs = [runs[seed] for runs in self.arms.values() if seed in runs]
         losses = np.asarray(losses, np.float64)
@@ -186,9 +196,12 @@ class Frontier:
         ends = _falling((run.spent, run.score) for run in runs if run.decayed)
         # (lines, 3, losses): the evaluation before, the crossing and the evaluation after
         parts = [_crossing(line, losses) for line in lines]
-        parts += [_crossing(ends, losses, log=True)] if ends else []
+        if ends:
+            parts.append(_crossing(ends, losses, log=True))
         crossings = np.stack(parts)
-        first = crossings[:, 1].argmin(0)
+        first = crossings[:, 1].argmin(
+            0
+        )  # for each loss, the line that reaches it at the lowest cost
         low, cost, _ = np.take_along_axis(crossings, first[None, None], 0)[0]
         high = crossings[:, 2].min(0)
         most = max(run.spent for run in runs)
@@ -197,17 +210,17 @@ class Frontier:
 
 
 def frontier(outcomes: Iterable[Outcome], *, use: Use = "all") -> Frontier:
-    """The lowest loss of some runs at each cost: all that was run of a baseline, at any size and budget.
+    """The frontier of some runs: the lowest loss at each cost, over all sizes and budgets of a baseline.
 
     **Arguments**
 
-    - `outcomes`: of the arms that make the baseline: plain runs of fixed sizes. Decayed or not; their
-      curves count as well.
-    - `use`: "all" is the frontier; "ends" are decayed ends alone, as in No Train No Gain.
+    - `outcomes`: the runs of the baseline's arms, which train models of fixed sizes. They may be decayed
+      or not, and their curves count as well.
+    - `use`: "all" evaluations, or only decayed "ends", as in No Train No Gain.
 
-    At a cost between evaluations it is the best one that costs no more. Raises `BudgetError` for no runs,
-    for two clocks, and for two runs of one arm, budget and seed; `UndecayedError` for ends that are not
-    decayed, if ends are all that counts.
+    At a cost between evaluations its loss is that of the best cheaper one. Raises `BudgetError` without
+    runs, for two clocks, and for two runs of one arm, budget and seed; `UndecayedError` for undecayed
+    runs, if only ends count.
 
     **Example**
 
@@ -223,7 +236,7 @@ def frontier(outcomes: Iterable[Outcome], *, use: Use = "all") -> Frontier:
             f"the learning rate of {', '.join(undecayed)} had not fallen at the end"
         )
     best = Frontier(runs, runs[0].clock, use)
-    assert best.arms  # made here, so that what was run twice is refused here
+    assert best.arms  # computed here, so that two runs of one seed are refused here
     return best
 
 
@@ -231,55 +244,57 @@ def frontier(outcomes: Iterable[Outcome], *, use: Use = "all") -> Frontier:
 
 
 def _points(run: Outcome, use: Use) -> list[tuple[float, float]]:
-    """Evaluations of a run that count, from the cheapest on.
+    """(cost, loss) of the evaluations of a run that count, from the cheapest on.
 
-    The last of a decayed run are its end: the rate had all but fallen by then, and which of them is
-    lowest is chance. Of its end the held-out windows are kept.
+    The evaluations near the end of a decayed run are represented by the end: their rates were nearly as
+    low, so which of them is lowest is chance, and only the end has held-out windows.
     """
+    if use == "ends":
+        return [(run.spent, run.score)]
     until = run.spent * (1 - (_LATE if run.decayed else SLACK))
-    way = [(x, y) for x, y in run.curve if x < until] if use == "all" else []
-    return [*way, (run.spent, run.score)]
+    return [*((x, y) for x, y in run.curve if x < until), (run.spent, run.score)]
 
 
 def _means(runs: Sequence[Outcome], use: Use) -> list[tuple[float, float]]:
-    """The cost of every evaluation of some seeds, and the mean loss of their last ones by then."""
-    places = sorted({x for run in runs for x, _ in _points(run, use)})
-    points = [[_last(run, place, use) for run in runs] for place in places]
-    return [
-        (place, float(np.mean([point[1] for point in at if point is not None])))
-        for place, at in zip(places, points, strict=True)
-        if None not in at
-    ]
+    """(cost, mean loss) over seeds, at the cost of every evaluation by which all seeds have one."""
+    costs = sorted({x for run in runs for x, _ in _points(run, use)})
+    means = []
+    for cost in costs:
+        losses = [point[1] for run in runs if (point := _last(run, cost, use)) is not None]
+        if len(losses) == len(runs):
+            means.append((cost, float(np.mean(losses))))
+    return means
 
 
 def _last(run: Outcome, cost: float, use: Use) -> tuple[float, float] | None:
-    """Cost and loss of the last evaluation that costs no more."""
+    """(cost, loss) of the last evaluation of a run that costs at most `cost`, or None."""
     points = _points(run, use)
     index = bisect.bisect_right(points, cost, key=lambda point: point[0])
     return points[index - 1] if index else None
 
 
 def _falling(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those points at which the lowest loss so far falls."""
-    falls: list[tuple[float, float]] = []
+    """The points, in the order of cost, whose loss is lower than all before."""
+    line: list[tuple[float, float]] = []
     for x, y in sorted(points):
-        if not falls or y < falls[-1][1]:
-            falls.append((x, y))
-    return falls
+        if not line or y < line[-1][1]:
+            line.append((x, y))
+    return line
 
 
 def _crossing(
     line: Sequence[tuple[float, float]], losses: np.ndarray, log: bool = False
 ) -> np.ndarray:
-    """(3, losses): the point of a falling line before it has a loss, where it has it, the point after.
+    """(3, losses): costs of a falling line's last point above each loss, of the loss, of the next point.
 
-    0 before its first point, and infinite beyond its last.
+    The cost before the first point is 0; all three are infinite for a loss below the line's last point.
+    With `log`, the line is straight in the logarithm of the cost.
     """
     xs, ys = np.array(line).T
     above = (ys[:, None] > losses.ravel()).sum(0).reshape(losses.shape)
     before, after = np.append(0.0, xs)[above], np.append(xs, np.inf)[above]
-    # np.interp wants what it looks up to rise
-    place = np.interp(-losses, -ys, np.log(xs) if log else xs)
-    place = np.exp(place) if log else place
-    place = np.where(np.isinf(after), np.inf, np.clip(place, before, after))
-    return np.stack([np.where(np.isinf(after), np.inf, before), place, after])
+    # np.interp needs ascending values, and losses descend
+    cost = np.interp(-losses, -ys, np.log(xs) if log else xs)
+    cost = np.exp(cost) if log else cost
+    cost = np.where(np.isinf(after), np.inf, np.clip(cost, before, after))
+    return np.stack([np.where(np.isinf(after), np.inf, before), cost, after])

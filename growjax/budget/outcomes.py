@@ -1,4 +1,4 @@
-"""How runs ended, and which of them may be compared."""
+"""The outcomes of runs: cost, score and curve, and the pairs of them that may be compared."""
 
 import dataclasses
 import itertools
@@ -18,24 +18,24 @@ _DECAYED = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How one run of one arm ended.
+    """The outcome of one run of one arm.
 
     **Fields**
 
-    - `arm`, `seed`: runs of one seed are paired.
-    - `budget`: what it was given, in the unit of the clock that it ran on.
-    - `clock`: the `identity` of its clock.
-    - `spent`: what it spent, in this clock's unit.
+    - `arm`, `seed`: the arm, and the seed by which runs of two arms are paired.
+    - `budget`: the cost that it was allowed, in the unit of the clock that it ran on.
+    - `clock`: the `identity` of the clock of `spent` and `curve`.
+    - `spent`: its cost, in this clock's unit.
     - `score`: its loss at the end.
-    - `decayed`: whether its learning rate had fallen by then, see `decayed`.
-    - `curve`: pairs of what was spent and the loss at evaluations on the way, in their order.
-    - `windows`: (windows, 2) float, of each held-out window the sum of its losses and the number of its
-      predictions, at the end; None if they were not kept. Runs that are compared have the same windows.
-      There may be more of them than `score` and `curve` were taken over, so that their loss is another:
-      where both runs of a pair have windows, their difference is of these.
+    - `decayed`: whether its learning rate had fallen by then; see `decayed`.
+    - `curve`: (cost, loss) at evaluations during the run, in their order.
+    - `windows`: (windows, 2) float, the sum of the losses and the number of predictions of each held-out
+      window at the end, or None. Runs that are compared have the same windows. They may be more than
+      those of `score` and `curve`, with another loss: if both runs of a pair have windows, the difference
+      is that of the windows.
 
-    Raises `BudgetError` for numbers that are not finite, a cost of 0, and windows of another shape, all
-    at once.
+    Raises `BudgetError` that lists numbers that are not finite, a cost of 0, and windows of another
+    shape.
 
     **Example**
 
@@ -66,6 +66,7 @@ class Outcome:
 
 
 def _window_faults(outcome: Outcome) -> Iterator[str]:
+    """The faults of an outcome's windows, which are an array."""
     windows = outcome.windows
     assert windows is not None
     if windows.ndim != 2 or windows.shape[1] != 2 or len(windows) < 2:
@@ -80,23 +81,23 @@ def _window_faults(outcome: Outcome) -> Iterator[str]:
 
 
 def decayed(last: float, peak: float) -> bool:
-    """Whether a learning rate had fallen by the end: to a tenth of its highest value, or less."""
+    """Whether a learning rate had fallen by the end: to at most a tenth of its highest value."""
     return last <= _DECAYED * peak
 
 
 def recharged(
     outcome: Outcome, operations: Sequence[tuple[Op, int]], clock: Clock, *, was: Clock
 ) -> Outcome:
-    """A run as another clock charges it.
+    """The outcome of a run in the unit of another clock.
 
     **Arguments**
 
-    - `operations`: what it did and how often, in the order of its stages; evaluations on the way lie on
-      straight lines between their ends.
-    - `was`: the clock that it ran on.
+    - `operations`: the run's operations and how often it did each, in the order of its stages. The costs
+      of evaluations in between are interpolated linearly.
+    - `was`: the clock of the outcome.
 
     Raises `BudgetError` if the outcome was charged on another clock than `was`, if its operations do not
-    add up to what it spent, and for an operation that `clock` does not know.
+    add up to `spent`, and for an operation that `clock` does not have.
 
     **Example**
 
@@ -105,32 +106,37 @@ def recharged(
     name = f"the outcome of {outcome.arm!r}, seed {outcome.seed}"
     if outcome.clock != was.identity:
         raise BudgetError(f"{name}: was: it was charged on {outcome.clock!r}, got {was.identity!r}")
-    then, now = ([x / c.per_unit for x in _course(operations, c)] for c in (was, clock))
-    if not math.isclose(then[-1], outcome.spent, rel_tol=1e-6):
+    # The costs after each kind of operation, on both clocks
+    old = [cost / was.per_unit for cost in _cumulative(operations, was)]
+    new = [cost / clock.per_unit for cost in _cumulative(operations, clock)]
+    if not math.isclose(old[-1], outcome.spent, rel_tol=1e-6):
         raise BudgetError(
-            f"{name}: operations: they cost {then[-1]:.8g}, and it spent {outcome.spent:.8g}; give all "
+            f"{name}: operations: they cost {old[-1]:.8g}, and it spent {outcome.spent:.8g}; give all "
             "of them, and none twice"
         )
     return dataclasses.replace(
         outcome,
         clock=clock.identity,
-        spent=now[-1],
-        curve=tuple((float(np.interp(x, then, now)), loss) for x, loss in outcome.curve),
+        spent=new[-1],
+        curve=tuple((float(np.interp(x, old, new)), loss) for x, loss in outcome.curve),
     )
 
 
-def _course(operations: Sequence[tuple[Op, int]], clock: Clock) -> list[int]:
-    """What was spent, from nothing on, once each kind of operation was done."""
-    # Whole numbers of any size: the FLOPs of a long run do not fit into 64 bits
+def _cumulative(operations: Sequence[tuple[Op, int]], clock: Clock) -> list[int]:
+    """The cost so far before the first operations, and after each kind of them."""
+    # Python integers: the FLOPs of a long run do not fit into 64 bits
     return list(itertools.accumulate((n * clock.cost(op) for op, n in operations), initial=0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """An arm's scores minus another's, seed by seed, and window by window where both kept them.
+    """An arm's scores minus another's, for each seed, and for each window if all runs have windows.
 
-    `differences` are in the order of `seeds`: of the windows' losses, if all runs kept them. `sums`
-    (seeds, windows) and `weights` (windows,) are None if some did not.
+    **Fields**
+
+    - `differences`: in the order of `seeds`, of the windows' losses if all runs have windows.
+    - `sums`: (seeds, windows), the differences of the windows' summed losses, or None.
+    - `weights`: (windows,), the numbers of predictions of the windows, or None.
     """
 
     seeds: tuple[int, ...]
@@ -140,11 +146,11 @@ class Pairs:
 
     @property
     def over(self) -> str:
-        """What the interval is over: "seeds" or "seeds and windows"."""
+        """The samples that the interval counts: "seeds" or "seeds and windows"."""
         return "seeds" if self.sums is None else "seeds and windows"
 
     def spread(self) -> Spread | None:
-        """Mean, error and degrees of freedom; None for one seed, which tells no error."""
+        """Mean, error and degrees of freedom; None for one seed, which has no error."""
         if len(self.seeds) < 2:
             return None
         if self.sums is None or self.weights is None:
@@ -152,7 +158,7 @@ class Pairs:
         return crossed(self.sums, self.weights)
 
     def interval(self, confidence: float = 0.95) -> Interval:
-        """Of the mean: the bootstrap over seeds and windows, or Student's t over seeds alone."""
+        """The interval of the mean: a bootstrap over seeds and windows, or Student's t over seeds."""
         errors = self.spread()
         if errors is None:
             return np.nan, np.nan
@@ -162,47 +168,46 @@ class Pairs:
 
 
 def paired(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Pairs:
-    """The differences of runs, which come in pairs of one seed.
+    """The differences of two lists of runs, which have the same seeds in the same order.
 
-    Raises `BudgetError` for runs that were judged on different held-out windows.
+    Raises `BudgetError` for runs that were evaluated on different held-out windows.
     """
     seeds = tuple(o.seed for o in ours)
     differences = tuple(a.score - b.score for a, b in zip(ours, theirs, strict=True))
-    windows = [o.windows for o in [*ours, *theirs]]
-    known = [w for w in windows if w is not None]
-    if len(known) < len(windows) or not known:
+    runs = [*ours, *theirs]
+    windows = [o.windows for o in runs if o.windows is not None]
+    if len(windows) < len(runs) or not windows:
         return Pairs(seeds, differences)
-    weights = known[0][:, 1]
-    other = [
+    weights = windows[0][:, 1]
+    faults = [
         f"{o.arm!r}, seed {o.seed}: {len(w)} windows of {w[:, 1].sum():g} predictions"
-        for o, w in zip([*ours, *theirs], known, strict=True)
+        for o, w in zip(runs, windows, strict=True)
         if not np.array_equal(w[:, 1], weights)
     ]
     first = f"{len(weights)} windows of {weights.sum():g} predictions"
-    headline = f"judged on other held-out windows than {ours[0].arm!r}, which has {first}:"
-    raise_all(BudgetError, headline, other)
-    sums = np.stack(
-        [a[:, 0] - b[:, 0] for a, b in zip(known[: len(ours)], known[len(ours) :], strict=True)]
-    )
+    headline = f"evaluated on other held-out windows than {ours[0].arm!r}, which has {first}:"
+    raise_all(BudgetError, headline, faults)
+    losses = np.stack([w[:, 0] for w in windows])  # (runs, windows)
+    sums = losses[: len(ours)] - losses[len(ours) :]
     return Pairs(seeds, tuple((sums.sum(1) / weights.sum()).tolist()), sums, weights)
 
 
 def check_clock(outcomes: Iterable[Outcome]) -> None:
-    """Raises `BudgetError` that names the clocks, if there are several."""
+    """Raise `BudgetError` that names the clocks of some runs, if there are several."""
     clocks = sorted({o.clock for o in outcomes})
     if len(clocks) > 1:
         raise BudgetError(
-            f"clocks differ: {', '.join(map(repr, clocks))}; charge all runs on one (`recharged`)"
+            f"clocks differ: {', '.join(map(repr, clocks))}; charge all runs on one with `recharged`"
         )
 
 
 def by_seed(outcomes: Iterable[Outcome]) -> dict[int, Outcome]:
-    """Runs of one arm by seed; raises `BudgetError` for two of one."""
+    """The runs of one arm by seed; raises `BudgetError` for two runs of one seed."""
     runs: dict[int, Outcome] = {}
-    twice = []
+    faults = []
     for o in outcomes:
         if o.seed in runs:
-            twice.append(f"{o.arm!r} has two runs of seed {o.seed}")
+            faults.append(f"{o.arm!r} has two runs of seed {o.seed}")
         runs[o.seed] = o
-    raise_all(BudgetError, "these runs cannot be compared:", twice)
+    raise_all(BudgetError, "these runs cannot be compared:", faults)
     return runs

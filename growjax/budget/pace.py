@@ -1,4 +1,4 @@
-"""How much faster than a frontier an arm is: what the frontier needs for its loss, over its cost."""
+"""Speed-ups: the cost at which a frontier reaches an arm's loss, divided by the arm's cost."""
 
 import dataclasses
 import math
@@ -28,16 +28,20 @@ class SpeedUp(NamedTuple):
 
     **Fields**
 
-    - `estimate`: the mean over seeds. `bound` says what it is: "=", or ">=" if the frontier never got
-      there within what was run, "<=" if it was there at its first evaluation, in some seed.
-    - `interval`: 95% of the mean; open (infinite, or 0) on the side that a bound leaves open, and None
-      for one seed. `over` says whether it is over seeds, or over seeds and held-out windows.
-    - `bracket`: the means of what the evaluations before and after the crossings would give.
-    - `values`: of each of `seeds`.
+    - `estimate`: the mean over seeds.
+    - `bound`: "=" if the estimate is a value; ">=" if in some seed no run of the frontier reached the
+      loss, so that it is a lower bound; "<=" if in some seed the frontier's first evaluation had reached
+      it already.
+    - `interval`: the 95% interval of the mean; infinite, or 0, on the side that a bound leaves open; None
+      for one seed. `over` is "seeds", or "seeds and windows" if held-out windows count as a sample too.
+    - `bracket`: the mean speed-ups by the evaluations before and after the crossings, between which the
+      estimate interpolates.
+    - `values`: the speed-up of each of `seeds`.
     - `left_out`: arms of the frontier that share too few seeds.
-    - `verdict`: "faster" or "slower" if the interval leaves 1 out, the bracket too (but for 1%), over six
-      seeds or more; "open" if it is a bound that leaves 1 in. It is of this arm alone: no correction for
-      several is in it, as there is in `compare`, which decides.
+    - `verdict`: "faster" or "slower" if the interval excludes 1, and the bracket too (up to 1%), with six
+      seeds or more; "open" for a bound whose interval includes 1. It concerns this arm alone: only
+      `compare` corrects for several arms.
+    - `reason`: what limits the estimate.
     """
 
     arm: str
@@ -67,16 +71,21 @@ def speed_up(
     *,
     allow_undecayed: bool = False,
 ) -> list[SpeedUp]:
-    """How much faster an arm is than a frontier, at each of its budgets.
+    """How many times faster an arm is than a frontier, at each of its budgets.
 
     **Arguments**
 
-    - `outcomes`: with the runs of `arm`, and those of `against` if it is an arm's name.
-    - `against`: a frontier; the name of an arm stands for the frontier of all its runs.
-    - `allow_undecayed`: take an arm whose own rate had not fallen, which looks slower than it is.
+    - `outcomes`: the runs of `arm`, and those of `against` if it is an arm's name; others are ignored.
+    - `against`: a frontier, or the name of an arm for the frontier of all its runs.
+    - `allow_undecayed`: whether to accept an arm whose learning rate had not fallen, and which therefore
+      seems slower than it is.
 
-    The interval is Student's t over seeds; where the arm and the run of the frontier at its cost kept
-    their held-out windows, a bootstrap over both (the windows move the arm's loss against that run's).
+    The interval is Student's t over seeds. If the arm and the frontier's run at its cost have held-out
+    windows, it is a bootstrap over seeds and windows instead, in which the windows change the arm's loss
+    relative to that run's.
+
+    Raises `BudgetError` for an arm without runs and for two clocks, and `UndecayedError` if the learning
+    rate of the arm had not fallen.
 
     **Example**
 
@@ -98,18 +107,21 @@ def speed_up(
 
 
 def _pace_of(arm: str, budget: float, runs: dict[int, Outcome], against: Frontier) -> SpeedUp:
+    """The speed-up of an arm's runs at one budget, which are given by seed."""
     rivals, seeds, left_out = _rivals(against, runs)
     spent = np.array([runs[s].spent for s in seeds])
-    pairs = _windows(runs, against, seeds)
-    if pairs is not None:
-        # What is to be reached, by the many windows of the end: curves have the few of each mark
-        runs = {s: dataclasses.replace(runs[s], score=loss) for s, loss in pairs.goals.items()}
+    windows = _windows(runs, against, seeds)
+    if windows is not None:
+        # The end has more windows than the evaluations of a curve, so its loss is more exact
+        runs = {s: dataclasses.replace(runs[s], score=loss) for s, loss in windows.goals.items()}
     low, value, high = _costs(rivals, runs, seeds) / spent
+    # Seeds whose loss the frontier never reaches, or has reached at its first evaluation
     never, at_once = np.isinf(high), low == 0
     mean, over = float(value.mean()), "seeds"
     bracket = float(low.mean()), float(high.mean())
     if never.any():
-        # The largest the baseline was given is a lower bound, and so is any mean with it in it
+        # For these seeds the value is the baseline's largest cost, a lower bound: so the mean is one too,
+        # if seeds with an upper bound count as 0
         bound: Bound = ">="
         value = np.where(at_once, 0.0, value)
         mean = float(value.mean())
@@ -123,11 +135,11 @@ def _pace_of(arm: str, budget: float, runs: dict[int, Outcome], against: Frontie
     else:
         bound, reason = "=", ""
         interval = t_interval(value.tolist()) if len(seeds) > 1 else None
-        if pairs is not None and len(seeds) > 1:
-            interval, over = _over_windows(runs, rivals, pairs, spent), "seeds and windows"
-    undecayed = (
-        "its learning rate had not fallen" if not all(o.decayed for o in runs.values()) else ""
-    )
+        if windows is not None and len(seeds) > 1:
+            interval, over = _over_windows(runs, rivals, windows, spent), "seeds and windows"
+    reasons = [reason] if reason else []
+    if not all(o.decayed for o in runs.values()):
+        reasons.append("its learning rate had not fallen")
     return SpeedUp(
         arm,
         budget,
@@ -140,52 +152,52 @@ def _pace_of(arm: str, budget: float, runs: dict[int, Outcome], against: Frontie
         over,
         left_out,
         _pace(bound, bracket, interval, len(seeds)),
-        "; ".join(filter(None, [reason, undecayed])),
+        "; ".join(reasons),
     )
 
 
 def _rivals(
     against: Frontier, runs: Mapping[int, Outcome]
 ) -> tuple[Frontier, tuple[int, ...], tuple[str, ...]]:
-    """The arms of a frontier that some runs are held against, over which seeds, and who is left out.
+    """The part of a frontier that some runs are compared with, their common seeds, and arms left out.
 
-    An arm with few seeds would take the others' seeds out of the comparison: it stays if it changes what
-    the frontier costs in any seed that it has.
+    An arm with few seeds would remove the other seeds from the comparison. It stays only if the costs of
+    the frontier change without it, in any seed.
     """
     chosen, seeds, left_out = against.shared(runs.keys())
     against = _only(against, chosen)
     costs = _costs(against, runs, seeds)
-    # Those with the fewest seeds come last
+    # Arms with the fewest seeds come last in `chosen`, and are tried first
     for key in reversed(list(chosen)):
         fewer = {k: group for k, group in chosen.items() if k != key}
-        limits = runs.keys() - chosen[key].keys()
-        if limits and fewer and np.array_equal(_costs(_only(against, fewer), runs, seeds), costs):
+        removed = runs.keys() - chosen[key].keys()
+        if removed and fewer and np.array_equal(_costs(_only(against, fewer), runs, seeds), costs):
             chosen = fewer
     against = _only(against, chosen)
     return against, against.shared(runs.keys())[1], left_out
 
 
 def _only(against: Frontier, arms: Collection[tuple[str, float]]) -> Frontier:
+    """The frontier of some of its arms, given as (arm, budget)."""
     return dataclasses.replace(
         against, runs=tuple(o for o in against.runs if (o.arm, o.budget) in arms)
     )
 
 
 def _costs(against: Frontier, runs: Mapping[int, Outcome], seeds: Sequence[int]) -> np.ndarray:
-    """(3, seeds): the least, the estimate and the most of what a frontier costs to reach some runs."""
-    costs = [against.cost_of([runs[s].score], s) for s in seeds]
-    return np.stack([np.concatenate(part) for part in zip(*costs, strict=True)])
+    """(3, seeds): `low`, `cost` and `high` (see `Costs`) at which a frontier reaches the runs' scores."""
+    return np.concatenate([np.stack(against.cost_of([runs[s].score], s)) for s in seeds], axis=1)
 
 
 def _end(values: np.ndarray, side: int) -> float:
-    """One end of the interval of a mean over seeds; of one seed, what leaves all open."""
+    """The lower (side 0) or upper (1) end of the interval of a mean; 0 or infinity for a single seed."""
     if len(values) < 2:
         return (0.0, math.inf)[side]
     return max(t_interval(values.tolist())[side], 0.0)
 
 
 def _pace(bound: Bound, bracket: Interval, interval: Interval | None, seeds: int) -> Pace:
-    """Which side of 1 a speed-up is on, if its interval is, and what evaluations left open."""
+    """The verdict: the side of 1 that the interval is on, and the bracket too, up to `SLACK`."""
     if seeds < SEEDS or interval is None:
         return "too few seeds"
     if interval[0] > 1 and bracket[0] >= 1 - SLACK:
@@ -196,9 +208,10 @@ def _pace(bound: Bound, bracket: Interval, interval: Interval | None, seeds: int
 
 
 class _Windows(NamedTuple):
-    """An arm against the frontier's run at its cost, window by window; and the losses that this makes.
+    """An arm and the frontier's run at its cost, paired by windows.
 
-    `goals` are that run's scores and the windows' differences.
+    `goals` are the losses, by seed, that the frontier has to reach: that run's scores plus the
+    differences by windows.
     """
 
     pairs: Pairs
@@ -208,7 +221,7 @@ class _Windows(NamedTuple):
 def _windows(
     runs: Mapping[int, Outcome], against: Frontier, seeds: Sequence[int]
 ) -> _Windows | None:
-    """None where some run did not keep its windows, or where the frontier is on some run's way."""
+    """The pairs by windows; None if a run has no windows, or if the frontier's point is not an end."""
     point = against.at(float(np.mean([runs[s].spent for s in seeds])), seeds)
     if point is None or any(point.windows.get(s) is None for s in seeds):
         return None
@@ -225,23 +238,21 @@ def _over_windows(
 ) -> Interval:
     """The interval of a speed-up over seeds and windows.
 
-    Windows are drawn for the arm and for the frontier's run at its cost alike: the difference of the two
-    moves by so much, and with it the loss that the frontier has to reach.
+    The same windows are drawn for the arm and for the frontier's run at its cost. The difference of the
+    two changes with the draw, and so does the loss that the frontier has to reach.
     """
     sums, weights, seeds = windows.pairs.sums, windows.pairs.weights, windows.pairs.seeds
     assert sums is not None and weights is not None
     rng = np.random.default_rng(0)
-    # One draw of windows is the same text for all seeds
+    # A draw of windows is the same text for all seeds: (draws,), the change of the mean difference
     shifts = window_draws(sums.mean(0)[None], weights, rng)[:, 0]
     shifts = shifts - sums.sum(1).mean() / weights.sum()
-    moved = np.stack(
-        [
-            rivals.cost_of(runs[s].score + shifts, s).cost / cost
-            for s, cost in zip(seeds, spent, strict=True)
-        ],
-        axis=1,
-    )  # (draws, seeds)
+    by_seed = [
+        rivals.cost_of(runs[s].score + shifts, s).cost / cost
+        for s, cost in zip(seeds, spent, strict=True)
+    ]
+    speed_ups = np.stack(by_seed, axis=1)  # (draws, seeds)
     drawn = seed_draws(len(seeds), rng)
-    means = moved.mean(1) + widening(len(seeds)) * (drawn * moved).sum(1)
+    means = speed_ups.mean(1) + widening(len(seeds)) * (drawn * speed_ups).sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return max(float(low), 0.0), float(high)

@@ -1,8 +1,8 @@
-"""Means of paired differences: intervals, tests and corrections, all of them the same at every call.
+"""Means of paired differences: intervals, tests and corrections; all random draws are fixed.
 
-Values are differences of scores, one for each seed. Where the loss of every held-out window was kept,
-they are a matrix of seeds and windows: the windows are a sample of text as the seeds are a sample of
-births, and both errors belong in the interval (crossed random effects).
+Values are differences of scores, one for each seed. If runs have the losses of their held-out windows,
+they are a matrix of seeds and windows. The windows are a sample of text, as the seeds are a sample of
+initial parameters and orders, and the interval counts the errors of both (crossed random effects).
 """
 
 import itertools
@@ -17,7 +17,7 @@ Interval = tuple[float, float]
 
 # Up to this number of values, every pattern of signs is tried
 _EXACT = 16
-# Draws of a bootstrap over seeds and windows, and how many of them are in memory at once
+# The draws of a bootstrap over seeds and windows, and how many of them are in memory at once
 DRAWS, _CHUNK = 2000, 250
 
 
@@ -36,7 +36,7 @@ class Spread(NamedTuple):
         return self.mean - half, self.mean + half
 
     def p(self) -> float:
-        """The two-sided p of a mean of 0."""
+        """The two-sided p of the hypothesis that the mean is 0."""
         if self.error == 0:
             return 1.0 if self.mean == 0 else 0.0
         from scipy.stats import t
@@ -44,10 +44,10 @@ class Spread(NamedTuple):
         return float(2 * t.sf(abs(self.mean) / self.error, self.degrees))
 
     def p_equivalent(self, margin: float) -> float:
-        """The p of two one-sided tests: small if the mean is within `margin` of 0 on either side.
+        """The p of two one-sided tests: small if the mean is surely within `margin` of 0.
 
-        The larger of two p, of a mean at or below -margin and of one at or above it (Schuirmann 1987). A
-        p of 0.05 and a 90% interval that ends at the margin are the same thing.
+        It is the larger p of two hypotheses, that the mean is at most -margin and that it is at least
+        margin (Schuirmann 1987). It is below 0.05 exactly if the 90% interval is within the margin.
         """
         inside = margin - abs(self.mean)
         if self.error == 0:
@@ -80,9 +80,9 @@ def bca_interval(values: Sequence[float], confidence: float = 0.95, draws: int =
 
 
 def sign_flip(values: Sequence[float], draws: int = 100_000) -> float:
-    """The p of the sign-flip test: the share of sign patterns whose mean is this far from 0.
+    """The p of the sign-flip test: the share of sign patterns whose mean is at least as far from 0.
 
-    Exact up to 16 values; above, a sample of patterns.
+    All patterns are tried for up to 16 values, and `draws` random ones for more.
     """
     x = np.asarray(values, np.float64)
     if len(x) <= _EXACT:
@@ -93,19 +93,20 @@ def sign_flip(values: Sequence[float], draws: int = 100_000) -> float:
             [np.ones((1, len(x))), rng.choice((1.0, -1.0), size=(draws, len(x)))]
         )
     sums = np.abs(signs @ x)
-    # Sums that are equal but for rounding are as far
+    # The tolerance counts sums that are equal up to rounding
     return float(np.mean(sums >= abs(x.sum()) * (1 - 1e-12)))
 
 
 def t_test(values: Sequence[float]) -> float:
-    """The two-sided p of a mean of 0; 1 below two values."""
+    """The two-sided p of the hypothesis that the mean is 0; 1 below two values."""
     return spread(values).p() if len(values) > 1 else 1.0
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """The p of several tests, adjusted so that one false rejection among all is as rare as in one test.
+    """The p of several tests, adjusted by Holm's method (1979).
 
-    The family is all tests that are given (Holm 1979).
+    At any level, the chance of one false rejection or more among all these tests is then at most that
+    level.
     """
     adjusted, highest = [0.0] * len(p), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
@@ -115,7 +116,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def detectable(values: Sequence[float], power: float = 0.8) -> float:
-    """The difference that as many seeds with such a spread find with this power."""
+    """The mean difference that as many values of this spread detect at level 0.05 with this power."""
     if len(values) < 2:
         return np.nan
     from scipy.stats import t
@@ -130,26 +131,26 @@ def deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-# Seeds, and windows where they were kept ----------------------------------------------------------
+# Seeds and windows --------------------------------------------------------------------------------
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of a mean over seeds; two values or more."""
+    """The spread of a mean over seeds; it needs two values or more."""
     error = deviation(values) / len(values) ** 0.5
     return Spread(statistics.fmean(values), error, len(values) - 1)
 
 
 def crossed(sums: np.ndarray, weights: np.ndarray) -> Spread:
-    """Of a mean over seeds and windows that are both samples.
+    """The spread of a mean over seeds and windows, which are both samples.
 
     **Arguments**
 
     - `sums`: (seeds, windows), differences of the windows' summed losses.
     - `weights`: (windows,), their numbers of predictions, which all seeds share.
 
-    The variance is that of the seeds' means plus that of the windows' (the difference per prediction is a
-    ratio of sums, so of its residuals). What seeds and windows do together is in both, so that the error
-    is rather too large. Degrees of freedom by Satterthwaite (1946).
+    The variance is that of the seeds' means plus that of the windows' (by residuals, since the difference
+    per prediction is a ratio of sums). The interaction of seeds and windows is in both terms, so the
+    error is, if anything, too large. Degrees of freedom are Satterthwaite's (1946).
     """
     seeds, windows = sums.shape
     total = weights.sum()
@@ -168,11 +169,11 @@ def crossed(sums: np.ndarray, weights: np.ndarray) -> Spread:
 def resampled(
     sums: np.ndarray, weights: np.ndarray, confidence: float = 0.95, draws: int = DRAWS
 ) -> Interval:
-    """The interval of a mean over seeds and windows by a bootstrap over both, fixed in its draws.
+    """The interval of a mean over seeds and windows by a bootstrap over both, with fixed draws.
 
-    Shapes as in `crossed`. Each draw takes seeds and windows with replacement, whole rows and columns
-    (the pigeonhole bootstrap of Owen 2007). A percentile interval over a few seeds is too narrow: what
-    the draw of the seeds does is widened as Student's t is (`widening`).
+    Shapes are as in `crossed`. Each draw takes seeds and windows with replacement, whole rows and columns
+    (the pigeonhole bootstrap of Owen 2007). A percentile interval over a few seeds is too narrow, so the
+    deviations that the draw of seeds causes are multiplied by `widening`.
     """
     seeds, rng = len(sums), np.random.default_rng(0)
     by_seed = window_draws(sums, weights, rng, draws)
@@ -186,12 +187,13 @@ def resampled(
 def window_draws(
     sums: np.ndarray, weights: np.ndarray, rng: np.random.Generator, draws: int = DRAWS
 ) -> np.ndarray:
-    """(draws, seeds), the mean of each seed over windows that are drawn with replacement."""
+    """(draws, seeds), the mean per prediction of each seed over windows drawn with replacement."""
     windows, means = len(weights), []
     for start in range(0, draws, _CHUNK):
         size = min(_CHUNK, draws - start)
         drawn = rng.integers(0, windows, (size, windows))
-        # How often each window was drawn, by one count over the chunk: draws are apart by an offset
+        # Count how often each window was drawn with one bincount over the chunk: an offset keeps the
+        # windows of different draws apart
         drawn += windows * np.arange(size)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=size * windows).reshape(size, windows)
         counts = counts.astype(np.float64)
@@ -200,12 +202,15 @@ def window_draws(
 
 
 def seed_draws(seeds: int, rng: np.random.Generator, draws: int = DRAWS) -> np.ndarray:
-    """(draws, seeds), the shares of seeds drawn with replacement, less equal shares."""
+    """(draws, seeds), the shares of seeds drawn with replacement, minus equal shares."""
     return rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds - 1 / seeds
 
 
 def widening(seeds: int, confidence: float = 0.95) -> float:
-    """What makes the bootstrap's interval over a few values as wide as Student's t (Hesterberg 2015)."""
+    """The factor that makes a bootstrap's interval over few values as wide as Student's t.
+
+    Hesterberg, "What Teachers Should Know About the Bootstrap", 2015.
+    """
     from scipy.stats import norm, t
 
     tail = (1 + confidence) / 2
