@@ -181,9 +181,11 @@ def run(
     lines = {key_of(line): line for line in read(results)}
     faults = []
     for cell in cells:
-        line = lines.get(cell.key)
-        for name, value in cell.settings(shared).items() if line else ():
-            was = line.get("settings", {}).get(name)
+        if cell.key not in lines:
+            continue
+        before = lines[cell.key].get("settings", {})
+        for name, value in cell.settings(shared).items():
+            was = before.get(name)
             if was != value:
                 words = " ".join(map(str, cell.key))
                 faults.append(f"{words}: {name} is {was} there, {value} here")
