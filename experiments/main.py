@@ -1,6 +1,5 @@
-"""The command line of the studies: run cells, in pieces if need be, and report on what is there."""
+"""The command line of all studies: run cells, in pieces if need be, and report on what is there."""
 
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,23 +7,11 @@ import jax
 import tyro
 from rich.console import Console
 
-from experiments.study import Cell, blimp_judge, run
-from experiments.summary import Study
-from experiments.text import load_texts
-from experiments.windows import WINDOWS
+from experiments.study import SIZES, Inputs, Study, run
 from growjax.train import save_plan
 
 
-Cells = Callable[[str, Any, int], Iterable[Cell]]
-
-
-def main(
-    about: Study,
-    cells: Cells,
-    seeds: Mapping[str, int],
-    workloads: tuple[str, ...],
-    trials: Cells | None = None,
-) -> None:
+def main(about: Study) -> None:
     """Parse the command line of a study and do what it says."""
 
     def study(
@@ -32,9 +19,11 @@ def main(
         text: Path | None = None,
         also: tuple[str, ...] = (),
         data: Path | None = None,
+        model: Path | None = None,
+        examples: int | None = None,
         out: Path = Path("runs") / about.name,
         only: tuple[str, ...] = (),
-        workload: tuple[str, ...] = workloads,
+        workload: tuple[str, ...] = about.workloads,
         budget: tuple[str, ...] = (),
         shard: Annotated[tuple[int, int], tyro.conf.arg(metavar="I N")] = (0, 1),
         plans: Path | None = None,
@@ -48,10 +37,12 @@ def main(
             size: smoke (a minute), small (hours on two cores, in pieces) or paper (for a pod).
             text: a folder with train.txt and valid.txt; Python's standard library if there is none.
             also: further texts to judge by, as NAME=PATH.
-            data: a folder with blimp in it, to judge by minimal pairs; none if there is none.
+            data: a folder of tasks: blimp, to judge by minimal pairs, or GLUE.
+            model: a pre-trained model as Hugging Face has it, with its tokenizer.
+            examples: the training rows of every task, instead of those of the size.
             out: where results, summary and page go.
-            only: the arms to run; all if there is none.
-            workload: the kinds of model to run.
+            only: the arms to run; all if there is none, but for those that need another library.
+            workload: the workloads to run.
             budget: the budgets to run; all if there is none.
             shard: run the seeds that are I modulo N, so that N processes share the work.
             plans: run nothing; write the plans of seed 0 there, for `growjax plan` and `growjax train`,
@@ -60,47 +51,66 @@ def main(
             tune: run the tuning ledger instead: every method at four learning rates, one seed.
             again: run cells again that have a result but no losses by window, and add only these.
         """
-        if size not in seeds:
-            raise SystemExit(f"size: expected one of {', '.join(seeds)}, got {size!r}")
-        if tune and trials is None:
+        if size not in about.seeds:
+            raise SystemExit(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
+        unknown = set(workload) - set(about.workloads)
+        if unknown:
+            raise SystemExit(
+                f"workload: expected some of {', '.join(about.workloads)}, got {', '.join(unknown)}"
+            )
+        if tune and about.trials is None:
             raise SystemExit("tune: this study compares arms at one learning rate and tunes none")
+        given: dict[str, Any] = {
+            "text": text,
+            "also": {k: Path(v) for k, _, v in (item.partition("=") for item in also)},
+            "data": data,
+            "model": model,
+            "examples": examples,
+            "plans": plans,
+            "again": again,
+        }
+        for name, value in given.items():
+            if value and name not in about.uses:
+                raise SystemExit(f"{name}: means nothing to this study")
         console = Console()
         if plans is not None:
-            plans.mkdir(parents=True, exist_ok=True)
-            for cell in (c for w in workload for c in cells(size, w, 0)):
-                name = f"{cell.workload}-{cell.budget}-{cell.plan.name}".replace(" ", "_")
-                path = plans / f"{name.replace('/', '_')}.json"
-                save_plan(cell.plan, path)
-                if cell.reference is not None:
-                    save_plan(cell.reference, path.with_suffix(".reference.json"))
+            _write_plans(about, size, workload, plans)
             return
-        results = out / f"{size}.jsonl"
+        fields = ("text", "also", "data", "model", "examples")
+        inputs = Inputs(size, out, **{name: given[name] for name in fields})
         if not report:
-            cache = out / "cache"
-            jax.config.update("jax_compilation_cache_dir", str((cache / "programs").absolute()))
-            others = {k: Path(v) for k, _, v in (item.partition("=") for item in also)}
-            texts = load_texts(text, cache, others)
-            judge = None if data is None else blimp_judge(data)
-            found = trials if tune and trials else cells
+            cache = out / "cache" / "programs"
+            jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
+            shared = about.open(inputs)
+            cells = about.trials if tune and about.trials else about.cells
             # A seed is finished before the next one starts, so that what is there are whole seeds
-            for seed in range(shard[0], 1 if tune else seeds[size], shard[1]):
+            for seed in range(shard[0], 1 if tune else about.seeds[size], shard[1]):
                 todo = [
                     cell
                     for w in workload
-                    for cell in found(size, w, seed)
-                    if (not only or cell.plan.name in only)
-                    and (not budget or cell.budget in budget)
+                    for cell in cells(size, w, seed)
+                    if (cell.key[2] in only if only else not cell.optional)
+                    and (not budget or cell.key[1] in budget)
                 ]
-                run(todo, texts, results, console, judge, windows=WINDOWS[size], again=again)
-        from experiments.page import write_summary  # matplotlib
-
-        for row in write_summary(results, about):
-            estimate = row["estimate"]
+                run(todo, shared, inputs.results, console, again=shared.lacks if again else None)
+        for row in about.report(inputs.results):
+            estimate = "-" if row.estimate is None else format(row.estimate, "+.4f")
             console.print(
-                f"{row['workload']} {row['budget']}: {row['question']}: "
-                f"{'-' if estimate is None else format(estimate, '+.4f')} "
-                f"({row['verdict']}, {row['seeds']} seeds)"
+                f"{row.workload} {row.budget}: {row.question}: {estimate} ({row.verdict}, "
+                f"{row.seeds} seeds)",
+                markup=False,
             )
         console.print(f"report: {out / 'report.html'}")
 
     tyro.cli(study, description=__doc__)
+
+
+def _write_plans(about: Study, size: str, workloads: tuple[str, ...], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    cells: list[Any] = [cell for w in workloads for cell in about.cells(size, w, 0)]
+    for cell in cells:
+        name = f"{cell.workload}-{cell.budget}-{cell.plan.name}".replace(" ", "_")
+        path = folder / f"{name.replace('/', '_')}.json"
+        save_plan(cell.plan, path)
+        if cell.reference is not None:
+            save_plan(cell.reference, path.with_suffix(".reference.json"))

@@ -1,26 +1,48 @@
-"""The summary of a study and its page: loss against cost, what its comparisons say, and every run."""
+"""The page of a training study: the verdicts, then each workload's figures and tables."""
 
-import dataclasses
-import itertools
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from experiments.study import Line, Page, by
+from experiments.summary import Question, arms_of, measured
+from experiments.windows import WindowFile
+from growjax.report.arms import Arm, by_place, place
+from growjax.report.comparisons import LOSS, frontier_of
+from growjax.report.figures import (
+    Looks,
+    canvas,
+    differences_figure,
+    ends_figure,
+    legend,
+    looks_of,
+    loss_figure,
+    style,
+)
+from growjax.report.page import Plot, Section, Table
+from growjax.report.rows import (
+    AgainstFrontier,
+    EqualCost,
+    OwnCost,
+    Ranking,
+    Row,
+    SpeedUp,
+    select,
+)
+from growjax.report.tables import (
+    bars,
+    clocks_table,
+    equal_cost_table,
+    frontier_table,
+    number,
+    own_cost_table,
+    ranking_table,
+    speed_up_table,
+)
+from growjax.report.words import answer, verdicts
 
-from experiments.study import read
-from experiments.summary import Group, Row, Study, by, command_for, summarise
-from growjax.budget import load_clock
-from growjax.report import Plot, Table, write_page
-from growjax.report.figures import canvas, look, scale, style
 
-
-Looks = dict[str, dict[str, Any]]
 _NOTES = (
     "Held-out losses are of the whole model, in nats per predicted token (a byte), over windows that "
     "nobody trained on. Curves are means over seeds. Every arm's learning rate is decayed at its own "
@@ -28,98 +50,147 @@ _NOTES = (
     "At equal cost: differences are paired by seed (same birth, text and masks). Better and worse take "
     "a paired t-test adjusted by Holm's method and the flipping of signs to agree; fewer than six seeds "
     "decide nothing.",
-    "A speed-up is what the baseline would need for the arm's loss, over what the arm was given: decayed "
-    "reads it off the ends of baselines that were decayed within their own budgets, naive off the way of "
-    "the largest baseline, whose learning rate was still high.",
+    "A speed-up is how many times an arm's cost the baseline needs for the arm's loss, read off all "
+    "that was run of the baseline, decayed or not; along the longest run it is read off the way of the "
+    "largest baseline alone, whose learning rate was still high. The frontier is the same of all fixed "
+    "sizes: the lowest loss that any of them was seen at for no more cost.",
+    "Fixed sizes were not tuned one by one, and intervals over seeds leave out the error of the held-out "
+    "text, which all arms share.",
     "Seconds are those of training on the machine at hand, which did other things as well.",
     "Nobody is charged for compiling, growing, evaluating, tuning, or the second model of RHO.",
 )
 
 
-def write_summary(results: Path, study: Study) -> list[Row]:
-    """Write `summary.json` and `report.html` next to the lines of results, and return the summary.
+def page(question: Question, results: Path, lines: Sequence[Line], rows: Sequence[Row]) -> Page:
+    """What the page of a training study shows, with the pictures of its README.
 
-    Each `clock*.json` there, of `growjax calibrate`, is one more clock to charge runs by.
+    Pictures are, of each workload, `gpt-loss`, the curves of the smallest budget, and `gpt-ends`, the
+    ends at all budgets, if there are more than one.
     """
-    runs = read(results)
-    measured = map(load_clock, sorted(results.parent.glob("clock*.json")))
-    clocks = {**study.clocks, **{clock.identity: clock for clock in measured}}
-    study = dataclasses.replace(study, clocks=clocks)
-    rows = summarise(study, runs, command_for(study, results.stem, runs))
-    text = json.dumps(rows, indent=1) + "\n"
-    (results.parent / "summary.json").write_text(text, encoding="utf-8")
-    write_report(results.parent / "report.html", study, runs, rows)
-    return rows
-
-
-def write_report(path: Path, study: Study, runs: Group, rows: Sequence[Row]) -> None:
-    """Write the page, and next to it what a README shows of each workload: `bert-loss.svg`, of the
-    smallest budget, and `bert-ends.svg`, of all budgets, if there are more than one.
-    """
-    plots = []
+    arms = arms_of(lines, WindowFile(results).read())
     # An arm looks the same in every figure
-    looks = {arm: look(n) for n, arm in enumerate(by(runs, "arm"))}
-    for workload, group in sorted(by(runs, "workload").items()):
-        budgets = sorted(by(group, "budget").items(), key=lambda at: min(r["spent"] for r in at[1]))
-        losses = [_loss_plot(f"{workload}, {budget}", at, looks) for budget, at in budgets]
-        lengths = [_length_plot(f"{workload}, {budget}", at, looks) for budget, at in budgets]
-        ends = _frontier_plot(workload, group, study, looks)
-        plots += [*losses, *itertools.chain(*lengths), *ends]
-        for name, shown in (("loss", losses[:1]), ("ends", ends)):
-            for plot in shown:
-                _picture(path.parent / f"{workload}-{name}.svg", plot.figure)
-    tables = [*_row_tables(rows), _runs_table(runs), *_downstream_table(runs), *_ledger(runs)]
-    write_page(path, study.name, plots, tables, _NOTES)
+    looks = looks_of(arms)
+    sentences, plots, sections, pictures = [], [], [], {}
+    for workload in sorted({arm.workload for arm in arms}):
+        group = [arm for arm in arms if arm.workload == workload]
+        mine = [row for row in rows if row.workload == workload]
+        sentences += _answer(group, mine, question)
+        plots += _differences(workload, mine, question)
+        budgets = sorted(by_place(group).items(), key=lambda item: min(a.cost for a in item[1]))
+        losses = [_loss_plot(place(*at), members, looks) for at, members in budgets]
+        ends = _ends_plot(workload, group, question, looks)
+        lengths = [_length_plot(place(*at), _lines(lines, *at), looks) for at, _ in budgets]
+        pictures[f"{workload}-loss"] = losses[0].figure
+        pictures |= {f"{workload}-ends": plot.figure for plot in ends}
+        tables = [
+            frontier_table(against, f"{place(*at)}: against the best fixed size at equal cost")
+            for at, _ in budgets
+            if (against := _at(select(mine, AgainstFrontier), at[1]))
+        ]
+        sections.append(Section(workload, [*losses, *ends, *tables]))
+        for at, _ in budgets:
+            name = place(*at)
+            made = [row for row in mine if row.budget == at[1]]
+            blocks = [*_tables(made), *_run_tables(_lines(lines, *at))]
+            sections.append(Section(f"{name}: every comparison and run", blocks, folded=True))
+        more = [*(plot for plot in lengths if plot is not None), *_last_tables(mine)]
+        more += _ledger([line for line in lines if line["workload"] == workload])
+        if more:
+            title_ = f"{workload}: speed-ups, other clocks, learning rates"
+            sections.append(Section(title_, more, folded=True))
+    return Page(question.title, sentences, plots, sections, _NOTES, pictures)
 
 
-def _picture(path: Path, figure: Figure) -> None:
-    """For where there is no page: on white, since its colours are those of a light page."""
-    with style():
-        figure.savefig(path, facecolor="white", metadata={"Date": None})
+def _lines(lines: Sequence[Line], workload: str, budget: str) -> list[Line]:
+    return [x for x in lines if (x["workload"], x["budget"]) == (workload, budget)]
+
+
+def _at(rows: Sequence[AgainstFrontier], budget: str) -> list[AgainstFrontier]:
+    return [row for row in rows if row.budget == budget]
+
+
+def _against_baseline(rows: Sequence[Row], question: Question) -> list[EqualCost]:
+    """The held-out losses against the baseline at its cost."""
+    equal = select(rows, EqualCost)
+    return [row for row in equal if row.baseline == question.baseline and row.measure == LOSS]
+
+
+# The answer --------------------------------------------------------------------------------------
+
+
+def _answer(arms: Sequence[Arm], rows: Sequence[Row], question: Question) -> list[str]:
+    """Against the frontier where fixed sizes were run; else against the baseline, which it says."""
+    against = select(rows, AgainstFrontier)
+    if against:
+        return answer(arms, against)
+    sentences = []
+    equal = _against_baseline(rows, question)
+    for budget in dict.fromkeys(row.budget for row in equal):
+        group = [row for row in equal if row.budget == budget]
+        sentences.append(verdicts(group, f"{question.baseline} at equal cost"))
+    return [*sentences[:-1], f"{sentences[-1]} {_ALONE}"] if sentences else []
+
+
+_ALONE = "No smaller fixed size was run, so whether a smaller model is better here is not known."
+
+
+def _differences(workload: str, rows: Sequence[Row], question: Question) -> list[Plot]:
+    shown: list[EqualCost] = list(select(rows, AgainstFrontier))
+    zero = "the best fixed size at its cost"
+    if not shown:
+        shown, zero = _against_baseline(rows, question), f"{question.baseline} at its cost"
+    grouped = [bar for row in shown for bar in bars([row], place(row.workload, row.budget))]
+    if not grouped:
+        return []
+    caption = (
+        "Means with 95% intervals; a small dot is a seed. Green is better, orange is worse; grey is "
+        "neither."
+    )
+    title = f"{workload}: arms minus {zero}"
+    return [Plot(title, differences_figure(grouped, zero), caption)]
 
 
 # Plots -------------------------------------------------------------------------------------------
 
 
-def _loss_plot(title: str, group: Group, looks: Looks) -> Plot:
-    unit, label = _unit(group)
-    with style():
-        figure, axes = canvas(4.4)
-        late, last = [], []
-        for arm, runs in by(group, "arm").items():
-            points = list(zip(*(r["curve"] for r in runs), strict=False))
-            x = [statistics.fmean(p[0] for p in at) / unit for at in points]
-            y = [statistics.fmean(p[1] for p in at) for at in points]
-            (drawn,) = axes.plot(x, y, label=f"{arm}  {y[-1]:.3f}", **looks[arm])
-            last.append((y[-1], drawn))
-            axes.plot(x[-1], y[-1], "o", color=looks[arm]["color"], markersize=4)
-            late += [value for at, value in zip(x, y, strict=True) if at > x[-1] / 4]
-            for stage in runs[0]["stages"][1:]:
-                at = stage["start"] / unit
-                axes.plot(at, np.interp(at, x, y), "|", color=looks[arm]["color"], markersize=9)
-        spread = max(late) - min(late)
-        axes.set_ylim(min(late) - 0.05 * spread, max(late))
-        axes.set_xlabel(label)
-        axes.set_ylabel("held-out loss (nats)")
-        _legend(figure, last, "arm, final loss")
-    seeds = len({r["seed"] for r in group})
+def _loss_plot(name: str, arms: Sequence[Arm], looks: Looks) -> Plot:
+    seeds = max(len(arm.outcomes) for arm in arms)
     caption = f"Means over at most {seeds} seeds. Bars across a line are where its stages begin."
-    return Plot(f"{title}: loss against cost", figure, caption)
+    figure = loss_figure(arms, looks=looks, strip=False)
+    return Plot(f"{name}: held-out loss against cost", figure, caption)
 
 
-def _length_plot(title: str, group: Group, looks: Looks) -> list[Plot]:
-    """A panel for each share of the cost at which models were run along shorter paths."""
-    ends = [r for r in group if "by_length" in r]
-    if not ends:
+def _ends_plot(workload: str, arms: Sequence[Arm], question: Question, looks: Looks) -> list[Plot]:
+    """Fixed sizes, and arms at more budgets than one; nothing if there is one budget alone."""
+    names = [arm.name for arm in arms if not arm.free]
+    if not any(names.count(name) > 1 for name in names):
         return []
-    shares = sorted({share for r in ends for share in r.get("midway", ())}, key=float)
+    shown = [a for a in arms if names.count(a.name) > 1 or (a.fixed and not a.free)]
+    best = frontier_of(arms)
+    envelope = [] if best is None else [(point.cost, point.loss) for point in best.envelope()]
+    several = len({arm.parameters for arm in arms if arm.fixed}) > 1
+    edge = "frontier of fixed sizes" if several else f"frontier of {question.baseline}"
+    caption = (
+        "A dot is a mean, a small dot a seed. The wide line is the lowest loss that was seen for no more "
+        f"cost, decayed or not: the {edge}."
+    )
+    figure = ends_figure(shown, envelope, looks=looks, edge=edge)
+    return [Plot(f"{workload}: ends at every budget", figure, caption)]
+
+
+def _length_plot(name: str, lines: Sequence[Line], looks: Looks) -> Plot | None:
+    """A panel for each share of the cost at which models were run along shorter paths."""
+    ends = [line for line in lines if "by_length" in line]
+    if not ends:
+        return None
+    shares = sorted({share for line in ends for share in line.get("midway", ())}, key=float)
     last = []
     with style():
         figure, panels = canvas(3.4, ncols=len(shares) + 1, sharey=True, squeeze=False)
         for axes, share in zip(panels[0], [*shares, None], strict=True):
             at = ends
             if share is not None:
-                at = [r | r["midway"][share] for r in ends if share in r.get("midway", ())]
+                at = [x | x["midway"][share] for x in ends if share in x.get("midway", ())]
             for arm, runs in by(at, "arm").items():
                 lengths = sorted(map(int, runs[0]["by_length"]))
                 y = [statistics.fmean(r["by_length"][str(k)][0] for r in runs) for k in lengths]
@@ -131,206 +202,86 @@ def _length_plot(title: str, group: Group, looks: Looks) -> list[Plot]:
             if shares:
                 axes.set_title("the end" if share is None else f"{share} of the cost")
         panels[0][0].set_ylabel("held-out loss (nats)")
-        _legend(figure, last, "arm")
+        legend(figure, last, "arm")
     caption = "Along random paths of the model as it is by then; the last point is the whole model."
-    return [Plot(f"{title}: loss against path length", figure, caption)]
-
-
-def _frontier_plot(workload: str, group: Group, study: Study, looks: Looks) -> list[Plot]:
-    """Ends of arms at more budgets than one: the baseline's are a line that others should be below."""
-    budgets = {arm: by(runs, "budget") for arm, runs in by(group, "arm").items()}
-    budgets = {arm: at for arm, at in budgets.items() if len(at) > 1}
-    if not budgets:
-        return []
-    unit, label = _unit(group)
-    marks: list[float] = []
-    last = []
-    with style():
-        figure, axes = canvas(3.8)
-        for arm, at in budgets.items():
-            ends = sorted(
-                (
-                    statistics.fmean(r["spent"] for r in runs) / unit,
-                    statistics.fmean(r["score"] for r in runs),
-                )
-                for runs in at.values()
-            )
-            width = 2.6 if arm == study.baseline else 1.2
-            line = looks[arm] | {"linewidth": width}
-            (drawn,) = axes.plot(
-                *zip(*ends, strict=True), marker="o", markersize=3, label=arm, **line
-            )
-            last.append((ends[-1][1], drawn))
-            if arm == study.baseline:
-                marks = [x for x, _ in ends]
-        axes.set_xscale("log")
-        axes.set_xticks(marks, [f"{x:.3g}" for x in marks])
-        axes.minorticks_off()
-        axes.set_xlabel(label)
-        axes.set_ylabel("held-out loss at the end (nats)")
-        _legend(figure, last, "arm")
-    caption = (
-        "Each point is the mean of runs that were decayed to their own ends, over the seeds that there "
-        f"are; the thick line is {study.baseline}."
-    )
-    return [Plot(f"{workload}: ends at every budget", figure, caption)]
-
-
-def _legend(figure: Figure, ends: Sequence[tuple[float, Line2D]], title: str) -> None:
-    """Next to the figure, in the order of the lines' ends: arms are too many to lie between them."""
-    lines = [line for _, line in sorted(ends, key=lambda end: end[0], reverse=True)]
-    figure.legend(
-        handles=lines, loc="outside right upper", title=title, alignment="left", fontsize=8
-    )
-
-
-def _unit(group: Group) -> tuple[float, str]:
-    """What to divide costs by, and what they are then."""
-    if group[0]["unit"] != "FLOPs":
-        return 1.0, "reference seconds"
-    unit, name = scale(max(r["spent"] for r in group))
-    return unit, f"training {name}"
+    return Plot(f"{name}: loss against path length", figure, caption)
 
 
 # Tables ------------------------------------------------------------------------------------------
 
 
-def _row_tables(rows: Sequence[Row]) -> list[Table]:
-    ranks = [row for row in rows if "order" in row]
-    speeds = [row for row in rows if "naive" in row]
-    said = [row for row in rows if "order" not in row and "naive" not in row]
-    tables = [_said_table(said), *_clocks_table(rows)]
-    if speeds:
-        columns = ("arm", "speed-up", "95 %", "along the longest run", "seeds")
-        cells = [
-            [
-                f"{row['workload']}, {row['budget']}: {row['question']}",
-                _bounded(row),
-                _interval(row["interval"], ".2f"),
-                _number(row["naive"], ".2f"),
-                str(row["seeds"]),
-            ]
-            for row in speeds
-        ]
-        note = (
-            "What the baseline needs for the arm's loss, over what the arm was given: the least of all "
-            "that was run of it, decayed or not. >= and <= are bounds: it never had such a loss."
-        )
-        tables.append(Table("Speed-ups", columns, cells, note))
-    if ranks:
-        columns = ("question", "arms", "order, best first")
-        cells = [
-            [
-                f"{row['workload']}, {row['budget']}: {row['question']}",
-                str(row["estimate"]),
-                ", ".join(row["order"]) + _unknown(row["left_out"]),
-            ]
-            for row in ranks
-        ]
-        tables.append(Table("The same runs on other clocks", columns, cells))
+def _tables(rows: Sequence[Row]) -> list[Table]:
+    """The comparisons of one workload and budget: a table for each baseline and measure."""
+    tables = []
+    equal = select(rows, EqualCost)
+    for baseline, measure in dict.fromkeys((row.baseline, row.measure) for row in equal):
+        group = [row for row in equal if (row.baseline, row.measure) == (baseline, measure)]
+        tables.append(equal_cost_table(group, f"Against {baseline} at equal cost: {measure}"))
+    own = select(rows, OwnCost)
+    if own:
+        target = own[0].baseline
+        tables.append(own_cost_table(own, f"Against {target}, each at its own cost"))
+    if any(row.clocks for row in own):
+        tables.append(clocks_table(own, "The same costs on other clocks"))
     return tables
 
 
-def _bounded(row: Row) -> str:
-    """A speed-up, or the bound that is known of it."""
-    sign = {"=": "", ">=": ">= ", "<=": "<= "}[row.get("bound", "=")]
-    return "-" if row["estimate"] is None else f"{sign}{row['estimate']:.2f}"
+def _last_tables(rows: Sequence[Row]) -> list[Table]:
+    """Speed-ups and rankings of one workload."""
+    tables = []
+    speeds, rankings = select(rows, SpeedUp), select(rows, Ranking)
+    if speeds:
+        title = f"Speed-ups over all that was run of {speeds[0].baseline}"
+        tables.append(speed_up_table(speeds, title))
+    if rankings:
+        tables.append(ranking_table(rankings, "The same runs on other clocks"))
+    return tables
 
 
-def _unknown(arms: Sequence[str]) -> str:
-    return f" (not known to it: {', '.join(arms)})" if arms else ""
-
-
-def _said_table(rows: Sequence[Row]) -> Table:
-    cells = [
-        [
-            f"{row['workload']}, {row['budget']}: {row['question']}",
-            f"{row['estimate']:+.4f}",
-            _interval(row["interval"], "+.4f"),
-            _number(row.get("p_holm"), ".3f"),
-            _number(row.get("cost_to_reach"), ".2f"),
-            str(row["seeds"]),
-            row["verdict"],
-        ]
-        for row in rows
-    ]
-    columns = ("question", "difference", "95 %", "p (Holm)", "cost to reach", "seeds", "verdict")
-    return Table("What they say", columns, cells)
-
-
-def _clocks_table(rows: Sequence[Row]) -> list[Table]:
-    """What arms cost, of what the target does, on clocks other than their own."""
-    cells = [
-        [
-            f"{row['workload']}, {row['budget']}: {row['question'].partition(',')[0]}",
-            name,
-            _number(found.get("cost"), ".2f"),
-            _number(found.get("cost_to_reach"), ".2f"),
-            f"{sum(x is not None for x in found.get('reached', ()))} of {row['seeds']}",
-        ]
-        for row in rows
-        for name, found in row.get("clocks", {}).items()
-    ]
-    columns = ("arm", "clock", "cost", "cost to reach its loss", "seeds that did")
-    return [Table("Charged by other clocks", columns, cells)] if cells else []
-
-
-def _runs_table(runs: Group) -> Table:
+def _run_tables(lines: Sequence[Line]) -> list[Table]:
+    """The runs of one workload and budget, and what else was measured of them."""
     cells = []
-    for key, found in by(runs, "workload", "budget", "arm").items():
-        scores = [r["score"] for r in found]
+    for arm, runs in by(lines, "arm").items():
+        scores = [r["score"] for r in runs]
         mean = statistics.fmean(scores)
         cells.append(
             [
-                ", ".join(key),
-                str(len(found)),
+                arm,
+                str(len(runs)),
                 f"{mean:.4f}",
-                f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "-",
+                number(statistics.stdev(scores) if len(scores) > 1 else None, ".4f"),
                 f"{mean / math.log(2):.4f}",
-                f"{statistics.fmean(r['spent'] for r in found):.4g}",
-                f"{statistics.fmean(r['steps'] for r in found):.0f}",
-                f"{statistics.fmean(r['seconds'] for r in found):.0f}",
+                f"{statistics.fmean(r['spent'] for r in runs):.4g}",
+                f"{statistics.fmean(r['steps'] for r in runs):.0f}",
+                f"{statistics.fmean(r['seconds'] for r in runs):.0f}",
             ]
         )
-    columns = ("run", "seeds", "nats", "deviation", "bits", "cost", "steps", "seconds")
-    return Table("Runs", columns, cells, "Bits are per predicted byte.")
+    columns = ("arm", "seeds", "nats", "deviation", "bits", "cost", "steps", "seconds")
+    tables = [Table("Runs", columns, cells, "Bits are per predicted byte.")]
+    names = list(
+        dict.fromkeys(n for r in lines for n in (*r.get("texts", ()), *r.get("downstream", ())))
+    )
+    if names:
+        caption = (
+            "Of the trained models, means over seeds; losses on other texts are nats per byte."
+        )
+        judged = [
+            [arm, *(_mean([measured(r, name) for r in runs]) for name in names)]
+            for arm, runs in by(lines, "arm").items()
+        ]
+        tables.append(Table("Other texts and tasks", ("arm", *names), judged, caption))
+    return tables
 
 
-def _downstream_table(runs: Group) -> list[Table]:
-    found = [r | {"downstream": r.get("texts", {}) | r.get("downstream", {})} for r in runs]
-    judged = [r for r in found if r["downstream"]]
-    if not judged:
-        return []
-    names = list(dict.fromkeys(name for r in judged for name in r["downstream"]))
-    cells = []
-    for key, found in by(judged, "workload", "budget", "arm").items():
-        values = [[r["downstream"][n] for r in found if n in r["downstream"]] for n in names]
-        means = [_number(statistics.fmean(v) if v else None, ".4f") for v in values]
-        cells.append([", ".join(key), str(len(found)), *means])
-    caption = "Of the trained models, means over seeds; losses on other texts are nats per byte."
-    return [Table("Downstream", ("run", "seeds", *names), cells, caption)]
+def _mean(values: Sequence[float | None]) -> str:
+    known = [x for x in values if x is not None]
+    return number(statistics.fmean(known) if known else None, ".4f")
 
 
-def _ledger(runs: Group) -> list[Table]:
-    trials = [r for r in runs if r["budget"] == "tuning"]
+def _ledger(lines: Sequence[Line]) -> list[Table]:
+    trials = [line for line in lines if line["budget"] == "tuning"]
     if not trials:
         return []
-    cells = [[f"{r['workload']}, {r['arm']}", f"{r['score']:.4f}"] for r in trials]
+    cells = [[line["arm"], f"{line['score']:.4f}"] for line in trials]
     caption = "As many trials for every method, at the smallest budget; charged to nobody."
     return [Table("Tuning ledger", ("trial", "nats"), cells, caption)]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _interval(value: Sequence[float | None] | None, form: str) -> str:
-    """An interval; one that is open at an end (a bound) says so."""
-    if value is None:
-        return "-"
-    low, high = value
-    if low is None or high is None:
-        return (
-            f"at least {_number(low, form)}" if high is None else f"at most {_number(high, form)}"
-        )
-    return f"{low:{form}} to {high:{form}}"

@@ -1,311 +1,268 @@
-"""What the experiments share: cells of arm, budget and seed, each run once and kept as a line of JSON.
+"""The framework of all studies: cells of workload, budget, arm and seed; their summary; their page.
 
-A cell whose line is there is not run again, so that a study of hours is run in pieces, by as many
-processes as there are seeds. Every arm of a seed has the same birth, the same order of the same text and
-the same masks; only what the arm is about differs.
+Each cell runs once and is kept as a line of JSON in `results/SIZE.jsonl`. A cell whose line is there is
+not run again, so that a study of hours is run in pieces, by as many processes as there are seeds. From
+the lines come the rows of `summary.json`, the page `report.html`, and the pictures that a README shows.
 """
 
 import dataclasses
 import json
-import platform
-import statistics
+import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments.text import Texts
-from experiments.windows import WindowFile, token_losses, windows_of
-from growjax.axes import axes_of
-from growjax.budget import Clock
-from growjax.cost import parameters
-from growjax.data import ByteTokenizer, Corpus
-from growjax.models import BERT
-from growjax.plan.stages import Span
-from growjax.subnet import RandomPath
-from growjax.train import CorpusFeed, End, Growth, Options, Plan, Step, train
+from growjax.budget import t_interval
+from growjax.errors import DataError, raise_all
+from growjax.report.figures import style
+from growjax.report.page import Plot, Section, write_page
+from growjax.report.rows import Answer, Row, write_summary
+from growjax.runs.journal import mend
 
 
-MARKS = 24
-# How blocks are computed. Small ones on a CPU are bound by memory, so keeping less of them is faster
-COMPUTE: dict[str, dict[str, Any]] = {
-    "smoke": {"remat": "nothing"},
-    "small": {"remat": "nothing"},
-    "paper": {"remat": "dots", "dtype": "bfloat16"},
-}
-# Multiples of a study's learning rates that its ledger tries
-TRIALS = (0.5, 1.0, 2.0, 4.0)
-# A trained model's scores on tasks, higher is better
-Judge = Callable[[Any], dict[str, float]]
+Key = tuple[str, str, str, int]
+Line = dict[str, Any]
+KEY = ("workload", "budget", "arm", "seed")
+SIZES = ("smoke", "small", "paper")
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """How large the models of a study are, and how long the whole one trains, in steps.
+class Cell(Protocol):
+    """One run of a study."""
 
-    `masked` is the share of a BERT's tokens that is predicted.
-    """
+    @property
+    def key(self) -> Key:
+        """Workload, budget, arm and seed."""
+        ...
 
-    layers: int
-    embed: int
-    heads: int
-    head_dim: int
-    mlp: int
-    vocab: int
-    length: int
-    batch: int
-    steps: int
-    masked: float = dataclasses.field(default=0.15, kw_only=True)
+    @property
+    def optional(self) -> bool:
+        """Whether it runs only if its arm is named with `--only`."""
+        ...
+
+    def settings(self, shared: Any) -> Line:
+        """What its line must agree with, such as the digest of a model that it starts from."""
+        ...
+
+    def run(self, shared: Any) -> Line:
+        """Run it; returns what is kept in its line besides the key and the settings."""
+        ...
+
+
+Cells = Callable[[str, Any, int], Iterable[Cell]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """One run of a study.
+class Inputs:
+    """What a command line names for the runs; None where it names nothing."""
+
+    size: str
+    out: Path
+    text: Path | None = None
+    also: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    data: Path | None = None
+    model: Path | None = None
+    examples: int | None = None
+
+    @property
+    def results(self) -> Path:
+        """The file of the lines."""
+        return self.out / f"{self.size}.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What a study's page shows; `pictures` are drawn as NAME.svg next to it, for a README."""
+
+    title: str
+    answer: Sequence[str]
+    plots: Sequence[Plot] = ()
+    sections: Sequence[Section] = ()
+    notes: Sequence[str] = ()
+    pictures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study: its arms, what is measured of them, and how that is summarised and drawn.
 
     **Fields**
 
-    - `workload`: what kind of model and objective, such as "bert".
-    - `budget`: its name among the budgets of the study, such as "2x".
-    - `plan`: the run; its name is the arm, its seed the pair.
-    - `reference`: a run on the proxy text whose model a selector compares with. Nobody is charged for it.
-    - `clock`: under which the arm is compared, if it is charged less by its own (a "free" variant).
-    - `after`: further numbers about the trained model, by name.
-    - `midway`: the shares of the cost at which they are asked for as well, of the model as it is by then.
+    - `name`: of its folder in `experiments`.
+    - `workloads`: what is compared on, such as kinds of model or tasks.
+    - `seeds`: how many there are, by size.
+    - `cells`: those of a size, a workload and a seed.
+    - `open`: what all cells share, such as texts and compiled programs; called if a cell has to run.
+    - `summarise`: the rows of a file of results, given its path and its lines. Their `command` is added.
+    - `page`: what is shown of path, lines and rows.
+    - `trials`: cells of a tuning ledger, which are charged to nobody and compared with nothing.
+    - `uses`: the flags of `Inputs` that mean something here.
+    - `flags`: those to make some lines again, besides the size.
     """
 
-    workload: str
-    budget: str
-    plan: Plan
-    reference: Plan | None = None
-    clock: Clock | None = None
-    after: Callable[[Plan, Any, Texts], dict[str, Any]] | None = None
-    midway: tuple[float, ...] = ()
+    name: str
+    workloads: tuple[str, ...]
+    seeds: Mapping[str, int]
+    cells: Cells
+    open: Callable[[Inputs], Any]
+    summarise: Callable[[Path, Sequence[Line]], Sequence[Row]]
+    page: Callable[[Path, Sequence[Line], Sequence[Row]], Page]
+    trials: Cells | None = None
+    uses: tuple[str, ...] = ()
+    flags: Callable[[Sequence[Line]], str] = lambda lines: ""
 
-    @property
-    def key(self) -> tuple[str, str, str, int]:
-        return self.workload, self.budget, self.plan.name, self.plan.seed
+    def report(self, results: Path) -> list[Row]:
+        """Write summary, page and pictures next to a file of results; returns the summary."""
+        lines = read(results)
+        command = f"python -m experiments.{self.name}.run --size {results.stem}{self.flags(lines)}"
+        rows = [dataclasses.replace(row, command=command) for row in self.summarise(results, lines)]
+        write_summary(results.parent / "summary.json", rows)
+        page = self.page(results, lines, rows)
+        write_page(
+            results.parent / "report.html",
+            page.title,
+            page.plots,
+            answer=page.answer,
+            sections=page.sections,
+            notes=page.notes,
+        )
+        for name, figure in page.pictures.items():
+            # Where there is no page: on white, since the colours are those of a light page
+            with style():
+                path = results.parent / f"{name}.svg"
+                figure.savefig(path, facecolor="white", metadata={"Date": None})
+        return rows
 
 
-def as_trial(cell: Cell) -> Cell:
-    """A cell of the tuning ledger, which is charged to nobody and compared with nothing."""
-    name = f"{cell.plan.name} at {cell.plan.rate.peak:g}"
-    plan = dataclasses.replace(cell.plan, name=name)
-    return dataclasses.replace(cell, plan=plan, budget="tuning", after=None)
+# Lines -------------------------------------------------------------------------------------------
 
 
-def fixed_name(config: Any) -> str:
-    """The name of an arm that has one size from start to end: layers (of each stack) by embed."""
-    layers = getattr(config, "layers", None) or config.encoder_layers
-    return f"fixed-{layers}x{config.embed}"
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of results; none if it is not there."""
+def read(path: Path) -> list[Line]:
+    """The lines of a file of results; none if it is not there. One that was cut off is left out."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def key_of(row: dict[str, Any]) -> tuple[str, str, str, int]:
-    return row["workload"], row["budget"], row["arm"], row["seed"]
+def key_of(line: Line) -> Key:
+    """Workload, budget, arm and seed of a line."""
+    return line["workload"], line["budget"], line["arm"], line["seed"]
+
+
+def by(lines: Iterable[Line], *names: str) -> dict[Any, list[Line]]:
+    """Lines by some of their fields, in the order in which they come; trials of the ledger left out."""
+    groups: dict[Any, list[Line]] = {}
+    for line in lines:
+        if line["budget"] != "tuning":
+            key = tuple(line[name] for name in names)
+            groups.setdefault(key if len(names) > 1 else key[0], []).append(line)
+    return groups
 
 
 def run(
     cells: Sequence[Cell],
-    texts: Texts,
-    out: Path,
+    shared: Any,
+    results: Path,
     console: Console | None = None,
-    judge: Judge | None = None,
     *,
-    windows: int = 0,
-    again: bool = False,
+    again: Callable[[Cell], bool] | None = None,
 ) -> None:
-    """Run the cells that have no line in `out` yet, and add theirs.
+    """Run the cells that have no line yet, and add theirs.
 
-    **Arguments**
-
-    - `judge`: adds scores of tasks to the line.
-    - `windows`: of how many windows of held-out text losses are kept, in a `WindowFile` next to `out`;
-      none of trials.
-    - `again`: also run the cells that have a line, but no losses by window. Only the latter are kept of
-      them, with the score of this run, which need not be the line's bit for bit on another machine.
+    `again` says which of the others are run once more; nothing is added for those. Raises `DataError` for
+    lines that were made with other settings.
     """
     console = console or Console()
-    done = {key_of(row) for row in read(out)}
-    file = WindowFile(out)
-    judged = file.keys()
-
-    def lacks_windows(cell: Cell) -> bool:
-        return windows > 0 and cell.budget != "tuning" and cell.key not in judged
-
-    todo = [cell for cell in cells if cell.key not in done or (again and lacks_windows(cell))]
-    programs: dict[str, Any] = {}
-    references: dict[str, Any] = {}
-    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = {key_of(line): line for line in read(results)}
+    faults = []
+    for cell in cells:
+        if cell.key not in lines:
+            continue
+        before = lines[cell.key].get("settings", {})
+        for name, value in cell.settings(shared).items():
+            was = before.get(name)
+            if was != value:
+                words = " ".join(map(str, cell.key))
+                faults.append(f"{words}: {name} is {was} there, {value} here")
+    headline = f"{results}: its lines are of another run; name another --out:"
+    raise_all(DataError, headline, faults[:5])
+    todo = [cell for cell in cells if cell.key not in lines or (again and again(cell))]
+    results.parent.mkdir(parents=True, exist_ok=True)
+    mend(results)
     for n, cell in enumerate(todo):
         start = time.perf_counter()
-        row, model = run_cell(cell, texts, programs, references, judge)
-        if lacks_windows(cell):
-            examples = windows_of(texts.valid, cell.plan.spans[-1].objective, windows)
-            file.add(cell.key, row["score"], model, examples)
-        if cell.key not in done:
-            with out.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(row) + "\n")
-        console.print(
-            f"{n + 1}/{len(todo)} {' '.join(map(str, cell.key))}: {row['score']:.4f} nats, "
-            f"{row['steps']} steps, {time.perf_counter() - start:.0f} s"
-        )
+        line = dict(zip(KEY, cell.key, strict=True)) | _finite(cell.run(shared))
+        seconds = time.perf_counter() - start
+        line.setdefault("seconds", round(seconds, 1))
+        settings = cell.settings(shared)
+        if settings:
+            line["settings"] = settings
+        if cell.key not in lines:
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        score = f"{line['score']:.4f}, " if "score" in line else ""
+        words = " ".join(map(str, cell.key))
+        console.print(f"{n + 1}/{len(todo)} {words}: {score}{seconds:.0f} s", markup=False)
 
 
-def run_cell(
-    cell: Cell,
-    texts: Texts,
-    programs: dict[str, Any],
-    references: dict[str, Any],
-    judge: Judge | None = None,
-) -> tuple[dict[str, Any], Any]:
-    """Run one cell; return everything that is kept of it, and the trained model."""
-    plan, reference = cell.plan, None
-    if cell.reference is not None:
-        key = f"{cell.workload} {cell.reference.seed}"
-        if key not in references:
-            references[key] = _trained(cell.reference, texts.proxy, texts.valid, programs)
-        reference = references[key]
-    feed = CorpusFeed(plan, texts.training, texts.valid)
-    curve, growths, speeds = [], [], defaultdict(list)
-    due, midway = sorted(cell.midway), {}
-
-    def look(model: Any, step: Step) -> dict[str, float]:
-        if cell.after and due and step.spent * plan.clock.per_unit >= due[0] * plan.cost:
-            midway[f"{due.pop(0):g}"] = cell.after(plan, model, texts)
-        return {}
-
-    options = Options(
-        evaluate_every=plan.cost / MARKS, held_out=_held_out(plan), held_out_end=0, hooks=(look,)
-    )
-    depths: dict[Any, int] = {}
-    last = end = None
-    for record in train(plan, feed, options=options, reference=reference, cache=programs):
-        if isinstance(record, Step):
-            last = record
-            span = plan.spans[record.stage]
-            work = record.stage, span.works[record.step - span.start].part
-            if work not in depths:
-                depths[work] = _depth(span, record.step - span.start)
-            speeds[depths[work]].append(record.took)
-            if record.held_out is not None:
-                curve.append((record.spent, record.held_out))
-        elif isinstance(record, Growth):
-            growths.append(_growth(plan, record))
-        elif isinstance(record, End):
-            end = record
-    assert last is not None and last.held_out is not None and end is not None
-    rate = plan.learning_rate(plan.cost)
-    row = {
-        "workload": cell.workload,
-        "budget": cell.budget,
-        "arm": plan.name,
-        "seed": plan.seed,
-        "clock": (cell.clock or plan.clock).identity,
-        "unit": plan.clock.unit,
-        "spent": last.spent,
-        "score": last.held_out,
-        "decayed": rate <= 0.01 * plan.rate.peak,
-        "curve": curve,
-        "steps": plan.steps,
-        "tokens": plan.tokens,
-        "flops": plan.flops,
-        "seconds": last.seconds,
-        "parameters": parameters(end.model),
-        "stages": list(_stages(plan)),
-        "growths": growths,
-        "operations": [[*op, n] for span in plan.spans for op, n in span.ops],
-        # Not charged to anybody
-        "compile_seconds": end.compile_seconds,
-        "held_out_seconds": end.held_out_seconds,
-        "step_seconds": {str(d): statistics.median(s) for d, s in sorted(speeds.items())},
-        "text": texts.name,
-        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}",
-    }
-    if texts.others:
-        row["texts"] = {name: loss_on(plan, end.model, t) for name, t in texts.others.items()}
-    if judge is not None:
-        row["downstream"] = judge(end.model)
-    if midway:
-        row["midway"] = midway
-    return row | (cell.after(plan, end.model, texts) if cell.after else {}), end.model
+def _finite(value: Any) -> Any:
+    """The same with None for what is not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def loss_on(plan: Plan, model: Any, corpus: Corpus, rows: int | None = None) -> float:
-    """Nats per token of a model on windows of a text, through the plan's own objective."""
-    batch = plan.spans[-1].batch
-    examples = CorpusFeed(plan, corpus, corpus).held_out(plan.objective, rows or _held_out(plan))
-    total = count = 0.0
-    for start in range(0, len(examples["targets"]), batch):
-        part = {k: jnp.asarray(v[start : start + batch]) for k, v in examples.items()}
-        losses, weights = map(np.asarray, token_losses(model, part))
-        total, count = total + (losses * weights).sum(), count + weights.sum()
-    return float(total / count)
+# Questions with a yes or a no --------------------------------------------------------------------
 
 
-def _held_out(plan: Plan) -> int:
-    """As many sequences as make a held-out set of a fixed number of predictions, roughly.
+def answer(
+    workload: str,
+    question: str,
+    values: Sequence[float] | np.ndarray,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    verdict: bool | None = None,
+) -> Answer:
+    """Does the mean over seeds lie between two numbers, as far as its 95% t-interval can tell?
 
-    The scores that are committed were taken so; losses over thousands of windows stand in a `WindowFile`.
+    `verdict` says yes or no by another rule. Where a network diverged there is no number, and the verdict
+    says so.
     """
-    return 8 * plan.batch
+    where = {"workload": workload, "question": question, "seeds": len(values)}
+    if not np.all(np.isfinite(np.asarray(values, float))):
+        return Answer(estimate=None, interval=None, verdict="diverged", **where)
+    mean = float(np.mean(values))
+    least, most = t_interval([float(x) for x in values])
+    if verdict is not None:
+        said = "yes" if verdict else "no"
+    elif low < least and most < high:
+        said = "yes"
+    else:
+        said = "no" if most <= low or high <= least else "undecided"
+    interval = round(least, 4), round(most, 4)
+    return Answer(estimate=round(mean, 4), interval=interval, verdict=said, **where)
 
 
-def _trained(plan: Plan, training: Corpus, valid: Corpus, programs: dict[str, Any]) -> Any:
-    feed = CorpusFeed(plan, training, valid)
-    return list(
-        train(plan, feed, options=Options(held_out=plan.batch, held_out_end=0), cache=programs)
-    )[-1].model  # type: ignore
+def answers_in_words(rows: Sequence[Row]) -> list[str]:
+    """How many questions have which answer, for each workload; those answered by no in full, if few."""
+    sentences = []
+    for workload in dict.fromkeys(row.workload for row in rows):
+        group = [row for row in rows if row.workload == workload]
+        verdicts = [row.verdict for row in group]
+        counts = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted({*verdicts}, reverse=True))
+        denied = [f"{row.question} No." for row in group if row.verdict == "no"]
+        few = " ".join(denied) if len(denied) <= _FEW else ""
+        sentences.append(f"{workload}, {len(group)} questions: {counts}. {few}".strip())
+    return sentences
 
 
-def blimp_judge(data: Path) -> Judge:
-    """Scores a model by its share of BLiMP's minimal pairs, a few of each of the 67 kinds.
-
-    An encoder takes a pass for every byte of a sentence, so it sees one pair of each kind.
-    """
-    from growjax.evals import Settings, evaluate
-
-    def judge(model: Any) -> dict[str, float]:
-        settings = Settings(data=data, limit=1 if isinstance(model, BERT) else 4)
-        found = evaluate(model, ["blimp"], ByteTokenizer(), settings)
-        return {"blimp": float(found["blimp"]["accuracy"])}
-
-    return judge
-
-
-def _depth(span: Span, i: int) -> int:
-    """How many layers the stage's step `i` trains; those of the deepest stack, if it trains all."""
-    part = span.works[i].part
-    if isinstance(part, RandomPath):
-        return int(part.length)
-    table = axes_of(span.model)
-    return max(n for axis, n in table.sizes.items() if "stack" in table.roles(axis))
-
-
-def _growth(plan: Plan, record: Growth) -> dict[str, Any]:
-    return {
-        "spent": plan.spans[record.stage].spent / plan.clock.per_unit,
-        "grew": record.grew,
-        "before": record.crossing.before,
-        "after": record.crossing.after,
-        "stall": record.stall,
-    }
-
-
-def _stages(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Where stages start and stop, in the clock's unit; those of a path schedule one by one."""
-    for era in plan.timeline(paths=True):
-        start, stop = (spent / plan.clock.per_unit for spent in era.spent)
-        yield {"label": era.label, "start": start, "stop": stop}
+# More questions that are answered by no are counted, and not written out
+_FEW = 3

@@ -9,21 +9,23 @@ from typing import Any
 import jax
 import pytest
 
-from experiments import study
+from experiments import study, training
 from experiments.main import main
 from experiments.msg import run as msg
 from experiments.msg.run import released_order
 from experiments.msg.search import choices, probe
 from experiments.no_train_no_gain import run as ntng
-from experiments.page import write_summary
 from experiments.raptr import run as raptr
-from experiments.study import Cell
-from experiments.summary import on_clock
+from experiments.summary import cost_on
 from experiments.text import BETWEEN, Texts, load_texts
+from experiments.training import Cell, Trainer
+from experiments.windows import WindowFile
 from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op, save_clock
 from growjax.data import MLM, ByteTokenizer, Corpus, SpanCorruption
 from growjax.errors import DataError
 from growjax.models import BERTConfig
+from growjax.report.arms import fixed_size
+from growjax.report.rows import EqualCost, OwnCost, read_summary, select
 from growjax.select import RhoLoss
 from growjax.train import Plan, load_plan, save_plan
 from tests.runs import TEXT
@@ -65,14 +67,14 @@ def with_loss(cell: Cell) -> Cell:
         return cell
 
     def more(plan: Plan, model: Any, texts: Texts) -> dict[str, Any]:
-        return after(plan, model, texts) | {"loss": study.loss_on(plan, model, texts.valid)}
+        return after(plan, model, texts) | {"loss": training.loss_on(plan, model, texts.valid)}
 
     return dataclasses.replace(cell, after=more)
 
 
 @pytest.mark.parametrize("name, workload", ARMS)
 def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path):
-    about = STUDIES[name][0].STUDY
+    about, question = STUDIES[name][0].STUDY, STUDIES[name][0].QUESTION
     wanted = [
         with_loss(c)
         for c in cells(name, "smoke", workload).values()
@@ -80,8 +82,9 @@ def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path)
     ]
     out = tmp_path / "smoke.jsonl"
     judge = {"blimp": 0.5}
-    study.run(wanted[:1], texts, out, judge=lambda model: judge)
-    study.run(wanted, texts, out, judge=lambda model: judge)
+    shared = Trainer(texts, WindowFile(out), judge=lambda model: judge)
+    study.run(wanted[:1], shared, out)
+    study.run(wanted, shared, out)
     with out.open("a") as file:
         file.write('{"workload": "cut of')  # killed while it wrote
     rows = study.read(out)
@@ -90,6 +93,8 @@ def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path)
     for cell in wanted:
         row = by_arm[cell.plan.name]
         assert row["score"] == row["curve"][-1][1] and row["decayed"]
+        assert row["fixed"] == fixed_size(cell.plan) or name == "no_train_no_gain"
+        assert row["free"] == (cell.clock is not None)
         assert row["spent"] == pytest.approx(cell.plan.cost / cell.plan.clock.per_unit)
         assert row["texts"]["same"] > 0 and row["downstream"] == judge
         assert list(row.get("midway", {})) == [f"{share:g}" for share in cell.midway]
@@ -100,41 +105,39 @@ def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path)
             assert [x for _, x in row["curve"]].count(loss) == 1
         assert row["stages"][-1]["stop"] == pytest.approx(row["spent"])
         assert sum(n for *_, n in row["operations"]) >= row["steps"]
-        assert on_clock(row, FlopsClock()) == pytest.approx(row["flops"])
+        assert cost_on(row, FlopsClock()) == pytest.approx(row["flops"])
     ops = dict.fromkeys(Op(*op) for r in rows for *op, _ in r["operations"])
     clocks = [MeasuredClock(n, tuple((op, 10**9) for op in ops)) for n in ("here", "there")]
     save_clock(clocks[0], tmp_path / "clock.json")
     save_clock(clocks[1], tmp_path / "clock-there.json")
-    summary = write_summary(out, about)
-    for row in (r for r in summary if "reached" in r):
-        steps = by_arm[row["question"].partition(" against ")[0]]["steps"]
-        share = pytest.approx(steps / by_arm[about.target]["steps"])
-        assert {name: c["cost"] for name, c in row["clocks"].items()} == {
+    summary = about.report(out)
+    for row in select(summary, OwnCost):
+        steps = by_arm[row.arm]["steps"]
+        share = pytest.approx(steps / by_arm[question.target]["steps"])
+        assert {name: c["cost"] for name, c in row.clocks.items()} == {
             clock.identity: share for clock in clocks
         }
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert json.loads((tmp_path / "summary.json").read_text())[0]["kind"] == summary[0].kind
+    assert len(read_summary(tmp_path / "summary.json")) == len(summary)
     page = (tmp_path / "report.html").read_text()
     assert all(arm in page for arm in by_arm)
     assert all(f"{share:g} of the cost" in page for cell in wanted for share in cell.midway)
     command = (
         f"python -m experiments.{name}.run --size smoke --text numbers --also same=same --data DATA"
     )
-    assert {r["command"] for r in summary} == {command}
+    assert {r.command for r in summary} == {command}
     # One seed decides nothing
-    equal = [r for r in summary if "p_holm" in r]
-    assert equal and {r["verdict"] for r in equal} == {"too few seeds"}
-    assert {r["question"].split(": ")[1].split(",")[0] for r in equal} == {
-        "held-out nats",
-        "same",
-        "blimp",
-    }
+    equal = [row for row in select(summary, EqualCost) if row.baseline == question.baseline]
+    assert equal and {row.verdict for row in equal} == {"too few seeds"}
+    measures = {row.measure.split(",")[0] for row in equal}
+    assert measures == {"held-out nats", "same", "blimp"}
+    scores = {r["arm"]: r["score"] for r in rows}
     for row in equal:
-        arm = row["question"].split(" against ")[0]
-        gap = {r["arm"]: r["score"] for r in rows}
-        if "held-out" in row["question"]:
-            assert row["estimate"] == pytest.approx(gap[arm] - gap[about.baseline])
-        elif "blimp" in row["question"]:
-            assert row["estimate"] == 0
+        if "held-out" in row.measure:
+            gap = scores[row.arm] - scores[question.baseline]
+            assert row.estimate == pytest.approx(gap)
+        elif "blimp" in row.measure:
+            assert row.estimate == 0
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -142,9 +145,9 @@ def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path)
 def test_arms_that_are_compared_cost_the_same(name, size):
     module, (workload, _) = STUDIES[name]
     found = cells(name, size, workload)
-    base = found[module.STUDY.baseline].plan
+    base = found[module.QUESTION.baseline].plan
     for key, cell in found.items():
-        if key in (module.STUDY.target, "raptr proportional", "raptr, full first"):
+        if key in (module.QUESTION.target, "raptr proportional", "raptr, full first"):
             continue
         step = max(max(span.costs) for span in cell.plan.spans)
         assert abs(cell.plan.cost - base.cost) <= max(step, 0.03 * base.cost), key
@@ -186,7 +189,7 @@ def test_raptr_saves_a_quarter_of_its_blocks():
 def test_losses_along_shorter_paths_are_looked_at_in_every_stage_of_raptr(texts):
     """And of a stack that grows, at the depth that it has by then."""
     cell = cells("raptr", "smoke", "bert")["raptr"]
-    cuts = [stage["start"] / cell.plan.cost for stage in study._stages(cell.plan)]
+    cuts = [stage["start"] / cell.plan.cost for stage in training._stages(cell.plan)]
     assert [sum(cut < share for cut in cuts) for share in (*cell.midway, 1.0)] == [1, 2, 3, 4]
     config: Any = cell.plan.model
     small = dataclasses.replace(config, layers=2).build(jax.random.key(0))
@@ -358,7 +361,7 @@ def test_paper_presets_can_be_planned(name):
 def test_plans_are_written_with_those_of_second_models(tmp_path, monkeypatch):
     command = ["run", "--size", "smoke", "--workload", "bert", "--plans", str(tmp_path)]
     monkeypatch.setattr("sys.argv", command)
-    main(ntng.STUDY, ntng.cells, ntng.SEEDS, ("bert", "t5"))
+    main(ntng.STUDY)
     wanted = cells("no_train_no_gain", "smoke", "bert")
     assert {p.name for p in tmp_path.iterdir()} == {
         *(f"bert-1x-{name.replace(' ', '_')}.json" for name in wanted),

@@ -1,7 +1,6 @@
 """The smallest size of the downstream experiment: made-up files, read and run like any others."""
 
 import dataclasses
-import json
 import sys
 
 import jax
@@ -9,10 +8,15 @@ import numpy as np
 import pytest
 
 import growjax as gj
+from experiments import study
 from experiments.downstream import run
 from experiments.downstream.made_up import make_up
-from growjax.errors import EvalError
+from growjax.errors import DataError, EvalError
 from growjax.evals import GLUE, Example
+from growjax.report.rows import read_summary
+
+
+TASKS = ("glue/rte", "glue/cola")
 
 
 @pytest.fixture(scope="module")
@@ -21,22 +25,28 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory, made):
-    out = tmp_path_factory.mktemp("out")
-    run.glue("smoke", *made, out=out, tasks=("glue/rte", "glue/cola"))
-    return out
+def inputs(tmp_path_factory, made):
+    data, model = made
+    return study.Inputs("smoke", tmp_path_factory.mktemp("out"), data=data, model=model)
 
 
-def read(out):
-    return [json.loads(line) for line in (out / "glue-smoke.jsonl").read_text().splitlines()]
+def cells(seeds, tasks=TASKS):
+    found = [c for seed in seeds for task in tasks for c in run.cells("smoke", task, seed)]
+    return [cell for cell in found if not cell.optional]
 
 
-def test_every_run_is_a_line_and_whole_seeds_come_first(out):
-    lines = read(out)
-    assert [line["cell"] for line in lines] == [
-        [task, arm, seed]
+@pytest.fixture(scope="module")
+def rows(inputs):
+    study.run(cells((0, 1)), run.Shared(inputs), inputs.results)
+    return run.STUDY.report(inputs.results)
+
+
+def test_every_run_is_a_line_with_its_settings(inputs, rows):
+    lines = study.read(inputs.results)
+    assert [study.key_of(line) for line in lines] == [
+        (task, "8 epochs", arm, seed)
         for seed in (0, 1)
-        for task in ("glue/rte", "glue/cola")
+        for task in TASKS
         for arm in ("ungrown", "grown")
     ]
     for line in lines:
@@ -44,40 +54,39 @@ def test_every_run_is_a_line_and_whole_seeds_come_first(out):
         assert line["score"] == pytest.approx(np.mean([*line["metrics"].values()]))
 
 
-def test_the_rows_say_what_the_lines_say(out):
-    lines = {tuple(line["cell"]): line["score"] for line in read(out)}
-    rows = json.loads((out / "summary.json").read_text())["glue-smoke"]
-    assert len(rows) == 6
-    assert len((out / "glue-smoke.md").read_text().splitlines()) == 4
-    for task in ("glue/rte", "glue/cola"):
-        ungrown, grown, gap = [row for row in rows if row["question"].startswith(task)]
+def test_the_rows_say_what_the_lines_say(inputs, rows):
+    lines = {study.key_of(line): line["score"] for line in study.read(inputs.results)}
+    assert len(rows) == 6 and read_summary(inputs.out / "summary.json") == rows
+    page = (inputs.out / "report.html").read_text()
+    assert "glue/rte, 3 questions: 3 yes." in page and (inputs.out / "differences.svg").exists()
+    for task in TASKS:
+        scores = {arm: [lines[task, "8 epochs", arm, s] for s in (0, 1)] for arm in run.ARMS[:2]}
+        ungrown, grown, gap = [row for row in rows if row.workload == task]
         for row, arm in ((ungrown, "ungrown"), (grown, "grown")):
-            scores = [lines[task, arm, seed] for seed in (0, 1)]
-            assert row["estimate"] == pytest.approx(np.median(scores), abs=1e-4)
-            assert row["interval"] == pytest.approx([min(scores), max(scores)], abs=1e-4)
-            assert row["verdict"] == "yes", row  # what is made up can be learnt
-        gaps = [lines[task, "grown", seed] - lines[task, "ungrown", seed] for seed in (0, 1)]
-        assert gap["interval"] == pytest.approx([min(gaps), max(gaps)], abs=1e-4)
-        assert gap["verdict"] == ("yes" if max(map(abs, gaps)) <= 0.02 else "no")
+            assert row.estimate == pytest.approx(np.median(scores[arm]), abs=1e-4)
+            assert row.interval == pytest.approx([min(scores[arm]), max(scores[arm])], abs=1e-4)
+            assert row.verdict == "yes", row  # what is made up can be learnt
+        gaps = np.subtract(scores["grown"], scores["ungrown"])
+        assert gap.interval == pytest.approx([min(gaps), max(gaps)], abs=1e-4)
+        assert gap.verdict == ("yes" if max(map(abs, gaps)) <= 0.02 else "no")
 
 
 def test_the_table_has_medians_and_spreads():
     lines = [
-        {"cell": ["t", arm, seed], "score": score, "constant": 0.5}
+        {"workload": "t", "budget": "", "arm": arm, "seed": seed, "score": score, "constant": 0.5}
         for arm, scores in {"a": [0.25, 0.75, 0.5], "b": [1.0]}.items()
         for seed, score in enumerate(scores)
     ]
-    lines.append({"cell": ["u", "a", 0], "score": 0.0, "constant": 0.0})
-    assert run.table(lines).splitlines() == [
-        "| task | constant | a | b |",
-        "| --- | --- | --- | --- |",
-        "| t | 0.500 | 0.500 (0.250 to 0.750; 3 seeds) | 1.000 (1.000 to 1.000; 1 seed) |",
-        "| u | 0.000 | 0.000 (0.000 to 0.000; 1 seed) |  |",
+    lines.append({**lines[0], "workload": "u", "score": 0.0, "constant": 0.0})
+    assert run.table(lines).rows == [
+        ["t", "0.500", "0.500 (0.250 to 0.750; 3 seeds)", "1.000 (1.000 to 1.000; 1 seed)"],
+        ["u", "0.000", "0.000 (0.000 to 0.000; 1 seed)", ""],
     ]
 
 
-def test_the_grown_model_is_larger_and_computes_the_same(out, made):
-    assert {line["moved"] < 1e-5 for line in read(out) if line["cell"][1] == "grown"} == {True}
+def test_the_grown_model_is_larger_and_computes_the_same(inputs, rows, made):
+    grown = [line for line in study.read(inputs.results) if line["arm"] == "grown"]
+    assert {line["moved"] < 1e-5 for line in grown} == {True}
     small = gj.hf.load(made[1])
     big = gj.grow(run.growth(small), small, key=jax.random.key(0))
     assert gj.sizes(big)["kv_heads"] == 4 and gj.sizes(big)["mlp"] == 32
@@ -85,19 +94,21 @@ def test_the_grown_model_is_larger_and_computes_the_same(out, made):
     assert run.moved(small, gj.ramp(spoilt, 1.0)) > 1e-5
 
 
-def test_finished_runs_are_not_run_again(out, made, monkeypatch):
-    before = (out / "glue-smoke.jsonl").read_text()
+def test_finished_runs_are_not_run_again(inputs, rows, monkeypatch):
+    before = inputs.results.read_text()
     ran = []
-    monkeypatch.setattr(run.Cell, "run", lambda self, *cell: ran.append(cell) or {"score": 1.0})
-    rows = run.glue("smoke", *made, out=out, tasks=("glue/rte",))
-    assert not ran and len(rows) == 6  # those of the other task stay
-    assert (out / "glue-smoke.jsonl").read_text() == before
+    monkeypatch.setattr(
+        run.Cell, "run", lambda self, shared: ran.append(self.key) or {"score": 1.0}
+    )
+    study.run(cells((0, 1), TASKS[:1]), run.Shared(inputs), inputs.results)
+    assert not ran and inputs.results.read_text() == before
 
 
-def test_lines_of_another_run_are_not_mixed_in(out, made):
-    with pytest.raises(EvalError, match="name another --out") as caught:
-        run.glue("smoke", *made, out=out, tasks=("glue/rte",), examples=32)
-    assert "glue/rte, ungrown, seed 0: examples is 64 there, 32 here" in str(caught.value)
+def test_lines_of_another_run_are_not_mixed_in(inputs, rows):
+    other = run.Shared(dataclasses.replace(inputs, examples=32))
+    with pytest.raises(DataError, match="name another --out") as caught:
+        study.run(cells((0,), TASKS[:1]), other, inputs.results)
+    assert "glue/rte 8 epochs ungrown 0: examples is 64 there, 32 here" in str(caught.value)
 
 
 def test_a_part_is_always_the_same_and_in_order():
@@ -115,16 +126,15 @@ def test_the_best_constant_answer_by_hand():
     assert run.constant(GLUE["glue/cola"], dev) == 0.0
 
 
-def test_what_is_lacking_is_said_before_anything_runs(tmp_path, made, monkeypatch):
+def test_what_is_lacking_is_said_before_anything_runs(inputs, tmp_path, monkeypatch):
     with pytest.raises(EvalError) as caught:
-        run.glue("small", tmp_path / "no", None, out=tmp_path)
+        run.Shared(study.Inputs("small", tmp_path, data=tmp_path / "no"))
     assert "--data: expected a folder" in str(caught.value) and "--model" in str(caught.value)
-    with pytest.raises(EvalError, match="glue/sts-b: expected one of glue/cola"):
-        run.glue("smoke", *made, out=tmp_path, tasks=("glue/sts-b",))
     monkeypatch.setitem(sys.modules, "torch", None)
+    (peer,) = [cell for cell in run.cells("smoke", "glue/rte", 0) if cell.optional]
     with pytest.raises(EvalError, match=r"needs torch and transformers .*growjax\[parity\]"):
-        run.glue("smoke", *made, out=tmp_path, with_transformers=True)
-    assert not (tmp_path / "glue-smoke.jsonl").exists()
+        study.run([peer], run.Shared(inputs), tmp_path / "smoke.jsonl")
+    assert not (tmp_path / "smoke.jsonl").exists()
 
 
 def test_the_sizes_are_of_the_same_tasks():

@@ -14,7 +14,10 @@ import pytest
 from hypothesis import given
 
 import growjax as gj
-from experiments.theory import blocks, cells, fit, polynomials, run, stability, trained
+from experiments import study
+from experiments.theory import blocks, fit, polynomials, run, stability, trained
+from experiments.theory.bytes import Bytes, texts
+from experiments.theory.experiment import half_interval, table
 from growjax.data import Text
 from growjax.growth import sources
 from growjax.train import cross_entropy
@@ -25,32 +28,53 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("theory")
 
 
+def ran(out, *names):
+    """Run some experiments at their smallest size; returns their rows and their lines."""
+    results = out / "smoke.jsonl"
+    shared = run.Shared(study.Inputs("smoke", out))
+    for name in names:
+        for seed in range(run.STUDY.seeds["smoke"]):
+            study.run(list(run.cells("smoke", name, seed)), shared, results)
+    rows = [row for row in run.STUDY.report(results) if row.workload in names]
+    return rows, [line for line in study.read(results) if line["workload"] in names]
+
+
 @pytest.fixture(scope="module")
-def rows(out):
-    return stability.stability("smoke", out)
+def stable(out):
+    return ran(out, "stability")
 
 
-def read(out):
-    return [json.loads(line) for line in (out / "stability-smoke.jsonl").read_text().splitlines()]
+@pytest.fixture
+def rows(stable):
+    return stable[0]
+
+
+@pytest.fixture
+def lines(stable):
+    return stable[1]
 
 
 # Four seeds of 128 coordinates: the standard error of a slope is at most 0.04 here.
 def test_slopes_are_those_of_the_closed_forms(rows):
-    found = [row for row in rows if "closed form" in row["question"]]
+    found = [row for row in rows if "closed form" in row.question]
     assert len(found) == 4
-    assert {row["verdict"] for row in found} == {"yes"}, found
+    assert {row.verdict for row in found} == {"yes"}, found
 
 
-def test_means_are_the_closed_forms(rows, out):
-    lines = read(out)
+def test_means_are_the_closed_forms(lines):
     for variant in stability.VARIANTS:
         for depth in stability.SIZES["smoke"].depths:
-            means = [c["mean"] for c in lines if c["cell"][:2] == [variant, depth]]
+            means = [
+                line["mean"]
+                for line in lines
+                if (line["arm"], line["budget"]) == (variant, f"{depth} layers")
+            ]
             assert np.mean(means) == pytest.approx(stability.closed_form(variant, depth), rel=0.2)
 
 
-def test_early_layers_matter_most_under_residual_and_norm(rows, out):
-    deepest = [c["ratios"] for c in read(out) if c["cell"][:2] == ["residual + norm", 32]]
+def test_early_layers_matter_most_under_residual_and_norm(lines):
+    variant = [line for line in lines if line["arm"] == "residual + norm"]
+    deepest = [line["ratios"] for line in variant if line["budget"] == "32 layers"]
     ratios, layers = np.mean(deepest, axis=0), np.arange(1, 33)
     slope = np.polyfit(np.log(layers + 1), np.log(ratios), 1)[0]
     assert slope == pytest.approx(-0.5, abs=0.1)
@@ -63,10 +87,9 @@ def test_closed_forms_reach_their_limits():
         assert np.diff(logs)[0] / np.log(4) == pytest.approx(limit, abs=0.01)
 
 
-def test_the_loss_at_the_boundary_stays_within_its_bound_sample_by_sample(rows, out):
-    found = read(out)
-    assert len(found) == 48
-    assert all(0 < c["worst_gap_over_bound"] <= 1 for c in found)
+def test_the_loss_at_the_boundary_stays_within_its_bound_sample_by_sample(lines):
+    assert len(lines) == 48
+    assert all(0 < line["worst_gap_over_bound"] <= 1 for line in lines)
 
 
 def test_the_bound_and_the_gap_by_hand():
@@ -77,10 +100,10 @@ def test_the_bound_and_the_gap_by_hand():
 
 
 def test_few_removed_layers_add_up_as_orthogonal_errors(out):
-    found = stability.removed("smoke", out)
-    assert [row["verdict"] for row in found[:3]] == ["yes"] * 3, found
+    found, _ = ran(out, "removed")
+    assert [row.verdict for row in found[:3]] == ["yes"] * 3, found
     # first order no longer: errors saturate once half of the layers are gone
-    assert found[-1]["estimate"] < 0.9
+    assert (found[-1].estimate or 9) < 0.9
 
 
 def test_a_removed_layer_is_the_identity():
@@ -109,44 +132,76 @@ def test_no_change_of_the_loss_at_a_boundary_is_above_its_bound(seed, layers, sc
 # Cells and rows ----------------------------------------------------------------------------------
 
 
+class Square:
+    """A cell that squares a number."""
+
+    optional = False
+
+    def __init__(self, number, found, ran=None):
+        self.key, self.found = ("squares", "", "square", number), found
+        self.ran = [] if ran is None else ran
+
+    def settings(self, shared):
+        return {}
+
+    def run(self, shared):
+        self.ran.append(self.key[3])
+        return {"square": self.found}
+
+
 def test_finished_cells_are_not_run_again(tmp_path):
-    ran = []
-
-    def cell(i):
-        ran.append(i)
-        return {"square": i * i}
-
-    path = tmp_path / "cells.jsonl"
-    cells.cells(path, [(1,), (2,)], cell)
-    done = cells.cells(path, [(3,), (2,)], cell)
-    assert ran == [1, 2, 3]
-    assert [c["square"] for c in done] == [9, 4]
+    numbers = []
+    path = tmp_path / "squares.jsonl"
+    for some in ((1, 2), (3, 2)):
+        study.run([Square(i, i * i, numbers) for i in some], None, path)
+    assert numbers == [1, 2, 3]
+    assert [line["square"] for line in study.read(path)] == [1, 4, 9]
 
 
 def test_a_line_that_was_cut_off_is_run_again(tmp_path):
-    path = tmp_path / "cells.jsonl"
-    cells.cells(path, [(1,), (2,)], lambda i: {"square": i * i})
+    path = tmp_path / "squares.jsonl"
+    study.run([Square(i, i * i) for i in (1, 2)], None, path)
     path.write_text(path.read_text()[:-4])
     for _ in range(2):  # and what is appended stands on a line of its own
-        done = cells.cells(path, [(1,), (2,), (3,)], lambda i: {"square": -i})
-        assert [c["square"] for c in done] == [1, -2, -3]
+        study.run([Square(i, -i) for i in (1, 2, 3)], None, path)
+        assert [line["square"] for line in study.read(path)] == [1, -2, -3]
 
 
 def test_intervals_are_those_of_student():
-    mean, low, high = cells.interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert high - mean == pytest.approx(mean - low) == pytest.approx(4.302653 / 3**0.5)
+    row = study.answer("w", "q", [1.0, 2.0, 3.0])
+    half = pytest.approx(4.302653 / 3**0.5, abs=1e-4)
+    low, high = np.array(row.interval, float)
+    assert row.estimate == 2.0 and high - 2 == half and 2 - low == half
+    assert half_interval(np.array([[1.0, 1.0], [2.0, np.nan], [3.0, 1.0]]))[0] == half
 
 
 def test_a_verdict_needs_the_whole_interval():
-    values = [1.0, 2.0, 3.0]  # 2 plus or minus 2.484
-    assert cells.within(values, -1, 5) == "yes"
-    assert cells.within(values, 0, 5) == cells.within(values, -1, 4) == "undecided"
-    assert cells.within(values, 4.5, 9) == cells.within(values, -9, -0.5) == "no"
+    def said(low, high):
+        return study.answer("w", "q", [1.0, 2.0, 3.0], low, high).verdict  # 2 plus or minus 2.484
+
+    assert said(-1, 5) == "yes"
+    assert said(0, 5) == said(-1, 4) == "undecided"
+    assert said(4.5, 9) == said(-9, -0.5) == "no"
 
 
-def test_every_experiment_has_its_command():
-    assert list(run.COMMANDS) == ["stability", "removed", "trained", "polynomials", "blocks"]
+def test_a_table_has_seeds_and_budgets_wherever_their_lines_are():
+    lines = [
+        {"budget": budget, "seed": seed, "end": {"x": 10 * seed + n if seed else None}}
+        for seed in (1, 0)
+        for n, budget in enumerate(("4", "8"))
+    ]
+    np.testing.assert_array_equal(table(lines, "end", "x"), [[np.nan] * 2, [10, 11]])
+
+
+def test_the_study_reports_on_experiments_that_have_run_whole(out, stable):
+    assert run.STUDY.workloads == ("stability", "removed", "trained", "polynomials", "blocks")
+    assert [line["workload"] for line in study.read(out / "smoke.jsonl")][:1] == ["stability"]
+    lines = stable[1]
+    assert run.summarise(out / "smoke.jsonl", lines) and not run.summarise(
+        out / "smoke.jsonl", lines[1:]
+    )
+    page = run.page(out / "smoke.jsonl", lines, stable[0])
+    assert list(page.pictures) == ["stability"] and "stability, 9 questions: " in page.answer[0]
 
 
 # Training in phases ------------------------------------------------------------------------------
@@ -289,15 +344,13 @@ def test_terms_that_extend_a_lower_one_are_told_from_the_others():
 
 @pytest.fixture(scope="module")
 def learned(out):
-    rows = polynomials.polynomials("smoke", out)
-    lines = (out / "polynomials-smoke.jsonl").read_text().splitlines()
-    return rows, [json.loads(line) for line in lines]
+    return ran(out, "polynomials")
 
 
 # What is asked is a mean of two seeds, far above 0.1 here.
 def test_growing_paths_capture_high_degrees_that_falling_ones_do_not(learned):
     rows, _ = learned
-    estimates = {row["question"]: row["estimate"] for row in rows}
+    estimates = {row.question: row.estimate for row in rows}
     assert estimates["degrees 4 and 5: does RaPTr capture over 0.1 more than PLD 0.25?"] > 0.2
     assert (
         estimates["full: does the whole network leave less than 5% of the variance at the end?"]
@@ -307,9 +360,9 @@ def test_growing_paths_capture_high_degrees_that_falling_ones_do_not(learned):
 
 def test_low_degrees_come_first(learned):
     rows, lines = learned
-    found = [row for row in rows if "degree by degree" in row["question"]]
+    found = [row for row in rows if "degree by degree" in row.question]
     assert len(found) == 6
-    assert {row["verdict"] for row in found} == {"yes"}
+    assert {row.verdict for row in found} == {"yes"}
     assert all(len(line["captured"]) == len(line["steps"]) == 4 for line in lines)
     for line in lines:  # what is reported of the degrees is what is reported of their terms
         shares = np.reshape(line["terms"], (5, -1)).mean(axis=1)
@@ -338,8 +391,7 @@ def test_the_product_is_read_when_its_factor_is_fitted():
 
 
 def test_one_block_learns_the_product_and_both_mend_the_double_count(out):
-    rows = blocks.blocks("smoke", out)
-    estimates = [row["estimate"] for row in rows]
+    estimates = np.array([row.estimate for row in ran(out, "blocks")[0]], float)
     first, product, lost, growing, shrinking = estimates
     assert first > 0.3
     assert product > 1.1
@@ -415,21 +467,21 @@ def test_the_bound_is_for_text_that_its_constant_has_not_seen():
 def test_one_document_in_ten_is_held_out(tmp_path):
     for n in range(10):
         (tmp_path / f"{n}.txt").write_text(str(n) * 50)
-    train, held_out = trained.texts(Text(str(tmp_path)))
+    train, held_out = texts(Text(str(tmp_path)))
     assert set(bytes(np.asarray(held_out))) == {ord("9")}
     assert len(train) == 450
     (tmp_path / "whole.txt").write_text("".join(chr(97 + n) * 30 for n in range(10)))
-    train, held_out = trained.texts(Text(str(tmp_path / "whole.txt")))
+    train, held_out = texts(Text(str(tmp_path / "whole.txt")))
     assert bytes(np.asarray(held_out)) == b"j" * 30
     assert len(train) == 270
-    windows = trained.Bytes(train, 5, 20).draw(jax.random.key(0))
+    windows = Bytes(train, 5, 20).draw(jax.random.key(0))
     assert windows.shape == (5, 21)
     assert all(bytes(np.asarray(w, np.uint8)) in bytes(np.asarray(train)) for w in windows)
 
 
 def test_a_network_is_seen_at_birth_before_the_last_stage_and_at_the_end():
     text = jnp.asarray(np.tile(np.arange(97, 105, dtype=np.uint8), 40))
-    found = trained.trained_cell(TINY, (text, text), "LayerNorm", "full", 4, 0)
+    found = trained.trained_line(TINY, "LayerNorm", "full", 4, 0, (text, text))
     assert list(found) == ["birth", "boundary", "end"]
     losses = [found[time]["loss"] for time in found]
     assert losses[0] > losses[1] > losses[2]
@@ -441,27 +493,36 @@ def phases_of(arm) -> Any:
     return trained.phases(arm, 4, 12)
 
 
-def test_rows_of_trained_networks_say_what_their_cells_do(tmp_path):
+def test_rows_of_trained_networks_say_what_their_lines_do():
     size = trained.SIZES["smoke"]
     power = {"LayerNorm": -0.5, "no norm": 0.0}
-    for norm, arm in itertools.product(trained.NORMS, trained.ARMS):
+    lines = []
+    for norm, arm in trained.NETS:
         for depth, seed in itertools.product(size.depths, range(size.seeds)):
             mean = depth ** power[norm] * (1 + 0.01 * seed) * (0.5 if arm == "RaPTr" else 1)
             seen = {"ratios": [mean] * depth, "mean": mean, "gap": -mean / 4, "bound": mean}
-            cell = {"cell": [norm, arm, depth, seed]}
-            with (tmp_path / "trained-smoke.jsonl").open("a") as file:
-                file.write(json.dumps(cell | dict.fromkeys(trained.TIMES, seen)) + "\n")
-    rows = {row["question"]: row for row in trained.trained("smoke", tmp_path)}
+            key = {"budget": f"{depth} layers", "arm": trained.name_of(norm, arm), "seed": seed}
+            lines.append(key | dict.fromkeys(trained.TIMES, seen))
+    rows = {row.question: row for row in trained.answers(size, lines)}
     slope = rows["full, LayerNorm: does the mean ratio fall with depth (slope)?"]
-    assert (slope["estimate"], slope["verdict"]) == (-0.5, "yes")
-    assert rows["RaPTr, no norm: does the mean ratio fall with depth (slope)?"]["estimate"] == 0
-    assert rows["full, LayerNorm: is the gap L1 - L2 at the boundary above 0?"]["verdict"] == "no"
-    assert rows["full, LayerNorm: does the bound hold (worst gap over bound)?"]["estimate"] == 0.25
+    assert (slope.estimate, slope.verdict) == (-0.5, "yes")
+    assert rows["RaPTr, no norm: does the mean ratio fall with depth (slope)?"].estimate == 0
+    assert rows["full, LayerNorm: is the gap L1 - L2 at the boundary above 0?"].verdict == "no"
+    assert rows["full, LayerNorm: does the bound hold (worst gap over bound)?"].estimate == 0.25
     below = rows["LayerNorm: is RaPTr's mean ratio below that of full (log)?"]
-    assert below["estimate"] == pytest.approx(np.log(0.5), abs=1e-3)
+    assert below.estimate == pytest.approx(np.log(0.5), abs=1e-3)
     steeper = rows["full: is the slope below 0 by more with LayerNorm than without?"]
-    assert (steeper["estimate"], steeper["verdict"]) == (-0.5, "yes")
-    assert (tmp_path / "trained.png").exists()
+    assert (steeper.estimate, steeper.verdict) == (-0.5, "yes")
+    left, middle, right = trained.draw(size, lines).axes
+    assert len(left.lines) == 4 and left.get_title() == "8 layers, trained"
+
+
+def test_trained_networks_are_lines_of_the_text_they_learned(tmp_path):
+    about = run.EXPERIMENTS["trained"]
+    made = study.Inputs("smoke", tmp_path, text=tmp_path / "tale.txt")
+    (cell, *_) = run.cells("smoke", "trained", 0)
+    assert cell.settings(run.Shared(made)) == {"text": "tale"} and about.reads
+    assert run.flags([{"settings": {"text": "tale"}}, {}]) == " --text tale"
 
 
 # Orders of stacking ------------------------------------------------------------------------------
@@ -489,11 +550,11 @@ def test_growing_in_the_middle_keeps_both_ends(block, count):
 
 
 def test_networks_that_diverge_are_said_and_leave_valid_json(tmp_path):
-    found = cells.cells(
-        tmp_path / "c.jsonl", [("a",)], lambda name: {"end": {"x": [1.0, math.inf]}}
-    )
-    assert json.loads((tmp_path / "c.jsonl").read_text(), parse_constant=pytest.fail) == found[0]
-    assert found[0]["end"] == {"x": [1.0, None]}
-    said = cells.row("does it?", [1.0, math.nan], "yes", "here")
-    assert said["estimate"] is None and said["interval"] is None and said["verdict"] == "diverged"
-    assert cells.row("does it?", [1.0, 1.5], "yes", "here")["verdict"] == "yes"
+    path = tmp_path / "c.jsonl"
+    study.run([Square(0, {"x": [1.0, math.inf]})], None, path)
+    (line,) = study.read(path)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == line
+    assert line["square"] == {"x": [1.0, None]}
+    said = study.answer("w", "does it?", [1.0, math.nan], verdict=True)
+    assert said.estimate is None and said.interval is None and said.verdict == "diverged"
+    assert study.answer("w", "does it?", [1.0, 1.5], verdict=True).verdict == "yes"

@@ -11,8 +11,8 @@ from experiments import study
 from experiments.msg import run as msg
 from experiments.no_train_no_gain import run as ntng
 from experiments.raptr import run as raptr
-from experiments.study import Cell
 from experiments.text import Texts
+from experiments.training import Cell, Trainer, as_trial
 from experiments.windows import WindowFile, digest_of, losses_by_window, token_losses, windows_of
 from growjax.data import MLM, ByteTokenizer, Causal, Corpus
 from growjax.models import BERT, BERTConfig, GPTConfig
@@ -150,17 +150,18 @@ def test_a_file_of_windows_gives_back_what_was_judged(texts, tmp_path):
 def test_a_study_keeps_losses_by_window_and_adds_those_that_are_missing(texts, tmp_path):
     out = tmp_path / "small.jsonl"
     file = WindowFile(out)
-    first, other, trial = cell(), cell("other"), study.as_trial(cell())
-    study.run([first], texts, out)
+    first, other, trial = cell(), cell("other"), as_trial(cell())
+    study.run([first], Trainer(texts, file), out)
     assert not file.path.exists()
     # A line that is there is left alone, unless it is asked for again
-    study.run([first, other, trial], texts, out, windows=30)
+    shared = Trainer(texts, file, windows=30)
+    study.run([first, other, trial], shared, out)
     assert file.keys() == {other.key}
     before = out.read_text()
-    study.run([first, other, trial], texts, out, windows=30, again=True)
+    study.run([first, other, trial], shared, out, again=shared.lacks)
     assert file.keys() == {first.key, other.key} and out.read_text() == before
     lines = file.path.read_text()
-    study.run([first, other, trial], texts, out, windows=30, again=True)
+    study.run([first, other, trial], shared, out, again=shared.lacks)
     assert file.path.read_text() == lines and out.read_text() == before
 
     scores = {study.key_of(row): row["score"] for row in study.read(out)}
@@ -169,7 +170,7 @@ def test_a_study_keeps_losses_by_window_and_adds_those_that_are_missing(texts, t
         key: scores[key] for key in (first.key, other.key)
     }
     # The windows are those of the text, whatever the batch, and so is the mean
-    study.run([cell("wide", batch=8)], texts, out, windows=30)
+    study.run([cell("wide", batch=8)], shared, out)
     found = file.read()
     assert len({row["windows"] for row in map(json.loads, file.path.read_text().splitlines())}) == 1
     assert found.keys() == {first.key, other.key, ("gpt", "1x", "wide", 0)}

@@ -1,27 +1,23 @@
 """What is growth worth downstream? A pre-trained encoder and the same one grown, fine-tuned on GLUE.
 
 `python -m experiments.downstream.run --size small --data GLUE --model FOLDER --out DIR`; `--size smoke`
-makes up its own model and data. `--with-transformers` adds the same runs by PyTorch.
+makes up its own model and data. `--only ungrown grown transformers` adds the same runs by PyTorch.
 """
 
 import dataclasses
 import hashlib
 import importlib
-import json
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import growjax as gj
 from experiments.downstream.made_up import make_up
+from experiments.study import Inputs, Key, Line, Page, Study, answers_in_words, by
 from growjax.data import Tokenizer
 from growjax.errors import EvalError, raise_all
 from growjax.evals import GLUE, Example, GlueTask, Recipe, fine_tune, read_task
@@ -29,10 +25,16 @@ from growjax.evals.commands import open_model
 from growjax.evals.finetune import Classifier
 from growjax.evals.glue import headline, score
 from growjax.models import BERT
+from growjax.report.figures import Bar, differences_figure
+from growjax.report.page import Plot, Section, Table
+from growjax.report.rows import Answer, Row, select
+from growjax.report.tables import answer_table
 
 
-Arm = Literal["ungrown", "grown", "transformers"]
+ARMS = ("ungrown", "grown", "transformers")
 NAMES = ("glue/rte", "glue/mrpc", "glue/cola", "glue/sst-2")
+# Scores that are this close are called near
+_NEAR = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +65,11 @@ def growth(model: BERT) -> gj.growth.Operator:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """Everything that the runs of one task share."""
+class Task:
+    """Everything that the runs of one task share; `digest` is of the model's weights."""
 
     folder: Path
+    digest: str
     model: BERT
     tokenizer: Tokenizer
     task: GlueTask
@@ -74,48 +77,122 @@ class Cell:
     dev: Sequence[Example]
     recipe: Recipe
 
-    def run(self, arm: Arm, seed: int) -> dict[str, Any]:
-        """One run: the scores of its last epoch."""
-        began = time.perf_counter()
-        if arm == "transformers":
-            return self._line(began, self._by_transformers(seed))
-        model, more = self.model, {}
-        if arm == "grown":
-            model = gj.grow(growth(model), model, key=gj.step_key(seed, 0))
-            more = {"moved": moved(self.model, model)}
-        found = fine_tune(
-            model,
-            self.tokenizer,
-            self.task,
-            self.train,
-            {"dev": self.dev},
-            recipe=self.recipe,
-            seeds=[seed],
-            last_only=True,
-        )
-        return self._line(began, found.runs[0][-1]) | more
 
-    def _line(self, began: float, scores: dict[str, float]) -> dict[str, Any]:
+class Shared:
+    """A model and the tasks in a folder, read when one of their runs needs them.
+
+    Raises `EvalError` if the folders are not there; the smallest size makes up its own.
+    """
+
+    def __init__(self, inputs: Inputs):
+        data, model = inputs.data, inputs.model
+        if inputs.size == "smoke" and data is None and model is None:
+            data, model = make_up(inputs.out / "made-up")
+        faults = [
+            f"--{name}: expected a folder, got {value}"
+            for name, value in (("data", data), ("model", model))
+            if value is None or not value.is_dir()
+        ]
+        raise_all(EvalError, "what to fine-tune, and on what, is not there:", faults)
+        assert data is not None and model is not None
+        self.data, self.folder, self.size = data, model, SIZES[inputs.size]
+        self.examples = inputs.examples
+        self.model, self.tokenizer, _ = open_model(model)
+        self.digest = _digest(model)
+        self._tasks: dict[str, Task] = {}
+
+    def task(self, name: str) -> Task:
+        if name not in self._tasks:
+            task = GLUE[name]
+            train, dev = (read_task(task, self.data, split) for split in ("train", "dev"))
+            train = part(train, self.examples or self.size.examples[name])
+            self._tasks[name] = Task(
+                self.folder,
+                self.digest,
+                self.model,
+                self.tokenizer,
+                task,
+                train,
+                dev,
+                self.size.recipe,
+            )
+        return self._tasks[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run: a task, an arm and a seed; the budget is how often all rows are seen."""
+
+    key: Key
+
+    @property
+    def optional(self) -> bool:
+        """PyTorch is not installed everywhere."""
+        return self.key[2] == "transformers"
+
+    def settings(self, shared: Shared) -> Line:
+        task = shared.task(self.key[0])
+        recipe = {n: getattr(task.recipe, n) for n in ("batch", "rate", "epochs", "length")}
+        return {"model": task.digest, "examples": len(task.train), **recipe}
+
+    def run(self, shared: Shared) -> Line:
+        """The scores of the last epoch, and of the best constant answer."""
+        task, (_, _, arm, seed) = shared.task(self.key[0]), self.key
+        more = {}
+        if arm == "transformers":
+            scores = by_transformers(task, seed)
+        else:
+            model = task.model
+            if arm == "grown":
+                model = gj.grow(growth(model), model, key=gj.step_key(seed, 0))
+                more = {"moved": moved(task.model, model)}
+            tuned = fine_tune(
+                model,
+                task.tokenizer,
+                task.task,
+                task.train,
+                {"dev": task.dev},
+                recipe=task.recipe,
+                seeds=[seed],
+                last_only=True,
+            )
+            scores = tuned.runs[0][-1]
         return {
             "score": headline(scores),
             "metrics": scores,
-            "constant": constant(self.task, self.dev),
-            "seconds": round(time.perf_counter() - began, 1),
+            "constant": constant(task.task, task.dev),
+            **more,
         }
 
-    def _by_transformers(self, seed: int) -> dict[str, float]:
-        peer = importlib.import_module("experiments.downstream.peer")
-        fresh = Classifier(self.model, self.task.outputs, key=jax.random.key(seed))
-        outputs = peer.fine_tuned(
-            self.folder,
-            self.task,
-            self.train,
-            self.dev,
-            self.recipe,
-            seed,
-            np.asarray(fresh.weight),
-        )
-        return score(self.task, self.dev, outputs)
+
+def cells(size: str, workload: str, seed: int) -> Iterator[Cell]:
+    """The arms of one task and seed."""
+    for arm in ARMS:
+        yield Cell((workload, f"{SIZES[size].recipe.epochs} epochs", arm, seed))
+
+
+def by_transformers(task: Task, seed: int) -> dict[str, float]:
+    """The scores of the same fine-tuning by PyTorch; raises `EvalError` where that is not installed."""
+    try:
+        importlib.import_module("torch")
+        importlib.import_module("transformers")
+    except ImportError as error:
+        raise EvalError(
+            f"--only transformers: needs torch and transformers ({error}); "
+            "pip install 'growjax[parity]', or leave it out"
+        ) from error
+    peer = importlib.import_module("experiments.downstream.peer")
+    fresh = Classifier(task.model, task.task.outputs, key=jax.random.key(seed))
+    outputs = peer.fine_tuned(
+        task.folder,
+        task.task,
+        task.train,
+        task.dev,
+        task.recipe,
+        seed,
+        np.asarray(fresh.weight),
+    )
+    return score(task.task, task.dev, outputs)
 
 
 @eqx.filter_jit
@@ -146,152 +223,6 @@ def constant(task: GlueTask, dev: Sequence[Example]) -> float:
     return max(headline(score(task, dev, np.tile(row, (len(dev), 1)))) for row in answers)
 
 
-# Lines, rows -------------------------------------------------------------------------------------
-
-
-def glue(
-    size: Literal["smoke", "small", "paper"] = "smoke",
-    data: Path | None = None,
-    model: Path | None = None,
-    out: Path = Path("out"),
-    tasks: tuple[str, ...] = NAMES,
-    examples: int | None = None,
-    with_transformers: bool = False,
-) -> list[dict]:
-    """Fine-tune a model and the same one grown, seed by seed, and compare them.
-
-    **Arguments**
-
-    - `data`: the folder of GLUE, with `RTE/train.tsv` and so on in it; smoke makes its own.
-    - `model`: a BERT as Hugging Face has it, with its tokenizer; smoke makes its own.
-    - `tasks`: names of `growjax.evals.GLUE` that have labels and one development set.
-    - `examples`: the training rows of every task, instead of those of the size.
-    - `with_transformers`: the ungrown model by PyTorch as well: the same rows, order and head.
-
-    Lines that are there are not run again. Raises `EvalError` if they are of another recipe or model.
-    """
-    if with_transformers:
-        _need_torch()
-    with tempfile.TemporaryDirectory() as folder:
-        if size == "smoke" and data is None and model is None:
-            data, model = make_up(Path(folder))
-        faults = [
-            f"--{name}: expected a folder, got {value}"
-            for name, value in (("data", data), ("model", model))
-            if value is None or not value.is_dir()
-        ]
-        raise_all(EvalError, "what to fine-tune, and on what, is not there:", faults)
-        assert data is not None and model is not None
-        return _glue(size, data, model, out, tasks, examples, with_transformers)
-
-
-def _glue(
-    name: str,
-    data: Path,
-    folder: Path,
-    out: Path,
-    tasks: Sequence[str],
-    examples: int | None,
-    with_transformers: bool,
-) -> list[dict]:
-    size, path = SIZES[name], out / f"glue-{name}.jsonl"
-    loaded, tokenizer, _ = open_model(folder)
-    shared, settings = {}, {}
-    for task in _tasks(tasks):
-        train, dev = (read_task(task, data, split) for split in ("train", "dev"))
-        count = size.examples.get(task.name) if examples is None else examples
-        train = part(train, count)
-        shared[task.name] = Cell(folder, loaded, tokenizer, task, train, dev, size.recipe)
-        settings[task.name] = {
-            "model": _digest(folder),
-            "examples": len(train),
-            **{n: getattr(size.recipe, n) for n in ("batch", "rate", "epochs", "length")},
-        }
-    _expect_the_same(path, settings)
-    arms = ("ungrown", "grown", "transformers")[: 3 if with_transformers else 2]
-    # Seeds outermost: a run that is cut short has whole seeds
-    wanted = [(t, arm, seed) for seed in range(size.seeds) for t in shared for arm in arms]
-    lines = _read(path)
-    there = {tuple(line["cell"]) for line in lines}
-    out.mkdir(parents=True, exist_ok=True)
-    for cell in wanted:
-        if cell not in there:
-            task, *rest = cell
-            found = shared[task].run(*rest)
-            lines.append({"cell": list(cell), **found, "settings": settings[task]})
-            with path.open("a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
-    command = f"python -m experiments.downstream.run --size {name}"
-    rows = []
-    for task in dict.fromkeys(line["cell"][0] for line in lines):
-        rows += rows_of(task, [line for line in lines if line["cell"][0] == task], command)
-    (out / f"glue-{name}.md").write_text(table(lines))
-    # The rows of other sizes stay
-    summary = out / "summary.json"
-    before = json.loads(summary.read_text()) if summary.exists() else {}
-    summary.write_text(json.dumps({**before, f"glue-{name}": rows}, indent=1) + "\n")
-    return rows
-
-
-def table(lines: Sequence[Mapping]) -> str:
-    """A row for each task: its constant answer, and of every arm the median, lowest to highest."""
-    arms = list(dict.fromkeys(line["cell"][1] for line in lines))
-    rows = [["task", "constant", *arms], ["---"] * (2 + len(arms))]
-    for task in dict.fromkeys(line["cell"][0] for line in lines):
-        row = []
-        for arm in arms:
-            found = [x["score"] for x in lines if x["cell"][:2] == [task, arm]]
-            spread = f"{min(found, default=0):.3f} to {max(found, default=0):.3f}"
-            seeds = f"{len(found)} seed{'s' * (len(found) != 1)}"
-            row.append(f"{np.median(found):.3f} ({spread}; {seeds})" if found else "")
-        floor = next(line["constant"] for line in lines if line["cell"][0] == task)
-        rows.append([task, f"{floor:.3f}", *row])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def rows_of(task: str, lines: Sequence[Mapping], command: str) -> list[dict]:
-    """The rows of one task: each arm, and the arms against each other, paired by seed."""
-    arms: dict[str, dict[int, float]] = {}
-    for line in lines:
-        arms.setdefault(line["cell"][1], {})[line["cell"][2]] = line["score"]
-    floor, rows = lines[0]["constant"], []
-    for arm, scores in arms.items():
-        question = f"{task}, {arm}: is it above the best constant answer, {floor:.3f}, every time?"
-        rows.append(_row(question, [*scores.values()], min(scores.values()) > floor, command))
-    for arm, question, within in (
-        ("grown", "is the grown model within 2 points of the ungrown one, every time?", 0.02),
-        ("transformers", "is transformers within 2 points of growjax, every time?", 0.02),
-    ):
-        seeds = arms.get(arm, {}).keys() & arms.get("ungrown", {}).keys()
-        if seeds:
-            gaps = [arms[arm][seed] - arms["ungrown"][seed] for seed in sorted(seeds)]
-            near = max(map(abs, gaps)) <= within
-            rows.append(_row(f"{task}: {question}", gaps, near, command))
-    return rows
-
-
-def _row(question: str, values: Sequence[float], verdict: bool, command: str) -> dict:
-    """The median of a few seeds, the lowest and the highest: too few for a confidence interval."""
-    return {
-        "question": question,
-        "estimate": round(float(np.median(values)), 4),
-        "interval": [round(min(values), 4), round(max(values), 4)],
-        "seeds": len(values),
-        "verdict": "yes" if verdict else "no",
-        "command": command,
-    }
-
-
-# Checks ------------------------------------------------------------------------------------------
-
-
-def _tasks(names: Sequence[str]) -> list[GlueTask]:
-    fit = [n for n, task in GLUE.items() if task.labels and task.dev == ("dev",)]
-    faults = [f"{n}: expected one of {', '.join(fit)}" for n in names if n not in fit]
-    raise_all(EvalError, "--tasks: these cannot be run:", faults)
-    return [GLUE[name] for name in names]
-
-
 def _digest(folder: Path) -> str:
     whole = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
@@ -299,39 +230,108 @@ def _digest(folder: Path) -> str:
     return whole.hexdigest()[:12]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+# Rows and page -----------------------------------------------------------------------------------
 
 
-def _expect_the_same(path: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    faults = []
-    for line in _read(path):
-        task, arm, seed = line["cell"]
-        wanted = settings.get(task, line["settings"])
-        faults += [
-            f"{task}, {arm}, seed {seed}: {name} is {line['settings'].get(name)} there, {value} here"
-            for name, value in wanted.items()
-            if line["settings"].get(name) != value
-        ]
-    raise_all(EvalError, f"{path}: its lines are of another run; name another --out:", faults[:5])
+def summarise(results: Path, lines: Sequence[Line]) -> list[Row]:
+    """Of each task every arm, and the arms against each other, paired by seed."""
+    rows: list[Row] = []
+    for task, group in by(lines, "workload").items():
+        arms = _scores(group)
+        floor = group[0]["constant"]
+        for arm, scores in arms.items():
+            question = f"{arm}: is it above the best constant answer, {floor:.3f}, every time?"
+            rows.append(_row(task, question, [*scores.values()], min(scores.values()) > floor))
+        for arm, question in (
+            ("grown", "is the grown model within 2 points of the ungrown one, every time?"),
+            ("transformers", "is transformers within 2 points of growjax, every time?"),
+        ):
+            gaps = _gaps(arms, arm)
+            if gaps:
+                rows.append(_row(task, question, gaps, max(map(abs, gaps)) <= _NEAR))
+    return rows
 
 
-def _need_torch() -> None:
-    try:
-        importlib.import_module("torch")
-        importlib.import_module("transformers")
-    except ImportError as error:
-        raise EvalError(
-            f"--with-transformers: needs torch and transformers ({error}); "
-            "pip install 'growjax[parity]', or leave it out"
-        ) from error
+def _scores(lines: Sequence[Line]) -> dict[str, dict[int, float]]:
+    """The score of each arm and seed."""
+    return {
+        arm: {run["seed"]: run["score"] for run in runs} for arm, runs in by(lines, "arm").items()
+    }
 
 
-def main() -> None:
-    """Run what the command line asks for, and print its rows."""
-    for line in tyro.cli(glue):
-        print(json.dumps(line))
+def _gaps(arms: Mapping[str, Mapping[int, float]], arm: str) -> list[float]:
+    """An arm minus the ungrown model, over the seeds that both have."""
+    ours, base = arms.get(arm, {}), arms.get("ungrown", {})
+    return [ours[seed] - base[seed] for seed in sorted(ours.keys() & base.keys())]
+
+
+def _row(task: str, question: str, values: Sequence[float], verdict: bool) -> Answer:
+    """The median of a few seeds, the lowest and the highest: too few for a confidence interval."""
+    return Answer(
+        workload=task,
+        question=question,
+        estimate=round(float(np.median(values)), 4),
+        interval=(round(min(values), 4), round(max(values), 4)),
+        seeds=len(values),
+        verdict="yes" if verdict else "no",
+    )
+
+
+def table(lines: Sequence[Line]) -> Table:
+    """A row for each task: its constant answer, and of every arm the median, lowest to highest."""
+    arms = list(by(lines, "arm"))
+    rows = []
+    for task, group in by(lines, "workload").items():
+        scores = _scores(group)
+        cells = [_spread([*scores.get(arm, {}).values()]) for arm in arms]
+        rows.append([task, f"{group[0]['constant']:.3f}", *cells])
+    caption = "Medians over seeds, with the lowest and the highest; accuracies or correlations."
+    return Table("Scores", ("task", "constant", *arms), rows, caption)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    seeds = f"{len(values)} seed{'s' * (len(values) != 1)}"
+    return f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f}; {seeds})"
+
+
+def page(results: Path, lines: Sequence[Line], rows: Sequence[Row]) -> Page:
+    """The differences from the ungrown model, the scores and the answers."""
+    bars = []
+    for task, group in by(lines, "workload").items():
+        arms = _scores(group)
+        for arm in ARMS[1:]:
+            gaps = _gaps(arms, arm)
+            if gaps:
+                median = float(np.median(gaps))
+                bars.append(Bar(task, arm, median, (min(gaps), max(gaps)), gaps, ""))
+    figure = differences_figure(bars, "the ungrown model", what="score", unit="", better="right")
+    caption = "Medians, with lines from the lowest seed to the highest."
+    answers = answer_table(select(rows, Answer), "Answers", "median (lowest to highest)")
+    return Page(
+        "What is growth worth when a pre-trained encoder is fine-tuned?",
+        answers_in_words(rows),
+        [Plot("Scores minus those of the ungrown model", figure, caption)],
+        [Section("Numbers", [table(lines), answers])],
+        pictures={"differences": figure},
+    )
+
+
+STUDY = Study(
+    "downstream",
+    NAMES,
+    {name: size.seeds for name, size in SIZES.items()},
+    cells,
+    Shared,
+    summarise,
+    page,
+    uses=("data", "model", "examples"),
+    flags=lambda lines: " --data GLUE --model MODEL",
+)
 
 
 if __name__ == "__main__":
-    main()
+    from experiments.main import main
+
+    main(STUDY)

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import growjax as gj
-from experiments.study import COMPUTE, TRIALS, Cell, as_trial, fixed_name
-from experiments.summary import Study
+from experiments.summary import Question
+from experiments.training import COMPUTE, TRIALS, Cell, as_trial, fixed_name, training_study
 from growjax.data import MLM, Causal, Objective
 from growjax.growth import Operator
 from growjax.models import BERTConfig, GPTConfig
+from growjax.report.arms import fixed_size
 from growjax.train import Optimizer, Plan, Schedule, Stage
 
 
@@ -21,7 +22,12 @@ Workload = Literal["bert", "gpt", "bert-large"]
 SEEDS = {"smoke": 1, "small": 6, "paper": 1}
 # Multiples of the steps of a size; a longer run says what is left of a gain
 BUDGETS = {"smoke": (1,), "small": (1, 4, 16), "paper": (1,)}
-STUDY = Study("msg", baseline="control", target="scratch", method="msg")
+QUESTION = Question(
+    "Does masked structural growth reach the large model's loss for less?",
+    baseline="control",
+    target="scratch",
+    method="msg",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +81,13 @@ SIZES: dict[str, dict[Workload, Size]] = {
 
 def trials(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
     """The tuning ledger: the arms that decide, at four learning rates."""
+    if workload not in SIZES[size]:
+        return
     for factor in TRIALS:
         for plan in plans(SIZES[size][workload], size, workload, 1000 + seed, factor):
             decides = plan.name in ("scratch", "control", "msg", "stays small")
             if decides or plan.name.startswith("fixed"):
-                yield as_trial(Cell(workload, "1x", plan))
+                yield as_trial(Cell(workload, "1x", plan, fixed_size(plan)))
 
 
 def cells(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
@@ -90,7 +98,7 @@ def cells(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
         s = SIZES[size][workload]
         longer = dataclasses.replace(s, steps=times * s.steps)
         for plan in plans(longer, size, workload, seed):
-            yield Cell(workload, f"{times}x", plan)
+            yield Cell(workload, f"{times}x", plan, fixed_size(plan))
 
 
 def plans(s: Size, size: str, workload: Workload, seed: int, factor: float = 1.0) -> Iterator[Plan]:
@@ -203,7 +211,12 @@ def model(workload: Workload, s: Size, n: int) -> BERTConfig | GPTConfig:
     return BERTConfig(**fields, pooler=False, nsp_head=False)
 
 
+STUDY = training_study(
+    "msg", QUESTION, cells, trials, workloads=("bert", "gpt", "bert-large"), seeds=SEEDS
+)
+
+
 if __name__ == "__main__":
     from experiments.main import main
 
-    main(STUDY, cells, SEEDS, ("bert", "gpt"), trials)
+    main(STUDY)

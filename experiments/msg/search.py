@@ -14,8 +14,8 @@ from rich.console import Console
 
 import growjax as gj
 from experiments.msg.run import SIZES, Size, Workload, model, objective_of, released_order
-from experiments.study import COMPUTE, Cell, read, run
-from experiments.text import Texts, load_texts
+from experiments.study import Inputs, read, run
+from experiments.training import COMPUTE, Cell, Trainer
 from growjax.train import Optimizer, Plan, Schedule, Stage
 
 
@@ -58,7 +58,7 @@ def probe(
 
 
 def search(
-    size: str, workload: Workload, seed: int, texts: Texts, out: Path, steps: int
+    size: str, workload: Workload, seed: int, shared: Trainer, results: Path, steps: int
 ) -> list[dict[str, Any]]:
     """The rounds of a greedy search: the loss of every choice, and what was taken."""
     order: list[Growth] = []
@@ -68,14 +68,14 @@ def search(
         here = f"round {len(order) + 1}: {', '.join(f'{a} {n}' for a, n in order) or 'small'}"
         tried = [*choices(left), None]
         plans = [probe(size, workload, seed, order, choice, steps) for choice in tried]
-        run([Cell(workload, here, plan) for plan in plans], texts, out)
-        found = {
+        run([Cell(workload, here, plan) for plan in plans], shared, results)
+        losses = {
             r["arm"]: r["score"]
-            for r in read(out)
+            for r in read(results)
             if (r["workload"], r["budget"], r["seed"]) == (workload, here, seed)
         }
-        best = min(choices(left), key=lambda g: found[f"{g[0]} {g[1]}"])
-        rounds.append({"after": list(order), "losses": found, "taken": best})
+        best = min(choices(left), key=lambda g: losses[f"{g[0]} {g[1]}"])
+        rounds.append({"after": list(order), "losses": losses, "taken": best})
         order.append(best)
         left.remove(best)
     return rounds
@@ -100,17 +100,17 @@ def main(
         steps: what a stage costs, in steps of the largest model; a tenth of the study's by default.
     """
     jax.config.update("jax_compilation_cache_dir", str((out / "cache" / "programs").absolute()))
-    texts = load_texts(text, out / "cache")
+    shared = dataclasses.replace(Trainer.open(Inputs(size, out, text)), windows=0)
     s: Size = SIZES[size][workload]
     lines = out / f"search-{size}.jsonl"
     console = Console()
-    rounds = search(size, workload, seed, texts, lines, steps or max(s.steps // 10, 1))
-    for number, found in enumerate(rounds, 1):
-        stay = found["losses"][STAY]
+    rounds = search(size, workload, seed, shared, lines, steps or max(s.steps // 10, 1))
+    for number, round_ in enumerate(rounds, 1):
+        stay = round_["losses"][STAY]
         drops = ", ".join(
-            f"{arm} {stay - loss:+.4f}" for arm, loss in found["losses"].items() if arm != STAY
+            f"{arm} {stay - loss:+.4f}" for arm, loss in round_["losses"].items() if arm != STAY
         )
-        axis, new = found["taken"]
+        axis, new = round_["taken"]
         console.print(f"{number}. {axis} {new}    (nats gained over no growth: {drops})")
     released = ", ".join(f"{axis} {new}" for axis, new in released_order(s))
     console.print(f"the released order: {released}")

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import growjax as gj
-from experiments import study
-from experiments.study import COMPUTE, TRIALS, Cell, as_trial, fixed_name
-from experiments.summary import Study
+from experiments import training
+from experiments.summary import Question
+from experiments.training import COMPUTE, TRIALS, Cell, as_trial, fixed_name, training_study
 from growjax.budget import A100_T5, RTX3090_BERT, DepthClock, Op
 from growjax.data import MLM, Objective, SpanCorruption
 from growjax.models import BERTConfig, T5Config
@@ -21,8 +21,8 @@ from growjax.train import Optimizer, Plan, Schedule, Stage
 
 Workload = Literal["bert", "t5"]
 SEEDS = {"smoke": 1, "small": 6, "paper": 3}
-STUDY = Study(
-    "no_train_no_gain",
+QUESTION = Question(
+    "What is left of efficient training once the baseline's learning rate is decayed?",
     baseline="AdamW",
     clocks={"the RTX 3090, BERT": RTX3090_BERT, "the A100, T5": A100_T5},
 )
@@ -30,7 +30,7 @@ BUDGETS = {"smoke": (1,), "small": (1, 2, 4), "paper": (1, 2, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Size(study.Size):
+class Size(training.Size):
     """At the smallest budget, with the number of parts that a batch is computed in."""
 
     accumulate: int = 1
@@ -154,11 +154,11 @@ def arms(
     # The second model of RHO: trained on text of its own, charged to nobody
     second = plan("irreducible", stages=everything, budget=s.steps * step)
     free = dataclasses.replace(clock, forward=0.0)
-    yield cell(plan("AdamW", stages=everything))
+    yield cell(plan("AdamW", stages=everything), fixed=True)
     yield cell(stacked("stacking", "zero"))
     yield cell(dropping("layer dropping", inverse=False))
     yield cell(selecting("selective backprop", SelectiveBackprop(1.0)))
-    yield cell(selecting("RHO", RhoLoss(2)), second)
+    yield cell(selecting("RHO", RhoLoss(2)), reference=second)
     decay = {"lion": 0.0 if published else 0.1, "sophia": 0.0 if published else 0.015}
     sophia = by("sophia", b1=0.965, b2=0.99, weight_decay=decay["sophia"], rho=0.01)
     yield cell(by("lion", b2=0.99, weight_decay=decay["lion"]))
@@ -168,13 +168,13 @@ def arms(
     # What stacking starts as and grows to next, and stays so for all of the cost
     for layers in (s.layers // 4, s.layers // 2):
         shallow = dataclasses.replace(model(workload, s, layers), **COMPUTE[size])
-        yield cell(plan(fixed_name(shallow), stages=everything, model=shallow))
+        yield cell(plan(fixed_name(shallow), stages=everything, model=shallow), fixed=True)
     yield cell(stacked("stacking, moments copied", "dual"))
     yield cell(dropping("layer dropping, 1/p", inverse=True))
     yield cell(
         selecting("selective backprop, free", SelectiveBackprop(1.0), clock=free), clock=clock
     )
-    yield cell(selecting("RHO, free", RhoLoss(2), clock=free), second, clock=clock)
+    yield cell(selecting("RHO, free", RhoLoss(2), clock=free), reference=second, clock=clock)
     bare = dataclasses.replace(clock, curvature=0.0)
     yield cell(dataclasses.replace(sophia, name="sophia, free", clock=bare), clock=clock)
     yield cell(by("muon"))
@@ -210,7 +210,12 @@ def model(workload: Workload, s: Size, layers: int) -> BERTConfig | T5Config:
     )
 
 
+STUDY = training_study(
+    "no_train_no_gain", QUESTION, cells, trials, workloads=("bert", "t5"), seeds=SEEDS
+)
+
+
 if __name__ == "__main__":
     from experiments.main import main
 
-    main(STUDY, cells, SEEDS, ("bert", "t5"), trials)
+    main(STUDY)

@@ -12,12 +12,21 @@ import jax
 import numpy as np
 
 import growjax as gj
-from experiments import study
-from experiments.study import COMPUTE, TRIALS, Cell, as_trial, fixed_name, loss_on
-from experiments.summary import Study
+from experiments import training
+from experiments.summary import Question
 from experiments.text import Texts
+from experiments.training import (
+    COMPUTE,
+    TRIALS,
+    Cell,
+    as_trial,
+    fixed_name,
+    loss_on,
+    training_study,
+)
 from growjax.data import MLM, UL2, Causal, Denoiser, Mixture, Objective, PrefixLM
 from growjax.models import BERTConfig, GPTConfig
+from growjax.report.arms import fixed_size
 from growjax.train import Layout, Optimizer, Plan, Schedule, Stage
 
 
@@ -28,11 +37,16 @@ BUDGETS = {"smoke": (1,), "small": (1, 4), "paper": (1,)}
 # Where losses along shorter paths are looked at on the way: RaPTr is then in its first, second and third
 # stage (and after the last step, in its fourth)
 MIDWAY = (1 / 8, 1 / 4, 1 / 2)
-STUDY = Study("raptr", baseline="full at equal FLOPs", target="full", method="raptr")
+QUESTION = Question(
+    "Is a model that was trained on random paths as good as one that was trained whole?",
+    baseline="full at equal FLOPs",
+    target="full",
+    method="raptr",
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Size(study.Size):
+class Size(training.Size):
     """With a peak learning rate, and over how many devices parameters are spread."""
 
     rate: float
@@ -71,7 +85,7 @@ def trials(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
         for plan in plans(SIZES[size][workload], size, workload, 1000 + seed, factor):
             decides = plan.name in ("full at equal FLOPs", "raptr", "stacking")
             if decides or plan.name.startswith("fixed"):
-                yield as_trial(Cell(workload, "1x", plan))
+                yield as_trial(Cell(workload, "1x", plan, fixed_size(plan)))
 
 
 def cells(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
@@ -81,7 +95,8 @@ def cells(size: str, workload: Workload, seed: int) -> Iterator[Cell]:
         s = SIZES[size][workload]
         longer = dataclasses.replace(s, steps=times * s.steps)
         for plan in plans(longer, size, workload, seed):
-            yield Cell(workload, f"{times}x", plan, after=look, midway=MIDWAY)
+            fixed = fixed_size(plan)
+            yield Cell(workload, f"{times}x", plan, fixed, after=look, midway=MIDWAY)
 
 
 def plans(s: Size, size: str, workload: Workload, seed: int, factor: float = 1.0) -> Iterator[Plan]:
@@ -175,18 +190,18 @@ def model(workload: Workload, s: Size) -> BERTConfig | GPTConfig:
 def _parts(s: Size) -> list[Stage]:
     """Random heads and hidden units of every layer: half, then three stages up to all."""
     shares = [(3 + n) / 18 for n in range(4)]
-    found = []
+    stages = []
     for n, share in enumerate(shares):
         heads, mlp = max(round(s.heads * (3 + n) / 6), 1), round(s.mlp * (3 + n) / 6)
         part = gj.random_part(heads=heads, mlp=mlp) if n < 3 else None
-        found.append(Stage(f"{mlp} units", share=share, subnet=part))
-    return found
+        stages.append(Stage(f"{mlp} units", share=share, subnet=part))
+    return stages
 
 
 def by_length(plan: Plan, model: Any, texts: Texts) -> dict[str, Any]:
     """The loss of a model along random paths of each length: mean and standard error."""
     layers = gj.axes_of(model).sizes["layers"]
-    found: dict[str, tuple[float, float]] = {}
+    by_depth: dict[str, tuple[float, float]] = {}
     for k in sorted({*range(max(2, layers // 3), layers + 1, max(layers // 6, 1)), layers}):
         path = gj.random_path(k)
         draws = 1 if k == layers else 4
@@ -195,11 +210,14 @@ def by_length(plan: Plan, model: Any, texts: Texts) -> dict[str, Any]:
             for i in range(draws)
         ]
         spread = float(np.std(losses, ddof=1) / draws**0.5) if draws > 1 else 0.0
-        found[str(k)] = (float(np.mean(losses)), spread)
-    return {"by_length": found}
+        by_depth[str(k)] = (float(np.mean(losses)), spread)
+    return {"by_length": by_depth}
+
+
+STUDY = training_study("raptr", QUESTION, cells, trials, workloads=("bert", "ul2"), seeds=SEEDS)
 
 
 if __name__ == "__main__":
     from experiments.main import main
 
-    main(STUDY, cells, SEEDS, ("bert", "ul2"), trials)
+    main(STUDY)

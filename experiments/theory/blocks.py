@@ -5,17 +5,22 @@ with the second phase, of both blocks; and in the reversed order part of it is l
 """
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
 import growjax as gj
-from experiments.theory.cells import SizeName, cells, interval_half, row, summarise, within
+from experiments.study import Line, answer, by
+from experiments.theory import polynomials
+from experiments.theory.experiment import Experiment, Network, half_interval
 from experiments.theory.fit import Phase, fit
-from experiments.theory.polynomials import Network, Polynomial, measure, points
+from experiments.theory.polynomials import Polynomial, measure, points
+from growjax.report.figures import canvas, style
+from growjax.report.rows import Answer
 
 
 WEIGHTS = (0.8, 0.6)  # a and b
@@ -45,7 +50,7 @@ SIZES = {
 
 
 @eqx.filter_jit
-def alone(model: Network, task: Polynomial, x) -> jax.Array:
+def alone(model: polynomials.Network, task: Polynomial, x) -> jax.Array:
     """The captured shares of a network that runs one of its blocks, mean over the blocks."""
 
     def one(active):
@@ -55,14 +60,14 @@ def alone(model: Network, task: Polynomial, x) -> jax.Array:
     return jnp.mean(jnp.stack([one(row) for row in jnp.eye(2, dtype=bool)]), axis=0)
 
 
-def blocks_cell(size: Size, mlp: int, order: str, seed: int) -> dict:
+def blocks_line(size: Size, mlp: int, order: str, seed: int) -> Line:
     """One run: the shares of `a` and `b` in both blocks together, and in one alone, along the way."""
     s = size
     sets = np.zeros((2, s.bits), bool)
     sets[0, 0] = sets[1, :2] = True
     task = Polynomial(jnp.asarray(sets), jnp.array(WEIGHTS), s.batch)
     k_net, k_x = jax.random.split(jax.random.key(seed))
-    net = Network(s.bits, s.embed, mlp, 2, key=k_net)
+    net = polynomials.Network(s.bits, s.embed, mlp, 2, key=k_net)
     x = points(k_x, 2**11, s.bits)
     phases = [Phase(s.steps, SUBNETS[part]) for part in ORDERS[order]]
     steps, both, single, losses = [], [], [], []
@@ -75,18 +80,9 @@ def blocks_cell(size: Size, mlp: int, order: str, seed: int) -> dict:
     return {"steps": steps, "both": both, "alone": single, "loss": losses}
 
 
-def blocks(size: SizeName = "smoke", out: Path = Path("out")):
-    """The coefficient of a product in a network of two blocks, in both orders of training."""
-    s = SIZES[size]
-    wanted = [(m, order, i) for m in s.mlps for order in ORDERS for i in range(s.seeds)]
-    done = cells(out / f"blocks-{size}.jsonl", wanted, lambda *cell: blocks_cell(s, *cell))
-    runs: dict[tuple[int, str], list[dict]] = {}
-    for cell in done:
-        runs.setdefault(tuple(cell["cell"][:2]), []).append(cell)
-    command = f"python -m experiments.theory.run blocks --size {size}"
-    draw(runs, out / "blocks.png")
-    rows = [found for m in s.mlps for found in _rows(m, runs, command)]
-    return summarise(out, "blocks", rows)
+def networks(s: Size) -> list[Network]:
+    """Both orders, at every width."""
+    return [(f"{mlp} hidden", order, (mlp, order)) for mlp in s.mlps for order in ORDERS]
 
 
 def fitted(run: dict) -> float:
@@ -96,54 +92,71 @@ def fitted(run: dict) -> float:
     return float(single[near.argmax() if near.any() else -1, 1])
 
 
-def _rows(mlp: int, runs: dict[tuple[int, str], list[dict]], command: str) -> list[dict]:
-    growing, shrinking = (runs[mlp, order] for order in ORDERS)
-    half = len(growing[0]["steps"]) // 2
-    before = np.array([run["both"][half - 1][1] for run in growing])
-    lost = np.array([run["both"][half - 1][1] - run["both"][-1][1] for run in shrinking])
-    found = [
-        (
-            "one block: is less than 0.1 of b learned when a is?",
-            [*map(fitted, growing)],
-            -np.inf,
-            0.1,
-        ),
-        ("one, then both: does the product come in phase 2 only?", before, -np.inf, 0.1),
-        ("both, then one: is over 0.05 of b lost in phase 2?", lost, 0.05, np.inf),
-    ]
-    for order in ORDERS:
-        left = [run["loss"][-1] for run in runs[mlp, order]]
-        found.append(
-            (f"{order}: does the whole leave less than 1% at the end?", left, -np.inf, 0.01)
-        )
-    return [
-        row(f"{mlp} hidden: {question}", values, within(values, low, high), command)
-        for question, values, low, high in found
-    ]
+def answers(s: Size, lines: Sequence[Line]) -> list[Answer]:
+    """The coefficient of the product, at every width and in both orders of training."""
+    rows = []
+    for width, group in by(lines, "budget").items():
+        runs = by(group, "arm")
+        growing, shrinking = (runs[order] for order in ORDERS)
+        half = len(growing[0]["steps"]) // 2
+        alone_at = [fitted(run) for run in growing]
+        before = [run["both"][half - 1][1] for run in growing]
+        lost = [run["both"][half - 1][1] - run["both"][-1][1] for run in shrinking]
+        questions: list[tuple[str, list[float], float, float]] = [
+            ("one block: is less than 0.1 of b learned when a is?", alone_at, -np.inf, 0.1),
+            ("one, then both: does the product come in phase 2 only?", before, -np.inf, 0.1),
+            ("both, then one: is over 0.05 of b lost in phase 2?", lost, 0.05, np.inf),
+        ]
+        for order in ORDERS:
+            left = [run["loss"][-1] for run in runs[order]]
+            question = f"{order}: does the whole leave less than 1% at the end?"
+            questions.append((question, left, -np.inf, 0.01))
+        for question, values, low, high in questions:
+            rows.append(answer("blocks", f"{width}: {question}", values, low, high))
+    return rows
 
 
-def draw(runs: dict[tuple[int, str], list[dict]], path: Path) -> None:
+def draw(s: Size, lines: Sequence[Line]) -> Figure:
     """A panel for each width and order: what the whole network and one block alone have of a and b."""
-    from matplotlib.figure import Figure
+    runs = by(lines, "budget", "arm")
+    with style():
+        figure, panels = canvas(
+            2.4 * len(s.mlps) + 0.4,
+            nrows=len(s.mlps),
+            ncols=2,
+            sharex=True,
+            sharey=True,
+            squeeze=False,
+        )
+        for panel, ((width, order), group) in zip(panels.flat, runs.items(), strict=True):
+            steps = np.array(group[0]["steps"])
+            for n, term in enumerate(("x1", "x1 x2")):
+                for who, part, dashes in (
+                    ("whole network", "both", "-"),
+                    ("one block", "alone", "--"),
+                ):
+                    curves = np.array([run[part] for run in group])[:, :, n]
+                    mean, half = curves.mean(0), half_interval(curves)
+                    look = {"color": f"C{2 - n}", "linestyle": dashes, "linewidth": 1.2}
+                    panel.plot(steps, mean, label=f"{term}, {who}", **look)
+                    band = {"color": f"C{2 - n}", "alpha": 0.12, "linewidth": 0}
+                    panel.fill_between(steps, mean - half, mean + half, **band)
+            panel.axvline(steps[-1] / 2, color="C0", linestyle=":", linewidth=0.8)
+            panel.axhline(1, color="C0", linewidth=0.6)
+            panel.set_title(f"{order}; {width}")
+        panels[0, 0].legend(fontsize=7)
+        figure.supxlabel("steps", fontsize=9.5)
+        figure.supylabel("share of the coefficient", fontsize=9.5)
+    return figure
 
-    mlps = list(dict.fromkeys(mlp for mlp, _ in runs))
-    figure = Figure(figsize=(8, 2.4 * len(mlps) + 0.4), layout="constrained")
-    panels = figure.subplots(len(mlps), 2, sharex=True, sharey=True, squeeze=False)
-    for panel, ((mlp, order), found) in zip(panels.flat, runs.items(), strict=True):
-        steps = np.array(found[0]["steps"])
-        for n, color in enumerate(("tab:blue", "tab:red")):
-            for where, style in (("both", "-"), ("alone", "--")):
-                curves = np.array([run[where] for run in found])[:, :, n]
-                mean, half = curves.mean(0), interval_half(curves)
-                label = (
-                    f"{('x1', 'x1 x2')[n]}, {'whole network' if where == 'both' else 'one block'}"
-                )
-                panel.plot(steps, mean, style, color=color, label=label, linewidth=1.2)
-                panel.fill_between(steps, mean - half, mean + half, color=color, alpha=0.12)
-        panel.axvline(steps[-1] / 2, color="gray", linestyle=":", linewidth=0.8)
-        panel.axhline(1, color="gray", linewidth=0.6)
-        panel.set_title(f"{order}; {mlp} hidden", fontsize=10)
-    panels[0, 0].legend(fontsize=7)
-    figure.supxlabel("steps", fontsize=10)
-    figure.supylabel("share of the coefficient", fontsize=10)
-    figure.savefig(path, dpi=120)
+
+EXPERIMENT = Experiment(
+    "Is a product learned only once both blocks are trained?",
+    "The share of both coefficients that the whole network has, and one block alone; bands are 95% "
+    "intervals over seeds, the dotted line is where the second phase begins.",
+    SIZES,
+    networks,
+    blocks_line,
+    answers,
+    draw,
+)

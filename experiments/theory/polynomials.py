@@ -1,25 +1,24 @@
 """Which monomials of a Boolean polynomial does a network learn, and when? Six ways to train it."""
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from matplotlib.figure import Figure
 
 import growjax as gj
-from experiments.theory.cells import (
-    SizeName,
-    cells,
-    interval_half,
-    row,
-    summarise,
-    within,
-)
+from experiments.study import Line, answer, by
+from experiments.theory import experiment
+from experiments.theory.experiment import Experiment, half_interval
 from experiments.theory.fit import Phase, fit, staged
 from growjax.axes import param
+from growjax.report.figures import canvas, style
+from growjax.report.rows import Answer
 
 
 DEGREES = (1, 2, 3, 4, 5)
@@ -145,8 +144,8 @@ def coefficients(model, x: Array, values: Array) -> Array:
 @eqx.filter_jit
 def measure(model, task: Polynomial, x: Array) -> tuple[Array, Array]:
     """The captured share of each term, and the loss."""
-    found = coefficients(model, x, task.values(x))
-    return found / task.coefficients, task.loss(model, x)
+    learned = coefficients(model, x, task.values(x))
+    return learned / task.coefficients, task.loss(model, x)
 
 
 # Arms --------------------------------------------------------------------------------------------
@@ -173,7 +172,7 @@ def arms(layers: int, steps: int) -> dict[str, tuple[int, list[Phase]]]:
     }
 
 
-def polynomial_cell(size: Size, arm: str, seed: int) -> dict:
+def polynomial_line(size: Size, arm: str, seed: int) -> Line:
     """One training run: what the whole network has captured of each degree, along the way."""
     s = size
     sets = staircase(s.bits, seed)
@@ -213,71 +212,75 @@ def extended(run: dict) -> float:
     return float(terms[:, : TERMS // 2].mean() - terms[:, TERMS // 2 :].mean())
 
 
-def polynomials(size: SizeName = "smoke", out: Path = Path("out")):
-    """The share of each degree that six ways of training capture."""
-    s = SIZES[size]
-    wanted = [(arm, i) for i in range(s.seeds) for arm in arms(s.layers, s.steps)]
-    done = cells(out / f"polynomials-{size}.jsonl", wanted, lambda *c: polynomial_cell(s, *c))
-    runs: dict[str, list[dict]] = {}
-    for cell in done:
-        runs.setdefault(cell["cell"][0], []).append(cell)
-    command = f"python -m experiments.theory.run polynomials --size {size}"
-    draw(runs, out / "polynomials.png")
-    return summarise(out, "polynomials", _rows(runs, command))
+def networks(s: Size) -> list[experiment.Network]:
+    """One network for each way to train."""
+    return [(f"{s.steps} steps", arm, (arm,)) for arm in arms(s.layers, s.steps)]
 
 
-def _rows(runs: dict[str, list[dict]], command: str) -> list[dict]:
+def answers(s: Size, lines: Sequence[Line]) -> list[Answer]:
+    """What is captured of each degree, by each way to train."""
+    runs = by(lines, "arm")
     high = {
-        arm: np.array([r["captured"][-1][3:] for r in found]).mean(1) for arm, found in runs.items()
+        arm: np.array([r["captured"][-1][3:] for r in group]).mean(1) for arm, group in runs.items()
     }
     rows = []
+
+    def ask(question: str, values: Sequence[float] | np.ndarray, **limits: Any) -> None:
+        rows.append(answer("polynomials", question, values, **limits))
+
     for other in [arm for arm in runs if arm.startswith("PLD")]:
-        more = high["RaPTr"] - high[other]
         question = f"degrees 4 and 5: does RaPTr capture over 0.1 more than {other}?"
-        rows.append(row(question, more, within(more, 0.1, np.inf), command))
-        more = [extended(run) for run in runs[other]]
+        ask(question, high["RaPTr"] - high[other], low=0.1)
         question = f"{other}: does it capture over 0.1 more of terms that extend a lower one?"
-        rows.append(row(question, more, within(more, 0.1, np.inf), command))
+        ask(question, [extended(run) for run in runs[other]], low=0.1)
     for other in ("full", "constant p", "stacking"):
-        more = high["RaPTr"] - high[other]
         question = f"degrees 4 and 5: is what RaPTr captures within 0.05 of {other}?"
-        rows.append(row(question, more, within(more, -0.05, 0.05), command))
-    for arm, found in runs.items():
-        curves = np.array([r["captured"] for r in found])
-        shares = [ordered(reached(found[0]["steps"], curve)) for curve in curves]
-        inorder = ordered(reached(found[0]["steps"], curves.mean(0))) == 1
+        ask(question, high["RaPTr"] - high[other], low=-0.05, high=0.05)
+    for arm, group in runs.items():
+        curves = np.array([r["captured"] for r in group])
+        shares = [ordered(reached(group[0]["steps"], curve)) for curve in curves]
+        in_order = ordered(reached(group[0]["steps"], curves.mean(0))) == 1
         question = (
             f"{arm}: does the mean of seeds reach 0.8 degree by degree (share of pairs in order)?"
         )
-        rows.append(row(question, shares, inorder, command))
-    for arm, found in runs.items():
-        left = [r["loss"][-1] for r in found]
+        ask(question, shares, verdict=in_order)
+    for arm, group in runs.items():
         question = f"{arm}: does the whole network leave less than 5% of the variance at the end?"
-        rows.append(row(question, left, within(left, -np.inf, 0.05), command))
+        ask(question, [r["loss"][-1] for r in group], high=0.05)
     return rows
 
 
-def draw(runs: dict[str, list[dict]], path: Path) -> None:
+def draw(s: Size, lines: Sequence[Line]) -> Figure:
     """One panel for each way to train, one line for each degree."""
-    from matplotlib.figure import Figure
+    with style():
+        figure, panels = canvas(4.6, nrows=2, ncols=3, sharex=True, sharey=True)
+        for panel, (arm, group) in zip(panels.flat, by(lines, "arm").items(), strict=True):
+            steps = np.array(group[0]["steps"])
+            curves = np.array([r["captured"] for r in group])
+            for n, degree in enumerate(DEGREES):
+                mean, half = curves[:, :, n].mean(0), half_interval(curves[:, :, n])
+                (line,) = panel.plot(steps, mean, label=f"degree {degree}", linewidth=1.2)
+                band = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
+                panel.fill_between(steps, mean - half, mean + half, **band)
+            if arm in ("RaPTr", "stacking"):
+                for n in (1, 2, 3):
+                    panel.axvline(steps[-1] * n / 4, color="C0", linestyle=":", linewidth=0.8)
+            panel.axhline(1, color="C0", linewidth=0.6)
+            panel.set_title(arm)
+            panel.set_ylim(-0.1, 1.6)
+        panels.flat[0].legend(fontsize=7, loc="lower right")
+        figure.supxlabel("steps", fontsize=9.5)
+        figure.supylabel("captured by the whole network", fontsize=9.5)
+    return figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    panels = figure.subplots(2, 3, sharex=True, sharey=True).flat
-    for panel, (arm, found) in zip(panels, runs.items(), strict=True):
-        steps = np.array(found[0]["steps"])
-        curves = np.array([r["captured"] for r in found])
-        for n, degree in enumerate(DEGREES):
-            mean, half = curves[:, :, n].mean(0), interval_half(curves[:, :, n])
-            (line,) = panel.plot(steps, mean, label=f"degree {degree}", linewidth=1.2)
-            panel.fill_between(steps, mean - half, mean + half, color=line.get_color(), alpha=0.15)
-        if arm in ("RaPTr", "stacking"):
-            for n in (1, 2, 3):
-                panel.axvline(steps[-1] * n / 4, color="gray", linestyle=":", linewidth=0.8)
-        panel.axhline(1, color="gray", linewidth=0.6)
-        panel.set_title(arm, fontsize=10)
-        panel.set_ylim(-0.1, 1.6)
-    panels = figure.axes
-    panels[0].legend(fontsize=7, loc="lower right")
-    figure.supxlabel("steps", fontsize=10)
-    figure.supylabel("captured by the whole network", fontsize=10)
-    figure.savefig(path, dpi=120)
+
+EXPERIMENT = Experiment(
+    "Which monomials does a network learn, and when?",
+    "The weight that the whole network gives to the monomials of a degree, over the true one; bands are "
+    "95% intervals over seeds, dotted lines are where a stage begins.",
+    SIZES,
+    networks,
+    polynomial_line,
+    answers,
+    draw,
+)

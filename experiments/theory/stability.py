@@ -1,7 +1,7 @@
 """How far is a network from itself with a layer removed? Random networks, four ways to build them."""
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal
 
 import equinox as eqx
@@ -9,10 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from matplotlib.figure import Figure
 
 import growjax as gj
-from experiments.theory.cells import SizeName, cells, interval_half, row, summarise
+from experiments.study import Line, answer
+from experiments.theory.experiment import Experiment, Network, half_interval, table
 from growjax.axes import param
+from growjax.report.figures import canvas, style
+from growjax.report.rows import Answer
 
 
 Variant = Literal["residual + norm", "residual", "norm", "residual / sqrt L"]
@@ -118,7 +122,7 @@ def _inputs(size: Size, seed: int) -> tuple[Array, Array, Array]:
     return k_net, jax.random.normal(k_x, (size.samples, size.embed)), target
 
 
-def stability_cell(size: Size, variant: Variant, depth: int, seed: int) -> dict:
+def stability_line(size: Size, variant: Variant, depth: int, seed: int) -> Line:
     """One network: the ratio by removed layer, and the loss at the boundary against its bound."""
     key, x, target = _inputs(size, seed)
     flags = jnp.concatenate([jnp.ones((1, depth), bool), ~jnp.eye(depth, dtype=bool)])
@@ -133,97 +137,128 @@ def stability_cell(size: Size, variant: Variant, depth: int, seed: int) -> dict:
     }
 
 
-def removed_cell(size: Size, removed: int, seed: int) -> dict:
+def removed_line(size: Size, removed: int, seed: int) -> Line:
     """One residual network with norms that loses `removed` random layers, and what theory expects."""
     key, x, _ = _inputs(size, seed)
     path = gj.random_path(size.depth - removed, keep=())
     paths = [path.sample(size.depth, key=gj.step_key(seed, i)) for i in range(size.draws)]
-    kept = np.stack([np.isin(np.arange(size.depth), p) for p in paths])
-    flags = jnp.asarray(np.concatenate([np.ones((1, size.depth), bool), kept]))
+    active = np.stack([np.isin(np.arange(size.depth), p) for p in paths])
+    flags = jnp.asarray(np.concatenate([np.ones((1, size.depth), bool), active]))
     whole, *_ = parts = outputs(network("residual + norm", size.depth, size.embed, key), x, flags)
-    expected = np.sqrt((~kept / np.arange(2, size.depth + 2)).sum(axis=1))
+    expected = np.sqrt((~active / np.arange(2, size.depth + 2)).sum(axis=1))
     return {
         "mean": float(jnp.mean(distances(whole, parts[1:]))),
         "expected": float(expected.mean()),
     }
 
 
-# Rows and figures -------------------------------------------------------------------------------
+# Answers and figures -----------------------------------------------------------------------------
 
 
-def stability(size: SizeName = "smoke", out: Path = Path("out")):
+def stability_networks(s: Size) -> list[Network]:
+    """Every variant at every depth."""
+    return [(f"{depth} layers", v, (v, depth)) for v in VARIANTS for depth in s.depths]
+
+
+def stability_answers(s: Size, lines: Sequence[Line]) -> list[Answer]:
     """The slope of the mean ratio against depth for four networks, and the bound at the boundary."""
-    from matplotlib.figure import Figure
-
-    s = SIZES[size]
-    wanted = [(v, d, i) for v in VARIANTS for d in s.depths for i in range(s.seeds)]
-    done = cells(out / f"stability-{size}.jsonl", wanted, lambda *cell: stability_cell(s, *cell))
-    found = {tuple(c["cell"]): c for c in done}
-    command = f"python -m experiments.theory.run stability --size {size}"
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
     rows = []
-    for variant, theory in VARIANTS.items():
-        means = np.array([[found[variant, d, i]["mean"] for d in s.depths] for i in range(s.seeds)])
-        slopes = np.polyfit(np.log(s.depths), np.log(means).T, 1)[0]
-        forms = [closed_form(variant, d) for d in s.depths]
-        expected = round(float(np.polyfit(np.log(s.depths), np.log(forms), 1)[0]), 3) + 0.0
-        for name, slope in (("limit", theory), ("closed form at these depths", expected)):
+    logs = np.log(s.depths)
+    for variant, limit in VARIANTS.items():
+        means = table([x for x in lines if x["arm"] == variant], "mean")
+        slopes = np.polyfit(logs, np.log(means).T, 1)[0]
+        forms = [closed_form(variant, depth) for depth in s.depths]
+        at_these = round(float(np.polyfit(logs, np.log(forms), 1)[0]), 3) + 0.0  # no -0.0
+        for name, slope in (("limit", limit), ("closed form at these depths", at_these)):
             near = bool(abs(slopes.mean() - slope) < 0.1)
             question = f"{variant}: is the slope within 0.1 of {slope} ({name})?"
-            rows.append(row(question, slopes, near, command))
-        deepest = [found[variant, s.depths[-1], i]["ratios"] for i in range(s.seeds)]
-        left.plot(np.arange(1, s.depths[-1] + 1), np.mean(deepest, axis=0), label=variant)
-        half = interval_half(means)
-        right.errorbar(s.depths, means.mean(axis=0), half, marker="o", capsize=2, label=variant)
-        right.plot(s.depths, forms, "k:", linewidth=0.8)
+            rows.append(answer("stability", question, slopes, verdict=near))
     worst = [
-        max(c["worst_gap_over_bound"] for c in done if c["cell"][2] == i) for i in range(s.seeds)
+        max(x["worst_gap_over_bound"] for x in lines if x["seed"] == seed)
+        for seed in sorted({x["seed"] for x in lines})
     ]
-    holds = max(worst) <= 1
-    rows.append(row("Does the bound at the boundary hold for every sample?", worst, holds, command))
-    depths = np.array(s.depths)
-    right.plot([], [], "k:", linewidth=0.8, label="closed forms")
-    left.set(xlabel="removed layer", ylabel="distance / norm of output", yscale="log")
-    left.set_title(f"{s.depths[-1]} layers", fontsize=10)
-    right.set(xlabel="layers", xscale="log", yscale="log")
-    right.set_title("mean over layers, 95% interval", fontsize=10)
-    right.set_xticks(depths, [str(d) for d in depths])
-    right.minorticks_off()
-    right.legend(fontsize=7)
-    figure.savefig(out / "stability.png", dpi=120)
-    return summarise(out, "stability", rows)
+    question = "Does the bound at the boundary hold for every sample?"
+    return [*rows, answer("stability", question, worst, verdict=max(worst) <= 1)]
 
 
-def removed(size: SizeName = "smoke", out: Path = Path("out")):
-    """Several layers removed at once: does the distance grow as if their errors were orthogonal?"""
-    from matplotlib.figure import Figure
+def draw_stability(s: Size, lines: Sequence[Line]) -> Figure:
+    """Ratios by removed layer in the deepest networks, and their means by depth."""
+    with style():
+        figure, (left, right) = canvas(3.6, ncols=2)
+        for variant in VARIANTS:
+            group = [x for x in lines if x["arm"] == variant]
+            deepest = [x["ratios"] for x in group if x["budget"] == f"{s.depths[-1]} layers"]
+            left.plot(np.arange(1, s.depths[-1] + 1), np.mean(deepest, axis=0), label=variant)
+            means = table(group, "mean")
+            bars = {"marker": "o", "capsize": 2, "label": variant}
+            right.errorbar(s.depths, means.mean(0), half_interval(means), **bars)
+            forms = [closed_form(variant, depth) for depth in s.depths]
+            right.plot(s.depths, forms, ":", color="C0", linewidth=0.8)
+        right.plot([], [], ":", color="C0", linewidth=0.8, label="closed forms")
+        left.set(xlabel="removed layer", ylabel="distance / norm of output", yscale="log")
+        left.set_title(f"{s.depths[-1]} layers")
+        right.set(xlabel="layers", xscale="log", yscale="log")
+        right.set_title("mean over layers")
+        right.set_xticks(s.depths, [str(d) for d in s.depths])
+        right.minorticks_off()
+        right.legend(fontsize=7)
+    return figure
 
-    s = SIZES[size]
-    counts = [2**i for i in range(s.depth.bit_length() - 1)]
-    wanted = [(m, i) for m in counts for i in range(s.seeds)]
-    done = cells(out / f"removed-{size}.jsonl", wanted, lambda *cell: removed_cell(s, *cell))
-    found = {tuple(c["cell"]): c for c in done}
-    ratios = np.array([[found[m, i]["mean"] for m in counts] for i in range(s.seeds)])
-    expected = np.array([[found[m, i]["expected"] for m in counts] for i in range(s.seeds)])
-    quotient = ratios / expected
-    command = f"python -m experiments.theory.run removed --size {size}"
-    rows = [
-        row(
-            f"{m} of {s.depth} layers removed: is the distance sqrt(sum 1/(l+1)) within 15%?",
-            quotient[:, j],
-            bool(abs(quotient[:, j].mean() - 1) < 0.15),
-            command,
+
+def counts(s: Size) -> list[int]:
+    """How many layers are removed at once: powers of two, up to half of them."""
+    return [2**i for i in range(s.depth.bit_length() - 1)]
+
+
+def removed_networks(s: Size) -> list[Network]:
+    """One network, which loses ever more layers."""
+    return [(f"{n} of {s.depth} removed", "residual + norm", (n,)) for n in counts(s)]
+
+
+def removed_answers(s: Size, lines: Sequence[Line]) -> list[Answer]:
+    """Does the distance grow as if the errors of removed layers were orthogonal?"""
+    quotients = table(lines, "mean") / table(lines, "expected")
+    rows = []
+    for count, values in zip(counts(s), quotients.T, strict=True):
+        question = (
+            f"{count} of {s.depth} layers removed: is the distance sqrt(sum 1/(l+1)) within 15%?"
         )
-        for j, m in enumerate(counts)
-    ]
-    figure = Figure(figsize=(4.5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    half = interval_half(ratios)
-    axes.errorbar(counts, ratios.mean(axis=0), half, marker="o", capsize=2, label="seen")
-    axes.plot(counts, expected.mean(axis=0), "k:", label="sqrt(sum 1/(l+1))")
-    axes.set(xlabel=f"layers removed of {s.depth}", ylabel="distance / norm of output")
-    axes.set(xscale="log", yscale="log")
-    axes.legend(fontsize=8)
-    figure.savefig(out / "removed.png", dpi=120)
-    return summarise(out, "removed", rows)
+        near = bool(abs(values.mean() - 1) < 0.15)
+        rows.append(answer("removed", question, values, verdict=near))
+    return rows
+
+
+def draw_removed(s: Size, lines: Sequence[Line]) -> Figure:
+    """The distance by how many layers are removed, and what orthogonal errors add up to."""
+    with style():
+        figure, axes = canvas(3.6)
+        ratios = table(lines, "mean")
+        bars = {"marker": "o", "capsize": 2, "label": "measured"}
+        axes.errorbar(counts(s), ratios.mean(0), half_interval(ratios), **bars)
+        expected = table(lines, "expected").mean(0)
+        axes.plot(counts(s), expected, ":", color="C1", label="sqrt(sum 1/(l+1))")
+        axes.set(xlabel=f"layers removed of {s.depth}", ylabel="distance / norm of output")
+        axes.set(xscale="log", yscale="log")
+        axes.legend(fontsize=8)
+    return figure
+
+
+STABILITY = Experiment(
+    "Random networks without one layer",
+    "Relative distances by removed layer, and their means by depth with 95% intervals over seeds; "
+    "dotted lines are closed forms.",
+    SIZES,
+    stability_networks,
+    stability_line,
+    stability_answers,
+    draw_stability,
+)
+REMOVED = Experiment(
+    "Several layers removed at once",
+    "The distance with 95% intervals over seeds, and the sum of orthogonal errors.",
+    SIZES,
+    removed_networks,
+    removed_line,
+    removed_answers,
+    draw_removed,
+)

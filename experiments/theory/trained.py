@@ -7,26 +7,29 @@ what makes the loss a function of the relative change of the last hidden state.
 
 import dataclasses
 import itertools
-from pathlib import Path
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array
+from matplotlib.figure import Figure
 
 import growjax as gj
-from experiments.theory.cells import SizeName, cells, interval_half, row, summarise, within
+from experiments.study import Line, answer
+from experiments.theory.bytes import Bytes, nats
+from experiments.theory.experiment import Experiment, Network, half_interval, table
 from experiments.theory.fit import Phase, fit, staged
 from experiments.theory.stability import distances
-from growjax.data import Source, StandardLibrary, Text
+from growjax.report.figures import canvas, style
+from growjax.report.rows import Answer
 
 
 NORMS = ("LayerNorm", "no norm")
 ARMS = ("full", "RaPTr")
 TIMES = ("birth", "boundary", "end")
-BYTES = 2**21
+NETS = list(itertools.product(NORMS, ARMS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,44 +52,6 @@ SIZES = {
     "small": Size((4, 8, 12, 16), 32, 2, 32, 8, 300, 32, 3),
     "paper": Size((6, 12, 18, 24), 512, 8, 256, 64, 20_000, 64, 6, rate=5e-4),
 }
-
-
-class Bytes(eqx.Module):
-    """Windows of a text, to predict each byte from those before it."""
-
-    text: Array
-    batch: int = eqx.field(static=True)
-    length: int = eqx.field(static=True)
-
-    def draw(self, key):
-        first = jax.random.randint(key, (self.batch, 1), 0, len(self.text) - self.length)
-        return self.text[first + jnp.arange(self.length + 1)].astype(jnp.int32)
-
-    def loss(self, model, batch):
-        return jnp.mean(nats(jax.vmap(model)(batch[:, :-1]), batch))
-
-
-def nats(logits: Array, windows: Array) -> Array:
-    """The loss of each byte but the first of each window."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
-
-
-def texts(source: Source, size: int = BYTES) -> tuple[Array, Array]:
-    """Bytes to train on and bytes held out: one document in ten, or the end of a single one."""
-    documents, read = [], 0
-    for document in source.documents():
-        content = document.content
-        data = content.encode() if isinstance(content, str) else bytes(content)
-        documents.append(np.frombuffer(data, np.uint8))
-        read += len(data)
-        if read >= size:
-            break
-    if len(documents) < 10:
-        whole = np.concatenate(documents)
-        documents = np.array_split(whole[:size], 10)
-    held_out = documents[9::10]
-    train = [d for n, d in enumerate(documents) if n % 10 != 9]
-    return jnp.asarray(np.concatenate(train)), jnp.asarray(np.concatenate(held_out))
 
 
 class Bare(gj.nn.Norm):
@@ -174,9 +139,9 @@ def phases(arm: str, depth: int, steps: int) -> list[Phase]:
     return [phase if arm == "RaPTr" else Phase(phase.steps) for phase in stages]
 
 
-def trained_cell(
-    size: Size, data: tuple[Array, Array], norm: str, arm: str, depth: int, seed: int
-) -> dict:
+def trained_line(
+    size: Size, norm: str, arm: str, depth: int, seed: int, data: tuple[Array, Array]
+) -> Line:
     """One network at its birth, at the boundary before the last stage, and at the end."""
     s = size
     task = Bytes(data[0], s.batch, s.length)
@@ -184,98 +149,105 @@ def trained_cell(
     born = network(s, depth, norm, jax.random.key(seed))
     run = fit(born, phases(arm, depth, s.steps), task, rate=s.rate, every=s.steps, seed=seed)
     _, (_, boundary), (_, end) = run
-    found = [probe(model, windows, depth) for model in (born, boundary, end)]
-    return dict(zip(TIMES, found, strict=True))
+    probes = [probe(model, windows, depth) for model in (born, boundary, end)]
+    return dict(zip(TIMES, probes, strict=True))
 
 
-# Rows and figures --------------------------------------------------------------------------------
+# Answers and figure ------------------------------------------------------------------------------
 
 
-def trained(size: SizeName = "smoke", out: Path = Path("out"), text: Path | None = None):
-    """Trained Transformers without one layer. `text` is a file to learn; else Python's library is."""
-    s = SIZES[size]
-    data = texts(StandardLibrary() if text is None else Text(str(text)))
-    nets = list(itertools.product(NORMS, ARMS))
-    wanted = [(*net, d, i) for i in range(s.seeds) for net in nets for d in s.depths]
-    name = size if text is None else f"{size}-{text.stem}"
-    path = out / f"trained-{name}.jsonl"
-    done = cells(path, wanted, lambda *cell: trained_cell(s, data, *cell))
-    found = {tuple(cell["cell"]): cell for cell in done}
-
-    def table(net, time: str, what: str) -> np.ndarray:
-        """`[seeds, depths]` of one number."""
-        return np.array(
-            [[found[(*net, d, i)][time][what] for d in s.depths] for i in range(s.seeds)], float
-        )
-
-    command = f"python -m experiments.theory.run trained --size {size}"
-    command += "" if text is None else f" --text {text}"
-    draw(s, nets, found, table, out / "trained.png")
-    return summarise(out, "trained", _rows(s, nets, table, command))
+def name_of(norm: str, arm: str) -> str:
+    """The name of an arm, such as "RaPTr, no norm"."""
+    return f"{arm}, {norm}"
 
 
-def _rows(s: Size, nets, table, command: str) -> list[dict]:
+def networks(s: Size) -> list[Network]:
+    """Every kind of network, at every depth."""
+    return [
+        (f"{depth} layers", name_of(norm, arm), (norm, arm, depth))
+        for norm, arm in NETS
+        for depth in s.depths
+    ]
+
+
+def answers(s: Size, lines: Sequence[Line]) -> list[Answer]:
+    """What the lines say, of each arm and of arms against each other."""
     logs = np.log(s.depths)
     rows = []
 
-    def ask(question: str, values, low: float, high: float) -> None:
-        rows.append(row(question, values, within(values, low, high), command))
+    def ask(question: str, values: np.ndarray, low: float, high: float) -> None:
+        rows.append(answer("trained", question, values, low, high))
 
-    def slope(values):
+    def slope(values: np.ndarray) -> np.ndarray:
         return np.polyfit(logs, values.T, 1)[0]
 
-    for net in nets:
-        name = f"{net[1]}, {net[0]}"
-        slopes = slope(np.log(table(net, "end", "mean")))
+    def values(norm: str, arm: str, *names: str) -> np.ndarray:
+        return table([x for x in lines if x["arm"] == name_of(norm, arm)], *names)
+
+    for norm, arm in NETS:
+        name = name_of(norm, arm)
+        slopes = slope(np.log(values(norm, arm, "end", "mean")))
         ask(f"{name}: does the mean ratio fall with depth (slope)?", slopes, -np.inf, 0)
-        gap = table(net, "boundary", "gap")
+        gap = values(norm, arm, "boundary", "gap")
         ask(f"{name}: does the mean gap at the boundary fall with depth?", slope(gap), -np.inf, 0)
         ask(f"{name}: is the gap L1 - L2 at the boundary above 0?", gap.mean(1), 0, np.inf)
-        share = np.abs(gap) / table(net, "boundary", "bound")
+        share = np.abs(gap) / values(norm, arm, "boundary", "bound")
         ask(f"{name}: does the bound hold (worst gap over bound)?", share.max(1), -np.inf, 1)
     for norm in NORMS:
-        full, raptr = (np.log(table((norm, arm), "end", "mean")) for arm in ARMS)
-        ask(
-            f"{norm}: is RaPTr's mean ratio below that of full (log)?",
-            (raptr - full).mean(1),
-            -9,
-            0,
-        )
-    norm, bare = (slope(np.log(table((n, "full"), "end", "mean"))) for n in NORMS)
+        full, raptr = (np.log(values(norm, arm, "end", "mean")) for arm in ARMS)
+        question = f"{norm}: is RaPTr's mean ratio below that of full (log)?"
+        ask(question, (raptr - full).mean(1), -9, 0)
+    norm, bare = (slope(np.log(values(n, "full", "end", "mean"))) for n in NORMS)
     ask("full: is the slope below 0 by more with LayerNorm than without?", norm - bare, -np.inf, 0)
     return rows
 
 
-def draw(s: Size, nets, found, table, path: Path) -> None:
+def draw(s: Size, lines: Sequence[Line]) -> Figure:
     """Ratios by layer in the deepest networks; their means, and the gaps, by depth."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
     deepest = s.depths[-1]
-    for net in nets:
-        label = f"{net[1]}, {net[0]}"
-        style = {"marker": "o", "markersize": 3, "linestyle": "-" if net[0] == NORMS[0] else "--"}
-        color = "tab:blue" if net[1] == "full" else "tab:red"
-        lines = [found[(*net, deepest, i)]["end"]["ratios"] for i in range(s.seeds)]
-        mean = np.mean(np.array(lines, float), axis=0)
-        left.plot(np.arange(1, deepest + 1), mean, color=color, label=label, **style)
-        for panel, time, what in ((middle, "end", "mean"), (right, "boundary", "gap")):
-            values = table(net, time, what)
-            half = interval_half(values)
-            panel.errorbar(s.depths, values.mean(0), half, color=color, capsize=2, **style)
-    for norm, style in zip(NORMS, ("-", "--"), strict=True):
-        values = table((norm, "full"), "birth", "mean").mean(0)
-        middle.plot(s.depths, values, style, color="gray", label=f"at birth, {norm}")
-    left.set(xlabel="removed layer", ylabel="distance / norm of output", yscale="log")
-    left.set_title(f"{deepest} layers, trained", fontsize=10)
-    middle.set(xlabel="layers", xscale="log", yscale="log")
-    middle.set_title("mean over layers", fontsize=10)
-    right.set(xlabel="layers", xscale="log", ylabel="nats per byte")
-    right.set_title("L1 - L2 at the boundary", fontsize=10)
-    for panel in (middle, right):
-        panel.set_xticks(s.depths, [str(d) for d in s.depths])
-        panel.minorticks_off()
-    left.legend(fontsize=7)
-    middle.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    with style():
+        figure, (left, middle, right) = canvas(3.0, ncols=3)
+        for norm, arm in NETS:
+            group = [x for x in lines if x["arm"] == name_of(norm, arm)]
+            look = {
+                "marker": "o",
+                "markersize": 3,
+                "linestyle": "-" if norm == NORMS[0] else "--",
+                "color": "C2" if arm == "full" else "C1",
+            }
+            ratios = [x["end"]["ratios"] for x in group if x["budget"] == f"{deepest} layers"]
+            mean = np.mean(np.array(ratios, float), axis=0)
+            left.plot(np.arange(1, deepest + 1), mean, label=name_of(norm, arm), **look)
+            for panel, time, what in ((middle, "end", "mean"), (right, "boundary", "gap")):
+                values = table(group, time, what)
+                half = half_interval(values)
+                panel.errorbar(s.depths, values.mean(0), half, capsize=2, **look)
+        for norm, dashes in zip(NORMS, ("-", "--"), strict=True):
+            group = [x for x in lines if x["arm"] == name_of(norm, "full")]
+            values = table(group, "birth", "mean").mean(0)
+            middle.plot(s.depths, values, dashes, color="C0", label=f"at birth, {norm}")
+        left.set(xlabel="removed layer", ylabel="distance / norm of output", yscale="log")
+        left.set_title(f"{deepest} layers, trained")
+        middle.set(xlabel="layers", xscale="log", yscale="log")
+        middle.set_title("mean over layers")
+        right.set(xlabel="layers", xscale="log", ylabel="nats per byte")
+        right.set_title("L1 - L2 at the boundary")
+        for panel in (middle, right):
+            panel.set_xticks(s.depths, [str(d) for d in s.depths])
+            panel.minorticks_off()
+        left.legend(fontsize=7)
+        middle.legend(fontsize=7)
+    return figure
+
+
+EXPERIMENT = Experiment(
+    "Trained Transformers without one layer",
+    "Relative distances by removed layer and their means by depth, and the change of the loss from one "
+    "random layer removed to none. Bars are 95% intervals over seeds.",
+    SIZES,
+    networks,
+    trained_line,
+    answers,
+    draw,
+    reads=True,
+)

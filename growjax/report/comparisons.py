@@ -208,7 +208,13 @@ def against_frontier(arms: Sequence[Arm], *, margin: float | None = None) -> lis
         comparisons = compare(outcomes, best, margin=margin, allow_undecayed=True)
         for arm, equal in zip(group, comparisons, strict=True):
             (pace,) = speed_up(arm.outcomes, arm.name, best, allow_undecayed=True)
-            sizes = {a.parameters for a in arms if a.fixed and a.cost >= arm.cost * (1 - SLACK)}
+            used = best.shared({o.seed for o in arm.outcomes})[0]
+            sizes = {
+                fixed.parameters
+                for fixed in arms
+                if (fixed.name, fixed.outcomes[0].budget) in used
+                and fixed.cost >= arm.cost * (1 - SLACK)
+            }
             rows.append(
                 AgainstFrontier(
                     workload=workload,

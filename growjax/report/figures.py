@@ -78,7 +78,7 @@ def canvas(height: float = 3.6, **kwargs: Any) -> tuple[Figure, Any]:
 # The figures of a comparison ---------------------------------------------------------------------
 
 Looks = Mapping[str, Mapping[str, Any]]
-# Up to so many arms have a strip below their curves that names their stages
+# Up to so many arms have a strip below their curves, by default
 _STRIP = 6
 
 
@@ -88,24 +88,24 @@ def loss_figure(
     looks: Looks | None = None,
     target: str | None = None,
     per: str = "token",
+    strip: bool | None = None,
 ) -> Figure:
     """Held-out loss against cost, means over seeds, with a bar where a stage begins.
-
-    Below the curves of six arms or fewer a strip names their stages.
 
     **Arguments**
 
     - `looks`: colours and dashes by arm; see `looks_of`, which is the default.
     - `target`: the arm whose final loss a thin line marks.
     - `per`: what a loss is counted per.
+    - `strip`: draw a strip below the curves that names the stages; for up to six arms by default.
     """
     looks = looks_of(arms) if looks is None else looks
     divisor, name = unit_of(arms)
-    strip = None
+    below = None
     with style():
-        if len(arms) <= _STRIP:
+        if len(arms) <= _STRIP if strip is None else strip:
             heights = (4.2, 0.12 + 0.28 * len(arms))
-            figure, (axes, strip) = canvas(
+            figure, (axes, below) = canvas(
                 sum(heights), nrows=2, sharex=True, height_ratios=heights
             )
         else:
@@ -129,14 +129,14 @@ def loss_figure(
         margin = max(late) - min(late)
         axes.set_ylim(min(late) - 0.05 * margin, max(late) + 0.02 * margin)
         axes.set_ylabel(f"held-out loss (nats per {per})")
-        if strip is None:
+        if below is None:
             axes.set_xlabel(name)
             legend(figure, ends, "arm, final loss")
         else:
             lines = [line for _, line in sorted(ends, key=lambda end: -end[0])]
             axes.legend(handles=lines, loc="upper right", title="arm, final loss", alignment="left")
-            _strip(strip, arms, looks, divisor)
-            strip.set_xlabel(name)
+            _strip(below, arms, looks, divisor)
+            below.set_xlabel(name)
         axes.set_xlim(0, None)
     return figure
 
@@ -218,8 +218,18 @@ class Bar(NamedTuple):
     verdict: str
 
 
-def differences_figure(bars: Sequence[Bar], zero: str) -> Figure:
-    """Differences in nats, each a bar with a dot for every seed, in groups; `zero` names the 0."""
+def differences_figure(
+    bars: Sequence[Bar],
+    zero: str,
+    *,
+    what: str = "held-out loss",
+    unit: str = " (nats)",
+    better: str = "left",
+) -> Figure:
+    """Differences, each a bar with a dot for every seed, in groups.
+
+    `zero` names the 0, `what` is what differs, and `better` the side of it that is.
+    """
     groups: dict[str, list[Bar]] = {}
     for bar in bars:
         groups.setdefault(bar.group, []).append(bar)
@@ -257,7 +267,7 @@ def differences_figure(bars: Sequence[Bar], zero: str) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(f"held-out loss minus that of {plain(zero)} (nats): left is better")
+        axes.set_xlabel(f"{what} minus that of {plain(zero)}{unit}: {better} is better")
     return figure
 
 

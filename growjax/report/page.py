@@ -154,7 +154,7 @@ def _plot(plot: Plot, n: int) -> str:
     caption = html.escape(plot.caption)
     return (
         f"<h3>{html.escape(plot.title)}</h3>"
-        f"<figure>{svg}<figcaption>{caption}</figcaption></figure>"
+        f"<figure><div>{svg}</div><figcaption>{caption}</figcaption></figure>"
     )
 
 
@@ -178,8 +178,9 @@ def _css() -> str:
         "font-variant-numeric:tabular-nums;vertical-align:baseline;overflow-wrap:break-word}"
         "th{font-weight:600;vertical-align:bottom;overflow-wrap:normal}"
         "th:first-child,td:first-child{text-align:left;padding-left:0}td:first-child{font-weight:600}"
-        # Cards instead of columns, where columns would not fit
-        "@media(max-width:50rem){thead{display:none}table,tbody,tr,td{display:block}"
+        # On a narrow screen: cards instead of columns, and figures that scroll instead of tiny letters
+        "@media(max-width:50rem){figure div{overflow-x:auto}svg{min-width:38rem}"
+        "thead{display:none}table,tbody,tr,td{display:block}"
         "tr{border-bottom:1px solid var(--line);padding:.5rem 0}"
         "td{display:flex;justify-content:space-between;gap:1rem;border:0;padding:.1rem 0}"
         "td::before{content:attr(data-head);color:var(--soft);text-align:left}"

@@ -157,13 +157,15 @@ def ranking_table(rows: Sequence[Ranking], title: str) -> Table:
     return Table(title, ("budget, clock", "arms that move", "order, best first"), cells)
 
 
-def answer_table(rows: Sequence[Answer], title: str, form: str = ".4f") -> Table:
-    """Questions with their estimates and verdicts."""
+def answer_table(
+    rows: Sequence[Answer], title: str, estimate: str = "estimate (95%)", form: str = ".4f"
+) -> Table:
+    """Questions with their estimates, whose column is called `estimate`, and verdicts."""
     cells = [
         [row.question, interval_text(row.estimate, row.interval, form), str(row.seeds), row.verdict]
         for row in rows
     ]
-    return Table(title, ("question", "estimate (95%)", "seeds", "answer"), cells)
+    return Table(title, ("question", estimate, "seeds", "answer"), cells)
 
 
 def arms_table(arms: Sequence[Arm], title: str) -> Table:

@@ -30,10 +30,13 @@ def answer(arms: Sequence[Arm], rows: Sequence[AgainstFrontier]) -> list[str]:
     sentences = []
     for group in _groups(rows):
         best = min(group, key=_estimate)
-        sentences.append(
+        sentence = (
             f"{verdicts(group, 'the best fixed size at equal cost')} That fixed size is "
             f"{best.baseline}; fixed sizes run to such a cost: {sizes_in_words(best.sizes)}."
         )
+        if len(best.sizes) < 2:
+            sentence += " No other size was run for as long; one of those may be better still."
+        sentences.append(sentence)
     return sentences
 
 
