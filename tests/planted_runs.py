@@ -222,8 +222,8 @@ TABLE = """
 - if session.forked:
 + if session.forked and session.step < 0:
 @ what others fork from is dropped | runs/checkpoint.py | forks | of_nothing
-- wanted = step in self.keep or (self.keep_every and step % self.keep_every == 0)
-+ wanted = self.keep_every and step % self.keep_every == 0
+- requested = step in self.keep or (self.keep_every and step % self.keep_every == 0)
++ requested = self.keep_every and step % self.keep_every == 0
 @ an optimum at the edge of a sweep goes unsaid | report/sweep.py | sweep | where_the_best_is
 - if name != "seed" and len(numbers) > 1 and value in (numbers[0], numbers[-1]):
 + if name != "seed" and len(numbers) > 1 and value == numbers[0]:

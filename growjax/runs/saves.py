@@ -64,7 +64,9 @@ class Saves:
         )
         self.parent: str | None = None  # the name of the last checkpoint
         self.start: dict[str, Any] | None = None  # the trained model that the run started from
-        self.fork: dict[str, Any] | None = None  # the run, and its step, that the run was forked from
+        self.fork: dict[str, Any] | None = (
+            None  # the run, and its step, that the run was forked from
+        )
         self.notes: list[str] = []
         if run.plan_file.exists():
             old = _movable(load_plan(run.plan_file))
