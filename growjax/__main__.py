@@ -109,7 +109,8 @@ def train(
 
     from growjax.evals.commands import open_model
     from growjax.train import Options
-    from growjax.train.commands import read_plan, train_plans
+    from growjax.train.commands import train_plans
+    from growjax.train.planfile import read_plan
 
     console = Console()
     with console.status("reading the plan"):
@@ -166,7 +167,8 @@ def plan(
 
     from rich.console import Console
 
-    from growjax.train.commands import read_plan, show_plan
+    from growjax.train.commands import show_plan
+    from growjax.train.planfile import read_plan
 
     show_plan(read_plan(plan, change), target=target, devices=devices, console=Console())
 

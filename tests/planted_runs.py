@@ -224,6 +224,7 @@ TABLE = """
 @ what others fork from is dropped | runs/checkpoint.py | forks | of_nothing
 - requested = step in self.keep or (self.keep_every and step % self.keep_every == 0)
 + requested = self.keep_every and step % self.keep_every == 0
+<<<<<<< HEAD
 @ an optimum at the edge of a sweep goes unsaid | report/sweep.py | sweep | where_the_best_is
 - if name != "seed" and len(numbers) > 1 and value in (numbers[0], numbers[-1]):
 + if name != "seed" and len(numbers) > 1 and value == numbers[0]:
@@ -233,4 +234,6 @@ TABLE = """
 @ runs of a tree are named by their plans | plan/prefix.py | sweep | where_the_best_is
 - names = [plan.name for plan in plans] if names is None else names
 + names = [f"{n} {plan.name}" for n, plan in enumerate(plans)]
+=======
+>>>>>>> d078540 (Say plainly what forks share, and read plans in a file of their own)
 """

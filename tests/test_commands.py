@@ -36,7 +36,8 @@ from growjax.runs.journal import peak_flops
 from growjax.runs.lineage import load_model
 from growjax.select import RhoLoss
 from growjax.train import CorpusFeed, Options, Run, Step, load_plan, read_journal, save_plan, watch
-from growjax.train.commands import describe, grow_checkpoint, operator_of, read_plan
+from growjax.train.commands import describe, grow_checkpoint, operator_of
+from growjax.train.planfile import read_plan
 from growjax.values import to_dict
 from tests.runs import every_kind, feed, plan, steps
 

@@ -159,7 +159,7 @@ def test_what_was_half_written_or_half_removed_is_cleared_away(short, copied, pr
 def test_a_run_from_before_there_were_births_is_refused_in_a_sentence(short, copied, programs):
     of, folder, path = copied
     rewritten(path, lambda lineage: lineage.pop("births"))
-    with pytest.raises(CheckpointError, match="before checkpoints said which growth added what"):
+    with pytest.raises(CheckpointError, match="before lineages recorded the births of coordinates"):
         list(train(of, feed(of), run=folder, cache=programs))
 
 

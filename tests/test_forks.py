@@ -186,11 +186,11 @@ def test_a_fork_of_nothing_is_refused_with_what_there_is(trunk, tmp_path):
     with pytest.raises(CheckpointError, match=r"before: 1, 2, 3, 5, 6, 8\..*--save-at"):
         next(iter(train(forked, feed(forked))))
     nowhere = dataclasses.replace(trunk_plan(), fork=Fork(str(tmp_path / "nothing")))
-    with pytest.raises(CheckpointError, match="there is no plan in it"):
+    with pytest.raises(CheckpointError, match="but it has no plan.json"):
         next(iter(train(nowhere, feed(nowhere))))
     from growjax.forecast.dryrun import dry_run
 
-    assert "there is no plan in it" in " ".join(dry_run(nowhere, devices=1).refusals)
+    assert "but it has no plan.json" in " ".join(dry_run(nowhere, devices=1).refusals)
 
 
 def test_a_fork_is_saved_in_its_plan(trunk, tmp_path):
@@ -253,7 +253,7 @@ def test_a_tree_trains_what_its_plans_share_once(programs, tmp_path):
 
 
 def test_two_plans_of_one_name_are_no_tree(tmp_path):
-    with pytest.raises(PlanError, match="'tiny': two plans are called so"):
+    with pytest.raises(PlanError, match="'tiny': two plans have this name"):
         branches([trunk_plan(), trunk_plan(seed=1)], tmp_path)
 
 
@@ -284,7 +284,9 @@ def test_the_command_line_forks_and_trains_trees(trunk, tmp_path, monkeypatch):
         ("long", tmp_path / "long", (1, 4, 6)),
         ("short", tmp_path / "short", (1,)),
     ]
-    with pytest.raises(PlanError, match="expected plans, and one of them where it forks, got 3"):
+    with pytest.raises(
+        PlanError, match="expected at least one plan, and exactly one with fork, got 3"
+    ):
         commands.train_plans(leaves(), tmp_path, options, fork=str(folder), console=console)
 
 

@@ -168,11 +168,12 @@ class Plan:
                 done = warmup + since
             if span.stage.rewarm and 0 <= spent - span.spent < span.stage.rewarm * cost:
                 climb = (spent - span.spent) / (span.stage.rewarm * cost)
-        # By what was spent, and not by its share: the same numbers in plans of other budgets
+        # The warmup divides costs and not shares, so that plans of other budgets warm up by the same bits
         return climb * (rate.rising(spent / warm) if spent < warm else rate.at(done))
 
     @functools.cached_property
     def _span_costs(self) -> tuple[int, ...]:
+        """The cost of each stage; cached, since `learning_rate` is called at every step."""
         return tuple(sum(span.costs) for span in self.spans)
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""How far two plans do the same: what a fork is checked by, and a tree of plans is made of."""
+"""The common prefix of two plans: it decides whether a run can fork, and makes a tree of plans."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -12,16 +12,16 @@ from growjax.plan.stages import Fork, Span
 from growjax.values import to_dict
 
 
-# What the state of a run is of: with another one it would be the state of nothing
+# Fields of a plan that must not change at a fork: the state would not fit, or its costs not compare
 _STATE = ("model", "seed", "tokenizer", "objective", "clock")
-# What was done with that state, and may be done otherwise from a step on
+# Fields of a plan that may change at a fork
 _TRAINING = ("optimizer", "loss", "accumulate", "data")
-# Fields of a stage that say how long it is and how it is called, and those that only the rate depends on
+# Fields of a stage that do not change its steps: its name, its length, and those of the learning rate
 _LENGTHS = ("name", "tokens", "flops", "seconds", "share", "rewarm", "rewind")
 
 
 class Branch(NamedTuple):
-    """One plan of a tree: with its fork, the folder of its run, and the steps that others fork from."""
+    """A plan of a tree with its `fork` set, the folder of its run, and the steps that others fork from."""
 
     plan: Plan
     run: Path
@@ -29,10 +29,10 @@ class Branch(NamedTuple):
 
 
 def shared_steps(first: Plan, second: Plan) -> tuple[int, int]:
-    """How many first steps two plans share, to the last bit, and the stage of the step after them.
+    """The number of first steps that two plans share, to the last bit, and the stage of the state then.
 
-    A growth belongs to the steps after it: where one plan grows and the other does not, the stage is the
-    one before the growth.
+    A growth belongs to the steps after it: if one plan grows after the shared steps and the other does
+    not, the stage is the one before the growth.
 
     **Example**
 
@@ -46,13 +46,14 @@ def shared_steps(first: Plan, second: Plan) -> tuple[int, int]:
         return 0, 0
     steps, stage = 0, 0
     for a, b in zip(first.spans, second.spans, strict=False):
-        if list(differences(_head(a), _head(b))):
+        if list(differences(_settings(a), _settings(b))):
             break
         stage = a.index
-        same = min(a.steps, b.steps)
-        rates = _rates(first, second, a, same)
+        common = min(a.steps, b.steps)
+        # The first step of the stage at which the learning rates differ
+        rates = _rates(first, second, a, common)
         parted = next((n for n, old, new in rates if old != new), None)
-        steps = a.start + (same if parted is None else parted)
+        steps = a.start + (common if parted is None else parted)
         if parted is not None or a.steps != b.steps:
             break
     return steps, stage
@@ -61,11 +62,11 @@ def shared_steps(first: Plan, second: Plan) -> tuple[int, int]:
 def branches(
     plans: Sequence[Plan], folder: str | Path, names: Sequence[str] | None = None
 ) -> list[Branch]:
-    """Plans as a tree: each forks from the earlier one that it has the most steps in common with.
+    """Plans as a tree: each forks from the earlier plan that shares the most first steps with it.
 
-    They are to be trained in this order, each into the folder named after it (or by `names`), with the
-    checkpoints that later ones fork from (`Options.save_at`). What several have in common is then trained
-    once, and every run ends with the same bits as if it had been trained alone.
+    Train them in this order, each into the folder named after it (or by `names`), with the checkpoints
+    that later ones fork from (`Options.save_at`). Shared steps are then trained once, and every run ends
+    with the same bits as if it had been trained alone.
 
     Raises `PlanError` for two folders of one name.
 
@@ -76,17 +77,20 @@ def branches(
                 ...
     """
     names = [plan.name for plan in plans] if names is None else names
-    twice = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted({name for name in names if names.count(name) > 1})
     headline = "these plans cannot be trained as a tree:"
-    raise_all(PlanError, headline, [f"{name!r}: two plans are called so" for name in twice])
+    raise_all(PlanError, headline, [f"{name!r}: two plans have this name" for name in repeated])
     folder = Path(folder)
     forked: list[Plan] = []
     save_at: dict[str, set[int]] = {name: set() for name in names}
     for n, plan in enumerate(plans):
-        common = [(shared_steps(earlier, plan)[0], -m) for m, earlier in enumerate(plans[:n])]
-        steps, place = max(common, default=(0, 0))
+        # The earlier plan with the most shared steps; of several, the first
+        trunk, steps = "", 0
+        for name, earlier in zip(names[:n], plans[:n], strict=True):
+            shared = shared_steps(earlier, plan)[0]
+            if shared > steps:
+                trunk, steps = name, shared
         if plan.fork is None and steps > 0:
-            trunk = names[-place]
             save_at[trunk].add(steps)
             plan = dataclasses.replace(plan, fork=Fork(str(folder / trunk), steps))
         forked.append(plan)
@@ -97,7 +101,7 @@ def branches(
 
 
 def fork_faults(trunk: Plan, plan: Plan, step: int, stage: int) -> Iterator[str]:
-    """Why a plan cannot go on from the state of another before a step, in one of its stages."""
+    """The reasons why a plan cannot go on from a run of `trunk`, in `stage` and before `step`."""
     yield from differences(_fields(trunk, _STATE), _fields(plan, _STATE))
     if trunk.start != plan.start:
         yield f"start: was {trunk.start}, is {plan.start}"
@@ -105,7 +109,7 @@ def fork_faults(trunk: Plan, plan: Plan, step: int, stage: int) -> Iterator[str]
         yield f"stages: the checkpoint is in stage {stage}, and the plan has {len(plan.spans)} stages"
         return
     for a, b in zip(trunk.spans[: stage + 1], plan.spans, strict=False):
-        yield from differences(_head(a), _head(b), f"stages[{a.index}]")
+        yield from differences(_settings(a), _settings(b), f"stages[{a.index}]")
         if a.index < stage and a.steps != b.steps:
             yield f"stages[{a.index}]: was {a.steps} steps long, is {b.steps}"
     span = plan.spans[stage]
@@ -115,7 +119,7 @@ def fork_faults(trunk: Plan, plan: Plan, step: int, stage: int) -> Iterator[str]
 
 
 def fork_changes(trunk: Plan, plan: Plan, step: int) -> Iterator[str]:
-    """What a run did before a step that a plan does not say; nothing if the state is the plan's own."""
+    """The differences of a run of `trunk` before a step from the plan; none if the plan does the same."""
     yield from differences(_fields(trunk, _TRAINING), _fields(plan, _TRAINING))
     for span in trunk.spans:
         for n, old, new in _rates(trunk, plan, span, step - span.start):
@@ -126,11 +130,12 @@ def fork_changes(trunk: Plan, plan: Plan, step: int) -> Iterator[str]:
 
 
 def _fields(plan: Plan, names: Sequence[str]) -> dict[str, Any]:
+    """Some fields of a plan, as they are saved."""
     return {name: _saved(getattr(plan, name)) for name in names}
 
 
-def _head(span: Span) -> dict[str, Any]:
-    """What a stage does, but for how long."""
+def _settings(span: Span) -> dict[str, Any]:
+    """The fields of a stage that determine its steps, without their number and learning rates."""
     saved = {k: v for k, v in to_dict(span.stage).items() if k not in _LENGTHS}
     return saved | {"batch": span.batch, "objective": to_dict(span.objective)}
 
@@ -140,10 +145,10 @@ def _saved(value: Any) -> Any:
 
 
 def _rates(first: Plan, second: Plan, span: Span, steps: int) -> Iterator[tuple[int, float, float]]:
-    """The learning rates of two plans at the first steps of a stage that they share."""
+    """The number of each of the first steps of a shared stage, and both plans' learning rates at it."""
     spent = span.spent
     for n, cost in enumerate(span.costs[: max(steps, 0)]):
-        # As the trainer asks for it: in the middle of the step
+        # As in training: the learning rate in the middle of the step
         middle = spent + cost / 2
         yield n, first.learning_rate(middle), second.learning_rate(middle)
         spent += cost

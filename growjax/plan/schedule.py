@@ -67,7 +67,7 @@ class Rate(abc.ABC):
         """The learning rate when the share `done` of the budget, from 0 to 1, is spent."""
 
     def rising(self, climbed: float) -> float:
-        """The learning rate once this share of the warm-up, from 0 to 1, is over."""
+        """The learning rate when the share `climbed` of the warmup, from 0 to 1, is over."""
         return self.peak * climbed
 
     @property
@@ -114,7 +114,8 @@ class Schedule(Rate):
 
     def _faults(self) -> Iterator[str]:
         if isinstance(self.warmup, Warmup):
-            return  # what share it is, the plan knows
+            # Its share of the budget follows from the plan, which checks the rate again
+            return
         if self.shape == "wsd" and self.warmup + self.decay > 1:
             yield f"decay: {self.decay} of the budget does not fit after {self.warmup} of warmup"
 

@@ -57,15 +57,15 @@ class Start:
 @register
 @dataclasses.dataclass(frozen=True)
 class Fork:
-    """A run that a plan goes on from: its whole state before a step, instead of training up to there.
+    """A run that a plan goes on from: it begins with that run's whole state before a step.
 
     **Fields**
 
-    - `run`: the folder of that run. Its plan has to do the same up to the step: the same model, seed,
-      growth, parts, batches and lengths of the stages that are over. Learning rates, optimizer settings,
-      loss and data may be others from then on, or may have been others before; that is put on record.
-    - `step`: the step that its checkpoint stands before; None takes the latest one that the plan can go
-      on from.
+    - `run`: the folder of that run. Up to the step, its plan must have the same model, seed, growth,
+      parts, batches and lengths of finished stages. Learning rates, optimizer settings, loss and data may
+      differ, before the step and after it; differences before it are recorded in the lineage.
+    - `step`: the step before which the checkpoint was saved; None for the latest checkpoint that the plan
+      can go on from.
 
     **Example**
 

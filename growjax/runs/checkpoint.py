@@ -172,8 +172,8 @@ def read_lineage(path: str | Path) -> dict[str, Any]:
         raise damaged(path, "its lineage was changed after it was written")
     if "births" not in lineage:
         raise CheckpointError(
-            f"{path}: it was written before checkpoints said which growth added what, by growjax "
-            f"{lineage.get('growjax')}; this version does not read it"
+            f"{path}: it was written by growjax {lineage.get('growjax')}, before lineages recorded the "
+            "births of coordinates; this version does not read it"
         )
     faults = list(lineage_faults(lineage))
     if faults:
@@ -284,7 +284,7 @@ def _counts(x: Any) -> bool:
 
 
 def _births(x: Any) -> bool:
-    """Whether it is `{axis: [[birth, how many in a row], ...]}`."""
+    """Whether this is `{axis: [[birth, number of neighbours with it], ...]}`."""
     if not isinstance(x, dict) or not all(isinstance(runs, list) for runs in x.values()):
         return False
     pairs = [pair for runs in x.values() for pair in runs]

@@ -1,4 +1,4 @@
-"""The state that a fork begins with: that of another run before a step, held against the fork's plan."""
+"""The state that a fork begins with: that of another run before a step, if it fits the fork's plan."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from growjax.runs.saves import Resumed
 
 
 class Trunk(NamedTuple):
-    """A checkpoint that a plan can go on from, its lineage, and what was done otherwise before it."""
+    """A checkpoint that a plan can go on from, its lineage, and the differences of its run's plan."""
 
     path: Path
     lineage: Mapping[str, Any]
@@ -24,7 +24,7 @@ class Trunk(NamedTuple):
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the lineages of the fork say about it."""
+        """The field `fork` of the lineages of the new run."""
         return {
             "run": str(self.path.parent.parent),
             "step": self.lineage["step"],
@@ -34,7 +34,7 @@ class Trunk(NamedTuple):
 
 
 def fork_errors(plan: Plan) -> list[str]:
-    """Everything that forbids a plan to fork from the run that it names, before anything is computed."""
+    """The reasons why a plan cannot fork from the run that it names, before anything is computed."""
     try:
         find_trunk(plan)
     except GrowjaxError as error:
@@ -43,22 +43,22 @@ def fork_errors(plan: Plan) -> list[str]:
 
 
 def find_trunk(plan: Plan) -> Trunk:
-    """The latest checkpoint, at the fork's step if it has one, that a plan can go on from.
+    """The latest checkpoint that a plan can go on from; if the fork names a step, one before that step.
 
-    Raises `CheckpointError` that says what there is and why none of it will do.
+    Raises `CheckpointError` that lists the steps with a checkpoint, or the faults of each checkpoint.
     """
     assert plan.fork is not None
     run, step = Run(plan.fork.run), plan.fork.step
     if not run.plan_file.exists():
-        raise CheckpointError(f"{run}: expected the folder of a run, and there is no plan in it")
+        raise CheckpointError(f"{run}: expected the folder of a run, but it has no plan.json")
     trunk = run.plan()
     paths = [path for path in run.checkpoints() if step is None or step_of(path)[0] == step]
     if not paths:
         steps = sorted({step_of(path)[0] for path in run.checkpoints()})
         listed = ", ".join(map(str, steps)) or "none"
         raise CheckpointError(
-            f"{run}: there is no checkpoint before step {step}; there are some before: {listed}. "
-            "`growjax train --save-at STEP`, or Options(save_at=(STEP,)), writes one there and keeps it"
+            f"{run}: it has no checkpoint before step {step}, only before: {listed}. "
+            "`growjax train --save-at STEP`, or Options(save_at=(STEP,)), writes one that stays"
         )
     errors: list[str] = []
     for path in reversed(paths):
@@ -68,25 +68,25 @@ def find_trunk(plan: Plan) -> Trunk:
             return Trunk(path, lineage, tuple(fork_changes(trunk, plan, step_of(path)[0])))
         errors += [f"{path.name}: {fault}" for fault in faults]
     listed = "".join(f"\n  - {error}" for error in errors)
-    raise CheckpointError(f"{run}: plan {plan.name!r} does other things before it forks:{listed}")
+    raise CheckpointError(f"{run}: plan {plan.name!r} differs from it before it forks:{listed}")
 
 
 def read_fork(plan: Plan, programs: Programs, data: str) -> tuple[Resumed, Trunk]:
-    """The state that a fork begins with, on the mesh of the programs, and where it is from.
+    """Read the state that a fork begins with, onto the mesh of the programs; returns its trunk as well.
 
-    `data` is the digest of what the fork trains on. Raises `CheckpointError` as `find_trunk` does, for a
-    state of other shapes (another optimizer), and if hosts differ; `DamagedError` if the checkpoint is
-    not whole.
+    `data` is the digest of the data of the fork. Raises `CheckpointError` as `find_trunk` does, for a
+    state of other shapes (of another optimizer, say), and if hosts differ; `DamagedError` if the
+    checkpoint is not whole.
     """
     trunk = hosts.together(lambda: find_trunk(plan))
     first = hosts.from_first(lambda: trunk.lineage)
     lineage = trunk.lineage
 
-    def same() -> None:
+    def compare() -> None:
         if json.dumps(lineage, sort_keys=True) != json.dumps(first, sort_keys=True):
             raise CheckpointError(f"{trunk.path} is not the checkpoint that process 0 forks from")
 
-    hosts.together(same)
+    hosts.together(compare)
     if lineage["data"] != data:
         change = f"data: it trained on text of digest {lineage['data']}, and goes on with {data}"
         trunk = trunk._replace(changes=(*trunk.changes, change))

@@ -176,9 +176,9 @@ def mend(path: Path) -> None:
 
 
 def inherit(path: Path, trunk: str, begin: Begin) -> None:
-    """Begin a journal with the rows of the run that it was forked from; the file is whole or not there.
+    """Start the journal of a fork with the rows of the run `trunk` before the fork.
 
-    A run without a journal (nobody watched it) has nothing to hand on.
+    Does nothing if that run has no journal. The file is written in one step.
     """
     if not (Path(trunk) / NAME).exists():
         return

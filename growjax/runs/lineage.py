@@ -66,6 +66,7 @@ def births_of(lineage: Mapping[str, Any]) -> Births:
 
 
 def _rebuilt(lineage: Mapping[str, Any]) -> tuple[Any, Births]:
+    """The shapes of the model, and the births of its coordinates, compared with those in the lineage."""
     config, operators = _decoded("model", lineage["model"]), operators_of(lineage)
     key = jax.random.key(0)
     try:

@@ -2,11 +2,8 @@
 
 import dataclasses
 import functools
-import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -24,8 +21,6 @@ from growjax.cost import parameters
 from growjax.errors import (
     BudgetError,
     CheckpointError,
-    FormatError,
-    GrowjaxError,
     GrowthError,
     PlanError,
 )
@@ -40,7 +35,6 @@ from growjax.hf.convert import has_halves, with_dtype
 from growjax.hf.convert import load as load_folder
 from growjax.models.protocol import kind_of
 from growjax.parallel import Layout
-from growjax.plan.files import load_plan
 from growjax.plan.losses import cross_entropy
 from growjax.plan.plan import Plan, purpose_key
 from growjax.plan.prefix import Branch, branches
@@ -54,7 +48,8 @@ from growjax.runs.run import Run, checkpoint_in
 from growjax.runs.watch import watch
 from growjax.train.loop import train
 from growjax.train.options import Options
-from growjax.values import from_dict, from_json, to_dict
+from growjax.train.planfile import read_plan
+from growjax.values import from_dict, to_dict
 
 
 # The names of operators on the command line
@@ -70,97 +65,6 @@ _DEPTH = {"stack", "expand"}  # the operators that add layers
 
 # Exit statuses of a run that was asked to stop, by SIGTERM and by Ctrl-C, and saved
 STOPPED, INTERRUPTED = 75, 130
-
-
-def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
-    """Read the plan in a JSON file, or the variable `plan` of a Python file, with some fields changed.
-
-    `changes` have the form `rate.peak=1e-3` or `stages.1.tokens=4000`; a value is JSON or, if it is not,
-    a string. Raises `PlanError` for a file without a plan, and for an unknown field.
-
-    **Example**
-
-        read_plan("plan.json", ["batch=16", "model.dtype=bfloat16"])
-    """
-    path = Path(path)
-    if path.suffix == ".py":
-        try:
-            plan = getattr(_module(path), "plan", None)
-        except OSError as error:
-            raise PlanError(f"{path}: {error.strerror or error}") from error
-        except GrowjaxError:
-            raise
-        except (Exception, SystemExit) as error:
-            # The user's file may raise anything
-            raise PlanError(
-                f"{path}{_line_in(path, error)}: {type(error).__name__}: {error}"
-            ) from error
-        if not isinstance(plan, Plan):
-            raise PlanError(
-                f"{path}: expected it to define `plan`, a growjax.train.Plan, got {plan!r}"
-            )
-    else:
-        plan = load_plan(path)
-    if not changes:
-        return plan
-    saved = to_dict(plan)
-    for change in changes:
-        name, equals, text = change.partition("=")
-        if not equals:
-            raise PlanError(f"{change!r}: expected a change like batch=16")
-        _set(saved, name, _value(text))
-    return from_dict(saved, Plan, error=PlanError, source=str(path))
-
-
-def _line_in(path: Path, error: BaseException) -> str:
-    """The line of a file that an error came from, as `:LINE`; empty if it came from elsewhere."""
-    if isinstance(error, SyntaxError):
-        return f":{error.lineno}" if error.filename == str(path) else ""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-    return f":{lines[-1]}" if lines else ""
-
-
-def _module(path: Path) -> ModuleType:
-    """Run a Python file as a module of its name, with its folder on the import path."""
-    module, loaded = ModuleType(path.stem), sys.modules.get(path.stem)
-    module.__file__, code = str(path), path.read_bytes()
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    # Registered, so that files can name its classes by import path; another module of this name stays
-    if loaded is None or getattr(loaded, "__file__", None) == str(path):
-        sys.modules[path.stem] = module
-    exec(compile(code, str(path), "exec"), vars(module))
-    return module
-
-
-def _value(text: str) -> Any:
-    """The value of a change: JSON data, or the text itself."""
-    try:
-        return from_json(text)
-    except FormatError:
-        return text
-
-
-def _set(saved: Any, name: str, value: Any) -> None:
-    """Set the field of a saved plan at a path such as "stages.1.tokens"."""
-    parent: Any = None
-    key: Any = None
-    node = saved
-    for part in name.split("."):
-        if isinstance(node, list):
-            choices: Any = range(len(node))
-            key = int(part) if part.isdigit() else part
-        else:
-            choices = node if isinstance(node, dict) else ()
-            key = part
-        if key not in choices:
-            fields = ", ".join(map(str, choices))
-            expected = f"expected one of {fields}" if fields else "this value has no fields"
-            raise PlanError(f"{name}: unknown field {part!r}; {expected}")
-        parent, node = node, node[key]
-    parent[key] = value
 
 
 def show_plan(
@@ -198,14 +102,17 @@ def train_plans(
     trackers: Sequence[str] = (),
     console: Console,
 ) -> int:
-    """Train a plan, or several as a tree, and return the exit status of the first that did not finish.
+    """Train a plan, or several as a tree; returns the exit status of the first that did not finish, or 0.
 
-    `fork` is RUN or RUN@STEP, for one plan; `evaluations` how often each is evaluated on held-out text.
+    - `fork`: RUN or RUN@STEP, the run that the plan goes on from; for one plan only.
+    - `evaluations`: the number of evaluations of each plan on held-out text.
+
     Several plans are trained one after the other, each in the folder of its name in `run`; the steps that
-    they have in common are trained once (`growjax.train.branches`). Raises `PlanError`.
+    they share are trained once (`growjax.train.branches`). Raises `PlanError` without plans, or for
+    several plans with `fork`.
     """
     if not plans or (fork is not None and len(plans) > 1):
-        raise PlanError(f"expected plans, and one of them where it forks, got {len(plans)}")
+        raise PlanError(f"expected at least one plan, and exactly one with fork, got {len(plans)}")
     if fork is not None:
         plans = [dataclasses.replace(plans[0], fork=_fork_of(fork))]
     tree = [Branch(plans[0], Path(run), ())] if len(plans) == 1 else branches(plans, run)
@@ -232,7 +139,7 @@ def train_tree(
     for branch in tree:
         if len(tree) > 1:
             console.print(f"plan {branch.plan.name}, into {branch.run}", markup=False)
-        chosen = dataclasses.replace(
+        branch_options = dataclasses.replace(
             options,
             evaluate_every=branch.plan.cost / max(evaluations, 1),
             save_at=(*options.save_at, *branch.save_at),
@@ -240,7 +147,7 @@ def train_tree(
         status = train_plan(
             branch.plan,
             branch.run,
-            chosen,
+            branch_options,
             reference=reference,
             trackers=trackers,
             console=console,
@@ -251,7 +158,7 @@ def train_tree(
 
 
 def _fork_of(text: str) -> Fork:
-    """RUN or RUN@STEP; a folder may have an @ in its name as well."""
+    """The fork that RUN or RUN@STEP names; a folder may have an @ in its name as well."""
     run, at, step = text.rpartition("@")
     return Fork(run, int(step)) if at and step.isdigit() else Fork(text)
 
