@@ -1,4 +1,4 @@
-"""Batch selection: a forward pass over several batches, and a training step on the most useful examples.
+"""Batch selection: the losses of several batches decide which examples a step trains on.
 
 A run is charged for the forward pass over all examples offered. A selector is a value, like a
 sub-network. Its choice is a function of the losses and the key, and always has as many examples as a
