@@ -1,14 +1,15 @@
-"""Certificates: what an operator did to *this* model on *this* batch, as a printable record.
+"""Certificates: the effects of an operator on *this* model and *this* batch, as a printable record.
 
-Four questions, each answered by computation:
+A certificate has four measurements:
 
-- forward: how far did outputs move, in the training dtype and in float64, next to the noise floor of
-  the machine (the same model with its coordinates permuted, which changes only the order of sums)?
-- poison: do outputs stay bitwise the same whatever the new weights hold (0, N(0, 1), 42, 1000)?
-- gradient: for an exact operator G, is the transpose of G, applied to the grown model's gradient, the
-  small model's gradient? This sees wrong scales that no forward pass shows.
-- liveness: which new entries still get no gradient after one and two steps, and which copies move
-  exactly like their source and so will never differ from it?
+- forward: how far outputs moved, in the training dtype and in float64. The noise floor beside it is the
+  same for the small model with its coordinates permuted, which changes only the order of sums.
+- poison: whether outputs stay bitwise the same for any values of closed new weights (0, N(0, 1), 42,
+  1000).
+- gradient: for an exact operator G, how far the transpose of G, applied to the grown model's gradient, is
+  from the small model's gradient. This finds wrong scales that no forward pass shows.
+- liveness: which new entries get no gradient after one and two steps, and which copies move exactly like
+  their source and so never differ from it.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from growjax.gates import ramp
 from growjax.growth.operator import Chain, Exactness, Operator, atoms
 
 
-# What closed new coordinates are filled with: an offset, and normal numbers of some spread around it
+# The fills of closed new coordinates: an offset, and the standard deviation of normal numbers around it
 FILLS = {"0": (0.0, 0.0), "N(0, 1)": (0.0, 1.0), "42": (42.0, 0.0), "1000": (1000.0, 0.0)}
 
 # The largest relative difference of outputs in float64 that the order of sums explains
@@ -37,7 +38,11 @@ _SAME = 1e-9
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far outputs and loss moved: largest absolute and relative (to the largest output)."""
+    """How far outputs and loss moved.
+
+    `absolute` is the largest change of an output; `relative` is that over the largest output, and `floor`
+    the same for the permuted model, which differs by rounding alone.
+    """
 
     dtype: str
     absolute: float
@@ -47,7 +52,10 @@ class Difference:
 
     @property
     def limit(self) -> float:
-        """What rounding explains: 1e-12 in float64, else 16 of the dtype's steps; or 16 floors."""
+        """The largest relative change that rounding explains.
+
+        1e-12 in float64 and 16 times the epsilon of another dtype, or 16 times the floor if that is more.
+        """
         steps = 1e-12 if self.dtype == "float64" else 16 * float(jnp.finfo(self.dtype).eps)
         return max(steps, 16 * self.floor)
 
@@ -58,8 +66,8 @@ class Certificate:
 
     - `axes`: axis to (old size, new size).
     - `forward`: one `Difference` per dtype.
-    - `poison`: fill to whether outputs are bitwise those of the first fill (empty: nothing is drawn).
-    - `gradient`: largest relative error of the transposed gradient, float64 (None: not exact).
+    - `poison`: fill to whether outputs are bitwise those of the first fill; empty without closed entries.
+    - `gradient`: largest relative error of the transposed gradient in float64; None if approximate.
     - `dead`: axis to the share of its new entries without gradient after one and after two steps.
     - `locked`: axis to the number of copies that moved exactly like their source.
     """
@@ -75,20 +83,22 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Whether the operator kept what its exactness class promises (nothing, if approximate)."""
+        """Whether the operator does what its exactness class promises (nothing, if approximate)."""
         if self.exactness == "approximate":
             return True
-        kept = all(d.relative <= d.limit for d in self.forward)
-        grown = self.gradient is None or self.gradient <= 1e-10
-        return kept and grown and all(self.poison.values())
+        outputs_agree = all(d.relative <= d.limit for d in self.forward)
+        gradients_agree = self.gradient is None or self.gradient <= 1e-10
+        return outputs_agree and gradients_agree and all(self.poison.values())
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, ready for JSON."""
         return {**dataclasses.asdict(self), "passed": self.passed}
 
     def __str__(self) -> str:
-        verdict = "keeps its promise" if self.passed else "BREAKS ITS PROMISE"
-        verdict = "a jump is expected" if self.exactness == "approximate" else verdict
+        if self.exactness == "approximate":
+            verdict = "a jump is expected"
+        else:
+            verdict = "keeps its promise" if self.passed else "BREAKS ITS PROMISE"
         sizes = ", ".join(f"{axis} {a} -> {b}" for axis, (a, b) in self.axes.items())
         lines = [f"{self.operator}: {self.exactness}, {verdict}", f"  axes      {sizes or 'none'}"]
         lines += [
@@ -100,7 +110,8 @@ class Certificate:
             same = [fill for fill, ok in self.poison.items() if ok]
             other = [fill for fill, ok in self.poison.items() if not ok]
             text = f"bitwise equal under {', '.join(same)}" if same else "never equal"
-            lines.append(f"  poison    {text}" + (f"; CHANGED by {', '.join(other)}" * bool(other)))
+            text += f"; CHANGED by {', '.join(other)}" if other else ""
+            lines.append(f"  poison    {text}")
         if self.gradient is not None:
             lines.append(f"  gradient  transpose agrees to {self.gradient:.1e}")
         for axis, (one, two) in self.dead.items():
@@ -127,11 +138,11 @@ def certify(
     **Arguments**
 
     - `op`, `key`: as for `gj.grow`.
-    - `batch`: what the model is called with, with a leading batch dimension (a tuple for several).
+    - `batch`: the model's input, with a leading batch dimension; a tuple for several inputs.
     - `loss`: `(model, batch) -> scalar`; by default a fixed smooth function of all outputs.
-    - `forward`: `(model, batch) -> outputs`; by default the model under `vmap`. Where an output has
-      grown, its old corner is compared.
-    - `level`: where gates stand while liveness is measured.
+    - `forward`: `(model, batch) -> outputs`; by default the model under `vmap`. If an output has grown,
+      its old entries are compared.
+    - `level`: the level of gates while liveness is measured.
 
     **Example**
 
@@ -140,6 +151,7 @@ def certify(
     forward = forward or call
     programs = _Programs(forward, loss, shown_outputs(forward, op, model, batch))
     permuted = _permuted(model)
+    # Everything in float64, which tells a wrong operator from rounding
     with jax.enable_x64(True):
         small = _wide(model)
         grown = _grown(op, small, key)
@@ -153,21 +165,22 @@ def certify(
         if op.exactness != "approximate":
             gradient = _error(before.gradient, _pulled_back(op, small, key, after.gradient))
         dead, locked = _liveness(op, model, grown, batch, programs, level)
+    # Outputs in the model's own dtype as well, unless that is float64
     leaves = [x for x in jax.tree.leaves(model) if eqx.is_inexact_array(x)]
     double = all(x.dtype == jnp.float64 for x in leaves)
-    forward_lines = (exact,)
+    differences = (exact,)
     with jax.enable_x64(double or jax.config.read("jax_enable_x64")):
         poison = _poison(op, model, batch, programs)
         if not double:
             models = model, _grown(op, model, key), permuted
             native = _difference(*(programs.outputs(each, batch) for each in models))
-            forward_lines = (native, exact)
+            differences = (native, exact)
     old, new = axes_of(model).sizes, axes_of(shapes(op, model)).sizes
     return Certificate(
         operator=str(op),
         exactness=op.exactness,
         axes={axis: (n, new[axis]) for axis, n in old.items() if new[axis] != n},
-        forward=forward_lines,
+        forward=differences,
         poison=poison,
         gradient=gradient,
         dead=dead,
@@ -179,9 +192,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _jit(function: _Function) -> _Function:
-    """`eqx.filter_jit` without costly optimisations: a certificate's programs run a few times each.
+    """`eqx.filter_jit` without costly optimisations, since a certificate runs a program only a few times.
 
-    Matrix products are library calls either way.
+    Matrix products are calls of a library, which are as fast either way.
     """
     cheap = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     jit: Any = eqx.filter_jit
@@ -189,7 +202,7 @@ def _jit(function: _Function) -> _Function:
 
 
 class _Observation(NamedTuple):
-    """What a model computes on a batch."""
+    """A model's outputs, loss and gradient on a batch."""
 
     outputs: Any
     loss: Array
@@ -197,7 +210,7 @@ class _Observation(NamedTuple):
 
 
 class _Programs(eqx.Module):
-    """What is computed of a small and of a grown model: one program each, whatever they hold."""
+    """The programs of observations, each compiled once for a small and once for a grown model."""
 
     forward: Callable = eqx.field(static=True)
     loss: Callable | None = eqx.field(static=True)
@@ -228,7 +241,7 @@ def _grown(op, model, key):
 
 @_jit
 def _pulled_back(op, model, key, gradient):
-    """A gradient of the grown model, taken back through the operator."""
+    """The transpose of the operator, applied to a gradient of the grown model."""
     trained, rest = partition(model)
 
     def grow(trained):
@@ -242,38 +255,40 @@ def call(model, batch):
     return jax.vmap(model)(*batch) if isinstance(batch, tuple) else jax.vmap(model)(batch)
 
 
+# For each output the shape that a loss uses, or None for an output that it ignores
 Shown = tuple[tuple[int, ...] | None, ...]
 
 
 def shown_outputs(forward: Callable, op, model, batch) -> Shown:
-    """What a loss may look at: the shapes of the outputs that `op` leaves as they are.
+    """The shapes of the outputs that a loss uses: those that `op` does not grow.
 
-    An output that grew shows copies one by one, so a loss of it is not symmetric in them. If every
-    output grows, their old corners are used all the same.
+    A grown output contains copies as separate entries, so a loss of it is not symmetric in the copies. If
+    every output grows, the loss uses the old entries of all.
     """
 
-    def of(model):
+    def output_shapes(model):
         with jax.enable_x64(True):
             return [y.shape for y in jax.tree.leaves(eqx.filter_eval_shape(forward, model, batch))]
 
-    before, after = of(model), of(shapes(op, model))
-    none = not any(a == b for a, b in zip(before, after, strict=True))
-    return tuple(a if none or a == b else None for a, b in zip(before, after, strict=True))
+    before, after = output_shapes(model), output_shapes(shapes(op, model))
+    all_grow = not any(a == b for a, b in zip(before, after, strict=True))
+    return tuple(a if all_grow or a == b else None for a, b in zip(before, after, strict=True))
 
 
 def probe(outputs, shown: Shown) -> Array:
-    """A fixed smooth function of the shown outputs."""
+    """A fixed smooth function of the shown outputs, which serves as a loss."""
     total = jnp.zeros(())
     for y, shape in zip(jax.tree.leaves(outputs), shown, strict=True):
         if shape is not None:
             y = y[tuple(map(slice, shape))].astype(jnp.promote_types(y.dtype, jnp.float32))
+            # A weight for each entry, and a nonlinear and a linear term, so that nothing cancels
             ripple = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
             total = total + jnp.mean(jnp.sin(y) * ripple + y * ripple**2)
     return total
 
 
 def _difference(before, after, floor) -> Difference:
-    """Two observations, and a third that differs from the first by rounding alone."""
+    """The difference of two observations; `floor` differs from the first by rounding alone."""
     absolute, relative = distance(before.outputs, after.outputs)
     leaves = [leaf for leaf in jax.tree.leaves(before.outputs) if eqx.is_inexact_array(leaf)]
     loss = float(after.loss) - float(before.loss)
@@ -282,15 +297,20 @@ def _difference(before, after, floor) -> Difference:
 
 
 def distance(before, after) -> tuple[float, float]:
-    """Largest absolute and relative (to the largest entry) difference, on the common corner."""
-    worst = (0.0, 0.0)
+    """The largest absolute difference, and the largest relative to its array's largest entry.
+
+    Of an array that has grown, the old entries are compared.
+    """
+    absolute, relative = 0.0, 0.0
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         b = np.asarray(b[tuple(map(slice, a.shape))], np.float64)
         a = np.asarray(a, np.float64)
         gap, size = float(np.abs(b - a).max()), float(np.abs(a).max())
+        # NaN would be lost in max(); infinity is larger than any limit
         gap = gap if np.isfinite(gap) else np.inf
-        worst = (max(worst[0], gap), max(worst[1], gap / size if size else gap))
-    return worst
+        absolute = max(absolute, gap)
+        relative = max(relative, gap / size if size else gap)
+    return absolute, relative
 
 
 @_jit
@@ -298,6 +318,7 @@ def _permuted(model):
     """The same function with hidden units and heads in reverse order."""
     table = axes_of(model)
     for axis, size in table.sizes.items():
+        # Only axes between two arrays of a block can be permuted; a buffer would have to follow
         inner = {"consumed", "produced"} <= table.roles(axis) and not table.is_stream(axis)
         if inner and not table.having(axis, "buffer"):
             model = maps.apply(AxisMap(axis, np.arange(size)[::-1]), model, None)
@@ -305,7 +326,7 @@ def _permuted(model):
 
 
 def _poison(op, model, batch, programs: _Programs) -> dict[str, bool]:
-    """Whether outputs are bitwise the same under every fill of what the operator leaves free."""
+    """For each fill of closed new coordinates, whether outputs are bitwise those of the first fill."""
     if not any(m.closed().any() for atom, before in steps(op, model) for m in atom.maps(before)):
         return {}
     first, same = None, {}
@@ -319,22 +340,24 @@ def _poison(op, model, batch, programs: _Programs) -> dict[str, bool]:
 
 @_jit
 def _poisoned(op, model, offset, spread):
+    """The grown model with closed new coordinates of this offset and spread."""
+
     def fill(key, shape, dtype):
         return (offset + spread * jax.random.normal(key, shape)).astype(dtype)
 
-    # The default generator is a long program for every leaf; this one is an instruction
+    # The default generator compiles to a long program for every leaf, this one to a single instruction
     return filled(op, model, jax.random.key(0, impl="unsafe_rbg"), fill)
 
 
 def steps(op, model):
-    """Each single operator with the axis table it is applied to."""
+    """Each single operator of `op`, with the axis table of the model that it is applied to."""
     for atom in atoms(op):
         yield atom, axes_of(model)
         model = shapes(atom, model)
 
 
 def filled(op, model, key, fill: Callable):
-    """The grown model with every closed new coordinate filled by `fill` instead."""
+    """The grown model, with every closed new coordinate drawn by `fill` instead."""
     for atom in atoms(op):
         for move in atom.maps(axes_of(model)):
             closed = move.closed()
@@ -345,9 +368,10 @@ def filled(op, model, key, fill: Callable):
     return model
 
 
-def _error(expected, found) -> float:
-    expected, found = (jax.tree.map(np.asarray, tree) for tree in (expected, found))
-    gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected, found)
+def _error(expected, actual) -> float:
+    """The largest difference between the arrays of two trees, relative to the largest expected entry."""
+    expected, actual = (jax.tree.map(np.asarray, tree) for tree in (expected, actual))
+    gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected, actual)
     return float(max(jax.tree.leaves(gaps)) / _largest(expected))
 
 
@@ -356,7 +380,7 @@ def _largest(tree) -> float:
 
 
 def _liveness(op, model, grown, batch, programs: _Programs, level: float):
-    """Zero gradients and locked copies of new coordinates, over two steps of gradient descent."""
+    """The shares of dead entries and numbers of locked copies, by axis, over two steps of descent."""
     new, homes = new_coordinates(op, model)
     if any(slot.value is not None for slot in axes_of(grown).of_kind("gate")):
         grown = ramp(grown, level)
@@ -367,7 +391,7 @@ def _liveness(op, model, grown, batch, programs: _Programs, level: float):
         moved = eqx.combine(trained, rest)
         gradient = jax.tree.map(np.asarray, programs.observed(moved, batch).gradient)
         zero.append(_dead(grown, gradient, new))
-        scale = 1e-3 / _largest(gradient)
+        scale = 1e-3 / _largest(gradient)  # the largest change of a parameter is 1e-3
         trained = jax.tree.map(lambda p, g: p - scale * g, trained, gradient)  # noqa: B023
     change = jax.tree.map(lambda a, b: a - b, trained, start)
     locked = {axis: _locked(grown, change, axis, new[axis], homes[axis]) for axis in new}
@@ -375,25 +399,30 @@ def _liveness(op, model, grown, batch, programs: _Programs, level: float):
 
 
 def new_coordinates(op, model):
-    """For every grown axis: which coordinates are new, and where the source of each lives now."""
+    """For every grown axis, a mask of its new coordinates, and the index of each one's source.
+
+    The source of a copy is the first coordinate with the same old index; that of a fresh coordinate is
+    itself. In a chain, coordinates that an earlier operator added stay new.
+    """
     new: dict[str, np.ndarray] = {}
     homes: dict[str, np.ndarray] = {}
     for atom, table in steps(op, model):
         for move in atom.maps(table):
             before = new.get(move.axis, np.zeros(table.size(move.axis), bool))
-            kept = before[np.maximum(move.source, 0)]
-            new[move.axis] = move.is_new() | kept
-            first = {int(s): i for i, s in reversed(list(enumerate(move.source)))}
-            homes[move.axis] = np.asarray(
-                [first[int(s)] if s >= 0 else i for i, s in enumerate(move.source)]
-            )
+            inherited = before[np.maximum(move.source, 0)]
+            new[move.axis] = move.is_new() | inherited
+            first: dict[int, int] = {}
+            home = []
+            for i, source in enumerate(map(int, move.source)):
+                home.append(i if source < 0 else first.setdefault(source, i))
+            homes[move.axis] = np.asarray(home)
             if move.over is not None:  # its coordinates are dealt out: none has a place of its own
                 new.pop(move.over, None)
     return {axis: mask for axis, mask in new.items() if mask.any()}, homes
 
 
 def _dead(model, gradient, new: dict[str, np.ndarray]) -> dict[str, float]:
-    """Per axis, the share of entries at new coordinates whose gradient is exactly zero."""
+    """For each axis, the share of entries at new coordinates whose gradient is exactly zero."""
     table, shares = axes_of(model), {}
     for axis, mask in new.items():
         zero = total = 0
@@ -403,9 +432,10 @@ def _dead(model, gradient, new: dict[str, np.ndarray]) -> dict[str, float]:
                 continue
             for part, piece in zip(slot.parts, slot.cut(g, table.sizes), strict=True):
                 piece = np.asarray(part.split(piece, table.sizes))
+                # Along a table's rows one gradient is enough: rows that the batch lacks have none
                 lookups = tuple(i for i, dim in enumerate(part.dims) if dim.role == "lookup")
-                # A row nobody looked up is not dead
                 alive = np.any(piece != 0, axis=lookups, keepdims=True)
+                # A square matrix has the axis twice; it is counted along the first
                 for dim in part.positions(axis)[:1]:
                     new_ones = np.compress(mask, alive, axis=dim)
                     zero, total = zero + int((~new_ones).sum()), total + new_ones.size
@@ -414,7 +444,7 @@ def _dead(model, gradient, new: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def _locked(model, change, axis: str, new: np.ndarray, homes: np.ndarray) -> int:
-    """How many new coordinates changed exactly as the coordinate they were copied from."""
+    """The number of new coordinates that changed exactly like their source in every array."""
     table = axes_of(model)
     same = new & (homes != np.arange(len(homes)))
     for slot in table.having(axis, "param"):
@@ -431,13 +461,13 @@ def _locked(model, change, axis: str, new: np.ndarray, homes: np.ndarray) -> int
 
 
 def shapes(op, model):
-    """The grown model without its numbers."""
+    """The grown model, with shapes and dtypes in place of arrays."""
     with jax.enable_x64(True):  # float64 models keep their dtype; others are not widened
         return eqx.filter_eval_shape(lambda m: op(m, key=jax.random.key(0)), model)
 
 
 @_jit
 def _wide(model):
-    """The model in float64; a static `dtype` that overrides it is dropped."""
+    """The model in float64, without a static `dtype`, which would make it compute in another."""
     model = jax.tree.map(lambda x: x.astype(float) if eqx.is_inexact_array(x) else x, model)
     return put(model, {("dtype",): None}) if getattr(model, "dtype", None) else model

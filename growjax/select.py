@@ -1,8 +1,8 @@
-"""Batch selection: look at more examples than are trained on, and train on those that seem worth it.
+"""Batch selection: the losses of several batches decide which examples a step trains on.
 
-Looking costs a forward pass of every example offered, and a run is charged for it. A selector is a
-value like a sub-network: what it chooses is a function of the losses and of the key, always as many as
-a batch has, so one program serves every step and a run resumes anywhere.
+A run is charged for the forward pass over all examples offered. A selector is a value, like a
+sub-network. Its choice is a function of the losses and the key, and always has as many examples as a
+batch, so one program serves every step, and a run can resume at any step.
 
 Selective backprop: Jiang et al. 2019 (arXiv 1910.00762). RHO loss: Mindermann et al., ICML 2022. Both as
 measured by Kaddour et al., "No Train No Gain", NeurIPS 2023.
@@ -25,17 +25,17 @@ from growjax.maps import fold_in_name
 from growjax.values import base, check, fits, ranged, register
 
 
-# How many batches are looked at: all of them are in memory at once
+# How many batches are offered to a selector; all of them are in memory at once
 Batches = Annotated[int, ranged(1, 1000, "a number of batches")]
 
 
 @base("a selector such as RhoLoss()")
 class Selector(eqx.Module):
-    """Chooses what a step trains on from several batches: subclass it and write `choose`.
+    """Chooses the examples of a step from several batches. A selector of your own has a `choose`.
 
-    `offers` says how many batches it looks at, `compares` whether it needs the losses of a second model.
-    What looking costs is for the clock to say: one whose forward passes cost nothing shows what a rule
-    would gain if it were free.
+    `offers` is the number of batches to choose from, and `compares` whether it needs the losses of a
+    second model. The clock has the price of the forward pass: a clock whose forward passes are free shows
+    what a selector would gain if they were.
     """
 
     offers: eqx.AbstractVar[int]
@@ -53,23 +53,24 @@ class Selector(eqx.Module):
         *,
         key: PRNGKeyArray,
     ) -> Int[Array, " keep"]:
-        """The `keep` chosen of n examples, in the order in which they came.
+        """The indices of `keep` of n examples, ascending.
 
-        `losses` are the mean losses of each under the model that is trained, `reference` under the
-        second one.
+        `losses` has the mean loss of each example under the model that is trained, `reference` under the
+        second model.
         """
 
 
 @register
 class RhoLoss(Selector):
-    """Those whose loss can be reduced most: the model's own minus that of a model trained elsewhere.
+    """The examples with the most reducible loss: the model's loss minus that of a reference model.
 
     **Fields**
 
-    - `offers`: from how many batches; No Train No Gain takes 2, and 10 where looking is free.
+    - `offers`: the number of batches to choose from; No Train No Gain takes 2, and 10 if forward passes
+      are free.
 
-    The second model (`train(..., reference=model)`) is of the same family, trained on other data; both
-    see the same masks, since they see the same examples. Ties go to the earlier example.
+    The reference (`train(..., reference=model)`) is a model of the same family, trained on other data.
+    Both models read the same examples with the same masks. Of equal examples the earlier one is chosen.
 
     **Example**
 
@@ -94,14 +95,14 @@ class SelectiveBackprop(Selector):
 
     **Fields**
 
-    - `beta`: how strongly; 0 trains on everything that is offered.
-    - `offers`: from how many batches; None looks at `beta + 1`, of which the published rule keeps one
-      on average.
+    - `beta`: how strongly hard examples are preferred; 0 chooses among all with equal odds.
+    - `offers`: the number of batches to choose from; None is `beta + 1`, of which the published rule
+      keeps one on average.
 
-    The published rule (`LossPool`) keeps each example by a coin of its own and waits until a batch is
-    full, so that the cost of a step depends on the losses. Here exactly one batch is drawn without
-    replacement, with the same odds, from a fixed number of offers, and percentiles are among those: cost,
-    shapes and resuming stay exact. Losses are not re-weighted, on purpose, in either.
+    The published rule (`LossPool`) keeps each example with a probability of its own and waits until a
+    batch is full, so the cost of a step depends on the losses. This one draws exactly one batch without
+    replacement, with the same odds, from a fixed number of batches, and percentiles are among these. So
+    costs and shapes are fixed, and a run resumes exactly. As published, losses are not re-weighted.
 
     **Example**
 
@@ -114,13 +115,16 @@ class SelectiveBackprop(Selector):
 
     def __init__(self, beta: float = 1.0, offers: int | None = None):
         self.beta = beta
-        known = fits(float, beta) and beta >= 0
-        self.offers = (math.ceil(beta + 1) if known else 1) if offers is None else offers
+        if offers is None:
+            # A beta out of its range is refused by `check`, which needs an `offers` first
+            valid = fits(float, beta) and beta >= 0
+            offers = math.ceil(beta + 1) if valid else 1
+        self.offers = offers
 
     def choose(self, losses, reference, keep, *, key):
         del reference
         q = percentiles(losses, losses)
-        # The largest of log-odds plus Gumbel noise: draws without replacement, one after the other
+        # The Gumbel trick: the largest of log-odds plus noise are draws without replacement
         noise = jax.random.gumbel(fold_in_name(key, "select"), losses.shape)
         order = jnp.argsort(-(self.beta * jnp.log(q) + noise), stable=True)
         return jnp.sort(order[:keep])
@@ -129,7 +133,7 @@ class SelectiveBackprop(Selector):
 def percentiles(losses: Float[Array, " n"], among: Float[Array, " m"]) -> Float[Array, " n"]:
     """The rank of each loss among others as a share, in (0, 1]: `(#less + #not more + 1) / 2m`.
 
-    The largest of m has 1 and the smallest 1/m; ties share the middle of their ranks.
+    The largest of m has 1 and the smallest 1/m; equal losses share the mean of their ranks.
     """
     ordered = jnp.sort(among)
     less = jnp.searchsorted(ordered, losses, side="left")
@@ -138,16 +142,16 @@ def percentiles(losses: Float[Array, " n"], among: Float[Array, " m"]) -> Float[
 
 
 class LossPool:
-    """Selective backprop as published: a coin for every example, and a batch whenever one is full.
+    """Selective backprop as published: examples are kept at random, and a full batch is trained on.
 
-    For loops of one's own; a plan takes `SelectiveBackprop`. Examples that were kept wait, with losses
-    that grow stale, until there are enough of them.
+    It is for a training loop of your own; a plan takes `SelectiveBackprop`. Examples that are kept wait
+    until they fill a batch; by then their losses are out of date.
 
     **Arguments**
 
-    - `batch`: examples of a batch.
+    - `batch`: the number of examples of a batch.
     - `beta`: the power of the percentile.
-    - `history`: among how many of the last losses a percentile is taken.
+    - `history`: the number of latest losses among which percentiles are taken.
 
     **Example**
 
@@ -158,15 +162,10 @@ class LossPool:
     """
 
     def __init__(self, batch: int, beta: float = 1.0, *, history: int = 5000, seed: int = 0):
-        faults = [
-            f"{name}: expected {what}, got {value}"
-            for name, what, value, ok in [
-                ("batch", "1 or more", batch, batch >= 1),
-                ("beta", "0 or more", beta, beta >= 0),
-                ("history", "1 or more", history, history >= 1),
-            ]
-            if not ok
-        ]
+        faults = []
+        for name, value, least in [("batch", batch, 1), ("beta", beta, 0), ("history", history, 1)]:
+            if not value >= least:  # also for NaN
+                faults.append(f"{name}: expected {least} or more, got {value}")
         raise_all(SelectError, "this pool cannot be used:", faults)
         self.batch, self.beta = batch, beta
         self.history: collections.deque[float] = collections.deque(maxlen=history)
@@ -174,9 +173,9 @@ class LossPool:
         self.rng = np.random.default_rng(seed)
 
     def offer(self, rows: Mapping[str, np.ndarray], losses: Any) -> list[dict[str, Any]]:
-        """The batches that these examples (and those that wait) fill, first come first served."""
+        """The batches that waiting examples and these fill, in the order in which they came."""
         losses = np.asarray(losses, np.float64)
-        self.history.extend(losses.tolist())  # before ranking, so that a loss is among its peers
+        self.history.extend(losses.tolist())  # first, so that a percentile counts the loss itself
         q = np.asarray(percentiles(jnp.asarray(losses), jnp.asarray(self.history)))
         for i in np.flatnonzero(self.rng.uniform(size=len(q)) < q**self.beta):
             self.waiting.append({name: values[i] for name, values in rows.items()})

@@ -2,7 +2,7 @@
 
 Strategies draw *descriptions* (an `Architecture`, an operator that fits it) from short fixed lists, so
 that compiled programs are reused; arrays come from seeds. Assertions take an operator, a model and a
-batch, compile once, and raise `AssertionError` that says what moved and by how much.
+batch, compile once, and raise `AssertionError` with the largest deviation.
 
     from hypothesis import given
     from growjax import testing
@@ -71,7 +71,7 @@ class Architecture:
             return jax.tree.map(lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, model)
 
     def batch(self, seed: int = 0, size: int = 2) -> Batch:
-        """Token ids `[size, LENGTH]`: what the model is called with, under `vmap`."""
+        """Token ids `[size, LENGTH]`, the model's input under `vmap`; for a T5 those of both stacks."""
         rng = np.random.default_rng(seed)
         tokens = jnp.asarray(rng.integers(0, VOCAB, (2, size, LENGTH)))
         return (tokens[0], tokens[1, :, :3]) if self.family == "T5" else tokens[0]
@@ -99,10 +99,11 @@ def _skeleton(architecture: Architecture):
 
 
 def randomise(model, seed: int = 0):
-    """The model with every trained array drawn afresh (by numpy, leaf by leaf, from the seed)."""
+    """The model with every trained array drawn anew, including biases and gains."""
     values = {}
     for slot in axes_of(model).of_kind("param"):
         if slot.value is not None:
+            # NumPy draws, which need no compilation; the path makes every leaf's draws differ
             rng = np.random.default_rng([seed, zlib.crc32(slot.path.encode())])
             noise = 0.4 * rng.standard_normal(slot.value.shape)
             values[slot.steps] = jnp.asarray(noise + (slot.init == "ones"), slot.value.dtype)
@@ -126,7 +127,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _architecture("T5"),
     _architecture("T5", glu=True, activation="gelu_tanh", tied=False),
 )
-"""Every option that decides exactness, each in at least one of them."""
+"""Small models with every option that matters for exactness, each in at least one of them."""
 
 
 # Operators -----------------------------------------------------------------------------------
@@ -196,12 +197,12 @@ def all_cases() -> tuple[Case, ...]:
 
 
 def architectures() -> st.SearchStrategy[Architecture]:
-    """A small model's description."""
+    """One of `ARCHITECTURES`."""
     return st.sampled_from(ARCHITECTURES)
 
 
 def cases(*, exactness: tuple[growth.Exactness, ...] | None = None) -> st.SearchStrategy[Case]:
-    """An architecture, an operator that fits it and a seed; `exactness` keeps some classes only."""
+    """An architecture, an operator that fits it, and a seed; only classes in `exactness`, if given."""
     fitting = [c for c in all_cases() if exactness is None or c.operator.exactness in exactness]
     return st.builds(
         lambda case, seed: dataclasses.replace(case, seed=seed),
@@ -214,7 +215,7 @@ def cases(*, exactness: tuple[growth.Exactness, ...] | None = None) -> st.Search
 
 
 class _Observation(eqx.Module):
-    """A grown model, its outputs, its gradient, and that gradient taken back through the operator."""
+    """A grown model, its outputs, its gradient, and that gradient pulled back through the operator."""
 
     model: Any
     outputs: Any
@@ -223,7 +224,10 @@ class _Observation(eqx.Module):
 
 
 def _fill(offset, spread) -> Callable:
-    """New entries at `offset`, scattered by `spread` (constants: a hash a leaf compiles slowly)."""
+    """A draw of new entries around `offset`, scattered by `spread`.
+
+    The numbers are constants: random bits for every leaf would take long to compile.
+    """
 
     def init(key, shape, dtype):
         wave = np.sin(1.0 + np.arange(int(np.prod(shape))) ** 2).reshape(shape)
@@ -236,20 +240,21 @@ _FILLS = {"zeros": (0.0, 0.0), "scattered": (0.0, 1.0), "42": (42.0, 0.0), "1000
 
 
 @eqx.filter_jit
-def _observe(op, model, batch, shown, offset, spread, opened, slopes) -> _Observation:
+def _observe(op, model, batch, shown, offset, spread, opened, gradients) -> _Observation:
+    """The observation of a model after `op` (None: as it is), with or without gradients."""
     fill = _fill(offset, spread)
     trained, rest = partition(model)
 
     def grow(trained):
         grown = eqx.combine(trained, rest)
         grown = grown if op is None else filled(op, grown, jax.random.key(0), fill)
-        # Untouched unless opened: a gate that growth leaves at another level must show.
+        # Unless `opened`, gates keep their level, so that a wrong level after growth is noticed
         gates = [g for g in axes_of(grown).of_kind("gate") if g.value is not None]
         levels = {g.steps: jnp.where(opened, g.value.at(1.0).value, g.value.value) for g in gates}
         grown = put(grown, {g.steps: Gate(levels[g.steps], g.value.new) for g in gates})
         return partition(grown)
 
-    if not slopes:  # half the program, where only outputs are asked for
+    if not gradients:  # half the program, for assertions about outputs alone
         grown = eqx.combine(*grow(trained))
         return _Observation(grown, call(grown, batch), None, None)
 
@@ -267,30 +272,32 @@ _outputs = eqx.filter_jit(call)
 
 
 class _Study:
-    """An operator on a model and a batch: one compiled program, run once for each thing asked of it."""
+    """An operator on a model and a batch: one compiled program, whose results are cached."""
 
-    def __init__(self, op: Operator | Chain, model, batch: Batch, *, slopes: bool = True):
-        self.op, self.model, self.batch, self._slopes = op, model, batch, slopes
+    def __init__(self, op: Operator | Chain, model, batch: Batch, *, gradients: bool = True):
+        self.op, self.model, self.batch, self._gradients = op, model, batch, gradients
         self._shown = shown_outputs(call, op, model, batch)
-        self._seen: dict[tuple, _Observation] = {}
+        self._observations: dict[tuple, _Observation] = {}
 
     @property
     def small(self) -> _Observation:
         """The model before it is grown."""
-        return self._see(None, "zeros", False)
+        return self._observed(None, "zeros", False)
 
     def big(self, fill: str = "scattered", *, opened: bool = False) -> _Observation:
         """The grown model, its closed new coordinates filled and, if `opened`, its gates at 1."""
-        return self._see(self.op, fill, opened)
+        return self._observed(self.op, fill, opened)
 
-    def _see(self, op, fill: str, opened: bool) -> _Observation:
-        at = (op is None, fill, opened)
-        if at not in self._seen:
+    def _observed(self, op, fill: str, opened: bool) -> _Observation:
+        key = (op is None, fill, opened)
+        if key not in self._observations:
             with jax.enable_x64(True):
+                # As arrays, so that one program serves all fills
                 offset, spread, level = map(jnp.asarray, (*_FILLS[fill], opened))
-                given = (op, self.model, self.batch, self._shown)
-                self._seen[at] = _observe(*given, offset, spread, level, self._slopes)
-        return self._seen[at]
+                subject = (op, self.model, self.batch, self._shown)
+                observation = _observe(*subject, offset, spread, level, self._gradients)
+                self._observations[key] = observation
+        return self._observations[key]
 
     def preserves(self, rtol: float | None = None) -> None:
         _assert_same("outputs", self.small.outputs, self.big().outputs, rtol)
@@ -305,9 +312,9 @@ class _Study:
         small, big = self.small.gradient, self.big().pulled_back
         scale = max(float(np.abs(np.asarray(g)).max()) for g in jax.tree.leaves(small))
         for slot in axes_of(self.model).of_kind("param"):
-            expected, found = get(small, slot.steps), get(big, slot.steps)
+            expected, actual = get(small, slot.steps), get(big, slot.steps)
             if expected is not None:
-                gap = float(np.abs(np.asarray(expected) - np.asarray(found)).max()) / scale
+                gap = float(np.abs(np.asarray(expected) - np.asarray(actual)).max()) / scale
                 assert gap <= rtol, (
                     f"{slot.path}: transposed gradient is off by {gap:.1e} (> {rtol:.0e})"
                 )
@@ -343,12 +350,12 @@ def assert_preserves(
     `rtol` is relative to the largest output: 1e-12 for a float64 model and 2e-5 for float32 by default.
     Closed new coordinates (behind gates or zeros) are filled with scattered numbers of order one.
     """
-    _Study(op, model, batch, slopes=False).preserves(rtol)
+    _Study(op, model, batch, gradients=False).preserves(rtol)
 
 
 def assert_independent(op: Operator | Chain, model, batch: Batch) -> None:
-    """Outputs are bitwise the same whatever closed new coordinates hold: 0, order one, 42, 1000."""
-    _Study(op, model, batch, slopes=False).independent()
+    """Outputs are bitwise the same for any values in closed new coordinates: 0, order one, 42, 1000."""
+    _Study(op, model, batch, gradients=False).independent()
 
 
 def assert_gradient(op: Operator | Chain, model, batch: Batch, *, rtol: float = 1e-10) -> None:
@@ -362,16 +369,16 @@ def assert_still(op: Operator | Chain, model, batch: Batch) -> None:
 
 
 def assert_settles(op: Operator | Chain, model, batch: Batch, *, rtol: float | None = None) -> None:
-    """With every gate at 1 the gated model equals the settled one, whose gates are gone."""
-    _Study(op, model, batch, slopes=False).settles(rtol)
+    """With every gate at 1, the gated model computes the outputs of the settled one, without gates."""
+    _Study(op, model, batch, gradients=False).settles(rtol)
 
 
 def assert_same_growth(
     left: Operator | Chain, right: Operator | Chain, model, *, key: PRNGKeyArray
 ):
-    """Two ways to grow give bitwise the same parameters (two hops and one, say).
+    """Two ways to grow give bitwise the same parameters, such as two steps and one.
 
-    Gates are opened and settled between the operators of a chain, as a schedule would.
+    Gates are opened and settled after each operator of a chain, as in a run.
     """
     with jax.enable_x64(True):
         one, two = _settled_growth(left, model, key), _settled_growth(right, model, key)
@@ -390,8 +397,9 @@ def _settled_growth(op, model, key):
 def assert_carries(op: Operator | Chain, model, batch: Batch, tx, *, rtol: float = 1e-10) -> None:
     """Optimizer state carried through an exact copy is the state that the grown model would have.
 
-    Takes one step of `tx` (an optax transformation without a global norm) on either side and compares
-    every array: moments that are moved by the wrong power of the share cannot pass.
+    It takes one step of `tx` (an optax transformation without a global norm) with the small and with the
+    grown model, and compares every array. So a moment that is scaled by the wrong power of the share
+    fails.
     """
     from growjax.optim import carry
 
@@ -404,15 +412,16 @@ def assert_carries(op: Operator | Chain, model, batch: Batch, tx, *, rtol: float
         carried = carry(op, state, model, optimizer=tx, key=jax.random.key(0))
         direct = tx.update(big.gradient, tx.init(grown), grown)[1]
     chex.assert_trees_all_equal_structs(carried, direct)
-    # Each moment by its own scale: the gradient of a key's bias is zero but for rounding.
+    # A part is a whole moment of the model, or a scalar. Arrays are compared relative to the largest
+    # entry of their part, since some (the gradient of a key's bias) are zero up to rounding
     parts = [
         jax.tree_util.tree_leaves_with_path(
             state, is_leaf=lambda node: isinstance(node, type(grown))
         )
         for state in (direct, carried)
     ]
-    for (path, expected), (_, found) in zip(*parts, strict=True):
-        pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True)
+    for (path, expected), (_, actual) in zip(*parts, strict=True):
+        pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True)
         pairs = [(np.asarray(a, float), np.asarray(b, float)) for a, b in pairs]
         scale = max((np.abs(a).max() for a, _ in pairs), default=0) or 1.0
         gap = max((np.abs(a - b).max() for a, b in pairs), default=0) / scale
@@ -438,11 +447,11 @@ def assert_contract(op: Operator | Chain, model, batch: Batch) -> None:
         study.settles()
 
 
-def _assert_same(what: str, expected, found, rtol: float | None) -> None:
+def _assert_same(name: str, expected, actual, rtol: float | None) -> None:
     leaves = [x for x in jax.tree.leaves(expected) if eqx.is_inexact_array(x)]
     wide = all(x.dtype == jnp.float64 for x in leaves)
     rtol = rtol or (1e-12 if wide else 2e-5)
-    absolute, relative = distance(expected, found)
+    absolute, relative = distance(expected, actual)
     assert relative <= rtol, (
-        f"{what} moved by {absolute:.1e}, {relative:.1e} relative (> {rtol:.0e})"
+        f"{name} moved by {absolute:.1e}, {relative:.1e} relative (> {rtol:.0e})"
     )

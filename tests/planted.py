@@ -408,7 +408,7 @@ TABLE = """
 - gap = gap if np.isfinite(gap) else np.inf
 + gap = gap if np.isfinite(gap) else 0.0
 @ what earlier operators made is forgotten | certificate.py | survivors | earlier_operators
-- new[move.axis] = move.is_new() | kept
+- new[move.axis] = move.is_new() | inherited
 + new[move.axis] = move.is_new()
 @ buffers that are added to a mean are not touched | maps.py | survivors | epsilon
 - {slot.steps for slot in (*table.having(move.axis), *_mean_buffers(move, table))}
