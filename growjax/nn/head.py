@@ -98,8 +98,8 @@ def per_token(
 ) -> Any:
     """`function(logits, *rows)` of a whole sequence, computed a chunk of its tokens at a time.
 
-    `function` maps logits `[t, vocab]` and `t` rows of each array in `rows` to arrays of `t` rows, each row
-    of its own token alone. It is called with any `t`. The gradient computes logits again. `chunk` is
+    `function` maps logits `[t, vocab]` and `t` rows of each array in `rows` to arrays of `t` rows, each
+    row of its own token alone. It is called with any `t`. The gradient computes logits again. `chunk` is
     decided by `chunk_of` if it is None: by shapes alone, so that a program is always the same. Another
     chunk may change the last bit, since products of other shapes are summed in another order.
 
