@@ -2,10 +2,12 @@
 
 python -m tests.hosts layouts FOLDER              8 devices in one process
 python -m tests.hosts own                         the same, with models that growjax did not write
+python -m tests.hosts heads                       the same, with losses that read a few tokens at a time
 python -m tests.hosts rank FOLDER RANK PORT WHAT  one of two processes, one device each
 python -m tests.hosts start FOLDER                one process that starts from what the two made
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,12 +24,13 @@ import optax
 
 import growjax as gj
 from growjax import parallel
+from growjax.nn import head
 from growjax.programs.ahead import lower
 from growjax.programs.step import Programs, checksums
 from growjax.runs.checkpoint import load, numbered, read_lineage
 from growjax.train import End, Fork, Layout, Options, Plan, Start, Step, cross_entropy, train
 from tests import own
-from tests.runs import feed, plan, steps
+from tests.runs import SMALL, feed, plan, steps
 
 
 def short(layout: Layout, **changes: Any) -> Plan:
@@ -100,6 +103,31 @@ def own_models() -> None:
         }
         for name, make in plans.items()
     }
+    print(json.dumps(found))
+
+
+def heads() -> None:
+    """The losses of heads that read three tokens at a time, under every layout: 8 are 3 + 3 + 2.
+
+    "whole" reads them all at once, on one device.
+    """
+    devices = jax.devices()
+    ways = {
+        "whole": (Layout(), 1),
+        "one": (Layout(), 1),
+        "data": (Layout(), 8),
+        "replicas": (Layout(step="shard_map"), 8),
+        "fsdp": (Layout(fsdp=8), 8),
+        "vocabulary": (Layout(tensor=2), 2),
+        "both": (Layout(fsdp=2, tensor=2), 8),
+    }
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, tied in (("tied", True), ("untied", False)):
+        model = dataclasses.replace(SMALL, tied=tied)
+        for way, (layout, n) in ways.items():
+            head.LARGE, head.CHUNK = (2**23, 256) if way == "whole" else (0, 3)
+            of = plan(steps(3), model=model, layout=layout, batch=8)
+            found.setdefault(name, {})[way] = losses(of, devices=devices[:n])
     print(json.dumps(found))
 
 
@@ -201,6 +229,8 @@ if __name__ == "__main__":
     command, where, *rest = [*sys.argv[1:], "."]
     if command == "own":
         own_models()
+    elif command == "heads":
+        heads()
     elif command == "layouts":
         layouts(Path(where))
     elif command == "start":

@@ -11,7 +11,7 @@ import pytest
 
 import growjax as gj
 from growjax.models import GPT, T5, Llama, LlamaConfig, T5Config
-from growjax.plan.losses import predictions
+from growjax.models.protocol import predictions
 from growjax.plan.optimizer import Optimizer
 from growjax.train import cross_entropy
 from tests.runs import SMALL

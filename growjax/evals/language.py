@@ -21,7 +21,7 @@ from growjax.data import MLM, Tokenizer, Window
 from growjax.errors import EvalError
 from growjax.evals.metrics import Scores
 from growjax.models import BERT
-from growjax.models.protocol import Kind, kind_of, predictions
+from growjax.models.protocol import Kind, kind_of, predictions, read_tokens
 
 
 Tokens = Sequence[int]
@@ -337,7 +337,7 @@ def _score(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
     """The log-likelihood of each row's targets, and how many of them are the likeliest token."""
 
     def score(example):
-        logprobs, likeliest = _logprobs(predictions(model, example), example["targets"])
+        logprobs, likeliest = read_tokens(_logprobs, model, example, example["targets"])
         weighted = example["weights"] > 0
         # `where` and not a product: a logprob of -inf under weight 0 would give NaN
         return jnp.sum(jnp.where(weighted, logprobs, 0)), jnp.sum(likeliest & weighted)

@@ -22,6 +22,7 @@ from growjax.nn import (
     Embedding,
     Mask,
     Norm,
+    Readout,
     Stacked,
     affine,
     logits,
@@ -125,10 +126,15 @@ class MLMHead(eqx.Module):
     def __call__(
         self, hidden: Float[Array, "T embed"], words: Embedding
     ) -> Float[Array, "T vocab"]:
+        return self.readout(hidden, words).logits()
+
+    def readout(self, hidden: Float[Array, "T embed"], words: Embedding) -> Readout:
+        """The same, with no logit computed yet."""
         act = ACTIVATIONS[self.activation]
         x = self.norm(act(affine("te,ef->tf", hidden, self.weight, self.bias)))
-        scores = words.attend(x) if self.decoder is None else logits(x, self.decoder)
-        return scores if self.decoder_bias is None else scores + self.decoder_bias
+        if self.decoder is None:
+            return Readout(x, words.table, self.decoder_bias, tied=True)
+        return Readout(x, self.decoder, self.decoder_bias)
 
 
 class BERT(eqx.Module):
@@ -204,16 +210,7 @@ class BERT(eqx.Module):
         mask: Bool[Array, " T"] | None = None,
     ) -> BERTOutput:
         """Hidden states and what the heads make of them; `mask` is True at real tokens."""
-        token_types = jnp.zeros_like(tokens) if token_types is None else token_types
-        x = self.embedding(tokens) + self.token_type(token_types)
-        x = x + self.position(jnp.arange(tokens.shape[0]))
-        x = x if self.dtype is None else x.astype(self.dtype)
-        # The norm's own gate hides what it produces; without one the sum is gated here.
-        x = gated(x, self.gate) if self.embedding_norm is None else self.embedding_norm(x)
-
-        x = self.blocks(x, mask=Mask(keys=mask))
-        hidden = x if self.norm is None else self.norm(x)
-
+        hidden = self._hidden(tokens, token_types, mask)
         pooled = None if self.pooler is None else self.pooler(hidden)
         nsp_logits = None
         if pooled is not None and self.nsp is not None:
@@ -228,3 +225,25 @@ class BERT(eqx.Module):
         if scores is None:
             raise PlanError("mlm_head: a BERT is trained through it, and it is off")
         return scores
+
+    def readout(self, example: Mapping[str, Array]) -> Readout:
+        """The same, with no logit computed yet."""
+        if self.mlm is None:
+            raise PlanError("mlm_head: a BERT is trained through it, and it is off")
+        hidden = self._hidden(example["tokens"], None, example.get("mask"))
+        return self.mlm.readout(hidden, self.embedding)
+
+    def _hidden(
+        self,
+        tokens: Int[Array, " T"],
+        token_types: Int[Array, " T"] | None,
+        mask: Bool[Array, " T"] | None,
+    ) -> Float[Array, "T embed"]:
+        token_types = jnp.zeros_like(tokens) if token_types is None else token_types
+        x = self.embedding(tokens) + self.token_type(token_types)
+        x = x + self.position(jnp.arange(tokens.shape[0]))
+        x = x if self.dtype is None else x.astype(self.dtype)
+        # The norm's own gate hides what it produces; without one the sum is gated here.
+        x = gated(x, self.gate) if self.embedding_norm is None else self.embedding_norm(x)
+        x = self.blocks(x, mask=Mask(keys=mask))
+        return x if self.norm is None else self.norm(x)

@@ -13,18 +13,19 @@ from growjax import axes
 from growjax.axes import param
 from growjax.gates import Gate, gated
 from growjax.models.config import Activation, Dtype, Eps, Remat, check_config, odd_rotary
+from growjax.models.protocol import READ
 from growjax.nn import (
     Block,
     Body,
     Cache,
     Embedding,
     Norm,
+    Readout,
     Rotary,
     RotaryScaling,
     Stacked,
     causal,
     empty_cache,
-    logits,
     make_block,
     normal,
 )
@@ -132,20 +133,15 @@ class Llama(eqx.Module):
         `mask` is True at real tokens, or `[T, T]` where one may see the other; tokens in the `prefix`
         are seen by all; of `documents` packed into one sequence, tokens see only their own number.
         """
-        positions = jnp.arange(tokens.shape[0]) if positions is None else positions
-        x, turn = self._embed(tokens, positions)
-        x = self.blocks(x, mask=causal(mask, prefix, documents), turn=turn)
-        return self._read_out(x)
+        return self._read(tokens, positions, mask, prefix, documents).logits()
 
     def predict(self, example: Mapping[str, Array]) -> Float[Array, "T vocab"]:
         """The logits on one example of an objective, whose keys say what there is to read."""
-        return self(
-            example["tokens"],
-            positions=example.get("positions"),
-            mask=example.get("mask"),
-            prefix=example.get("prefix"),
-            documents=example.get("segments"),
-        )
+        return self(example["tokens"], **{name: example.get(key) for key, name in READ.items()})
+
+    def readout(self, example: Mapping[str, Array]) -> Readout:
+        """The same, with no logit computed yet."""
+        return self._read(example["tokens"], *(example.get(key) for key in READ))
 
     def cache(self, size: int) -> Cache:
         """An empty cache for `extend`, of `size` places."""
@@ -160,7 +156,7 @@ class Llama(eqx.Module):
         """
         x, turn = self._embed(tokens, at + jnp.arange(tokens.shape[0]))
         x, cache = self.blocks.extend(x, cache, None, at, turn=turn)
-        return self._read_out(x), cache
+        return self._read_out(x).logits(), cache
 
     def _embed(
         self, tokens: Int[Array, " T"], positions: Int[Array, " T"]
@@ -169,6 +165,21 @@ class Llama(eqx.Module):
         x = gated(x if self.dtype is None else x.astype(self.dtype), self.gate)
         return x, self.rotary(positions)
 
-    def _read_out(self, x: Float[Array, "T embed"]) -> Float[Array, "T vocab"]:
+    def _read(
+        self,
+        tokens: Int[Array, " T"],
+        positions: Int[Array, " T"] | None,
+        mask: Bool[Array, " T"] | Bool[Array, "T T"] | None,
+        prefix: Bool[Array, " T"] | None,
+        documents: Int[Array, " T"] | None,
+    ) -> Readout:
+        positions = jnp.arange(tokens.shape[0]) if positions is None else positions
+        x, turn = self._embed(tokens, positions)
+        x = self.blocks(x, mask=causal(mask, prefix, documents), turn=turn)
+        return self._read_out(x)
+
+    def _read_out(self, x: Float[Array, "T embed"]) -> Readout:
         x = self.norm(x)
-        return self.embedding.attend(x) if self.head is None else logits(x, self.head)
+        if self.head is None:
+            return Readout(x, self.embedding.table, tied=True)
+        return Readout(x, self.head)

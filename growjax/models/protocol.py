@@ -5,6 +5,10 @@
 - `model.predict(example) -> logits [T, vocab]`, where there is one, reads what an objective makes; the
   keys of an example say what there is to read. A model without it is called, `model(tokens) -> logits`,
   with those of `positions`, `mask`, `prefix` and `documents` that its `__call__` takes.
+- `model.readout(example) -> growjax.nn.Readout`, where there is one besides, gives hidden states and the
+  head instead of logits, so that a loss never has all logits in memory. Its logits are those of `predict`
+  (or of the call). A subclass with another `predict` or `__call__`, and no `readout` of its own, is read
+  by these.
 - `model.kind` is "causal" (the default), "encoder" (it sees both sides of a token) or "seq2seq" (it reads
   one sequence and writes another).
 """
@@ -19,9 +23,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from growjax import annotation, values
 from growjax.errors import GrowjaxError, PlanError
 from growjax.models.config import Dtype
+from growjax.nn import Readout, per_token
 
 
 Kind = Literal["causal", "encoder", "seq2seq"]
+# What an example may hold besides its tokens, and the names of these as arguments of a call
+READ = {"positions": "positions", "mask": "mask", "prefix": "prefix", "segments": "documents"}
 
 
 @values.base("a configuration such as GPTConfig(...), or Model('my_pkg.models:build', {...})")
@@ -110,11 +117,44 @@ def predictions(model: Any, example: Mapping[str, Array]) -> Float[Array, "T voc
     return scores
 
 
+def read_tokens(
+    function: Callable[..., Any], model: Any, example: Mapping[str, Array], *rows: Any
+) -> Any:
+    """`function(logits, *rows)` of one example, a chunk of its tokens at a time.
+
+    `function` is that of `growjax.nn.per_token`. A model without a `readout` gives all logits at once.
+    Raises what `predictions` raises, and `PlanError` for a `readout` that gives anything else.
+
+    **Example**
+
+        read_tokens(growjax.nn.cross_entropies, model, example, example["targets"])
+    """
+    inside = unwrapped(model)
+    if not _has_readout(type(inside)):
+        return function(predictions(model, example), *rows)
+    readout = inside.readout(example)
+    if not isinstance(readout, Readout):
+        raise PlanError(
+            f"{type(inside).__name__}.readout: expected a growjax.nn.Readout, got "
+            f"{type(readout).__name__}"
+        )
+    return per_token(function, readout, *rows)
+
+
+def _has_readout(cls: type) -> bool:
+    """Whether `readout` is as new as what it stands for."""
+    for each in cls.__mro__:
+        if "readout" in vars(each):
+            return True
+        if "predict" in vars(each) or "__call__" in vars(each):
+            return False
+    return False
+
+
 def _readable(model: Any, example: Mapping[str, Array]) -> dict[str, Array]:
     """What an example holds besides its tokens, as keyword arguments of a model's `__call__`."""
     name, expected = type(model).__name__, "its `__call__` takes no such argument"
-    names = {"positions": "positions", "mask": "mask", "prefix": "prefix", "segments": "documents"}
-    given = {names[key]: x for key, x in example.items() if key in names}
+    given = {READ[key]: x for key, x in example.items() if key in READ}
     parameters = inspect.signature(type(model).__call__).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unread = [key for key in given if key not in parameters and not takes_all]

@@ -20,11 +20,11 @@ from growjax.nn import (
     Embedding,
     Mask,
     Norm,
+    Readout,
     RelativeBias,
     Stacked,
     causal,
     empty_cache,
-    logits,
     make_block,
     normal,
 )
@@ -188,16 +188,7 @@ class T5(eqx.Module):
         decoder_mask: Bool[Array, " T"] | None = None,
     ) -> Float[Array, "T vocab"]:
         """Logits of the token after each decoder token; masks are True at real tokens."""
-        sees = Mask(keys=encoder_mask)
-        memory = self._encode(encoder_tokens, sees)
-        x = self.decoder(
-            self._embed(decoder_tokens),
-            memory,
-            mask=causal(decoder_mask),
-            memory_mask=sees,
-            bias=self.decoder_bias.among(decoder_tokens.shape[0]),
-        )
-        return self._read_out(x)
+        return self._read(encoder_tokens, decoder_tokens, encoder_mask, decoder_mask).logits()
 
     def predict(self, example: Mapping[str, Array]) -> Float[Array, "T vocab"]:
         """The logits on one example of an objective for pairs."""
@@ -206,6 +197,15 @@ class T5(eqx.Module):
             example["decoder_tokens"],
             encoder_mask=example.get("encoder_mask"),
             decoder_mask=example.get("decoder_mask"),
+        )
+
+    def readout(self, example: Mapping[str, Array]) -> Readout:
+        """The same, with no logit computed yet."""
+        return self._read(
+            example["encoder_tokens"],
+            example["decoder_tokens"],
+            example.get("encoder_mask"),
+            example.get("decoder_mask"),
         )
 
     def cache(
@@ -238,17 +238,36 @@ class T5(eqx.Module):
             memory_mask=cache.encoder_mask,
             bias=self.decoder_bias(at + jnp.arange(decoder_tokens.shape[0]), places),
         )
-        return self._read_out(x), cache._replace(seen=seen)
+        return self._read_out(x).logits(), cache._replace(seen=seen)
 
     def _encode(self, tokens: Int[Array, " S"], sees: Mask) -> Float[Array, "S embed"]:
         bias = self.encoder_bias.among(tokens.shape[0])
         return self.encoder_norm(self.encoder(self._embed(tokens), mask=sees, bias=bias))
 
-    def _read_out(self, x: Float[Array, "T embed"]) -> Float[Array, "T vocab"]:
+    def _read(
+        self,
+        encoder_tokens: Int[Array, " S"],
+        decoder_tokens: Int[Array, " T"],
+        encoder_mask: Bool[Array, " S"] | None,
+        decoder_mask: Bool[Array, " T"] | None,
+    ) -> Readout:
+        sees = Mask(keys=encoder_mask)
+        x = self.decoder(
+            self._embed(decoder_tokens),
+            self._encode(encoder_tokens, sees),
+            mask=causal(decoder_mask),
+            memory_mask=sees,
+            bias=self.decoder_bias.among(decoder_tokens.shape[0]),
+        )
+        return self._read_out(x)
+
+    def _read_out(self, x: Float[Array, "T embed"]) -> Readout:
         x = self.decoder_norm(x)
         if self.output_scale is not None:
             x = x * jax.lax.stop_gradient(self.output_scale).astype(x.dtype)
-        return self.embedding.attend(x) if self.head is None else logits(x, self.head)
+        if self.head is None:
+            return Readout(x, self.embedding.table, tied=True)
+        return Readout(x, self.head)
 
     def _embed(self, tokens: Int[Array, " n"]) -> Float[Array, "n embed"]:
         x = self.embedding(tokens)

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from growjax.models.protocol import predictions
+from growjax.models.protocol import read_tokens
+from growjax.nn import cross_entropies
 from growjax.values import register
 
 
@@ -22,18 +22,16 @@ def cross_entropy(
     """The loss of each of the T targets of one example, in nats, and the weight of each.
 
     `example` is made by an objective of `growjax.data`; its keys determine how the model is called.
-    Logits and losses are in float32 at least. Works for every model that has `predict` or is called with
+    Logits and losses are in float32 at least; if the model has a `readout`, the logits of a long sequence
+    are never in memory at once. Works for every model that has `predict` or is called with
     tokens (`growjax.models.protocol`); any other model needs a loss of its own, `Plan(loss=...)`.
 
     **Example**
 
         losses, weights = cross_entropy(model, {"tokens": t, "targets": u, "weights": w})
     """
-    logits = predictions(model, example)  # [T, vocab]
-    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    targets = example["targets"][:, None]
-    log_likelihood = jnp.take_along_axis(log_probabilities, targets, axis=-1)[:, 0]
-    return -log_likelihood, example["weights"].astype(log_likelihood.dtype)
+    losses = read_tokens(cross_entropies, model, example, example["targets"])
+    return losses, example["weights"].astype(losses.dtype)
 
 
 def drawn_loss(
@@ -44,7 +42,13 @@ def drawn_loss(
     The expected square of its gradient is the diagonal of the Gauss-Newton matrix (Sophia-G: Liu et al.,
     "Sophia", ICLR 2024).
     """
-    logits = jax.lax.stop_gradient(predictions(model, example))
-    # The example holds the key's data, an ordinary array, as every other entry of a batch is
-    labels = jax.random.categorical(jax.random.wrap_key_data(example["key"]), logits)
-    return cross_entropy(model, {**example, "targets": labels})
+
+    def losses_of(logits: Array, keys: Array) -> Array:
+        labels = jax.vmap(jax.random.categorical)(keys, jax.lax.stop_gradient(logits))
+        return cross_entropies(logits, labels)
+
+    # The example holds the key's data, an ordinary array, as every other entry of a batch is. Each token
+    # gets a key of its own, so that the labels do not depend on how many tokens are read at once
+    keys = jax.random.split(jax.random.wrap_key_data(example["key"]), len(example["targets"]))
+    losses = read_tokens(losses_of, model, example, keys)
+    return losses, example["weights"].astype(losses.dtype)

@@ -1,0 +1,160 @@
+"""The output head: logits, and what is made of them without ever having all of them in memory.
+
+`[T, vocab]` logits are the largest array of a step by far, and a loss needs one number of each row. So
+what reads them reads a few tokens at a time (`per_token`), and the gradient computes them again. Tokens
+are split and not words: every device then works on its own sequences, and on its own words where a layout
+splits the vocabulary. Cross-entropy has a gradient of its own, which goes over the logits once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from growjax.errors import AxisError, raise_all
+
+
+# From so many logits of one sequence on, they are computed in chunks: 32 MiB of them
+LARGE = 2**23
+# Tokens of a chunk, as long as they have no more logits than the second number
+CHUNK, MOST = 256, 2**24
+# The name under which the sum of a row's exponentials is kept for the gradient
+_SAVED = "logsumexp"
+
+
+class Readout(eqx.Module):
+    """Hidden states, and the head that reads logits from them; no logit is computed yet.
+
+    **Fields**
+
+    - `hidden`: what the head reads, after the last norm.
+    - `weight`: the head's matrix; `[vocab, embed]` if it is the embedding's (`tied`).
+    - `bias`: one number per word, or None.
+
+    Raises `AxisError` that lists every shape that does not fit.
+
+    **Example**
+
+        Readout(hidden, embedding.table, tied=True).logits()      # [T, vocab]
+    """
+
+    hidden: Float[Array, "T embed"]
+    weight: Float[Array, "rows columns"]
+    bias: Float[Array, " vocab"] | None = None
+    tied: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        shapes = {"hidden": (self.hidden, 2), "weight": (self.weight, 2), "bias": (self.bias, 1)}
+        faults = [
+            f"{name}: expected an array of {rank} dimensions, got {getattr(x, 'shape', x)}"
+            for name, (x, rank) in shapes.items()
+            if x is not None and len(getattr(x, "shape", ())) != rank
+        ]
+        if not faults:
+            embed, order = self.hidden.shape[1], "vocab, embed" if self.tied else "embed, vocab"
+            if self.weight.shape[1 if self.tied else 0] != embed:
+                faults.append(
+                    f"weight: expected [{order}] with embed={embed}, got {list(self.weight.shape)}"
+                )
+            if self.bias is not None and self.bias.shape != (self.vocab,):
+                faults.append(f"bias: expected [{self.vocab}], got {list(self.bias.shape)}")
+        raise_all(AxisError, "this head cannot read these hidden states:", faults)
+
+    @property
+    def vocab(self) -> int:
+        """The number of words."""
+        return self.weight.shape[0 if self.tied else 1]
+
+    def logits(self) -> Float[Array, "T vocab"]:
+        """All logits, in float32 at least."""
+        x = self.hidden
+        equation = "te,ve->tv" if self.tied else "te,ev->tv"
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        weight = self.weight.astype(x.dtype)
+        scores = jnp.einsum(equation, x, weight, preferred_element_type=wide)
+        return scores if self.bias is None else scores + self.bias
+
+
+def chunk_of(tokens: int, vocab: int) -> int:
+    """How many tokens of a sequence have their logits computed at once.
+
+    All of them where logits are few: then nothing is computed twice.
+    """
+    if tokens * vocab < LARGE:
+        return tokens
+    chunk = CHUNK
+    while chunk > 1 and chunk * vocab > MOST:
+        chunk //= 2
+    parts = -(-tokens // chunk)
+    return -(-tokens // parts)  # alike, so that little is left over
+
+
+def per_token(
+    function: Callable[..., Any], readout: Readout, *rows: Any, chunk: int | None = None
+) -> Any:
+    """`function(logits, *rows)` of a whole sequence, computed a chunk of its tokens at a time.
+
+    `function` maps logits `[t, vocab]` and `t` rows of each array in `rows` to arrays of `t` rows, each
+    row of its own token alone. It is called with any `t`. The gradient computes logits again. `chunk` is
+    decided by `chunk_of` if it is None: by shapes alone, so that a program is always the same. Another
+    chunk may change the last bit, since products of other shapes are summed in another order.
+
+    **Example**
+
+        losses = per_token(cross_entropies, readout, targets)     # [T]
+    """
+    tokens = readout.hidden.shape[0]
+    chunk = chunk_of(tokens, readout.vocab) if chunk is None else chunk
+
+    def of(hidden: Array, *rows: Any) -> Any:
+        # The head is a constant of the loop: its gradient is a sum over chunks, in its own precision
+        part = Readout(hidden, readout.weight, readout.bias, readout.tied)
+        return function(part.logits(), *rows)
+
+    if chunk >= tokens:
+        return of(readout.hidden, *rows)
+    policy = jax.checkpoint_policies.save_only_these_names(_SAVED)
+    arrays = readout.hidden, *rows
+    whole = tokens - tokens % chunk
+
+    def split(x: Array) -> Array:
+        return x[:whole].reshape(-1, chunk, *x.shape[1:])
+
+    in_loop = jax.checkpoint(of, prevent_cse=False, policy=policy)
+    chunks = jax.lax.map(lambda xs: in_loop(*xs), jax.tree.map(split, arrays))
+    results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunks)
+    if whole == tokens:
+        return results
+    # What is left over is a chunk of its own: padding would be charged as work
+    rest = jax.checkpoint(of, policy=policy)(*jax.tree.map(lambda x: x[whole:], arrays))
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), results, rest)
+
+
+@jax.custom_jvp
+def cross_entropies(
+    logits: Float[Array, "t vocab"], targets: Int[Array, " t"]
+) -> Float[Array, " t"]:
+    """The cross-entropy of each row's target, in nats and in the precision of the logits."""
+    return _cross_entropies(logits, targets)[0]
+
+
+def _cross_entropies(logits: Array, targets: Array) -> tuple[Array, Array]:
+    total = checkpoint_name(jax.nn.logsumexp(logits, axis=-1), _SAVED)
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return total - chosen, total
+
+
+@cross_entropies.defjvp
+def _cross_entropies_rule(primals, tangents):
+    """By a row's logits: the probabilities, less one at the target."""
+    logits, targets = primals
+    losses, total = _cross_entropies(logits, targets)
+    vocab = logits.shape[-1]
+    places = jnp.where(targets < 0, targets + vocab, targets)  # as indexing counts from the end
+    hit = jnp.arange(vocab) == places[:, None]
+    slope = jnp.exp(logits - total[:, None]) - hit
+    return losses, jnp.sum(slope * tangents[0], axis=-1)
