@@ -111,8 +111,9 @@ def carry_array(
             dim: starts_anew(move, part, dim, copies=copies, law=law)
             for dim in part.positions(move.axis)
         }
-        young = any(mask.any() for mask in anew.values())
-        if not young or (copies and starts is None and start == law.origin):
+        # What is drawn by `_move` holds the origin; means and copies do not
+        done = copies and not move.has_means and starts is None and start == law.origin
+        if done or not any(mask.any() for mask in anew.values()):
             return x
         x, start = part.split(x, sizes), jnp.asarray(start, x.dtype)
         start = part.split(start, sizes) if start.ndim else start

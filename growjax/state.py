@@ -14,12 +14,11 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from growjax import growth, maps
-from growjax.algebra import AxisMap
+from growjax.algebra import WEIGHT, AxisMap
 from growjax.axes import Slot, axes_of, get, partition, put
 from growjax.errors import StateError, raise_all
 from growjax.growth import Births, Operator, atoms
 from growjax.growth.births import entry_births, moved_births
-from growjax.maps import WEIGHT
 from growjax.optim.carrying import carry
 from growjax.optim.probe import alike
 

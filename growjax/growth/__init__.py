@@ -3,6 +3,7 @@
 from growjax.growth.births import Births as Births
 from growjax.growth.births import new as new
 from growjax.growth.copying import copy as copy
+from growjax.growth.dense import dense as dense
 from growjax.growth.depth import solar as solar
 from growjax.growth.depth import sources as sources
 from growjax.growth.depth import stack as stack
@@ -14,5 +15,6 @@ from growjax.growth.operator import atoms as atoms
 from growjax.growth.operator import chain as chain
 from growjax.growth.operator import grow as grow
 from growjax.growth.operator import resolve as resolve
+from growjax.growth.regrouping import regroup as regroup
 from growjax.growth.written import parse as parse
 from growjax.growth.zeroed import zeros as zeros
