@@ -25,6 +25,7 @@ from growjax.optim import carry
 
 OLD, LAYERS = 4, 3
 KEY = jax.random.key(0)
+GPT, GROUPED = testing.ARCHITECTURES[0], testing.ARCHITECTURES[3]
 
 
 class Leaves(eqx.Module):
@@ -473,6 +474,55 @@ def test_an_axis_is_born_from_size_one():
     same(moments.up, after.up)
 
 
+# Averages and births -------------------------------------------------------------------------
+
+
+class Means(gj.Operator):
+    """Two fresh hidden units, then one that is the mean of all."""
+
+    exactness = "approximate"
+
+    def maps(self, axes):
+        old = axes.size("mlp")
+        return [
+            AxisMap("mlp", [*range(old), *([MEAN] if old > OLD else [NONE, NONE])], init=sevens)
+        ]
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        gj.dense(mlp=np.random.default_rng(8).normal(size=(5, OLD))),
+        gj.chain(Means(), Means()),
+    ],
+    ids=["dense", "means"],
+)
+def test_an_average_of_the_weights_is_summed_as_they_are(op):
+    """The average of a constant walk is the weights themselves, drawn or summed."""
+    with jax.enable_x64(True):
+        model = leaves()
+        half = jax.tree.map(lambda x: 0.5 * x, partition(model)[0])
+        grown = gj.grow(op, gj.State(model, None, average=(model, half)), key=KEY)
+        whole, halved = grown.average
+        assert eqx.tree_equal(partition(whole)[0], partition(grown.model)[0], rtol=1e-12)
+        # What is drawn starts as its own weight, and all else is half of what the model has
+        drawn = np.asarray(grown.model.reads) == 7
+        expected = np.where(drawn, 1.0, 0.5) * np.asarray(grown.model.reads)
+        same(halved.reads, expected)
+        same(halved.makes[:, :, :4], 0.5 * np.asarray(grown.model.makes)[:, :, :4])
+    assert drawn.any() == ("chain" in str(op))
+
+
+def test_queries_are_dealt_out_with_the_growth_they_were_born_in():
+    shapes = eqx.filter_eval_shape(GROUPED.model)
+    births = gj.Births.original(shapes).grown(gj.copy(heads=8), shapes)
+    wide = eqx.filter_eval_shape(gj.copy(heads=8), shapes)
+    assert births.of["group"].tolist() == [0, 0, 1, 1]
+    after = births.grown(gj.regroup(kv_heads=4), wide)
+    assert after.of["kv_heads"].tolist() == [0, 2, 0, 2] and after.of["group"].tolist() == [1, 1]
+    after.check(eqx.filter_eval_shape(gj.regroup(kv_heads=4), wide))
+
+
 # What does not fit ---------------------------------------------------------------------------
 
 
@@ -531,7 +581,6 @@ def test_a_dense_operator_that_does_not_fit_says_why(make, said):
 
 TALL = np.random.default_rng(7).normal(size=(6, 4))
 SINGLE = np.asarray([[0, 0, 0, 1], [0, 2, 0, 0], [-1, 0, 0, 0], [0, 0, 0.5, 0], [0, 1, 0, 0]])
-GPT, GROUPED = testing.ARCHITECTURES[0], testing.ARCHITECTURES[3]
 
 
 @pytest.mark.parametrize(
