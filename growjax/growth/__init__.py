@@ -3,11 +3,11 @@
 from growjax.growth.births import Births as Births
 from growjax.growth.births import new as new
 from growjax.growth.copying import copy as copy
-from growjax.growth.dense import dense as dense
 from growjax.growth.depth import solar as solar
 from growjax.growth.depth import sources as sources
 from growjax.growth.depth import stack as stack
 from growjax.growth.masked import msg as msg
+from growjax.growth.matrices import dense as dense
 from growjax.growth.operator import Chain as Chain
 from growjax.growth.operator import Exactness as Exactness
 from growjax.growth.operator import Operator as Operator

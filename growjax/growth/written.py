@@ -7,9 +7,9 @@ from typing import Any
 
 from growjax.errors import GrowthError
 from growjax.growth.copying import copy
-from growjax.growth.dense import dense
 from growjax.growth.depth import solar, stack
 from growjax.growth.masked import msg
+from growjax.growth.matrices import dense
 from growjax.growth.operator import Chain, Operator, chain
 from growjax.growth.regrouping import regroup
 from growjax.growth.zeroed import zeros
