@@ -101,8 +101,8 @@ class AxisMap(eqx.Module):
     - `active`: `[new]` flags of a stack axis: layers marked False are skipped.
     - `produced`, `consumed`, `elementwise`: what the leaves of one role take, where `share` for one
       side is not enough: `[new]` multipliers of what `source` gathers, or a matrix `[new, old]` in its
-      place. A matrix for `produced` holds for elementwise leaves, tables and stacks too, unless they have
-      one of their own.
+      place. Tables and stacks take what producers do, and so do elementwise leaves if it is a matrix and
+      they have none of their own.
     - `above`: whether new rows of what produces the axis come from the next layer of their stack, the
       last layer's from itself.
     - `over`: an axis that is divided among the copies. A leaf with both axes is reshaped instead of
@@ -158,7 +158,7 @@ class AxisMap(eqx.Module):
         }.get(role)
         if own is None and role == self.side:
             return self.share
-        if own is None and self.mixes and role != "consumed":
+        if own is None and (role in ("lookup", "stack") or (role == "elementwise" and self.mixes)):
             return self.produced
         return own
 
@@ -169,7 +169,7 @@ class AxisMap(eqx.Module):
             return consumed
         if role == "consumed":
             return produced
-        if role == "lookup" or is_matrix(produced) or is_matrix(consumed):
+        if role in ("lookup", "stack") or is_matrix(produced) or is_matrix(consumed):
             return None
         factors = [factor for factor in (produced, consumed) if factor is not None]
         return factors[0] if len(factors) == 1 else produced * consumed if factors else None
@@ -291,7 +291,8 @@ def linear(axis: str, matrix: Any, dual: Any = None) -> AxisMap:
     own = np.where((p != 0).sum(1) == 1, np.argmax(p != 0, axis=1), NONE)
     if (own != NONE).all() and not np.any(c[p == 0]):
         rows = np.arange(len(p))
-        return AxisMap(axis, own, produced=p[rows, own], consumed=c[rows, own])
+        sides = {"produced": p[rows, own], "consumed": c[rows, own]}
+        return AxisMap(axis, own, **{k: v for k, v in sides.items() if np.any(v != 1)})
     return AxisMap(axis, own, produced=p, consumed=c)
 
 
@@ -335,7 +336,7 @@ def factors(move: AxisMap, table: Axes, slot: Slot) -> Iterator[tuple[int | None
     where = slot.positions(move.axis)
     for dim in where:
         role = slot.dims[dim].role
-        if role == "stack" and not move.mixes:
+        if role == "stack" and move.produced is None:
             takes = any(d.axis == move.via and d.role == "produced" for d in slot.dims)
             if move.share is not None:
                 yield dim, "weight" if takes else "gradient", move.share
@@ -427,8 +428,9 @@ def undetermined(move: AxisMap, table: Axes, slot: Slot, *, copies: bool = True)
         if move.above and role == "produced" and np.any(kept & move.is_new()):
             return f"new {axis} come from the next layer, and what reads them from their own"
         dense = is_matrix(move.by("produced")) or is_matrix(move.by("consumed"))
-        if dense and role not in ("produced", "consumed"):
-            return f"a dense map of {axis} has a dual for what produces or consumes it alone"
+        own = move.by(role) if role == "elementwise" else move.produced
+        if role not in ("produced", "consumed") and (dense or own is not None):
+            return f"this map of {axis} has a dual for what produces or consumes it alone"
         if dense and not _preserves(move, table.size(axis)):
             return f"the dense map of {axis} has no dual: C^T P is not the identity"
         if _mixed_by_norms(move, table, role):

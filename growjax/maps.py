@@ -111,14 +111,34 @@ def carry_array(
             dim: starts_anew(move, part, dim, copies=copies, law=law)
             for dim in part.positions(move.axis)
         }
-        young = any(mask.any() for mask in anew.values())
-        if not young or (copies and starts is None and start == law.origin):
+        # What is drawn by `_move` holds the origin; means and copies do not
+        done = copies and not move.has_means and starts is None and start == law.origin
+        if done or not any(mask.any() for mask in anew.values()):
             return x
         x, start = part.split(x, sizes), jnp.asarray(start, x.dtype)
         start = part.split(start, sizes) if start.ndim else start
         return part.join(jnp.where(_crosses(anew, x.ndim), start, x))
 
     return slot.mapped(carried, array, table.sizes)
+
+
+def drawn_entries(move: AxisMap, table: Axes, slot: Slot, before: np.ndarray) -> np.ndarray:
+    """Which entries of a grown leaf are drawn, and no copies or sums of old ones.
+
+    `before` says it of the leaf as it was, after the maps before this one.
+    """
+    x = slot.split(before, table.sizes)
+    if is_regrouped(move, slot):
+        return slot.join(_regrouped(move, table, slot, x))
+    for dim in slot.positions(move.axis):
+        summed = move.rows(slot, dim) == MEAN
+        if is_matrix(move.by(slot.dims[dim].role)):
+            summed = np.ones(move.length, bool)
+        some = x.any(dim, keepdims=True)
+        x = np.concatenate([x, some], dim)  # which also stands for what has no source
+        x = np.take(x, np.where(summed | (move.source < 0), -1, move.source), dim)
+        x = x | _along(starts_anew(move, slot, dim, copies=True, law=WEIGHT), x.ndim, dim)
+    return slot.join(x)
 
 
 # One leaf ------------------------------------------------------------------------------------
@@ -205,11 +225,12 @@ def _mixed(matrix: Array, x: Array, *, dim: int) -> Array:
 
 def _regrouped(move: AxisMap, table: Axes, slot: Slot, x: Array) -> Array:
     """A leaf with both axes of a product: the same entries in the same order, in other groups."""
-    (dim,), (inner,) = slot.positions(move.axis), slot.positions(move.over or "")
+    pair = [slot.positions(axis)[0] for axis in (move.axis, move.over or "")]
     sizes = move.resized(table.sizes)
-    x = jnp.moveaxis(x, (dim, inner), (0, 1))
-    x = x.reshape(sizes[slot.dims[dim].axis], sizes[slot.dims[inner].axis], *x.shape[2:])
-    return jnp.moveaxis(x, (0, 1), (dim, inner))
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
+    x = xp.moveaxis(x, pair, (0, 1))
+    x = x.reshape(*(sizes[slot.dims[dim].axis] for dim in pair), *x.shape[2:])
+    return xp.moveaxis(x, (0, 1), pair)
 
 
 def _along(vector, ndim: int, dim: int):

@@ -14,12 +14,10 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from growjax import growth, maps
-from growjax.algebra import AxisMap
+from growjax.algebra import WEIGHT, AxisMap
 from growjax.axes import Slot, axes_of, get, partition, put
 from growjax.errors import StateError, raise_all
 from growjax.growth import Births, Operator, atoms
-from growjax.growth.births import entry_births, moved_births
-from growjax.maps import WEIGHT
 from growjax.optim.carrying import carry
 from growjax.optim.probe import alike
 
@@ -190,18 +188,16 @@ def _averaged(op: Operator, model: Any, trained: Any, halves: list[Any]) -> list
     """Trained halves of averages after an operator; `trained` is that of the grown model."""
     sources = {slot.steps: slot for slot in _params(model)}
     values = [{steps: get(half, steps) for steps in sources} for half in halves]
-    # Which growth the history of each coordinate began in: 1 where it is drawn now
-    began = {a: np.zeros(n, np.int32) for a, n in axes_of(model).sizes.items()}
+    drawn = {steps: np.zeros(slot.value.shape, bool) for steps, slot in sources.items()}
     for move, before in _hops(op, model):
         table = axes_of(before)
         for slot in table.having(move.axis, "param"):
             if slot.arrays():
+                drawn[slot.steps] = maps.drawn_entries(move, table, slot, drawn[slot.steps])
                 for held in values:
                     held[slot.steps] = maps.carry_array(move, table, slot, held[slot.steps], WEIGHT)
-        began[move.axis] = moved_births(began[move.axis], move, 1, fresh=True)
-    table = axes_of(trained)
     for slot in _params(trained):
-        fresh = entry_births(slot, began, table.sizes) > 0
+        fresh = drawn[slot.steps]
         for held in values if fresh.any() else ():
             own = slot.value.astype(held[slot.steps].dtype)
             held[slot.steps] = jnp.where(fresh, own, held[slot.steps])

@@ -141,6 +141,7 @@ def operators_for(architecture: Architecture) -> tuple[Operator | Chain, ...]:
     post_norm = options.get("post_norm", architecture.family == "BERT")
     rms = options.get("norm", "layer") == "rms" or architecture.family in ("Llama", "T5")
     qk_norm = options.get("qk_norm", False)
+    rotary = options.get("position") == "rotary" or architecture.family == "Llama"
 
     def deep(layers: int) -> dict[str, Any]:
         return {architecture.stacks[0]: layers}
@@ -168,6 +169,12 @@ def operators_for(architecture: Architecture) -> tuple[Operator | Chain, ...]:
         ops.append(growth.zeros(head_dim=6))
     if rms:
         ops.append(growth.zeros(embed=12))
+    if heads > kv_heads:
+        ops.append(growth.regroup(kv_heads=heads))
+    if not (qk_norm or rotary):
+        # Nothing but linear parts touches the coordinates of a head
+        mixed = ((0, 1, 0, 0), (1, 0, 0, 0), (0, 0, 1, 1), (0, 0, -1, 1), (0.5, 0, 0, 2))
+        ops.append(growth.dense(head_dim=mixed, exact=True))
     return tuple(ops)
 
 

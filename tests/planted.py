@@ -11,7 +11,7 @@ TABLE = """
 - if own is None and role == self.side:
 + if own is None and role != self.side:
 @ lookup axis takes a share | algebra.py | maps | every_leaf or moments_follow
-- if role == "lookup" or is_matrix(produced)
+- if role in ("lookup", "stack") or is_matrix(produced)
 + if is_matrix(produced)
 @ a square matrix grows along one of its two dimensions | maps.py | maps | every_leaf
 - for dim in where:
@@ -41,8 +41,8 @@ TABLE = """
 - jnp.where(x == 0, 0, sign
 + jnp.where(x != x, 0, sign
 @ no dual for elementwise leaves | algebra.py | maps | moments_follow
-- if role == "lookup" or is_matrix(produced)
-+ if role in ("lookup", "elementwise") or is_matrix(produced)
+- if role in ("lookup", "stack") or is_matrix(produced)
++ if role in ("lookup", "stack", "elementwise") or is_matrix(produced)
 @ moments of new coordinates are one | maps.py | maps | moments_follow
 - fresh: Any = 0,
 + fresh: Any = 1,

@@ -15,9 +15,9 @@ from jaxtyping import Array
 
 import growjax as gj
 from growjax import optim
+from growjax.algebra import NONE, AxisMap
 from growjax.errors import GrowthError, StateError
 from growjax.growth import Births, atoms, sources
-from growjax.maps import NONE, AxisMap
 from growjax.train import Optimizer
 
 

@@ -54,6 +54,8 @@ class Births(eqx.Module):
         last = len(atoms(op)) - 1
         for n, atom in enumerate(atoms(op)):
             for move in atom.maps(axes_of(model)):
+                if move.over is not None:
+                    of[move.over] = _dealt_out(of[move.over], len(of[move.axis]), move.length)
                 of[move.axis] = moved_births(of[move.axis], move, number)
             if n < last:
                 model = grown_shapes(atom, model)
@@ -135,13 +137,15 @@ def grown_shapes(op: Operator, model: Any) -> Any:
     return eqx.filter_eval_shape(lambda m: op(m, key=jax.random.key(0)), model)
 
 
-def moved_births(births: Any, move: AxisMap, number: Any, *, fresh: bool = False) -> Any:
-    """Births along the axis of a map after it; what is new was born in growth `number`.
+def _dealt_out(births: Any, old: int, new: int) -> Any:
+    """Births along an axis that is divided among copies: those of the youngest that share a place."""
+    return births.reshape(new // old, -1).max(0)
 
-    With `fresh` only what has no source is new, and a copy is as old as what it copies.
-    """
+
+def moved_births(births: Any, move: AxisMap, number: Any) -> Any:
+    """Births along the axis of a map after it; what is new was born in growth `number`."""
     xp = np if isinstance(births, np.ndarray) else jnp
-    young = move.source < 0 if fresh else move.is_new()
+    young = move.is_new()
     if not births.shape[0]:
         return xp.full(move.length, number, births.dtype)
     old = births[np.maximum(move.source, 0)]

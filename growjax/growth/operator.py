@@ -71,7 +71,7 @@ class Operator(eqx.Module):
         said = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "sizes":
+            if field.name in ("sizes", "matrices"):
                 said += [f"{axis}={size}" for axis, size in value]
             elif value != field.default:
                 said.append(f"{field.name}={getattr(value, '__name__', repr(value))}")

@@ -9,14 +9,18 @@ from growjax.errors import GrowthError
 from growjax.growth.copying import copy
 from growjax.growth.depth import solar, stack
 from growjax.growth.masked import msg
+from growjax.growth.matrices import dense
 from growjax.growth.operator import Chain, Operator, chain
+from growjax.growth.regrouping import regroup
 from growjax.growth.zeroed import zeros
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "chain": chain,
     "copy": copy,
+    "dense": dense,
     "msg": msg,
+    "regroup": regroup,
     "solar": solar,
     "stack": stack,
     "zeros": zeros,

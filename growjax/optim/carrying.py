@@ -279,8 +279,8 @@ def _fault(cell: Cell, kept: Kept, hop: _Hop) -> str:
             power = kept.law.gradient if side == "gradient" else kept.law.weight
             if by == "mixed" and kept.law.linear_in is None:
                 return (
-                    f"is not linear in {side}s, of which the dense map of {move.axis} sums several; a "
-                    "map with one source for each row multiplies them, gj.msg does not"
+                    f"is not linear in what the dense map of {move.axis} sums, {side}s of several old "
+                    "coordinates for a new one; it can follow a map with one source for each"
                 )
             if power == "unknown" or (power is not None and power.odd is None and by == "any"):
                 return (

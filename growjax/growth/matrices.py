@@ -1,0 +1,110 @@
+"""Dense maps: what produces an axis is multiplied by a matrix, and what consumes it by the dual.
+
+The width half of LiGO (Wang et al., "Learning to Grow Pretrained Models for Efficient Transformer
+Training", ICLR 2023) and of Mango (Pan et al. 2023), rotations of queries and keys, transplants.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any
+
+import equinox as eqx
+import numpy as np
+
+from growjax import values
+from growjax.algebra import AxisMap, linear
+from growjax.axes import Axes
+from growjax.errors import GrowthError, raise_all
+from growjax.growth.operator import Exactness, Operator
+
+
+def _faults(matrices: Any) -> Iterator[str]:
+    """What is wrong with the rows of some matrices, by axis."""
+    for axis, rows in matrices:
+        shape = _shape(rows)
+        if len(shape) != 2 or 0 in shape:
+            yield f"{axis}: expected a matrix [new, old], got {values.short(rows)}"
+        elif not all(values.fits(float, x) for row in rows for x in row):
+            yield f"{axis}: expected finite numbers"
+
+
+def _shape(rows: Any) -> tuple[int, ...]:
+    try:
+        return np.shape(rows)
+    except ValueError:  # rows of several lengths
+        return ()
+
+
+Matrices = Annotated[
+    tuple[tuple[str, Any], ...], values.Faults("a matrix [new, old] for an axis", _faults)
+]
+
+
+@values.register
+class Dense(Operator):
+    """Multiply axes by matrices; see `dense`."""
+
+    matrices: Matrices = eqx.field(static=True)
+    dual: Matrices = eqx.field(static=True, default=())
+    exact: bool = eqx.field(static=True, default=False)
+
+    @property
+    def exactness(self) -> Exactness:  # type: ignore[override]
+        """What the caller knows of the model: whether nothing but linear parts touches these axes."""
+        return "exact-given-init" if self.exact else "approximate"
+
+    def maps(self, axes: Axes) -> list[AxisMap]:
+        """One matrix and its dual an axis."""
+        duals = dict(self.dual)
+        faults = []
+        for axis, rows in self.matrices:
+            old = axes.size(axis)
+            if len(rows[0]) != old:
+                faults.append(f"{axis}: expected a matrix [new, {old}], got {_shape(rows)}")
+        faults += [
+            f"dual: {axis} has no matrix" for axis in duals if axis not in dict(self.matrices)
+        ]
+        raise_all(GrowthError, "these matrices do not fit the model:", faults)
+        return [linear(axis, rows, duals.get(axis)) for axis, rows in self.matrices]
+
+
+def dense(
+    *,
+    dual: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
+    exact: bool = False,
+    **matrices: Any,
+) -> Dense:
+    """Grow axes by matrices `[new, old]` of your own.
+
+    Leaves that produce an axis, elementwise ones, tables along it and stacks are multiplied by the
+    matrix, leaves that consume it by its dual `[new, old]`: `dual^T matrix = I`, by default that of least
+    squares. First moments and averages of gradients follow the dual; second moments do where every row
+    has one source, and are refused (`StateError`) where not.
+
+    **Arguments**
+
+    - `exact`: promise that the function is kept, for the certificate to hold you to. It is where only
+      linear parts touch the axis: `head_dim` without rotary positions or QK-norm; not `mlp`, whose
+      activation stands between the two sides.
+    - `dual`: axis to matrix.
+
+    Raises `GrowthError` for a matrix that does not fit, `AxisError` where it has no dual, or a wrong one.
+
+    **Example**
+
+        gj.dense(head_dim=rotation, exact=True)        # an orthogonal matrix
+    """
+    pairs = dual.items() if isinstance(dual, Mapping) else dual
+    return Dense(_frozen(matrices.items()), _frozen(pairs), exact)
+
+
+def _frozen(matrices: Iterable[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:
+    """Matrices as hashable fields: tuples of Python's floats."""
+    return tuple((axis, _rows(matrix)) for axis, matrix in matrices)
+
+
+def _rows(matrix: Any) -> Any:
+    if isinstance(matrix, list | tuple) or hasattr(matrix, "shape"):
+        shape = _shape(matrix)
+        if len(shape) == 2:
+            return tuple(map(tuple, np.asarray(matrix, float).tolist()))
+    return matrix

@@ -1,0 +1,56 @@
+"""Regrouping: more keys and values for the same queries, from grouped queries towards multi-head.
+
+Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints",
+EMNLP 2023, the other way round.
+"""
+
+from typing import ClassVar
+
+import equinox as eqx
+import numpy as np
+
+from growjax import values
+from growjax.algebra import AxisMap
+from growjax.axes import Axes
+from growjax.errors import GrowthError
+from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
+
+
+@values.register
+class Regroup(Operator):
+    """Repeat coordinates of one axis, and divide another among them; see `regroup`."""
+
+    sizes: Sizes = eqx.field(static=True)
+    over: str = eqx.field(static=True, default="group")
+    exactness: ClassVar[Exactness] = "exact-given-init"
+
+    def maps(self, axes: Axes) -> list[AxisMap]:
+        """Every coordinate repeated in place, on the product of the two axes."""
+        axes.size(self.over)
+        if len(self.sizes) > 1:
+            raise GrowthError(
+                f"{self.over} can be divided among the copies of one axis at a time, got "
+                f"{', '.join(axis for axis, _ in self.sizes)}"
+            )
+        wanted = resolve(axes, dict(self.sizes))
+        return [
+            AxisMap(axis, np.arange(size) * axes.size(axis) // size, over=self.over)
+            for axis, size in wanted.items()
+        ]
+
+
+def regroup(*, over: str = "group", **sizes: int) -> Regroup:
+    """Grow the number of key and value heads at a fixed number of queries.
+
+    Keys and values are repeated in place; queries, and what reads them, are dealt out to the copies, so
+    the function is kept without any share. The copies see different queries and do not stay equal. How
+    the gradient of one divides into theirs is not known, so optimizer state of keys and values is
+    refused (`StateError`): start it again.
+
+    Raises `GrowthError` unless `over` can be divided by the number of copies.
+
+    **Example**
+
+        gj.regroup(kv_heads=8)         # from 2 keys of 16 queries each to 8 of 4
+    """
+    return Regroup(frozen_sizes(sizes), over)
