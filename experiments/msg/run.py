@@ -131,7 +131,9 @@ def plans(s: Size, size: str, workload: Workload, seed: int, factor: float = 1.0
         for n, (axis, new) in enumerate(released_order(s)):
             # The published rule goes back to the peak at the first two growths
             back = rewind if n < 2 else None
-            stage = Stage(f"{axis} {new}", tokens=tokens, grow=grow(axis, new), rewind=back, ramp=ramp)
+            stage = Stage(
+                f"{axis} {new}", tokens=tokens, grow=grow(axis, new), rewind=back, ramp=ramp
+            )
             if grow is copied and axis == "embed":
                 # Norms mix the gradients of unequal copies, which then do not follow from the old ones
                 stage = dataclasses.replace(stage, carry="reset")
