@@ -50,6 +50,7 @@ from growjax.growth import Chain, Operator, atoms, msg
 
 
 Batch = Array | tuple[Array, ...]
+# Small sizes, all different, so that two axes are not confused
 LENGTH, VOCAB = 5, 11
 TOY = dict(embed=8, heads=2, head_dim=4, mlp=6, vocab=VOCAB)
 

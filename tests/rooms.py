@@ -51,34 +51,34 @@ GLOSSARY = {
     "age": "how many updates a coordinate has had since it was born; Adam's bias correction uses it",
     "budget": "the cost that a run may spend, in the units of its clock",
     "carry": "to move optimizer state through an operator, so that training goes on without a jump",
-    "certificate": "a record of what an operator did to one model on one batch: outputs, gradients and "
-    "which new coordinates learn",
-    "clock": "a price list: what each operation of a run costs, in FLOPs or in measured nanoseconds",
+    "certificate": "a record of the effects of an operator on one model and one batch: outputs, "
+    "gradients and which new coordinates learn",
+    "clock": "a price list: the cost of each operation of a run, in FLOPs or in measured nanoseconds",
     "consumed": "the role of an axis that an array sums over; copies share its weights",
     "control": "the run from scratch, of the final size, at the same cost",
     "coordinate": "one index of an axis: one hidden unit, one head, one layer",
     "crossing": "the record of one growth in a run: held-out loss before and after, and the certificate",
-    "feed": "what hands a run its batches, one list a stage, from any step on",
+    "feed": "the source of a run's batches: a stream for each stage, from any step on",
     "fresh": "of a coordinate: it has no source in the old model and is drawn",
     "gate": "a vector over an axis that multiplies its coordinates; new ones start closed, at 0",
     "journal": "the file of a run that holds its records, a line each",
-    "lineage": "what led to a checkpoint: plan, seed, parent, steps, tokens, cost and certificates",
+    "lineage": "the history of a checkpoint: plan, seed, parent, steps, tokens, cost and certificates",
     "map": "for each new index of an axis, the old index that it copies, and its share",
     "operator": "a value that turns a model's parameters into larger ones: one map for each grown axis",
     "plan": "a whole training run as data: model, stages, data, optimizer and schedule",
     "produced": "the role of an axis that an array writes; copies are plain copies",
     "ramp": "to open gates from 0 to 1 over some steps",
-    "record": "what a run tells about one event: a step, a growth, a checkpoint, the end",
+    "record": "the report of a run about one event: a step, a growth, a checkpoint, the end",
     "room": "a module or package of growjax with a place in the order above",
-    "seal": "a checksum over a lineage's own text, which finds an edited one",
+    "seal": "a checksum over a lineage's own text, by which an edited one is noticed",
     "settle": "to drop gates that are all at 1; the model is an ordinary larger one from then on",
     "share": "the multiplier of a copied coordinate, taken by the arrays that consume the axis",
     "span": "a stage with its steps, tokens, FLOPs and costs worked out",
     "stage": "a stretch of a plan with one size of model and one way to train it",
     "stream": "the residual stream: the axis `embed`, which every block reads and adds to",
     "subnet": "a value that trains part of a model for one step: a path of layers, some heads and units",
-    "transition": "growth inside a run: compile ahead, grow, certify, save, go on",
-    "work": "what one step does, as far as its program differs: which part it trains, with what extras",
+    "transition": "growth inside a run: compile ahead, grow, certify, save, resume training",
+    "work": "the choices of one step that decide its program: the part that it trains, and its extras",
 }
 
 _HEAD = """\
@@ -88,12 +88,12 @@ _HEAD = """\
 
 growjax is a list of rooms. A room is a module or a package, and it imports only from rooms on lines above
 its own. `tests/test_rooms.py` reads the imports of every file and fails otherwise, so a room can be
-understood, tested and used without anything further down. Rooms that share a line do not know each other.
+understood, tested and used without anything further down. Rooms on one line do not import each other.
 
 {core} need JAX and Equinox alone: an operator works in a
-notebook without a trainer. They know no model: what an array is called is the business of the model that
-declares it. The command line and what runs plans need `pip install 'growjax[train]'`; `import growjax`
-loads a room when it is first used.
+notebook without a trainer. They do not depend on a model: its own class declares the names of its axes.
+The command line and the rooms that run plans need `pip install 'growjax[train]'`; `import growjax` loads a
+room when it is first used.
 
 | | room | what it does |
 |---|---|---|
@@ -102,7 +102,7 @@ loads a room when it is first used.
 _WORDS = """
 ## Words
 
-These words have one meaning in code, messages and pages; [Concepts](concepts.md) has the ideas behind.
+These words have one meaning in code, messages and pages; [Concepts](concepts.md) explains the ideas.
 
 | word | meaning |
 |---|---|

@@ -156,6 +156,7 @@ class DepthClock(Clock):
 
     @property
     def identity(self) -> str:
+        # The name alone would not tell two tables apart
         return f"{self.name} {_digest(dataclasses.asdict(self))}"
 
 

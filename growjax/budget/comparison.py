@@ -155,7 +155,7 @@ def compare(
         ours, theirs, point, left_out = rival
         flips = sign_flip(pair.differences)
         verdict, reason = _verdict(pair, (flips, p[1], p[2]), margin, alpha, len(family))
-        late = {o.arm for o in [*ours, *theirs] if not o.decayed}
+        undecayed_arms = {o.arm for o in [*ours, *theirs] if not o.decayed}
         rows.append(
             Comparison(
                 arm=ours[0].arm,
@@ -175,7 +175,7 @@ def compare(
                 family=family,
                 detectable=detectable(pair.differences),
                 margin=margin,
-                undecayed=tuple(sorted(late)),
+                undecayed=tuple(sorted(undecayed_arms)),
                 point=point,
                 left_out=left_out,
                 verdict=verdict,

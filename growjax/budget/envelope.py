@@ -146,6 +146,7 @@ class Frontier:
                     best = loss, key, place
         if best is None:
             return None
+        # `best` was chosen by common seeds; the point has all seeds of its arm
         _, (arm, budget), place = best
         runs = chosen[arm, budget]
         # For each seed (cost, loss) of its last evaluation up to that cost
@@ -194,7 +195,7 @@ class Frontier:
         losses = np.asarray(losses, np.float64)
         lines = [_falling(_points(run, self.use)) for run in runs]
         ends = _falling((run.spent, run.score) for run in runs if run.decayed)
-        # (lines, 3, losses): the evaluation before, the crossing and the evaluation after
+        # (lines, 3, losses): the costs of the evaluation before, the crossing and the evaluation after
         parts = [_crossing(line, losses) for line in lines]
         if ends:
             parts.append(_crossing(ends, losses, log=True))

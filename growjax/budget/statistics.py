@@ -67,8 +67,10 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
 
 def bca_interval(values: Sequence[float], confidence: float = 0.95, draws: int = 9999) -> Interval:
     """The interval of a mean by the bootstrap, corrected for bias and acceleration (Efron 1987)."""
-    if len(values) < 2 or deviation(values) == 0:
-        return (np.nan, np.nan) if len(values) < 2 else (values[0], values[0])
+    if len(values) < 2:
+        return np.nan, np.nan
+    if deviation(values) == 0:  # equal values, of which SciPy would make NaN
+        return values[0], values[0]
     from scipy.stats import bootstrap  # SciPy's statistics take a second to import
 
     rng = np.random.default_rng(0)

@@ -71,6 +71,7 @@ class Batches:
         """The batch of step n, counted from the stage's first step."""
         self._check_step(n)
         rows = [self._rows[n * self.rows + k] for k in range(self.rows)]
+        # From a list of examples to one array for each key
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def dataset(self, first: int = 0) -> Any:

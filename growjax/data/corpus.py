@@ -67,6 +67,7 @@ class Corpus:
         ]
         arrays = [tokens for tokens, _ in encoded if len(tokens)]
         dtype = _dtype(tokenizer.vocabulary)
+        # The empty array keeps the dtype if there is no document
         tokens = np.concatenate([np.zeros(0, dtype), *(a.astype(dtype) for a in arrays)])
         starts = np.cumsum([0, *map(len, arrays)], dtype=np.int64)[:-1]
         digest = _digest([hashlib.sha256(a.tobytes()).hexdigest() for a in (tokens, starts)])
@@ -195,6 +196,7 @@ class _Writer:
 
     def add(self, tokens: np.ndarray, size: int) -> None:
         """Append one document of `size` bytes of text."""
+        # For tokens.bin the tokens, for starts.bin the number of tokens before them
         data = tokens.astype(self.dtype).tobytes(), np.int64(self.tokens).tobytes()
         for i, part in enumerate(data):
             self.opened[i].write(part)
@@ -260,6 +262,7 @@ def _divided(
         tokens, size = _encode(document, tokenizer)
         if not len(tokens):
             continue
+        # By its name alone, so that the choice does not depend on the other documents
         if zlib.crc32(document.name.encode()) % held_out == 0:
             counts["held_out"] += 1
             yield "held_out", tokens, size
@@ -315,6 +318,7 @@ def _vocabulary(saved: dict[str, Any], folder: Path) -> Vocabulary:
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
         json.dump({**manifest, "seal": _seal(manifest)}, file, indent=1)
+        # On the disk before the folder is renamed, also if the machine loses power
         file.flush()
         os.fsync(file.fileno())
 

@@ -54,6 +54,7 @@ def span_lengths(length: int, rate: float, span: float) -> tuple[int, int]:
 
 def partition(n: int, parts: int, rng: np.random.Generator) -> Int[np.ndarray, " parts"]:
     """Positive integers that sum to `n`, drawn uniformly from all such sequences of `parts`."""
+    # Stars and bars: distinct cuts between n items in a row
     cuts = np.sort(rng.choice(n - 1, parts - 1, replace=False)) + 1
     return np.diff(np.concatenate([[0], cuts, [n]]))
 
@@ -79,6 +80,7 @@ def corrupt(
         raise DataError(
             "the text holds sentinels, which stand for spans that are cut out; another tokenizer made it"
         )
+    # True at the first token of each span
     firsts = mask & ~np.concatenate([[False], mask[:-1]])
     spans = int(firsts.sum())
     vocabulary.require("span corruption", ("eos",), spans)
@@ -201,6 +203,7 @@ class SpanCorruption:
 
     @property
     def raw_length(self) -> int:
+        # A span that the rotation cuts in two needs one sentinel more, in inputs and targets
         return _longest(self.inputs_length, None, self.rate, self.span, int(self.roll))
 
     @property

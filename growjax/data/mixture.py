@@ -58,6 +58,7 @@ class Mixture:
 
     @property
     def lookahead(self) -> int:
+        # A window has to hold the tokens of every part, and the longest part may have no lookahead
         longest = max(part.raw_length + part.lookahead for part in self.parts)
         return longest - self.raw_length
 
@@ -80,8 +81,8 @@ class Mixture:
         return shapes
 
     def __call__(self, window: Window, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
-        share = np.array(self.weights or [1.0] * len(self.parts))
-        part = self.parts[int(rng.choice(len(self.parts), p=share / share.sum()))]
+        weights = np.array(self.weights or [1.0] * len(self.parts))
+        part = self.parts[int(rng.choice(len(self.parts), p=weights / weights.sum()))]
         example = part(_beginning(window, part), vocabulary, rng)
         out: Example = {name: np.zeros(x.shape[1:], x.dtype) for name, x in self._shapes.items()}
         if "positions" in out:

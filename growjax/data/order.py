@@ -46,7 +46,7 @@ def blocks_used(steps: int, *, batch: int, block: int, raw_length: int) -> int:
     _positive(batch=batch)
     if steps < 0:
         raise DataError(f"steps: expected 0 or more, got {steps}")
-    return -(-steps * batch // windows_per_block(block, raw_length))
+    return -(-steps * batch // windows_per_block(block, raw_length))  # rounded up
 
 
 def _positive(**sizes: int) -> None:

@@ -281,6 +281,7 @@ class HuggingFace:
         path = Path(self.name)
         if path.exists():
             return _stat(self, _files(self.name, "*"))
+        # The library's own fingerprint of a data set, which has no public name
         rows = self._load()
         return _digest(repr(self), getattr(rows, "_fingerprint", ""), str(len(rows)))
 
@@ -353,7 +354,7 @@ def _library_files() -> list[tuple[str, Path]]:
     return sorted(files)
 
 
-# Reading -----------------------------------------------------------------------------------------
+# Reading: a `_read` yields a string in place of a document that has a fault -----------------------
 
 
 def _checked(source: Source, items: Iterator[Document | str]) -> Iterator[Document]:

@@ -73,6 +73,7 @@ class ByteTokenizer:
 
     @property
     def vocabulary(self) -> Vocabulary:
+        # The protocol declares a read-only property, which a cached_property is not to a type checker
         return self._vocabulary
 
     @functools.cached_property
@@ -100,6 +101,7 @@ class ByteTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         vocabulary = self.vocabulary
+        # Special tokens are written as <eos> or <0>, and unused ids as <?300>
         names = {i: f"<{name}>" for name, i in vocabulary.specials.items()}
         names |= {i: f"<{n}>" for n, i in enumerate(vocabulary.sentinels)}
         parts = (bytes([t]) if t < 256 else names.get(t, f"<?{t}>").encode() for t in tokens)

@@ -88,6 +88,7 @@ class Vocabulary:
         """For each token the number of its word, from 0; a token that is not text is its own word."""
         letters = self._letters[tokens]
         before = np.concatenate([[ord(".")], letters[:-1]])[: len(letters)]  # empty if letters are
+        # A token that continues the word before it; all others begin one
         joins = (letters == ord("c")) & (before != ord("."))
         joins |= (letters == ord("l")) & (before == ord("l"))
         return np.maximum(np.cumsum(~joins) - 1, 0)

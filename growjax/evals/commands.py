@@ -58,6 +58,7 @@ def eval_checkpoint(
         "results": results,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
+    # Settings hold paths, which `str` writes
     out.write_text(json.dumps(record, indent=1, default=str) + "\n")
     console.print(f"written to {out}", markup=False)
     return results

@@ -41,7 +41,8 @@ def _text(path: Path) -> Iterator[TextIO]:
     """A UTF-8 text file, plain or compressed, open for reading. Raises `EvalError` if it is damaged."""
     try:
         with _OPEN.get(path.suffix, open)(path, "rb") as file:  # type: ignore[operator]
-            # utf-8-sig drops a byte-order mark, which MRPC's files begin with
+            # utf-8-sig drops a byte-order mark, which MRPC's files begin with; with newline="\n" a
+            # carriage return within a text does not end a line
             yield io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
     except (UnicodeDecodeError, lzma.LZMAError, OSError, EOFError) as error:
         raise EvalError(f"{path}: cannot be read: {error}") from error

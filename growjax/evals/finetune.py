@@ -363,6 +363,7 @@ def _row(model: Classifier) -> Callable[[Mapping[str, Array]], Array]:
 
 @eqx.filter_jit
 def _forward(model: Classifier, batch: dict[str, Any]) -> Array:
+    """The outputs of every row of a batch."""
     return jax.vmap(_row(model))(batch)
 
 

@@ -204,6 +204,7 @@ def _labels(metric: Callable[[Sequence, Sequence], Scores]) -> Metric:
     return lambda examples, predicted, scores: metric([e.label for e in examples], predicted)
 
 
+# Labels and columns that several tasks share. MRPC's tables call their texts "#1 String" and "#2 String"
 _NUMBERS, _NLI = ("0", "1"), ("contradiction", "entailment", "neutral")
 _RTE = ("entailment", "not_entailment")
 _PAIR = (("sentence1", "premise", "#1 String"), ("sentence2", "hypothesis", "#2 String"))
@@ -287,10 +288,12 @@ def _record(r: Mapping[str, Any]) -> Iterator[Example]:
 
 
 def _wic(r: Mapping[str, Any]) -> Iterator[Example]:
+    # Whether the word has the same meaning in both sentences
     yield Example(((f"{r['word']}: {r['sentence1']}", r["sentence2"]),), _truth(r))
 
 
 def _wsc(r: Mapping[str, Any]) -> Iterator[Example]:
+    # The pronoun (span 2) and the noun that it may refer to (span 1)
     spans = r.get("target", r)
     yield Example(((r["text"], f"{spans['span2_text']} is {spans['span1_text']}"),), _truth(r))
 

@@ -19,6 +19,7 @@ from growjax.extras import load
 
 
 _USER = "a task of the lm-evaluation-harness"
+# Any, since the base class comes from a package that may be absent when types are checked
 _TemplateLM: Any = load("lm_eval.api.model", _USER).TemplateLM
 
 
@@ -74,6 +75,7 @@ class HarnessModel(_TemplateLM):
                 context = []
             pairs.append((context, continuation))
         scored = [(s.logprob, s.greedy) for s in self.language.loglikelihoods_of_tokens(pairs)]
+        # The harness caches answers by request; it sends no key for those that it does not cache
         for (key, _, _), answer in zip(requests, scored, strict=True):
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, answer)

@@ -97,7 +97,7 @@ def grouped_f1(groups: Sequence[Hashable], truth: Sequence, predicted: Sequence)
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_QUOTES = "\u2018\u2019\u00b4`"
+_QUOTES = "\u2018\u2019\u00b4`"  # both single quotes, the acute accent and the backtick
 
 
 def normalise_squad(answer: str) -> str:

@@ -93,6 +93,7 @@ def read_questions(path: str | Path) -> list[Question]:
 
 def _entries(path: Path) -> Iterator[Mapping[str, Any]]:
     """The records of a file: JSON lines, a JSON list, or TriviaQA's object with a list as `Data`."""
+    # JSON lines may be called .json too: then the first line is a whole object
     first = next((line.strip() for line in read_lines(path) if line.strip()), "")
     if ".jsonl" in path.name or (first.startswith("{") and first.endswith("}")):
         yield from read_records(path)

@@ -76,7 +76,7 @@ def _no_data(settings: Settings, part: str) -> None:
 
 
 DECODERS: tuple[Kind, ...] = ("causal", "seq2seq")
-# What a task does with a model besides reading its arrays
+# The interface of a model that a task needs
 Asks = Literal["logits", "extend", "fine-tuning"]
 
 
@@ -91,8 +91,8 @@ class Task:
     - `run`: `(candidate, data, settings) -> {metric: number}`.
     - `data`: `(settings, name) -> data`, the files that `run` reads; raises `EvalError` without them.
     - `models`: the kinds of models that it is for.
-    - `asks`: what it calls: the model's logits, its `extend` (it writes) or a `BERT` to fine-tune; None
-      is nothing that could be known before.
+    - `asks`: the interface that it needs: logits, `extend` (to generate text) or a `BERT` (to fine-tune).
+      With None nothing is checked before the task runs.
 
     **Example**
 
@@ -201,14 +201,14 @@ def _request(requested: str | Task, model: Any, settings: Settings) -> _Request:
     if kind not in task.models:
         suitable = " or ".join(_KINDS[k] for k in task.models)
         raise EvalError(f"is for {suitable}, and the model is {_KINDS[kind]}")
-    lacking = _lacking(model, task.asks)
-    if lacking:
-        raise EvalError(lacking)
+    fault = _interface_fault(model, task.asks)
+    if fault:
+        raise EvalError(fault)
     return _Request(name + at + shots, task, task.data(settings, part), settings)
 
 
-def _lacking(model: Any, asks: Asks | None) -> str | None:
-    """Why a model cannot do what a task asks of it; None if it can."""
+def _interface_fault(model: Any, asks: Asks | None) -> str | None:
+    """The message about a model without the interface that a task needs; None if it has it."""
     inside = unwrapped(model)
     name = type(inside).__name__
     if asks == "fine-tuning" and not isinstance(inside, BERT):
@@ -248,6 +248,7 @@ def _pairs(settings: Settings, part: str) -> Path:
     folder = _folder(settings, "blimp")
     if not folder.is_dir():
         raise EvalError(f"{folder}: is not a folder; expected BLiMP's pairs in it")
+    # An archive counts only if the folder has not been unpacked
     archives = sorted(folder.glob("*.tar*"))
     return archives[0] if archives and not any(folder.rglob("*.jsonl*")) else folder
 

@@ -16,6 +16,7 @@ _DECODER = "cls.predictions.decoder"
 
 
 def _rows(config: BERTConfig) -> tuple[Row, ...]:
+    # All heads and biases; `load` and `save` drop the rows of those that a model lacks
     def per_layer(name: str, leaf: str, into: str, out: str) -> list[Row]:
         return linear(f"encoder.layer.{{}}.{name}", f"{_BLOCK}.{leaf}", into, out)
 

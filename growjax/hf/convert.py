@@ -114,6 +114,7 @@ def _described(
     file = ConfigFile(folder.config, names)
 
     def same(one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers; shapes come first, since they need no reading."""
         one, other = names[one], names[other]
         if folder.tensors[one].shape != folder.tensors[other].shape:
             return False
@@ -160,6 +161,7 @@ def save(
     source_keys = {} if source is None else read_json(inside(Path(source), CONFIG))
     family, model, config = _written_as(model, source_keys.get("model_type"))
     table = axes_of(model)
+    # transformers' model without a head is not inside another, so its names have no prefix
     prefix = "" if family.architecture(config) == family.base else family.prefix
     tensors: dict[str, Tensor] = {}
     for row in _rows_of(family, config, table):

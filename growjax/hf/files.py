@@ -46,7 +46,7 @@ class Folder:
 
     def __init__(self, path: Path, config: dict[str, Any], tensors: dict[str, Entry]):
         self.path, self.config, self.tensors = path, config, tensors
-        self._handles: dict[Path, Any] = {}
+        self._handles: dict[Path, Any] = {}  # the open safetensors files
 
     def read(self, name: str) -> np.ndarray:
         """The array of a tensor. Raises `HuggingFaceError` if it is not floating point, or not finite."""
@@ -96,6 +96,7 @@ def inside(folder: Path, name: str) -> Path:
     A snapshot in the cache of the Hugging Face Hub consists of links to its `blobs` folder, which is
     allowed as well.
     """
+    # Names come from the folder itself (an index, modules.json), so they may be hostile
     if not name or name in (".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
         raise HuggingFaceError(f"{folder}: {name!r} is not the name of a file in it")
     path, root = folder / name, folder.resolve()
@@ -299,6 +300,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise HuggingFaceError(f"{path}: exists already, and nothing is overwritten")
+    # Next to the target, so that renaming does not cross file systems
     partial = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:

@@ -17,6 +17,7 @@ def _rows(config: LlamaConfig) -> tuple[Row, ...]:
         return linear(f"layers.{{}}.{name}", f"{_BLOCK}.{leaf}", into, out)
 
     words = Row("embed_tokens.weight", "embedding.table: vocab embed", others=("lm_head.weight",))
+    # [0] takes the weight without the bias, which norms and the MLP do not have in Llama
     return (
         words if config.tied else Row("embed_tokens.weight", words.holds),
         norm("layers.{}.input_layernorm", f"{_BLOCK}.attention_norm")[0],

@@ -26,7 +26,10 @@ def _rows(config: T5Config) -> tuple[Row, ...]:
 
 
 def _stack(stack: str, up: str, mlp: int) -> list[Row]:
-    """The rows of the encoder or the decoder; `mlp` is the index of the feed-forward sub-layer."""
+    """The rows of the encoder or the decoder; `mlp` is the index of the feed-forward sub-layer.
+
+    [0] takes a weight without its bias: T5 has none.
+    """
     # The first layer has the relative bias, which all layers of its stack use
     first = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     rows = [Row(first, f"{stack}_bias.table: buckets (kv_heads group)")]

@@ -117,7 +117,7 @@ class _Part:
 
 def _shape(tokens: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of a pattern, in which a bracket is one dimension."""
-    shape, group = [], None
+    shape, group = [], None  # `group` has the sizes within a bracket, and is None outside
     for token in tokens:
         if token == "(":
             group = []
