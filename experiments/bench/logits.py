@@ -1,7 +1,7 @@
 """Memory of a training step and of an evaluation, with logits read in chunks and all at once.
 
 A GPT of 350M parameters in bfloat16, 8 sequences of 1,024 tokens a device. Nothing runs: the programs are
-compiled for this machine's processor and, where the TPU compiler is installed, for four chips of a v5p. The
+compiled for this machine and, where the TPU compiler is installed, for four chips of a v5p. The
 ratio is that of a step's temporaries on the first.
 """
 
