@@ -224,7 +224,6 @@ TABLE = """
 @ what others fork from is dropped | runs/checkpoint.py | forks | of_nothing
 - requested = step in self.keep or (self.keep_every and step % self.keep_every == 0)
 + requested = self.keep_every and step % self.keep_every == 0
-<<<<<<< HEAD
 @ an optimum at the edge of a sweep goes unsaid | report/sweep.py | sweep | where_the_best_is
 - if name != "seed" and len(numbers) > 1 and value in (numbers[0], numbers[-1]):
 + if name != "seed" and len(numbers) > 1 and value == numbers[0]:
@@ -234,6 +233,31 @@ TABLE = """
 @ runs of a tree are named by their plans | plan/prefix.py | sweep | where_the_best_is
 - names = [plan.name for plan in plans] if names is None else names
 + names = [f"{n} {plan.name}" for n, plan in enumerate(plans)]
-=======
->>>>>>> d078540 (Say plainly what forks share, and read plans in a file of their own)
+@ all logits are read at once | nn/head.py | head | never_there_at_once
+- if chunk >= tokens:
++ if chunk:
+@ logits are kept for the gradient | nn/head.py | head | never_there_at_once
+- in_loop = jax.checkpoint(of, prevent_cse=False, policy=policy)
++ in_loop = of
+@ what is left over is read from the front | nn/head.py | head | chunks_give
+- jax.tree.map(lambda x: x[whole:], arrays)
++ jax.tree.map(lambda x: x[: tokens - whole], arrays)
+@ a padded chunk is charged | nn/head.py | head | charged_the_same
+- rest = jax.checkpoint(of, policy=policy)(*jax.tree.map(lambda x: x[whole:], arrays))
++ rest = jax.checkpoint(of, policy=policy)(*jax.tree.map(lambda x: x[-chunk:], arrays))
++     rest = jax.tree.map(lambda x: x[whole - tokens :], rest)
+@ the gradient of a loss forgets the target | nn/head.py | head | chunks_give
+- slope = jnp.exp(logits - total[:, None]) - hit
++ slope = jnp.exp(logits - total[:, None]) - 0 * hit
+@ a target counted from the end has no gradient | nn/head.py | head | chunks_give
+- jnp.where(targets < 0, targets + vocab, targets)
++ targets
+@ a subclass is read by its parent's head | models/protocol.py | head | subclass
+- if "predict" in vars(each) or "__call__" in vars(each):
+-             return False
++ if "predict" in vars(each) or "__call__" in vars(each):
++             continue
+@ the labels of a chunk are drawn by one key | plan/losses.py | head | labels
+- jax.vmap(jax.random.categorical)(keys, jax.lax.stop_gradient(logits))
++ jax.random.categorical(keys[0], jax.lax.stop_gradient(logits))
 """

@@ -262,11 +262,14 @@ def test_a_subclass_with_other_logits_is_read_by_these(key):
 
     example = example_of(Causal(13))
     expected = by_hand(2 * predictions(GPT(SMALL, key=key), example), example["targets"])
-    for cls in (Bold, Loud):
-        np.testing.assert_allclose(
-            cross_entropy(cls(SMALL, key=key), example)[0], expected, rtol=1e-5
-        )
-    assert "scan" in str(jax.make_jaxpr(lambda: cross_entropy(Plain(SMALL, key=key), example))())
+    bold, loud, same = (cls(SMALL, key=key) for cls in subclasses(Bold, Loud, Plain))
+    for model in (bold, loud):
+        np.testing.assert_allclose(cross_entropy(model, example)[0], expected, rtol=1e-5)
+    assert "scan" in str(jax.make_jaxpr(lambda: cross_entropy(same, example))())
+
+
+def subclasses(*classes: Any) -> tuple[Any, ...]:
+    return classes
 
 
 def test_a_readout_that_is_none_is_refused(key):
@@ -330,12 +333,12 @@ def test_all_logits_are_never_there_at_once(monkeypatch, key):
     monkeypatch.setattr("growjax.nn.head.CHUNK", 8)
     model, rows = GPT(LONG, key=key), batch_shapes(Causal(64), 4)
 
-    def loss(trained, rest, rows, of):
-        model = eqx.combine(trained, rest)
-        return jnp.sum(jax.vmap(lambda row: of(model, row)[0])(rows))
-
     def gradient(of):
-        return jax.jit(jax.grad(lambda *args: loss(*args, of))).trace(*gj.partition(model), rows)
+        def loss(trained, rest, rows):
+            model = eqx.combine(trained, rest)
+            return jnp.sum(jax.vmap(lambda row: of(model, row)[0])(rows))
+
+        return jax.jit(jax.grad(loss)).trace(*gj.partition(model), rows)
 
     logits = 4 * 64 * 9001
     chunked, whole = gradient(cross_entropy), gradient(from_all_logits)

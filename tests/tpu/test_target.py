@@ -238,6 +238,28 @@ def test_every_model_and_layout_compiles(model, layout):
         assert program.flops and not any(sent.values()), (program.name, sent)
 
 
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(fsdp=4), Layout(tensor=2), Layout(fsdp=2, tensor=2)]
+)
+def test_all_logits_are_never_in_memory(layout):
+    """Of 8 sequences a chip or more: a step takes less memory than they would, under every layout."""
+    rows, length, vocab = 32, 512, 32_768
+    of = plan(
+        steps(4, "small"),
+        model=dataclasses.replace(SMALL, positions=length, vocab=vocab),
+        objective=Causal(length, packing="concat"),
+        batch=rows,
+        layout=layout,
+    )
+    found = by_name(compile_for(of, "v5e:2x2"))
+    logits = 4 * rows * length * vocab // 4
+    parameters = 4 * 128 * vocab
+    for name in ("step", "evaluation"):
+        used = known(found[0, name].temporaries)
+        assert used < 0.6 * logits + 2 * parameters, (name, used / logits)
+    assert found[0, "step"].collectives["all-to-all"] == 0
+
+
 @pytest.mark.parametrize("make", [own.mixed, own.annotated, own.mapping])
 def test_plans_of_models_that_growjax_did_not_write_compile(make):
     """Every program of theirs: gates that open, layers on top, paths, and a dict of arrays."""
