@@ -127,18 +127,22 @@ def drawn_entries(move: AxisMap, table: Axes, slot: Slot, before: np.ndarray) ->
 
     `before` says it of the leaf as it was, after the maps before this one.
     """
-    x = slot.split(before, table.sizes)
-    if is_regrouped(move, slot):
-        return slot.join(_regrouped(move, table, slot, x))
-    for dim in slot.positions(move.axis):
-        summed = move.rows(slot, dim) == MEAN
-        if is_matrix(move.by(slot.dims[dim].role)):
-            summed = np.ones(move.length, bool)
-        some = x.any(dim, keepdims=True)
-        x = np.concatenate([x, some], dim)  # which also stands for what has no source
-        x = np.take(x, np.where(summed | (move.source < 0), -1, move.source), dim)
-        x = x | _along(starts_anew(move, slot, dim, copies=True, law=WEIGHT), x.ndim, dim)
-    return slot.join(x)
+
+    def drawn(part: Slot, x: np.ndarray) -> np.ndarray:
+        x = part.split(x, table.sizes)
+        if is_regrouped(move, part):
+            return part.join(_regrouped(move, table, part, x))
+        for dim in part.positions(move.axis):
+            summed = move.rows(part, dim) == MEAN
+            if is_matrix(move.by(part.dims[dim].role)):
+                summed = np.ones(move.length, bool)
+            # The last row stands for sums, and for what has no source
+            x = np.concatenate([x, x.any(dim, keepdims=True)], dim)
+            x = np.take(x, np.where(summed | (move.source < 0), -1, move.source), dim)
+            x = x | _along(starts_anew(move, part, dim, copies=True, law=WEIGHT), x.ndim, dim)
+        return part.join(x)
+
+    return slot.mapped(drawn, before, table.sizes)
 
 
 # One leaf ------------------------------------------------------------------------------------
