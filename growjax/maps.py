@@ -128,7 +128,7 @@ def drawn_entries(move: AxisMap, table: Axes, slot: Slot, before: np.ndarray) ->
     `before` says it of the leaf as it was, after the maps before this one.
     """
 
-    def drawn(part: Slot, x: np.ndarray) -> np.ndarray:
+    def drawn(part: Slot, x: Any) -> Any:
         x = part.split(x, table.sizes)
         if is_regrouped(move, part):
             return part.join(_regrouped(move, table, part, x))
@@ -192,7 +192,7 @@ def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh:
     elif len(where) > 1 and isinstance(fresh, _Fresh) and np.any(move.source == NONE):
         for dim in where:
             x = _gather(move.source, x, dim, 0)
-        drawn = dict.fromkeys(where, move.source == NONE)
+        drawn = {dim: move.source == NONE for dim in where}
         x = jnp.where(_crosses(drawn, x.ndim), fresh.cells(x, where), x)
     else:
         for dim in where:
@@ -227,7 +227,7 @@ def _mixed(matrix: Array, x: Array, *, dim: int) -> Array:
     return jnp.moveaxis(product, 0, dim)
 
 
-def _regrouped(move: AxisMap, table: Axes, slot: Slot, x: Array) -> Array:
+def _regrouped(move: AxisMap, table: Axes, slot: Slot, x: Any) -> Any:
     """A leaf with both axes of a product: the same entries in the same order, in other groups."""
     pair = [slot.positions(axis)[0] for axis in (move.axis, move.over or "")]
     sizes = move.resized(table.sizes)
