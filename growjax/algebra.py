@@ -291,8 +291,8 @@ def linear(axis: str, matrix: Any, dual: Any = None) -> AxisMap:
     own = np.where((p != 0).sum(1) == 1, np.argmax(p != 0, axis=1), NONE)
     if (own != NONE).all() and not np.any(c[p == 0]):
         rows = np.arange(len(p))
-        sides = {"produced": p[rows, own], "consumed": c[rows, own]}
-        return AxisMap(axis, own, **{k: v for k, v in sides.items() if np.any(v != 1)})
+        produced, consumed = (x[rows, own] if np.any(x[rows, own] != 1) else None for x in (p, c))
+        return AxisMap(axis, own, produced=produced, consumed=consumed)
     return AxisMap(axis, own, produced=p, consumed=c)
 
 

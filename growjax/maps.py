@@ -127,18 +127,22 @@ def drawn_entries(move: AxisMap, table: Axes, slot: Slot, before: np.ndarray) ->
 
     `before` says it of the leaf as it was, after the maps before this one.
     """
-    x = slot.split(before, table.sizes)
-    if is_regrouped(move, slot):
-        return slot.join(_regrouped(move, table, slot, x))
-    for dim in slot.positions(move.axis):
-        summed = move.rows(slot, dim) == MEAN
-        if is_matrix(move.by(slot.dims[dim].role)):
-            summed = np.ones(move.length, bool)
-        some = x.any(dim, keepdims=True)
-        x = np.concatenate([x, some], dim)  # which also stands for what has no source
-        x = np.take(x, np.where(summed | (move.source < 0), -1, move.source), dim)
-        x = x | _along(starts_anew(move, slot, dim, copies=True, law=WEIGHT), x.ndim, dim)
-    return slot.join(x)
+
+    def drawn(part: Slot, x: Any) -> Any:
+        x = part.split(x, table.sizes)
+        if is_regrouped(move, part):
+            return part.join(_regrouped(move, table, part, x))
+        for dim in part.positions(move.axis):
+            summed = move.rows(part, dim) == MEAN
+            if is_matrix(move.by(part.dims[dim].role)):
+                summed = np.ones(move.length, bool)
+            # The last row stands for sums, and for what has no source
+            x = np.concatenate([x, x.any(dim, keepdims=True)], dim)
+            x = np.take(x, np.where(summed | (move.source < 0), -1, move.source), dim)
+            x = x | _along(starts_anew(move, part, dim, copies=True, law=WEIGHT), x.ndim, dim)
+        return part.join(x)
+
+    return slot.mapped(drawn, before, table.sizes)
 
 
 # One leaf ------------------------------------------------------------------------------------
@@ -188,7 +192,7 @@ def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh:
     elif len(where) > 1 and isinstance(fresh, _Fresh) and np.any(move.source == NONE):
         for dim in where:
             x = _gather(move.source, x, dim, 0)
-        drawn = dict.fromkeys(where, move.source == NONE)
+        drawn = {dim: move.source == NONE for dim in where}
         x = jnp.where(_crosses(drawn, x.ndim), fresh.cells(x, where), x)
     else:
         for dim in where:
@@ -223,7 +227,7 @@ def _mixed(matrix: Array, x: Array, *, dim: int) -> Array:
     return jnp.moveaxis(product, 0, dim)
 
 
-def _regrouped(move: AxisMap, table: Axes, slot: Slot, x: Array) -> Array:
+def _regrouped(move: AxisMap, table: Axes, slot: Slot, x: Any) -> Any:
     """A leaf with both axes of a product: the same entries in the same order, in other groups."""
     pair = [slot.positions(axis)[0] for axis in (move.axis, move.over or "")]
     sizes = move.resized(table.sizes)

@@ -175,8 +175,6 @@ OPERATORS = [
     gj.zeros(mlp=10, init="matched"),
     gj.stack(layers=4, order="insert", branch="zero", stream="width"),
     gj.stack(layers=(0, 1, 1)),
-    gj.regroup(kv_heads=4, over="queries"),
-    gj.dense(head_dim=((0.1, 2), (-1, 1 / 3)), dual={"head_dim": ((1, 0), (0, 1))}, exact=True),
     gj.chain(gj.msg(mlp=8), gj.chain(gj.stack(layers=4), gj.copy(embed=16))),
     gj.chain(),
 ]
@@ -470,8 +468,6 @@ def test_what_no_map_touches_is_not_copied(key):
         gj.stack(layers=(0, 1, 1), branch="split", stream="embed"),
         gj.stack(layers=4, order="insert", branch="zero"),
         gj.zeros(heads=8, init="matched"),
-        gj.regroup(kv_heads=8),
-        gj.dense(mlp=((0.1, 2), (-1, 1 / 3)), dual={"mlp": ((1, 0), (0, 1))}),
         gj.chain(gj.copy(embed=16), gj.stack(layers=4), gj.zeros(mlp=9)),
     ],
 )

@@ -93,7 +93,7 @@ def dense(
 
         gj.dense(head_dim=rotation, exact=True)        # an orthogonal matrix
     """
-    pairs = dual.items() if isinstance(dual, Mapping) else dual
+    pairs: Any = dual.items() if isinstance(dual, Mapping) else dual
     return Dense(_frozen(matrices.items()), _frozen(pairs), exact)
 
 

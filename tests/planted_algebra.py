@@ -1,0 +1,67 @@
+"""Bugs in what a map along an axis is (see `tests.planted`)."""
+
+TABLE = """
+@ a dual that is the matrix itself | algebra.py | algebra | matrix_multiplies
+- return np.linalg.pinv(matrix).T
++ return matrix
+@ any matrix passes for a dual | algebra.py | algebra | without_a_dual
+- if off.max() > _TOLERANCE:
++ if off.max() > 9:
+@ a matrix of low rank is grown by | algebra.py | algebra | without_a_dual
+- if dual is None and (rank := int(np.linalg.matrix_rank(p))) < old:
++ if dual is None and (rank := int(np.linalg.matrix_rank(p))) < 0:
+@ gradients of producers take the matrix | algebra.py | algebra | matrix_multiplies
+- if role == "produced":
+-             return consumed
+-         if role == "consumed":
+-             return produced
++ if role == "produced":
++             return produced
++         if role == "consumed":
++             return consumed
+@ elementwise gradients take one side alone | algebra.py | algebra | both_sides
+- produced * consumed if factors else None
++ produced if factors else None
+@ consumers take the mean too | algebra.py | algebra | mean_rows
+- slot.dims[dim].role in ("produced", "lookup", "stack")
++ slot.dims[dim].role in ("produced", "lookup", "stack", "consumed")
+@ moments of means are means | maps.py | algebra | mean_rows
+- done = copies and not move.has_means and starts is None
++ done = copies and starts is None
+@ copies do not count in a mean square | algebra.py | algebra | lemon_rows
+- return float(np.sum(weights**2) / move.length)
++ return float(len(np.unique(move.source[weights != 0])) / move.length)
+@ means under a norm that keeps them | maps.py | algebra | norm_would_see
+- if (move.axis in slot.spec.means and not means)
++ if (move.axis in slot.spec.means)
+@ zeros under a norm that subtracts the mean | maps.py | algebra | norm_would_see
+- (move.axis in slot.spec.variances and (means or not pads))
++ (move.axis in slot.spec.variances)
+@ uneven copies under a norm | maps.py | algebra | norm_would_see
+- if norms and np.ptp(counts) > 1e-9 * counts.max():
++ if norms and not counts.max():
+@ moments of unequal copies under norms are guessed | algebra.py | linear_growth | do_not_follow
+- return bool(alive.any() and np.ptp(ratio) > 1e-9 * np.abs(ratio).max())
++ return bool(not alive.any())
+@ new rows from their own layer | maps.py | algebra | next_layer
+- above = jnp.take(x, np.minimum(np.arange(layers) + 1, layers - 1), axis=stacks[-1])
++ above = x
+@ what reads new rows comes from the next layer too | maps.py | algebra | next_layer
+- if not (move.above and stacks and slot.dims[dim].role == "produced"):
++ if not (move.above and stacks):
+@ regrouped queries are copied | algebra.py | linear_growth | queries_dealt_out
+- return move.over is not None and bool(slot.positions(move.over))
++ return move.over is not None and not slot.path
+@ keys and queries are regrouped in another order | maps.py | linear_growth | queries_dealt_out
+- x = xp.moveaxis(x, pair, (0, 1))
++ x = xp.moveaxis(x, pair[::-1], (0, 1))
+@ squares are summed by a dense map | optim/carrying.py | linear_growth | do_not_follow
+- if by == "mixed" and kept.law.linear_in is None:
++ if by == "mixed" and kept is None:
+@ averages take their own weight where old ones are summed | maps.py | linear_growth | summed_as_they_are
+- summed = np.ones(move.length, bool)
++ summed = np.zeros(move.length, bool)
+@ births of what is dealt out keep their places | growth/births.py | linear_growth | growth_they_were_born_in
+- return births.reshape(new // old, -1).max(0)
++ return births.reshape(new // old, -1).min(0)
+"""
