@@ -5,6 +5,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 
 from growjax import __version__
 from growjax.errors import ExtraError, GrowjaxError
@@ -20,6 +21,8 @@ import tyro
 
 
 app = tyro.extras.SubcommandApp()
+_ALLOW = "Packages of your own that files may import, such as my_pkg; runs their code."
+Allow = Annotated[tuple[str, ...], tyro.conf.arg(help=_ALLOW)]
 
 
 # Each command imports its modules inside its body, so that `--help` is fast.
@@ -64,14 +67,13 @@ def train(
     profile: tuple[int, int] | None = None,
     reference: Path | None = None,
     hosts: bool = False,
-    allow: tuple[str, ...] = (),
+    allow: Allow = (),
     programs: str = "",
 ) -> None:
     """Run a plan, or resume it: the same command goes on from the last checkpoint.
 
-    On Ctrl-C or SIGTERM the run finishes its step, saves and ends; on a second one it ends at once. The
-    exit status is 0 at the end of the plan, 75 if SIGTERM stopped it (the same command goes on), 130 if
-    Ctrl-C did, and 1 for an error.
+    On Ctrl-C or SIGTERM the run finishes its step, saves and ends; on a second one it ends at once. Exit
+    statuses: 0 the plan ended, 75 SIGTERM stopped it (the same command goes on), 130 Ctrl-C, 1 an error.
 
     Args:
         plans: A JSON file, or a Python file that defines `plan`. Several are trained as a tree, one after
@@ -94,7 +96,6 @@ def train(
         profile: The first and the last step of a profile to write.
         reference: The second model that RHO compares with: a run, a checkpoint or a Hugging Face folder.
         hosts: Join the other hosts of a pod first.
-        allow: Packages of your own that files may import, such as my_pkg; runs their code.
         programs: The folder for compiled programs, which a resumed run loads; by default
             JAX_COMPILATION_CACHE_DIR, or else cache/programs next to the run. "none" for no such folder.
     """
@@ -147,7 +148,7 @@ def plan(
     change: tuple[str, ...] = (),
     target: str | None = None,
     devices: int | None = None,
-    allow: tuple[str, ...] = (),
+    allow: Allow = (),
 ) -> None:
     """Print the stages of a plan, their cost and memory, and all faults; nothing is computed.
 
@@ -156,7 +157,6 @@ def plan(
         change: Fields of the plan to change, such as batch=16 or layout.fsdp=8.
         target: A TPU slice such as v5e:4x4 to compile every program for, with the real TPU compiler.
         devices: The number of devices to lay the plan out on, without a target.
-        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
     _allow(allow)
     if target is not None:
@@ -182,7 +182,7 @@ def calibrate(
     steps: int = 1000,
     blocks: int = 20,
     cache: Path = Path("runs/cache"),
-    allow: tuple[str, ...] = (),
+    allow: Allow = (),
 ) -> None:
     """Measure the time of every operation of some plans on this machine, and write the clock as JSON.
 
@@ -196,23 +196,14 @@ def calibrate(
         steps: Steps of each operation that are measured.
         blocks: The number of blocks of steps; the device is waited for at the end of each.
         cache: The folder for tokenised data.
-        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
     _allow(allow)
     from rich.console import Console
 
     from growjax.train.commands import calibrate_plans
 
-    calibrate_plans(
-        plans,
-        out,
-        name=name,
-        console=Console(),
-        warmup=warmup,
-        steps=steps,
-        blocks=blocks,
-        cache=cache,
-    )
+    sizes = {"warmup": warmup, "steps": steps, "blocks": blocks}
+    calibrate_plans(plans, out, name=name, console=Console(), cache=cache, **sizes)
 
 
 @app.command
@@ -224,7 +215,7 @@ def grow(
     by: str | None = None,
     dtype: str | None = None,
     seed: int = 0,
-    allow: tuple[str, ...] = (),
+    allow: Allow = (),
 ) -> None:
     """Grow a checkpoint, with its optimizer state, into a new one, and print its certificate.
 
@@ -240,7 +231,6 @@ def grow(
         dtype: The dtype to write to a Hugging Face folder. By default that of the source, and float32 if
             that has 16 bits.
         seed: The seed of the random draws.
-        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
     _allow(allow)
     if dtype is not None and from_hf is None:
@@ -269,7 +259,7 @@ def certify(
     to: dict[str, int] = {},  # noqa: B006 (never changed; tyro shows it)
     by: str = "msg",
     seed: int = 0,
-    allow: tuple[str, ...] = (),
+    allow: Allow = (),
 ) -> None:
     """Print the certificate of growing a checkpoint, without writing anything.
 
@@ -279,7 +269,6 @@ def certify(
         by: Operators joined by +: msg, copy, zeros for widths, stack for layers; or, without --to, one
             operator with all its options, as for grow.
         seed: The seed of the random draws.
-        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
     _allow(allow)
     from growjax.gates import ungated
@@ -294,12 +283,11 @@ def certify(
 
 
 @app.command
-def inspect(path: tyro.conf.Positional[Path], allow: tuple[str, ...] = ()) -> None:
+def inspect(path: tyro.conf.Positional[Path], allow: Allow = ()) -> None:
     """Print the lineage of a checkpoint (of a run, its last one) and its arrays.
 
     Args:
         path: The folder of a checkpoint or of a run.
-        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
     _allow(allow)
     from rich.console import Console
@@ -327,7 +315,7 @@ def evaluate(
     length: int = 128,
     include: Path | None = None,
     out: Path = Path("eval.json"),
-    allow: tuple[str, ...] = (),
+    allow: Allow = (),
 ) -> None:
     """Score a checkpoint on some tasks, print a table and write the numbers as JSON.
 
@@ -349,7 +337,6 @@ def evaluate(
         length: The longest input of fine-tuning, in tokens.
         include: A folder of task definitions for lm-eval.
         out: The file to write; it must not exist.
-        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
     _allow(allow)
     from rich.console import Console
@@ -388,24 +375,23 @@ def sweep(
     evaluations: int = 20,
     held_out: int = 256,
     held_out_end: int = 4096,
-    allow: tuple[str, ...] = (),
+    allow: Allow = (),
     programs: str = "",
 ) -> None:
-    """Train a plan with every combination of some values of its fields, and say which ended lowest.
+    """Train a plan with every combination of some values of its fields, and compare their losses.
 
-    The same command goes on where it stopped. Exit statuses are those of `train`.
+    If it is stopped, the same command goes on. Exit statuses are those of `train`.
 
     Args:
         plan: A JSON file, or a Python file that defines `plan`.
         over: Fields and their values, such as rate.peak=1e-3,2e-3 seed=0,1,2,3,4,5.
-        run: The folder of the runs, each in one that is called after its values.
+        run: The folder of the runs, each of which is named after its values.
         out: The page to write; by default sweep.html in that folder.
-        margin: A difference that counts as none, in nats, decided on before the runs.
-        evaluations: How often to evaluate each on held-out text, evenly over its cost.
-        held_out: Windows of held-out text that each evaluation takes; always the same ones.
-        held_out_end: Windows that the finished models are evaluated on; 0 for none.
-        allow: Packages of your own that files may import, such as my_pkg; runs their code.
-        programs: The folder of compiled programs; see `train`.
+        margin: A difference that counts as none, in nats, chosen before the runs.
+        evaluations: The number of evaluations of each run on held-out text, at equal distances in cost.
+        held_out: The number of held-out windows in each evaluation; always the same ones.
+        held_out_end: The number of windows that the finished models are evaluated on; 0 for none.
+        programs: The folder for compiled programs; see `train`.
     """
     _allow(allow)
     from growjax import parallel
@@ -436,7 +422,7 @@ def compare(
     out: Path = Path("compare.html"),
     baseline: str | None = None,
     margin: float | None = None,
-    allow: tuple[str, ...] = (),
+    allow: Allow = (),
 ) -> None:
     """Test whether the runs that grow beat the fixed sizes at equal cost: a verdict, a table and a page.
 
@@ -448,7 +434,6 @@ def compare(
         out: The page to write.
         baseline: The name of an arm to compare the others with, instead of all fixed sizes.
         margin: A difference that counts as none, in nats, chosen before the runs.
-        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
     _allow(allow)
     from rich.console import Console
@@ -462,14 +447,13 @@ def compare(
 def report(
     runs: tyro.conf.Positional[tuple[Path, ...]],
     out: Path = Path("report.html"),
-    allow: tuple[str, ...] = (),
+    allow: Allow = (),
 ) -> None:
     """Write one HTML page about some runs, with their losses against cost, tokens and seconds.
 
     Args:
         runs: Folders of runs.
         out: The page to write.
-        allow: Packages of your own that files may import, such as my_pkg; runs their code.
     """
     _allow(allow)
     from growjax.report.runs import write_report

@@ -1,11 +1,14 @@
-"""Where every array lives: the only place that makes a mesh, and axis names become mesh axes.
+"""The mesh of devices and the sharding of every array, derived from the names of its axes.
 
-A `Layout` is three numbers, and each of them is a mesh axis. `data` replicas each hold the whole state;
-over `fsdp` devices every parameter, gradient and moment is split along its largest free axis and
-gathered layer by layer as the scan needs it (ZeRO-3); over `tensor` devices the heads, the MLP and the
-vocabulary are split and activations travel instead. Sequences are split over `data` and `fsdp`.
+A `Layout` gives the sizes of three mesh axes:
 
-`jax.pmap` is not used: JAX keeps it in maintenance only, and it cannot express any of this.
+- `data`: replicas, each of which holds the whole state.
+- `fsdp`: devices that split every parameter, gradient and moment along its largest free axis; parameters
+  are gathered layer by layer, as the scan reads them (ZeRO-3).
+- `tensor`: devices that split the heads, the MLP and the vocabulary, and send activations instead.
+
+Sequences are split over `data` and `fsdp`. `jax.pmap` is not used: JAX only maintains it, and it has no
+such meshes.
 """
 
 import dataclasses
@@ -32,32 +35,33 @@ from growjax.values import Range, check, register
 
 
 AXES = ("data", "fsdp", "tensor")
-# The compiler may choose; Explicit axes refuse an embedding table that is split by vocabulary
+# Auto: the compiler chooses the shardings of results. With Explicit axes, JAX refuses a lookup in an
+# embedding table that is split by vocabulary.
 _TYPES = (AxisType.Auto,) * 3
-# Sequences are split over replicas and over the devices that share one replica's state.
+# The rows of a batch are split over replicas, and over the devices that share one replica's state
 BATCH = PartitionSpec(("data", "fsdp"))
-# Named axes that may be split over `tensor`; the first that divides wins.
+# Named axes that may be split over `tensor`, the preferred ones first
 _TENSOR = ("kv_heads", "group", "mlp", "experts", "vocab")
 
 _DEVICES = "a positive number of devices"
-_Steps = tuple[str | int, ...]
+_Steps = tuple[str | int, ...]  # the path of a leaf in a model
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a run is spread over devices: the sizes of three mesh axes.
+    """The distribution of a run over devices: the sizes of three mesh axes.
 
     **Fields**
 
-    - `data`: replicas; -1 takes the devices that the other two leave.
-    - `fsdp`: devices that share one replica's parameters, gradients and optimizer state.
-    - `tensor`: devices that share one layer's heads and units.
-    - `step`: "auto" lets the compiler place the collectives from the shardings; "shard_map" writes
+    - `data`: the number of replicas; -1 for the number of devices divided by the other two sizes.
+    - `fsdp`: the number of devices that share one replica's parameters, gradients and optimizer state.
+    - `tensor`: the number of devices that share one layer's heads and units.
+    - `step`: "auto" lets the compiler place the collectives, from the shardings; "shard_map" writes
       them out, and needs `fsdp` and `tensor` at 1.
     - `own_paths`: each replica draws a sub-network of its own ("shard_map" only).
 
-    Raises `LayoutError` for sizes that make no mesh.
+    Raises `LayoutError` for fields that are invalid or do not fit together.
 
     **Example**
 
@@ -81,6 +85,7 @@ class Layout:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
+        """`data`, `fsdp` and `tensor`."""
         return self.data, self.fsdp, self.tensor
 
     def resolved(self, devices: int) -> tuple[int, int, int]:
@@ -90,7 +95,7 @@ class Layout:
         if data * shared != devices:
             raise LayoutError(
                 f"data={self.data} x fsdp={self.fsdp} x tensor={self.tensor} does not make {devices} "
-                "devices; data=-1 takes what is left, if the others divide it"
+                "devices; data=-1 fits if fsdp x tensor divides them"
             )
         return data, self.fsdp, self.tensor
 
@@ -101,22 +106,23 @@ class Layout:
         try:
             return jax.make_mesh(sizes, AXES, axis_types=_TYPES, devices=devices)
         except NotImplementedError:
-            # No axis of the torus has one of these sizes, such as 2 on a slice of 4x4: two share one
+            # JAX maps each mesh axis to whole axes of the TPU's torus. If that is not possible, such as for
+            # a size of 2 on a slice of 4x4, two mesh axes share one axis of the torus.
             placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
             return Mesh(placed, AXES, axis_types=_TYPES)
 
     def outline(self, devices: int) -> Any:
-        """The mesh over so many devices that need not be there: enough for shapes and shardings."""
+        """An abstract mesh over a number of devices that need not exist, for shapes and shardings."""
         return AbstractMesh(self.resolved(devices), AXES, axis_types=_TYPES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds all of it."""
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_rows(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch, over every device that is not sharing a layer."""
+    """The sharding of a batch: its rows are split over `data` and `fsdp`."""
     return NamedSharding(mesh, BATCH)
 
 
@@ -125,46 +131,49 @@ def model_shardings(model: Any, mesh: Mesh) -> Any:
 
     `model` may hold arrays or shapes. A parameter is split over `tensor` along the first of its head,
     MLP or vocabulary axes that divides evenly, and over `fsdp` along the largest axis left, never along
-    a stack of layers (a scan reads one layer at a time). Gates, buffers and what divides by nothing are
-    replicated; `unsplit` lists the latter.
+    a stack of layers (a scan reads one layer at a time). Gates, buffers and parameters that cannot be
+    split evenly are replicated; `unsplit` lists the last.
     """
     everywhere = replicated(mesh)
     tree = jax.tree.map(lambda _: everywhere, model)
     slots = axes_of(model).of_kind("param")
-    found = {s.steps: NamedSharding(mesh, spec_of(s, mesh)) for s in slots if s.arrays()}
-    return put(tree, found)
+    shardings = {s.steps: NamedSharding(mesh, spec_of(s, mesh)) for s in slots if s.arrays()}
+    return put(tree, shardings)
 
 
 def spec_of(slot: Slot, mesh: Mesh) -> PartitionSpec:
     """The partition of one parameter, by the rule of `model_shardings`."""
+    # One dimension of the array may be several named axes, merged; the first of them is the outermost
     shape, starts = slot.value.shape, np.cumsum([0, *slot.spec.groups])
     axes = [slot.dims[a:b] for a, b in itertools.pairwise(starts)]
-    chosen: list[str | None] = [None] * len(shape)
+    mesh_axes: list[str | None] = [None] * len(
+        shape
+    )  # of each dimension, the mesh axis that splits it
 
     def free(size: int) -> list[int]:
         """The dimensions that can be split in `size` equal parts and are not split yet."""
         return [
             i
             for i, dims in enumerate(axes)
-            if chosen[i] is None and shape[i] % size == 0 and dims[0].role != "stack"
+            if mesh_axes[i] is None and shape[i] % size == 0 and dims[0].role != "stack"
         ]
 
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     if tensor > 1:
         ranked = [i for name in _TENSOR for i in free(tensor) if axes[i][0].axis == name]
         if ranked:
-            chosen[ranked[0]] = "tensor"
-    if fsdp > 1 and (large := free(fsdp)):
-        chosen[max(large, key=lambda i: shape[i])] = "fsdp"
-    return PartitionSpec(*chosen)
+            mesh_axes[ranked[0]] = "tensor"
+    if fsdp > 1 and (dimensions := free(fsdp)):
+        mesh_axes[max(dimensions, key=lambda i: shape[i])] = "fsdp"
+    return PartitionSpec(*mesh_axes)
 
 
 def gathered(model: Any, mesh: Mesh) -> Any:
-    """The same model, each parameter gathered over `fsdp` where it is read: for use under a gradient.
+    """The model with each parameter gathered over `fsdp` where it is read, for use under a gradient.
 
-    The layers of a `Stacked` are gathered by its scan, one at a time and again on the way back, and each
-    gradient is scattered where it arises. Left to itself, the compiler splits activations like the
-    parameters that they meet, and sends those around.
+    The layers of a `Stacked` are gathered in its scan, one at a time, and again in the backward pass;
+    each gradient is scattered where it is computed. Without this, the compiler splits the activations
+    along the parameters' dimensions, and sends activations between devices.
     """
     if mesh.shape["fsdp"] == 1:
         return model
@@ -172,15 +181,17 @@ def gathered(model: Any, mesh: Mesh) -> Any:
     values: dict[_Steps, Any] = {}
     stacks: dict[_Steps, dict[_Steps, _Read]] = {}
     for steps, read in reads.items():
+        # Lengths of the prefixes of the path that end at a stack; the first is the outermost stack
         ends = [i for i in range(len(steps)) if isinstance(get(model, steps[:i]), Stacked)]
         if ends:
-            # Within its stack, and without the dimension of the layers
+            # The path within the stack (after its field for the block), and the partition of one layer
             inner = stacks.setdefault(steps[: ends[0]], {})
             inner[steps[ends[0] + 1 :]] = read._replace(spec=PartitionSpec(*read.spec[1:]))
         else:
             values[steps] = _gathered(get(model, steps), mesh, read)
 
     def layer(reads: dict[_Steps, _Read], block: Any) -> Any:
+        """One layer of a stack, gathered."""
         return put(block, {s: _gathered(get(block, s), mesh, read) for s, read in reads.items()})
 
     for steps, inner in stacks.items():
@@ -189,18 +200,18 @@ def gathered(model: Any, mesh: Mesh) -> Any:
 
 
 class _Read(NamedTuple):
-    """How one parameter is split, and whether its gradient is summed whole before it is split."""
+    """The partition of one parameter, and whether its gradient is summed whole before it is split."""
 
     spec: PartitionSpec
     sum_whole: bool
 
 
 def _read_of(slot: Slot, mesh: Mesh) -> _Read:
-    """How a parameter is read under `fsdp`.
+    """The partition of a parameter and of its gradient under `fsdp`.
 
-    The gradient of a lookup adds rows of activations up. Where `fsdp` splits the columns of such a
-    table, its gradient must be summed whole before it is split, or the compiler sends the columns of
-    the activations to where they are added.
+    The gradient of a lookup is a sum of rows of activations. If `fsdp` splits the columns of such a
+    table, its gradient must be summed whole before it is split; otherwise the compiler sends the columns
+    of the activations to the devices that add them.
     """
     spec = spec_of(slot, mesh)
     starts = np.cumsum([0, *slot.spec.groups])[:-1]
@@ -209,13 +220,15 @@ def _read_of(slot: Slot, mesh: Mesh) -> _Read:
 
 
 def _gathered(x: jax.Array, mesh: Mesh, read: _Read) -> jax.Array:
+    """The parameter gathered over `fsdp`; its gradient is split again."""
     if "fsdp" not in read.spec:
         return x
     split = NamedSharding(mesh, read.spec)
     columns = (None if name == "fsdp" else name for name in read.spec)
     whole = NamedSharding(mesh, PartitionSpec(*columns))
 
-    # A constraint is its own transpose, and would ask for the whole gradient everywhere
+    # By itself, the transpose of a sharding constraint is the same constraint, which would gather the
+    # gradient on every device as well
     @jax.custom_vjp
     def gather(x):
         return jax.lax.with_sharding_constraint(x, whole)
@@ -230,39 +243,40 @@ def _gathered(x: jax.Array, mesh: Mesh, read: _Read) -> jax.Array:
 
 
 def unsplit(model: Any, mesh: Mesh) -> list[str]:
-    """The parameters with two or more dimensions that `fsdp` or `tensor` could not split at all."""
+    """The parameters of two or more dimensions that neither `fsdp` nor `tensor` can split."""
     shared = mesh.shape["fsdp"] * mesh.shape["tensor"]
     slots = [s for s in axes_of(model).of_kind("param") if s.arrays() and shared > 1]
     return [s.path for s in slots if len(s.dims) > 1 and not any(spec_of(s, mesh))]
 
 
 def state_shardings(state: Any, trained: Any, mesh: Mesh) -> Any:
-    """Shardings of an optimizer state: what is shaped like the parameters is split like them."""
+    """The shardings of an optimizer state: arrays of a parameter's shape are split like the parameter."""
     like, everywhere = model_shardings(trained, mesh), replicated(mesh)
-    where = {s.steps: get(like, s.steps) for s in axes_of(trained).of_kind("param") if s.arrays()}
+    shardings = {
+        s.steps: get(like, s.steps) for s in axes_of(trained).of_kind("param") if s.arrays()
+    }
 
     def of(node):
+        """The shardings of one moment, a tree like the parameters, or of any other leaf."""
         tree = jax.tree.map(lambda _: everywhere, node)
         if not isinstance(node, type(trained)):
             return tree
-        # A masked optimizer keeps only a part of the tree, and a counter may stand in a leaf's place.
-        shaped = {
-            steps: sharding
-            for steps, sharding in where.items()
-            if getattr(find(node, steps), "shape", None) == get(trained, steps).shape
-        }
-        return put(tree, shaped)
+        # A masked optimizer has moments of some parameters only, and may have counters for others
+        same_shape = {}
+        for steps, sharding in shardings.items():
+            if getattr(find(node, steps), "shape", None) == get(trained, steps).shape:
+                same_shape[steps] = sharding
+        return put(tree, same_shape)
 
     return jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, type(trained)))
 
 
 def per_device_bytes(tree: Any, shardings: Any) -> int:
-    """Bytes of the fullest device, for arrays or shapes under these shardings."""
-    arrays, where = jax.tree.leaves(tree), jax.tree.leaves(shardings)
-    return sum(
-        math.prod(sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
-        for x, sharding in zip(arrays, where, strict=True)
-    )
+    """Bytes on the fullest device, for arrays or shapes with these shardings."""
+    total = 0
+    for x, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
+        total += math.prod(sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+    return total
 
 
 # Many hosts --------------------------------------------------------------------------------------
@@ -271,24 +285,26 @@ def per_device_bytes(tree: Any, shardings: Any) -> int:
 def connect(
     *, timeout: int = 300, heartbeat: int = 100, quiet: bool = False, **kwargs: Any
 ) -> None:
-    """Join the other hosts of a pod, show who is there, and prove that they can add up.
+    """Join the other hosts of a pod, print the devices, and test a sum over all of them.
 
-    On a TPU pod, under Slurm and under MPI nothing has to be said; elsewhere pass what
-    `jax.distributed.initialize` takes (`coordinator_address`, `num_processes`, `process_id`), or set
+    On a TPU pod, under Slurm and under MPI no arguments are needed. Elsewhere pass the arguments of
+    `jax.distributed.initialize` (`coordinator_address`, `num_processes`, `process_id`), or set
     `GROWJAX_COORDINATOR`, `GROWJAX_PROCESSES` and `GROWJAX_PROCESS`. Call it before any other use of
-    JAX. Raises `LayoutError` if a host is missing after `timeout` seconds or the sum is wrong. Later, all
-    hosts end when one has not been heard of for `heartbeat` seconds.
+    JAX. Raises `LayoutError` if a host is missing after `timeout` seconds or the sum is wrong. From then
+    on, all hosts end if one does not respond for `heartbeat` seconds.
     """
-    names = {
-        "coordinator_address": ("GROWJAX_COORDINATOR", str),
-        "num_processes": ("GROWJAX_PROCESSES", int),
-        "process_id": ("GROWJAX_PROCESS", int),
-    }
-    given = {k: read(os.environ[v]) for k, (v, read) in names.items() if v in os.environ}
-    given |= kwargs
+    arguments: dict[str, Any] = {}
+    for name, variable, convert in (
+        ("coordinator_address", "GROWJAX_COORDINATOR", str),
+        ("num_processes", "GROWJAX_PROCESSES", int),
+        ("process_id", "GROWJAX_PROCESS", int),
+    ):
+        if variable in os.environ:
+            arguments[name] = convert(os.environ[variable])
+    arguments |= kwargs
     try:
         jax.distributed.initialize(
-            initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat, **given
+            initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat, **arguments
         )
     except (RuntimeError, ValueError) as error:
         raise LayoutError(
@@ -305,44 +321,47 @@ def connect(
 
 
 def keep_programs(default: Path, requested: str = "") -> Path | None:
-    """Keep what is compiled in a folder, so that a run that goes on compiles nothing anew.
+    """Store compiled programs in a folder, so that a resumed run does not compile them again.
 
-    `requested` is a folder or "none"; if it is empty, the folder that JAX was told
-    (`JAX_COMPILATION_CACHE_DIR`) stays, and `default` is taken if there is none. Returns the folder, or
-    None if programs are not kept. Several processes of CPUs keep none: loading such a program ends them
-    (JAX 0.10).
+    `requested` is a folder or "none"; if it is empty, the folder is JAX's own setting
+    (`JAX_COMPILATION_CACHE_DIR`), or else `default`. Returns the folder, or None if no programs are
+    stored. Several processes on CPUs store none: they crash when they load such a program (JAX 0.10).
     """
-    # JAX decides with the first program, and would not look at the settings again
+    # JAX reads the settings at its first program only, unless its cache is reset
     compilation_cache.reset_cache()
     if requested == "none" or (jax.process_count() > 1 and jax.default_backend() == "cpu"):
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    told = getattr(jax.config, "jax_compilation_cache_dir", None)
-    if not requested and told:
-        return Path(told)
+    configured = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if not requested and configured:
+        return Path(configured)
     folder = Path(requested) if requested else default
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # By default JAX keeps what took a second or more: a toy plan has none, and waits for fifty
+    # By default JAX stores only programs that took a second or more to compile. A plan of small models
+    # has none of these, but fifty others.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder
 
 
 def self_test() -> int:
-    """Sum a one from every device of every host: the number of devices, or a `LayoutError`."""
+    """Sum a 1 from every device of every host; returns the number of devices.
+
+    Raises `LayoutError` if the sum is another number.
+    """
     mesh = Layout().mesh()
     ones = jax.make_array_from_callback(
         (mesh.size,), split_rows(mesh), lambda index: np.ones(mesh.size, np.float32)[index]
     )
     total = jax.jit(jnp.sum, out_shardings=replicated(mesh))(ones)
-    found = int(total.addressable_data(0))
-    if found != mesh.size:
-        raise LayoutError(f"an all-reduce over {mesh.size} devices summed their ones to {found}")
-    return found
+    devices = int(total.addressable_data(0))
+    if devices != mesh.size:
+        raise LayoutError(f"an all-reduce over {mesh.size} devices summed their ones to {devices}")
+    return devices
 
 
 def from_host(rows: Any, mesh: Mesh) -> Any:
-    """Put this host's rows of a batch (a tree of numpy arrays) where they belong on the mesh."""
+    """Put this host's rows of a batch (a tree of NumPy arrays) on its devices, by `split_rows`."""
     sharding = split_rows(mesh)
     if jax.process_count() == 1:
         return jax.device_put(rows, sharding)

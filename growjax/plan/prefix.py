@@ -21,7 +21,7 @@ _LENGTHS = ("name", "tokens", "flops", "seconds", "share", "rewarm", "rewind")
 
 
 class Branch(NamedTuple):
-    """A plan of a tree, its `fork` set, with the folder of its run and the steps to fork from."""
+    """A plan of a tree with its `fork` set, the folder of its run, and the steps others fork from."""
 
     plan: Plan
     run: Path

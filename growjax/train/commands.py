@@ -102,7 +102,7 @@ def train_plans(
     trackers: Sequence[str] = (),
     console: Console,
 ) -> int:
-    """Train a plan, or several as a tree; returns the exit status of the first that did not finish, or 0.
+    """Train a plan, or several as a tree; returns the exit status of the first that did not finish.
 
     - `fork`: RUN or RUN@STEP, the run that the plan goes on from; for one plan only.
     - `evaluations`: the number of evaluations of each plan on held-out text.
@@ -135,7 +135,7 @@ def train_tree(
     trackers: Sequence[str] = (),
     console: Console,
 ) -> int:
-    """Train the plans of a tree in their order; the exit status is that of the first one that stopped."""
+    """Train the plans of a tree in order; returns the exit status of the first that did not finish."""
     for branch in tree:
         if len(tree) > 1:
             console.print(f"plan {branch.plan.name}, into {branch.run}", markup=False)
