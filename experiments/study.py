@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -31,26 +31,22 @@ KEY = ("workload", "budget", "arm", "seed")
 SIZES = ("smoke", "small", "paper")
 
 
-class Cell(Protocol):
-    """One run of a study."""
+class Cell:
+    """One run of a study; its `key` is workload, budget, arm and seed.
 
-    @property
-    def key(self) -> Key:
-        """Workload, budget, arm and seed."""
-        ...
+    One that is `optional` runs only if its arm is named with `--only`.
+    """
 
-    @property
-    def optional(self) -> bool:
-        """Whether it runs only if its arm is named with `--only`."""
-        ...
+    key: Key
+    optional = False
 
     def settings(self, shared: Any) -> Line:
         """What its line must agree with, such as the digest of a model that it starts from."""
-        ...
+        return {}
 
     def run(self, shared: Any) -> Line:
         """Run it; returns what is kept in its line besides the key and the settings."""
-        ...
+        raise NotImplementedError
 
 
 Cells = Callable[[str, Any, int], Iterable[Cell]]

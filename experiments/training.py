@@ -65,7 +65,7 @@ class Size:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(study.Cell):
     """One run of a study.
 
     **Fields**
@@ -89,19 +89,14 @@ class Cell:
     clock: Clock | None = None
     after: Callable[[Plan, Any, Texts], dict[str, Any]] | None = None
     midway: tuple[float, ...] = ()
-    optional: bool = False
 
     @property
-    def key(self) -> Key:
+    def key(self) -> Key:  # type: ignore
         return self.workload, self.budget, self.plan.name, self.plan.seed
 
     @property
     def free(self) -> bool:
         return self.clock is not None
-
-    def settings(self, shared: "Trainer") -> Line:
-        """Nothing: an arm is what the code says it is."""
-        return {}
 
     def run(self, shared: "Trainer") -> Line:
         line, model = trained_line(self, shared)

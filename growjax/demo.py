@@ -29,7 +29,7 @@ from growjax.models import GPTConfig
 from growjax.report import Arm, Plot, Table, cost_figure, write_summary
 from growjax.report.comparisons import own_cost
 from growjax.report.rows import OwnCost
-from growjax.report.runs import read_run, write_report
+from growjax.report.runs import arm_of, read_run, write_report
 from growjax.report.tables import rich_table
 from growjax.runs.watch import watch
 from growjax.subnet import path_schedule
@@ -173,7 +173,7 @@ def run(
         feed = CorpusFeed(plan, *corpora)
         compiling += _train(feed, out / plan.name, options, programs, console, bar)
     folders = [out / plan.name for plan in plans]
-    trained = [read_run(folder).arm() for folder in folders]
+    trained = [arm_of([read_run(folder)], charge="flops") for folder in folders]
     rows = list(own_cost(trained, "scratch"))
     write_summary(out / "summary.json", rows)
     results = results_table(trained, rows)

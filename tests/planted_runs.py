@@ -260,4 +260,22 @@ TABLE = """
 @ the labels of a chunk are drawn by one key | plan/losses.py | head | labels
 - jax.vmap(jax.random.categorical)(keys, jax.lax.stop_gradient(logits))
 + jax.random.categorical(keys[0], jax.lax.stop_gradient(logits))
+@ seeds are paired by the order of their lines | report/arms.py | experiments_summary | paired_by_seed
+- order = sorted(range(len(self.outcomes)), key=lambda i: self.outcomes[i].seed)
++ order = range(len(self.outcomes))
+@ sizes run for less count | report/comparisons.py | experiments_summary | best_fixed_size
+- if (fixed.name, fixed.outcomes[0].budget) in used
++ if used is not None
+@ free variants have rows | report/comparisons.py | experiments_summary | best_fixed_size
+- grown = [arm for arm in arms if not (arm.fixed or arm.free)]
++ grown = [arm for arm in arms if not arm.fixed]
+@ a bound reads as a number | report/words.py | experiments_summary | tables_of_a_page
+- return f"{bound} {value:.2f}"
++ return f"{value:.2f}"
+@ an ignored sign turns a task around | report/comparisons.py | experiments_summary | every_measure
+- "estimate": sign * c.mean,
++ "estimate": c.mean,
+@ what a run costs in FLOPs is charged by its clock | report/runs.py | demo | end_to_end
+- spent=float(curve[-1][0]),
++ spent=float(plan.flops + 1),
 """

@@ -28,7 +28,7 @@ from growjax.report import (
     write_page,
 )
 from growjax.report.comparisons import own_cost
-from growjax.report.runs import read_run
+from growjax.report.runs import arm_of, read_run
 
 
 ROOT = Path(gj.__file__).parents[1]
@@ -212,7 +212,9 @@ def test_the_demo_end_to_end(tmp_path):
     runs = [read_run(out / p.name) for p in demo.arms(TINY, 3)]
     assert all(run.run.finished and run.last["flops"] == run.plan.flops for run in runs)
     assert all(len(run.steps) == run.plan.steps for run in runs)
-    scratch, control, small, grown, raptr = arms = [run.arm(paths=True) for run in runs]
+    scratch, control, small, grown, raptr = arms = [
+        arm_of([run], charge="flops", paths=True) for run in runs
+    ]
     assert [g["grew"] for g in runs[3].growths] == [{"mlp": [16, 32]}, {"layers": [2, 4]}]
     assert [s.label for s in raptr.stages] == ["path 2", "path 3", "whole model"]
     for arm, run in zip(arms, runs, strict=True):

@@ -181,6 +181,21 @@ def test_rows_at_equal_cost_are_what_compare_says_of_every_measure():
     assert [(r.estimate or 0) > 0 for r in better] == [False, True, True]
 
 
+def test_arms_are_paired_by_seed_whatever_the_order_of_their_lines():
+    about = dataclasses.replace(NTNG, target="whole", clocks={})
+    runs = [line("AdamW", 1, s, 3.0 + 0.1 * s) for s in range(6)]
+    runs += [
+        line("whole", 2, s, 2.0 + 0.1 * s, seconds=2.0 + s) | {"budget": "1x"} for s in range(6)
+    ]
+    mine = [line("mine", 1, s, 2.5 + 0.1 * s + 0.01 * s**2, seconds=1.0 + s) for s in range(6)]
+    rows = summarise(about, [*runs, *mine])
+    assert summarise(about, [*runs, *mine[::-1]]) == rows
+    own = {row.arm: row for row in select(rows, OwnCost)}
+    assert own["AdamW"].differences == pytest.approx([1.0] * 6)
+    assert own["mine"].differences == pytest.approx([0.5 + 0.01 * s**2 for s in range(6)])
+    assert own["mine"].seconds == pytest.approx(np.mean([(1 + s) / (2 + s) for s in range(6)]))
+
+
 @pytest.mark.parametrize("seeds", [6, 5])
 def test_an_arm_is_told_from_the_target_by_its_whole_interval(seeds):
     shifts = {"whole": 0.0, "below": -0.2, "above": 0.2, "level": 0.001}

@@ -132,17 +132,12 @@ def test_no_change_of_the_loss_at_a_boundary_is_above_its_bound(seed, layers, sc
 # Cells and rows ----------------------------------------------------------------------------------
 
 
-class Square:
+class Square(study.Cell):
     """A cell that squares a number."""
-
-    optional = False
 
     def __init__(self, number, found, ran=None):
         self.key, self.found = ("squares", "", "square", number), found
         self.ran = [] if ran is None else ran
-
-    def settings(self, shared):
-        return {}
 
     def run(self, shared):
         self.ran.append(self.key[3])

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import growjax as gj
+from experiments import study
 from experiments.downstream.made_up import make_up
 from experiments.study import Inputs, Key, Line, Page, Study, answers_in_words, by
-from growjax.data import Tokenizer
 from growjax.errors import EvalError, raise_all
 from growjax.evals import GLUE, Example, GlueTask, Recipe, fine_tune, read_task
 from growjax.evals.commands import open_model
@@ -64,18 +65,12 @@ def growth(model: BERT) -> gj.growth.Operator:
     return gj.zeros(heads=-(-heads * 4 // 3), mlp=-(-sizes["mlp"] * 4 // 3))
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """Everything that the runs of one task share; `digest` is of the model's weights."""
+class Task(NamedTuple):
+    """A task with its training rows and its whole development set."""
 
-    folder: Path
-    digest: str
-    model: BERT
-    tokenizer: Tokenizer
-    task: GlueTask
+    about: GlueTask
     train: Sequence[Example]
     dev: Sequence[Example]
-    recipe: Recipe
 
 
 class Shared:
@@ -95,83 +90,69 @@ class Shared:
         ]
         raise_all(EvalError, "what to fine-tune, and on what, is not there:", faults)
         assert data is not None and model is not None
-        self.data, self.folder, self.size = data, model, SIZES[inputs.size]
-        self.examples = inputs.examples
+        self.data, self.folder, self.examples = data, model, inputs.examples
+        self.size = SIZES[inputs.size]
         self.model, self.tokenizer, _ = open_model(model)
         self.digest = _digest(model)
         self._tasks: dict[str, Task] = {}
 
     def task(self, name: str) -> Task:
         if name not in self._tasks:
-            task = GLUE[name]
-            train, dev = (read_task(task, self.data, split) for split in ("train", "dev"))
+            train, dev = (read_task(GLUE[name], self.data, split) for split in ("train", "dev"))
             train = part(train, self.examples or self.size.examples[name])
-            self._tasks[name] = Task(
-                self.folder,
-                self.digest,
-                self.model,
-                self.tokenizer,
-                task,
-                train,
-                dev,
-                self.size.recipe,
-            )
+            self._tasks[name] = Task(GLUE[name], train, dev)
         return self._tasks[name]
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(study.Cell):
     """One run: a task, an arm and a seed; the budget is how often all rows are seen."""
 
     key: Key
 
     @property
-    def optional(self) -> bool:
+    def optional(self) -> bool:  # type: ignore
         """PyTorch is not installed everywhere."""
         return self.key[2] == "transformers"
 
     def settings(self, shared: Shared) -> Line:
-        task = shared.task(self.key[0])
-        recipe = {n: getattr(task.recipe, n) for n in ("batch", "rate", "epochs", "length")}
-        return {"model": task.digest, "examples": len(task.train), **recipe}
+        recipe = {n: getattr(shared.size.recipe, n) for n in ("batch", "rate", "epochs", "length")}
+        rows = len(shared.task(self.key[0]).train)
+        return {"model": shared.digest, "examples": rows, **recipe}
 
     def run(self, shared: Shared) -> Line:
         """The scores of the last epoch, and of the best constant answer."""
         task, (_, _, arm, seed) = shared.task(self.key[0]), self.key
         more = {}
         if arm == "transformers":
-            scores = by_transformers(task, seed)
+            scores = by_transformers(shared, task, seed)
         else:
-            model = task.model
+            model = shared.model
             if arm == "grown":
                 model = gj.grow(growth(model), model, key=gj.step_key(seed, 0))
-                more = {"moved": moved(task.model, model)}
+                more = {"moved": moved(shared.model, model)}
             tuned = fine_tune(
                 model,
-                task.tokenizer,
-                task.task,
+                shared.tokenizer,
+                task.about,
                 task.train,
                 {"dev": task.dev},
-                recipe=task.recipe,
+                recipe=shared.size.recipe,
                 seeds=[seed],
                 last_only=True,
             )
             scores = tuned.runs[0][-1]
-        return {
-            "score": headline(scores),
-            "metrics": scores,
-            "constant": constant(task.task, task.dev),
-            **more,
-        }
+        floor = constant(task.about, task.dev)
+        return {"score": headline(scores), "metrics": scores, "constant": floor, **more}
 
 
 def cells(size: str, workload: str, seed: int) -> Iterator[Cell]:
-    """The arms of one task and seed."""
+    """The arms of one task and seed; the budget is how often all rows are seen."""
     for arm in ARMS:
         yield Cell((workload, f"{SIZES[size].recipe.epochs} epochs", arm, seed))
 
 
-def by_transformers(task: Task, seed: int) -> dict[str, float]:
+def by_transformers(shared: Shared, task: Task, seed: int) -> dict[str, float]:
     """The scores of the same fine-tuning by PyTorch; raises `EvalError` where that is not installed."""
     try:
         importlib.import_module("torch")
@@ -182,17 +163,10 @@ def by_transformers(task: Task, seed: int) -> dict[str, float]:
             "pip install 'growjax[parity]', or leave it out"
         ) from error
     peer = importlib.import_module("experiments.downstream.peer")
-    fresh = Classifier(task.model, task.task.outputs, key=jax.random.key(seed))
-    outputs = peer.fine_tuned(
-        task.folder,
-        task.task,
-        task.train,
-        task.dev,
-        task.recipe,
-        seed,
-        np.asarray(fresh.weight),
-    )
-    return score(task.task, task.dev, outputs)
+    head = np.asarray(Classifier(shared.model, task.about.outputs, key=jax.random.key(seed)).weight)
+    recipe = shared.size.recipe
+    outputs = peer.fine_tuned(shared.folder, task.about, task.train, task.dev, recipe, seed, head)
+    return score(task.about, task.dev, outputs)
 
 
 @eqx.filter_jit

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
+from experiments import study
 from experiments.study import Inputs, Key, Line
 from experiments.text import LIBRARY
 from experiments.theory.bytes import texts
@@ -61,14 +62,13 @@ class Experiment:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(study.Cell):
     """One network of an experiment."""
 
     key: Key
     about: Experiment
     size: Any
     arguments: tuple[Any, ...]
-    optional: bool = False
 
     def settings(self, shared: Shared) -> Line:
         return {"text": shared.name} if self.about.reads else {}

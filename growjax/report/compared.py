@@ -3,22 +3,21 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
 from growjax.budget import Frontier
-from growjax.cost import parameters
 from growjax.errors import BudgetError, raise_all
 from growjax.plan.plan import Plan
-from growjax.report.arms import Arm, Part, fixed_size
+from growjax.report.arms import Arm
 from growjax.report.comparisons import against_frontier, frontier_of
 from growjax.report.figures import differences_figure, ends_figure, looks_of, loss_figure
 from growjax.report.page import Plot, Table, write_page
 from growjax.report.rows import AgainstFrontier
-from growjax.report.runs import Trained, open_run
+from growjax.report.runs import Trained, arm_of, read_run
 from growjax.report.tables import arms_table, bars, frontier_table, rich_table
 from growjax.report.words import answer
 from growjax.runs.run import Run
@@ -36,23 +35,6 @@ class Compared:
     arms: tuple[Arm, ...]
     frontier: Frontier | None
     rows: tuple[AgainstFrontier, ...]
-
-
-class Finished(NamedTuple):
-    """A finished run.
-
-    `recipe` is its plan without what differs between seeds; `judged` says what it was judged by, in words
-    that tell one text, objective and set of windows from another.
-    """
-
-    folder: Path
-    trained: Trained
-    recipe: str
-    judged: dict[str, str]
-
-    @property
-    def plan(self) -> Plan:
-        return self.trained.plan
 
 
 def compare_runs(
@@ -111,30 +93,34 @@ def compare_runs(
     return compared
 
 
-def read_finished(folder: str | os.PathLike[str]) -> Finished:
+def read_finished(folder: str | os.PathLike[str]) -> Trained:
     """Read one run; raises `BudgetError` if it has not reached the end of its plan."""
-    run, trained = Run(folder), open_run(Path(folder))
-    plan, steps = trained.plan, trained.steps
-    if not run.finished or not steps:
-        done = steps[-1]["step"] + 1 if steps else 0
+    run = read_run(folder)
+    if not run.run.finished or not run.steps:
+        done = run.last["step"] + 1 if run.steps else 0
         raise BudgetError(
-            f"{folder}: it has done {done} of {plan.steps} steps; `growjax train {run.plan_file} --run "
-            f"{folder}` goes on with it"
+            f"{folder}: it has done {done} of {run.plan.steps} steps; `growjax train "
+            f"{run.run.plan_file} --run {folder}` goes on with it"
         )
-    held_out = run.held_out()
-    sets = {str(row.get("held_out")) for row in run.rows() if row["kind"] == "begin"}
-    judged = {
-        "data": _data(run, {} if held_out is None else held_out[1]),
-        "objective": json.dumps(to_dict(plan.objective), sort_keys=True),
+    return run
+
+
+def _judged(run: Trained) -> dict[str, str]:
+    """What a run was judged by, in words that tell one clock, text, objective or set from another."""
+    sets = {str(row.get("held_out")) for row in run.rows if row["kind"] == "begin"}
+    return {
+        "clocks": run.plan.clock.identity,
+        "data": _data(run.run),
+        "objective": json.dumps(to_dict(run.plan.objective), sort_keys=True),
         "held-out windows on the way": ", ".join(sorted(sets)),
     }
-    return Finished(Path(folder), trained, _recipe(plan), judged)
 
 
-def _data(run: Run, about: Mapping[str, Any]) -> str:
+def _data(run: Run) -> str:
     """The digest of what a run trained on, or what its plan names if nothing else was kept of it."""
-    if "data" in about:
-        return about["data"]
+    held_out = run.held_out()
+    if held_out is not None and "data" in held_out[1]:
+        return held_out[1]["data"]
     if run.last() is not None:
         from growjax.runs.checkpoint import read_lineage  # Orbax takes a second to import
 
@@ -152,63 +138,46 @@ def _recipe(plan: Plan) -> str:
     return json.dumps(saved, sort_keys=True)
 
 
-def _faults(runs: Sequence[Finished]) -> Iterator[str]:
+def _faults(runs: Sequence[Trained]) -> Iterator[str]:
     if not runs:
         yield "runs: expected the folders of at least one"
         return
-    for name, values in {
-        "clocks": [run.plan.clock.identity for run in runs],
-        **{key: [run.judged[key] for run in runs] for key in runs[0].judged},
-    }.items():
-        by_value: dict[str, list[Path]] = {}
-        for run, value in zip(runs, values, strict=True):
-            by_value.setdefault(value, []).append(run.folder)
-        if len(by_value) > 1:
-            yield f"{name} differ: " + "; ".join(
-                f"{value} ({', '.join(map(str, folders))})" for value, folders in by_value.items()
-            )
-    seeds: dict[tuple[str, int], list[Path]] = {}
-    for run in runs:
-        seeds.setdefault((run.recipe, run.plan.seed), []).append(run.folder)
-    for (_, seed), folders in seeds.items():
+    judged = [_judged(run) for run in runs]
+    for name in judged[0]:
+        folders = _grouped(runs, [each[name] for each in judged])
         if len(folders) > 1:
-            yield f"two runs of one plan and of seed {seed}: {', '.join(map(str, folders))}"
+            yield f"{name} differ: " + "; ".join(f"{x} ({names})" for x, names in folders.items())
+    pairs = [(_recipe(run.plan), run.plan.seed) for run in runs]
+    for (_, seed), names in _grouped(runs, pairs).items():
+        if ", " in names:
+            yield f"two runs of one plan and of seed {seed}: {names}"
 
 
-def _arms(runs: Sequence[Finished]) -> list[Arm]:
+def _grouped(runs: Sequence[Trained], values: Sequence[Any]) -> dict[Any, str]:
+    """The folders of the runs that share a value, by that value."""
+    folders: dict[Any, list[str]] = {}
+    for run, value in zip(runs, values, strict=True):
+        folders.setdefault(value, []).append(str(run.run))
+    return {value: ", ".join(names) for value, names in folders.items()}
+
+
+def _arms(runs: Sequence[Trained]) -> list[Arm]:
     """The runs of each recipe; a name that two recipes share gets the first folder's as well."""
-    recipes: dict[str, list[Finished]] = {}
+    recipes: dict[str, list[Trained]] = {}
     for run in runs:
-        recipes.setdefault(run.recipe, []).append(run)
+        recipes.setdefault(_recipe(run.plan), []).append(run)
     names = [group[0].plan.name for group in recipes.values()]
     arms = []
-    for group in recipes.values():
-        plan = group[0].plan
-        name = plan.name
-        if names.count(name) > 1:
-            name = f"{name} ({group[0].folder.name})"
-        per_unit = plan.clock.per_unit
-        stages = [
-            Part(era.label, era.spent[0] / per_unit, era.spent[1] / per_unit)
-            for era in plan.timeline()
-        ]
-        arms.append(
-            Arm(
-                name,
-                tuple(dataclasses.replace(run.trained.outcome(), arm=name) for run in group),
-                parameters=parameters(plan.spans[-1].model),
-                fixed=fixed_size(plan),
-                stages=tuple(stages),
-                unit=plan.clock.unit,
-            )
-        )
+    for name, group in zip(names, recipes.values(), strict=True):
+        more = f" ({group[0].name})" if names.count(name) > 1 else ""
+        arms.append(arm_of(group, name + more))
     return arms
 
 
 # Tables and page ---------------------------------------------------------------------------------
 
 
-def _tables(compared: Compared, runs: Sequence[Finished]) -> list[Table]:
+def _tables(compared: Compared, runs: Sequence[Trained]) -> list[Table]:
     tables = []
     if compared.rows:
         tables.append(frontier_table(compared.rows, "Against the best fixed size at equal cost"))
@@ -217,16 +186,16 @@ def _tables(compared: Compared, runs: Sequence[Finished]) -> list[Table]:
     columns = ("run", "arm", "seed", "loss (nats)", "cost", "rate at the end", "seconds")
     cells = []
     for run in runs:
-        outcome = run.trained.outcome()
+        outcome = run.outcome(run.plan.name)
         cells.append(
             [
-                str(run.folder),
+                str(run.run),
                 run.plan.name,
                 str(run.plan.seed),
                 f"{outcome.score:.4f}",
                 f"{outcome.spent:.4g}",
-                f"{run.trained.rate_at_end():.1%} of its peak",
-                f"{run.trained.last['seconds']:.0f}",
+                f"{run.rate_at_end():.1%} of its peak",
+                f"{run.last['seconds']:.0f}",
             ]
         )
     clock = runs[0].plan.clock

@@ -1,7 +1,9 @@
 """The folders of runs as arms, and one page about some of them."""
 
 import dataclasses
+import functools
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,25 +26,27 @@ Points = list[tuple[float, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a run's folder says, by its plan and its journal.
-
-    **Fields**
-
-    - `steps`: the journal's rows of steps, each step once; `marks`, those with a held-out evaluation.
-    - `growths`: its rows of growths.
-    """
+    """What a run's folder says: its plan, and the rows of its journal, each step once."""
 
     run: Run
     plan: Plan
-    steps: list[dict[str, Any]]
-    growths: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
 
     @property
     def name(self) -> str:
         return self.run.folder.name
 
+    @functools.cached_property
+    def steps(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["kind"] == "step"]
+
+    @property
+    def growths(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["kind"] == "growth"]
+
     @property
     def marks(self) -> list[dict[str, Any]]:
+        """The steps with a held-out evaluation."""
         return [row for row in self.steps if row["held_out"] is not None]
 
     @property
@@ -51,11 +55,8 @@ class Trained:
 
     def points(self, x: str, y: str) -> Points:
         """Pairs of two numbers of the steps that have both."""
-        return [
-            (row[x], row[y])
-            for row in self.steps
-            if row.get(x) is not None and row.get(y) is not None
-        ]
+        pairs = [(row.get(x), row.get(y)) for row in self.steps]
+        return [(a, b) for a, b in pairs if a is not None and b is not None]
 
     def rate_at_end(self) -> float:
         """The learning rate where the schedule ends, over the highest that the run had.
@@ -64,7 +65,7 @@ class Trained:
         """
         return self.plan.learning_rate(self.plan.cost) / max(row["rate"] for row in self.steps)
 
-    def outcome(self, charge: str = "spent") -> Outcome:
+    def outcome(self, arm: str, charge: str = "spent") -> Outcome:
         """How the run ended, charged by its plan's clock ("spent") or its "flops"."""
         held_out = self.run.held_out()
         windows = None
@@ -73,7 +74,7 @@ class Trained:
         plan, curve = self.plan, self.points(charge, "held_out")
         by_clock = charge == "spent"
         return Outcome(
-            arm=self.name,
+            arm=arm,
             seed=plan.seed,
             budget=plan.cost / plan.clock.per_unit if by_clock else plan.flops,
             clock=plan.clock.identity if by_clock else "FLOPs",
@@ -84,43 +85,39 @@ class Trained:
             windows=windows,
         )
 
-    def arm(self, *, paths: bool = False) -> Arm:
-        """The run as an arm of one seed, charged its FLOPs; `paths` is as in `Plan.timeline`."""
-        spent = self.last["flops"]
-        stages = [
-            Part(era.label, era.flops[0], min(era.flops[1], spent))
-            for era in self.plan.timeline(paths=paths)
-            if era.flops[0] < spent
-        ]
-        return Arm(
-            self.name,
-            (self.outcome("flops"),),
-            parameters=parameters(self.plan.spans[-1].model),
-            fixed=fixed_size(self.plan),
-            stages=tuple(stages),
-            flops=(float(spent),),
-            seconds=(self.last["seconds"],),
-        )
 
+def arm_of(
+    runs: Sequence[Trained], name: str = "", *, charge: str = "spent", paths: bool = False
+) -> Arm:
+    """Runs of one plan as an arm, called as their folder by default.
 
-def read_run(folder: str | Path) -> Trained:
-    """Read one run; raises `DataError` for a folder without a journal or without an evaluation."""
-    trained = open_run(folder)
-    if not trained.marks:
-        raise DataError(f"{folder}: nothing was evaluated in it yet")
-    return trained
-
-
-def open_run(folder: str | Path) -> Trained:
-    """Read one run, wherever it is; raises `DataError` for a folder without a journal."""
-    run = Run(folder)
-    rows = run.rows()
-    return Trained(
-        run,
-        run.plan(),
-        [row for row in rows if row["kind"] == "step"],
-        [row for row in rows if row["kind"] == "growth"],
+    `charge` is as in `Trained.outcome`, and `paths` as in `Plan.timeline`.
+    """
+    first = runs[0]
+    plan, name = first.plan, name or first.name
+    unit, spent = (plan.clock.per_unit, "spent") if charge == "spent" else (1, "flops")
+    stages = []
+    for era in plan.timeline(paths=paths):
+        start, stop = (x / unit for x in getattr(era, spent))
+        # A run that goes on has not been in all of them yet
+        if start < first.last[charge]:
+            stages.append(Part(era.label, start, min(stop, first.last[charge])))
+    return Arm(
+        name,
+        tuple(run.outcome(name, charge) for run in runs),
+        parameters=parameters(plan.spans[-1].model),
+        fixed=fixed_size(plan),
+        stages=tuple(stages),
+        flops=tuple(float(run.last["flops"]) for run in runs),
+        seconds=tuple(run.last["seconds"] for run in runs),
+        unit=plan.clock.unit if charge == "spent" else "FLOPs",
     )
+
+
+def read_run(folder: str | os.PathLike[str]) -> Trained:
+    """Read one run; raises `DataError` for a folder without a journal."""
+    run = Run(folder)
+    return Trained(run, run.plan(), run.rows())
 
 
 def write_report(
@@ -154,7 +151,10 @@ def write_report(
     trained = [read_run(run) for run in runs]
     if not trained:
         raise DataError("runs: expected at least one folder of a run")
-    arms = [run.arm(paths=paths) for run in trained]
+    for run in trained:
+        if not run.marks:
+            raise DataError(f"{run.run}: nothing was evaluated in it yet")
+    arms = [arm_of([run], charge="flops", paths=paths) for run in trained]
     nats = f"held-out loss (nats per {per})"
     divisor, flops = unit_of(arms)
     looks = [look(n) for n in range(len(trained))]
