@@ -13,7 +13,7 @@ from growjax.annotation.traced import Traced, call
 from growjax.axes import Slot, axes_of, get
 from growjax.maps import AxisMap
 from growjax.specs import Dim
-from growjax.trace import Differs, Node, Place, factored, powers, unbalanced, unify
+from growjax.trace import Differs, Node, Place, factored, powers, reached, unbalanced, unify
 from growjax.trace.dims import cut
 
 
@@ -40,6 +40,9 @@ class Checked:
         self._unclaimed()
         for axis in self.table.sizes:
             self._at_another_size(axis)
+        for axis in self.annotated.gates:
+            if "stack" in self.table.roles(axis):
+                self._open_stack(axis)
         return self.complaints
 
     def _slots(self) -> Iterator[tuple[int, tuple[Slot, int]]]:
@@ -163,6 +166,25 @@ class Checked:
             for why, near in faults:
                 names = ", ".join(self.traced.paths[n] for n in near)
                 self._wrong_size(axis, f"{why} (near {names})" if names else why)
+
+    def _open_stack(self, axis: str) -> None:
+        """Blocks that do something even if all that a gate on the stack multiplies is zero."""
+        same = {n: group for group in self.traced.groups for n in group}
+
+        def stream_makers(slot: Slot) -> bool:
+            stream = self.annotated.stream
+            return any(d.axis == stream and d.role == "produced" for d in slot.dims)
+
+        inside = [(n, slot) for n, (slot, _) in self.slots.items() if slot.positions(axis)]
+        blocks = {leaf for n, _ in inside for leaf in same.get(n, [n])}
+        closed = {leaf for n, slot in inside if stream_makers(slot) for leaf in same.get(n, [n])}
+        stays = reached(self.traced.program, len(self.traced.paths), closed) & blocks
+        if stays:
+            names = ", ".join(self.traced.paths[n] for n in sorted(stays))
+            self.complaints.append(
+                f"gates: a block of {axis!r} is not the identity where its gate is 0, since {names} do "
+                f"not act through what produces {self.annotated.stream!r}"
+            )
 
     def _is_output(self, axis: str) -> bool:
         return "consumed" not in self.table.roles(axis)

@@ -58,6 +58,8 @@ class Traced:
             for where, x in zip(self.steps, self.arrays, strict=True)
         ]
         self.program = self.traced(model, self.arrays)
+        for number in self._stopped():
+            self.trained[number] = False
         tie(self.program, self.groups)
         if read:
             self.read()
@@ -67,6 +69,15 @@ class Traced:
         values = self.program.inputs[: len(self.arrays)]
         self.roles = Roles(self.program.tape, values, self.trained, self.groups, given)
         self.roles.settle(self._suits)
+
+    def _stopped(self) -> list[int]:
+        """The arrays of which the program takes no gradient (`jax.lax.stop_gradient`)."""
+        uses: dict[int, set[str]] = {}
+        for op in self.program.tape:
+            for value in op.ins:
+                uses.setdefault(id(value), set()).add(op.name)
+        values = self.program.inputs[: len(self.arrays)]
+        return [n for n, value in enumerate(values) if uses.get(id(value)) == {"stop_gradient"}]
 
     def traced(self, model: Any, arrays: Sequence[Any]) -> Program:
         """The program of a model of the same fields with other arrays, or shapes."""

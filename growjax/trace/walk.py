@@ -130,6 +130,11 @@ class Walk:
         rule: Callable | None = getattr(self, f"_{name}", None)
         if rule is not None:
             return rule(eqn.params, ins, sizes)
+        if name in ("reduce_prod", "reduce_xor"):
+            for dim in eqn.params["axes"]:
+                ins[0].nodes[dim].freeze(
+                    f"the program takes a {name.removeprefix('reduce_')} over it"
+                )
         if name in _REDUCE:
             return self._reduced(_REDUCE[name], eqn.params["axes"], ins, name)
         if name in _ORDERED:
