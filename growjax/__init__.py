@@ -14,6 +14,7 @@ from growjax import certificate as certificate
 from growjax import errors as errors
 from growjax import gates as gates
 from growjax import growth as growth
+from growjax import inference as inference
 from growjax import maps as maps
 from growjax import models as models
 from growjax import nn as nn
@@ -21,6 +22,7 @@ from growjax import optim as optim
 from growjax import specs as specs
 from growjax import state as state
 from growjax import subnet as subnet
+from growjax import trace as trace
 from growjax import values as values
 from growjax.algebra import NONE as NONE
 from growjax.algebra import AxisMap as AxisMap
@@ -52,6 +54,7 @@ from growjax.growth import new as new
 from growjax.growth import regroup as regroup
 from growjax.growth import stack as stack
 from growjax.growth import zeros as zeros
+from growjax.inference import infer as infer
 from growjax.optim import carry as carry
 from growjax.state import State as State
 from growjax.state import grow as grow

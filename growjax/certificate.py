@@ -155,8 +155,9 @@ def certify(
     with jax.enable_x64(True):
         small = _wide(model)
         grown = _grown(op, small, key)
-        before, after = programs.observed(small, batch), programs.observed(grown, batch)
-        floor = programs.observed(_wide(permuted), batch)
+        rows = jax.tree.map(_double, batch)
+        before, after = programs.observed(small, rows), programs.observed(grown, rows)
+        floor = programs.observed(_wide(permuted), rows)
         if distance(before.outputs, floor.outputs)[1] > _SAME:
             # An axis that the outside sees (what the model is called with has it): no symmetry
             permuted, floor = model, before
@@ -164,7 +165,7 @@ def certify(
         gradient = None
         if op.exactness != "approximate":
             gradient = _error(before.gradient, _pulled_back(op, small, key, after.gradient))
-        dead, locked = _liveness(op, model, grown, batch, programs, level)
+        dead, locked = _liveness(op, model, grown, rows, programs, level)
     # Outputs in the model's own dtype as well, unless that is float64
     leaves = [x for x in jax.tree.leaves(model) if eqx.is_inexact_array(x)]
     double = all(x.dtype == jnp.float64 for x in leaves)
@@ -464,6 +465,11 @@ def shapes(op, model):
     """The grown model, with shapes and dtypes in place of arrays."""
     with jax.enable_x64(True):  # float64 models keep their dtype; others are not widened
         return eqx.filter_eval_shape(lambda m: op(m, key=jax.random.key(0)), model)
+
+
+def _double(x):
+    """Inputs as wide as the model: some operations (convolutions) take no two dtypes."""
+    return jnp.asarray(x, float) if eqx.is_inexact_array_like(x) else x
 
 
 @_jit

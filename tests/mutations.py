@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tests import planted, planted_algebra, planted_runs, planted_specs
+from tests import planted, planted_algebra, planted_models, planted_runs, planted_specs
 
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,8 @@ class Mutation(NamedTuple):
 def mutations() -> list[Mutation]:
     """The rows of all tables, read."""
     found = []
-    table = planted.TABLE + planted_runs.TABLE + planted_specs.TABLE + planted_algebra.TABLE
+    tables = (planted, planted_models, planted_runs, planted_specs, planted_algebra)
+    table = "".join(module.TABLE for module in tables)
     for entry in table.strip().removeprefix("@ ").split("\n@ "):
         head, *lines = entry.split("\n")
         old, new = ("\n".join(x[2:] for x in lines if x.startswith(sign)) for sign in "-+")

@@ -428,9 +428,9 @@ TABLE = """
 @ a reversed input is taken for noise | certificate.py | own_models | layers_by_number
 - permuted, floor = model, before
 + floor = floor
-@ dicts that cannot be rebuilt are annotated | annotation.py | own_models | no_path
-- if not isinstance(node, dict | list | tuple) and not dataclasses.is_dataclass(node):
-+ if node is None:
+@ dicts that cannot be rebuilt are annotated | annotation/packing.py | own_models | no_path
+- if not has_shape(leaf) or id(leaf) in seen:
++ if leaf is not None:
 @ a task that writes is begun without extend | evals/tasks.py | own_models | before_any_is_run
 - if asks == "extend" and not hasattr(inside, "extend"):
 + if asks == "extend" and not hasattr(inside, "words"):

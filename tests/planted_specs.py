@@ -41,9 +41,9 @@ TABLE = """
 @ norms without a gain are left out | axes.py | specs | without_a_gain
 - return _field("param", f"~{axis}", default=None)
 + return _field("param", axis, default=None)
-@ empty fields are not annotated | annotation.py | specs | without_a_gain
-- for path, inner, leaf in (*_array_leaves(self.model), *_empty_fields(self.model)):
-+ for path, inner, leaf in _array_leaves(self.model):
+@ empty fields are not annotated | annotation/annotated.py | specs | without_a_gain
+- if not (has_shape(leaf) or leaf is None):
++ if not has_shape(leaf):
 @ a gain that is not there is taken for mended | maps.py | specs | do_not_mend
 - s.steps[:-1] not in mends or s.value is None
 + s.steps[:-1] not in mends

@@ -19,15 +19,16 @@ LEVELS = [
     "values extras",
     "specs",
     "axes",
-    "annotation gates",
+    "trace",
+    "gates",
     "algebra",
     "maps",
-    "nn",
+    "annotation nn",
     "models",
     "growth subnet",
     "optim parallel cost data",
     "certificate budget select state",
-    "testing hf",
+    "testing hf inference",
     "plan",
     "programs",
     "runs",
@@ -40,7 +41,9 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.split()}
 
 # Operators work in a notebook without a trainer: these need jax and equinox alone
-CORE = set("errors values specs axes annotation gates algebra maps growth subnet".split())
+CORE = set("errors values specs axes trace annotation gates algebra maps growth subnet".split())
+# Those of them that read models of others, and know the layers of `eqx.nn`
+READERS = {"annotation", "trace"}
 
 # Rooms that only the rooms of this list import
 FRONT = set("hf plan programs runs forecast train evals report demo __main__".split())
@@ -92,8 +95,9 @@ understood, tested and used without anything further down. Rooms on one line do 
 
 {core} need JAX and Equinox alone: an operator works in a
 notebook without a trainer. They do not depend on a model: its own class declares the names of its axes.
-The command line and the rooms that run plans need `pip install 'growjax[train]'`; `import growjax` loads a
-room when it is first used.
+(`annotation` and `trace` read models of others, and know the layers of `eqx.nn`.) The command line and the
+rooms that run plans need `pip install 'growjax[train]'`; `import growjax` loads a room when it is first
+used.
 
 | | room | what it does |
 |---|---|---|

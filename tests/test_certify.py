@@ -180,7 +180,7 @@ class Snapshot(gj.Operator):
         grown = super().__call__(model, key=key)
         weight = grown.model.first.weight
         copies = jax.lax.stop_gradient(weight[4:])
-        return put(grown, {("model", "first", "weight"): jnp.concatenate([weight[:4], copies])})
+        return put(grown, {("tree", "first", "weight"): jnp.concatenate([weight[:4], copies])})
 
 
 class Ajar(gj.Operator):

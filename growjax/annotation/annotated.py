@@ -1,0 +1,393 @@
+"""Axes for models that growjax did not write: declared from outside, by leaf path."""
+
+import dataclasses
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from equinox.nn import StateIndex
+
+from growjax.annotation import layers
+from growjax.annotation.checked import Checked
+from growjax.annotation.gating import faults as faults_of
+from growjax.annotation.gating import folded
+from growjax.annotation.packing import (
+    Layers,
+    has_shape,
+    hidden,
+    indices,
+    lists,
+    marked,
+    pack,
+    unpack,
+    walk,
+)
+from growjax.axes import Declaration, axes_of, get, put
+from growjax.errors import AxisError, raise_all
+from growjax.gates import Gate
+
+
+class Annotated(eqx.Module):
+    """Somebody else's model with its axes declared; made by `annotate`, called like the model.
+
+    `.model` is the model itself, `.state` its `eqx.nn.State`. `.tree` is the model as growjax holds it:
+    lists of equal blocks packed, running statistics in the place of their initial values.
+    """
+
+    tree: Any
+    specs: tuple[tuple[str, Declaration], ...] = eqx.field(static=True)
+    ignore: tuple[str, ...] = eqx.field(static=True)
+    statics: tuple[tuple[str, str | tuple[str, ...]], ...] = eqx.field(static=True)
+    stacks: tuple[tuple[str, str], ...] = eqx.field(static=True, default=())
+    stateful: bool = eqx.field(static=True, default=False)
+    notes: tuple[str, ...] = eqx.field(static=True, default=())
+    gates: dict[str, Gate | None] = eqx.field(default_factory=dict)
+    stream: str = eqx.field(static=True, default="embed")
+
+    @property
+    def model(self) -> Any:
+        """The model itself, with its own lists of blocks; gates, if any, are folded into its arrays."""
+        model = unpack(self._open())
+        return eqx.nn.delete_init_state(model) if self.stateful else model
+
+    def _open(self) -> Any:
+        """The tree as it is run."""
+        if all(gate is None for gate in self.gates.values()):
+            return self.tree
+        # A tree without its gates has the table of the arrays alone
+        return folded(self, axes_of(self), self.gates, self.stream).tree
+
+    @property
+    def state(self) -> eqx.nn.State:
+        """The running statistics that belong to `.model`, to be called with."""
+        return eqx.nn.State(unpack(self.tree))
+
+    def with_state(self, state: eqx.nn.State) -> "Annotated":
+        """The same model with what training made of its running statistics; grow after it."""
+        return dataclasses.replace(self, tree=with_state(self.tree, state))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model, called."""
+        model = self.model
+        if not callable(model):
+            raise AxisError(
+                f"a {type(model).__name__} cannot be called; say how it is applied, such as "
+                "certify(..., forward=lambda model, batch: apply(model.model, batch))"
+            )
+        return model(*args, **kwargs)
+
+    def __str__(self) -> str:
+        """The call of `gj.annotate` that makes it, with the sizes of its axes and its notes."""
+        sizes = ", ".join(f"{axis}={size}" for axis, size in axes_of(self).sizes.items())
+        lines = [f"# axes: {sizes}", *(f"# {note}" for note in self.notes)]
+        lines += ["gj.annotate(", "    model,", "    {"]
+        lines += [f"        {pattern!r}: {_written(said)}," for pattern, said in self.specs]
+        lines += ["    },"]
+        if self.ignore:
+            lines.append(f"    ignore={list(self.ignore)!r},")
+        for name, pairs in (("statics", self.statics), ("stacks", self.stacks)):
+            if pairs:
+                lines.append(f"    {name}={dict(pairs)!r},")
+        if self.stateful:
+            lines.append("    state=state,")
+        if self.gates:
+            lines.append(f"    gates={list(self.gates)!r},")
+        if self.stream != "embed":
+            lines.append(f"    stream={self.stream!r},")
+        return "\n".join([*lines, ")"]).replace("'", '"')
+
+    def declarations(self, steps: tuple) -> Iterator[tuple[tuple, Declaration, Any]]:
+        """Every annotated array, and norm without a gain, with the first declaration that matches it."""
+        for inner, path, leaf in walk(self.tree):
+            if not (has_shape(leaf) or leaf is None):
+                continue
+            if _matches(path, self.ignore):
+                packed = self._packed_axes(inner)
+                if packed and leaf is not None:  # it is as long as its list, whatever it holds
+                    rest = " ".join(map(str, leaf.shape[len(packed.split()) :]))
+                    yield (*steps, "tree", *inner), Declaration("buffer", f"{packed}: {rest}"), leaf
+                continue
+            said = next((d for pattern, d in self.specs if _matches(path, [pattern])), None)
+            if said is not None and (leaf is not None or _is_norm(said)):
+                yield (*steps, "tree", *inner), self._stacked(said, inner), leaf
+        for axis, gate in self.gates.items():
+            yield (*steps, "gates", axis), Declaration("gate", axis), gate
+
+    def _packed_axes(self, steps: tuple) -> str:
+        nodes = [get(self.tree, steps[:n]) for n in range(len(steps))]
+        return " ".join(node.axis for node in nodes if isinstance(node, Layers))
+
+    def _stacked(self, said: Declaration, steps: tuple) -> Declaration:
+        """A declaration with the axes of the packed lists that the leaf is in."""
+        axes = self._packed_axes(steps)
+        if not axes:
+            return said
+        spec = f"{axes} {said.spec}" if ":" in said.spec else f"{axes}: {said.spec}"
+        return dataclasses.replace(said, spec=spec)
+
+    def known_sizes(self) -> dict[str, int]:
+        """Axis sizes that the model keeps as plain integers (a number of heads, a norm's shape)."""
+        sizes = {}
+        for pattern, text in self.statics:
+            for steps in _static_places(self.tree, pattern):
+                held = get(self.tree, steps)
+                pairs = [(text, held)] if isinstance(text, str) else zip(text, held, strict=False)
+                sizes |= {axis: size for axis, size in pairs if axis.isidentifier()}
+        return sizes
+
+    def resized(self, sizes: Mapping[str, int]) -> "Annotated":
+        """The same model with the static fields that repeat a size brought up to date."""
+        values = {
+            steps: _static_value(text, sizes)
+            for pattern, text in self.statics
+            for steps in _static_places(self.tree, pattern)
+        }
+        tree = put(self.tree, values)
+        tree = put(tree, layers.stale(tree, values))
+        return dataclasses.replace(self, tree=tree)
+
+
+def annotate(
+    model: Any,
+    specs: Mapping[str, str | Declaration],
+    *,
+    ignore: Sequence[str] = (),
+    statics: Mapping[str, str | tuple[str, ...]] | None = None,
+    stacks: Mapping[str, str] | None = None,
+    state: eqx.nn.State | None = None,
+    gates: Sequence[str] = (),
+    stream: str = "embed",
+    example: Any = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+) -> Annotated:
+    """Declare the axes of a model that growjax did not write: a module, or a dict of arrays.
+
+    **Arguments**
+
+    - `specs`: leaf-path pattern (`*` matches anything) to spec; the first match counts. A
+      `Declaration` in place of the string says more than "a trained array". A pattern may name a whole
+      layer of `eqx.nn` instead of arrays (`growjax.annotation.layers`), or a field that holds None:
+      `"norm.weight": "~embed"` declares a norm that has no gain.
+    - `ignore`: patterns of arrays that are neither grown nor trained.
+    - `statics`: pattern of a static field that repeats a size, to what it is: an axis, a product
+      (`"heads head_dim"`, `"4 embed"`), or a tuple of such for a shape. They are read for sizes that no
+      array shows, and rewritten when an axis grows. Layers of `eqx.nn` keep their own up to date, but
+      for the number of heads.
+    - `stacks`: pattern of a list (or tuple) of equal blocks, to the name of its axis: depth grows like
+      that of a scanned model, and `.model` has the longer list. The first block's paths stand for all.
+    - `state`: the `eqx.nn.State` of the model; its arrays have the paths `*.batch_state_index.init.*`
+      and the like, and they are declared (or ignored) as others are.
+
+    - `gates`: axes that `gj.msg` may grow, though the model has no gates (`growjax.annotation.gating`).
+      They are folded into its arrays at every call until `gj.settle` drops them.
+    - `stream`: the axis of the residual stream, for gates on stacks.
+    - `example`: a batch (with a leading batch dimension; a tuple for several inputs) to trace the model
+      with, by `forward(model, batch)` or under `vmap`. The annotation is held against the program: roles,
+      norms, sums in which nobody takes the share, two names for one dimension, and what of the model
+      follows a size that no static field declares.
+
+    Raises `AxisError` that lists every array without a match, every pattern without an array, every list
+    of blocks that are not equal and every static field that is not of the size that it is said to be.
+
+    **Example**
+
+        model = gj.annotate(model, {"blocks.*.up": "embed -> mlp", "blocks.*.down": "mlp -> embed"},
+                            stacks={"blocks": "layers"})
+    """
+    stacks = stacks or {}
+    complaints = []
+    places = lists(model, stacks)
+    for pattern, axis in stacks.items():
+        if axis not in places.values() or not lists(model, {pattern: axis}):
+            complaints.append(f"stacks pattern {pattern!r} matches no list")
+        if not axis.isidentifier():
+            complaints.append(f"stacks: {axis!r} is not the name of an axis")
+    tree, faults = pack(model, places)
+    complaints += faults
+    if state is not None:
+        tree = with_state(tree, state)
+    declared, own, faults = _declared(tree, specs)
+    complaints += faults
+    held = (*own.items(), *(statics or {}).items())
+    annotated = Annotated(
+        tree, tuple(declared), tuple(ignore), held, tuple(stacks.items()), state is not None
+    )
+    arrays = [(path, leaf) for _, path, leaf in walk(tree) if has_shape(leaf)]
+    paths = [path for path, _ in arrays]
+    complaints += [
+        f"pattern {pattern!r} matches no array"
+        for pattern in ignore
+        if not fnmatch.filter(paths, pattern)
+    ]
+    complaints += [
+        f"statics pattern {pattern!r} matches no field"
+        for pattern in statics or {}
+        if not _static_places(tree, pattern)
+    ]
+    complaints += [
+        f"{path}: it is held by a {holder}, which cannot be rebuilt; give plain dicts of arrays (of "
+        "Flax, flax.core.unfreeze(params) or nnx.to_pure_dict(state))"
+        for path, holder in hidden(model)
+    ]
+    complaints += [
+        f"{path}: shape {np.shape(leaf)} has no spec and is not ignored"
+        for path, leaf in arrays
+        if not _matches(path, [*(pattern for pattern, _ in declared), *ignore])
+    ]
+    raise_all(AxisError, "the annotation does not fit the model:", complaints)
+    table = axes_of(annotated)
+    raise_all(AxisError, "no gates from outside:", faults_of(annotated, table, gates, stream))
+    annotated = dataclasses.replace(annotated, gates=dict.fromkeys(gates), stream=stream)
+    raise_all(
+        AxisError,
+        "static fields do not have the sizes that they are said to repeat:",
+        _wrong_statics(annotated, table.sizes),
+    )
+    if example is not None:
+        faults = Checked(annotated, example, forward).faults()
+        raise_all(AxisError, "the annotation does not say what the model does:", faults)
+    return annotated
+
+
+def _written(said: Declaration) -> str:
+    """A declaration as it would be written in a call of `gj.annotate`."""
+    if said.kind == "param" and said.init is None:
+        return repr(said.spec)
+    init = "" if said.init is None else f", {said.init!r}"
+    return f"gj.axes.Declaration({said.kind!r}, {said.spec!r}{init})"
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _is_norm(declaration: Declaration) -> bool:
+    return "~" in declaration.spec
+
+
+# What is declared ----------------------------------------------------------------------------
+
+
+def _declared(tree, specs) -> tuple[list[tuple[str, Declaration]], dict[str, Any], list[str]]:
+    """Every pattern of arrays with its declaration; those of whole layers are written out.
+
+    With the static fields that layers bring, and what is wrong.
+    """
+    places = list(walk(tree))
+    arrays = [path for _, path, leaf in places if has_shape(leaf)]
+    absent = [path for _, path, leaf in places if leaf is None]
+    modules = [(path, node) for _, path, node in places if isinstance(node, eqx.Module)]
+    declared: list[tuple[str, Declaration]] = []
+    statics: dict[str, Any] = {}
+    complaints = []
+    for pattern, text in specs.items():
+        said = text if isinstance(text, Declaration) else Declaration("param", text)
+        if fnmatch.filter(arrays, pattern):
+            declared.append((pattern, said))
+            continue
+        matched = [(path, node) for path, node in modules if _matches(path, [pattern])]
+        if not matched and fnmatch.filter(absent, pattern):
+            declared.append((pattern, said))
+        elif not matched:
+            complaints.append(f"pattern {pattern!r} matches no array")
+        for path, node in matched:
+            try:
+                written, own = layers.specs_of(node, said.spec)
+            except AxisError as error:
+                complaints.append(f"pattern {pattern!r}: {path}: {error}")
+                continue
+            declared += _of_layer(path, said, written)
+            statics |= {f"{path}.{name}": axis for name, axis in own.items()}
+    return declared, statics, complaints
+
+
+def _of_layer(path: str, said: Declaration, written: Mapping[str, str]):
+    """The declarations of a layer's arrays; what holds state is not trained."""
+    for name, spec in written.items():
+        kind = "buffer" if "_index.init" in name or name == "batch_counter.init" else said.kind
+        yield f"{path}.{name}", dataclasses.replace(said, kind=kind, spec=spec)
+
+
+# State ---------------------------------------------------------------------------------------
+
+
+def with_state(tree: Any, state: eqx.nn.State) -> Any:
+    """The tree with the values of a state in the place of the initial ones."""
+    values = {}
+    for steps, path, node in walk(tree):
+        if not isinstance(node, StateIndex):
+            continue
+        above = [get(tree, steps[:n]) for n in range(len(steps))]
+        packed = [n for n, node in enumerate(above) if isinstance(node, Layers)]
+        if len(packed) > 1:
+            raise AxisError(f"{path}: a list of stateful blocks inside another cannot be packed")
+        same = [node]
+        if packed:
+            outer = above[packed[0]]
+            mine = [n for n, index in enumerate(indices(outer.block)) if index is node]
+            same = [
+                indices(marked(outer.block, outer.names(i)))[mine[0]] for i in range(outer.length)
+            ]
+        try:
+            rows = [state.get(index) for index in same]
+        except KeyError as error:
+            raise AxisError(
+                f"state: it has nothing for {path}; is it that of this model?"
+            ) from error
+        value = jax.tree.map(lambda *x: jnp.stack(x), *rows) if packed else rows[0]
+        values[*steps, "init"] = value
+    if not values:
+        raise AxisError("state: this model has no stateful layer")
+    return put(tree, values)
+
+
+# Static fields -------------------------------------------------------------------------------
+
+
+def _static_places(tree, pattern: str) -> list[tuple]:
+    return [
+        steps
+        for steps, path, node in walk(tree)
+        if fnmatch.fnmatchcase(path, pattern) and not has_shape(node) and steps
+    ]
+
+
+def _static_value(text: str | tuple[str, ...], sizes: Mapping[str, int]) -> Any:
+    """What a static field should hold: the product of some axes, or a tuple of such."""
+    if not isinstance(text, str):
+        return tuple(_static_value(each, sizes) for each in text)
+    sums = text.strip().strip("()").split("+")
+    return sum(math.prod(_factor(name, sizes) for name in term.split()) for term in sums)
+
+
+def _factor(name: str, sizes: Mapping[str, int]) -> int:
+    return int(name) if name.isdigit() else sizes[name]
+
+
+def _names(text: str | tuple[str, ...]) -> set[str]:
+    texts = [text] if isinstance(text, str) else list(text)
+    return {name for each in texts for name in re.findall(r"[A-Za-z_]\w*", each)}
+
+
+def _wrong_statics(annotated: Annotated, sizes: Mapping[str, int]) -> list[str]:
+    complaints = []
+    for pattern, text in annotated.statics:
+        unknown = sorted(_names(text) - set(sizes))
+        if unknown:
+            known = ", ".join(sizes)
+            complaints.append(
+                f"{pattern}: unknown axis {', '.join(unknown)}; this model has {known}"
+            )
+            continue
+        for steps in _static_places(annotated.tree, pattern):
+            held, expected = get(annotated.tree, steps), _static_value(text, sizes)
+            if held != expected:
+                path = ".".join(map(str, steps))
+                complaints.append(f"{path} is {held!r}, but {text!r} makes {expected!r}")
+    return complaints

@@ -1,0 +1,214 @@
+"""An annotation held against the program that it is of."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from growjax import maps
+from growjax.annotation.packing import Layers, unpack, walk
+from growjax.annotation.traced import Traced, call
+from growjax.axes import Slot, axes_of, get
+from growjax.maps import AxisMap
+from growjax.specs import Dim
+from growjax.trace import Differs, Node, Place, factored, powers, reached, unbalanced, unify
+from growjax.trace.dims import cut
+
+
+class Checked:
+    """What is wrong with an annotation, by one trace of the model and one for every axis."""
+
+    def __init__(self, annotated: Any, batch: Any, forward: Callable | None):
+        self.annotated, self.forward = annotated, forward or call
+        self.table = axes_of(annotated)
+        places = _stack_steps(annotated.tree)
+        self.nodes: dict[str, Node] = {}
+        self.where: dict[tuple[str, Node], str] = {}
+        self.traced = Traced(unpack(annotated.tree), batch, forward, places, read=False)
+        self.number = {path: n for n, path in enumerate(self.traced.paths)}
+        self.slots = dict(self._slots())
+        self.complaints: list[str] = []
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong, a line each."""
+        self._name()
+        given = {place: takes for place, takes, _ in self._declared()}
+        self.traced.read(given)
+        self._wrong_roles()
+        self._unclaimed()
+        for axis in self.table.sizes:
+            self._at_another_size(axis)
+        for axis in self.annotated.gates:
+            if "stack" in self.table.roles(axis):
+                self._open_stack(axis)
+        return self.complaints
+
+    def _slots(self) -> Iterator[tuple[int, tuple[Slot, int]]]:
+        """The slot of every declared array, with how many of its axes are those of packed lists."""
+        paths = {("tree", *steps): path for steps, path, _ in walk(self.annotated.tree)}
+        for slot in self.table.values():
+            path = paths.get(slot.steps)
+            if path in self.number and slot.arrays():
+                above: list[Any] = [
+                    get(self.annotated, slot.steps[:n]) for n in range(len(slot.steps))
+                ]
+                yield self.number[path], (slot, sum(isinstance(node, Layers) for node in above))
+
+    def _parts(self) -> Iterator[tuple[int, int, int, Dim, Node]]:
+        """Every axis of every array: its number, dimension, offset, declaration and node."""
+        for leaf, (slot, packed) in self.slots.items():
+            value = self.traced.program.inputs[leaf]
+            for d, (terms, node) in enumerate(
+                zip(slot.spec.terms[packed:], value.nodes, strict=True)
+            ):
+                sizes = [
+                    int(np.prod([dim.size(self.table.sizes) for dim in term])) for term in terms
+                ]
+                at = 0
+                for term, size, block in zip(terms, sizes, cut(node, sizes), strict=True):
+                    factors = factored(block, [dim.size(self.table.sizes) for dim in term])
+                    for dim, factor in zip(term, factors, strict=True):
+                        if factor.root.size > 1:
+                            yield leaf, d, at, dim, factor
+                    at += size
+
+    def _name(self) -> None:
+        """Make all dimensions of one name one axis, and find those with two names."""
+        names: dict[Node, tuple[str, str]] = {}
+        parts = [part for part in self._parts() if not part[3].literal]
+        for leaf, _, _, dim, node in parts:
+            path = self.traced.paths[leaf]
+            for _, atom in node.atoms:
+                other, there = names.setdefault(atom, (dim.axis, path))
+                if other != dim.axis:
+                    self.complaints.append(
+                        f"{path}: {dim.axis!r} is the same dimension of the program as {other!r} "
+                        f"of {there}"
+                    )
+        for *_, dim, node in parts:
+            unify(self.nodes.setdefault(dim.axis, node), node)
+
+    def _declared(self) -> Iterator[tuple[Place, bool, Dim]]:
+        """Every axis of every trained array, with whether it is said to take the share."""
+        for leaf, d, at, dim, node in self._parts():
+            if (
+                not dim.literal
+                and dim.role not in ("stack", "lookup")
+                and self.traced.trained[leaf]
+            ):
+                for _, atom in node.atoms:
+                    yield Place(leaf, d, at, atom), dim.role == "consumed", dim
+
+    def _wrong_roles(self) -> None:
+        wrong = set(self.traced.roles.contradicted)
+        for place, takes, dim in self._declared():
+            if place in wrong and not place.atom.data:
+                now, want = ("consumed", "produced") if takes else (dim.role, "consumed")
+                self.complaints.append(
+                    f"{self.traced.paths[place.leaf]}: {dim.axis!r} is declared {now}, and the program "
+                    f"needs it {want}"
+                )
+
+    def _unclaimed(self) -> None:
+        """Sums in which nobody takes the share, and norms that nobody declared."""
+        roles = self.traced.roles
+        bare = {s.dims[-1].axis for s in self.table.of_kind("param") if s.value is None and s.dims}
+        same = {n: group for group in self.traced.groups for n in group}
+        declared: set[int] = set()
+        named: dict[Node, str] = {}
+        for place, _, dim in self._declared():
+            named[place.atom] = dim.axis
+            if dim.normalised:
+                for leaf in same.get(place.leaf, [place.leaf]):
+                    declared |= roles.normalised.get(place._replace(leaf=leaf), set())
+        seen = set()
+        for number, mean in roles.means.items():
+            axis = named.get(mean.atom)
+            near = ", ".join(self.traced.paths[n] for n in mean.near)
+            if axis is None or axis in bare or number in declared or mean.atom.data:
+                continue
+            text = (
+                f"axis {axis!r}: the program sums over it ({mean.op.name} near {near}), and there it is "
+                "neither consumed nor averaged by a declared norm ('~')"
+            )
+            if (axis, near) not in seen:
+                self.complaints.append(text)
+            seen.add((axis, near))
+
+    def _at_another_size(self, axis: str) -> None:
+        """Trace the model with twice as many coordinates: constants and static fields that follow."""
+        node = self.nodes.get(axis)
+        roles = self.table.roles(axis)
+        if node is None or node.root.data or roles & {"stack", "lookup"} or self._is_output(axis):
+            return
+        if any(f"axis {axis!r}" in c or f"{axis!r} is" in c for c in self.complaints):
+            return
+        size = self.table.size(axis)
+        double = AxisMap(axis, np.arange(2 * size) % size)
+        shapes = jax.tree.map(_shape, self.annotated)
+        try:
+            grown = unpack(
+                eqx.filter_eval_shape(lambda m: maps.apply(double, m, None), shapes).tree
+            )
+            arrays = [get(grown, steps) for steps in self.traced.steps]
+            large = self.traced.traced(grown, arrays)
+            constants = powers(self.traced.program, large, node.root, 2)
+        except Differs as error:
+            self._wrong_size(axis, str(error))
+        except Exception as error:  # whatever the user's model raises at a size that it cannot take
+            self._wrong_size(
+                axis, f"the model does not run with more of it: {str(error).strip()[:200]}"
+            )
+        else:
+            faults = unbalanced(self.traced.program, self.traced.roles, node.root, constants)
+            for why, near in faults:
+                names = ", ".join(self.traced.paths[n] for n in near)
+                self._wrong_size(axis, f"{why} (near {names})" if names else why)
+
+    def _open_stack(self, axis: str) -> None:
+        """Blocks that do something even if all that a gate on the stack multiplies is zero."""
+        same = {n: group for group in self.traced.groups for n in group}
+
+        def stream_makers(slot: Slot) -> bool:
+            stream = self.annotated.stream
+            return any(d.axis == stream and d.role == "produced" for d in slot.dims)
+
+        inside = [(n, slot) for n, (slot, _) in self.slots.items() if slot.positions(axis)]
+        blocks = {leaf for n, _ in inside for leaf in same.get(n, [n])}
+        closed = {leaf for n, slot in inside if stream_makers(slot) for leaf in same.get(n, [n])}
+        stays = reached(self.traced.program, len(self.traced.paths), closed) & blocks
+        if stays:
+            names = ", ".join(self.traced.paths[n] for n in sorted(stays))
+            self.complaints.append(
+                f"gates: a block of {axis!r} is not the identity where its gate is 0, since {names} do "
+                f"not act through what produces {self.annotated.stream!r}"
+            )
+
+    def _is_output(self, axis: str) -> bool:
+        return "consumed" not in self.table.roles(axis)
+
+    def _wrong_size(self, axis: str, why: str) -> None:
+        size = self.table.size(axis)
+        self.complaints.append(
+            f"axis {axis!r} cannot grow: {why}. Name the static fields that follow it in `statics`, or "
+            f"write its size, {size}, in place of its name"
+        )
+
+
+def _shape(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(np.shape(x), x.dtype) if hasattr(x, "dtype") else x
+
+
+def _stack_steps(tree: Any) -> list[tuple]:
+    """The steps, in the user's own model, of the lists that are packed."""
+    places = []
+    for steps, _, node in walk(tree):
+        if isinstance(node, Layers):
+            general = list(steps)
+            for n in range(len(steps)):
+                if isinstance(get(tree, steps[:n]), Layers):
+                    general[n] = "*"
+            places.append(tuple(general))
+    return places

@@ -1,0 +1,15 @@
+"""What a program does with each dimension of its parameters: axes and roles, by walking its jaxpr."""
+
+from growjax.trace.dims import Node as Node
+from growjax.trace.dims import factored as factored
+from growjax.trace.dims import unify as unify
+from growjax.trace.program import Differs as Differs
+from growjax.trace.program import Program as Program
+from growjax.trace.program import grown_shape as grown_shape
+from growjax.trace.program import powers as powers
+from growjax.trace.program import reached as reached
+from growjax.trace.program import tie as tie
+from growjax.trace.program import trace as trace
+from growjax.trace.program import unbalanced as unbalanced
+from growjax.trace.roles import Place as Place
+from growjax.trace.roles import Roles as Roles

@@ -1,0 +1,207 @@
+"""A traced program, and the same program at another size: what follows the size of an axis."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from growjax.trace.dims import Node, unify
+from growjax.trace.roles import Roles
+from growjax.trace.values import Op, Value
+from growjax.trace.walk import Walk
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a model computes: its parameters, in order, and the tape of all operations."""
+
+    inputs: list[Value]
+    outputs: list[Value]
+    tape: list[Op]
+
+
+def trace(run: Callable[[Sequence[Any], Any], Any], arrays: Sequence[Any], batch: Any) -> Program:
+    """Trace `run(arrays, batch)` without computing anything, and walk it.
+
+    `arrays` may be shapes. Raises what `run` raises.
+    """
+    shapes = [jax.ShapeDtypeStruct(np.shape(x), x.dtype) for x in arrays]
+
+    def arrays_of(*arguments):
+        return jax.tree.leaves(eqx.filter(run(*arguments), eqx.is_array))
+
+    closed = jax.make_jaxpr(arrays_of)(shapes, batch)
+    inputs = [Value([Node(n) for n in x.shape]) for x in shapes]
+    rows = [Value([Node(n, data=True) for n in np.shape(x)]) for x in jax.tree.leaves(batch)]
+    walk = Walk()
+    outputs = walk.run(closed, [*inputs, *rows])
+    return Program(inputs, outputs, walk.tape)
+
+
+def tie(program: Program, groups: Sequence[Sequence[int]]) -> None:
+    """Make the dimensions of parameters that are stacked, or repeat each other, one and the same."""
+    for first, *rest in groups:
+        for other in rest:
+            pairs = zip(program.inputs[first].nodes, program.inputs[other].nodes, strict=True)
+            for a, b in pairs:
+                unify(a, b)
+
+
+def sources(node: Node, factors: Mapping[Node, int]) -> np.ndarray:
+    """The old index of every new one along a dimension in which some atoms are repeated so often."""
+    node = node.root
+    if node.structure is None:
+        return np.tile(np.arange(node.size), factors.get(node, 1))
+    if node.structure == "sum":
+        starts = np.cumsum([0, *(part.root.size for part in node.parts)])
+        ends = zip(starts, node.parts, strict=False)
+        return np.concatenate([start + sources(part, factors) for start, part in ends])
+    index = np.zeros(1, int)
+    for part in node.parts:
+        mine = sources(part, factors)
+        index = (index[:, None] * part.root.size + mine[None, :]).ravel()
+    return index
+
+
+def grown_shape(value: Value, factors: Mapping[Node, int]) -> tuple[int, ...]:
+    """The shape of a value once some atoms are repeated."""
+    return tuple(len(sources(node, factors)) for node in value.nodes)
+
+
+class Differs(Exception):
+    """The program at another size is not the same program."""
+
+
+def powers(small: Program, large: Program, atom: Node, factor: int) -> dict[int, Fraction]:
+    """By which power of an axis's size each constant of the program follows it, by the value's id.
+
+    Raises `Differs` where the larger program has other operations, other shapes than follow from the
+    axis, or constants that are no copies of the old ones.
+    """
+    if len(small.tape) != len(large.tape):
+        raise Differs("the program has other operations at another size")
+    found: dict[int, Fraction] = {}
+    for a, b in zip(small.tape, large.tape, strict=True):
+        if (a.name, len(a.ins), len(a.outs)) != (b.name, len(b.ins), len(b.outs)):
+            raise Differs("the program has other operations at another size")
+        for x, y in zip([*a.ins, *a.outs], [*b.ins, *b.outs], strict=True):
+            if y.shape != (expected := grown_shape(x, {atom: factor})):
+                raise Differs(f"{a.name} gives {list(y.shape)} where {list(expected)} was expected")
+            if power := _power(x, y, {atom: factor}):
+                found[id(x)] = power
+    return found
+
+
+def _power(x: Value, y: Value, factors: Mapping[Node, int]) -> Fraction:
+    if x.known is None or y.known is None:
+        return Fraction(0)
+    known = np.asarray(x.known)
+    if known.ndim == len(x.nodes):
+        known = known[np.ix_(*(sources(node, factors) for node in x.nodes))]
+    if np.array_equal(known, y.known, equal_nan=known.dtype.kind in "fc"):
+        return Fraction(0)
+    with np.errstate(all="ignore"):
+        ratio = np.asarray(y.known, float) / np.asarray(known, float)
+    ratio = ratio[np.asarray(known) != 0]
+    if known.dtype.kind not in "fiu" or not ratio.size or np.ptp(ratio) > 1e-6 * abs(ratio[0]):
+        raise Differs("a constant array of the program is not a copy of the old one")
+    (factor,) = factors.values()
+    if ratio[0] <= 0:
+        raise Differs("a constant of the program changes its sign with the size")
+    power = Fraction(math.log(ratio[0], factor)).limit_denominator(12)
+    if not math.isclose(float(factor) ** float(power), ratio[0], rel_tol=1e-5):
+        raise Differs("a constant of the program follows the size by no power")
+    return power
+
+
+def unbalanced(
+    program: Program, roles: Roles, atom: Node, constants: Mapping[int, Fraction]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """What even copies of an axis would change, with the parameters next to it; nothing if it is kept.
+
+    Every value has a power of the number of copies: a mean has 0, because the sum and the number that it
+    is divided by both follow the size.
+    """
+    scale: dict[int, Fraction] = {}
+    faults: list[tuple[str, tuple[int, ...]]] = []
+    means = {(id(s.op), s.atom) for s in roles.means.values()}
+    kept = {(id(s.op), s.atom) for s in roles.sums} - means
+
+    def of(value: Value) -> Fraction:
+        return scale.get(id(value), Fraction(0)) + constants.get(id(value), Fraction(0))
+
+    def fault(why: str, op: Op) -> None:
+        if not faults:  # the first one is the cause of the others
+            faults.append((why, roles.near.get(id((op.outs or op.ins)[0]), ())))
+
+    for op in program.tape:
+        ins = [of(value) for value in op.ins]
+        live = [e for e, value in zip(ins, op.ins, strict=True) if not value.zero]
+        result = live[0] if live else Fraction(0)
+        if op.kind in ("mul", "dot"):
+            result = sum(ins, Fraction(0))
+        elif op.kind == "div":
+            result = ins[0] - ins[1]
+        elif isinstance(op.kind, tuple):
+            result = ins[0] * Fraction(op.kind[1])
+        elif op.kind in ("add", "equal", "shape") and len(set(live)) > 1:
+            fault("the program adds what follows its size to what does not", op)
+        elif op.kind in ("bent", "opaque") and any(live):
+            fault(f"a sum or a constant that follows its size goes through {op.name}", op)
+            result = Fraction(0)
+        if op.kind in ("dot", "sum"):
+            for d, _ in op.pairs:
+                here = [a for _, a in op.ins[0].nodes[d].atoms if a is atom]
+                if here and (id(op), atom) in means:
+                    result += len(here)
+                    if (id(op), atom) in kept or op.ins[0].nodes[d].root.structure == "sum":
+                        fault("the program sums over it and over other entries at once", op)
+        for value in op.outs:
+            scale[id(value)] = result
+    for value in program.outputs:
+        if of(value):
+            fault("the outputs would follow its size", program.tape[-1])
+    return faults
+
+
+def reached(program: Program, leaves: int, zeroed: Iterable[int]) -> set[int]:
+    """The parameters that the outputs depend on once those of `zeroed` hold zeros.
+
+    A block whose parameters are not among them does nothing then: it is the identity.
+    """
+    first = {id(program.inputs[n]): n for n in range(leaves)}
+    zero = {id(program.inputs[n]) for n in zeroed}
+    depends: dict[int, frozenset[int]] = {key: frozenset({n}) for key, n in first.items()}
+
+    def of(value: Value) -> frozenset[int]:
+        return frozenset() if vanishes(value) else depends.get(id(value), frozenset())
+
+    def vanishes(value: Value) -> bool:
+        return value.zero or id(value) in zero
+
+    for _ in range(3):  # a loop's carry is known after its body
+        for op in program.tape:
+            gone = [vanishes(value) for value in op.ins]
+            product = op.kind in ("mul", "dot") and any(gone)
+            kept = op.kind in ("shape", "add", "same", "sum", "extreme", "carry") and all(gone)
+            power = isinstance(op.kind, tuple) and op.kind[1] > 0 and all(gone)
+            empty = product or (bool(gone) and (kept or power)) or (op.kind == "div" and gone[0])
+            found = frozenset[int]().union(*map(of, op.ins))
+            if op.kind == "equal":
+                carry, after = op.ins
+                depends[id(carry)] = of(carry) | of(after)
+                if not vanishes(after):
+                    zero.discard(id(carry))
+            for value in op.outs:
+                known = depends.get(id(value), frozenset()) if op.kind == "carry" else frozenset()
+                depends[id(value)] = found | known
+                if empty and not (op.kind == "carry" and known):
+                    zero.add(id(value))
+                else:
+                    zero.discard(id(value))
+    return set().union(*map(of, program.outputs))
