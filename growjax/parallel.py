@@ -106,8 +106,8 @@ class Layout:
         try:
             return jax.make_mesh(sizes, AXES, axis_types=_TYPES, devices=devices)
         except NotImplementedError:
-            # JAX maps each mesh axis to whole axes of the TPU's torus. If that is not possible, such as for
-            # a size of 2 on a slice of 4x4, two mesh axes share one axis of the torus.
+            # JAX maps each mesh axis to whole axes of the TPU's torus. If that is not possible, as for a
+            # size of 2 on a slice of 4x4, two mesh axes share one axis of the torus.
             placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
             return Mesh(placed, AXES, axis_types=_TYPES)
 

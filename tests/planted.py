@@ -196,8 +196,8 @@ TABLE = """
 - jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 + jax.checkpoint_policies.nothing_saveable,
 @ bias of the masked-language head lost | models/bert.py | models | test_bert
-- return scores if self.decoder_bias is None else scores + self.decoder_bias
-+ return scores
+- return Readout(x, words.table, self.decoder_bias, tied=True)
++ return Readout(x, words.table, tied=True)
 @ shared heads become heads of their own | growth/operator.py | growth | heads_are_query_heads
 - shared = axes.size("group") > 1
 + shared = False

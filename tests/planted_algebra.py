@@ -61,7 +61,7 @@ TABLE = """
 @ averages take their own weight where old ones are summed | maps.py | linear_growth | summed_as_they_are
 - summed = np.ones(move.length, bool)
 + summed = np.zeros(move.length, bool)
-@ births of what is dealt out keep their places | growth/births.py | linear_growth | growth_they_were_born_in
+@ births of what is dealt out stay in place | growth/births.py | linear_growth | growth_they_were_born_in
 - return births.reshape(new // old, -1).max(0)
 + return births.reshape(new // old, -1).min(0)
 """
