@@ -37,7 +37,7 @@ TABLE = """
 @ zeros under a norm that subtracts the mean | maps.py | algebra | norm_would_see
 - (move.axis in slot.spec.variances and (means or not pads))
 + (move.axis in slot.spec.variances)
-@ uneven copies under a norm | maps.py | algebra | norm_would_see
+@ uneven shares under a norm | maps.py | algebra | norm_would_see
 - if norms and np.ptp(counts) > 1e-9 * counts.max():
 + if norms and not counts.max():
 @ moments of unequal copies under norms are guessed | algebra.py | linear_growth | do_not_follow

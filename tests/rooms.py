@@ -95,7 +95,7 @@ understood, tested and used without anything further down. Rooms on one line do 
 
 {core} need JAX and Equinox alone: an operator works in a
 notebook without a trainer. They do not depend on a model: its own class declares the names of its axes.
-(`annotation` and `trace` read models of others, and know the layers of `eqx.nn`.) The command line and the
+(`annotation` and `trace` read models of others, and know `eqx.nn`.) The command line and the
 rooms that run plans need `pip install 'growjax[train]'`; `import growjax` loads a room when it is first
 used.
 
