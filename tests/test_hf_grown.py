@@ -238,7 +238,7 @@ def test_the_command_line_says_every_option_of_every_operator(tmp_path):
     assert gj.sizes(gj.hf.load(tmp_path / "big"))["layers"] == 3
     with pytest.raises(GrowthError, match="msg leaves gates at 0"):
         _grow(tmp_path, "--by", "chain(msg(mlp=9))", "--out", str(tmp_path / "other"))
-    with pytest.raises(GrowthError, match="sizes stand in the operator"):
+    with pytest.raises(GrowthError, match="has its sizes already"):
         _grow(tmp_path, "--by", "copy(mlp=9)", "--to", "mlp", "9", "--out", str(tmp_path / "other"))
 
 

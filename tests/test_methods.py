@@ -111,7 +111,7 @@ def test_a_second_model_that_cannot_read_what_is_offered_stops_it_as_well():
             "8 tokens are more than the model's 7",
             "its vocabulary has 300 words, and that of the trained model 384",
         ],
-        pairs: ["for one sequence, which is not what T5 reads"],
+        pairs: ["for one sequence, which T5 does not read"],
     }.items():
         with pytest.raises(PlanError) as error:
             run(made, reference=eqx.filter_eval_shape(config.build, jax.random.key(0)))

@@ -34,10 +34,10 @@ FAULTS = {
         steps(1), objective=128
     ),
     "99 tokens are more than the model's 16": lambda: plan(steps(1), objective=Causal(99)),
-    "for an encoder and a decoder, which is not what GPT reads": lambda: plan(
+    "for an encoder and a decoder, which GPT does not read": lambda: plan(
         steps(1), objective=SpanCorruption(16)
     ),
-    "for one sequence, which is not what T5 reads": lambda: plan(steps(1), model=T5_SMALL),
+    "for one sequence, which T5 does not read": lambda: plan(steps(1), model=T5_SMALL),
     "stages: expected at least one": lambda: plan(),
     "budget: the stages are shares": lambda: plan(Stage(share=1.0)),
     "budget: no stage is a share": lambda: plan(steps(1), budget=1e9),

@@ -87,7 +87,7 @@ def test_what_no_import_leads_to_needs_one_line():
         notes: dict[str, tuple[int, ...]]
 
     value = Local(Widths(1, 2), {"a": (1, 2), "b": ()})
-    with pytest.raises(FormatError, match="no import leads there.*gj.register"):
+    with pytest.raises(FormatError, match="no import leads to this class.*gj.register"):
         to_dict(value)
     gj.register(Local)
     with pytest.raises(FormatError, match="widths: .*test_values:Widths: it extends nothing"):

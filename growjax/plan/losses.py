@@ -23,8 +23,8 @@ def cross_entropy(
 
     `example` is made by an objective of `growjax.data`; its keys determine how the model is called.
     Logits and losses are in float32 at least; if the model has a `readout`, the logits of a long sequence
-    are never in memory at once. Works for every model that has `predict` or is called with
-    tokens (`growjax.models.protocol`); any other model needs a loss of its own, `Plan(loss=...)`.
+    are never in memory at once. Works for every model that has `predict` or is called with tokens
+    (`growjax.models.protocol`); any other model needs a loss of its own, `Plan(loss=...)`.
 
     **Example**
 
@@ -47,8 +47,8 @@ def drawn_loss(
         labels = jax.vmap(jax.random.categorical)(keys, jax.lax.stop_gradient(logits))
         return cross_entropies(logits, labels)
 
-    # The example holds the key's data, an ordinary array, as every other entry of a batch is. Each token
-    # gets a key of its own, so that the labels do not depend on how many tokens are read at once
+    # The example holds the key's data, an ordinary array like every other entry. Each position has a key
+    # of its own, so that the labels do not depend on the number of positions read at once.
     keys = jax.random.split(jax.random.wrap_key_data(example["key"]), len(example["targets"]))
     losses = read_tokens(losses_of, model, example, keys)
     return losses, example["weights"].astype(losses.dtype)

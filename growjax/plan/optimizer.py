@@ -120,5 +120,5 @@ class Optimizer:
 @functools.cache
 def _built(optimizer: Optimizer) -> Rule:
     # A rule is hashed by its functions, which differ with each `_rule()`: only one shared object lets
-    # `jax.jit` and `growjax.optim.probe` find in their caches what they worked out for an equal one
+    # `jax.jit` and `growjax.optim.probe` reuse the cached results of an equal optimizer
     return optimizer._rule()

@@ -282,6 +282,7 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
         return spans
     # Steps, tokens and cost before the stage, and the share of the budget at its end
     start, tokens, spent, share = 0, 0, 0, 0.0
+    # The step before which each growth happens; 0 for the birth, and for growths before the plan
     grown_at = (0,) * (int(births.growths) + 1)
     for n, stage in enumerate(plan.stages):
         where = f"stage {n} {stage.name!r}: "
@@ -378,7 +379,7 @@ def _shape_faults(plan: Plan, batch: int, objective: Objective, model: Any) -> I
     if seq2seq != (kind_of(model) == "seq2seq"):
         kind = "an encoder and a decoder" if seq2seq else "one sequence"
         name = type(model).__name__
-        yield f"objective: {objective} makes examples for {kind}, which is not what {name} reads"
+        yield f"objective: {objective} makes examples for {kind}, which {name} does not read"
 
 
 def reference_faults(plan: Plan, reference: Any) -> Iterator[str]:

@@ -19,10 +19,10 @@ from growjax.values import Size, base, check, positive, ranged, register
 @register
 @dataclasses.dataclass(frozen=True)
 class Warmup:
-    """A warm-up of so many steps, or of so many training tokens, whatever the budget is.
+    """A warm-up of a number of steps, or of training tokens, independent of the budget.
 
-    Two plans of different budgets then have the same learning rates while both are at their peak, so that
-    one can be forked from the other.
+    Plans of different budgets then have the same learning rates until one of them leaves its peak, and
+    the steps before can be shared by a fork.
 
     **Example**
 

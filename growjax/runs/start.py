@@ -24,7 +24,7 @@ from growjax.runs.lineage import digest_of, load_model, model_of, operators_of
 from growjax.runs.run import checkpoint_in
 
 
-# Settings of a model that do not change its function: the plan's count, whatever it was trained with
+# Settings of a model that do not change its function; the plan's are used
 _OF_THE_RUN = ("dtype", "remat")
 _SHOWN = 30  # the most differences that a message lists
 

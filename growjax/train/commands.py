@@ -253,7 +253,7 @@ def operator_of(by: str, to: Mapping[str, int], model: Any) -> Operator | Chain:
     """
     if "(" in by:
         if to:
-            raise GrowthError(f"to: sizes stand in the operator {by!r} already; leave them out")
+            raise GrowthError(f"to: the operator {by!r} has its sizes already; leave them out")
         return growth.parse(by)
     names = by.split("+")
     unknown = [name for name in names if name not in OPERATORS]

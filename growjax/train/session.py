@@ -115,7 +115,8 @@ class Session:
         self.flops, self.stopwatch.earlier = resumed.flops, resumed.seconds
 
     def _fork(self, plan: Plan) -> Any:
-        """The state before a step of another run."""
+        """The state of another run before a step, of which the plan is a fork."""
+        # Imports Orbax, which takes a second
         from growjax.runs.fork import read_fork
 
         resumed, trunk = read_fork(plan, self.programs, self.feed.digest)
@@ -123,7 +124,7 @@ class Session:
             self.saves.fork, self.saves.start = trunk.record, trunk.lineage["start"]
             for change in trunk.changes:
                 self.saves.notes.append(
-                    f"before step {resumed.step} it was not this plan: {change}"
+                    f"before step {resumed.step}, training differed from this plan: {change}"
                 )
         return resumed
 

@@ -112,7 +112,7 @@ def tag_of(cls: type) -> str:
         name = f"{cls.__module__}:{cls.__qualname__}"
         if _loaded(name) is not cls:
             raise FormatError(
-                f"{name}: no import leads there; move the class to a module, or decorate it with "
+                f"{name}: no import leads to this class; move it to a module, or decorate it with "
                 "@gj.register"
             )
         if not _extends(cls):
@@ -175,7 +175,7 @@ def resolve_class(tag: str, hint: Any = Any, allowed: Sequence[str] = ()) -> typ
     elif not isinstance(cls, type):
         raise FormatError(f"{name} is a function, and no class")
     known = _formats.get(name, 1)
-    # A name without a number is of format 1; the number is cut, since a file may hold any text there
+    # A name without a number is of format 1. The number is cut for the message: it may be any text.
     if number and number != str(known):
         raise FormatError(
             f"{ranges.short(tag)}: of format {number[:9]}, and format {known} is read"
