@@ -68,8 +68,10 @@ def test_chunks_give_what_all_logits_give(shape, head):
     tied = head == "tied"
     hidden, weight = draw(1, 2, tokens, embed), draw(2, *(vocab, embed) if tied else (embed, vocab))
     bias = draw(3, vocab) if head == "bias" else jnp.zeros(0)
-    targets = jnp.asarray(np.random.default_rng(4).integers(-1, vocab, (2, tokens)))
+    targets = jnp.asarray(np.random.default_rng(4).integers(0, vocab, (2, tokens)))
+    targets = targets.at[0, 0].set(-1)  # the last word, as indexing has it
     weights = draw(5, 2, tokens) * (draw(6, 2, tokens) > 0)
+    weights = weights.at[0, 0].set(1)
 
     def losses(hidden, weight, bias, chunk):
         def one(hidden, targets):
