@@ -96,7 +96,7 @@ class Study:
     - `summarise`: the rows of a file of results, given its path and its lines. Their `command` is added.
     - `page`: what is shown of path, lines and rows.
     - `trials`: cells of a tuning ledger, which are charged to nobody and compared with nothing.
-    - `uses`: the flags of `Inputs` that mean something here.
+    - `uses`: the flags of the command line that it takes; others are refused.
     - `flags`: those to make some lines again, besides the size.
     """
 
@@ -237,14 +237,14 @@ def answer(
         return Answer(estimate=None, interval=None, verdict="diverged", **where)
     mean = float(np.mean(values))
     least, most = t_interval([float(x) for x in values])
-    if verdict is not None:
-        said = "yes" if verdict else "no"
-    elif low < least and most < high:
-        said = "yes"
+    inside = low < least and most < high
+    outside = most <= low or high <= least
+    if verdict is None:
+        word = "yes" if inside else "no" if outside else "undecided"
     else:
-        said = "no" if most <= low or high <= least else "undecided"
+        word = "yes" if verdict else "no"
     interval = round(least, 4), round(most, 4)
-    return Answer(estimate=round(mean, 4), interval=interval, verdict=said, **where)
+    return Answer(estimate=round(mean, 4), interval=interval, verdict=word, **where)
 
 
 def answers_in_words(rows: Sequence[Row]) -> list[str]:

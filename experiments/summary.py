@@ -185,13 +185,13 @@ def _equal_cost(arms: Sequence[Arm], lines: Sequence[Line], baseline: str) -> It
     yield from equal_cost(same, baseline)
     names = {arm.name for arm in same}
     place = arms[0].workload, arms[0].budget
-    here = [x for x in lines if (x["workload"], x["budget"]) == place and x["arm"] in names]
-    base = next(line for line in here if line["arm"] == baseline)
+    same_lines = [x for x in lines if (x["workload"], x["budget"]) == place and x["arm"] in names]
+    base = next(line for line in same_lines if line["arm"] == baseline)
     measures = {name: (f"{name}, nats, lower is better", False) for name in base.get("texts", {})}
     for name in base.get("downstream", {}):
         measures[name] = f"{name}, higher is better", True
     for name, (measure, higher) in measures.items():
-        judged = arms_of(here, measure=name)
+        judged = arms_of(same_lines, measure=name)
         yield from equal_cost(judged, baseline, measure=measure, higher=higher)
 
 
@@ -239,9 +239,9 @@ def _rankings(
             base_costs = [costs(arm, clock) for arm in base]
             if clock.identity == base[0].outcomes[0].clock or None in base_costs:
                 continue
-            told = [(arm, cost) for arm in paid if (cost := costs(arm, clock)) is not None]
-            usual = _order([(a, a.costs) for a, _ in told], [(a, a.costs) for a in base])
-            order = _order(told, list(zip(base, base_costs, strict=True)))
+            known = [(arm, cost) for arm in paid if (cost := costs(arm, clock)) is not None]
+            usual = _order([(a, a.costs) for a, _ in known], [(a, a.costs) for a in base])
+            order = _order(known, list(zip(base, base_costs, strict=True)))
             moved = sum(a != b for a, b in zip(usual, order, strict=True))
             yield Ranking(
                 workload=workload,
@@ -249,7 +249,7 @@ def _rankings(
                 question=f"arms that change their place when charged by {name}",
                 estimate=moved,
                 interval=None,
-                seeds=len({o.seed for arm, _ in told for o in arm.outcomes}),
+                seeds=len({o.seed for arm, _ in known for o in arm.outcomes}),
                 verdict="changed" if moved else "unchanged",
                 clock=name,
                 order=tuple(order),
@@ -264,7 +264,7 @@ def _whole(arms: Sequence[Arm], baseline: str) -> list[Arm]:
     return [arm for arm in arms if seeds <= {o.seed for o in arm.outcomes}]
 
 
-def _order(told: Sequence[tuple[Arm, Any]], base: Sequence[tuple[Arm, Any]]) -> list[str]:
+def _order(known: Sequence[tuple[Arm, Any]], base: Sequence[tuple[Arm, Any]]) -> list[str]:
     """Arms from best to worst by how far their loss is below the baseline's at the same cost.
 
     The baseline's loss at any cost is on a straight line, in the logarithm, between its budgets' ends.
@@ -275,7 +275,7 @@ def _order(told: Sequence[tuple[Arm, Any]], base: Sequence[tuple[Arm, Any]]) -> 
             loss - _on_line(line, math.log(cost))
             for loss, cost in zip(arm.scores, costs, strict=True)
         )
-        for arm, costs in told
+        for arm, costs in known
     }
     return sorted(gaps, key=gaps.__getitem__)
 

@@ -26,17 +26,17 @@ def run() -> dict:
         return loss(model, batch)
 
     times = race({"gated": trainer(grown, gated), "plain": trainer(settled, plain)})
-    found = ratio(times["gated"], times["plain"])
+    slower = ratio(times["gated"], times["plain"])
 
     def program(model):
         arrays, static = eqx.partition(model, eqx.is_array)
         return jax.jit(lambda a: loss(eqx.combine(a, static), batch)).lower(arrays).as_text()
 
     same = program(settled) == program(gpt(6))
-    print(f"gated step over plain step: {found}")
+    print(f"gated step over plain step: {slower}")
     print(f"program after settle is that of a model never grown: {same}")
     return {
-        **found,
+        **slower,
         "goal": 1.05,
         "settled_program_is_the_plain_one": same,
         "milliseconds": medians(times),

@@ -138,8 +138,8 @@ def _runner(model: Any, kind: str, arguments: list[tuple]) -> Callable[[], list]
 def _timed(go: Callable[[], list]) -> tuple[np.ndarray, list]:
     """Seconds on the clock and of all cores, and what was answered."""
     wall, cpu = time.perf_counter(), time.process_time()
-    found = go()
-    return np.array([time.perf_counter() - wall, time.process_time() - cpu]), found
+    answers = go()
+    return np.array([time.perf_counter() - wall, time.process_time() - cpu]), answers
 
 
 def _largest_gap(answers: dict[str, list], asked: dict[str, list]) -> float:

@@ -48,20 +48,22 @@ def run() -> dict:
     square, product_of = jnp.ones((size, size), config.dtype or "float32"), jax.jit(jnp.matmul)
     product = product_speed(size, lambda: product_of(square, square))
     peak = known or product
-    found: dict[str, tuple[float, Plan]] = {}
+    measured: dict[str, tuple[float, Plan]] = {}
     for plan in _settings(config, batches):
         try:
             flops, seconds = _timed(plan)
         except jax.errors.JaxRuntimeError as error:
             print(f"{plan.name}: {str(error).splitlines()[0][:100]}")
             continue
-        found[plan.name] = flops / seconds / peak, plan
+        measured[plan.name] = flops / seconds / peak, plan
         tokens = plan.batch * plan.objective.raw_length
-        print(f"{plan.name}: MFU {found[plan.name][0]:.3f}, {tokens / seconds:.0f} tokens a second")
-    if not found:
+        print(
+            f"{plan.name}: MFU {measured[plan.name][0]:.3f}, {tokens / seconds:.0f} tokens a second"
+        )
+    if not measured:
         sys.exit("mfu: no setting ran, for the reasons above")
-    best = max(found, key=lambda name: found[name][0])
-    mfu, plan = found[best]
+    best = max(measured, key=lambda name: measured[name][0])
+    mfu, plan = measured[best]
     chosen: Any = plan.model
     smaller = dataclasses.replace(config, remat=chosen.remat, layers=config.layers // 2)
     half = dataclasses.replace(plan, model=smaller)

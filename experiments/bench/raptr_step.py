@@ -54,7 +54,7 @@ def run() -> dict:
             "adamw_6": trainer(short, norm),
         }
     )
-    found = ratio(times["path_6_of_12"], times["true_6"])
+    ratios = ratio(times["path_6_of_12"], times["true_6"])
     whole_ratio = ratio(times["full_12"], times["true_6"])["ratio"]
     ms = medians(times) | medians(parts)
     rest = {
@@ -62,14 +62,14 @@ def run() -> dict:
         "scatter": ms["scatter"],
         "optimizer_of_the_other_layers": round(ms["adamw_12"] - ms["adamw_6"], 2),
     }
-    print(f"6 of 12 layers over a true 6-layer model: {found}")
+    print(f"6 of 12 layers over a true 6-layer model: {ratios}")
     print(f"12 layers over 6: {whole_ratio:.3f}")
     print(f"what a path adds, alone, in milliseconds: {rest}")
     return {
-        **found,
+        **ratios,
         "goal": 1.08,
         "full_over_six": whole_ratio,
-        "share_of_ideal_saving": round((whole_ratio - found["ratio"]) / (whole_ratio - 1), 3),
+        "share_of_ideal_saving": round((whole_ratio - ratios["ratio"]) / (whole_ratio - 1), 3),
         "milliseconds": ms,
         "rest": rest,
         "ratio_that_the_rest_explains": round(1 + sum(rest.values()) / ms["true_6"], 4),

@@ -39,7 +39,7 @@ def run() -> dict:
     """Run both and compare what they lost at the boundary."""
     text = [" ".join(str(n * n % 9973) for n in range(k, k + 400)) for k in range(0, 80_000, 400)]
     corpora = [Corpus.of(part, ByteTokenizer()) for part in (text[10:], text[:10])]
-    found = {}
+    stalls = {}
     for name, background in [("ahead", True), ("naive", False)]:
         # Another seed, so that nothing that one compiled is of use to the other
         p = plan(seed=int(background))
@@ -49,7 +49,7 @@ def run() -> dict:
             s: [r.took for r in records if isinstance(r, Step) and r.stage == s] for s in (0, 1)
         }
         growth = next(r for r in records if isinstance(r, Growth))
-        found[name] = {
+        stalls[name] = {
             "stall_seconds": growth.stall,
             "step_seconds": statistics.median(took[1][5:]),
             "stall_in_steps": growth.stall / statistics.median(took[1][5:]),
@@ -60,8 +60,8 @@ def run() -> dict:
             "late_step": statistics.median(took[0][-20:]),
             "seconds_of_stage": sum(took[0]),
         }
-    ahead, naive = found["ahead"], found["naive"]
-    for name, numbers in found.items():
+    ahead, naive = stalls["ahead"], stalls["naive"]
+    for name, numbers in stalls.items():
         print(name, {k: round(v, 3) for k, v in numbers.items()})
     return {
         "ratio": round(ahead["stall_in_steps"], 3),
@@ -69,5 +69,5 @@ def run() -> dict:
         "unit": "steps of the 12-layer model",
         "naive": round(naive["stall_in_steps"], 1),
         "slowdown_while_compiling": round(ahead["early_step"] / naive["early_step"], 3),
-        "details": {n: {k: round(v, 4) for k, v in d.items()} for n, d in found.items()},
+        "details": {n: {k: round(v, 4) for k, v in d.items()} for n, d in stalls.items()},
     }

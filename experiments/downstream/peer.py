@@ -79,9 +79,9 @@ def fine_tuned(
     model.eval()
     # By length, so that little of a batch is padding
     order = sorted(range(len(dev)), key=lambda i: sum(map(len, dev[i].choices[0])))
-    found = np.zeros((len(dev), len(task.labels)))
+    outputs = np.zeros((len(dev), len(task.labels)))
     with torch.no_grad():
         for start in range(0, len(dev), 32):
             places = order[start : start + 32]
-            found[places] = model(**batch([dev[i] for i in places])).logits.numpy()
-    return found
+            outputs[places] = model(**batch([dev[i] for i in places])).logits.numpy()
+    return outputs

@@ -65,14 +65,14 @@ def search(
     left = released_order(SIZES[size][workload])
     rounds = []
     while left:
-        here = f"round {len(order) + 1}: {', '.join(f'{a} {n}' for a, n in order) or 'small'}"
+        budget = f"round {len(order) + 1}: {', '.join(f'{a} {n}' for a, n in order) or 'small'}"
         tried = [*choices(left), None]
         plans = [probe(size, workload, seed, order, choice, steps) for choice in tried]
-        run([Cell(workload, here, plan) for plan in plans], shared, results)
+        run([Cell(workload, budget, plan) for plan in plans], shared, results)
         losses = {
             r["arm"]: r["score"]
             for r in read(results)
-            if (r["workload"], r["budget"], r["seed"]) == (workload, here, seed)
+            if (r["workload"], r["budget"], r["seed"]) == (workload, budget, seed)
         }
         best = min(choices(left), key=lambda g: losses[f"{g[0]} {g[1]}"])
         rounds.append({"after": list(order), "losses": losses, "taken": best})

@@ -196,9 +196,9 @@ def polynomial_line(size: Size, arm: str, seed: int) -> Line:
 
 def reached(steps, captured: np.ndarray, share: float = 0.8) -> np.ndarray:
     """The first step at which each degree is captured to this share; infinite if never."""
-    there = np.asarray(captured) >= share
-    first = np.asarray(steps, float)[there.argmax(axis=0)]
-    return np.where(there.any(axis=0), first, np.inf)
+    above = np.asarray(captured) >= share
+    first = np.asarray(steps, float)[above.argmax(axis=0)]
+    return np.where(above.any(axis=0), first, np.inf)
 
 
 def ordered(times: np.ndarray) -> float:

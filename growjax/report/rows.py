@@ -65,7 +65,7 @@ class Difference(Row, kind="difference"):
     - `p`: of flipping signs; `p_holm`: of a t-test adjusted by Holm's method for all arms that were
       compared together.
     - `differences`: of each seed.
-    - `reason`: why nothing can be said, or what else there is to know.
+    - `reason`: why there is no verdict, or what limits it.
     """
 
     arm: str
