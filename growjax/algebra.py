@@ -75,7 +75,9 @@ class Law(NamedTuple):
         """The one thing that an array is linear in, so that sums of entries follow it too."""
         sides: list[tuple[Side, Any]] = [("gradient", self.gradient), ("weight", self.weight)]
         known = [(side, power) for side, power in sides if power is not None]
-        return known[0][0] if len(known) == 1 and known[0][1] == Power(1, odd=True) else None
+        if len(known) != 1 or known[0][1] != Power(1, odd=True):
+            return None
+        return known[0][0]
 
 
 WEIGHT = Law(weight=Power(1, odd=True))

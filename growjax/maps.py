@@ -133,12 +133,9 @@ def drawn_entries(move: AxisMap, table: Axes, slot: Slot, before: np.ndarray) ->
         if is_regrouped(move, part):
             return part.join(_regrouped(move, table, part, x))
         for dim in part.positions(move.axis):
-            summed = move.rows(part, dim) == MEAN
-            if is_matrix(move.by(part.dims[dim].role)):
-                summed = np.ones(move.length, bool)
-            # The last row stands for sums, and for what has no source
+            # The last row stands for means and mixtures, which have no source
             x = np.concatenate([x, x.any(dim, keepdims=True)], dim)
-            x = np.take(x, np.where(summed | (move.source < 0), -1, move.source), dim)
+            x = np.take(x, np.maximum(move.source, -1), dim)
             x = x | _along(starts_anew(move, part, dim, copies=True, law=WEIGHT), x.ndim, dim)
         return part.join(x)
 

@@ -58,10 +58,13 @@ TABLE = """
 @ squares are summed by a dense map | optim/carrying.py | linear_growth | do_not_follow
 - if by == "mixed" and kept.law.linear_in is None:
 + if by == "mixed" and kept is None:
-@ averages take their own weight where old ones are summed | maps.py | linear_growth | summed_as_they_are
-- summed = np.ones(move.length, bool)
-+ summed = np.zeros(move.length, bool)
-@ births of what is dealt out stay in place | growth/births.py | linear_growth | growth_they_were_born_in
+@ averages take their own weight where old ones are summed | algebra.py | linear_growth | summed_as
+- return np.zeros(move.length, bool) if summed else move.rows(slot, dim) == NONE
++ return move.rows(slot, dim) == NONE
+@ a mean of what was drawn is drawn | maps.py | linear_growth | summed_as
+- x = np.take(x, np.maximum(move.source, -1), dim)
++ x = np.take(x, np.maximum(move.source, -1), dim) | (move.source == MEAN).any()
+@ births of what is dealt out keep their places | growth/births.py | linear_growth | were_born_in
 - return births.reshape(new // old, -1).max(0)
 + return births.reshape(new // old, -1).min(0)
 """
