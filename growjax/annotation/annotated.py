@@ -60,7 +60,6 @@ class Annotated(eqx.Module):
         """The tree as it is run."""
         if all(gate is None for gate in self.gates.values()):
             return self.tree
-        # A tree without its gates has the table of the arrays alone
         return folded(self, axes_of(self), self.gates, self.stream).tree
 
     @property
@@ -100,7 +99,8 @@ class Annotated(eqx.Module):
             lines.append(f"    gates={list(self.gates)!r},")
         if self.stream != "embed":
             lines.append(f"    stream={self.stream!r},")
-        return "\n".join([*lines, ")"]).replace("'", '"')
+        text = "\n".join([*lines, ")"])
+        return text if '"' in text else text.replace("'", '"')
 
     def declarations(self, steps: tuple) -> Iterator[tuple[tuple, Declaration, Any]]:
         """Every annotated array, and norm without a gain, with the first declaration that matches it."""
