@@ -92,8 +92,8 @@ understood, tested and used without anything further down. Rooms on one line do 
 
 {core} need JAX and Equinox alone: an operator works in a
 notebook without a trainer. They do not depend on a model: its own class declares the names of its axes.
-The command line and the rooms that run plans need `pip install 'growjax[train]'`; `import growjax` loads a
-room when it is first used.
+The command line and the rooms that run plans need `pip install 'growjax[train]'`; `import growjax` loads
+a room when it is first used.
 
 | | room | what it does |
 |---|---|---|
