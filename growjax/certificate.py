@@ -95,6 +95,7 @@ class Certificate:
         return {**dataclasses.asdict(self), "passed": self.passed}
 
     def __str__(self) -> str:
+        """A line for each measurement, below the verdict."""
         if self.exactness == "approximate":
             verdict = "a jump is expected"
         else:

@@ -328,6 +328,7 @@ class _Study:
                 )
 
     def still(self) -> None:
+        # Entries at new coordinates of any axis, in every array that has the axis
         gradient = jax.tree.map(np.asarray, self.big().gradient)
         new, _ = new_coordinates(self.op, self.model)
         table = axes_of(self.big().model)
@@ -395,6 +396,7 @@ def assert_same_growth(
 
 
 def _settled_growth(op, model, key):
+    """The model grown by each operator of `op`, with gates opened and dropped after each."""
     for atom in atoms(op):
         model = eqx.filter_jit(atom)(model, key=key)
         if any(slot.value is not None for slot in axes_of(model).of_kind("gate")):
@@ -456,6 +458,7 @@ def assert_contract(op: Operator | Chain, model, batch: Batch) -> None:
 
 
 def _assert_same(name: str, expected, actual, rtol: float | None) -> None:
+    """Raise `AssertionError` if outputs differ by more than `rtol`, or than rounding in their dtype."""
     leaves = [x for x in jax.tree.leaves(expected) if eqx.is_inexact_array(x)]
     wide = all(x.dtype == jnp.float64 for x in leaves)
     rtol = rtol or (1e-12 if wide else 2e-5)

@@ -60,6 +60,7 @@ class Outcome:
         if self.spent <= 0:
             faults.append(f"spent: expected a positive cost, got {self.spent!r}")
         if self.windows is not None:
+            # A list is accepted too; fields of a frozen dataclass can be set in this way alone
             object.__setattr__(self, "windows", np.asarray(self.windows, np.float64))
             faults += _window_faults(self)
         raise_all(BudgetError, f"the outcome of {self.arm!r}, seed {self.seed}:", faults)

@@ -155,6 +155,7 @@ class Stream:
         try:
             batch = next(self._batches[0])
         except GrowjaxError:
+            # The thread has ended with its error, and cannot go on
             self.close()
             raise
         self.waited += max(time.perf_counter() - start, 0.0)

@@ -348,6 +348,7 @@ def _seal(manifest: dict[str, Any]) -> str:
 
 
 def _file_faults(path: Path, expected: dict[str, Any], verify: bool) -> Iterator[str]:
+    """The difference of a file from its entry in the manifest; checksums only with `verify`."""
     try:
         size = path.stat().st_size
         if size != expected["size"]:
@@ -364,6 +365,7 @@ def _sha256(path: Path) -> str:
 
 
 def _open(folder: Path, part: dict[str, Any], dtype: np.dtype, vocabulary: Vocabulary) -> Corpus:
+    """One corpus of a folder, given its entry in the manifest."""
     path = folder / "tokens.bin"
     return Corpus(
         np.memmap(path, dtype, mode="r", shape=(part["tokens"],)),

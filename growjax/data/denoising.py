@@ -338,6 +338,7 @@ class UL2:
         inputs = np.concatenate([[vocabulary.specials[denoiser.mode]], inputs])
         if self.form == "seq2seq":
             return pair(inputs, targets, self.inputs_length, self.written, vocabulary)
+        # A decoder reads inputs and targets as one row, and predicts what follows the inputs
         row, length = np.concatenate([inputs, targets]), self.inputs_length + self.written
         return prefixed(row, len(inputs), length, vocabulary.specials["pad"])
 

@@ -45,6 +45,7 @@ class Mixture:
         if not self.parts:
             yield "parts: expected objectives such as Causal(128), got none"
             return
+        # The keys of its examples tell whether a part is for encoder-decoders
         if len({"encoder_tokens" in batch_shapes(part, 1) for part in self.parts}) > 1:
             yield (
                 "parts: some make examples for decoders and some for encoder-decoders; one model reads "

@@ -69,6 +69,7 @@ class LanguageModel:
     batch_tokens: int = 8192
 
     def __post_init__(self):
+        # An embedding may have more rows than the vocabulary has tokens, but not fewer
         vocabulary, rows = self.tokenizer.vocabulary, sizes(self.model).get("vocab")
         if rows is not None and vocabulary.size > rows:
             raise EvalError(

@@ -152,6 +152,7 @@ def answers(
 
 
 def _paired(truth: Sequence, predicted: Sequence) -> None:
+    """Raise `EvalError` unless two lists have the same length, which is not 0."""
     if len(truth) != len(predicted) or not len(truth):
         raise EvalError(
             "a metric compares two lists of the same length, not empty; got lengths "

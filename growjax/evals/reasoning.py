@@ -50,6 +50,7 @@ def _variables(depth: int) -> Callable[[np.random.Generator], Problem]:
         values = dict(zip(names[:5], digits, strict=True))
         equations = [f"{name}={digit}" for name, digit in values.items()]
         for i in range(1, depth + 1):
+            # Each of the next five names equals one of the last five, in random order
             fresh = names[5 * i : 5 * i + 5]
             sources = dict(zip(fresh, rng.permutation(list(values)).tolist(), strict=True))
             equations += [f"{name}={source}" for name, source in sources.items()]

@@ -318,6 +318,7 @@ def _primitive(name: str, candidate: Candidate, data: None, settings: Settings) 
 
 
 def _closed_book(candidate: Candidate, paths: tuple[Path, Path | None], s: Settings) -> Scores:
+    # Without a file of examples they are drawn from the questions themselves
     questions, examples = paths
     pool = None if examples is None else read_questions(examples)
     return closed_book(

@@ -212,6 +212,7 @@ def _written_as(model: Any, preferred: str | None) -> tuple[Family, Any, Any]:
 
 
 def _family_of(folder: Folder) -> Family:
+    """The family that the config of a folder names. Raises `HuggingFaceError` for an unknown one."""
     kind = folder.config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)

@@ -13,6 +13,7 @@ _BLOCK = "blocks.block"
 
 
 def _rows(config: GPTConfig) -> tuple[Row, ...]:
+    # GPT-2's layers are Conv1D of transformers, whose weights are [in, out]
     def per_layer(name: str, leaf: str, into: str, out: str) -> list[Row]:
         return linear(f"h.{{}}.{name}", f"{_BLOCK}.{leaf}", into, out, transposed=True)
 
@@ -64,6 +65,7 @@ def _write(config: GPTConfig) -> dict[str, Any]:
 
 
 def _config_of(model: GPT) -> GPTConfig:
+    # From sizes and arrays alone, since a grown model has no config
     n, block = sizes(model), model.blocks.block
     return GPTConfig(
         layers=n["layers"],

@@ -15,7 +15,9 @@ _WORDS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.
 
 
 def _rows(config: T5Config) -> tuple[Row, ...]:
+    # Old files repeat the embedding under the names of both stacks and, if tied, of the head
     aliases = (*_WORDS[1:], "lm_head.weight") if config.tied else _WORDS[1:]
+    # A gated feed-forward has two inputs, wi_0 (the gate) and wi_1; a plain one has wi
     up = "wi_1" if config.glu else "wi"
     return (
         Row(_WORDS[0], "embedding.table: vocab embed", others=aliases),
@@ -121,6 +123,7 @@ def _write(config: T5Config) -> dict[str, Any]:
         "is_gated_act": c.glu,
         "layer_norm_epsilon": c.eps,
         "tie_word_embeddings": c.tied,
+        # `_settled` has made the two equal
         "scale_decoder_outputs": c.tied,
         "is_encoder_decoder": True,
     }
