@@ -269,7 +269,7 @@ TABLE = """
 @ free variants have rows | report/comparisons.py | experiments_summary | best_fixed_size
 - grown = [arm for arm in arms if not (arm.fixed or arm.free)]
 + grown = [arm for arm in arms if not arm.fixed]
-@ a bound reads as a number | report/words.py | experiments_summary | tables_of_a_page
+@ a bound reads as a number | report/words.py | experiments_page | tables_of_a_page
 - return f"{bound} {value:.2f}"
 + return f"{value:.2f}"
 @ an ignored sign turns a task around | report/comparisons.py | experiments_summary | every_measure

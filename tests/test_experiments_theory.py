@@ -1,8 +1,6 @@
 """The smallest size of the theory experiments, and their parts by hand."""
 
 import itertools
-import json
-import math
 from typing import Any
 
 import equinox as eqx
@@ -17,7 +15,7 @@ import growjax as gj
 from experiments import study
 from experiments.theory import blocks, fit, polynomials, run, stability, trained
 from experiments.theory.bytes import Bytes, texts
-from experiments.theory.experiment import half_interval, table
+from experiments.theory.experiment import table
 from growjax.data import Text
 from growjax.growth import sources
 from growjax.train import cross_entropy
@@ -127,56 +125,6 @@ def test_no_change_of_the_loss_at_a_boundary_is_above_its_bound(seed, layers, sc
     parts = whole + 10**scale * rng.normal(size=(layers, 7, 4))
     gap, bound = stability.boundary(jnp.asarray(whole), jnp.asarray(parts), jnp.asarray(target))
     assert (gap <= bound + 1e-5).all()
-
-
-# Cells and rows ----------------------------------------------------------------------------------
-
-
-class Square(study.Cell):
-    """A cell that squares a number."""
-
-    def __init__(self, number, found, ran=None):
-        self.key, self.found = ("squares", "", "square", number), found
-        self.ran = [] if ran is None else ran
-
-    def run(self, shared):
-        self.ran.append(self.key[3])
-        return {"square": self.found}
-
-
-def test_finished_cells_are_not_run_again(tmp_path):
-    numbers = []
-    path = tmp_path / "squares.jsonl"
-    for some in ((1, 2), (3, 2)):
-        study.run([Square(i, i * i, numbers) for i in some], None, path)
-    assert numbers == [1, 2, 3]
-    assert [line["square"] for line in study.read(path)] == [1, 4, 9]
-
-
-def test_a_line_that_was_cut_off_is_run_again(tmp_path):
-    path = tmp_path / "squares.jsonl"
-    study.run([Square(i, i * i) for i in (1, 2)], None, path)
-    path.write_text(path.read_text()[:-4])
-    for _ in range(2):  # and what is appended stands on a line of its own
-        study.run([Square(i, -i) for i in (1, 2, 3)], None, path)
-        assert [line["square"] for line in study.read(path)] == [1, -2, -3]
-
-
-def test_intervals_are_those_of_student():
-    row = study.answer("w", "q", [1.0, 2.0, 3.0])
-    half = pytest.approx(4.302653 / 3**0.5, abs=1e-4)
-    low, high = np.array(row.interval, float)
-    assert row.estimate == 2.0 and high - 2 == half and 2 - low == half
-    assert half_interval(np.array([[1.0, 1.0], [2.0, np.nan], [3.0, 1.0]]))[0] == half
-
-
-def test_a_verdict_needs_the_whole_interval():
-    def said(low, high):
-        return study.answer("w", "q", [1.0, 2.0, 3.0], low, high).verdict  # 2 plus or minus 2.484
-
-    assert said(-1, 5) == "yes"
-    assert said(0, 5) == said(-1, 4) == "undecided"
-    assert said(4.5, 9) == said(-9, -0.5) == "no"
 
 
 def test_a_table_has_seeds_and_budgets_wherever_their_lines_are():
@@ -542,14 +490,3 @@ def test_growing_in_the_middle_keeps_both_ends(block, count):
         assert (grown[-block:] == layers[-block:]).all()
         layers = grown
     assert len(layers) == count * block
-
-
-def test_networks_that_diverge_are_said_and_leave_valid_json(tmp_path):
-    path = tmp_path / "c.jsonl"
-    study.run([Square(0, {"x": [1.0, math.inf]})], None, path)
-    (line,) = study.read(path)
-    assert json.loads(path.read_text(), parse_constant=pytest.fail) == line
-    assert line["square"] == {"x": [1.0, None]}
-    said = study.answer("w", "does it?", [1.0, math.nan], verdict=True)
-    assert said.estimate is None and said.interval is None and said.verdict == "diverged"
-    assert study.answer("w", "does it?", [1.0, 1.5], verdict=True).verdict == "yes"

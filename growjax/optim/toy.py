@@ -155,7 +155,8 @@ def padded(lane: Lane, slots: list[Slot]) -> Lane:
 
 def _wider(sizes: Mapping[str, int], part: Slot, x: np.ndarray) -> np.ndarray:
     more = [(0, 0 if dim.literal else 1) for dim in part.dims]
-    return part.join(np.pad(part.split(x, sizes), more))
+    # A scalar has no dimension to widen, and np.pad refuses an empty list
+    return part.join(np.pad(part.split(x, sizes), more)) if more else x
 
 
 def narrowed(x: np.ndarray, slot: Slot) -> np.ndarray:

@@ -62,8 +62,7 @@ class Difference(Row, kind="difference"):
     **Fields**
 
     - `arm`, `baseline`: whose is subtracted from whose.
-    - `p`: of flipping signs; `p_holm`: of a t-test adjusted by Holm's method for all arms that were
-      compared together.
+    - `p`: of flipping signs.
     - `differences`: of each seed.
     - `reason`: why there is no verdict, or what limits it.
     """
@@ -79,8 +78,12 @@ class Difference(Row, kind="difference"):
 class EqualCost(Difference, kind="equal cost"):
     """An arm against a baseline of the same cost; see `growjax.budget.Comparison` for the numbers.
 
-    `measure` says what is compared. `over` is "seeds" or "seeds and windows"; `bootstrap` is an interval
-    over seeds; `undecayed` names the arms whose learning rate had not fallen.
+    **Fields**
+
+    - `measure`: what is compared.
+    - `p_t`, `p_holm`: of a t-test; adjusted by Holm's method for all arms that were compared together.
+    - `over`: what the interval is over, "seeds" or "seeds and windows"; `bootstrap` is over seeds.
+    - `undecayed`: the arms whose learning rate had not fallen.
     """
 
     measure: str
@@ -205,11 +208,16 @@ def read_summary(path: str | Path) -> list[Row]:
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    """What JSON read, with the lists as tuples."""
+    if isinstance(value, dict):
+        return {name: _tuples(x) for name, x in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _known(value: Any) -> Any:
     """A field as JSON can hold it: what one seed cannot tell (NaN) is None, and so is an open end."""
+    if isinstance(value, dict):
+        return {name: _known(x) for name, x in value.items()}
     if isinstance(value, tuple):
         if any(isinstance(x, float) and math.isnan(x) for x in value):
             return None

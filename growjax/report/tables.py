@@ -1,6 +1,5 @@
 """Rows and arms as the tables and bars of a page."""
 
-import statistics
 from collections.abc import Sequence
 
 from rich.table import Table as RichTable
@@ -199,11 +198,6 @@ def rich_table(table: Table) -> RichTable:
 def number(value: float | None, form: str) -> str:
     """A number in some format, or a dash for what is not known."""
     return "-" if value is None else format(value, form)
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """The mean, or None of nothing."""
-    return statistics.fmean(values) if values else None
 
 
 def _sorted(rows: Sequence[EqualCost]) -> list:
