@@ -64,4 +64,7 @@ TABLE = """
 @ mixing of tokens counts as closed | trace/program.py | inference | stay_open
 - found = frozenset[int]().union(*map(of, op.ins))
 + found = frozenset[int]()
+@ axes that break a certificate keep their name | inference/inferred.py | inference | certified
+- if not record.passed
++ if record is None
 """
