@@ -47,7 +47,9 @@ class Checked:
 
     def _slots(self) -> Iterator[tuple[int, tuple[Slot, int]]]:
         """The slot of every declared array, with how many of its axes are those of packed lists."""
-        paths = {("tree", *steps): path for steps, path, _ in walk(self.annotated.tree)}
+        paths: dict[tuple, str] = {
+            ("tree", *steps): path for steps, path, _ in walk(self.annotated.tree)
+        }
         for slot in self.table.values():
             path = paths.get(slot.steps)
             if path in self.number and slot.arrays():
