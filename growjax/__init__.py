@@ -33,7 +33,6 @@ from growjax.axes import axes_of as axes_of
 from growjax.axes import branch as branch
 from growjax.axes import buffer as buffer
 from growjax.axes import gate as gate
-from growjax.axes import norm as norm
 from growjax.axes import param as param
 from growjax.axes import partition as partition
 from growjax.axes import sizes as sizes
@@ -49,6 +48,7 @@ from growjax.growth import Operator as Operator
 from growjax.growth import chain as chain
 from growjax.growth import copy as copy
 from growjax.growth import dense as dense
+from growjax.growth import fresh as fresh
 from growjax.growth import msg as msg
 from growjax.growth import new as new
 from growjax.growth import regroup as regroup
@@ -59,6 +59,7 @@ from growjax.optim import carry as carry
 from growjax.state import State as State
 from growjax.state import grow as grow
 from growjax.subnet import Subnet as Subnet
+from growjax.subnet import loop as loop
 from growjax.subnet import path_schedule as path_schedule
 from growjax.subnet import progressive_layer_drop as progressive_layer_drop
 from growjax.subnet import random_part as random_part

@@ -33,7 +33,10 @@ from growjax.errors import AxisError, raise_all
 
 NONE = -1
 MEAN = -2
-Init = Callable[[PRNGKeyArray, tuple[int, ...], Any], Array] | Literal["normal", "zeros", "matched"]
+Init = (
+    Callable[[PRNGKeyArray, tuple[int, ...], Any], Array]
+    | Literal["born", "normal", "zeros", "matched"]
+)
 Side = Literal["gradient", "weight"]
 # How far C^T P may be from I, entry by entry: float32 matrices with some thousand rows stay below it
 _TOLERANCE = 1e-5
@@ -214,10 +217,10 @@ class AxisMap(eqx.Module):
                 complaints.append(f"source {bad} is not among the {size} old coordinates")
         if self.side not in ("consumed", "produced"):
             complaints.append(f"side: expected 'consumed' or 'produced', got {self.side!r}")
-        if not (callable(self.init) or self.init in ("normal", "zeros", "matched")):
+        if not (callable(self.init) or self.init in ("born", "normal", "zeros", "matched")):
             complaints.append(
-                "init must be a callable (key, shape, dtype) -> array or one of 'normal', 'zeros', "
-                f"'matched', got {self.init!r}"
+                "init must be a callable (key, shape, dtype) -> array or one of 'born', 'normal', "
+                f"'zeros', 'matched', got {self.init!r}"
             )
         if self.share is not None and np.shape(self.share) != (self.length,):
             complaints.append(

@@ -41,19 +41,27 @@ class Declaration:
     kind: Kind
     spec: str
     init: Literal["normal", "zeros", "ones"] | None = None
+    fan_in: str | None = None
+    born: str | None = None
 
 
-def _field(kind: Kind, spec: str, init=None, **kwargs) -> Any:
-    return eqx.field(metadata={_METADATA: Declaration(kind, spec, init)}, **kwargs)
+def _field(kind: Kind, spec: str, init=None, fan_in=None, born=None, **kwargs) -> Any:
+    return eqx.field(metadata={_METADATA: Declaration(kind, spec, init, fan_in, born)}, **kwargs)
 
 
-def param(spec: str, *, init: Literal["normal", "zeros", "ones"] | None = None) -> Any:
+def param(
+    spec: str,
+    *,
+    init: Literal["normal", "zeros", "ones"] | None = None,
+    fan_in: str | None = None,
+) -> Any:
     """Declare a trained array. `init` is where a fresh coordinate rests under `init="normal"`.
 
     The default is `ones` for a normalised axis (`~embed`), `zeros` for another vector and `normal`
-    for a matrix.
+    for a matrix. `fan_in` names the axes whose sizes make the fan-in, after which new layers are drawn
+    (`gj.fresh`), if they are not those that the array consumes.
     """
-    return _field("param", spec, init)
+    return _field("param", spec, init, fan_in)
 
 
 def norm(axis: str) -> Any:
@@ -63,14 +71,18 @@ def norm(axis: str) -> Any:
 
     **Example**
 
-        statistics: None = gj.norm("embed")           # LayerNorm without weight and bias
+        statistics: None = gj.axes.norm("embed")           # LayerNorm without weight and bias
     """
     return _field("param", f"~{axis}", default=None)
 
 
-def buffer(spec: str = "") -> Any:
-    """Declare an array that is carried and grown but not trained (RoPE frequencies, epsilon)."""
-    return _field("buffer", spec)
+def buffer(spec: str = "", *, born: str | None = None) -> Any:
+    """Declare an array that is carried and grown but not trained (RoPE frequencies, epsilon).
+
+    New coordinates repeat the old ones. `born` names an attribute of the module, the number that they
+    start from where there is nothing to repeat (in the layers of a model that has none).
+    """
+    return _field("buffer", spec, born=born)
 
 
 def gate(spec: str) -> Any:
@@ -117,6 +129,8 @@ class Slot:
     spec: Spec
     init: Literal["normal", "zeros", "ones"]
     value: Any
+    fan_in: tuple[str, ...] | None = None
+    born: float | None = None
 
     @property
     def dims(self) -> tuple[Dim, ...]:
@@ -131,6 +145,24 @@ class Slot:
     def own_axis(self) -> str:
         """The axis that a gate, branch or active slot belongs to (its last one)."""
         return self.dims[-1].axis
+
+    def fan(self, sizes: Sequence[int]) -> list[int]:
+        """The sizes that make the fan-in, of those of all `dims`."""
+        counted = [
+            dim.role == "consumed" if self.fan_in is None else dim.axis in self.fan_in
+            for dim in self.dims
+        ]
+        return list(itertools.compress(sizes, counted))
+
+    @property
+    def start(self) -> float:
+        """The number that a buffer starts from where there is nothing to repeat, or `AxisError`."""
+        if self.born is None:
+            raise AxisError(
+                f"{self.path}: new coordinates of a buffer repeat the old ones, and there are none; "
+                "declare what it starts from: gj.buffer(..., born='attribute')"
+            )
+        return self.born
 
     def arrays(self) -> list[Array]:
         """The arrays in this slot: none, one, or the two of a gate."""
@@ -164,11 +196,11 @@ class Slot:
         """An array like the leaf after `function(part, piece)` of every part."""
         return self.paste(list(map(function, self.parts, self.cut(array, sizes))))
 
-    def split(self, array: Array, sizes: Mapping[str, int]) -> Array:
+    def split(self, array: Any, sizes: Mapping[str, int]) -> Any:
         """Give every axis of a part a dimension of its own (see `(heads dim)` in a spec)."""
         return array.reshape([dim.size(sizes) for dim in self.dims])
 
-    def join(self, array: Array) -> Array:
+    def join(self, array: Any) -> Any:
         """The inverse of `split`."""
         shape, start = [], 0
         for count in self.spec.groups:
@@ -266,7 +298,10 @@ def slot_of(steps, declaration: Declaration, value, *, prefix: str = "", owner=N
     text = _fill(declaration.spec, owner)
     spec = Spec.parse(f"{prefix} {text}" if ":" in text else f"{prefix}: {text}")
     path = ".".join(map(str, steps))
-    return Slot(path, steps, declaration.kind, spec, declaration.init or _default_init(spec), value)
+    fan_in = None if declaration.fan_in is None else tuple(_fill(declaration.fan_in, owner).split())
+    init = declaration.init or _default_init(spec)
+    born = None if declaration.born is None else getattr(owner, declaration.born)
+    return Slot(path, steps, declaration.kind, spec, init, value, fan_in, born)
 
 
 def _fill(text: str, owner) -> str:
@@ -395,7 +430,8 @@ def _put(node: Any, values: Mapping[tuple, Any], path: tuple) -> Any:
         new: Any = {name: child(name, old) for name, old in node.items()}
     elif isinstance(node, tuple) and hasattr(node, "_fields"):
         # By name in a model, by number in the state of an optimizer
-        items = zip(node._fields, enumerate(node), strict=True)
+        names: Any = node._fields  # type: ignore[attr-defined]
+        items = zip(names, enumerate(node), strict=True)
         new = type(node)(*[child(i if i in below else name, x) for name, (i, x) in items])
     elif isinstance(node, list | tuple):
         new = type(node)(child(i, old) for i, old in enumerate(node))

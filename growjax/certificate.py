@@ -23,10 +23,11 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from growjax import maps
-from growjax.algebra import NONE, AxisMap
+from growjax.algebra import NONE
 from growjax.axes import axes_of, get, partition, put
-from growjax.gates import ramp
+from growjax.gates import check_level
 from growjax.growth.operator import Chain, Exactness, Operator, atoms
+from growjax.models.config import QUICK
 
 
 # The fills of closed new coordinates: an offset, and the standard deviation of normal numbers around it
@@ -196,11 +197,11 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def _jit(function: _Function) -> _Function:
     """`eqx.filter_jit` without costly optimisations, since a certificate runs a program only a few times.
 
-    Matrix products are calls of a library, which are as fast either way.
+    Matrix products are calls of a library, which are as fast either way. What needs no derivative (casts,
+    permutations, levels of gates) is done by NumPy, without a program.
     """
-    cheap = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     jit: Any = eqx.filter_jit
-    return jit(function, compiler_options=cheap)
+    return jit(function, compiler_options=QUICK)
 
 
 class _Observation(NamedTuple):
@@ -315,16 +316,26 @@ def distance(before, after) -> tuple[float, float]:
     return absolute, relative
 
 
-@_jit
 def _permuted(model):
     """The same function with hidden units and heads in reverse order."""
     table = axes_of(model)
-    for axis, size in table.sizes.items():
-        # Only axes between two arrays of a block can be permuted; a buffer would have to follow
-        inner = {"consumed", "produced"} <= table.roles(axis) and not table.is_stream(axis)
-        if inner and not table.having(axis, "buffer"):
-            model = maps.apply(AxisMap(axis, np.arange(size)[::-1]), model, None)
-    return model
+    # Only axes between two arrays of a block can be permuted; a buffer would have to follow
+    inner = {
+        axis
+        for axis in table.sizes
+        if {"consumed", "produced"} <= table.roles(axis)
+        and not table.is_stream(axis)
+        and not table.having(axis, "buffer")
+    }
+
+    def reversed_in(part, x):
+        split = part.split(x, table.sizes)
+        turned = tuple(i for i, dim in enumerate(part.dims) if dim.axis in inner)
+        return part.join(np.flip(split, turned))
+
+    flip = lambda slot: lambda x: slot.mapped(reversed_in, np.asarray(x), table.sizes)  # noqa: E731
+    slots = {s.steps: s for axis in inner for s in table.having(axis) if s.arrays()}
+    return put(model, {steps: jax.tree.map(flip(s), s.value) for steps, s in slots.items()})
 
 
 def _poison(op, model, batch, programs: _Programs) -> dict[str, bool]:
@@ -333,7 +344,7 @@ def _poison(op, model, batch, programs: _Programs) -> dict[str, bool]:
         return {}
     first, same = None, {}
     for name, (offset, spread) in FILLS.items():
-        grown = _poisoned(op, model, jnp.asarray(offset), jnp.asarray(spread))
+        grown = _poisoned(op, model, np.float32(offset), np.float32(spread))
         outputs = jax.tree.map(np.asarray, jax.tree.leaves(programs.outputs(grown, batch).outputs))
         first = outputs if first is None else first
         same[name] = all(np.array_equal(a, b) for a, b in zip(first, outputs, strict=True))
@@ -373,19 +384,21 @@ def filled(op, model, key, fill: Callable):
 def _error(expected, actual) -> float:
     """The largest difference between the arrays of two trees, relative to the largest expected entry."""
     expected, actual = (jax.tree.map(np.asarray, tree) for tree in (expected, actual))
-    gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected, actual)
+    gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(initial=0), expected, actual)
     return float(max(jax.tree.leaves(gaps)) / _largest(expected))
 
 
 def _largest(tree) -> float:
-    return max(float(np.abs(g).max()) for g in jax.tree.leaves(tree))
+    return max(float(np.abs(g).max(initial=0)) for g in jax.tree.leaves(tree))
 
 
 def _liveness(op, model, grown, batch, programs: _Programs, level: float):
     """The shares of dead entries and numbers of locked copies, by axis, over two steps of descent."""
     new, homes = new_coordinates(op, model)
-    if any(slot.value is not None for slot in axes_of(grown).of_kind("gate")):
-        grown = ramp(grown, level)
+    check_level(level)
+    gates = [slot for slot in axes_of(grown).of_kind("gate") if slot.value is not None]
+    levels = {(*s.steps, "value"): np.where(s.value.new, level, 1.0) for s in gates}
+    grown = put(grown, levels)
     trained, rest = partition(grown)
     start = trained = jax.tree.map(np.asarray, trained)
     zero = []
@@ -411,7 +424,7 @@ def new_coordinates(op, model):
     for atom, table in steps(op, model):
         for move in atom.maps(table):
             before = new.get(move.axis, np.zeros(table.size(move.axis), bool))
-            inherited = before[np.maximum(move.source, 0)]
+            inherited = np.append(before, False)[np.maximum(move.source, 0)]
             new[move.axis] = move.is_new() | inherited
             first: dict[int, int] = {}
             home = []
@@ -441,7 +454,7 @@ def _dead(model, gradient, new: dict[str, np.ndarray]) -> dict[str, float]:
                 for dim in part.positions(axis)[:1]:
                     new_ones = np.compress(mask, alive, axis=dim)
                     zero, total = zero + int((~new_ones).sum()), total + new_ones.size
-        shares[axis] = zero / total
+        shares[axis] = zero / total if total else 0.0
     return shares
 
 
@@ -451,7 +464,8 @@ def _locked(model, change, axis: str, new: np.ndarray, homes: np.ndarray) -> int
     same = new & (homes != np.arange(len(homes)))
     for slot in table.having(axis, "param"):
         delta = get(change, slot.steps)
-        if delta is None:
+        if delta is None or not delta.size:  # in a stack without layers nothing moves
+            same = same & (delta is None)
             continue
         for part, piece in zip(slot.parts, slot.cut(delta, table.sizes), strict=True):
             piece = np.asarray(part.split(piece, table.sizes))
@@ -470,11 +484,14 @@ def shapes(op, model):
 
 def _double(x):
     """Inputs as wide as the model: some operations (convolutions) take no two dtypes."""
-    return jnp.asarray(x, float) if eqx.is_inexact_array_like(x) else x
+    return np.asarray(x, np.float64) if eqx.is_inexact_array_like(x) else x
 
 
-@_jit
 def _wide(model):
     """The model in float64, without a static `dtype`, which would make it compute in another."""
-    model = jax.tree.map(lambda x: x.astype(float) if eqx.is_inexact_array(x) else x, model)
+
+    def wide(x):
+        return np.asarray(x).astype(np.float64) if eqx.is_inexact_array(x) else x
+
+    model = jax.tree.map(wide, model)
     return put(model, {("dtype",): None}) if getattr(model, "dtype", None) else model

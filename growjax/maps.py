@@ -22,6 +22,7 @@ and the moments.
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -310,6 +311,9 @@ class _Fresh(NamedTuple):
 
     def slices(self, x: Array, dim: int, ids: np.ndarray) -> Array:
         """`x.shape` with `len(ids)` fresh coordinates along `dim`."""
+        if self.slot.kind == "buffer" and not x.shape[dim]:
+            more = [(0, len(ids) * (i == dim)) for i in range(x.ndim)]
+            return jnp.pad(x, more, constant_values=self.slot.start)
         if self.slot.kind == "buffer":
             return jnp.take(x, ids % x.shape[dim], axis=dim)
         draws = jax.vmap(self._draw(x, [dim]))(jnp.asarray(ids))
@@ -327,9 +331,10 @@ class _Fresh(NamedTuple):
 
     def _draw(self, x: Array, dims: list[int]) -> Callable:
         shape = tuple(n for i, n in enumerate(x.shape) if i not in dims)
-        init = _initialiser(self.move.init, self.slot, x, dims)
+        sizes = [self.move.length if i in dims else n for i, n in enumerate(x.shape)]
+        init = _initialiser(self.move.init, self.slot, x, dims, sizes)
         constant = self.move.init == "zeros" or (
-            self.move.init == "normal" and self.slot.init != "normal"
+            self.move.init in ("born", "normal") and self.slot.init != "normal"
         )
         if constant:
             return lambda *index: init(None, shape, x.dtype)
@@ -347,15 +352,19 @@ class _Fresh(NamedTuple):
         return draw
 
 
-def _initialiser(init: Init, slot: Slot, x: Array, dims: list[int]) -> Callable:
+def _initialiser(init: Init, slot: Slot, x: Array, dims: list[int], sizes: list[int]) -> Callable:
     if callable(init):
         return init
-    if init == "zeros" or (init == "normal" and slot.init == "zeros"):
+    if init == "zeros" or (init != "matched" and slot.init == "zeros"):
         return lambda key, shape, dtype: jnp.zeros(shape, dtype)
-    if init == "normal" and slot.init == "ones":
+    if init != "matched" and slot.init == "ones":
         return lambda key, shape, dtype: jnp.ones(shape, dtype)
-    if init == "normal":
-        return lambda key, shape, dtype: 0.02 * jax.random.normal(key, shape, dtype)
+    if init != "matched":
+        fan_in = math.prod(slot.fan(sizes)) if init == "born" else 1
+        deviation = 0.02 if fan_in == 1 else fan_in**-0.5
+        return lambda key, shape, dtype: deviation * jax.random.normal(key, shape, dtype)
+    if not x.size:
+        raise GrowthError(f"{slot.path}: 'matched' follows old coordinates; give init='born'")
     # "matched": the mean and deviation of the old tensor, layer by layer where layers are kept.
     over = [i for i, dim in enumerate(slot.dims) if dim.role != "stack" or i in dims]
     mean = jnp.squeeze(jnp.mean(x, over, keepdims=True), dims)
@@ -425,17 +434,16 @@ def _misfits(move: AxisMap, table: Axes) -> list[str]:
 
 def _check_takers(move: AxisMap, table: Axes) -> None:
     """Multipliers other than 1 need a leaf that takes them, or the map does not do what it says."""
-    dims = [
-        dim for whole in table.having(move.axis, "param") for s in whole.parts for dim in s.dims
-    ]
+    parts = [part for slot in table.having(move.axis, "param") for part in slot.parts]
     stack = "stack" in table.roles(move.axis)
     for role in ("consumed", "produced"):
         factor, axis = move.by(role), move.via if stack else move.axis
         idle = factor is None or isinstance(factor, jax.Array) or np.all(np.asarray(factor) == 1)
         wanted = "produced" if stack else role
-        if idle or is_matrix(factor) or any(d.axis == axis and d.role == wanted for d in dims):
+        takers = [p for p in parts for d in p.dims if d.axis == axis and d.role == wanted]
+        if idle or is_matrix(factor) or takers:
             continue
-        where = ", ".join(slot.path for slot in table.having(move.axis, "param"))
+        where = ", ".join(part.path for part in parts)
         raise GrowthError(
             f"axis {move.axis!r}: no leaf can take its shares, since none has {axis} {wanted} (it is on "
             f"{where}). A leaf that reads an axis says so by an arrow, '{axis} ->', and so does the norm "

@@ -162,6 +162,7 @@ def operators_for(architecture: Architecture) -> tuple[Operator | Chain, ...]:
         growth.copy(head_dim=8),
         growth.zeros(mlp=10, heads=2 * heads),
         growth.stack(**deep(3), order="top"),
+        growth.fresh(**deep(3)),
         growth.stack(**deep(4), branch="split"),
     ]
     if not post_norm:

@@ -223,8 +223,8 @@ TABLE = """
 - layers[old - new % old :]
 + layers[: new % old]
 @ the middle block rounded down | growth/depth.py | growth | order_of_the_papers
-- end = -(-(old // extra) // 2) * extra
-+ end = max(old // extra // 2, 1) * extra
+- end = -(-blocks // 2) * extra if
++ end = max(blocks // 2, 1) * extra if
 @ old layers closed instead of new ones | growth/depth.py | growth | block_expansion_does_not
 - share = np.where(move.is_new(), 0.0, 1.0)
 + share = np.where(move.is_new(), 1.0, 0.0)
@@ -402,8 +402,8 @@ TABLE = """
 - max(steps, 16 * self.floor)
 + max(steps, 1000 * self.floor)
 @ liveness behind open gates | certificate.py | survivors | where_the_gates_stand
-- grown = ramp(grown, level)
-+ grown = ramp(grown, 1.0)
+- np.where(s.value.new, level, 1.0)
++ np.where(s.value.new, 1.0, 1.0)
 @ an output that is not finite passes | certificate.py | survivors | not_finite
 - gap = gap if np.isfinite(gap) else np.inf
 + gap = gap if np.isfinite(gap) else 0.0

@@ -33,11 +33,11 @@ TABLE = """
 - if not dim.literal:
 + if dim.axis not in ("state", "rank"):
 @ shares that nobody takes are believed | maps.py | specs | nothing_consumes or an_output
-- if idle or is_matrix(factor) or any(d.axis == axis and d.role == wanted for d in dims):
+- if idle or is_matrix(factor) or takers:
 + if True:
 @ shares that only producers could take are believed | maps.py | specs | nothing_consumes
-- if idle or is_matrix(factor) or any(d.axis == axis and d.role == wanted for d in dims):
-+ if idle or is_matrix(factor) or any(d.axis == axis for d in dims):
+- for d in p.dims if d.axis == axis and d.role == wanted]
++ for d in p.dims if d.axis == axis]
 @ norms without a gain are left out | axes.py | specs | without_a_gain
 - return _field("param", f"~{axis}", default=None)
 + return _field("param", axis, default=None)
@@ -65,4 +65,46 @@ TABLE = """
 @ an axis without gates is ramped in silence | gates.py | gates | limited_to_some_axes
 - if ungated or not held:
 + if len(ungated) == len(names) and names or not held:
+@ fresh layers are drawn by 0.02 | maps.py | depth | drawn_as_a_model_is_born
+- deviation = 0.02 if fan_in == 1 else fan_in**-0.5
++ deviation = 0.02
+@ the fan-in is that before growth | maps.py | depth | fresh_rows
+- sizes = [self.move.length if i in dims else n for i, n in enumerate(x.shape)]
++ sizes = list(x.shape)
+@ keys count what they contract with queries as their fan-in | axes.py | depth | drawn_as_a_model_is_born
+- dim.role == "consumed" if self.fan_in is None else dim.axis in self.fan_in
++ dim.role == "consumed"
+@ queries of T5 are drawn like others | nn/attention.py | depth | drawn_as_a_model_is_born
+- return "embed head_dim" if self.scale == 1 else "embed"
++ return "embed"
+@ an epsilon of nothing is zero | maps.py | depth | drawn_as or is_its_ends
+- constant_values=self.slot.start
++ constant_values=1.0
+@ a middle block begins at the bottom | growth/depth.py | depth | middle_block_need
+- if blocks * extra == old else (old + extra) // 2
++ if blocks * extra == old else extra
+@ a loop leaves its last round out | subnet/loops.py | depth | runs_its_layers
+- *layers[first:end] * self.times
++ *layers[first:end] * (self.times - 1)
+@ a loop ends a layer early | subnet/loops.py | depth | runs_its_layers
+- self.first % depth, self.last % depth + 1
++ self.first % depth, max(self.last % depth, 1)
+@ sequences longer than the positions are read | nn/assembly.py | depth | longer_than_the_positions
+- if places is not None and start + shape[0] > places:
++ if places is not None and start + shape[0] > places + 1:
+@ a cache is full without a word | nn/assembly.py | depth | cache_has_room
+- if places is not None and start + shape[0] > places:
++ if places is not None and shape[0] > places:
+@ ids beyond the table are read | nn/embedding.py | depth | beyond_the_table
+- if low < 0 or high >= size:
++ if low < 0:
+@ ids are looked at under a trace | nn/embedding.py | depth | cache_has_room
+- numbers = np.asarray(ids)  # by NumPy, so that no trace is in the way
++ numbers = ids
+@ a batch is one sequence | nn/assembly.py | depth | forgotten_vmap
+- if len(shape) != 1:
++ if not shape:
+@ every fill is a program | certificate.py | certify | few_programs
+- _poisoned(op, model, np.float32(offset), np.float32(spread))
++ _poisoned(op, model, float(offset), float(spread))
 """

@@ -2,7 +2,10 @@
 
 import functools
 import json
+import logging
+import re
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -238,3 +241,54 @@ def test_equal_copies_are_locked_to_their_source_and_unequal_ones_are_not():
     equal, unequal = certificate(gj.copy(hidden=8)), certificate(gj.copy(hidden=8, shares="random"))
     assert equal.locked == {"hidden": 4} and unequal.locked == {"hidden": 0}
     assert "4 locked to their source" in str(equal) and "locked" not in str(unequal)
+
+
+# What it costs -------------------------------------------------------------------------------
+
+
+class Compiled(logging.Handler):
+    """The names of the programs that are compiled while it listens."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def emit(self, record):
+        said = re.match(r"Finished XLA compilation of (.*) in ", record.getMessage())
+        self.names += [said[1]] if said else []
+
+    def __enter__(self):
+        self.logger, self.logs = logging.getLogger("jax._src.dispatch"), jax.log_compiles()
+        self.logger.addHandler(self)
+        self.quiet, self.logger.propagate = self.logger.propagate, False
+        self.logs.__enter__()
+        return self
+
+    def __exit__(self, *_):
+        self.logs.__exit__(None, None, None)
+        self.logger.removeHandler(self)
+        self.logger.propagate = self.quiet
+
+
+@pytest.mark.parametrize("op, most", [(gj.msg(mlp=12), 8), (gj.copy(mlp=12), 7)], ids=str)
+def test_a_certificate_takes_few_programs_and_a_second_one_none(op, most):
+    model, batch = transformer("GPT", layers=2), TOKENS
+    with Compiled() as first:
+        gj.certify(op, model, batch, key=KEY)
+    with Compiled() as second:
+        gj.certify(op, jax.tree.map(lambda x: 2 * np.asarray(x), model), batch, key=KEY)
+    assert 4 <= len(first.names) <= most, first.names
+    assert second.names == []
+
+
+def test_a_model_is_born_by_one_program():
+    """The same as by its class, to the last rounding."""
+    sizes: dict[str, Any] = testing.TOY | dict(mlp=13)
+    config = models.GPTConfig(layers=2, positions=8, **sizes)
+    with Compiled() as programs:
+        born = config.build(KEY)
+    assert len(programs.names) == 1
+    made = models.GPT(config, key=KEY)
+    for a, b in zip(jax.tree.leaves(born), jax.tree.leaves(made), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert jax.tree.structure(born) == jax.tree.structure(made)

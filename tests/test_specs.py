@@ -342,7 +342,7 @@ class Bare(eqx.Module):
 
     table: Array = gj.param("[vocab] -> embed")
     down: Array = gj.param("embed -> out")
-    statistics: None = gj.norm("embed")
+    statistics: None = gj.axes.norm("embed")
 
     def __call__(self, tokens):
         x = self.table[tokens]
@@ -400,7 +400,7 @@ def test_zeros_do_not_mend_an_rms_norm_without_a_gain():
         table: Array = gj.param("[vocab] -> embed")
         down: Array = gj.param("embed -> out")
         eps: Array = gj.buffer("<embed>")
-        statistics: None = gj.norm("embed")
+        statistics: None = gj.axes.norm("embed")
 
     model = RMS(jnp.ones((5, 4)), jnp.ones((4, 2)), jnp.asarray(1e-5))
     with pytest.raises(GrowthError, match="an RMS norm with a gain"):

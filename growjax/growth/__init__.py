@@ -3,6 +3,7 @@
 from growjax.growth.births import Births as Births
 from growjax.growth.births import new as new
 from growjax.growth.copying import copy as copy
+from growjax.growth.depth import fresh as fresh
 from growjax.growth.depth import solar as solar
 from growjax.growth.depth import sources as sources
 from growjax.growth.depth import stack as stack

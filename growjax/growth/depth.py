@@ -4,20 +4,22 @@ Gradual stacking (Reddi et al. 2023), StackedBERT (Gong et al. 2019), G_stack (D
 (Saunshi et al. 2024), SOLAR (Kim et al. 2023), LLaMA-Pro block expansion (Wu et al. 2024).
 """
 
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import equinox as eqx
 import numpy as np
 
 from growjax import values
-from growjax.algebra import AxisMap
+from growjax.algebra import NONE, AxisMap, Init
 from growjax.axes import Axes
 from growjax.errors import GrowthError, expect_one_of, raise_all
 from growjax.growth.operator import (
     Exactness,
     Operator,
+    Sizes,
     SizesOrLists,
     frozen_sizes,
+    resolve,
     split_lists,
 )
 
@@ -33,7 +35,8 @@ def sources(order: Order, old: int, new: int) -> np.ndarray:
     - `"interleave"`: every layer repeated in place, `floor(i * old / new)`.
     - `"interpolate"`: the top layers doubled in place; beyond twice the depth, more copies of the last
       one (MSG's other order).
-    - `"middle"`: the middle block of `new - old` layers duplicated after itself (MIDAS).
+    - `"middle"`: the middle block of `new - old` layers duplicated after itself (MIDAS). Where the layers
+      do not divide into such blocks, it is the one with as many layers below it as above, or one fewer.
     - `"insert"`: a copy after every `old / (new - old)` layers (LLaMA-Pro).
 
     Raises `GrowthError` where the order cannot reach `new`.
@@ -44,6 +47,7 @@ def sources(order: Order, old: int, new: int) -> np.ndarray:
     """
     expect_one_of(GrowthError, "order", order, get_args(Order))
     _require(new >= old, f"growth never shrinks: from {old} to {new} layers")
+    _require(old > 0 or new == 0, f"there is no layer to copy {new} times; gj.fresh(layers={new})")
     extra, layers = new - old, np.arange(old)
     if extra == 0:
         return layers
@@ -59,11 +63,9 @@ def sources(order: Order, old: int, new: int) -> np.ndarray:
         copies[-1] += max(extra - old, 0)
         return np.repeat(layers, copies)
     if order == "middle":
-        _require(
-            extra <= old and old % extra == 0,
-            f"'middle' duplicates one block of {extra} layers, but {old} layers do not divide into such",
-        )
-        end = -(-(old // extra) // 2) * extra
+        _require(extra <= old, f"'middle' duplicates {extra} layers, but there are {old}")
+        blocks = old // extra
+        end = -(-blocks // 2) * extra if blocks * extra == old else (old + extra) // 2
         return np.concatenate([layers[:end], layers[end - extra :]])
     _require(
         extra <= old and old % extra == 0,
@@ -106,11 +108,7 @@ class Stack(Operator):
     def maps(self, axes: Axes) -> list[AxisMap]:
         """Copies along the stack axes; the share closes or splits the residual branches."""
         axes.size(self.stream)
-        raise_all(
-            GrowthError,
-            "only layers can be stacked; these axes are not stacks of blocks:",
-            [axis for axis, _ in self.sizes if axes.size(axis) and not _is_stack(axes, axis)],
-        )
+        _require_stacks(axes, [axis for axis, _ in self.sizes])
         lists, wanted = split_lists(axes, self.sizes)
         moves = []
         for axis in [axis for axis, _ in self.sizes if axis in wanted or axis in lists]:
@@ -138,8 +136,32 @@ class Stack(Operator):
         return AxisMap(axis, source, share=share, via=self.stream)
 
 
-def _is_stack(axes: Axes, axis: str) -> bool:
-    return "stack" in axes.roles(axis)
+@values.register
+class Fresh(Operator):
+    """Layers that copy nothing; see `fresh`."""
+
+    sizes: Sizes = eqx.field(static=True)
+    init: Init = eqx.field(static=True, default="born")
+    exactness: ClassVar[Exactness] = "approximate"
+
+    def maps(self, axes: Axes) -> list[AxisMap]:
+        """The old layers, and fresh ones on top of them."""
+        wanted = resolve(axes, dict(self.sizes))
+        _require_stacks(axes, list(wanted))
+        return [
+            AxisMap(
+                axis, [*range(axes.size(axis)), *[NONE] * (n - axes.size(axis))], init=self.init
+            )
+            for axis, n in wanted.items()
+        ]
+
+
+def _require_stacks(axes: Axes, names: list[str]) -> None:
+    raise_all(
+        GrowthError,
+        "only layers can be stacked; these axes are not stacks of blocks:",
+        [axis for axis in names if axes.size(axis) >= 0 and "stack" not in axes.roles(axis)],
+    )
 
 
 def _closing_norms(axes: Axes, axis: str, stream: str) -> list[str]:
@@ -179,3 +201,23 @@ def stack(
         gj.stack(layers=8, order="insert", branch="zero")    # block expansion
     """
     return Stack(frozen_sizes(sizes), order, branch, stream)
+
+
+def fresh(*, init: Init = "born", **sizes: int) -> Fresh:
+    """Grow depth by layers that are drawn anew, on top of those that there are, without gates.
+
+    Training that starts with no layer or with one (`GPTConfig(layers=0)`) grows so. A jump in loss is
+    expected; `gj.msg(layers=..., init="matched")` hides fresh layers behind gates.
+
+    **Arguments**
+
+    - `layers=12` (or the model's own stack axis, such as `encoder_layers`).
+    - `init`: what they hold: `"born"`, as in a new model (variance 1 / fan-in, biases 0, gains 1),
+      `"normal"` (deviation 0.02), `"matched"`, `"zeros"` or a callable
+      `(key, shape, dtype) -> array`.
+
+    **Example**
+
+        gj.fresh(layers=12)
+    """
+    return Fresh(frozen_sizes(sizes), init)

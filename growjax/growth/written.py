@@ -7,7 +7,7 @@ from typing import Any
 
 from growjax.errors import GrowthError
 from growjax.growth.copying import copy
-from growjax.growth.depth import solar, stack
+from growjax.growth.depth import fresh, solar, stack
 from growjax.growth.masked import msg
 from growjax.growth.matrices import dense
 from growjax.growth.operator import Chain, Operator, chain
@@ -19,6 +19,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "chain": chain,
     "copy": copy,
     "dense": dense,
+    "fresh": fresh,
     "msg": msg,
     "regroup": regroup,
     "solar": solar,

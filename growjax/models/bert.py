@@ -14,7 +14,7 @@ from growjax import axes
 from growjax.axes import param
 from growjax.errors import PlanError
 from growjax.gates import Gate, gated
-from growjax.models.config import Activation, Dtype, Eps, Remat, check_config
+from growjax.models.config import Activation, Depth, Dtype, Eps, Remat, born, check_config
 from growjax.nn import (
     ACTIVATIONS,
     Block,
@@ -25,6 +25,7 @@ from growjax.nn import (
     Readout,
     Stacked,
     affine,
+    check_sequence,
     logits,
     make_block,
     normal,
@@ -44,7 +45,7 @@ class BERTConfig:
     and logits stay in float32 at least.
     """
 
-    layers: Size
+    layers: Depth
     embed: Size
     heads: Size
     head_dim: Size
@@ -73,8 +74,8 @@ class BERTConfig:
         check_config(self, ["nsp_head: it reads the pooler, which is off"] if unread else ())
 
     def build(self, key: PRNGKeyArray) -> "BERT":
-        """A `BERT` of this configuration, its parameters drawn with this key."""
-        return BERT(self, key=key)
+        """A `BERT` of this configuration, its parameters drawn with this key by one compiled program."""
+        return born(BERT, self, key)
 
 
 class BERTOutput(NamedTuple):
@@ -209,7 +210,11 @@ class BERT(eqx.Module):
         token_types: Int[Array, " T"] | None = None,
         mask: Bool[Array, " T"] | None = None,
     ) -> BERTOutput:
-        """Hidden states and what the heads make of them; `mask` is True at real tokens."""
+        """Hidden states and what the heads make of them; `mask` is True at real tokens.
+
+        Raises `AxisError` for more than one sequence, and for a sequence longer than the positions. Ids
+        beyond their tables are an error outside of `jit` and `vmap` alone.
+        """
         hidden = self._hidden(tokens, token_types, mask)
         pooled = None if self.pooler is None else self.pooler(hidden)
         nsp_logits = None
@@ -239,6 +244,7 @@ class BERT(eqx.Module):
         token_types: Int[Array, " T"] | None,
         mask: Bool[Array, " T"] | None,
     ) -> Float[Array, "T embed"]:
+        check_sequence(tokens, self.position.table.shape[0])
         token_types = jnp.zeros_like(tokens) if token_types is None else token_types
         x = self.embedding(tokens) + self.token_type(token_types)
         x = x + self.position(jnp.arange(tokens.shape[0]))

@@ -1,9 +1,16 @@
 """What every model's configuration must satisfy."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import PRNGKeyArray
 
 from growjax import values
 from growjax.errors import AxisError
@@ -17,6 +24,12 @@ def _floating(name: str) -> bool:
         return False
 
 
+# How many layers: a stack may be empty, to be grown
+Depth = Annotated[
+    int,
+    values.at_least(0, "layers"),
+    values.Range("an integer below 2**31", lambda n: n < 2**31),
+]
 # The constant under the root of a norm
 Eps = Annotated[float, values.positive()]
 Activation = Annotated[str, values.one_of(ACTIVATIONS)]
@@ -41,3 +54,32 @@ def odd_rotary(config: Any) -> Iterable[str]:
     """The complaint about heads that rotary positions cannot turn, if there is one."""
     if values.fits(values.Size, config.head_dim) and config.head_dim % 2:
         yield f"head_dim: rotary positions turn pairs, so it must be even, got {config.head_dim}"
+
+
+# Options of programs that run once or twice: compiling takes longer than they do
+QUICK: dict[str, bool | int] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+if version("jaxlib").startswith("0.10."):
+    # The older code generator for CPUs takes a quarter of the time, and later ones do not have it
+    QUICK |= {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+# From so many numbers on, drawing them takes longer than compiling how
+_LARGE = 2**24
+
+
+def born(model: Callable[..., Any], config: Any, key: PRNGKeyArray) -> Any:
+    """A model of a configuration, drawn by one program instead of some for every array."""
+    if isinstance(key, Tracer) or isinstance(jnp.asarray(np.float32(0)), Tracer):
+        return _draw(model, config, key)  # part of the program that is being traced
+    shapes = jax.tree.leaves(eqx.filter_eval_shape(_draw, model, config, key))
+    numbers = sum(math.prod(x.shape) for x in shapes if hasattr(x, "shape"))
+    return (_born if numbers > _LARGE else _born_quickly)(model, config, key)
+
+
+def _draw(model: Callable[..., Any], config: Any, key: PRNGKeyArray) -> Any:
+    return model(config, key=key)
+
+
+_jit: Any = eqx.filter_jit
+_born, _born_quickly = _jit(_draw), _jit(_draw, compiler_options=QUICK)

@@ -12,7 +12,16 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from growjax import axes
 from growjax.axes import param
 from growjax.gates import Gate, gated
-from growjax.models.config import Activation, Dtype, Eps, Remat, check_config, odd_rotary
+from growjax.models.config import (
+    Activation,
+    Depth,
+    Dtype,
+    Eps,
+    Remat,
+    born,
+    check_config,
+    odd_rotary,
+)
 from growjax.models.protocol import READ
 from growjax.nn import (
     Block,
@@ -24,6 +33,7 @@ from growjax.nn import (
     Rotary,
     Stacked,
     causal,
+    check_sequence,
     empty_cache,
     make_block,
     normal,
@@ -40,7 +50,7 @@ class GPTConfig:
     float32 at least.
     """
 
-    layers: Size
+    layers: Depth
     embed: Size
     heads: Size
     head_dim: Size
@@ -65,8 +75,8 @@ class GPTConfig:
         check_config(self, odd_rotary(self) if self.position == "rotary" else ())
 
     def build(self, key: PRNGKeyArray) -> "GPT":
-        """A `GPT` of this configuration, its parameters drawn with this key."""
-        return GPT(self, key=key)
+        """A `GPT` of this configuration, its parameters drawn with this key by one compiled program."""
+        return born(GPT, self, key)
 
 
 class GPT(eqx.Module):
@@ -138,6 +148,9 @@ class GPT(eqx.Module):
 
         `mask` is True at real tokens, or `[T, T]` where one may see the other; tokens in the `prefix`
         are seen by all; of `documents` packed into one sequence, tokens see only their own number.
+
+        Raises `AxisError` for more than one sequence, and for one longer than the learned positions.
+        Ids and positions beyond their tables are an error outside of `jit` and `vmap` alone.
         """
         return self._read(tokens, positions, mask, prefix, documents).logits()
 
@@ -160,9 +173,16 @@ class GPT(eqx.Module):
 
         `cache` holds the places before `at`; any others in it are not seen, and are written over.
         """
+        check_sequence(tokens, cache.keys.shape[2], at=at)
+        check_sequence(tokens, self._places, at=at)
         x, turn = self._embed(tokens, at + jnp.arange(tokens.shape[0]))
         x, cache = self.blocks.extend(x, cache, None, at, turn=turn)
         return self._read_out(x).logits(), cache
+
+    @property
+    def _places(self) -> int | None:
+        """How many positions were learned; None where they are rotary."""
+        return None if self.position is None else self.position.table.shape[0]
 
     def _embed(
         self, tokens: Int[Array, " T"], positions: Int[Array, " T"]
@@ -181,6 +201,7 @@ class GPT(eqx.Module):
         prefix: Bool[Array, " T"] | None,
         documents: Int[Array, " T"] | None,
     ) -> Readout:
+        check_sequence(tokens, None if positions is not None else self._places)
         positions = jnp.arange(tokens.shape[0]) if positions is None else positions
         x, turn = self._embed(tokens, positions)
         x = self.blocks(x, mask=causal(mask, prefix, documents), turn=turn)

@@ -12,7 +12,16 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from growjax import axes
 from growjax.axes import param
 from growjax.gates import Gate, gated
-from growjax.models.config import Activation, Dtype, Eps, Remat, check_config, odd_rotary
+from growjax.models.config import (
+    Activation,
+    Depth,
+    Dtype,
+    Eps,
+    Remat,
+    born,
+    check_config,
+    odd_rotary,
+)
 from growjax.models.protocol import READ
 from growjax.nn import (
     Block,
@@ -25,6 +34,7 @@ from growjax.nn import (
     RotaryScaling,
     Stacked,
     causal,
+    check_sequence,
     empty_cache,
     make_block,
     normal,
@@ -42,7 +52,7 @@ class LlamaConfig:
     float32 at least.
     """
 
-    layers: Size
+    layers: Depth
     embed: Size
     heads: Size
     kv_heads: Size
@@ -64,8 +74,8 @@ class LlamaConfig:
         check_config(self, odd_rotary(self))
 
     def build(self, key: PRNGKeyArray) -> "Llama":
-        """A `Llama` of this configuration, its parameters drawn with this key."""
-        return Llama(self, key=key)
+        """A `Llama` of this configuration, its parameters drawn with this key by one compiled program."""
+        return born(Llama, self, key)
 
 
 class Llama(eqx.Module):
@@ -132,6 +142,9 @@ class Llama(eqx.Module):
 
         `mask` is True at real tokens, or `[T, T]` where one may see the other; tokens in the `prefix`
         are seen by all; of `documents` packed into one sequence, tokens see only their own number.
+
+        Raises `AxisError` for more than one sequence. Ids beyond the vocabulary are an error outside of
+        `jit` and `vmap` alone.
         """
         return self._read(tokens, positions, mask, prefix, documents).logits()
 
@@ -154,6 +167,7 @@ class Llama(eqx.Module):
 
         `cache` holds the places before `at`; any others in it are not seen, and are written over.
         """
+        check_sequence(tokens, cache.keys.shape[2], at=at)
         x, turn = self._embed(tokens, at + jnp.arange(tokens.shape[0]))
         x, cache = self.blocks.extend(x, cache, None, at, turn=turn)
         return self._read_out(x).logits(), cache
@@ -173,6 +187,7 @@ class Llama(eqx.Module):
         prefix: Bool[Array, " T"] | None,
         documents: Int[Array, " T"] | None,
     ) -> Readout:
+        check_sequence(tokens)
         positions = jnp.arange(tokens.shape[0]) if positions is None else positions
         x, turn = self._embed(tokens, positions)
         x = self.blocks(x, mask=causal(mask, prefix, documents), turn=turn)

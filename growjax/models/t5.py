@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from growjax import axes
 from growjax.axes import buffer, param
 from growjax.gates import Gate, gated
-from growjax.models.config import Activation, Dtype, Eps, Remat, check_config
+from growjax.models.config import Activation, Depth, Dtype, Eps, Remat, born, check_config
 from growjax.nn import (
     Block,
     Body,
@@ -24,6 +24,7 @@ from growjax.nn import (
     RelativeBias,
     Stacked,
     causal,
+    check_sequence,
     empty_cache,
     make_block,
     normal,
@@ -46,8 +47,8 @@ class T5Config:
                       vocab=384)
     """
 
-    encoder_layers: Size
-    decoder_layers: Size
+    encoder_layers: Depth
+    decoder_layers: Depth
     embed: Size
     heads: Size
     head_dim: Size
@@ -82,8 +83,8 @@ class T5Config:
             )
 
     def build(self, key: PRNGKeyArray) -> "T5":
-        """A `T5` of this configuration, its parameters drawn with this key."""
-        return T5(self, key=key)
+        """A `T5` of this configuration, its parameters drawn with this key by one compiled program."""
+        return born(T5, self, key)
 
     @classmethod
     def v1_1(cls, **sizes: Any) -> "T5Config":
@@ -187,7 +188,11 @@ class T5(eqx.Module):
         encoder_mask: Bool[Array, " S"] | None = None,
         decoder_mask: Bool[Array, " T"] | None = None,
     ) -> Float[Array, "T vocab"]:
-        """Logits of the token after each decoder token; masks are True at real tokens."""
+        """Logits of the token after each decoder token; masks are True at real tokens.
+
+        Raises `AxisError` for more than one pair of sequences, which may be of any length. Ids beyond the
+        vocabulary are an error outside of `jit` and `vmap` alone.
+        """
         return self._read(encoder_tokens, decoder_tokens, encoder_mask, decoder_mask).logits()
 
     def predict(self, example: Mapping[str, Array]) -> Float[Array, "T vocab"]:
@@ -216,6 +221,7 @@ class T5(eqx.Module):
         encoder_mask: Bool[Array, " S"] | None = None,
     ) -> T5Cache:
         """What `extend` reads: the encoded tokens, and room for `size` of the decoder's."""
+        check_sequence(encoder_tokens, name="encoder_tokens")
         sees = Mask(keys=encoder_mask)
         memory = self._encode(encoder_tokens, sees)
         crossed = eqx.filter_vmap(lambda block: block.cross.remember(memory))(self.decoder.block)
@@ -229,6 +235,7 @@ class T5(eqx.Module):
 
         `cache` holds the places before `at`; any others in it are not seen, and are written over.
         """
+        check_sequence(decoder_tokens, cache.seen.keys.shape[2], at=at, name="decoder_tokens")
         places = jnp.arange(cache.seen.keys.shape[2])
         x, seen = self.decoder.extend(
             self._embed(decoder_tokens),
@@ -251,6 +258,8 @@ class T5(eqx.Module):
         encoder_mask: Bool[Array, " S"] | None,
         decoder_mask: Bool[Array, " T"] | None,
     ) -> Readout:
+        check_sequence(encoder_tokens, name="encoder_tokens")
+        check_sequence(decoder_tokens, name="decoder_tokens")
         sees = Mask(keys=encoder_mask)
         x = self.decoder(
             self._embed(decoder_tokens),

@@ -1,6 +1,7 @@
 """The parts that the models are built from, each with its axes declared beside its arrays."""
 
 from growjax.nn.assembly import causal as causal
+from growjax.nn.assembly import check_sequence as check_sequence
 from growjax.nn.assembly import empty_cache as empty_cache
 from growjax.nn.assembly import logits as logits
 from growjax.nn.assembly import make_block as make_block

@@ -1,12 +1,14 @@
 """What every model does alike around its own forward pass: make a block, mask, remember, read out."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
+from growjax.errors import AxisError
 from growjax.nn.attention import Attention, Cache
 from growjax.nn.block import Block
 from growjax.nn.bodies import Body
@@ -81,6 +83,28 @@ def make_block(
         mlp_norm=make_norm(),
         post_norm=post_norm,
     )
+
+
+def check_sequence(
+    tokens: Any, places: int | None = None, *, at: Any = 0, name: str = "tokens"
+) -> None:
+    """Raise `AxisError` unless these are tokens of one sequence, from the place `at` on, that has room.
+
+    `places` is how many positions, or places of a cache, there are (None: any number). Shapes are known
+    under `jit`, so this costs nothing.
+    """
+    shape = jnp.shape(tokens)
+    if len(shape) != 1:
+        raise AxisError(
+            f"{name}: a model reads one sequence, [T], and got shape {shape}; use jax.vmap(model) for a "
+            "batch"
+        )
+    start = 0 if isinstance(at, Tracer) else int(at)
+    if places is not None and start + shape[0] > places:
+        raise AxisError(
+            f"{name}: {shape[0]} of them from place {start} on, but there is room for {places}; give "
+            "shorter sequences, a model with more positions or a larger cache"
+        )
 
 
 def causal(

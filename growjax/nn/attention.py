@@ -125,8 +125,12 @@ class Attention(eqx.Module):
     scale: float = eqx.field(static=True)
     q_norm: Norm | None
     k_norm: Norm | None
-    q: Float[Array, "embed kv_heads group head_dim"] = param("embed -> kv_heads group head_dim")
-    k: Float[Array, "embed kv_heads head_dim"] = param("embed -> kv_heads {key_side} head_dim")
+    q: Float[Array, "embed kv_heads group head_dim"] = param(
+        "embed -> kv_heads group head_dim", fan_in="{query_fan}"
+    )
+    k: Float[Array, "embed kv_heads head_dim"] = param(
+        "embed -> kv_heads {key_side} head_dim", fan_in="embed"
+    )
     v: Float[Array, "embed kv_heads head_dim"] = param("embed -> kv_heads head_dim")
     o: Float[Array, "kv_heads group head_dim embed"] = param("kv_heads group head_dim -> embed")
     q_bias: Float[Array, "kv_heads group head_dim"] | None = param(
@@ -180,6 +184,11 @@ class Attention(eqx.Module):
     def key_side(self) -> str:
         """The arrow between `kv_heads` and `head_dim` of a key: under QK-norm its gain consumes."""
         return "<-" if self.k_norm is None else ""
+
+    @property
+    def query_fan(self) -> str:
+        """The fan-in of queries at birth: they are smaller where their scores are not divided (T5)."""
+        return "embed head_dim" if self.scale == 1 else "embed"
 
     def __call__(
         self,

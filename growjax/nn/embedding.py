@@ -6,14 +6,20 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from growjax.axes import param
+from growjax.errors import AxisError
 from growjax.nn.bodies import LONG, Bias
 
 
 class Embedding(eqx.Module):
-    """A table looked up by index along `axis`; `attend` uses it as a tied output head."""
+    """A table looked up by index along `axis`; `attend` uses it as a tied output head.
+
+    Raises `AxisError` for indices that the table does not have, where they are known. Under `jit` and
+    `vmap` they are not, and what is beyond the table reads its first or last row.
+    """
 
     table: Float[Array, "n embed"] = param("[{axis}] -> embed")
     axis: str = eqx.field(static=True, default="vocab")
@@ -25,6 +31,15 @@ class Embedding(eqx.Module):
         self.axis = axis
 
     def __call__(self, ids: Int[Array | np.ndarray, " T"]) -> Float[Array, "T embed"]:
+        size = self.table.shape[0]
+        known = not isinstance(ids, Tracer) and getattr(ids, "is_fully_addressable", True)
+        if known and np.size(ids):
+            numbers = np.asarray(ids)  # by NumPy, so that no trace is in the way
+            low, high = numbers.min(), numbers.max()
+            if low < 0 or high >= size:
+                raise AxisError(
+                    f"{self.axis}: this table has the indices 0 to {size - 1}, got {low} to {high}"
+                )
         return jnp.take(self.table, ids, axis=0, mode="clip")
 
     def attend(self, x: Float[Array, "T embed"]) -> Float[Array, "T n"]:

@@ -30,11 +30,12 @@ class Norm(eqx.Module):
 
     weight: Float[Array, " axis"] | None = param("{into}~{axis}{out}", init="ones")
     bias: Float[Array, " axis"] | None = param("{into}{axis}{out}", init="zeros")
-    eps: Float[Array, ""] = buffer("{mean}")
+    eps: Float[Array, ""] = buffer("{mean}", born="born_eps")
     gate: Gate | None = axes.gate("{axis}")
     axis: str = eqx.field(static=True, default="embed")
     side: Side = eqx.field(static=True, default="elementwise")
     centre: bool = eqx.field(static=True, default=True)
+    born_eps: float = eqx.field(static=True, default=1e-5)
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class Norm(eqx.Module):
         self.centre = kind == "layer"
         self.bias = jnp.zeros(size) if bias and self.centre else None
         self.eps = jnp.asarray(eps, self.weight.dtype)
-        self.gate, self.axis, self.side = None, axis, side
+        self.gate, self.axis, self.side, self.born_eps = None, axis, side, eps
 
     @property
     def into(self) -> str:

@@ -45,6 +45,8 @@ class AgedAdEMAMixState(NamedTuple):
 
 def grown_age(age: Num[Array, " old"], move: AxisMap, *, keep: bool) -> Num[Array, " new"]:
     """Ages along the axis of a map after it: fresh ones 0, copies as old as their source if `keep`."""
+    if not age.shape[0]:  # the layers of a model that has none
+        return jnp.zeros(move.length, age.dtype)
     young = move.is_new() if not keep else move.source < 0
     return jnp.where(young, 0, age[np.maximum(move.source, 0)])
 
