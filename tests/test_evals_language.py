@@ -154,17 +154,17 @@ class CountTraces:
     """How often a program of this room is traced, and so compiled."""
 
     def __enter__(self):
-        self.count, self.real = 0, rooms.predictions
+        self.count, self.real = 0, rooms.read_tokens
 
         def counted(*args):
             self.count += 1
             return self.real(*args)
 
-        rooms.predictions = counted
+        rooms.read_tokens = counted
         return self
 
     def __exit__(self, *_):
-        rooms.predictions = self.real
+        rooms.read_tokens = self.real
 
 
 def test_batches_do_not_change_likelihoods():
