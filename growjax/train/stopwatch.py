@@ -21,6 +21,7 @@ class Stopwatch:
         self.latest = -math.inf  # the latest time that `now` returned
         self.start = self.now()
         self.earlier = 0.0  # seconds of training in earlier sessions of the run
+        self.most = 0.0  # the most that `training` returned
         self.last_lap = 0.0  # seconds of training in this session, at the last lap
         self.spent: defaultdict[str, float] = defaultdict(float)  # seconds of each other activity
 
@@ -30,14 +31,17 @@ class Stopwatch:
         return self.latest
 
     def training(self) -> float:
-        """Seconds of training, over all sessions."""
-        return self.earlier + self.now() - self.start - sum(self.spent.values())
+        """Seconds of training, over all sessions; never fewer than before."""
+        seconds = self.earlier + self.now() - self.start - sum(self.spent.values())
+        # Sums of large times are rounded, and could go back by that
+        self.most = max(self.most, seconds)
+        return self.most
 
     def lap(self) -> float:
         """Seconds of training since the last call of `lap`."""
         now = self.training() - self.earlier
         seconds, self.last_lap = now - self.last_lap, now
-        return seconds
+        return max(seconds, 0.0)
 
     @contextlib.contextmanager
     def apart(self, activity: str, running: Any = ()) -> Iterator[None]:
