@@ -150,6 +150,27 @@ def test_the_layers_that_an_operator_inserts_are_new(order):
     assert jax.tree.structure(gated) == jax.tree.structure(gj.partition(big)[0])
 
 
+class Dealt(gj.Operator):
+    """Every head becomes two of half as many coordinates."""
+
+    exactness = "exact"
+
+    def maps(self, axes):
+        return [AxisMap("heads", np.repeat(np.arange(axes.size("heads")), 2), over="dim")]
+
+
+def test_what_is_only_dealt_out_is_as_old_as_it_was():
+    """In the births of a model, and in those that an optimizer keeps."""
+    tx = optim.parts(optax.sgd(0.1), old=0.0)
+    state = gj.State(layers(), tx.init(gj.partition(layers())[0]))
+    for op in (moved(heads=(0, 1, NONE), dim=(0, NONE, 1, NONE)), Dealt()):
+        state = gj.grow(op, state, optimizer=tx, key=KEY)
+        assert eqx.tree_equal(state.births, state.opt_state.births)
+    assert state.births.of["heads"].tolist() == [0, 0, 0, 0, 1, 1]
+    assert state.births.of["dim"].tolist() == [0, 1] and state.births.growths == 2
+    assert not any(np.any(mask) for mask in jax.tree.leaves(state.masks("new")))
+
+
 def test_births_for_people_and_faults():
     model = layers()
     births = Births.original(model).grown(moved(mlp=(0, 1, 2, NONE)), model)

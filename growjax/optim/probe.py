@@ -26,7 +26,8 @@ import numpy as np
 from growjax.algebra import FIRST, WEIGHT, Law, Power, Side
 from growjax.axes import Slot, axes_of, put
 from growjax.errors import StateError
-from growjax.optim.age import Ages
+from growjax.growth import Births
+from growjax.optim.age import Ages, Since
 from growjax.optim.rules import Rule
 from growjax.optim.toy import (
     PERIOD,
@@ -35,6 +36,7 @@ from growjax.optim.toy import (
     Run,
     Trial,
     aside,
+    every,
     leaves_of,
     narrowed,
     numbers,
@@ -61,7 +63,8 @@ class Cell(NamedTuple):
     - `kind`: its path without the numbers of layers, and the spec of the parameter that it belongs to.
     - `steps`: the place of the parameter that it belongs to; None if it belongs to none.
     - `alone`: whether it stands where the parameter does (factored moments come in pairs).
-    - `axis`: the axis whose coordinates' ages it holds, or None.
+    - `axis`: the axis whose coordinates' ages or births it holds, or None.
+    - `counts`: what it counts, if it is of `Ages`, `Births` or `Since`, and `node`, the path of that.
     """
 
     name: str
@@ -69,6 +72,8 @@ class Cell(NamedTuple):
     steps: tuple[str | int, ...] | None = None
     alone: bool = False
     axis: str | None = None
+    counts: Literal["age", "birth", "since", "growths", "last"] | None = None
+    node: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,15 +119,15 @@ def cells(state: Any, params: Any) -> list[Cell]:
     """The arrays of an optimizer's state, in the order of its leaves."""
     slots = {slot.steps: slot for slot in axes_of(params).of_kind("param") if slot.arrays()}
     arrays = []
-    known = lambda node: alike(node, params) or isinstance(node, Ages)  # noqa: E731
+    known = lambda node: alike(node, params) or isinstance(node, Ages | Births | Since)  # noqa: E731
     for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=known):
         for inner, _ in jax.tree_util.tree_leaves_with_path(node):
             name = jax.tree_util.keystr((*path, *inner))
             steps = tuple(
                 getattr(k, "name", getattr(k, "idx", getattr(k, "key", k))) for k in inner
             )
-            if isinstance(node, Ages):
-                arrays.append(Cell(name, name, axis=steps[-1]))
+            if isinstance(node, Ages | Births | Since):
+                arrays.append(_counting(name, node, steps, jax.tree_util.keystr(path)))
                 continue
             own = [p for p in slots if alike(node, params) and steps[: len(p)] == p]
             if own:
@@ -132,6 +137,14 @@ def cells(state: Any, params: Any) -> list[Cell]:
             else:
                 arrays.append(Cell(name, name))
     return arrays
+
+
+def _counting(name: str, node: Ages | Births | Since, steps: tuple, path: str) -> Cell:
+    """The cell of an array that counts updates or growths."""
+    if steps[0] in ("growths", "last"):
+        return Cell(name, name, counts=steps[0], node=path)
+    counts = {Ages: "age", Births: "birth", Since: "since"}[type(node)]
+    return Cell(name, name, axis=steps[-1], counts=counts, node=path)  # type: ignore[arg-type]
 
 
 def _numberless(path: str, slot: Slot) -> str:
@@ -212,7 +225,7 @@ def _probe_toy(optimizer: Any, params: Any) -> Probe:
     flat = [trial for group in trials for trial in group]
     run = Run(optimizer, structure, [lane for trial in flat for lane in trial.lanes.values()])
     wider = toy_of(params, SIZE + 1)
-    wide = [padded(trial.lanes["plain"], slots) for trial in flat]
+    wide = [padded(trial.lanes["plain"], slots, every(1)) for trial in flat]
     wide_run = Run(optimizer, jax.tree.structure(wider), wide)
 
     all_cells = cells(run.start, params)
@@ -349,7 +362,7 @@ def _same_old(x: np.ndarray, wide: np.ndarray, slot: Slot | None) -> bool:
         return _same(wide, x)
     if slot is None or x.shape != slot.value.shape:
         return False
-    return _same(narrowed(wide, slot), x)
+    return _same(narrowed(wide, slot, every(1)), x)
 
 
 # Laws ----------------------------------------------------------------------------------------
