@@ -19,7 +19,7 @@ from growjax.axes import Slot, axes_of, get, partition, put
 from growjax.errors import StateError, raise_all
 from growjax.growth import Births, Operator, atoms
 from growjax.optim.carrying import carry
-from growjax.optim.probe import alike
+from growjax.optim.cells import alike
 
 
 Model = TypeVar("Model")

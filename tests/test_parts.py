@@ -369,3 +369,25 @@ def test_parts_need_the_parameters():
     trained = gj.partition(layers())[0]
     with pytest.raises(StateError, match="params: parts are told apart in the parameters"):
         tx.update(trained, tx.init(trained))
+
+
+class Fused(eqx.Module):
+    """A leaf of two blocks, of which one has an axis whose size is a number."""
+
+    both: jax.Array = gj.param("(mlp + 2 heads) <- embed")
+    down: jax.Array = gj.param("mlp -> embed")
+    back: jax.Array = gj.param("embed <- heads")
+
+
+def test_blocks_of_one_leaf_have_parts_of_their_own():
+    rng = np.random.default_rng(0)
+    fill = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    tx = optim.parts(optim.adamw(0.1), old=0.0)
+    small = Fused(fill(3 + 2 * 2, 2), fill(3, 2), fill(2, 2))
+    state = gj.State(small, tx.init(gj.partition(small)[0]))
+    state = gj.grow(moved(mlp=(0, 1, 2, 2), heads=(0, -1, 1)), state, optimizer=tx, key=KEY)
+    trained = gj.partition(state.model)[0]
+    updates, _ = tx.update(gradients(trained, 0), state.opt_state, trained)
+    moves = np.asarray(updates.both).any(1)
+    # Four of `mlp`, then three heads twice
+    assert moves.tolist() == [False, False, False, True, *([False, True, False] * 2)]

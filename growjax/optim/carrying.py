@@ -17,7 +17,8 @@ from growjax.errors import StateError, expect_one_of, raise_all
 from growjax.growth.births import dealt_births, moved_births
 from growjax.growth.operator import Chain, Operator, atoms
 from growjax.optim.age import grown_age
-from growjax.optim.probe import Cell, Kept, cells, probe
+from growjax.optim.cells import Cell, cells
+from growjax.optim.probe import Kept, probe
 
 
 def carry(

@@ -25,8 +25,9 @@ from growjax.errors import StateError, raise_all
 from growjax.growth import Births
 from growjax.growth.births import over_entries
 from growjax.optim.age import Since, youngest
+from growjax.optim.cells import Cell, alike, cells
 from growjax.optim.divided import Decays, Division, Parts, Share
-from growjax.optim.probe import Cell, Kept, alike, cells, probe
+from growjax.optim.probe import Kept, probe
 from growjax.optim.rules import Rule
 from growjax.optim.toy import (
     PERIOD,
