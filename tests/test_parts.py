@@ -260,6 +260,9 @@ def test_nothing_is_new_before_the_first_growth():
     plain = optim.adamw(1e-2, weight_decay=0.1)
     expected, _ = plain.update(gradient, plain.init(trained), trained)
     assert eqx.tree_equal(updates, expected, rtol=1e-6)
+    held = optim.parts(plain, new=0.0)
+    updates, _ = held.update(gradient, held.init(trained), trained)
+    assert eqx.tree_equal(updates, expected, rtol=1e-6)
 
 
 # What cannot be done right -------------------------------------------------------------------
