@@ -163,11 +163,11 @@ def test_what_is_only_dealt_out_is_as_old_as_it_was():
     """In the births of a model, and in those that an optimizer keeps."""
     tx = optim.parts(optax.sgd(0.1), old=0.0)
     state = gj.State(layers(), tx.init(gj.partition(layers())[0]))
-    for op in (moved(heads=(0, 1, NONE), dim=(0, NONE, 1, NONE)), Dealt()):
+    for op in (moved(heads=(0, 1, NONE), dim=(0, NONE, NONE, 1)), Dealt()):
         state = gj.grow(op, state, optimizer=tx, key=KEY)
         assert eqx.tree_equal(state.births, state.opt_state.births)
     assert state.births.of["heads"].tolist() == [0, 0, 0, 0, 1, 1]
-    assert state.births.of["dim"].tolist() == [0, 1] and state.births.growths == 2
+    assert state.births.of["dim"].tolist() == [1, 1] and state.births.growths == 2
     assert not any(np.any(mask) for mask in jax.tree.leaves(state.masks("new")))
 
 
