@@ -1,6 +1,7 @@
 """Stages that train the new or the old part of a model, in the trainer."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from growjax.runs.checkpoint import load
 from growjax.runs.lineage import births_of, read_lineage
 from growjax.train import Optimizer, Options, Start, load_plan, save_plan, train
 from tests.runs import feed, losses, plan, programs_of, same, steps
+from tests.test_hosts import start
 
 
 SLOW = Parts(new=Curve(((0, 0.0), (2, 1.0))), old=Part(0.1, decay=0.0), growths=((1, 0.5),))
@@ -95,6 +97,17 @@ def test_a_run_with_parts_resumes_bitwise(trained, programs, tmp_path):
         assert same(again, records)
 
 
+def test_old_layers_rest_on_devices_that_share_the_model_and_in_a_run_that_goes_on(tmp_path):
+    process = start("parts", tmp_path, devices=2)
+    out, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    found = json.loads(out.splitlines()[-1])
+    assert found["old rests"] and found["new moves"]
+    whole, again = found["whole"], found["resumed"]
+    assert len(whole) == 6 and again == {n: x for n, x in whole.items() if int(n) >= 4}
+    np.testing.assert_allclose([*whole.values()], [*found["one"].values()], rtol=1e-5)
+
+
 def test_a_stage_says_in_files_and_on_screen_what_it_trains(trained, tmp_path):
     of, _, folder = trained
     save_plan(of, tmp_path / "plan.json")
@@ -120,8 +133,8 @@ def test_what_stays_unchanged_is_charged_as_it_is_computed(trained):
 
 def test_growths_before_a_start_are_parts_too(trained):
     of, _, folder = trained
-    start = Start(str(folder), (gj.msg(mlp=24), gj.stack(layers=4, order="insert")))
-    later = plan(steps(1, train="new"), start=start)
+    origin = Start(str(folder), (gj.msg(mlp=24), gj.stack(layers=4, order="insert")))
+    later = plan(steps(1, train="new"), start=origin)
     assert later.spans[0].births.ranges() == {1: {"mlp": "16-23"}, 2: {"layers": "1, 3"}}
     assert later.spans[0].grown_at == (0, 0, 0)
 
