@@ -37,7 +37,8 @@ def carry(
     gradients by the share on the opposite side from the weights, those of squares by its square,
     traces of normalised updates by its sign, averages of the weights and differences between such as the
     weights. Fresh coordinates start as a fresh run would start them: from zero, from the constant of
-    an accumulator, from their own weight. Step counts, schedules and hyper-parameters stay as they are.
+    an accumulator, from their own weight. Step counts, schedules and hyper-parameters stay as they are;
+    the births that `growjax.optim.parts` keeps count one growth more.
     So does what sums over entries (a norm of gradients), as long as nothing is copied with its history.
     Under plain `optax.adam` a zero moment under an old step count moves new weights by up to 6.6 times
     the learning rate; `growjax.optim.adamw` keeps an age for every coordinate instead.
