@@ -52,9 +52,8 @@ SHAPES = {
 
 def layers(scale: float = 1.0, dtype: Any = jnp.float32) -> Layers:
     rng = np.random.default_rng(0)
-    return Layers(
-        *(jnp.asarray(scale * rng.normal(size=shape), dtype) for shape in SHAPES.values())
-    )
+    arrays: Any = [jnp.asarray(scale * rng.normal(size=shape), dtype) for shape in SHAPES.values()]
+    return Layers(*arrays)
 
 
 class Moved(gj.Operator):

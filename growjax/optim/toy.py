@@ -157,19 +157,20 @@ def padded(lane: Lane, slots: list[Slot], more: Mapping[str, int]) -> Lane:
     return Lane(pad(lane.gradients), pad(lane.weights))
 
 
-def _wider(
-    sizes: Mapping[str, int], more: Mapping[str, int], part: Slot, x: np.ndarray
-) -> np.ndarray:
+def _wider(sizes: Mapping[str, int], more: Mapping[str, int], part: Slot, x: Any) -> Any:
     by = [(0, 0 if dim.literal else more[dim.axis]) for dim in part.dims]
     # A scalar has no dimension to widen, and np.pad refuses an empty list
-    return part.join(np.pad(part.split(x, sizes), by)) if by else x
+    if not by:
+        return x
+    padded: Any = np.pad(part.split(x, sizes), by)
+    return part.join(padded)
 
 
 def narrowed(x: np.ndarray, slot: Slot, more: Mapping[str, int]) -> np.ndarray:
     """The entries of a leaf of a wider toy that the toy has."""
     wide = {dim.axis: SIZE + more[dim.axis] for dim in slot.dims if not dim.literal}
 
-    def old(part: Slot, x: np.ndarray) -> np.ndarray:
+    def old(part: Slot, x: Any) -> Any:
         kept = [slice(None) if dim.literal else slice(SIZE) for dim in part.dims]
         return part.join(part.split(x, wide)[tuple(kept)])
 
