@@ -32,7 +32,7 @@ class SubnetError(GrowjaxError):
 
 
 class StateError(GrowjaxError):
-    """Optimizer state cannot be carried through an operator."""
+    """Optimizer state cannot be carried through an operator, or a part of a model not be held still."""
 
 
 class CostError(GrowjaxError):

@@ -123,26 +123,6 @@ def carry_array(
     return slot.mapped(carried, array, table.sizes)
 
 
-def drawn_entries(move: AxisMap, table: Axes, slot: Slot, before: np.ndarray) -> np.ndarray:
-    """Which entries of a grown leaf are drawn, and no copies or sums of old ones.
-
-    `before` says it of the leaf as it was, after the maps before this one.
-    """
-
-    def drawn(part: Slot, x: Any) -> Any:
-        x = part.split(x, table.sizes)
-        if is_regrouped(move, part):
-            return part.join(_regrouped(move, table, part, x))
-        for dim in part.positions(move.axis):
-            # The last row stands for means and mixtures, which have no source
-            x = np.concatenate([x, x.any(dim, keepdims=True)], dim)
-            x = np.take(x, np.maximum(move.source, -1), dim)
-            x = x | _along(starts_anew(move, part, dim, copies=True, law=WEIGHT), x.ndim, dim)
-        return part.join(x)
-
-    return slot.mapped(drawn, before, table.sizes)
-
-
 # One leaf ------------------------------------------------------------------------------------
 
 

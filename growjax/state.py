@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from growjax import growth, maps
-from growjax.algebra import WEIGHT, AxisMap
+from growjax.algebra import WEIGHT
 from growjax.axes import Slot, axes_of, get, partition, put
 from growjax.errors import StateError, raise_all
 from growjax.growth import Births, Operator, atoms
 from growjax.optim.carrying import carry
-from growjax.optim.probe import alike
+from growjax.optim.cells import alike
 
 
 Model = TypeVar("Model")
@@ -119,7 +119,7 @@ def _grown_state(op, state: State, key, donate: bool, optimizer, copies) -> Any:
     if opt_state is not None:
         opt_state = carry(op, opt_state, state.model, optimizer=optimizer, key=key, copies=copies)
     model = growth.grow(op, state.model, key=key)
-    average = _grown_average(op, state, model)
+    average = _grown_average(op, state, model, key)
     grown = State(model, opt_state, average, cursor=state.cursor, births=births)
     if donate:
         kept = {id(leaf) for leaf in jax.tree.leaves(grown)}
@@ -162,7 +162,7 @@ def _params(model: Any) -> list[Slot]:
     return [slot for slot in axes_of(model).of_kind("param") if slot.arrays()]
 
 
-def _grown_average(op: Operator, state: State, grown: Any) -> Any:
+def _grown_average(op: Operator, state: State, grown: Any, key: PRNGKeyArray | None) -> Any:
     """The averages of the grown model's weights, in the tree that they were in."""
     like = lambda node: alike(node, state.model)  # noqa: E731
     nodes, structure = jax.tree.flatten(state.average, is_leaf=like)
@@ -170,7 +170,7 @@ def _grown_average(op: Operator, state: State, grown: Any) -> Any:
     if not models:
         return state.average
     trained, rest = partition(grown)
-    halves = _averaged(op, state.model, trained, [partition(node)[0] for node in models])
+    halves = _averaged(op, state.model, trained, [partition(node)[0] for node in models], key)
     moved = iter(
         half if _is_half(node) else eqx.combine(half, rest)
         for node, half in zip(models, halves, strict=True)
@@ -184,30 +184,18 @@ def _is_half(node: Any) -> bool:
 
 
 @eqx.filter_jit
-def _averaged(op: Operator, model: Any, trained: Any, halves: list[Any]) -> list[Any]:
+def _averaged(op: Operator, model: Any, trained: Any, halves: list[Any], key: Any) -> list[Any]:
     """Trained halves of averages after an operator; `trained` is that of the grown model."""
-    sources = {slot.steps: slot for slot in _params(model)}
-    values = [{steps: get(half, steps) for steps in sources} for half in halves]
-    drawn = {steps: np.zeros(slot.value.shape, bool) for steps, slot in sources.items()}
-    for move, before in _hops(op, model):
-        table = axes_of(before)
-        for slot in table.having(move.axis, "param"):
-            if slot.arrays():
-                drawn[slot.steps] = maps.drawn_entries(move, table, slot, drawn[slot.steps])
-                for held in values:
-                    held[slot.steps] = maps.carry_array(move, table, slot, held[slot.steps], WEIGHT)
-    for slot in _params(trained):
-        fresh = drawn[slot.steps]
-        for held in values if fresh.any() else ():
-            own = slot.value.astype(held[slot.steps].dtype)
-            held[slot.steps] = jnp.where(fresh, own, held[slot.steps])
-    return [put(trained, held) for held in values]
-
-
-def _hops(op: Operator, model: Any) -> Iterator[tuple[AxisMap, Any]]:
-    """Every map of an operator, and the shapes of the model that it is applied to."""
-    key = jax.random.key(0)
+    values = [{slot.steps: get(half, slot.steps) for slot in _params(model)} for half in halves]
     for atom in atoms(op):
         for move in atom.maps(axes_of(model)):
-            yield move, model
-            model = eqx.filter_eval_shape(lambda m, move=move: maps.apply(move, m, key), model)
+            table, after = axes_of(model), maps.apply(move, model, key)
+            for slot in _params(model):
+                if slot.positions(move.axis):
+                    fresh = get(after, slot.steps)
+                    for held in values:
+                        held[slot.steps] = maps.carry_array(
+                            move, table, slot, held[slot.steps], WEIGHT, fresh=fresh
+                        )
+            model = after
+    return [put(trained, held) for held in values]

@@ -3,6 +3,7 @@
 python -m tests.hosts layouts FOLDER              8 devices in one process
 python -m tests.hosts own                         the same, with models that growjax did not write
 python -m tests.hosts heads                       the same, with losses that read a few tokens at a time
+python -m tests.hosts parts FOLDER                two devices that split a model whose old layers rest
 python -m tests.hosts rank FOLDER RANK PORT WHAT  one of two processes, one device each
 python -m tests.hosts start FOLDER                one process that starts from what the two made
 """
@@ -83,6 +84,41 @@ def layouts(folder: Path) -> None:
     specs = {str(sharding.spec) for sharding in jax.tree.leaves(born)}
     said = {"losses": found, "specs": sorted(specs), "grown": grown, "forks": forks}
     print(json.dumps(said | {"devices": parallel.self_test()}))
+
+
+def parts(folder: Path) -> None:
+    """A run whose old layers rest, split over two devices; one that went on, and one of one device."""
+    of = plan(
+        steps(4, "small"),
+        steps(8, "new layers", grow=gj.stack(layers=4, order="insert"), train="new"),
+        layout=Layout(fsdp=2),
+        batch=8,
+    )
+    devices = jax.devices()
+    options = Options(save_every=1, keep_last=9)
+
+    def by_step(of: Plan, **kwargs: Any) -> dict[int, float]:
+        records = train(of, feed(of), options=options, **kwargs)
+        return {r.step: r.loss for r in records if isinstance(r, Step)}
+
+    found = {"whole": by_step(of, devices=devices, run=folder)}
+    mesh = of.layout.mesh(devices)
+    shapes = Programs(of.optimizer.build(), cross_entropy, mesh, of.layout).shapes(
+        of.spans[1].model
+    )
+    first, last = (
+        load(folder / "checkpoints" / f"{step:08}-01", shapes).trained for step in (2, 6)
+    )
+    same = jax.tree.map(lambda a, b: np.asarray(a) == np.asarray(b), first, last)
+    old = of.spans[1].births.masks(of.spans[1].model, "old")
+    pairs = list(zip(*map(jax.tree.leaves, (same, old)), strict=True))
+    for path in sorted((folder / "checkpoints").iterdir())[-2:]:
+        shutil.rmtree(path)
+    found["resumed"] = by_step(of, devices=devices, run=folder)
+    found["one"] = by_step(dataclasses.replace(of, layout=Layout()), devices=devices[:1])
+    rests = all(bool(a[m].all()) for a, m in pairs)
+    moves = all(not a[~m].any() for a, m in pairs if not m.all())
+    print(json.dumps(found | {"old rests": rests, "new moves": moves}))
 
 
 def own_models() -> None:
@@ -233,6 +269,8 @@ if __name__ == "__main__":
         heads()
     elif command == "layouts":
         layouts(Path(where))
+    elif command == "parts":
+        parts(Path(where))
     elif command == "start":
         print(json.dumps(started(Path(where), Layout())))
     else:

@@ -434,4 +434,67 @@ TABLE = """
 @ a task that writes is begun without extend | evals/tasks.py | own_models | before_any_is_run
 - if asks == "extend" and not hasattr(inside, "extend"):
 + if asks == "extend" and not hasattr(inside, "words"):
+@ copies are as old as what they copy | growth/births.py | births | compose
+- young = move.source < 0 if move.over is not None else move.is_new()
++ young = move.source < 0
+@ every growth is the first | growth/births.py | births | compose
+- number, of = self.growths + 1, dict(self.of)
++ number, of = self.growths * 0 + 1, dict(self.of)
+@ an entry is as old as its oldest coordinate | growth/births.py | births | compose
+- return over_entries(slot, births, sizes, xp.maximum, xp.int32(0))
++ return over_entries(slot, births, sizes, xp.minimum, xp.int32(99))
+@ what is dealt out takes the oldest birth | growth/births.py | births | dealt_out
+- return births.reshape(parts, -1).max(0)
++ return births.reshape(parts, -1).min(0)
+@ the average of a fresh coordinate is zero | state.py | births | own_weight
+- move, table, slot, held[slot.steps], WEIGHT, fresh=fresh
++ move, table, slot, held[slot.steps], WEIGHT, fresh=0
+@ an average keeps its own buffers | state.py | births | own_weight
+- half if _is_half(node) else eqx.combine(half, rest)
++ half if _is_half(node) else eqx.combine(half, jax.tree.map(lambda x: 2 * x, rest))
+@ births of a state are forgotten | state.py | births | by_hand
+- grown = State(model, opt_state, average, cursor=state.cursor, births=births)
++ grown = State(model, opt_state, average, cursor=state.cursor)
+@ gradients of a frozen part are clipped with the rest | optim/held.py | parts | as_if_alone
+- without(gradient), structure.unflatten(bare), without(params), **hidden
++ gradient, structure.unflatten(bare), without(params), **hidden
+@ memories of a frozen part are clipped with the rest | optim/held.py | parts | as_if_alone
+- without(gradient), structure.unflatten(bare), without(params), **hidden
++ without(gradient), state, without(params), **hidden
+@ weights of a frozen part decay into a norm | optim/held.py | parts | as_if_alone
+- without(gradient), structure.unflatten(bare), without(params), **hidden
++ without(gradient), structure.unflatten(bare), params, **hidden
+@ minus zero becomes zero | optim/held.py | parts | as_if_alone
+- return without(updates, -0.0), jax
++ return without(updates), jax
+@ moments of a frozen part stand still | optim/held.py | parts | remembered or kicked
+- other = old if k.law == WEIGHT else other
++ other = old
+@ what is judged of a frozen part moves | optim/held.py | parts | judged_stays
+- other = old if k.law == WEIGHT else other
++ other = other
+@ curves count from the last growth alone | optim/held.py | parts | count_from
+- if growth is None:
++ if growth != -1:
+@ curves never start again | optim/carrying.py | parts | count_from
+- after.append(jnp.zeros_like(leaf) if cell.counts == "last" else leaf)
++ after.append(leaf)
+@ what an optimizer carries is born a growth early | optim/carrying.py | parts | count_from
+- number = 0 if cell.counts == "since" else growths[cell.node] + 1
++ number = 0 if cell.counts == "since" else growths[cell.node]
+@ every part decays alike | optim/divided.py | parts | decay_of_a_part
+- steps: x * jnp.asarray(multiple, x.dtype)
++ steps: x * jnp.asarray(multiple, x.dtype) ** 0
+@ all is new before the first growth | optim/divided.py | parts | before_the_first
+- masks[slot.steps] = mask & self._grown
++ masks[slot.steps] = mask
+@ rates hold before the first growth | optim/divided.py | parts | before_the_first
+- multiples[slot.steps] = jnp.where(self._grown, multiple, 1)
++ multiples[slot.steps] = multiple
+@ rules that take means of an array pass | optim/held.py | parts | that_mix
+- if not _near(a[:2], np.stack([narrowed(x, slot, more) for x in b])):
++ if not _near(a[:2], a[:2]):
+@ rules that take sums of an array pass | optim/held.py | parts | that_mix
+- if slot.positions(axis) and not _near(a[1][first], a[lane][first]):
++ if slot.positions(axis) and not _near(a[1][first], a[1][first]):
 """

@@ -61,10 +61,7 @@ TABLE = """
 @ averages take their own weight where old ones are summed | algebra.py | linear_growth | summed_as
 - return np.zeros(move.length, bool) if summed else move.rows(slot, dim) == NONE
 + return move.rows(slot, dim) == NONE
-@ a mean of what was drawn is drawn | maps.py | linear_growth | summed_as
-- x = np.take(x, np.maximum(move.source, -1), dim)
-+ x = np.take(x, np.maximum(move.source, -1), dim) | (move.source == MEAN).any()
-@ births of what is dealt out keep their places | growth/births.py | linear_growth | were_born_in
-- return births.reshape(new // old, -1).max(0)
-+ return births.reshape(new // old, -1).min(0)
+@ keys repeated for old queries are new | growth/births.py | linear_growth | growth_they_were_born_in
+- young = move.source < 0 if move.over is not None else move.is_new()
++ young = move.is_new()
 """

@@ -278,4 +278,22 @@ TABLE = """
 @ what a run costs in FLOPs is charged by its clock | report/runs.py | demo | end_to_end
 - spent=float(curve[-1][0]),
 + spent=float(plan.flops + 1),
+@ a stage trains all, whatever it says | programs/step.py | train_parts | stays_bitwise
+- if work.parts is not None:
++ if work.parts is not None and growths is None:
+@ curves of a run count from its birth | programs/step.py | train_parts | count_from
+- return controls.step - grown_at[-1 if growth is None else growth]
++ return controls.step - grown_at[0]
+@ growths before a start are forgotten | plan/plan.py | train_parts | before_a_start
+- if plan.start is None or not plan.start.operators:
++ if plan.start is None or plan.start.operators:
+@ births in a lineage are not compared | runs/lineage.py | wrong_files | births
+- if births.runs() != lineage["births"]:
++ if not lineage["births"]:
+@ a grown checkpoint has the births of the old one | train/commands.py | commands | computes_the_same
+- "births": births_of(lineage).grown(op, ungated(model)).runs(),
++ "births": lineage["births"],
+@ a checkpoint has the births of the first stage | runs/saves.py | train | lineage_says
+- "births": span.births.runs(),
++ "births": self.plan.spans[0].births.runs(),
 """

@@ -52,9 +52,8 @@ SHAPES = {
 
 def layers(scale: float = 1.0, dtype: Any = jnp.float32) -> Layers:
     rng = np.random.default_rng(0)
-    return Layers(
-        *(jnp.asarray(scale * rng.normal(size=shape), dtype) for shape in SHAPES.values())
-    )
+    arrays: Any = [jnp.asarray(scale * rng.normal(size=shape), dtype) for shape in SHAPES.values()]
+    return Layers(*arrays)
 
 
 class Moved(gj.Operator):
@@ -148,6 +147,27 @@ def test_the_layers_that_an_operator_inserts_are_new(order):
     assert np.flatnonzero(gated.blocks.block.mlp.up[0, 0]).tolist() == [4, 5]
     big = eqx.filter_eval_shape(lambda m: gj.msg(mlp=6)(m, key=KEY), model)
     assert jax.tree.structure(gated) == jax.tree.structure(gj.partition(big)[0])
+
+
+class Dealt(gj.Operator):
+    """Every head becomes two of half as many coordinates."""
+
+    exactness = "exact"
+
+    def maps(self, axes):
+        return [AxisMap("heads", np.repeat(np.arange(axes.size("heads")), 2), over="dim")]
+
+
+def test_what_is_only_dealt_out_is_as_old_as_it_was():
+    """In the births of a model, and in those that an optimizer keeps."""
+    tx = optim.parts(optax.sgd(0.1), old=0.0)
+    state = gj.State(layers(), tx.init(gj.partition(layers())[0]))
+    for op in (moved(heads=(0, 1, NONE), dim=(0, NONE, NONE, 1)), Dealt()):
+        state = gj.grow(op, state, optimizer=tx, key=KEY)
+        assert eqx.tree_equal(state.births, state.opt_state.births)
+    assert state.births.of["heads"].tolist() == [0, 0, 0, 0, 1, 1]
+    assert state.births.of["dim"].tolist() == [1, 1] and state.births.growths == 2
+    assert not any(np.any(mask) for mask in jax.tree.leaves(state.masks("new")))
 
 
 def test_births_for_people_and_faults():

@@ -120,7 +120,8 @@ def _operations(
                 yield op, functools.partial(programs.evaluate(shapes), state, batch, level), span, i
                 continue
             work = span.works[i]._replace(curvature=op.kind == "curvature")
-            step = _Training(plan, span, i, programs.step(shapes, work), state, batch)
+            program = programs.step(shapes, work, None, span.births, span.grown_at)
+            step = _Training(plan, span, i, program, state, batch)
             yield op, step, span, i
             state = step.state
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from growjax.cost import parameters
 from growjax.errors import LayoutError, PlanError, raise_all
 from growjax.forecast.xla import xla_training_flops
+from growjax.optim import Parts
 from growjax.parallel import per_device_bytes, unsplit
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span, Work, step_flops
@@ -296,8 +297,12 @@ def _rows(stages: Sequence[StageFacts]) -> Iterator[tuple[str, list[str]]]:
 
 def work_label(work: Work) -> str:
     """The work of a step in words: `RandomPath(length=3), curvature`."""
-    parts = [] if work.part is None else [label(work.part)]
-    return ", ".join([*parts, *(name for name in ("curvature", "freeze") if getattr(work, name))])
+    words = [] if work.part is None else [label(work.part)]
+    words += [name for name in ("curvature", "freeze") if getattr(work, name)]
+    if work.parts is not None:
+        alone = {Parts(old=0.0): "new", Parts(new=0.0): "old"}
+        words.append(alone.get(work.parts) or label(work.parts))
+    return ", ".join(words)
 
 
 def label(part: Any) -> str:

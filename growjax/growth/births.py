@@ -55,7 +55,8 @@ class Births(eqx.Module):
         for n, atom in enumerate(atoms(op)):
             for move in atom.maps(axes_of(model)):
                 if move.over is not None:
-                    of[move.over] = _dealt_out(of[move.over], len(of[move.axis]), move.length)
+                    parts = move.length // len(of[move.axis])
+                    of[move.over] = dealt_births(of[move.over], parts)
                 of[move.axis] = moved_births(of[move.axis], move, number)
             if n < last:
                 model = grown_shapes(atom, model)
@@ -79,8 +80,9 @@ class Births(eqx.Module):
     def masks(self, model: Any, part: Literal["new", "old"] | int = "new") -> Any:
         """Which entries of the parameters are of one part: a tree like `gj.partition(model)[0]`.
 
-        Boolean arrays. `part` is "new" (the last growth's), "old" (all others), or the number of a
-        growth. Raises `StateError` for births of another model, and `GrowthError` for another part.
+        Boolean arrays. `part` is "new" (the last growth's; nothing before the first one), "old" (all
+        others), or the number of a growth, 0 for what the model began with. Raises `StateError` for
+        births of another model, and `GrowthError` for another part.
         """
         self.check(model)
         known = part in ("new", "old") or (isinstance(part, int) and not isinstance(part, bool))
@@ -93,8 +95,11 @@ class Births(eqx.Module):
         for slot in table.of_kind("param"):
             if slot.arrays():
                 births = entry_births(slot, self.of, table.sizes)
-                chosen = births == (self.growths if isinstance(part, str) else part)
-                chosen = ~chosen if part == "old" else chosen
+                if isinstance(part, str):
+                    chosen = (births == self.growths) & (self.growths > 0)
+                    chosen = ~chosen if part == "old" else chosen
+                else:
+                    chosen = births == part
                 xp = np if isinstance(chosen, np.ndarray) else jnp
                 masks[slot.steps] = xp.broadcast_to(chosen, slot.value.shape)
         return put(params, masks)
@@ -137,19 +142,23 @@ def grown_shapes(op: Operator, model: Any) -> Any:
     return eqx.filter_eval_shape(lambda m: op(m, key=jax.random.key(0)), model)
 
 
-def _dealt_out(births: Any, old: int, new: int) -> Any:
-    """Births along an axis that is divided among copies: those of the youngest that share a place."""
-    return births.reshape(new // old, -1).max(0)
-
-
 def moved_births(births: Any, move: AxisMap, number: Any) -> Any:
-    """Births along the axis of a map after it; what is new was born in growth `number`."""
+    """Births along the axis of a map after it; what is new was born in growth `number`.
+
+    Where another axis is only dealt out to copies (`AxisMap.over`), these are as old as what they copy:
+    the queries that they hold are old ones.
+    """
     xp = np if isinstance(births, np.ndarray) else jnp
-    young = move.is_new()
+    young = move.source < 0 if move.over is not None else move.is_new()
     if not births.shape[0]:
         return xp.full(move.length, number, births.dtype)
     old = births[np.maximum(move.source, 0)]
     return xp.where(young, xp.asarray(number, births.dtype), old)
+
+
+def dealt_births(births: Any, parts: int) -> Any:
+    """Births along an axis that is dealt out to several copies: of what comes together, the youngest."""
+    return births.reshape(parts, -1).max(0)
 
 
 def entry_births(slot: Slot, births: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:

@@ -6,7 +6,12 @@ from growjax.optim.age import not_biases as not_biases
 from growjax.optim.age import scale_by_adam as scale_by_adam
 from growjax.optim.age import scale_by_ademamix as scale_by_ademamix
 from growjax.optim.carrying import carry as carry
+from growjax.optim.divided import Curve as Curve
+from growjax.optim.divided import Part as Part
+from growjax.optim.divided import Parts as Parts
+from growjax.optim.divided import decayed_weights as decayed_weights
 from growjax.optim.freezing import freeze as freeze
+from growjax.optim.held import parts as parts
 from growjax.optim.muon import hidden_matrices as hidden_matrices
 from growjax.optim.muon import scale_by_muon as scale_by_muon
 from growjax.optim.rules import Rule as Rule

@@ -18,12 +18,23 @@ from jaxtyping import Array, Num
 from growjax.algebra import AxisMap
 from growjax.axes import Slot, axes_of, put
 from growjax.growth.births import over_entries
+from growjax.optim.divided import decayed_weights
 
 
 class Ages(eqx.Module):
     """How many updates (or how much of something) each coordinate has seen: `{axis: [size]}`."""
 
     of: dict[str, Num[Array, " size"]]
+
+
+class Since(eqx.Module):
+    """How many updates ago each coordinate was born, and how many ago the last growth was.
+
+    Other than an age it begins anew for copies, which keep their history.
+    """
+
+    of: dict[str, Num[Array, " size"]]
+    last: Num[Array, ""]
 
 
 class AgedAdamState(NamedTuple):
@@ -198,6 +209,6 @@ def adamw(
 
     return optax.chain(
         scale_by_adam(b1, b2, eps),
-        optax.add_decayed_weights(weight_decay, mask),
+        decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
@@ -13,9 +14,11 @@ from growjax import algebra, maps
 from growjax.algebra import WEIGHT, AxisMap, Law
 from growjax.axes import Axes, Slot, axes_of, partition
 from growjax.errors import StateError, expect_one_of, raise_all
+from growjax.growth.births import dealt_births, moved_births
 from growjax.growth.operator import Chain, Operator, atoms
 from growjax.optim.age import grown_age
-from growjax.optim.probe import Cell, Kept, cells, probe
+from growjax.optim.cells import Cell, cells
+from growjax.optim.probe import Kept, probe
 
 
 def carry(
@@ -34,7 +37,8 @@ def carry(
     gradients by the share on the opposite side from the weights, those of squares by its square,
     traces of normalised updates by its sign, averages of the weights and differences between such as the
     weights. Fresh coordinates start as a fresh run would start them: from zero, from the constant of
-    an accumulator, from their own weight. Step counts, schedules and hyper-parameters stay as they are.
+    an accumulator, from their own weight. Step counts, schedules and hyper-parameters stay as they are;
+    the births that `growjax.optim.parts` keeps count one growth more.
     So does what sums over entries (a norm of gradients), as long as nothing is copied with its history.
     Under plain `optax.adam` a zero moment under an old step count moves new weights by up to 6.6 times
     the learning rate; `growjax.optim.adamw` keeps an age for every coordinate instead.
@@ -199,6 +203,7 @@ def _jitted(op, leaves: list, model, key, optimizer, held: tuple[_Held, ...], co
     )
     for hop in hops:
         leaves = _carried(leaves, held, hop, optimizer)
+    leaves = _counted(leaves, held)
     expected = {name: np.zeros(np.shape(x)) for name, x in _named(own, params).items()}
     assert not _differences(expected, dict(zip(names, leaves, strict=True)))
     return jax.tree.unflatten(jax.tree.structure(own), leaves)
@@ -250,7 +255,7 @@ def _by_reason(faults: list[tuple[str, str]]) -> list[str]:
 def _fault(cell: Cell, kept: Kept, hop: _Hop) -> str:
     """Why an array cannot follow a map; nothing if it can."""
     move, table = hop.move, axes_of(hop.before)
-    if cell.axis is not None and cell.axis == move.over:
+    if cell.axis is not None and cell.axis == move.over and cell.counts == "age":
         return f"counts what {move.over} have seen, and these are dealt out to the copies of {move.axis}"
     if cell.axis is not None or kept.law == WEIGHT:
         return ""
@@ -308,11 +313,21 @@ def _carried(leaves: list, held: tuple[_Held, ...], hop: _Hop, optimizer: Any) -
     """The arrays of a state after one map that they can follow."""
     table = axes_of(hop.before)
     slots = _params(table)
+    counted = zip(leaves, held, strict=True)
+    growths = {c.node: leaf for leaf, (c, _) in counted if c.counts == "growths"}
     carried = []
     for i, (leaf, (cell, kept)) in enumerate(zip(leaves, held, strict=True)):
         slot = slots.get(cell.steps) if cell.steps is not None else None
-        if cell.axis == hop.move.axis:
+        if cell.axis == hop.move.axis and cell.counts == "age":
             leaf = grown_age(leaf, hop.move, keep=hop.keep)
+        elif cell.axis is not None and cell.axis == hop.move.over:
+            parts = hop.move.length // table.size(hop.move.axis)
+            # The youngest was born last, and the fewest updates ago
+            sign = -1 if cell.counts == "since" else 1
+            leaf = sign * dealt_births(sign * leaf, parts)
+        elif cell.axis == hop.move.axis:
+            number = 0 if cell.counts == "since" else growths[cell.node] + 1
+            leaf = moved_births(leaf, hop.move, number)
         elif kept.shaped and slot is not None and slot.positions(hop.move.axis):
             # An average of the weights has no history of gradients: copies follow their source
             average = kept.law == WEIGHT and kept.initial is None
@@ -339,6 +354,16 @@ def _has_young(move: AxisMap, slot: Slot, law: Law, copies: bool) -> bool:
         for part in slot.parts
         for dim in part.positions(move.axis)
     )
+
+
+def _counted(leaves: list, held: tuple[_Held, ...]) -> list:
+    """The arrays once all maps of an operator are done: together they are one growth."""
+    after = []
+    for leaf, (cell, _) in zip(leaves, held, strict=True):
+        if cell.counts == "growths":
+            leaf = leaf + 1
+        after.append(jnp.zeros_like(leaf) if cell.counts == "last" else leaf)
+    return after
 
 
 def _started(optimizer: Any, model) -> list:

@@ -15,7 +15,6 @@ as it was, and `eps` as nothing.
 import contextlib
 import dataclasses
 import functools
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -24,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from growjax.algebra import FIRST, WEIGHT, Law, Power, Side
-from growjax.axes import Slot, axes_of, put
+from growjax.axes import Slot, put
 from growjax.errors import StateError
-from growjax.optim.age import Ages
+from growjax.optim.cells import Cell, cells, numberless
 from growjax.optim.rules import Rule
 from growjax.optim.toy import (
     PERIOD,
@@ -35,6 +34,7 @@ from growjax.optim.toy import (
     Run,
     Trial,
     aside,
+    every,
     leaves_of,
     narrowed,
     numbers,
@@ -52,23 +52,6 @@ _UNCHANGED, _NEAR = 1e-9, 0.02  # relative gaps: of rounding, and of what an eps
 _SMALL = 1e-5  # the most that an eps, or a first value like one, may leave where nothing is fed
 _MANY = 40  # parameters
 _UNKNOWN = Law("unknown", "unknown")
-
-
-class Cell(NamedTuple):
-    """One array of an optimizer's state.
-
-    - `name`: its path.
-    - `kind`: its path without the numbers of layers, and the spec of the parameter that it belongs to.
-    - `steps`: the place of the parameter that it belongs to; None if it belongs to none.
-    - `alone`: whether it stands where the parameter does (factored moments come in pairs).
-    - `axis`: the axis whose coordinates' ages it holds, or None.
-    """
-
-    name: str
-    kind: str
-    steps: tuple[str | int, ...] | None = None
-    alone: bool = False
-    axis: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,43 +93,6 @@ class Probe(NamedTuple):
         return [names.get(cell.name, alike.get(cell.kind)) for cell in wanted]
 
 
-def cells(state: Any, params: Any) -> list[Cell]:
-    """The arrays of an optimizer's state, in the order of its leaves."""
-    slots = {slot.steps: slot for slot in axes_of(params).of_kind("param") if slot.arrays()}
-    arrays = []
-    known = lambda node: alike(node, params) or isinstance(node, Ages)  # noqa: E731
-    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=known):
-        for inner, _ in jax.tree_util.tree_leaves_with_path(node):
-            name = jax.tree_util.keystr((*path, *inner))
-            steps = tuple(
-                getattr(k, "name", getattr(k, "idx", getattr(k, "key", k))) for k in inner
-            )
-            if isinstance(node, Ages):
-                arrays.append(Cell(name, name, axis=steps[-1]))
-                continue
-            own = [p for p in slots if alike(node, params) and steps[: len(p)] == p]
-            if own:
-                where = _numberless(jax.tree_util.keystr(inner), slots[own[0]])
-                kind = jax.tree_util.keystr(path) + where
-                arrays.append(Cell(name, kind, own[0], steps == own[0]))
-            else:
-                arrays.append(Cell(name, name))
-    return arrays
-
-
-def _numberless(path: str, slot: Slot) -> str:
-    return f"{re.sub(r'[0-9]+', '*', path)} {slot.spec}"
-
-
-def alike(node: Any, params: Any) -> bool:
-    """Whether a node of a state is a tree like the parameters (which may be a list or a dict)."""
-    if type(node) is not type(params):
-        return False
-    if isinstance(node, dict):
-        return node.keys() == params.keys()
-    return not isinstance(node, list | tuple) or len(node) == len(params)
-
-
 def probe(optimizer: Any, params: Any, wanted: Sequence[Cell]) -> Probe:
     """Find out what an optimizer keeps of parameters like these, of which only the structure matters.
 
@@ -172,7 +118,7 @@ def _representatives(params: Any) -> Any:
     Every parameter is a piece of program, and dozens of unrolled layers would take long to compile.
     """
     slots = leaves_of(params)
-    first = {_numberless(slot.path, slot): slot.steps for slot in reversed(slots)}
+    first = {numberless(slot.path, slot): slot.steps for slot in reversed(slots)}
     if len(slots) < _MANY or 2 * len(first) > len(slots):
         return None
     kept = set(first.values())
@@ -212,7 +158,7 @@ def _probe_toy(optimizer: Any, params: Any) -> Probe:
     flat = [trial for group in trials for trial in group]
     run = Run(optimizer, structure, [lane for trial in flat for lane in trial.lanes.values()])
     wider = toy_of(params, SIZE + 1)
-    wide = [padded(trial.lanes["plain"], slots) for trial in flat]
+    wide = [padded(trial.lanes["plain"], slots, every(1)) for trial in flat]
     wide_run = Run(optimizer, jax.tree.structure(wider), wide)
 
     all_cells = cells(run.start, params)
@@ -349,7 +295,7 @@ def _same_old(x: np.ndarray, wide: np.ndarray, slot: Slot | None) -> bool:
         return _same(wide, x)
     if slot is None or x.shape != slot.value.shape:
         return False
-    return _same(narrowed(wide, slot), x)
+    return _same(narrowed(wide, slot, every(1)), x)
 
 
 # Laws ----------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ class Rule(NamedTuple):
     - `init(params) -> state`
     - `update(gradient, state, params, *, rate, curvature=None, labels=1) -> (updates, state)`: what to
       add to the parameters. `curvature` is a second gradient, for rules that asked for one, and `labels`
-      how many it is the mean over (see `growjax.optim.scale_by_sophia`).
+      how many it is the mean over (see `growjax.optim.scale_by_sophia`). Where parts decay each in its
+      own way it is given `decays` too, for `growjax.optim.decayed_weights`.
     - `judged(params, state) -> params`: what is evaluated if that is not what is trained, as in rules
       that average; None in all others.
     """
@@ -42,8 +43,9 @@ def rule(tx: Any) -> Rule:
 
     tx = optax.with_extra_args_support(tx)
 
-    def update(gradient, state, params, *, rate, curvature=None, labels=1.0):
-        more = {} if curvature is None else {"curvature": curvature, "labels": labels}
+    def update(gradient, state, params, *, rate, curvature=None, labels=1.0, **more):
+        if curvature is not None:
+            more |= {"curvature": curvature, "labels": labels}
         updates, state = tx.update(gradient, state, params, **more)
         return jax.tree.map(lambda u: u * -jnp.asarray(rate, u.dtype), updates), state
 

@@ -44,17 +44,18 @@ def aside() -> Iterator[None]:
         yield
 
 
-def toy(params: Any, size: int) -> Any:
-    """The shapes of parameters like these whose axes all have `size` coordinates."""
+def toy(params: Any, size: int | Mapping[str, int]) -> Any:
+    """The shapes of parameters like these whose axes all have `size` coordinates, or each its own."""
     table = axes_of(params)
+    sizes = every(size) if isinstance(size, int) else size
     shapes = {
-        slot.steps: jax.ShapeDtypeStruct(slot.spec.shape(every(size)), np.float32)
+        slot.steps: jax.ShapeDtypeStruct(slot.spec.shape(sizes), np.float32)
         for slot in table.of_kind("param")
         if slot.arrays()
     }
     small = put(params, shapes)
     if isinstance(small, DeclaredOutside):
-        small = small.resized(dict.fromkeys(table.sizes, size))
+        small = small.resized({axis: sizes[axis] for axis in table.sizes})
     return small
 
 
@@ -140,12 +141,15 @@ def _mixed(masks: list[np.ndarray], a: list[np.ndarray], b: list[np.ndarray]) ->
     return [np.where(mask, x, y) for mask, x, y in zip(masks, a, b, strict=True)]
 
 
-def padded(lane: Lane, slots: list[Slot]) -> Lane:
-    """A lane for the wider toy: nothing is fed to the new ones, and their weights are 0."""
+def padded(lane: Lane, slots: list[Slot], more: Mapping[str, int]) -> Lane:
+    """A lane for a wider toy, with so many coordinates more on each axis.
+
+    Nothing is fed to the new ones, and their weights are 0.
+    """
 
     def pad(values: list[np.ndarray]) -> list[np.ndarray]:
         wide, sizes = [], every(SIZE)
-        wider = functools.partial(_wider, sizes)
+        wider = functools.partial(_wider, sizes, more)
         for x, slot in zip(values, slots, strict=True):
             wide.append(np.asarray([slot.mapped(wider, step, sizes) for step in x]))
         return wide
@@ -153,17 +157,20 @@ def padded(lane: Lane, slots: list[Slot]) -> Lane:
     return Lane(pad(lane.gradients), pad(lane.weights))
 
 
-def _wider(sizes: Mapping[str, int], part: Slot, x: np.ndarray) -> np.ndarray:
-    more = [(0, 0 if dim.literal else 1) for dim in part.dims]
+def _wider(sizes: Mapping[str, int], more: Mapping[str, int], part: Slot, x: Any) -> Any:
+    by = [(0, 0 if dim.literal else more[dim.axis]) for dim in part.dims]
     # A scalar has no dimension to widen, and np.pad refuses an empty list
-    return part.join(np.pad(part.split(x, sizes), more)) if more else x
+    if not by:
+        return x
+    padded: Any = np.pad(part.split(x, sizes), by)
+    return part.join(padded)
 
 
-def narrowed(x: np.ndarray, slot: Slot) -> np.ndarray:
-    """The entries of a leaf of the wider toy that the toy has."""
-    wide = every(SIZE + 1)
+def narrowed(x: np.ndarray, slot: Slot, more: Mapping[str, int]) -> np.ndarray:
+    """The entries of a leaf of a wider toy that the toy has."""
+    wide = {dim.axis: SIZE + more[dim.axis] for dim in slot.dims if not dim.literal}
 
-    def old(part: Slot, x: np.ndarray) -> np.ndarray:
+    def old(part: Slot, x: Any) -> Any:
         kept = [slice(None) if dim.literal else slice(SIZE) for dim in part.dims]
         return part.join(part.split(x, wide)[tuple(kept)])
 

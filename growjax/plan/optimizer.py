@@ -9,6 +9,7 @@ import optax
 
 from growjax.errors import PlanError
 from growjax.optim.age import matrices, not_biases, scale_by_adam, scale_by_ademamix
+from growjax.optim.divided import decayed_weights
 from growjax.optim.muon import scale_by_muon
 from growjax.optim.rules import Rule as Rule
 from growjax.optim.rules import rule, schedule_free
@@ -110,7 +111,7 @@ class Optimizer:
         if self.scale_by_parameter:
             parts.append(scale_by_parameter())
         # After the rescaling: decoupled weight decay, as in AdamW
-        parts.append(optax.add_decayed_weights(self.weight_decay, decayed))
+        parts.append(decayed_weights(self.weight_decay, decayed))
         if self.new_steps:
             parts.append(scale_new(self.new_rate, self.new_steps))
         chained = rule(optax.chain(*parts))

@@ -11,18 +11,21 @@ from typing import Annotated, Any, Literal
 
 import equinox as eqx
 import jax
+import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from growjax.axes import axes_of, partition, sizes
 from growjax.budget import Clock, FlopsClock
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.data.sources import Source
-from growjax.errors import GrowjaxError, PlanError
+from growjax.errors import GrowjaxError, PlanError, StateError
 from growjax.gates import is_gated, ungated
 from growjax.growth import Births
 from growjax.growth.births import grown_shapes
 from growjax.maps import fold_in_name
 from growjax.models.protocol import Config, kind_of
+from growjax.optim.divided import Division
+from growjax.optim.held import divided
 from growjax.parallel import Layout
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.plan.optimizer import Optimizer
@@ -324,6 +327,7 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
             faults.append(f"{where}{type(error).__name__}: {error}")
             return spans
         faults += [where + fault for fault in _ramp_faults(stage, model, len(rows))]
+        faults += [where + fault for fault in _parts_faults(plan, stage, model, births)]
         works, flops, costs = (tuple(column) for column in zip(*rows, strict=True))
         span = Span(
             n,
@@ -396,6 +400,41 @@ def reference_faults(plan: Plan, reference: Any) -> Iterator[str]:
         mine, theirs = span.sizes.get("vocab"), sizes(reference).get("vocab")
         if mine != theirs:
             yield f"{where}its vocabulary has {theirs} words, and that of the trained model {mine}"
+
+
+def _parts_faults(plan: Plan, stage: Stage, model: Any, births: Births) -> Iterator[str]:
+    """Why the parts of a model cannot be trained as a stage says."""
+    parts, growths = stage.parts, int(births.growths)
+    if parts is None:
+        return
+    if not growths:
+        yield (
+            "train: parts are what growth added and all else, and the model has not grown; let a stage "
+            "grow it first, or give Start the operators that it grew by"
+        )
+        return
+    missing = [number for number, _ in parts.growths if number > growths]
+    if missing:
+        yield f"train: growths: there are {growths} up to here, and no {missing}"
+    decays = any(part.decay != 1 for part in parts.named().values())
+    if decays and getattr(plan.optimizer, "weight_decay", None) == 0:
+        yield "train: decay: the optimizer has no weight_decay to multiply"
+    trained = partition(model)[0]
+    division = Division(parts, births, lambda slot, growth: np.int32(0))
+    if all(mask.all() for mask in division.frozen(trained).values()):
+        yield "train: nothing is trained: all coordinates are of parts at rate 0"
+        return
+    rule = plan.optimizer.build()
+    second = {} if plan.optimizer.curvature_every is None else {"curvature": trained}
+
+    def update(gradient, state, params, more):
+        return divided(rule, rule, division, gradient, state, params, rate=1.0, **more)
+
+    try:
+        state = jax.eval_shape(rule.init, trained)
+        jax.eval_shape(update, trained, state, trained, second)
+    except StateError as error:
+        yield "train: " + str(error).replace("\n", "\n    ")
 
 
 def _ramp_faults(stage: Stage, model: Any, steps: int) -> Iterator[str]:

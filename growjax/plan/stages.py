@@ -18,6 +18,7 @@ from growjax.cost import parameters
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.errors import PlanError
 from growjax.growth import Births, Operator
+from growjax.optim import Parts
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.select import Selector
 from growjax.subnet import Coins, PathSchedule, RandomPath, Subnet, random_path
@@ -29,6 +30,8 @@ MOST_STEPS = 10_000_000
 Carry = Literal["dual", "zero", "reset"]
 Rewind = Literal["stretch", "slope"]
 Inactive = Literal["zero_grad", "freeze"]
+Train = Literal["all", "new", "old"] | Parts
+_PARTS = {"all": None, "new": Parts(old=0.0), "old": Parts(new=0.0)}
 
 
 @register
@@ -104,6 +107,8 @@ class Stage:
     - `inactive`: the layers that `subnet` leaves out of a step: "zero_grad" gives them a gradient of
       zero, so that momentum and weight decay still move them; "freeze" leaves their parameters, moments
       and ages unchanged.
+    - `train`: the part of a grown model that is trained: "new" (what the last growth added; all else
+      stays bitwise unchanged), "old", or `growjax.optim.Parts` with rates and decays of parts.
     - `select`: a rule that chooses each step's batch from a larger one, such as
       `growjax.select.RhoLoss()`.
     - `rewarm`: the share of the stage's cost over which the learning rate rises again, from 0.
@@ -123,6 +128,7 @@ class Stage:
     ramp: Annotated[int, Range("a number of steps", lambda n: n >= 0)] = 0
     subnet: Subnet | PathSchedule | None = None
     inactive: Inactive = "zero_grad"
+    train: Train = "all"
     select: Selector | None = None
     rewarm: Annotated[float, ranged(0, 1, "a share of the stage")] = 0.0
     rewind: Rewind | None = None
@@ -162,6 +168,11 @@ class Stage:
             return self.subnet.steady(i)
         return math.inf
 
+    @property
+    def parts(self) -> Parts | None:
+        """How the parts of the model are trained; None if all of it is, at one rate."""
+        return self.train if isinstance(self.train, Parts) else _PARTS[self.train]
+
     def level(self, i: int) -> float:
         """The level of the gates at the stage's step `i`: 0 is closed, 1 open."""
         return min((i + 1) / self.ramp, 1.0) if self.ramp else 1.0
@@ -171,12 +182,14 @@ class Work(NamedTuple):
     """The work of one step, as far as it determines the step's program.
 
     `part` is the sub-network that it trains, `curvature` whether it computes a second gradient, and
-    `freeze` whether the layers outside the part stay unchanged.
+    `freeze` whether the layers outside the part stay unchanged. `parts` are the rates of what growth
+    added and of all else, None if everything is trained alike.
     """
 
     part: Subnet | None = None
     curvature: bool = False
     freeze: bool = False
+    parts: Parts | None = None
 
 
 class Span(NamedTuple):
@@ -265,7 +278,8 @@ class Steps:
         self._firsts: dict[Op, int] = {}
         # (coins, first step of a block) -> layers that run at each step of the block
         self._depths: dict[tuple[Coins, int], np.ndarray] = {}
-        # The optimizer updates the whole model, whatever part of it a step trains
+        # The optimizer updates the whole model, whatever part of it a step trains. What stays unchanged
+        # is charged too: it has a gradient, and the optimizer reads and writes its moments.
         self.updated = parameters(model)
         self.axes = axes_of(model)
         # Sizes of the axes of layers
@@ -314,7 +328,8 @@ class Steps:
     def step(self, i: int) -> tuple[Work, tuple[Op, ...]]:
         """The work of the stage's step `i`, and the operations that it is charged for."""
         refresh = self.curvature_every is not None and (self.start + i) % self.curvature_every == 0
-        work = Work(self.stage.part(i, self.seed), refresh, self.stage.inactive == "freeze")
+        freeze = self.stage.inactive == "freeze"
+        work = Work(self.stage.part(i, self.seed), refresh, freeze, self.stage.parts)
         drawn = self._drawn(work.part, i)
         if (work, drawn) not in self._operations:
             self._operations[work, drawn] = tuple(self._ops(work, drawn))

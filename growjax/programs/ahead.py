@@ -148,4 +148,5 @@ def lower(plan: Plan, programs: Programs, need: Need, reference: Any = None) -> 
     controls = Controls(scalar(jnp.float32), scalar(jnp.float32), scalar(jnp.int32), seed)
     select = span.stage.select
     second = reference if select is not None and select.compares else None
-    return programs.step(shapes, work, select).lower(shapes, rows, controls, second)
+    program = programs.step(shapes, work, select, span.births, span.grown_at)
+    return program.lower(shapes, rows, controls, second)

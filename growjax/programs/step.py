@@ -22,11 +22,13 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from growjax.axes import partition
+from growjax.axes import Slot, partition
 from growjax.gates import opened, ungated
-from growjax.growth import Chain, Operator
+from growjax.growth import Births, Chain, Operator
 from growjax.maps import fold_in_name
-from growjax.optim import carry, freeze
+from growjax.optim import Parts, carry, freeze
+from growjax.optim.divided import Division
+from growjax.optim.held import divided
 from growjax.parallel import (
     BATCH,
     Layout,
@@ -153,15 +155,23 @@ class Programs:
         fresh = jax.jit(self.optimizer.init, out_shardings=where.optimizer)
         return State(trained, rest, fresh(trained))
 
-    def step(self, shapes: State, work: Work, select: Selector | None = None) -> Any:
+    def step(
+        self,
+        shapes: State,
+        work: Work,
+        select: Selector | None = None,
+        births: Births | None = None,
+        grown_at: tuple[int, ...] = (),
+    ) -> Any:
         """The program (State, batch, Controls, reference) -> (State, Report).
 
         The old state is donated: its memory is reused. With a selector the batch holds all rows on offer,
         and `reference` is the second model that it compares with, if it does; otherwise it is None.
+        `births` and `grown_at` are those of the span, which work that trains parts needs.
         """
         where, everywhere = self.shardings(shapes), replicated(self.mesh)
         return jax.jit(
-            functools.partial(_step, self, work, select),
+            functools.partial(_step, self, work, select, (births, grown_at)),
             donate_argnums=0,
             in_shardings=(where, split_rows(self.mesh), everywhere, everywhere),
             out_shardings=(where, everywhere),
@@ -232,6 +242,7 @@ def _step(
     programs: Programs,
     work: Work,
     select: Selector | None,
+    growths: tuple[Births | None, tuple[int, ...]],
     state: State,
     batch: Any,
     controls: Controls,
@@ -253,7 +264,10 @@ def _step(
         curvature = jax.lax.with_sharding_constraint(curvature, where)
     # The number of labels that `drawn_loss` draws: one at each position of weight 1
     labels = jnp.sum(batch["weights"])
-    updates, optimizer = programs.optimizer.update(
+    update = programs.optimizer.update
+    if work.parts is not None:
+        update = _parts_update(programs, work.parts, *growths, controls)
+    updates, optimizer = update(
         gradient,
         state.optimizer,
         state.trained,
@@ -268,6 +282,24 @@ def _step(
         updates, optimizer = freeze(running, updates, optimizer, state.optimizer)
     report = Report(loss, optax.tree.norm(gradient), optax.tree.norm(state.trained))
     return State(optax.apply_updates(state.trained, updates), state.rest, optimizer), report
+
+
+def _parts_update(
+    programs: Programs,
+    parts: Parts,
+    births: Births | None,
+    grown_at: tuple[int, ...],
+    controls: Controls,
+) -> Callable[..., tuple[Any, Any]]:
+    """The optimizer's update, part by part; curves count the steps of the run since a growth."""
+    assert births is not None
+
+    def time(slot: Slot, growth: int | None) -> Array:
+        return controls.step - grown_at[-1 if growth is None else growth]
+
+    return functools.partial(
+        divided, programs.optimizer, programs.optimizer, Division(parts, births, time)
+    )
 
 
 def _chosen(

@@ -1,0 +1,76 @@
+"""The arrays of an optimizer's state: where each of them stands, and what it counts if it counts."""
+
+import re
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from growjax.axes import Slot, axes_of
+from growjax.growth import Births
+from growjax.optim.age import Ages, Since
+
+
+class Cell(NamedTuple):
+    """One array of an optimizer's state.
+
+    - `name`: its path.
+    - `kind`: its path without the numbers of layers, and the spec of the parameter that it belongs to.
+    - `steps`: the place of the parameter that it belongs to; None if it belongs to none.
+    - `alone`: whether it stands where the parameter does (factored moments come in pairs).
+    - `axis`: the axis whose coordinates' ages or births it holds, or None.
+    - `counts`: what it counts, if it is of `Ages`, `Births` or `Since`, and `node`, the path of that.
+    """
+
+    name: str
+    kind: str
+    steps: tuple[str | int, ...] | None = None
+    alone: bool = False
+    axis: str | None = None
+    counts: Literal["age", "birth", "since", "growths", "last"] | None = None
+    node: str = ""
+
+
+def cells(state: Any, params: Any) -> list[Cell]:
+    """The arrays of an optimizer's state, in the order of its leaves."""
+    slots = {slot.steps: slot for slot in axes_of(params).of_kind("param") if slot.arrays()}
+    arrays = []
+    known = lambda node: alike(node, params) or isinstance(node, Ages | Births | Since)  # noqa: E731
+    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=known):
+        for inner, _ in jax.tree_util.tree_leaves_with_path(node):
+            name = jax.tree_util.keystr((*path, *inner))
+            steps = tuple(
+                getattr(k, "name", getattr(k, "idx", getattr(k, "key", k))) for k in inner
+            )
+            if isinstance(node, Ages | Births | Since):
+                arrays.append(_counting(name, node, steps, jax.tree_util.keystr(path)))
+                continue
+            own = [p for p in slots if alike(node, params) and steps[: len(p)] == p]
+            if own:
+                where = numberless(jax.tree_util.keystr(inner), slots[own[0]])
+                kind = jax.tree_util.keystr(path) + where
+                arrays.append(Cell(name, kind, own[0], steps == own[0]))
+            else:
+                arrays.append(Cell(name, name))
+    return arrays
+
+
+def _counting(name: str, node: Ages | Births | Since, steps: tuple, path: str) -> Cell:
+    """The cell of an array that counts updates or growths."""
+    if steps[0] in ("growths", "last"):
+        return Cell(name, name, counts=steps[0], node=path)
+    counts = {Ages: "age", Births: "birth", Since: "since"}[type(node)]
+    return Cell(name, name, axis=steps[-1], counts=counts, node=path)  # type: ignore[arg-type]
+
+
+def numberless(path: str, slot: Slot) -> str:
+    """What a parameter's path has in common with those of other layers, and its spec."""
+    return f"{re.sub(r'[0-9]+', '*', path)} {slot.spec}"
+
+
+def alike(node: Any, params: Any) -> bool:
+    """Whether a node of a state is a tree like the parameters (which may be a list or a dict)."""
+    if type(node) is not type(params):
+        return False
+    if isinstance(node, dict):
+        return node.keys() == params.keys()
+    return not isinstance(node, list | tuple) or len(node) == len(params)
