@@ -407,7 +407,7 @@ def test_depth_is_traced_once(name, stacks, monkeypatch):
 
 FAULTS: dict[Any, Any] = {
     GPTConfig: (
-        dict(layers=0, embed=-1, head_dim=3, kv_heads=3, positions=2.5, position="rotary")
+        dict(layers=-1, embed=-1, head_dim=3, kv_heads=3, positions=2.5, position="rotary")
         | dict(norm="batch", activation="swish", dtype="int8", eps=0.0, remat="some"),
         "layers embed positions norm activation eps dtype remat heads head_dim",
     ),
@@ -420,7 +420,7 @@ FAULTS: dict[Any, Any] = {
         "positions token_types nsp_head",
     ),
     T5Config: (
-        dict(encoder_layers=0, decoder_layers=1, buckets=6, max_distance=3, activation="swish"),
+        dict(encoder_layers=-1, decoder_layers=1, buckets=6, max_distance=3, activation="swish"),
         "encoder_layers activation buckets max_distance",
     ),
 }

@@ -75,7 +75,7 @@ class BERTConfig:
 
     def build(self, key: PRNGKeyArray) -> "BERT":
         """A `BERT` of this configuration, its parameters drawn with this key by one compiled program."""
-        return born(BERT, self, key)
+        return born(BERT, self, key=key)
 
 
 class BERTOutput(NamedTuple):

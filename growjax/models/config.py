@@ -68,9 +68,9 @@ if version("jaxlib").startswith("0.10."):
 _LARGE = 2**24
 
 
-def born(model: Callable[..., Any], config: Any, key: PRNGKeyArray) -> Any:
+def born(model: Callable[..., Any], config: Any, *, key: PRNGKeyArray) -> Any:
     """A model of a configuration, drawn by one program instead of some for every array."""
-    if isinstance(key, Tracer) or isinstance(jnp.asarray(np.float32(0)), Tracer):
+    if isinstance(key, Tracer) or isinstance(jax.device_put(np.float32(0)), Tracer):
         return _draw(model, config, key)  # part of the program that is being traced
     shapes = jax.tree.leaves(eqx.filter_eval_shape(_draw, model, config, key))
     numbers = sum(math.prod(x.shape) for x in shapes if hasattr(x, "shape"))

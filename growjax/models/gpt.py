@@ -76,7 +76,7 @@ class GPTConfig:
 
     def build(self, key: PRNGKeyArray) -> "GPT":
         """A `GPT` of this configuration, its parameters drawn with this key by one compiled program."""
-        return born(GPT, self, key)
+        return born(GPT, self, key=key)
 
 
 class GPT(eqx.Module):

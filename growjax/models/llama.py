@@ -75,7 +75,7 @@ class LlamaConfig:
 
     def build(self, key: PRNGKeyArray) -> "Llama":
         """A `Llama` of this configuration, its parameters drawn with this key by one compiled program."""
-        return born(Llama, self, key)
+        return born(Llama, self, key=key)
 
 
 class Llama(eqx.Module):

@@ -84,7 +84,7 @@ class T5Config:
 
     def build(self, key: PRNGKeyArray) -> "T5":
         """A `T5` of this configuration, its parameters drawn with this key by one compiled program."""
-        return born(T5, self, key)
+        return born(T5, self, key=key)
 
     @classmethod
     def v1_1(cls, **sizes: Any) -> "T5Config":
