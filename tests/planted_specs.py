@@ -77,7 +77,7 @@ TABLE = """
 @ queries of T5 are drawn like others | nn/attention.py | depth | drawn_as_a_model_is_born
 - return "embed head_dim" if self.scale == 1 else "embed"
 + return "embed"
-@ an epsilon of nothing is zero | maps.py | depth | drawn_as or is_its_ends
+@ an epsilon of nothing is one | maps.py | depth | epsilon_of_layers
 - constant_values=self.slot.start
 + constant_values=1.0
 @ a middle block begins at the bottom | growth/depth.py | depth | middle_block_need

@@ -145,6 +145,27 @@ def test_fresh_layers_are_drawn_as_a_model_is_born(family):
                 np.testing.assert_array_equal(new, expected[1:], slot.path)
 
 
+def test_the_epsilon_of_layers_from_nothing_is_that_of_a_new_model():
+    """A buffer repeats its old entries, and here there are none."""
+    grown = gj.grow(gj.fresh(layers=2), model("GPT", 0, eps=1e-3), key=KEY)
+    np.testing.assert_allclose(grown.blocks.block.mlp_norm.eps, [1e-3, 1e-3], rtol=1e-6)
+
+    with pytest.raises(
+        AxisError, match=r"step: new coordinates of a buffer repeat .*born='attribute'"
+    ):
+        gj.fresh(layers=2)(Stack(), key=KEY)
+
+
+class Stack(eqx.Module):
+    """No layer, and a number for each that nobody can guess."""
+
+    up: jax.Array = gj.param("layers: embed -> mlp")
+    step: jax.Array = gj.buffer("layers:")
+
+    def __init__(self):
+        self.up, self.step = jnp.zeros((0, 2, 3)), jnp.zeros(0)
+
+
 def test_fresh_rows_of_any_axis_can_be_drawn_as_they_are_born():
     """The fan-in is that of the grown array."""
     small = config("GPT", 1, mlp=64, embed=48).build(KEY)
