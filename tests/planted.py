@@ -444,8 +444,8 @@ TABLE = """
 - return over_entries(slot, births, sizes, xp.maximum, xp.int32(0))
 + return over_entries(slot, births, sizes, xp.minimum, xp.int32(99))
 @ what is dealt out takes the oldest birth | growth/births.py | births | dealt_out
-- return births.reshape(parts, -1).max(0)
-+ return births.reshape(parts, -1).min(0)
+- return xp.where(merged.max(0) == merged.min(0), merged.max(0), xp.asarray(MIXED, births.dtype))
++ return merged.max(0)
 @ the average of a fresh coordinate is zero | state.py | births | own_weight
 - move, table, slot, held[slot.steps], WEIGHT, fresh=fresh
 + move, table, slot, held[slot.steps], WEIGHT, fresh=0

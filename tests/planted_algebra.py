@@ -64,4 +64,7 @@ TABLE = """
 @ keys repeated for old queries are new | growth/births.py | linear_growth | growth_they_were_born_in
 - young = move.source < 0 if move.over is not None else move.is_new()
 + young = move.is_new()
+@ queries of several growths are trained as one part | growth/births.py | linear_growth | dealt_out
+- if not isinstance(births, jax.core.Tracer) and np.any(np.asarray(births) == MIXED):
++ if births is None:
 """

@@ -18,6 +18,7 @@ from growjax import optim
 from growjax.algebra import NONE, AxisMap
 from growjax.errors import GrowthError, StateError
 from growjax.growth import Births, atoms, sources
+from growjax.growth.births import MIXED
 from growjax.train import Optimizer
 
 
@@ -166,8 +167,9 @@ def test_what_is_only_dealt_out_is_as_old_as_it_was():
         state = gj.grow(op, state, optimizer=tx, key=KEY)
         assert eqx.tree_equal(state.births, state.opt_state.births)
     assert state.births.of["heads"].tolist() == [0, 0, 0, 0, 1, 1]
-    assert state.births.of["dim"].tolist() == [1, 1] and state.births.growths == 2
-    assert not any(np.any(mask) for mask in jax.tree.leaves(state.masks("new")))
+    assert state.births.of["dim"].tolist() == [MIXED, MIXED] and state.births.growths == 2
+    with pytest.raises(StateError, match="nobody can tell old entries from new ones"):
+        state.masks("new")
 
 
 def test_births_for_people_and_faults():

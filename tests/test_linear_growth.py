@@ -1,5 +1,6 @@
 """Growth by linear maps: regrouped heads, dense maps, and the state of optimizers through them."""
 
+import dataclasses
 import json
 
 import equinox as eqx
@@ -14,11 +15,13 @@ import growjax as gj
 from growjax import growth, testing
 from growjax.algebra import MEAN, NONE, SECOND, AxisMap, undetermined
 from growjax.axes import axes_of, partition
-from growjax.errors import GrowthError, StateError
+from growjax.errors import GrowthError, PlanError, StateError
+from growjax.growth.births import MIXED
 from growjax.maps import apply, carry_array
 from growjax.nn import Attention, RelativeBias, Rotary
 from growjax.optim import carry
 from growjax.values import from_dict, to_dict
+from tests.runs import SMALL, plan, steps
 from tests.test_algebra import OLD, leaves, same, sevens
 
 
@@ -176,8 +179,25 @@ def test_queries_are_dealt_out_with_the_growth_they_were_born_in():
     assert births.of["group"].tolist() == [0, 0, 1, 1]
     after = births.grown(gj.regroup(kv_heads=4), wide)
     # Keys that are repeated for old queries are old too, or these would count as new
-    assert after.of["kv_heads"].tolist() == [0, 0, 0, 0] and after.of["group"].tolist() == [1, 1]
-    after.check(eqx.filter_eval_shape(gj.regroup(kv_heads=4), wide))
+    assert after.of["kv_heads"].tolist() == [0, 0, 0, 0]
+    regrouped = eqx.filter_eval_shape(gj.regroup(kv_heads=4), wide)
+    after.check(regrouped)
+    # Old and new queries share a coordinate now, so nobody may train one of them alone
+    assert after.of["group"].tolist() == [MIXED, MIXED]
+    for part in ("new", "old", 0):
+        with pytest.raises(StateError, match="heads of several growths were merged"):
+            after.masks(regrouped, part)
+    stages = [
+        steps(1),
+        steps(1, grow=gj.copy(heads=8)),
+        steps(1, grow=gj.regroup(kv_heads=4), carry="reset", train="new"),
+    ]
+    grouped = dataclasses.replace(SMALL, heads=4, kv_heads=2)
+    with pytest.raises(PlanError, match="train: .*regroup before heads grow"):
+        plan(*stages, model=grouped)
+    assert gj.Births.original(shapes).grown(gj.regroup(kv_heads=4), shapes).of[
+        "group"
+    ].tolist() == [0]
 
 
 # What does not fit ---------------------------------------------------------------------------

@@ -21,10 +21,15 @@ from growjax.errors import GrowthError, StateError, raise_all
 from growjax.growth.operator import Operator, atoms
 
 
+# The birth of coordinates of several growths that `gj.regroup` merged: they are of no part
+MIXED = 2**30
+
+
 class Births(eqx.Module):
     """The number of the growth that each coordinate was born in.
 
-    - `of`: `{axis: [size]}`, whole numbers; 0 is the birth of the model.
+    - `of`: `{axis: [size]}`, whole numbers; 0 is the birth of the model, `MIXED` what was merged of
+      several growths.
     - `growths`: how many growths there were.
 
     Arrays of NumPy or of JAX; under `jit` they may be traced.
@@ -77,12 +82,26 @@ class Births(eqx.Module):
             ],
         )
 
+    def of_entries(self, slot: Slot, sizes: Mapping[str, int]) -> Any:
+        """The growth that each entry of a leaf was born in, shaped to broadcast to it.
+
+        Raises `StateError` for entries that were merged of several growths, unless births are traced:
+        then such entries are of no part.
+        """
+        births = entry_births(slot, self.of, sizes)
+        if not isinstance(births, jax.core.Tracer) and np.any(np.asarray(births) == MIXED):
+            raise StateError(
+                f"{slot.path}: births: heads of several growths were merged when they were regrouped, so "
+                "nobody can tell old entries from new ones; regroup before heads grow, or train all of it"
+            )
+        return births
+
     def masks(self, model: Any, part: Literal["new", "old"] | int = "new") -> Any:
         """Which entries of the parameters are of one part: a tree like `gj.partition(model)[0]`.
 
         Boolean arrays. `part` is "new" (the last growth's; nothing before the first one), "old" (all
         others), or the number of a growth, 0 for what the model began with. Raises `StateError` for
-        births of another model, and `GrowthError` for another part.
+        births of another model and for merged ones, and `GrowthError` for another part.
         """
         self.check(model)
         known = part in ("new", "old") or (isinstance(part, int) and not isinstance(part, bool))
@@ -94,10 +113,10 @@ class Births(eqx.Module):
         table, masks = axes_of(params), {}
         for slot in table.of_kind("param"):
             if slot.arrays():
-                births = entry_births(slot, self.of, table.sizes)
+                births = self.of_entries(slot, table.sizes)
                 if isinstance(part, str):
                     chosen = (births == self.growths) & (self.growths > 0)
-                    chosen = ~chosen if part == "old" else chosen
+                    chosen = ~chosen & (births != MIXED) if part == "old" else chosen
                 else:
                     chosen = births == part
                 xp = np if isinstance(chosen, np.ndarray) else jnp
@@ -157,8 +176,10 @@ def moved_births(births: Any, move: AxisMap, number: Any) -> Any:
 
 
 def dealt_births(births: Any, parts: int) -> Any:
-    """Births along an axis that is dealt out to several copies: of what comes together, the youngest."""
-    return births.reshape(parts, -1).max(0)
+    """Births along an axis that is dealt out to several copies; `MIXED` where several come together."""
+    xp = np if isinstance(births, np.ndarray) else jnp
+    merged = births.reshape(parts, -1)
+    return xp.where(merged.max(0) == merged.min(0), merged.max(0), xp.asarray(MIXED, births.dtype))
 
 
 def entry_births(slot: Slot, births: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:

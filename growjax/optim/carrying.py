@@ -322,9 +322,11 @@ def _carried(leaves: list, held: tuple[_Held, ...], hop: _Hop, optimizer: Any) -
             leaf = grown_age(leaf, hop.move, keep=hop.keep)
         elif cell.axis is not None and cell.axis == hop.move.over:
             parts = hop.move.length // table.size(hop.move.axis)
-            # The youngest was born last, and the fewest updates ago
-            sign = -1 if cell.counts == "since" else 1
-            leaf = sign * dealt_births(sign * leaf, parts)
+            if cell.counts == "birth":
+                leaf = dealt_births(leaf, parts)
+            else:
+                # What was merged is as young as the youngest of it
+                leaf = leaf.reshape(parts, -1).min(0)
         elif cell.axis == hop.move.axis:
             number = 0 if cell.counts == "since" else growths[cell.node] + 1
             leaf = moved_births(leaf, hop.move, number)

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from growjax.axes import Slot, axes_of, find, put
 from growjax.errors import StateError
 from growjax.growth import Births
-from growjax.growth.births import entry_births
+from growjax.growth.births import MIXED
 from growjax.values import Faults, at_least, check, fits, register
 
 
@@ -204,10 +204,11 @@ class Division(NamedTuple):
 
     def _of(self, slot: Slot, sizes: Mapping[str, int]) -> Iterator[tuple[Part, Any]]:
         """Every part and the entries of a leaf that are of it; a later one counts."""
-        births = entry_births(slot, self.births.of, sizes)
+        births = self.births.of_entries(slot, sizes)
         for name, part in self.parts.named().items():
             number = self.births.growths if isinstance(name, str) else name
-            yield part, (births != number) if name == "old" else (births == number)
+            old = (births != number) & (births != MIXED)
+            yield part, old if name == "old" else births == number
 
 
 def _leaves(params: Any) -> Iterator[tuple[Slot, Mapping[str, int]]]:

@@ -421,7 +421,12 @@ def _parts_faults(plan: Plan, stage: Stage, model: Any, births: Births) -> Itera
         yield "train: decay: the optimizer has no weight_decay to multiply"
     trained = partition(model)[0]
     division = Division(parts, births, lambda slot, growth: np.int32(0))
-    if all(mask.all() for mask in division.frozen(trained).values()):
+    try:
+        frozen = division.frozen(trained)
+    except StateError as error:
+        yield f"train: {error}"
+        return
+    if all(mask.all() for mask in frozen.values()):
         yield "train: nothing is trained: all coordinates are of parts at rate 0"
         return
     rule = plan.optimizer.build()
