@@ -60,7 +60,10 @@ class Annotated(eqx.Module):
         """The tree as it is run."""
         if all(gate is None for gate in self.gates.values()):
             return self.tree
-        return folded(self, axes_of(self), self.gates, self.stream).tree
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self)):
+            # A plan is checked with shapes in place of arrays, which cannot be multiplied
+            return eqx.filter_eval_shape(_folded_tree, self)
+        return _folded_tree(self)
 
     @property
     def state(self) -> eqx.nn.State:
@@ -253,6 +256,11 @@ def annotate(
         faults = Checked(annotated, example, forward).faults()
         raise_all(AxisError, "the annotation does not say what the model does:", faults)
     return annotated
+
+
+def _folded_tree(annotated: Annotated) -> Any:
+    """The tree with its gates multiplied into its arrays."""
+    return folded(annotated, axes_of(annotated), annotated.gates, annotated.stream).tree
 
 
 def _written(said: Declaration) -> str:
