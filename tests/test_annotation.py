@@ -13,6 +13,7 @@ from growjax import maps, testing
 from growjax.axes import axes_of
 from growjax.errors import AxisError, GrowthError
 from growjax.maps import AxisMap
+from growjax.models.protocol import kind_of
 from tests import zoo
 
 
@@ -318,6 +319,15 @@ def test_gates_from_outside_ramp_and_are_settled():
     trained, rest = gj.partition(big)
     assert jax.tree.structure(trained) == jax.tree.structure(gj.partition(settled)[0])
     np.testing.assert_array_equal(eqx.combine(trained, rest)(X[0]), big(X[0]))
+
+
+def test_a_model_of_shapes_is_read_through_its_gates():
+    op = gj.msg(mlp=9, embed=11, layers=4)
+    small = tower(gates=["mlp", "embed", "layers"])
+    shapes = eqx.filter_eval_shape(lambda m: op(m, key=jax.random.key(1)), small)
+    expected = eqx.filter_eval_shape(lambda m: gj.grow(op, m, key=jax.random.key(1)).model, small)
+    assert eqx.tree_equal(shapes.model, expected)
+    assert kind_of(shapes) == "causal"
 
 
 @pytest.mark.parametrize(

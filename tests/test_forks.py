@@ -193,6 +193,17 @@ def test_a_fork_of_nothing_is_refused_with_what_there_is(trunk, tmp_path):
     assert "but it has no plan.json" in " ".join(dry_run(nowhere, devices=1).refusals)
 
 
+def test_a_fork_that_fails_leaves_a_folder_that_the_corrected_one_takes(trunk, programs, tmp_path):
+    itself = dataclasses.replace(trunk_plan(), fork=Fork(str(tmp_path / "run")))
+    with pytest.raises(CheckpointError, match="but it has no plan.json"):
+        next(iter(train(itself, feed(itself), run=tmp_path / "run")))
+    assert not (tmp_path / "run" / "plan.json").exists()
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "plan.json").write_bytes(Run(trunk[0]).plan_file.read_bytes())
+    with pytest.raises(CheckpointError, match="a run without a whole checkpoint"):
+        next(iter(train(itself, feed(itself))))
+
+
 def test_a_fork_is_saved_in_its_plan(trunk, tmp_path):
     forked = dataclasses.replace(trunk_plan(rate=RATE), fork=Fork(str(trunk[0]), 5))
     save_plan(forked, tmp_path / "plan.json")
@@ -255,6 +266,12 @@ def test_a_tree_trains_what_its_plans_share_once(programs, tmp_path):
 def test_two_plans_of_one_name_are_no_tree(tmp_path):
     with pytest.raises(PlanError, match="'tiny': two plans have this name"):
         branches([trunk_plan(), trunk_plan(seed=1)], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../tiny", "/tiny", "a\\b"])
+def test_the_folder_of_a_plan_of_a_tree_is_in_that_of_the_tree(name, tmp_path):
+    with pytest.raises(PlanError, match="it must be a plain one"):
+        branches([trunk_plan(), dataclasses.replace(trunk_plan(), name=name)], tmp_path)
 
 
 def test_the_command_line_forks_and_trains_trees(trunk, tmp_path, monkeypatch):

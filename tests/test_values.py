@@ -439,7 +439,7 @@ def test_a_harmed_plan_is_a_plan_or_one_typed_error_quickly(data):
 
 
 def test_reading_takes_memory_in_proportion():
-    text = json.dumps({"is": "growjax:Chain", "operators": [to_dict(gj.msg(mlp=8))] * 2000})
+    text = json.dumps([to_dict(gj.msg(mlp=8))] * 2000)
     tracemalloc.start()
     from_dict(values.from_json(text))
     peak = tracemalloc.get_traced_memory()[1]

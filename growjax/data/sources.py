@@ -14,16 +14,21 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int
 
 from growjax.errors import DataError, raise_all
-from growjax.values import base, check, register
+from growjax.values import File, Range, base, check, register
 
 
 _SHOWN_FAULTS = 5
+
+
+def _is_pattern(glob: str) -> bool:
+    """Whether a text is a pattern of files inside a folder, which an absolute one is not."""
+    return bool(glob) and not Path(glob).is_absolute() and ".." not in Path(glob).parts
 
 
 class Document(NamedTuple):
@@ -65,8 +70,8 @@ class Text:
         Text("books", glob="*.txt")
     """
 
-    path: str
-    glob: str = "*"
+    path: File
+    glob: Annotated[str, Range("a pattern such as *.txt", _is_pattern)] = "*"
     split: str | None = None
 
     def __post_init__(self):
@@ -108,7 +113,7 @@ class JSONL:
         JSONL("c4/train-00000.jsonl.gz")
     """
 
-    path: str
+    path: File
     field: str = "text"
 
     def __post_init__(self):
@@ -151,7 +156,7 @@ class Parquet:
         Parquet("fineweb/sample", field="text")
     """
 
-    path: str
+    path: File
     field: str = "text"
 
     def __post_init__(self):
@@ -203,7 +208,7 @@ class Tokens:
         Tokens("owt/train.npy", separator=50256)
     """
 
-    path: str
+    path: File
     separator: int | None = None
 
     def __post_init__(self):

@@ -78,6 +78,10 @@ class Operator(eqx.Module):
         return f"{type(self).__name__.lower()}({', '.join(said)})"
 
 
+# The most operators of a chain. A plan of shapes is grown by each of them when it is checked.
+_ATOMS = 256
+
+
 @values.register
 class Chain(Operator):
     """Operators applied one after the other; made by `chain`. All share the key of a call.
@@ -86,6 +90,11 @@ class Chain(Operator):
     """
 
     operators: tuple[Operator, ...]
+
+    def __check_init__(self):
+        number = len(atoms(self))
+        if number > _ATOMS:
+            raise GrowthError(f"operators: expected at most {_ATOMS} in a chain, got {number:,}")
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]
@@ -247,6 +256,9 @@ def _frozen(size: Any) -> Any:
 def _size_faults(sizes: Any, lists: bool) -> Iterator[str]:
     if not sizes:
         yield "sizes: expected at least one axis and the size to reach, such as mlp=2048"
+    named = [axis for axis, _ in sizes]
+    for axis in dict.fromkeys(axis for axis in named if named.count(axis) > 1):
+        yield f"{axis}: given more than once; give each axis one size"
     for axis, size in sizes:
         if lists and isinstance(size, tuple):
             if not size or not all(values.fits(int, i) for i in size):

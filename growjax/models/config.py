@@ -28,7 +28,7 @@ def _floating(name: str) -> bool:
 Depth = Annotated[
     int,
     values.at_least(0, "layers"),
-    values.Range("an integer below 2**31", lambda n: n < 2**31),
+    values.Range("an integer of at most 2**24", lambda n: n <= 2**24),
 ]
 # The constant under the root of a norm
 Eps = Annotated[float, values.positive()]

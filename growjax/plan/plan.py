@@ -33,7 +33,11 @@ from growjax.plan.schedule import Rate, Warmup
 from growjax.plan.stages import Fork, Span, Stage, Start, Steps
 from growjax.plan.timeline import Era, timeline
 from growjax.subnet import PathSchedule
-from growjax.values import Range, Size, check, positive, register, short
+from growjax.values import File, Name, Range, Size, check, positive, register, short
+
+
+# The most stages of a plan. Each is worked out when the plan is checked, which takes some milliseconds.
+_STAGES = 1000
 
 
 @register
@@ -71,7 +75,7 @@ class Plan:
              batch=16, objective=Causal(128), rate=Schedule(2e-3))
     """
 
-    name: str
+    name: Name
     model: Config
     stages: tuple[Stage, ...]
     batch: Size
@@ -83,7 +87,7 @@ class Plan:
     accumulate: Size = 1
     layout: Layout = Layout()
     data: Source | None = None
-    tokenizer: str = "bytes"
+    tokenizer: File = "bytes"
     seed: Annotated[
         int, Range("an integer of 0 or more, below 2**31", lambda n: 0 <= n < 2**31)
     ] = 0
@@ -237,6 +241,8 @@ def _length_faults(plan: Plan) -> Iterator[str]:
     """Fields that contradict each other, before any stage is worked out."""
     if not plan.stages:
         yield "stages: expected at least one"
+    if len(plan.stages) > _STAGES:
+        yield f"stages: expected at most {_STAGES:,}, got {len(plan.stages):,}"
     if plan.layout.own_paths and any(stage.inactive == "freeze" for stage in plan.stages):
         yield "layout: own_paths: a layer that one replica leaves out runs on another; freeze none"
     shares = [stage.share for stage in plan.stages if stage.share is not None]

@@ -68,7 +68,7 @@ def branches(
     that later ones fork from (`Options.save_at`). Shared steps are then trained once, and every run ends
     with the same bits as if it had been trained alone.
 
-    Raises `PlanError` for two folders of one name.
+    Raises `PlanError` for two folders of one name, and for a name that is no folder in `folder`.
 
     **Example**
 
@@ -78,8 +78,14 @@ def branches(
     """
     names = [plan.name for plan in plans] if names is None else names
     repeated = sorted({name for name in names if names.count(name) > 1})
-    headline = "these plans cannot be trained as a tree:"
-    raise_all(PlanError, headline, [f"{name!r}: two plans have this name" for name in repeated])
+    faults = [f"{name!r}: two plans have this name" for name in repeated]
+    # A plan may come from a stranger, and its name must not lead out of the folder
+    faults += [
+        f"{name!r}: the name of a plan of a tree is that of its folder, so it must be a plain one"
+        for name in dict.fromkeys(names)
+        if name in ("", ".", "..") or "/" in name or "\\" in name
+    ]
+    raise_all(PlanError, "these plans cannot be trained as a tree:", faults)
     folder = Path(folder)
     forked: list[Plan] = []
     save_at: dict[str, set[int]] = {name: set() for name in names}

@@ -22,7 +22,7 @@ from growjax.optim import Parts
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.select import Selector
 from growjax.subnet import Coins, PathSchedule, RandomPath, Subnet, random_path
-from growjax.values import Range, Size, check, positive, ranged, register
+from growjax.values import Folder, Name, Range, Size, check, positive, ranged, register
 
 
 # The most steps of a stage. Each is listed before the run: this many take a second or two, and 200 MB
@@ -50,7 +50,7 @@ class Start:
              batch=16, objective=Causal(128), rate=Schedule(2e-3))
     """
 
-    folder: Annotated[str, Range("the name of a folder", bool)]
+    folder: Folder
     operators: tuple[Operator, ...] = ()
 
     def __post_init__(self):
@@ -76,7 +76,7 @@ class Fork:
                                      fork=Fork("runs/first"))
     """
 
-    run: Annotated[str, Range("the name of a folder", bool)]
+    run: Folder
     step: Annotated[int, Range("a number of steps", lambda n: n >= 0)] | None = None
 
     def __post_init__(self):
@@ -118,7 +118,7 @@ class Stage:
     - `batch`, `objective`: for this stage, instead of the plan's.
     """
 
-    name: str = ""
+    name: Name = ""
     tokens: Annotated[float, positive()] | None = None
     flops: Annotated[float, positive()] | None = None
     seconds: Annotated[float, positive()] | None = None

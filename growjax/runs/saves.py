@@ -114,6 +114,11 @@ class Saves:
             if names:
                 # The file of the plan was lost, but the lineage identifies the plan
                 self._check_plan(self.run.checkpoints()[-1])
+            elif self.plan.fork is not None:
+                from growjax.runs.fork import find_trunk
+
+                # A fork that fails leaves no plan, from which the corrected one would differ
+                find_trunk(self.plan)
             try:
                 self.run.folder.mkdir(parents=True, exist_ok=True)
                 save_plan(self.plan, self.run.plan_file)

@@ -18,6 +18,9 @@ from growjax.values.names import resolve_function as resolve_function
 from growjax.values.names import tag_of as tag_of
 from growjax.values.names import trust as trust
 from growjax.values.ranges import Faults as Faults
+from growjax.values.ranges import File as File
+from growjax.values.ranges import Folder as Folder
+from growjax.values.ranges import Name as Name
 from growjax.values.ranges import Range as Range
 from growjax.values.ranges import Size as Size
 from growjax.values.ranges import at_least as at_least

@@ -21,6 +21,7 @@ from growjax.values import names, ranges
 
 _DEPTH = 64  # the deepest nesting of values in values; Python's own recursion limit lies far above
 _BYTES = 1 << 26  # the largest file, 64 MiB: clocks and plans have some thousand lines
+_VALUES = 10_000  # the most values of a file: each takes up to a millisecond to check
 _FAULTS = 30  # the most faults that one error lists
 # The result of reading data that have a fault. Not None, which is a value.
 _INVALID: Any = object()
@@ -133,6 +134,7 @@ class _Reader:
         self.allow = allow
         self.faults: list[str] = []  # the first `_FAULTS` of them
         self.count = 0  # all of them
+        self.values = 0  # the values read so far, right or wrong
 
     def fault(self, where: str, complaint: object) -> Any:
         """Add a fault of the data at the path `where`; returns `_INVALID`."""
@@ -173,6 +175,11 @@ class _Reader:
 
     def _value(self, saved: Mapping[str, Any], where: str, depth: int, hint: Any) -> Any:
         """The instance of the class, or the function, that the data name."""
+        self.values += 1
+        if self.values > _VALUES:
+            # The first one too many is a fault; the rest are not looked at
+            first = self.values == _VALUES + 1
+            return self.fault(where, f"more than {_VALUES:,} values in a file") if first else _INVALID
         fields = {name: x for name, x in saved.items() if name != "is"}
         tag = saved["is"]
         if not isinstance(tag, str):

@@ -153,7 +153,7 @@ def resolve_class(tag: str, hint: Any = Any, allowed: Sequence[str] = ()) -> typ
     Raises `FormatError` if the class is unknown, not allowed, of another format, or no instance of it
     fits the field.
     """
-    name, _, number = _LEGACY.get(tag, tag).partition("@")
+    name, numbered, number = _LEGACY.get(tag, tag).partition("@")
     if name not in _registry and name.startswith("growjax:"):
         importlib.import_module(_ALL)
     cls = _registry.get(name)
@@ -168,6 +168,10 @@ def resolve_class(tag: str, hint: Any = Any, allowed: Sequence[str] = ()) -> typ
                 f"growjax has no {name.removeprefix('growjax:')!r}; is it a newer one's?"
             )
         cls = _imported(name, allowed)
+        own = _names.get(cls) if isinstance(cls, type) else None
+        if own is not None:
+            # Its own name has its format number, which another path to it would evade
+            raise FormatError(f"{name}: its name in files is {own}")
         if not isinstance(cls, type) or not _extends(cls):
             raise FormatError(
                 f"{name} is nothing that a file may hold; its own code can decorate it with @gj.register"
@@ -176,11 +180,11 @@ def resolve_class(tag: str, hint: Any = Any, allowed: Sequence[str] = ()) -> typ
         raise FormatError(f"{name} is a function, and no class")
     known = _formats.get(name, 1)
     # A name without a number is of format 1. The number is cut for the message: it may be any text.
-    if number and number != str(known):
+    if numbered and number != str(known):
         raise FormatError(
             f"{ranges.short(tag)}: of format {number[:9]}, and format {known} is read"
         )
-    if not number and known != 1:
+    if not numbered and known != 1:
         raise FormatError(f"{name}: of format 1, and format {known} is read")
     if not ranges.admits(hint, cls):
         raise FormatError(f"expected {ranges.describe(hint)}, and it is a {name}")

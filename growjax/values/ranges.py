@@ -14,15 +14,17 @@ import functools
 import inspect
 import math
 import numbers
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 
-# Integers of a file fit into 64 bits, and sizes into memory: a larger one is a slip or an attack
+# Integers of a file fit into 64 bits. A plan is checked with some arrays of one number per coordinate,
+# so that sizes are bounded by the memory of a small machine: a larger one is a slip or an attack.
 _WHOLE = 2**63
-_LARGEST = 2**31
+_LARGEST = 2**24
 _SHOWN = 200  # characters of a value that a message shows
 _PLAIN = {
     int: "an integer",
@@ -93,11 +95,32 @@ def one_of(choices: Iterable[Any]) -> Range:
     return Range(f"one of {', '.join(map(repr, choices))}", lambda x: x in choices)
 
 
+def _is_path(name: str) -> bool:
+    """Whether the system takes a text as a path: no NUL, no half of a surrogate pair, not too long."""
+    try:
+        parts = os.fsencode(name).split(b"/")
+    except UnicodeError:
+        return False
+    short_enough = len(name) < 4000 and all(len(part) <= 255 for part in parts)
+    return bool(name) and "\0" not in name and short_enough
+
+
+# The name of a plan or of a stage: it is printed, and drawn in figures
+Name = Annotated[
+    str,
+    Range(
+        f"a text of at most {_SHOWN} printable characters",
+        lambda text: text.isprintable() and len(text) <= _SHOWN,
+    ),
+]
+# Paths, which need not exist
+Folder = Annotated[str, Range("the name of a folder", _is_path)]
+File = Annotated[str, Range("the path of a file or folder", _is_path)]
 # A size of an axis, a batch or a window
 Size = Annotated[
     int,
     Range("a positive integer", lambda n: n > 0),
-    Range("an integer below 2**31", lambda n: n < _LARGEST),
+    Range("an integer of at most 2**24", lambda n: n <= _LARGEST),
 ]
 
 
