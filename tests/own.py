@@ -148,6 +148,32 @@ class Mixer(eqx.Module):
         return self.blocks(self.words[tokens]) @ self.head
 
 
+class Narrow(Mixer):
+    """Gives logits of fewer words than a tokenizer of bytes has."""
+
+    def __call__(self, tokens):
+        return super().__call__(tokens)[:, :7]
+
+
+class Whole(Mixer):
+    """Gives whole numbers in place of logits."""
+
+    def __call__(self, tokens):
+        return jnp.round(super().__call__(tokens)).astype(jnp.int32)
+
+
+def narrow(layers, width, *, key):
+    """A factory of a model of too few words."""
+    model = mixer(layers, width, key=key)
+    return Narrow(model.blocks, model.words, model.head)
+
+
+def whole(layers, width, *, key):
+    """A factory of a model without logits."""
+    model = mixer(layers, width, key=key)
+    return Whole(model.blocks, model.words, model.head)
+
+
 def mixer(layers, width, *, key):
     """A factory of declared modules."""
     first, second, third = jax.random.split(key, 3)

@@ -20,7 +20,7 @@ import pytest
 import growjax as gj
 from growjax import train as trainer
 from growjax.data import ByteTokenizer, Causal, PrefixLM
-from growjax.errors import AxisError, EvalError, PlanError
+from growjax.errors import AxisError, DataError, EvalError, PlanError
 from growjax.evals import LanguageModel, Settings, evaluate, generate
 from growjax.forecast.dryrun import dry_run
 from growjax.models import Model
@@ -180,18 +180,34 @@ def test_tasks_that_it_cannot_do_are_refused_before_any_is_run(done, tmp_path):
     [
         ({"objective": Causal(8)}, "Mixer does not read positions, documents, which the objective's"),
         ({"objective": PrefixLM(8)}, "Mixer does not read positions, prefix, documents"),
-        ({"objective": PrefixLM(8, "seq2seq")}, "an encoder and a decoder, which is not what Mixer"),
+        ({"objective": PrefixLM(8, "seq2seq")}, "an encoder and a decoder, which Mixer does not"),
         ({"model": Model("tests.own:mixer", {"layers": 2})}, "TypeError: .*missing 1 required .*width"),
         ({"model": Model("tests.own:apply", {"tree": 1, "tokens": 2})}, "cannot be built: TypeError"),
         ({"model": Model("tests.own:bare", {})}, "model: .*no axes.*words"),
         ({"model": Model("tests.own:mixer", {"layers": 2, "width": 16}), "loss": own.apply_loss},
          "stage 0 'small': AttributeError: 'Mixer' object has no attribute 'model'"),
         ({"optimizer": trainer.Optimizer("sophia"), "loss": own.apply_loss}, "sophia draws labels"),
+        ({"model": Model("tests.own:whole", {"layers": 2, "width": 16})},
+         "Whole: expected logits of a floating-point type, got int32"),
     ],
 )  # fmt: skip
 def test_a_model_that_does_not_fit_is_refused_with_the_plan(changes, message):
     with pytest.raises(PlanError, match=f"(?s){message}"):
         own.mixed(**changes)
+
+
+def test_logits_of_fewer_words_than_the_tokenizer_has_are_refused_before_a_step():
+    narrow = own.mixed(model=Model("tests.own:narrow", {"layers": 2, "width": 16}))
+    with pytest.raises(DataError, match="has 384 words, and the model gives logits of 7"):
+        feed(narrow)
+
+
+def test_a_model_is_shown_as_it_would_be_written():
+    assert repr(Model(own.mixer, {"width": 8})) == "Model('tests.own:mixer', {'width': 8})"
+    assert repr(Model(lambda key: key)).startswith("Model(test_a_model_is_shown")
+    assert (
+        repr(Model(own.mixer, dtype="bfloat16")) == "Model('tests.own:mixer', {}, dtype='bfloat16')"
+    )
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,11 @@ WRONG = [
     ("stages.1.ramp", 1e300, "stages[1].ramp: expected a number of steps, got 1e+300"),
     (f"{OPERATORS}.0.sizes", [["mlp", 24], ["mlp", 32]], "mlp: given more than once"),
     (f"{OPERATORS}.0.sizes", [["mlp", 2**24 + 1]], "mlp: expected an integer of at most 2**24"),
-    (OPERATORS, [to_dict(gj.msg(mlp=32))] * 300, "operators: expected at most 256 in a chain, got 300"),
+    (
+        OPERATORS,
+        [to_dict(gj.msg(mlp=32))] * 300,
+        "operators: expected at most 256 in a chain, got 300",
+    ),
     ("stages", [STAGE] * 1001, "stages: expected at most 1,000, got 1,001"),
     ("stages", [STAGE] * 20_000, "more than 10,000 values in a file"),
     ("model.layers", 2**31 - 1, "model.layers: expected an integer of at most 2**24"),
@@ -146,13 +150,25 @@ WRONG = [
     ("name", "\ud800", "name: expected a text of at most 200 printable characters"),
     ("stages.0.name", "x" * 201, "stages[0].name: expected a text of at most 200 printable"),
     ("start", {"is": "growjax:Start", "folder": ""}, "start.folder: expected the name of a folder"),
-    ("start", {"is": "growjax:Start", "folder": "a\0"}, "start.folder: expected the name of a folder"),
+    (
+        "start",
+        {"is": "growjax:Start", "folder": "a\0"},
+        "start.folder: expected the name of a folder",
+    ),
     ("fork", {"is": "growjax:Fork", "run": "a\0"}, "fork.run: expected the name of a folder"),
     ("fork", {"is": "growjax:Fork", "run": "a" * 256}, "fork.run: expected the name of a folder"),
-    ("data", {"is": "growjax:Text", "path": "a\0"}, "data.path: expected the path of a file or folder"),
+    (
+        "data",
+        {"is": "growjax:Text", "path": "a\0"},
+        "data.path: expected the path of a file or folder",
+    ),
     ("data", {"is": "growjax:Text", "path": "a", "glob": "/*"}, "data.glob: expected a pattern"),
     ("fork", {"is": "growjax:Fork", "run": "\ud800"}, "fork.run: expected the name of a folder"),
-    ("fork", {"is": "growjax:Fork", "run": "a", "step": -1}, "fork.step: expected a number of steps"),
+    (
+        "fork",
+        {"is": "growjax:Fork", "run": "a", "step": -1},
+        "fork.step: expected a number of steps",
+    ),
     ("fork", "a@3", "fork: expected a Fork or None, got 'a@3'"),
 ]
 

@@ -286,7 +286,7 @@ def _rows(stages: Sequence[StageFacts]) -> Iterator[tuple[str, list[str]]]:
     yield row("  ratio", lambda s: f"{s.xla_ratio:.4f}")
     yield row("FLOPs", lambda s: f"{s.flops:.4g}")
     if any(stage.cost != stage.flops for stage in stages):
-        yield row("reference seconds", lambda s: f"{s.cost:.4g}")
+        yield row("cost by the clock", lambda s: f"{s.cost:.4g}")
     yield row("saved", lambda s: f"{s.saved:.1%}")
     yield row("learning rate", lambda s: f"{s.rate[0]:.3g} to {s.rate[1]:.3g}")
     if any(stage.parameter_bytes is not None for stage in stages):

@@ -18,6 +18,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Protocol, get_args
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from growjax import annotation, values
@@ -78,6 +79,15 @@ class Model:
     def __hash__(self):
         return hash((self.factory, *self.arguments))
 
+    def __repr__(self) -> str:
+        """As it would be written, the factory by its import path."""
+        try:
+            factory = repr(values.path_of(self.factory))
+        except GrowjaxError:
+            factory = getattr(self.factory, "__qualname__", type(self.factory).__name__)
+        dtype = "" if self.dtype is None else f", dtype={self.dtype!r}"
+        return f"Model({factory}, {self.arguments!r}{dtype})"
+
     def build(self, key: PRNGKeyArray) -> Any:
         """The model that the factory makes."""
         assert callable(self.factory)
@@ -113,6 +123,11 @@ def predictions(model: Any, example: Mapping[str, Array]) -> Float[Array, "T voc
             f"{name}: expected logits [T, vocab] of one example, got "
             f"{type(scores).__name__ if shape is None else list(shape)}; give the model a "
             "`predict(example) -> logits`, or the plan a loss of its own"
+        )
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise PlanError(
+            f"{name}: expected logits of a floating-point type, got {scores.dtype}, through which no "
+            "gradient flows"
         )
     return scores
 

@@ -7,6 +7,8 @@ from growjax.plan.optimizer import Optimizer as Optimizer
 from growjax.plan.plan import Plan as Plan
 from growjax.plan.schedule import Rate as Rate
 from growjax.plan.schedule import Schedule as Schedule
+from growjax.plan.schedule import Warmup as Warmup
+from growjax.plan.stages import Fork as Fork
 from growjax.plan.stages import Span as Span
 from growjax.plan.stages import Stage as Stage
 from growjax.plan.stages import Start as Start

@@ -6,11 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import equinox as eqx
 import jax
 import numpy as np
 
-from growjax.data import Batches, Corpus, Objective, held_out_batch, load_tokenizer, prepare
+from growjax.data import (
+    Batches,
+    Corpus,
+    Objective,
+    batch_shapes,
+    held_out_batch,
+    load_tokenizer,
+    prepare,
+)
 from growjax.errors import DataError
+from growjax.models.protocol import predictions
+from growjax.plan.losses import cross_entropy
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span
 
@@ -63,6 +74,12 @@ class CorpusFeed:
                 f"vocab: the tokenizer has {words} words and the model {rows}; give the model at "
                 "least as many"
             )
+        # A model's own axis of words may have any name, and its own loss any outputs
+        outputs = _outputs(self.plan) if self.plan.loss is cross_entropy else None
+        if outputs is not None and words > outputs:
+            raise DataError(
+                f"vocab: the tokenizer has {words} words, and the model gives logits of {outputs}"
+            )
 
     @classmethod
     def of(cls, plan: Plan, cache: str | Path) -> "CorpusFeed":
@@ -101,3 +118,11 @@ class CorpusFeed:
         # At most the number of disjoint windows: overlapping ones would count some tokens twice
         disjoint = (len(self.kept) - objective.lookahead) // objective.raw_length
         return held_out_batch(self.kept, objective, max(min(rows, disjoint), 1))
+
+
+def _outputs(plan: Plan) -> int:
+    """The number of words that the logits of a plan's last model have, from shapes alone."""
+    span = plan.spans[-1]
+    shapes = batch_shapes(span.objective, 1)
+    example = {key: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for key, x in shapes.items()}
+    return eqx.filter_eval_shape(predictions, span.model, example).shape[1]

@@ -57,7 +57,9 @@ def find_trunk(plan: Plan) -> Trunk:
         steps = sorted({step_of(path)[0] for path in run.checkpoints()})
         listed = ", ".join(map(str, steps)) or "none"
         if step is None:
-            raise CheckpointError(f"{run}: a run without a whole checkpoint, so nothing forks from it")
+            raise CheckpointError(
+                f"{run}: a run without a whole checkpoint, so nothing forks from it"
+            )
         raise CheckpointError(
             f"{run}: it has no checkpoint before step {step}, only before: {listed}. "
             "`growjax train --save-at STEP`, or Options(save_at=(STEP,)), writes one that stays"

@@ -179,7 +179,9 @@ class _Reader:
         if self.values > _VALUES:
             # The first one too many is a fault; the rest are not looked at
             first = self.values == _VALUES + 1
-            return self.fault(where, f"more than {_VALUES:,} values in a file") if first else _INVALID
+            return (
+                self.fault(where, f"more than {_VALUES:,} values in a file") if first else _INVALID
+            )
         fields = {name: x for name, x in saved.items() if name != "is"}
         tag = saved["is"]
         if not isinstance(tag, str):
