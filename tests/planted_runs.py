@@ -224,6 +224,24 @@ TABLE = """
 @ what others fork from is dropped | runs/checkpoint.py | forks | of_nothing
 - requested = step in self.keep or (self.keep_every and step % self.keep_every == 0)
 + requested = self.keep_every and step % self.keep_every == 0
+@ an import path evades a format number | values/names.py | wrong_files | model.is-growjax.models
+- if own is not None:
++ if own is not None and tag == own:
+@ a file holds any number of values | values/codec.py | wrong_files | stages
+- if self.values > _VALUES:
++ if self.values > 100 * _VALUES:
+@ gates of shapes are folded as arrays | annotation/annotated.py | annotation | shapes_is_read
+- if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self)):
++ if not jax.tree.leaves(self):
+@ the name of a plan leads out of its tree | plan/prefix.py | forks | folder_of_a_plan
+- if name in ("", ".", "..") or "/" in name or "\\\\" in name
++ if name in ("", ".")
+@ a fork that fails leaves its plan | runs/saves.py | forks | fails_leaves
+- find_trunk(self.plan)
++ print(find_trunk)
+@ logits of few words are trained | runs/feed.py | own_models | fewer_words
+- if outputs is not None and words > outputs:
++ if outputs is None:
 @ an optimum at the edge of a sweep goes unsaid | report/sweep.py | sweep | where_the_best_is
 - if name != "seed" and len(numbers) > 1 and value in (numbers[0], numbers[-1]):
 + if name != "seed" and len(numbers) > 1 and value == numbers[0]:
