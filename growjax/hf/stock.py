@@ -13,7 +13,7 @@ from growjax.errors import HuggingFaceError, raise_all
 from growjax.gates import is_gated, settle
 from growjax.hf.family import Family
 from growjax.hf.files import shortened
-from growjax.nn import Attention, Block, Stacked
+from growjax.nn import Attention, Block, Norm, Stacked
 
 
 def stock(model: Any, family: Family) -> tuple[Any, Any]:
@@ -138,11 +138,22 @@ def _differences(model: Any, config: Any, family: Family) -> list[str]:
             complaints.append(
                 f"{path}: expected {_brief(value)}, as its config determines it, got {_brief(own)}"
             )
-    if not complaints and jax.tree.structure(model) != jax.tree.structure(expected):
+    if not complaints and _structure(model) != _structure(expected):
         complaints.append(
             f"{type(model).__name__}: has a structure that no config builds: {config}"
         )
     return complaints
+
+
+def _structure(model: Any) -> Any:
+    """The structure of a model, without the epsilon that only layers grown from nothing would take."""
+
+    def settled(node: Any) -> Any:
+        return put(node, {("born_eps",): 0.0}) if isinstance(node, Norm) else node
+
+    return jax.tree.structure(
+        jax.tree.map(settled, model, is_leaf=lambda node: isinstance(node, Norm))
+    )
 
 
 def _brief(array: Any) -> str:
