@@ -239,6 +239,9 @@ TABLE = """
 @ a fork that fails leaves its plan | runs/saves.py | forks | fails_leaves
 - find_trunk(self.plan)
 + print(find_trunk)
+@ a checkpoint that was removed is called damaged | runs/fork.py | forks | run_removes
+- if trunk.path.exists():
++ if trunk.path.name:
 @ logits of few words are trained | runs/feed.py | own_models | fewer_words
 - if outputs is not None and words > outputs:
 + if outputs is None:

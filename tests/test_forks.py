@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import growjax as gj
-from growjax.errors import CheckpointError, PlanError
+from growjax.errors import CheckpointError, DamagedError, PlanError
 from growjax.plan.prefix import fork_changes
 from growjax.runs.checkpoint import read_lineage
 from growjax.runs.run import Run
@@ -202,6 +203,20 @@ def test_a_fork_that_fails_leaves_a_folder_that_the_corrected_one_takes(trunk, p
     (tmp_path / "run" / "plan.json").write_bytes(Run(trunk[0]).plan_file.read_bytes())
     with pytest.raises(CheckpointError, match="a run without a whole checkpoint"):
         next(iter(train(itself, feed(itself))))
+
+
+def test_a_checkpoint_that_its_run_removes_is_not_called_damaged(trunk, tmp_path, monkeypatch):
+    shutil.copytree(trunk[0], tmp_path / "run")
+    forked = dataclasses.replace(trunk_plan(), fork=Fork(str(tmp_path / "run")))
+
+    def removed(path, *_, **__):
+        shutil.rmtree(path)
+        raise DamagedError(f"{path} is not a whole checkpoint")
+
+    monkeypatch.setattr("growjax.runs.fork.load", removed)
+    with pytest.raises(CheckpointError, match="removed while it was read.*try again") as error:
+        next(iter(train(forked, feed(forked))))
+    assert not isinstance(error.value, DamagedError)
 
 
 def test_a_fork_is_saved_in_its_plan(trunk, tmp_path):

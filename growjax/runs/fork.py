@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from growjax.errors import CheckpointError, GrowjaxError
+from growjax.errors import CheckpointError, DamagedError, GrowjaxError
 from growjax.plan.plan import Plan
 from growjax.plan.prefix import fork_changes, fork_faults
 from growjax.programs.step import Programs
@@ -80,7 +80,7 @@ def read_fork(plan: Plan, programs: Programs, data: str) -> tuple[Resumed, Trunk
 
     `data` is the digest of the data of the fork. Raises `CheckpointError` as `find_trunk` does, for a
     state of other shapes (of another optimizer, say), and if hosts differ; `DamagedError` if the
-    checkpoint is not whole.
+    checkpoint is not whole. A checkpoint that its run removes meanwhile is a `CheckpointError`, too.
     """
     trunk = hosts.together(lambda: find_trunk(plan))
     first = hosts.from_first(lambda: trunk.lineage)
@@ -95,7 +95,15 @@ def read_fork(plan: Plan, programs: Programs, data: str) -> tuple[Resumed, Trunk
         change = f"data: it trained on text of digest {lineage['data']}, and goes on with {data}"
         trunk = trunk._replace(changes=(*trunk.changes, change))
     span = plan.spans[lineage["stage"]]
-    state = load(trunk.path, programs.shapes(span.model), together=hosts.together)
+    try:
+        state = load(trunk.path, programs.shapes(span.model), together=hosts.together)
+    except DamagedError as error:
+        if trunk.path.exists():
+            raise
+        raise CheckpointError(
+            f"{trunk.path}: it was removed while it was read, by a run that is training and keeps only "
+            "its latest; try again, or fork from a step that it keeps (`--save-at STEP`)"
+        ) from error
     resumed = Resumed(
         str(trunk.path), span.index, lineage["step"], lineage["flops"], lineage["seconds"], state
     )
