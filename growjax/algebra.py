@@ -77,7 +77,7 @@ class Law(NamedTuple):
     def linear_in(self) -> Side | None:
         """The one thing that an array is linear in, so that sums of entries follow it too."""
         sides: list[tuple[Side, Any]] = [("gradient", self.gradient), ("weight", self.weight)]
-        known = [(side, power) for side, power in sides if power is not None]
+        known: list[tuple[Side, Any]] = [pair for pair in sides if pair[1] is not None]
         if len(known) != 1 or known[0][1] != Power(1, odd=True):
             return None
         return known[0][0]

@@ -65,6 +65,6 @@ TABLE = """
 - young = move.source < 0 if move.over is not None else move.is_new()
 + young = move.is_new()
 @ queries of several growths are trained as one part | growth/births.py | linear_growth | dealt_out
-- if not isinstance(births, jax.core.Tracer) and np.any(np.asarray(births) == MIXED):
+- if not isinstance(births, Tracer) and np.any(np.asarray(births) == MIXED):
 + if births is None:
 """

@@ -53,7 +53,8 @@ SHAPES = dict(
 
 def leaves() -> Leaves:
     rng = np.random.default_rng(0)
-    return Leaves(**{name: jnp.asarray(rng.normal(size=s)) for name, s in SHAPES.items()})
+    arrays: dict[str, Any] = {n: jnp.asarray(rng.normal(size=s)) for n, s in SHAPES.items()}
+    return Leaves(**arrays)
 
 
 def sevens(key, shape, dtype):

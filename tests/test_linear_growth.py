@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -57,7 +58,8 @@ def test_keys_are_repeated_and_queries_dealt_out_to_them(kv_heads, new):
     op = gj.regroup(kv_heads=new)
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(5).normal(size=(5, 6)))
-        after, transpose = jax.vjp(op, model)
+        grown: Any = jax.vjp(op, model)
+        after, transpose = grown
         same(after(x), model(x))
         loss = lambda model: jnp.sum(jnp.sin(model(x)))  # noqa: E731
         (back,) = transpose(jax.grad(loss)(after))
@@ -299,9 +301,9 @@ def test_new_rows_from_the_next_layer_can_start_anew():
     with jax.enable_x64(True):
         model = GPT.model()
         trained = partition(model)[0]
-        state = carry(
-            Aside(), tx.init(trained)._replace(trace=trained), model, optimizer=tx, copies="zero"
-        )
+        empty: Any = tx.init(trained)
+        before = empty._replace(trace=trained)
+        state = carry(Aside(), before, model, optimizer=tx, copies="zero")
     found, old = (t.blocks.block.mlp.up for t in (state.trace, trained))
     assert not np.asarray(found)[..., 6:].any()
     same(found[..., :6], np.asarray(old) * np.asarray([0.5, 0.5, 1, 1, 1, 1]))

@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Int
 
 from growjax.algebra import AxisMap
@@ -89,7 +90,7 @@ class Births(eqx.Module):
         then such entries are of no part.
         """
         births = entry_births(slot, self.of, sizes)
-        if not isinstance(births, jax.core.Tracer) and np.any(np.asarray(births) == MIXED):
+        if not isinstance(births, Tracer) and np.any(np.asarray(births) == MIXED):
             raise StateError(
                 f"{slot.path}: births: heads of several growths were merged when they were regrouped, so "
                 "nobody can tell old entries from new ones; regroup before heads grow, or train all of it"
