@@ -125,7 +125,7 @@ def _stack(walk, params, ins, shapes):
     for k, value in enumerate(ins):
         groups += [(k, [d], [d + (d >= dim)], 0) for d in range(len(value.nodes))]
     nodes = list(ins[0].nodes)
-    nodes.insert(dim, Node(len(ins), fixed="it counts what is put side by side"))
+    nodes.insert(dim, Node(len(ins), fixed="it counts stacked arrays"))
     return moved(walk, ins, Value(nodes), groups, "stack")
 
 
