@@ -241,8 +241,8 @@ TABLE = """
 - return jnp.sort(path)
 + return path
 @ a path without its fixed layers | subnet/paths.py | subnet | path_ascends
-- kept = tuple(sorted({i % layers for i in self.keep})) if not bad else ()
-+ kept = ()
+- fixed = tuple(sorted({i % layers for i in self.keep})) if not bad else ()
++ fixed = ()
 @ fixed layers count as drawn ones | subnet/paths.py | subnet | bernoulli_path
 - (self.length - fixed) / (layers - fixed)
 + self.length / layers
@@ -353,8 +353,8 @@ TABLE = """
 - return _rows(running, updates, still), jax.tree_util.tree_unflatten(structure, kept)
 + return updates, jax.tree_util.tree_unflatten(structure, kept)
 @ coins are all heads | subnet/base.py | freeze | with_a_gradient
-- found[move.axis] = chosen if move.active is None else move.active
-+ found[move.axis] = chosen
+- flags[move.axis] = chosen if move.active is None else move.active
++ flags[move.axis] = chosen
 @ moments without a layer are left to chance | optim/freezing.py | freeze | refused
 - if slot.arrays() and getattr(value, "shape", slot.value.shape) != slot.value.shape:
 + if not slot.arrays():
