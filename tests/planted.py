@@ -123,7 +123,7 @@ TABLE = """
 - return "<-" if self.k_norm is None else ""
 + return "<-"
 @ values without the gate of the group | nn/attention.py | gates | heads_mask and group
-- affine("tkgd,kgde->te", gated(found, self.gate_group, -2), self.o, self.o_bias)
+- affine("tkgd,kgde->te", gated(mixed, self.gate_group, -2), self.o, self.o_bias)
 + affine("tkgd,kgde->te", found, self.o, self.o_bias)
 @ keys without the gate of heads | nn/attention.py | gates | heads_mask and kv_heads
 - k, v = (gated(gated(h, self.gate_kv_heads, -2), self.gate_head_dim) for h in (k, v))
