@@ -92,7 +92,7 @@ class Births(eqx.Module):
         if not isinstance(births, jax.core.Tracer) and np.any(np.asarray(births) == MIXED):
             raise StateError(
                 f"{slot.path}: births: heads of several growths were merged when they were regrouped, so "
-                "nobody can tell old entries from new ones; regroup before heads grow, or train all of it"
+                "old entries cannot be told from new ones; regroup before heads grow, or train all of it"
             )
         return births
 

@@ -88,7 +88,7 @@ def make_block(
 def check_sequence(
     tokens: Any, places: int | None = None, *, at: Any = 0, name: str = "tokens"
 ) -> None:
-    """Raise `AxisError` unless these are tokens of one sequence, from the place `at` on, that has room.
+    """Raise `AxisError` unless `tokens` are one sequence that fits, from the place `at` on.
 
     `places` is the number of positions, or of places in a cache (None: any). Shapes are known
     under `jit`, so this costs nothing.

@@ -32,7 +32,7 @@ from growjax.values import Size, check, positive, register
 @register
 @dataclasses.dataclass(frozen=True)
 class RotaryScaling:
-    """How frequencies are lowered, so that a model reads more than it was trained on.
+    """How frequencies are lowered for contexts that are longer than in training.
 
     All are divided by `factor` (Chen et al., "Position Interpolation", 2023); or, if `length` is the
     trained context, only those that turn less than `low` times in it, and none that turns

@@ -294,7 +294,9 @@ class Walk:
         for a, b in zip(xs, os, strict=True):
             node = x.nodes[a]
             out[b] = (
-                node if node.root.size == sizes[0][b] else shapes.other(node, sizes[0][b], "slides")
+                node
+                if node.root.size == sizes[0][b]
+                else shapes.other(node, sizes[0][b], "slides over it")
             )
             if not node.root.data:
                 node.freeze("a convolution slides over it")
@@ -304,7 +306,9 @@ class Walk:
         x, out, groups = ins[0], [], []
         for d, size in enumerate(params["window_dimensions"]):
             whole = size == 1 and sizes[0][d] == x.nodes[d].root.size
-            out.append(x.nodes[d] if whole else shapes.other(x.nodes[d], sizes[0][d], "slides"))
+            out.append(
+                x.nodes[d] if whole else shapes.other(x.nodes[d], sizes[0][d], "slides over it")
+            )
             groups += [(0, [d], [d], 0)] if whole else []
         return shapes.moved(self, ins[:1], Value(out), groups, "reduce_window")
 
