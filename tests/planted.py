@@ -377,8 +377,8 @@ TABLE = """
 - return AxisMap(axis, source, share=share, via=self.stream)
 + return AxisMap(axis, source, share=share)
 @ the second multiplier replaces the first | maps.py | survivors | two_multipliers
-- return kept if given is None else kept * given
-+ return kept if given is None else given
+- return moved if given is None else moved * given
++ return moved if given is None else given
 @ queries are gated before their norm | nn/attention.py | survivors | after_their_norm
 - q = q if self.q_norm is None else self.q_norm(q)
 -         q = gated(gated(q, self.gate_kv_heads, -3), self.gate_group, -2)
