@@ -49,7 +49,7 @@ class Dense(Operator):
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]
-        """What the caller knows of the model: whether nothing but linear parts touches these axes."""
+        """By `exact`, the caller's word that only linear parts of the model touch these axes."""
         return "exact-given-init" if self.exact else "approximate"
 
     def maps(self, axes: Axes) -> list[AxisMap]:

@@ -163,7 +163,7 @@ class _Inference:
         """Whether its coordinates are rows or layers, which no copies share."""
         return self._is_stack(atom) or any(self.role[p] == "lookup" for p in self.places[atom])
 
-    # What cannot grow ------------------------------------------------------------------------
+    # Axes that cannot grow -------------------------------------------------------------------
 
     def _inexpressible(self) -> dict[Node, str]:
         """Axes in dimensions that no spec can write: sums in products, two sums in one array."""

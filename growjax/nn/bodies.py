@@ -25,10 +25,10 @@ Body = Literal["auto", "einsum", "blockwise"]
 # Bias on the scores: all of it, or a function of the places of queries and of keys
 Bias = Float[Array, "kv_heads group T S"] | Callable[[Array, Array], Array]
 
-# What "auto" decides: the fewest scores of one head for which tiles pay, and the side of a tile
+# For "auto": the fewest scores of one head for which tiles pay, and the side of a tile
 LONG = 256 * 256
 TILE = 256
-# The name under which a `jax.checkpoint` policy saves the inputs of the backward pass
+# The name under which a `jax.checkpoint` policy saves the residuals of the backward pass
 SAVED = "attention"
 
 
@@ -41,7 +41,7 @@ def attend(
     *,
     body: Body = "auto",
 ) -> Float[Array, "kv_heads group T head_dim"]:
-    """What each query reads from the values; queries are scaled already.
+    """Attention of queries, which are scaled already, to keys and values.
 
     Scores and sums are in float32 at least. A query that sees no key gets an average of some values, and
     never NaN. `body` says how it is computed; "auto" takes tiles for long sequences. Raises `AxisError`

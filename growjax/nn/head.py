@@ -129,7 +129,7 @@ def per_token(
     results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunks)
     if whole == tokens:
         return results
-    # What is left over is a chunk of its own: padding would be charged as work
+    # The remaining tokens are a chunk of their own: padding would be charged as work
     rest = jax.checkpoint(of, policy=policy)(*jax.tree.map(lambda x: x[whole:], arrays))
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), results, rest)
 

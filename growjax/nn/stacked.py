@@ -15,7 +15,7 @@ from growjax.nn.bodies import SAVED
 Block = TypeVar("Block", bound=eqx.Module)
 
 _POLICIES = {
-    # Attention over tiles saves the inputs of its own backward pass, or it would run a second time
+    # Attention over tiles saves the residuals of its own backward pass, or it would run a second time
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(SAVED),

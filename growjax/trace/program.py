@@ -18,7 +18,7 @@ from growjax.trace.walk import Walk
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a model computes: its parameters, in order, and the tape of all operations."""
+    """A traced model: its inputs (parameters first, in order), its outputs and the tape between them."""
 
     inputs: list[Value]
     outputs: list[Value]
