@@ -1,7 +1,7 @@
-"""The algebra of maps: what a map along one axis is, and what the weights and gradients of a leaf take.
+"""The algebra of maps along one axis: how each multiplies the weights and gradients of a leaf.
 
-Along its axis a map is linear, per side. P stands for what leaves that produce the axis take, C for those
-that consume it and E for elementwise ones, each a matrix `[new, old]`. The function is kept where
+Along its axis a map is linear, per side. The leaves that produce the axis are multiplied by P, those that
+consume it by C and elementwise ones by E, each a matrix `[new, old]`. The function is the same where
 
     C^T P = I
 
@@ -11,10 +11,10 @@ sparse: each row has one old coordinate (`source`) times a multiplier. The other
 
     MEAN rows    the mean of the old coordinates, in leaves that produce the axis (LEMON)
     a matrix     P, C or E in full (`linear` finds C from P, or checks the one that it is given)
-    above        new rows of what produces the axis come from the next layer (bert2BERT's AKI)
+    above        new rows of leaves that produce the axis come from the next layer (bert2BERT's AKI)
     over         another axis is dealt out to the copies: keys are copied, queries only regrouped
 
-Where a gradient does not follow from the old ones, `undetermined` says why, and nobody guesses.
+Where a gradient does not follow from the old ones, `undetermined` says why, and state is refused.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ _TOLERANCE = 1e-5
 class Power(NamedTuple):
     """`|x|^degree`, with the sign of `x` if `odd`; where `x` is 0 it is 0, whatever the degree.
 
-    `odd` is None where that is known only of numbers that are not negative.
+    `odd` is None where the law is known for nonnegative numbers only.
     """
 
     degree: float
@@ -62,11 +62,11 @@ class Power(NamedTuple):
 
 
 class Law(NamedTuple):
-    """How an array that belongs to a parameter moves with it: what it scales with, entry by entry.
+    """How an array that belongs to a parameter moves with it: by powers of its multipliers, entrywise.
 
-    - `gradient`, `weight`: by which power of what multiplies the parameter's gradients, and of what
-      multiplies its values; None if it does not depend on them, "unknown" if by no power.
-    - `origin`: what is scaled is the distance from this number (the constant that a sum began with).
+    - `gradient`, `weight`: the power of the multiplier of the parameter's gradients, and of its values,
+      that multiplies the array; None if it does not depend on them, "unknown" if it is no power.
+    - `origin`: distances from this number are scaled (the constant that a sum began with).
     """
 
     gradient: Power | Literal["unknown"] | None = None
@@ -75,7 +75,7 @@ class Law(NamedTuple):
 
     @property
     def linear_in(self) -> Side | None:
-        """The one thing that an array is linear in, so that sums of entries follow it too."""
+        """The only side that the array depends on, if linearly, so that sums of entries follow it too."""
         sides: list[tuple[Side, Any]] = [("gradient", self.gradient), ("weight", self.weight)]
         known: list[tuple[Side, Any]] = [pair for pair in sides if pair[1] is not None]
         if len(known) != 1 or known[0][1] != Power(1, odd=True):
@@ -95,7 +95,7 @@ class AxisMap(eqx.Module):
 
     - `axis`: the axis's name.
     - `source`: `[new]` old index of every new one, `NONE` for a fresh coordinate, or `MEAN` (a mean in
-      what produces the axis, is looked up along it or stacked along it; fresh elsewhere). In a
+      leaves that produce the axis, are looked up along it or stacked along it; fresh elsewhere). In a
       sub-network it may be traced, and `[stack, new]` picks coordinates layer by layer.
     - `share`: `[new]` multipliers of the leaves on one side (None: all ones).
     - `side`: which leaves take the share: those that consume the axis, or those that produce it.
@@ -104,12 +104,12 @@ class AxisMap(eqx.Module):
     - `init`: how `NONE` coordinates are drawn: a callable `(key, shape, dtype) -> array` or a name.
     - `branch`: `[new]` multipliers of the residual branches of a stack axis (None: unchanged).
     - `active`: `[new]` flags of a stack axis: layers marked False are skipped.
-    - `produced`, `consumed`, `elementwise`: what the leaves of one role take, where `share` for one
-      side is not enough: `[new]` multipliers of what `source` gathers, or a matrix `[new, old]` in its
-      place. Tables and stacks take what producers do, and so do elementwise leaves if it is a matrix and
-      they have none of their own.
-    - `above`: whether new rows of what produces the axis come from the next layer of their stack, the
-      last layer's from itself.
+    - `produced`, `consumed`, `elementwise`: the factor of the leaves of one role, where `share` for one
+      side is not enough: `[new]` multipliers of the gathered coordinates, or a matrix `[new, old]` in
+      place of the gather. Tables and stacks take the factor of producers, and so do elementwise leaves
+      if it is a matrix and they have none of their own.
+    - `above`: whether new rows of leaves that produce the axis come from the next layer of their stack,
+      the last layer's from itself.
     - `over`: an axis that is divided among the copies. A leaf with both axes is reshaped instead of
       copied, so every coordinate is repeated in place, equally often: with `group`, two `kv_heads` of
       four queries become four of two.
@@ -155,7 +155,7 @@ class AxisMap(eqx.Module):
         return not self.traced and bool(np.any(self.source == MEAN))
 
     def by(self, role: Role) -> Any:
-        """What the weights of leaves take: multipliers `[new]`, a matrix `[new, old]`, or None."""
+        """The factor of leaves' weights: multipliers `[new]`, a matrix `[new, old]`, or None."""
         own = {
             "produced": self.produced,
             "consumed": self.consumed,
@@ -168,7 +168,7 @@ class AxisMap(eqx.Module):
         return own
 
     def dual(self, role: Role) -> Any:
-        """What the gradients of leaves take, as `by`; None where nothing multiplies them."""
+        """The factor of leaves' gradients, as `by`; None where nothing multiplies them."""
         produced, consumed = self.by("produced"), self.by("consumed")
         if role == "produced":
             return consumed
@@ -180,7 +180,7 @@ class AxisMap(eqx.Module):
         return factors[0] if len(factors) == 1 else produced * consumed if factors else None
 
     def rows(self, slot: Slot, dim: int) -> Any:
-        """`source` for one dimension of a leaf: what has no means draws these rows, as `NONE` ones."""
+        """`source` for one dimension of a leaf: `MEAN` rows are `NONE` for leaves that take no means."""
         if not self.has_means or (
             slot.kind == "param" and slot.dims[dim].role in ("produced", "lookup", "stack")
         ):
@@ -194,7 +194,7 @@ class AxisMap(eqx.Module):
         return ~first | (self.source < 0)
 
     def closed(self) -> np.ndarray:
-        """`[new]` True where a new coordinate is hidden, so that what it holds does not count."""
+        """`[new]` True where a new coordinate is hidden, so that its values do not change the outputs."""
         shut = np.full(self.length, self.gated)
         for factor in (self.share, self.produced, self.consumed):
             if factor is not None and not is_matrix(factor):
@@ -209,7 +209,7 @@ class AxisMap(eqx.Module):
         return after
 
     def check(self, size: int) -> list[str]:
-        """What is wrong with this map on an axis of `size` coordinates."""
+        """The errors of this map on an axis of `size` coordinates."""
         complaints = []
         if not self.traced:
             bad = sorted({int(i) for i in self.source.ravel() if not MEAN <= i < size})
@@ -290,7 +290,7 @@ def linear(axis: str, matrix: Any, dual: Any = None) -> AxisMap:
         i, j = np.unravel_index(int(off.argmax()), off.shape)
         raise AxisError(
             f"axis {axis!r}: dual^T matrix differs from the identity by {off.max():.1e} at [{i}, {j}], "
-            "so what consumes the axis would not read what produces it; give no dual for that of least "
+            "so consumers of the axis would not read its old coordinates; give no dual for that of least "
             "squares"
         )
     own = np.where((p != 0).sum(1) == 1, np.argmax(p != 0, axis=1), NONE)
@@ -323,7 +323,7 @@ def _preserves(move: AxisMap, old: int) -> bool:
     return bool(np.all(np.abs(sides[0].T @ sides[1] - np.eye(old)) <= _TOLERANCE))
 
 
-# What one leaf takes -------------------------------------------------------------------------
+# The factors of one leaf ---------------------------------------------------------------------
 
 
 def is_regrouped(move: AxisMap, slot: Slot) -> bool:
@@ -332,9 +332,9 @@ def is_regrouped(move: AxisMap, slot: Slot) -> bool:
 
 
 def factors(move: AxisMap, table: Axes, slot: Slot) -> Iterator[tuple[int | None, Side, Any]]:
-    """What a map takes a leaf's weights or gradients by, along which of its dimensions (None: all of it).
+    """The factors by which a map multiplies a leaf: its dimension (None: all of it), side and factor.
 
-    Multipliers, or a matrix in place of the gather.
+    A factor is a vector of multipliers, or a matrix in place of the gather.
     """
     if slot.kind != "param" or is_regrouped(move, slot):
         return
@@ -359,10 +359,10 @@ def factors(move: AxisMap, table: Axes, slot: Slot) -> Iterator[tuple[int | None
 
 
 def mean_square(move: AxisMap) -> float | None:
-    """By what a map multiplies mean squares over its axis; None for a map that leaves norms alone.
+    """The factor by which a map multiplies mean squares over its axis; None if it leaves norms alone.
 
     Copies add to them, and rows of zeros, or of means under a norm that subtracts the mean, do not. Only
-    a map that says what producers take can be told by this.
+    maps with a factor for producers, or with means, have one.
     """
     produced = move.by("produced")
     if move.traced or is_matrix(produced) or (produced is None and not move.has_means):
@@ -374,9 +374,10 @@ def mean_square(move: AxisMap) -> float | None:
 def multiplied(
     move: AxisMap, table: Axes, slot: Slot, *, copies: bool = True
 ) -> dict[Side, Literal["positive", "any", "mixed"]]:
-    """What a map takes, by anything but 1, in the entries of a parameter that do not start anew.
+    """The sides that a map multiplies by anything but 1, in entries that do not start anew.
 
-    With it whether all multipliers are positive, as far as is known, or whether several are summed.
+    Each with whether all multipliers are nonnegative, as far as is known, or whether several entries are
+    summed ("mixed").
     """
     sides: dict[Side, Literal["positive", "any", "mixed"]] = {}
     for dim, side, factor in factors(move, table, slot):
@@ -399,7 +400,7 @@ def multiplied(
 def starts_anew(
     move: AxisMap, slot: Slot, dim: int, *, copies: bool, law: Law = FIRST
 ) -> np.ndarray:
-    """`[new]` True where state along a dimension of a leaf has no history, and starts as a fresh run's.
+    """`[new]` True where state along a dimension of a leaf has no history, and starts as in a fresh run.
 
     That is where there is no source and, with `copies=False`, where a coordinate is not the first home of
     its source. Means and mixtures of the old coordinates have the history of weights, not of gradients.
@@ -418,40 +419,41 @@ def starts_anew(
 
 
 def undetermined(move: AxisMap, table: Axes, slot: Slot, *, copies: bool = True) -> str:
-    """Why gradients of a grown leaf do not follow from those of the old one; nothing where they do.
+    """Why gradients of a grown leaf do not follow from those of the old one; "" where they do.
 
-    Coordinates that start anew are not asked about.
+    Coordinates that start anew are left out.
     """
     if slot.kind != "param" or is_regrouped(move, slot):
         return ""
     axis = move.axis
     for dim in slot.positions(axis):
         role = slot.dims[dim].role
-        kept = ~starts_anew(move, slot, dim, copies=copies)
+        inherited = ~starts_anew(move, slot, dim, copies=copies)
         if move.over is not None and move.length > table.size(axis):
             return f"each copy of {axis} is read by a part of {move.over} alone"
-        if move.above and role == "produced" and np.any(kept & move.is_new()):
-            return f"new {axis} come from the next layer, and what reads them from their own"
+        if move.above and role == "produced" and np.any(inherited & move.is_new()):
+            return f"new {axis} come from the next layer, and their consumers from their own"
         dense = is_matrix(move.by("produced")) or is_matrix(move.by("consumed"))
         own = move.by(role) if role == "elementwise" else move.produced
         if role not in ("produced", "consumed") and (dense or own is not None):
-            return f"this map of {axis} has a dual for what produces or consumes it alone"
+            return f"this map of {axis} has a dual only for leaves that produce or consume it"
         if dense and not _preserves(move, table.size(axis)):
             return f"the dense map of {axis} has no dual: C^T P is not the identity"
         if _mixed_by_norms(move, table, role):
             return (
-                f"norms over {axis} mix what its coordinates receive, and their copies have unequal "
+                f"norms over {axis} mix the gradients of its coordinates, and their copies have unequal "
                 "shares (equal ones have a dual) or their means no history"
             )
     return ""
 
 
 def _mixed_by_norms(move: AxisMap, table: Axes, role: Role) -> bool:
-    """Whether norms over the axis keep gradients of producers from following what consumers take.
+    """Whether norms over the axis keep gradients of producers from following the factor of consumers.
 
     The gradient that leaves a norm has lost its mean and its part along the activations. Both are sums
-    over the axis, of which a copy has its part by the square of what producers take; what consumers
-    take has to have the same proportions, or the two parts of a gradient would have to be known apart.
+    over the axis, to which a copy adds by the square of the producers' factor p. Copies follow only if
+    the consumers' factor c is proportional to p: otherwise the two parts of a gradient would have to be
+    known apart.
     """
     produced, consumed = move.by("produced"), move.by("consumed")
     if move.traced or not table.normalised(move.axis):

@@ -1,4 +1,4 @@
-"""Named axes: what every dimension of every parameter is called, and on which side it stands.
+"""Named axes: the name of every dimension of every parameter, and the side that it is on.
 
 A module declares its axes beside its arrays:
 
@@ -8,9 +8,9 @@ A module declares its axes beside its arrays:
         down: Array = param("mlp -> embed")
         gate: Gate | None = gate("mlp")           # hides new coordinates; None costs nothing
 
-A *spec* names the dimensions in order, and arrows point from what the leaf consumes to what it
-produces; `growjax.specs` lists all that may stand in one. `axes_of(model)` reads the declarations into
-one table, and everything else in growjax follows from it.
+A *spec* names the dimensions in order, and arrows point from the axes that the leaf consumes to those
+that it produces; `growjax.specs` has the full grammar. `axes_of(model)` reads the declarations into one
+table, and everything else in growjax follows from it.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ _METADATA = "growjax"
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """What a field says about itself: its kind, its spec and how fresh coordinates start."""
+    """The declaration of a field: its kind, its spec and the initial values of fresh coordinates."""
 
     kind: Kind
     spec: str
@@ -55,7 +55,7 @@ def param(
     init: Literal["normal", "zeros", "ones"] | None = None,
     fan_in: str | None = None,
 ) -> Any:
-    """Declare a trained array. `init` is where a fresh coordinate rests under `init="normal"`.
+    """Declare a trained array. `init` is how fresh coordinates are drawn under `init="normal"`.
 
     The default is `ones` for a normalised axis (`~embed`), `zeros` for another vector and `normal`
     for a matrix. `fan_in` names the axes whose sizes make the fan-in, after which new layers are drawn
@@ -80,7 +80,7 @@ def buffer(spec: str = "", *, born: str | None = None) -> Any:
     """Declare an array that is carried and grown but not trained (RoPE frequencies, epsilon).
 
     New coordinates repeat the old ones. `born` names an attribute of the module, the number that they
-    start from where there is nothing to repeat (in the layers of a model that has none).
+    start from if the model has no old ones (no layers, say).
     """
     return _field("buffer", spec, born=born)
 
@@ -121,7 +121,7 @@ def stacked(axis: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One declared place in a model: where it is, what stands there, and its axes."""
+    """One declared field of a model: its path, its value and its axes."""
 
     path: str
     steps: tuple[str | int, ...]
@@ -156,11 +156,11 @@ class Slot:
 
     @property
     def start(self) -> float:
-        """The number that a buffer starts from where there is nothing to repeat, or `AxisError`."""
+        """The number that a buffer without old coordinates starts from; `AxisError` if it has none."""
         if self.born is None:
             raise AxisError(
-                f"{self.path}: new coordinates of a buffer repeat the old ones, and there are none; "
-                "declare what it starts from: gj.buffer(..., born='attribute')"
+                f"{self.path}: new coordinates of a buffer repeat the old ones, but it has none; "
+                "declare its first value: gj.buffer(..., born='attribute')"
             )
         return self.born
 
@@ -270,7 +270,7 @@ class Axes(Mapping[str, Slot]):
     def named(self, name: str) -> tuple[str, ...]:
         """The axes that a name stands for, itself or those of `heads`, the query heads, where factored.
 
-        Raises `AxisError` with the known names if there is none.
+        Raises `AxisError` with the known names for any other name.
         """
         factored = {"heads": ("kv_heads", "group")}.get(name, ())
         if name not in self.sizes and factored and set(factored) <= set(self.sizes):
@@ -279,7 +279,7 @@ class Axes(Mapping[str, Slot]):
         return (name,)
 
     def size(self, axis: str) -> int:
-        """The size of an axis; raises `AxisError` with the known names if there is none."""
+        """The size of an axis; raises `AxisError` with the known names for an unknown axis."""
         if axis not in self.sizes:
             known = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
             raise AxisError(f"unknown axis {axis!r}; this model has {known}")
@@ -340,12 +340,12 @@ def _walk(node, steps: tuple, prefix: str, slots: list[Slot], unmatched: list[st
         for field in dataclasses.fields(node):
             if field.metadata.get("static", False):
                 continue
-            value, said = getattr(node, field.name), field.metadata.get(_METADATA)
+            value, declared = getattr(node, field.name), field.metadata.get(_METADATA)
             here = (*steps, field.name)
-            if isinstance(said, Declaration):
-                slots.append(slot_of(here, said, value, prefix=prefix, owner=node))
-            elif isinstance(said, str):
-                axis = _fill(said, node)
+            if isinstance(declared, Declaration):
+                slots.append(slot_of(here, declared, value, prefix=prefix, owner=node))
+            elif isinstance(declared, str):
+                axis = _fill(declared, node)
                 _walk(value, here, f"{prefix} {axis}".strip(), slots, unmatched)
             else:
                 _walk(value, here, prefix, slots, unmatched)
@@ -397,7 +397,7 @@ def get(model: Any, steps: Sequence[str | int]) -> Any:
 
 
 def find(model: Any, steps: Sequence[str | int]) -> Any:
-    """What `get` gives, or None where a tree has no such place (a masked optimizer's, for one)."""
+    """The result of `get`, or None where a tree has no such place (a masked optimizer's, for one)."""
     try:
         return get(model, steps)
     except (AttributeError, KeyError, TypeError):  # a dict lacks the key, or a leaf has none
@@ -451,7 +451,7 @@ def _put(node: Any, values: Mapping[tuple, Any], path: tuple) -> Any:
 
 
 def recheck(node) -> None:
-    """What a module demands of its sizes when it is built, it demands after growth too."""
+    """Run every `__check_init__` of a model again, since growth changes sizes without building it."""
     children: Any = ()
     if isinstance(node, eqx.Module):
         for cls in type(node).__mro__:
@@ -467,7 +467,7 @@ def recheck(node) -> None:
 
 
 def partition(model: Any) -> tuple[Any, Any]:
-    """Split a model into what is trained and the rest; `eqx.combine(trained, rest)` is the model.
+    """Split a model into its trained arrays and the rest; `eqx.combine(trained, rest)` is the model.
 
     Only floating-point `param`s are trained: never buffers, gates or ignored arrays, and gates leave
     no trace in the trained half, so opening or settling one does not disturb optimizer state.

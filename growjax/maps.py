@@ -1,20 +1,20 @@
-"""Maps applied: one `AxisMap` along one named axis, and all that follows from it.
+"""Apply a map: one `AxisMap` along one named axis moves every leaf that has the axis.
 
     source   new index -> old index, or NONE for a coordinate that did not exist
     share    a multiplier per new index, taken by the leaves on one side of the axis
 
-Every method in growjax is a list of these (`growjax.algebra` has the rest of what a map can be). For each
-leaf that carries the axis, `apply` gathers by `source`, draws what is `NONE`, and applies `share`:
+Every method in growjax is a list of these (`growjax.algebra` has the other fields of a map). For each
+leaf that carries the axis, `apply` gathers by `source`, draws the `NONE` rows, and applies `share`:
 
     weights        leaves on `side` ("consumed" by default) are multiplied by the share
     gradients      all other leaves are (the dual of the map)
     state          of an optimizer: by the power of either that it scales with (its `Law`)
 
-so that copies of one coordinate with shares that sum to 1 compute what the one did, and their
-gradients are what back-propagation will find. On a stack axis (`layers`) the side is that of the
+so that copies of one coordinate with shares that sum to 1 compute the function of the original, and
+their moved gradients are those of back-propagation. On a stack axis (`layers`) the side is that of the
 residual stream: the leaves of the block that produce `via` take the share. Lookup axes (`vocab`,
-`positions`) have none. A norm that averages over an axis whose new coordinates are zeros (or, if it
-subtracts it, the mean) has its gain and epsilon rescaled. Gates, sharding, cost and names read the same
+`positions`) have none. A norm that averages over an axis whose new coordinates are zeros (or the mean,
+if it subtracts that) has its gain and epsilon rescaled. Gates, sharding, cost and names read the same
 table.
 
 Checked in float64 by `tests/test_maps.py` and `tests/test_algebra.py`: outputs, the transposed gradient,
@@ -54,8 +54,8 @@ from growjax.gates import Gate
 def apply(move: AxisMap, model, key: PRNGKeyArray | None):
     """The model after one map: every leaf, gate and per-layer multiplier that has the axis.
 
-    Raises `AxisError` for an unknown axis or a source out of range, `GateError` if gates are asked for
-    and there are none or they are still open, `GrowthError` if a norm forbids the map.
+    Raises `AxisError` for an unknown axis or a source out of range, `GateError` if the map needs
+    gates and the model declares none or they are still open, `GrowthError` if a norm forbids the map.
     """
     table = axes_of(model)
     raise_all(AxisError, "the map does not fit the model:", move.check(table.size(move.axis)))
@@ -76,7 +76,7 @@ def apply(move: AxisMap, model, key: PRNGKeyArray | None):
 
 
 def touched(move: AxisMap, table: Axes) -> set[tuple]:
-    """The places of what a map changes; all other leaves stay as they are."""
+    """The steps of the leaves that a map changes; all others stay as they are."""
     return {slot.steps for slot in (*table.having(move.axis), *_mean_buffers(move, table))}
 
 
@@ -112,7 +112,7 @@ def carry_array(
             dim: starts_anew(move, part, dim, copies=copies, law=law)
             for dim in part.positions(move.axis)
         }
-        # What is drawn by `_move` holds the origin; means and copies do not
+        # `_move` has filled fresh rows with the origin, but not means and copies
         done = copies and not move.has_means and starts is None and start == law.origin
         if done or not any(mask.any() for mask in anew.values()):
             return x
@@ -140,8 +140,8 @@ def _transport_slot(move: AxisMap, table: Axes, slot: Slot, key):
         given = move.branch if slot.kind == "branch" else move.active
         if slot.value is None:
             return given
-        kept = _move(move, table, slot, slot.value, WEIGHT, fresh=1)
-        return kept if given is None else kept * given
+        moved = _move(move, table, slot, slot.value, WEIGHT, fresh=1)
+        return moved if given is None else moved * given
     if slot.value is None:
         return None
     gather = lambda part, x: _move(move, table, part, x, WEIGHT, fresh=_Fresh(move, part, key))  # noqa: E731
@@ -149,9 +149,9 @@ def _transport_slot(move: AxisMap, table: Axes, slot: Slot, key):
 
 
 def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh: Any):
-    """Gather one array along the axis and multiply by what its side and its law call for.
+    """Gather one array along the axis and multiply it by the powers of its factors that its law has.
 
-    `fresh` is what a NONE coordinate holds: a number, or a `_Fresh` that draws it.
+    `fresh` is the value of NONE coordinates: a number, or a `_Fresh` that draws them.
     """
     if not slot.positions(move.axis):
         return array
@@ -188,7 +188,7 @@ def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh:
 
 
 def _sources(move: AxisMap, slot: Slot, x: Array, dim: int) -> tuple[np.ndarray, Array]:
-    """What a dimension is gathered from, by which indices: with `above`, this layer and the next."""
+    """The indices of a gather and the array it reads: with `above`, this layer beside the next."""
     source = move.rows(slot, dim)
     stacks = [i for i, d in enumerate(slot.dims) if d.role == "stack"]
     if not (move.above and stacks and slot.dims[dim].role == "produced"):
@@ -274,7 +274,7 @@ def _gather_traced(move: AxisMap, slot: Slot, x: Array, where: list[int]) -> Arr
 
 
 def fold_in_name(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
-    """A key that depends on a name and on nothing else (not on how many names there are)."""
+    """A key that depends on a name and on nothing else (not on the number of names)."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
@@ -345,7 +345,7 @@ def _initialiser(init: Init, slot: Slot, x: Array, dims: list[int], sizes: list[
         return lambda key, shape, dtype: deviation * jax.random.normal(key, shape, dtype)
     if not x.size:
         raise GrowthError(f"{slot.path}: 'matched' follows old coordinates; give init='born'")
-    # "matched": the mean and deviation of the old tensor, layer by layer where layers are kept.
+    # "matched": the mean and deviation of the old tensor, layer by layer unless layers are new.
     over = [i for i, dim in enumerate(slot.dims) if dim.role != "stack" or i in dims]
     mean = jnp.squeeze(jnp.mean(x, over, keepdims=True), dims)
     std = jnp.squeeze(jnp.std(x, over, keepdims=True), dims)
@@ -379,7 +379,7 @@ def _check_gates(move: AxisMap, table: Axes) -> None:
 
 
 def _misfits(move: AxisMap, table: Axes) -> list[str]:
-    """What keeps a map that is more than sources and a share from fitting this model."""
+    """Why a dense map, or one with `over`, does not fit this model."""
     slots = [slot for slot in table.having(move.axis) if slot.arrays()]
     faults = []
     if move.mixes or move.over is not None:
@@ -413,7 +413,7 @@ def _misfits(move: AxisMap, table: Axes) -> list[str]:
 
 
 def _check_takers(move: AxisMap, table: Axes) -> None:
-    """Multipliers other than 1 need a leaf that takes them, or the map does not do what it says."""
+    """Raise `GrowthError` if no leaf takes the multipliers, which would then change nothing."""
     parts = [part for slot in table.having(move.axis, "param") for part in slot.parts]
     stack = "stack" in table.roles(move.axis)
     for role in ("consumed", "produced"):
@@ -427,21 +427,21 @@ def _check_takers(move: AxisMap, table: Axes) -> None:
         raise GrowthError(
             f"axis {move.axis!r}: no leaf can take its shares, since none has {axis} {wanted} (it is on "
             f"{where}). A leaf that reads an axis says so by an arrow, '{axis} ->', and so does the norm "
-            "before a tied head; what nothing reads is an output, and can be neither copied nor closed"
+            "before a tied head; an axis that no leaf reads is an output: neither copied nor closed"
         )
 
 
 def _check_norms(move: AxisMap, table: Axes) -> None:
-    """A padded axis needs norms whose epsilon is data, and of the kind that the pad leaves as they are.
+    """Raise `GrowthError` unless norms over a padded axis can be corrected by their gain and epsilon.
 
-    Zeros add nothing to a mean square, and means nothing to a variance; every old coordinate has to
-    count as often as any other.
+    Zeros add nothing to a mean square (an RMS norm), and means nothing to a variance (a LayerNorm);
+    every old coordinate has to count as often as any other.
     """
     if mean_square(move) is None:
         return
     raise_all(
         GateError,
-        f"norms over {move.axis!r} are still ramping, so what zeros do to their statistics changes; "
+        f"norms over {move.axis!r} are still ramping, so the effect of zeros on them changes; "
         "settle these gates first:",
         [s.path for s in table.of_kind("gate") if s.own_axis == move.axis and s.value is not None],
     )

@@ -1,8 +1,8 @@
 """Specs: one line of text that names the dimensions of an array, and the sizes that follow from many.
 
-A *spec* names the dimensions in order. The arrow points from what a leaf consumes to what it
-produces, either way round (`"mlp <- embed"` is a `[mlp, embed]` array that consumes `embed`), and
-several arrows may be mixed. Around a name:
+A *spec* names the dimensions in order. The arrow points from the axes that a leaf consumes to
+those that it produces, either way round (`"mlp <- embed"` is a `[mlp, embed]` array that consumes
+`embed`), and several arrows may be mixed. Around a name:
 
     embed          no arrow: elementwise (a gain multiplies coordinate by coordinate)
     ~embed         elementwise, and the statistics of a norm are taken over this axis
@@ -70,7 +70,7 @@ class Spec:
     @staticmethod
     @functools.cache
     def parse(text: str) -> "Spec":
-        """Read a spec; raises `AxisError` that says what is wrong with it.
+        """Read a spec; raises `AxisError` that names the fault.
 
         **Example**
 
@@ -234,7 +234,7 @@ class _Length(NamedTuple):
         return [name for name in names if name not in sizes]
 
     def total(self, sizes: Mapping[str, int]) -> int:
-        """What its axes make."""
+        """The length that its axes make."""
         return sum(math.prod(dim.size(sizes) for dim in term) for term in self.terms)
 
     def fits(self, sizes: Mapping[str, int]) -> bool:
@@ -244,7 +244,7 @@ class _Length(NamedTuple):
     def solved(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """The size of its one unknown axis; nothing if no whole number makes the length."""
         for axis in self.unknown(sizes):
-            # What the axes make never falls as one of them grows
+            # The length never falls as an axis grows, so the size can be bisected
             tried = range(1, self.length + 1)
             n = 1 + bisect.bisect_left(
                 tried, self.length, key=lambda n: self.total({**sizes, axis: n})
@@ -253,10 +253,10 @@ class _Length(NamedTuple):
         return {}
 
     def fault(self, sizes: Mapping[str, int]) -> str:
-        """What is wrong where the sizes do not fit."""
+        """The message for sizes that do not fit."""
         if self.unknown(sizes):
             return (
                 f"{self.path}: cannot split a dimension of {self.length} into {self}; all axes but one "
-                "need a size from another leaf, and what they leave must be a whole number"
+                "need a size from another leaf, and the last must come out whole"
             )
         return f"{self.path}: {self} makes {self.total(sizes)}, but the dimension is {self.length}"

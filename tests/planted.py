@@ -123,7 +123,7 @@ TABLE = """
 - return "<-" if self.k_norm is None else ""
 + return "<-"
 @ values without the gate of the group | nn/attention.py | gates | heads_mask and group
-- affine("tkgd,kgde->te", gated(found, self.gate_group, -2), self.o, self.o_bias)
+- affine("tkgd,kgde->te", gated(mixed, self.gate_group, -2), self.o, self.o_bias)
 + affine("tkgd,kgde->te", found, self.o, self.o_bias)
 @ keys without the gate of heads | nn/attention.py | gates | heads_mask and kv_heads
 - k, v = (gated(gated(h, self.gate_kv_heads, -2), self.gate_head_dim) for h in (k, v))
@@ -241,8 +241,8 @@ TABLE = """
 - return jnp.sort(path)
 + return path
 @ a path without its fixed layers | subnet/paths.py | subnet | path_ascends
-- kept = tuple(sorted({i % layers for i in self.keep})) if not bad else ()
-+ kept = ()
+- fixed = tuple(sorted({i % layers for i in self.keep})) if not bad else ()
++ fixed = ()
 @ fixed layers count as drawn ones | subnet/paths.py | subnet | bernoulli_path
 - (self.length - fixed) / (layers - fixed)
 + self.length / layers
@@ -353,8 +353,8 @@ TABLE = """
 - return _rows(running, updates, still), jax.tree_util.tree_unflatten(structure, kept)
 + return updates, jax.tree_util.tree_unflatten(structure, kept)
 @ coins are all heads | subnet/base.py | freeze | with_a_gradient
-- found[move.axis] = chosen if move.active is None else move.active
-+ found[move.axis] = chosen
+- flags[move.axis] = chosen if move.active is None else move.active
++ flags[move.axis] = chosen
 @ moments without a layer are left to chance | optim/freezing.py | freeze | refused
 - if slot.arrays() and getattr(value, "shape", slot.value.shape) != slot.value.shape:
 + if not slot.arrays():
@@ -377,8 +377,8 @@ TABLE = """
 - return AxisMap(axis, source, share=share, via=self.stream)
 + return AxisMap(axis, source, share=share)
 @ the second multiplier replaces the first | maps.py | survivors | two_multipliers
-- return kept if given is None else kept * given
-+ return kept if given is None else given
+- return moved if given is None else moved * given
++ return moved if given is None else given
 @ queries are gated before their norm | nn/attention.py | survivors | after_their_norm
 - q = q if self.q_norm is None else self.q_norm(q)
 -         q = gated(gated(q, self.gate_kv_heads, -3), self.gate_group, -2)

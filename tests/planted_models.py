@@ -59,8 +59,8 @@ TABLE = """
 - if y.shape != (expected := grown_shape(x, {atom: factor})):
 + if False:
 @ mixing of tokens counts as closed | trace/program.py | inference | stay_open
-- found = frozenset[int]().union(*map(of, op.ins))
-+ found = frozenset[int]()
+- operands = frozenset[int]().union(*map(of, op.ins))
++ operands = frozenset[int]()
 @ axes that break a certificate keep their name | inference/inferred.py | inference | certified
 - if not record.passed
 + if record is None

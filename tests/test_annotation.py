@@ -86,8 +86,8 @@ def test_gradients_of_a_list_are_those_of_the_users_model():
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("up", Linear(8, 7, key=zoo.KEY), "block 2 is built otherwise than block 0"),
-        ("name", "other", "block 2 is built otherwise than block 0"),
+        ("up", Linear(8, 7, key=zoo.KEY), "block 2 has other fields or static values than block 0"),
+        ("name", "other", "block 2 has other fields or static values than block 0"),
         ("activation", jax.nn.relu, "block 2 has .* at .activation, block 0"),
         ("scale", jnp.ones(3), r"block 2 has shape \(3,\) at .scale, block 0 shape \(2,\)"),
         ("scale", jnp.ones(2, "float32"), "block 2 has float32 at .scale, block 0 float64"),
@@ -290,7 +290,7 @@ def test_running_statistics_grow_with_the_model_and_its_list():
 def test_a_state_of_another_model_is_refused():
     model, state = eqx.nn.make_with_state(zoo.BatchNormed)(2)
     other, _ = eqx.nn.make_with_state(lambda: {"m": zoo.BatchNormed(2)})()
-    with pytest.raises(AxisError, match="state: it has nothing for m.into_norm.batch_counter"):
+    with pytest.raises(AxisError, match="state: it has no entry for m.into_norm.batch_counter"):
         gj.annotate(other, {"m.*": "a"}, state=state)
     with pytest.raises(AxisError, match="no stateful layer"):
         gj.annotate(zoo.Block(), {"*": "a"}, state=state)

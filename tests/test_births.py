@@ -168,7 +168,7 @@ def test_what_is_only_dealt_out_is_as_old_as_it_was():
         assert eqx.tree_equal(state.births, state.opt_state.births)
     assert state.births.of["heads"].tolist() == [0, 0, 0, 0, 1, 1]
     assert state.births.of["dim"].tolist() == [MIXED, MIXED] and state.births.growths == 2
-    with pytest.raises(StateError, match="nobody can tell old entries from new ones"):
+    with pytest.raises(StateError, match="old entries cannot be told from new ones"):
         state.masks("new")
 
 

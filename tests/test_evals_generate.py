@@ -108,7 +108,7 @@ def test_what_comes_later_in_a_cache_is_not_seen():
 
 def test_cross_attention_needs_something_to_read():
     model, x = build("t5"), jnp.ones((1, SIZES["embed"]))
-    with pytest.raises(AxisError, match="memory: expected what the cross-attention reads"):
+    with pytest.raises(AxisError, match="memory: expected keys and values for the cross-attention"):
         model.decoder.extend(x, model.cache(jnp.asarray(SOURCE), 16).seen, None, 0)
 
 

@@ -423,7 +423,7 @@ HEAD = {"head": None, "head.weight": "-> classes embed", "head.bias": "-> classe
             ["blocks.0.up.weight: 'mlp' is declared consumed, and the program needs it produced"],
         ),
         (NORM | {"blocks.*.norm.weight": "embed"}, [f"'embed': {SUMMED} (reduce_sum near into"]),
-        (HEAD, [f"axis 'embed': {SUMMED} (dot_general near head.weight), and there it is neither"]),
+        (HEAD, [f"axis 'embed': {SUMMED} (dot_general near head.weight), but it is neither"]),
         (
             UP | {"blocks.*.up.weight": "wide <- embed"},
             ["blocks.0.down.weight: 'mlp' is the same dimension of the program as 'wide'"],
@@ -435,7 +435,7 @@ HEAD = {"head": None, "head.weight": "-> classes embed", "head.bias": "-> classe
     ],
 )
 def test_what_an_annotation_says_wrongly_is_all_named(specs, messages):
-    with pytest.raises(AxisError, match="does not say what the model does") as caught:
+    with pytest.raises(AxisError, match="does not match the model's program") as caught:
         checked(specs=specs)
     for message in messages:
         assert message in str(caught.value)

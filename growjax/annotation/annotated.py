@@ -57,7 +57,7 @@ class Annotated(eqx.Module):
         return eqx.nn.delete_init_state(model) if self.stateful else model
 
     def _open(self) -> Any:
-        """The tree as it is run."""
+        """The tree with its gates, if any, folded into its arrays."""
         if all(gate is None for gate in self.gates.values()):
             return self.tree
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self)):
@@ -71,11 +71,11 @@ class Annotated(eqx.Module):
         return eqx.nn.State(unpack(self.tree))
 
     def with_state(self, state: eqx.nn.State) -> "Annotated":
-        """The same model with what training made of its running statistics; grow after it."""
+        """The same model with the running statistics of `state`, the one that training left."""
         return dataclasses.replace(self, tree=with_state(self.tree, state))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model, called."""
+        """Call the model."""
         model = self.model
         if not callable(model):
             raise AxisError(
@@ -89,7 +89,9 @@ class Annotated(eqx.Module):
         sizes = ", ".join(f"{axis}={size}" for axis, size in axes_of(self).sizes.items())
         lines = [f"# axes: {sizes}", *(f"# {note}" for note in self.notes)]
         lines += ["gj.annotate(", "    model,", "    {"]
-        lines += [f"        {pattern!r}: {_written(said)}," for pattern, said in self.specs]
+        lines += [
+            f"        {pattern!r}: {_written(declaration)}," for pattern, declaration in self.specs
+        ]
         lines += ["    },"]
         if self.ignore:
             lines.append(f"    ignore={list(self.ignore)!r},")
@@ -116,9 +118,9 @@ class Annotated(eqx.Module):
                     rest = " ".join(map(str, leaf.shape[len(packed.split()) :]))
                     yield (*steps, "tree", *inner), Declaration("buffer", f"{packed}: {rest}"), leaf
                 continue
-            said = next((d for pattern, d in self.specs if _matches(path, [pattern])), None)
-            if said is not None and (leaf is not None or _is_norm(said)):
-                yield (*steps, "tree", *inner), self._stacked(said, inner), leaf
+            declaration = next((d for pattern, d in self.specs if _matches(path, [pattern])), None)
+            if declaration is not None and (leaf is not None or _is_norm(declaration)):
+                yield (*steps, "tree", *inner), self._stacked(declaration, inner), leaf
         for axis, gate in self.gates.items():
             yield (*steps, "gates", axis), Declaration("gate", axis), gate
 
@@ -126,13 +128,17 @@ class Annotated(eqx.Module):
         nodes = [get(self.tree, steps[:n]) for n in range(len(steps))]
         return " ".join(node.axis for node in nodes if isinstance(node, Layers))
 
-    def _stacked(self, said: Declaration, steps: tuple) -> Declaration:
+    def _stacked(self, declaration: Declaration, steps: tuple) -> Declaration:
         """A declaration with the axes of the packed lists that the leaf is in."""
         axes = self._packed_axes(steps)
         if not axes:
-            return said
-        spec = f"{axes} {said.spec}" if ":" in said.spec else f"{axes}: {said.spec}"
-        return dataclasses.replace(said, spec=spec)
+            return declaration
+        spec = (
+            f"{axes} {declaration.spec}"
+            if ":" in declaration.spec
+            else f"{axes}: {declaration.spec}"
+        )
+        return dataclasses.replace(declaration, spec=spec)
 
     def known_sizes(self) -> dict[str, int]:
         """Axis sizes that the model keeps as plain integers (a number of heads, a norm's shape)."""
@@ -173,12 +179,12 @@ def annotate(
 
     **Arguments**
 
-    - `specs`: leaf-path pattern (`*` matches anything) to spec; the first match counts. A
-      `Declaration` in place of the string says more than "a trained array". A pattern may name a whole
+    - `specs`: leaf-path pattern (`*` matches anything) to spec; the first match counts. A string
+      declares a trained array, a `Declaration` any other kind. A pattern may name a whole
       layer of `eqx.nn` instead of arrays (`growjax.annotation.layers`), or a field that holds None:
       `"norm.weight": "~embed"` declares a norm that has no gain.
     - `ignore`: patterns of arrays that are neither grown nor trained.
-    - `statics`: pattern of a static field that repeats a size, to what it is: an axis, a product
+    - `statics`: pattern of a static field that repeats a size, to that size: an axis, a product
       (`"heads head_dim"`, `"4 embed"`), or a tuple of such for a shape. They are read for sizes that no
       array shows, and rewritten when an axis grows. Layers of `eqx.nn` keep their own up to date, but
       for the number of heads.
@@ -191,12 +197,12 @@ def annotate(
       They are folded into its arrays at every call until `gj.settle` drops them.
     - `stream`: the axis of the residual stream, for gates on stacks.
     - `example`: a batch (with a leading batch dimension; a tuple for several inputs) to trace the model
-      with, by `forward(model, batch)` or under `vmap`. The annotation is held against the program: roles,
-      norms, sums in which nobody takes the share, two names for one dimension, and what of the model
-      follows a size that no static field declares.
+      with, by `forward(model, batch)` or under `vmap`. The annotation is checked against the
+      program: roles, norms, sums over an axis that no array consumes, two names for one dimension, and
+      constants that follow a size although no static field declares it.
 
     Raises `AxisError` that lists every array without a match, every pattern without an array, every list
-    of blocks that are not equal and every static field that is not of the size that it is said to be.
+    of blocks that are not equal and every static field that differs from its declared size.
 
     **Example**
 
@@ -249,12 +255,12 @@ def annotate(
     annotated = dataclasses.replace(annotated, gates=dict.fromkeys(gates), stream=stream)
     raise_all(
         AxisError,
-        "static fields do not have the sizes that they are said to repeat:",
+        "static fields do not have their declared sizes:",
         _wrong_statics(annotated, table.sizes),
     )
     if example is not None:
         faults = Checked(annotated, example, forward).faults()
-        raise_all(AxisError, "the annotation does not say what the model does:", faults)
+        raise_all(AxisError, "the annotation does not match the model's program:", faults)
     return annotated
 
 
@@ -263,12 +269,12 @@ def _folded_tree(annotated: Annotated) -> Any:
     return folded(annotated, axes_of(annotated), annotated.gates, annotated.stream).tree
 
 
-def _written(said: Declaration) -> str:
+def _written(declaration: Declaration) -> str:
     """A declaration as it would be written in a call of `gj.annotate`."""
-    if said.kind == "param" and said.init is None:
-        return repr(said.spec)
-    init = "" if said.init is None else f", {said.init!r}"
-    return f"gj.axes.Declaration({said.kind!r}, {said.spec!r}{init})"
+    if declaration.kind == "param" and declaration.init is None:
+        return repr(declaration.spec)
+    init = "" if declaration.init is None else f", {declaration.init!r}"
+    return f"gj.axes.Declaration({declaration.kind!r}, {declaration.spec!r}{init})"
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:
@@ -279,13 +285,13 @@ def _is_norm(declaration: Declaration) -> bool:
     return "~" in declaration.spec
 
 
-# What is declared ----------------------------------------------------------------------------
+# Declarations ------------------------------------------------------------------------------
 
 
 def _declared(tree, specs) -> tuple[list[tuple[str, Declaration]], dict[str, Any], list[str]]:
-    """Every pattern of arrays with its declaration; those of whole layers are written out.
+    """Every array pattern with its declaration, the static fields of whole layers, and the errors.
 
-    With the static fields that layers bring, and what is wrong.
+    A pattern that names a layer is replaced by the paths of the layer's arrays.
     """
     places = list(walk(tree))
     arrays = [path for _, path, leaf in places if has_shape(leaf)]
@@ -295,31 +301,33 @@ def _declared(tree, specs) -> tuple[list[tuple[str, Declaration]], dict[str, Any
     statics: dict[str, Any] = {}
     complaints = []
     for pattern, text in specs.items():
-        said = text if isinstance(text, Declaration) else Declaration("param", text)
+        declaration = text if isinstance(text, Declaration) else Declaration("param", text)
         if fnmatch.filter(arrays, pattern):
-            declared.append((pattern, said))
+            declared.append((pattern, declaration))
             continue
         matched = [(path, node) for path, node in modules if _matches(path, [pattern])]
         if not matched and fnmatch.filter(absent, pattern):
-            declared.append((pattern, said))
+            declared.append((pattern, declaration))
         elif not matched:
             complaints.append(f"pattern {pattern!r} matches no array")
         for path, node in matched:
             try:
-                written, own = layers.specs_of(node, said.spec)
+                written, own = layers.specs_of(node, declaration.spec)
             except AxisError as error:
                 complaints.append(f"pattern {pattern!r}: {path}: {error}")
                 continue
-            declared += _of_layer(path, said, written)
+            declared += _of_layer(path, declaration, written)
             statics |= {f"{path}.{name}": axis for name, axis in own.items()}
     return declared, statics, complaints
 
 
-def _of_layer(path: str, said: Declaration, written: Mapping[str, str]):
-    """The declarations of a layer's arrays; what holds state is not trained."""
+def _of_layer(path: str, declaration: Declaration, written: Mapping[str, str]):
+    """The declarations of a layer's arrays; running statistics are buffers, which are not trained."""
     for name, spec in written.items():
-        kind = "buffer" if "_index.init" in name or name == "batch_counter.init" else said.kind
-        yield f"{path}.{name}", dataclasses.replace(said, kind=kind, spec=spec)
+        kind = (
+            "buffer" if "_index.init" in name or name == "batch_counter.init" else declaration.kind
+        )
+        yield f"{path}.{name}", dataclasses.replace(declaration, kind=kind, spec=spec)
 
 
 # State ---------------------------------------------------------------------------------------
@@ -346,7 +354,7 @@ def with_state(tree: Any, state: eqx.nn.State) -> Any:
             rows = [state.get(index) for index in same]
         except KeyError as error:
             raise AxisError(
-                f"state: it has nothing for {path}; is it that of this model?"
+                f"state: it has no entry for {path}; pass the state of this model"
             ) from error
         value = jax.tree.map(lambda *x: jnp.stack(x), *rows) if packed else rows[0]
         values[*steps, "init"] = value
@@ -367,7 +375,7 @@ def _static_places(tree, pattern: str) -> list[tuple]:
 
 
 def _static_value(text: str | tuple[str, ...], sizes: Mapping[str, int]) -> Any:
-    """What a static field should hold: the product of some axes, or a tuple of such."""
+    """The expected value of a static field: a sum of products of axis sizes, or a tuple of them."""
     if not isinstance(text, str):
         return tuple(_static_value(each, sizes) for each in text)
     sums = text.strip().strip("()").split("+")

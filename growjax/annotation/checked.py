@@ -1,4 +1,4 @@
-"""An annotation held against the program that it is of."""
+"""Check an annotation against the traced program of its model."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +18,7 @@ from growjax.trace.dims import cut
 
 
 class Checked:
-    """What is wrong with an annotation, by one trace of the model and one for every axis."""
+    """The errors in an annotation, from one trace of the model and one more for every axis."""
 
     def __init__(self, annotated: Any, batch: Any, forward: Callable | None):
         self.annotated, self.forward = annotated, forward or call
@@ -32,7 +32,7 @@ class Checked:
         self.complaints: list[str] = []
 
     def faults(self) -> list[str]:
-        """Everything that is wrong, a line each."""
+        """Every error, a line each."""
         self._name()
         given = {place: takes for place, takes, _ in self._declared()}
         self.traced.read(given)
@@ -77,23 +77,23 @@ class Checked:
                     at += size
 
     def _name(self) -> None:
-        """Make all dimensions of one name one axis, and find those with two names."""
+        """Unify all dimensions of one name, and report those that have two names."""
         names: dict[Node, tuple[str, str]] = {}
         parts = [part for part in self._parts() if not part[3].literal]
         for leaf, _, _, dim, node in parts:
             path = self.traced.paths[leaf]
             for _, atom in node.atoms:
-                other, there = names.setdefault(atom, (dim.axis, path))
+                other, first_path = names.setdefault(atom, (dim.axis, path))
                 if other != dim.axis:
                     self.complaints.append(
                         f"{path}: {dim.axis!r} is the same dimension of the program as {other!r} "
-                        f"of {there}"
+                        f"of {first_path}"
                     )
         for *_, dim, node in parts:
             unify(self.nodes.setdefault(dim.axis, node), node)
 
     def _declared(self) -> Iterator[tuple[Place, bool, Dim]]:
-        """Every axis of every trained array, with whether it is said to take the share."""
+        """Every axis of every trained array, with whether it is declared to take the share."""
         for leaf, d, at, dim, node in self._parts():
             if (
                 not dim.literal
@@ -114,7 +114,7 @@ class Checked:
                 )
 
     def _unclaimed(self) -> None:
-        """Sums in which nobody takes the share, and norms that nobody declared."""
+        """Report the sums over an axis that no array consumes and no declared norm takes."""
         roles = self.traced.roles
         bare = {s.dims[-1].axis for s in self.table.of_kind("param") if s.value is None and s.dims}
         same = {n: group for group in self.traced.groups for n in group}
@@ -132,15 +132,15 @@ class Checked:
             if axis is None or axis in bare or number in declared or mean.atom.data:
                 continue
             text = (
-                f"axis {axis!r}: the program sums over it ({mean.op.name} near {near}), and there it is "
-                "neither consumed nor averaged by a declared norm ('~')"
+                f"axis {axis!r}: the program sums over it ({mean.op.name} near {near}), but it is "
+                "neither consumed by an array of that sum nor averaged by a declared norm ('~')"
             )
             if (axis, near) not in seen:
                 self.complaints.append(text)
             seen.add((axis, near))
 
     def _at_another_size(self, axis: str) -> None:
-        """Trace the model with twice as many coordinates: constants and static fields that follow."""
+        """Trace the model with the axis twice as long, and report why it is not the same program."""
         node = self.nodes.get(axis)
         roles = self.table.roles(axis)
         if node is None or node.root.data or roles & {"stack", "lookup"} or self._is_output(axis):
@@ -170,7 +170,7 @@ class Checked:
                 self._wrong_size(axis, f"{why} (near {names})" if names else why)
 
     def _open_stack(self, axis: str) -> None:
-        """Blocks that do something even if all that a gate on the stack multiplies is zero."""
+        """Report blocks that are not the identity where the gate on their stack is zero."""
         same = {n: group for group in self.traced.groups for n in group}
 
         def stream_makers(slot: Slot) -> bool:
@@ -185,7 +185,7 @@ class Checked:
             names = ", ".join(self.traced.paths[n] for n in sorted(stays))
             self.complaints.append(
                 f"gates: a block of {axis!r} is not the identity where its gate is 0, since {names} do "
-                f"not act through what produces {self.annotated.stream!r}"
+                f"not act through arrays that produce {self.annotated.stream!r}"
             )
 
     def _is_output(self, axis: str) -> bool:

@@ -1,12 +1,12 @@
-"""Gates for models that have none: folded into the arrays that are linear in what a gate multiplies.
+"""Gates for models that have none: each gate is multiplied into the arrays on one side of its axis.
 
-    an inner axis (mlp, heads)   what consumes it is multiplied by the gate
-    an axis that norms average   what makes it is multiplied by the gate, and `eqx.nn.LayerNorm` and
-                                 `RMSNorm` are replaced by ones whose statistics are weighted by it
-    a stack (layers)             what adds to the residual stream is multiplied, layer by layer
+    an inner axis (mlp, heads)   the arrays that consume it
+    an axis that norms average   the arrays that produce it; and `eqx.nn.LayerNorm` and `RMSNorm` are
+                                 replaced by norms whose statistics are weighted by the gate
+    a stack (layers)             the arrays that produce the residual stream, layer by layer
 
-At gate 0 the model computes what it did without the new coordinates, whatever they hold; at 1 the gate
-does nothing. In between, masked norms are those of MSG (Yao et al. 2024), and a layer's branch is scaled.
+At gate 0 the outputs do not depend on the new coordinates, whatever values they have; at 1 the gate has
+no effect. In between, masked norms are those of MSG (Yao et al. 2024), and a layer's branch is scaled.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,7 +28,7 @@ class MaskedNorm(eqx.Module):
     gate: Array
 
     def __call__(self, x: Array, state: Any = None, *, key: Any = None) -> Any:
-        """As the norm would be called."""
+        """Normalise `x`, with the call of the norm that this one replaces."""
         wide = jnp.promote_types(x.dtype, jnp.float32)
         h, c = x.astype(wide), self.gate.astype(wide)
         weights = c / jnp.sum(c)
@@ -54,12 +54,12 @@ class MaskedNorm(eqx.Module):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape that it is called with."""
+        """The shape of the norm's input."""
         return self.norm.shape
 
     @property
     def eps(self) -> float:
-        """What is added to the variance."""
+        """The constant that is added to the variance."""
         return self.norm.eps
 
 
@@ -83,9 +83,7 @@ def faults(model: Any, table: Axes, axes: Iterable[str], stream: str) -> list[st
                 if _norm_of(model, slot) is None
             ]
         elif not any(d.role == "consumed" and d.axis == axis for slot in slots for d in slot.dims):
-            complaints.append(
-                f"{axis!r}: no array consumes it, so there is nowhere to put the gate"
-            )
+            complaints.append(f"{axis!r}: no array consumes it, so no array can carry the gate")
     return [f"gates: {complaint}" for complaint in complaints]
 
 

@@ -1,6 +1,6 @@
-"""What growjax knows of the layers of `eqx.nn`: the sizes they repeat, and their specs.
+"""The layers of `eqx.nn`: their static fields that repeat a size, and ready specs for each.
 
-A pattern of `gj.annotate` may name a whole layer; its spec then says what the layer maps to what:
+A pattern of `gj.annotate` may name a whole layer; its spec then gives its input and output axes:
 
     eqx.nn.Linear              "embed -> mlp"
     eqx.nn.Embedding           "[vocab] -> embed"
@@ -45,7 +45,7 @@ def repeated(layer: Any) -> dict[str, Any]:
 
 
 def stale(tree: Any, given: Mapping[tuple, Any]) -> dict[tuple, Any]:
-    """What layers hold of sizes that are others now, by its steps, but for the places in `given`."""
+    """New values, by steps, of layers' static fields that are out of date; not of those in `given`."""
     values = {}
     for steps, _, node in walk(tree):
         for name, value in repeated(node).items():
@@ -167,7 +167,7 @@ def specs_of(layer: Any, text: str) -> tuple[Specs, Specs]:
 
 
 def _one(names: list[str]) -> str:
-    """Axes that share a dimension."""
+    """One dimension of a spec, in brackets where several axes share it."""
     return names[0] if len(names) == 1 else f"({' '.join(names)})"
 
 

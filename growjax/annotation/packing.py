@@ -18,7 +18,7 @@ from growjax.errors import AxisError
 class Layers(eqx.Module):
     """A list (or tuple) of equal blocks, packed: every array of `block` is `[axis, ...]`.
 
-    `markers` are what stateful layers are known by in an `eqx.nn.State`, block by block.
+    `markers` are the keys of the stateful layers in an `eqx.nn.State`, block by block.
     """
 
     block: Any
@@ -35,7 +35,7 @@ class Layers(eqx.Module):
         return arrays[0].shape[0]
 
     def names(self, i: int) -> tuple[Any, ...]:
-        """What the stateful layers of block `i` are known by; grown ones get names of their own."""
+        """The state keys of the stateful layers of block `i`; blocks added by growth get new keys."""
         if i < len(self.markers):
             return self.markers[i]
         return tuple((marker, i) for marker in self.markers[0])
@@ -47,7 +47,7 @@ def has_shape(leaf: Any) -> bool:
 
 
 def children(node: Any) -> Iterator[tuple[str | int, Any]]:
-    """The fields of a module, the entries of a dict, the elements of a list: what paths go through."""
+    """The children of a node: fields of a module, entries of a dict, elements of a list or tuple."""
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         names = [field.name for field in dataclasses.fields(node)]
         yield from ((name, getattr(node, name)) for name in names if hasattr(node, name))
@@ -58,7 +58,7 @@ def children(node: Any) -> Iterator[tuple[str | int, Any]]:
 
 
 def walk(tree: Any) -> Iterator[tuple[tuple, str, Any]]:
-    """Every place of a model: its steps, its path as the user's own model has it, and what is there.
+    """Every node of a model: its steps, its path in the user's own model, and the node itself.
 
     The first of packed blocks stands for all of them.
     """
@@ -73,9 +73,9 @@ def walk(tree: Any) -> Iterator[tuple[tuple, str, Any]]:
 
 
 def hidden(model: Any) -> list[tuple[str, str]]:
-    """The paths of arrays that only JAX can reach, each with the type of what holds it."""
+    """The paths of arrays that only JAX can reach, each with the type of the node that holds it."""
     seen = {id(leaf) for _, _, leaf in walk(model) if has_shape(leaf)}
-    found = []
+    unreachable = []
     for entries, leaf in jax.tree_util.tree_leaves_with_path(model):
         if not has_shape(leaf) or id(leaf) in seen:
             continue
@@ -85,8 +85,8 @@ def hidden(model: Any) -> list[tuple[str, str]]:
             if step not in inner:
                 break
             node = inner[step]
-        found.append((".".join(map(str, steps)), type(node).__name__))
-    return found
+        unreachable.append((".".join(map(str, steps)), type(node).__name__))
+    return unreachable
 
 
 def _step(entry: Any) -> Any:
@@ -105,7 +105,7 @@ def lists(model: Any, patterns: Mapping[str, str]) -> dict[tuple, str]:
 
 
 def pack(model: Any, places: Mapping[tuple, str]) -> tuple[Any, list[str]]:
-    """The model with these lists packed, and what stands against it."""
+    """The model with these lists packed, and the reasons why lists cannot be packed."""
     complaints = []
     for steps, axis in places.items():
         blocks = get(model, steps)
@@ -118,7 +118,7 @@ def pack(model: Any, places: Mapping[tuple, str]) -> tuple[Any, list[str]]:
 
 
 def unlike(blocks: Any) -> list[str]:
-    """In what blocks of a list differ, so that they cannot be packed."""
+    """The differences between the blocks of a list, any of which keeps them from being packed."""
     if not blocks:
         return ["an empty list has no block to repeat"]
     first, *rest = map(_unmarked, blocks)
@@ -127,7 +127,7 @@ def unlike(blocks: Any) -> list[str]:
         return ["its elements hold no arrays"]
     for i, block in enumerate(rest, 1):
         if jax.tree.structure(block) != tree:
-            faults.append(f"block {i} is built otherwise than block 0 (fields, or static values)")
+            faults.append(f"block {i} has other fields or static values than block 0")
             continue
         for (where, a), b in zip(leaves, jax.tree.leaves(block), strict=True):
             name = jax.tree_util.keystr(where)
@@ -145,18 +145,18 @@ def _short(leaf: Any) -> str:
 
 
 def is_index(node: Any) -> bool:
-    """Whether a node is what a stateful layer finds its state by."""
+    """Whether a node is the index by which a stateful layer looks up its state."""
     return isinstance(node, StateIndex)
 
 
 def indices(block: Any) -> list[StateIndex]:
-    """Those of a block, in order."""
+    """The state indices of a block, in order."""
     leaves = jax.tree.leaves(block, is_leaf=is_index)
     return [leaf for leaf in leaves if is_index(leaf)]
 
 
 def marked(block: Any, markers: tuple[Any, ...]) -> Any:
-    """The block with its stateful layers known by other markers, in order."""
+    """The block with other markers in its state indices, in order."""
     rest = iter(markers)
 
     def rename(node):

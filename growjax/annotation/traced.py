@@ -65,7 +65,7 @@ class Traced:
             self.read()
 
     def read(self, given: Mapping[Place, bool] | None = None) -> None:
-        """Find the role of every axis; `given` says of some whether they take the share."""
+        """Solve for the role of every axis; `given` fixes for some places whether they take the share."""
         values = self.program.inputs[: len(self.arrays)]
         self.roles = Roles(self.program.tape, values, self.trained, self.groups, given)
         self.roles.settle(self._suits)
@@ -88,7 +88,7 @@ class Traced:
         return trace(run, arrays, self.batch)
 
     def _suits(self, place: Place) -> tuple[bool, bool, int, int, int]:
-        """Who takes the share, of several that could: what is summed over, then keys, then the last."""
+        """The rank of a place among those that could take the share: summed over first, then keys."""
         path = self.paths[place.leaf].lower()
         key = any(
             fnmatch.fnmatchcase(part, "*key*") or part in ("k", "wk") for part in path.split(".")
@@ -133,16 +133,16 @@ def _same(steps: tuple, stack: tuple) -> bool:
 def stack_places(model: Any, patterns: Mapping[str, str]) -> dict[tuple, str]:
     """The steps of the lists that match a pattern, with `"*"` for the index of a list around them."""
     places: dict[tuple, str] = {}
-    found: list[tuple] = []
+    stacks: list[tuple] = []
     for steps, path, node in walk(model):
         if isinstance(node, list | tuple) and not hasattr(node, "_fields"):
             for pattern, axis in patterns.items():
                 if fnmatch.fnmatchcase(path, pattern):
                     general = list(steps)
                     for n in range(len(steps)):
-                        if any(_same(steps[:n], stack) for stack in found):
+                        if any(_same(steps[:n], stack) for stack in stacks):
                             general[n] = "*"
                     if tuple(general) not in places:
                         places[tuple(general)] = axis
-                        found.append(tuple(general))
+                        stacks.append(tuple(general))
     return places

@@ -1,9 +1,9 @@
-"""Births: the number of the growth that every coordinate was born in, and masks of what is new.
+"""Births: the number of the growth that every coordinate was born in, and masks of new entries.
 
 A coordinate of the model as it was first drawn has the number 0, one that the first growth added 1, and
 so on; a chain is one growth. Births move by the maps that move everything else: an old coordinate takes
 its number along wherever a map puts it, and every further copy of it is new. An entry of an array
-belongs to the youngest of its coordinates: what an old row holds in a new column is new.
+has the birth of the youngest of its coordinates: in an old row and a new column it is new.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,9 +29,9 @@ MIXED = 2**30
 class Births(eqx.Module):
     """The number of the growth that each coordinate was born in.
 
-    - `of`: `{axis: [size]}`, whole numbers; 0 is the birth of the model, `MIXED` what was merged of
-      several growths.
-    - `growths`: how many growths there were.
+    - `of`: `{axis: [size]}`, whole numbers; 0 is the birth of the model, `MIXED` that of coordinates
+      merged from several growths.
+    - `growths`: the number of growths so far.
 
     Arrays of NumPy or of JAX; under `jit` they may be traced.
 
@@ -46,14 +46,14 @@ class Births(eqx.Module):
 
     @staticmethod
     def original(model: Any) -> "Births":
-        """Those of a model that has not grown."""
+        """The births of a model that has not grown."""
         sizes = axes_of(model).sizes
         return Births({axis: np.zeros(n, np.int32) for axis, n in sizes.items()}, np.int32(0))
 
     def grown(self, op: Operator, model: Any) -> "Births":
-        """Those of the model that `op` makes of `model`, of which only shapes are looked at.
+        """The births of the model that `op` makes of `model`, of which only shapes are looked at.
 
-        Raises `StateError` if they are not those of the model.
+        Raises `StateError` if these births are not those of `model`.
         """
         self.check(model)
         number, of = self.growths + 1, dict(self.of)
@@ -69,7 +69,7 @@ class Births(eqx.Module):
         return Births(of, number)
 
     def check(self, model: Any) -> None:
-        """Raise `StateError` that lists every axis of the model for which they are not."""
+        """Raise `StateError` that lists every axis of the model without a birth for each coordinate."""
         sizes = axes_of(model).sizes
         have = {axis: np.shape(numbers)[0] for axis, numbers in self.of.items()}
         raise_all(
@@ -93,7 +93,7 @@ class Births(eqx.Module):
         if not isinstance(births, Tracer) and np.any(np.asarray(births) == MIXED):
             raise StateError(
                 f"{slot.path}: births: heads of several growths were merged when they were regrouped, so "
-                "nobody can tell old entries from new ones; regroup before heads grow, or train all of it"
+                "old entries cannot be told from new ones; regroup before heads grow, or train all of it"
             )
         return births
 
@@ -101,7 +101,7 @@ class Births(eqx.Module):
         """Which entries of the parameters are of one part: a tree like `gj.partition(model)[0]`.
 
         Boolean arrays. `part` is "new" (the last growth's; nothing before the first one), "old" (all
-        others), or the number of a growth, 0 for what the model began with. Raises `StateError` for
+        others), or the number of a growth, 0 for the first model's. Raises `StateError` for
         births of another model and for merged ones, and `GrowthError` for another part.
         """
         self.check(model)
@@ -144,7 +144,7 @@ def new(op: Operator, model: Any) -> Any:
 
     A tree like `gj.partition(grown)[0]` with a boolean array in place of every parameter: True at the
     entries that have a new coordinate, whether it is drawn or a copy. `model` is the one before growth,
-    of which only shapes are looked at. What several growths added is in `gj.Births`.
+    of which only shapes are looked at. `gj.Births` tells several growths apart.
 
     **Example**
 
@@ -163,9 +163,9 @@ def grown_shapes(op: Operator, model: Any) -> Any:
 
 
 def moved_births(births: Any, move: AxisMap, number: Any) -> Any:
-    """Births along the axis of a map after it; what is new was born in growth `number`.
+    """Births along the axis of a map after it; new coordinates are born in growth `number`.
 
-    Where another axis is only dealt out to copies (`AxisMap.over`), these are as old as what they copy:
+    Where another axis is only dealt out to copies (`AxisMap.over`), these are as old as their sources:
     the queries that they hold are old ones.
     """
     xp = np if isinstance(births, np.ndarray) else jnp
@@ -193,9 +193,9 @@ def entry_births(slot: Slot, births: Mapping[str, Any], sizes: Mapping[str, int]
 def over_entries(
     slot: Slot, vectors: Mapping[str, Any], sizes: Mapping[str, int], combine: Callable, start: Any
 ) -> Any:
-    """What `combine` makes of the numbers of each entry's coordinates, shaped to broadcast to the leaf.
+    """The numbers of each entry's coordinates, combined into one and shaped to broadcast to the leaf.
 
-    `vectors` holds a number for every coordinate of every axis, and `start` is a number to begin with.
+    `vectors` holds a number for every coordinate of every axis; `combine` starts from `start`.
     """
     wholes = []
     for part in slot.parts:

@@ -23,7 +23,7 @@ from growjax.growth.operator import (
 
 @values.register
 class Copy(Operator):
-    """Duplicate coordinates and divide what consumes them; see `copy`."""
+    """Duplicate coordinates and divide the weights that consume them; see `copy`."""
 
     sizes: SizesOrLists = eqx.field(static=True)
     order: Literal["cycle", "random"] = eqx.field(static=True, default="cycle")

@@ -204,7 +204,7 @@ def stack(
 
 
 def fresh(*, init: Init = "born", **sizes: int) -> Fresh:
-    """Grow depth by layers that are drawn anew, on top of those that there are, without gates.
+    """Grow depth by freshly drawn layers on top of the old ones, without gates.
 
     Training that starts with no layer or with one (`GPTConfig(layers=0)`) grows so. A jump in loss is
     expected; `gj.msg(layers=..., init="matched")` hides fresh layers behind gates.
@@ -212,7 +212,7 @@ def fresh(*, init: Init = "born", **sizes: int) -> Fresh:
     **Arguments**
 
     - `layers=12` (or the model's own stack axis, such as `encoder_layers`).
-    - `init`: what they hold: `"born"`, as in a new model (variance 1 / fan-in, biases 0, gains 1),
+    - `init`: how they are drawn: `"born"`, as in a new model (variance 1 / fan-in, biases 0, gains 1),
       `"normal"` (deviation 0.02), `"matched"`, `"zeros"` or a callable
       `(key, shape, dtype) -> array`.
 

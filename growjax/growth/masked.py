@@ -56,7 +56,7 @@ def msg(*, init: Init | Literal["copy"] = "normal", order: Order = "repeat", **s
 
     **Arguments**
 
-    - `init`: what new weights hold: `"normal"` (deviation 0.02, biases 0, gains 1), `"zeros"`,
+    - `init`: the values of new weights: `"normal"` (deviation 0.02, biases 0, gains 1), `"zeros"`,
       `"matched"` (mean and deviation of the old tensor), `"copy"` (old coordinates in turn) or a
       callable `(key, shape, dtype) -> array`. With `"zeros"` both sides of new hidden units, heads
       and their coordinates are zero, so that they never get a gradient, at any level.

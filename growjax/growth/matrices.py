@@ -1,4 +1,4 @@
-"""Dense maps: what produces an axis is multiplied by a matrix, and what consumes it by the dual.
+"""Dense maps: leaves that produce an axis take a matrix, and leaves that consume it take its dual.
 
 The width half of LiGO (Wang et al., "Learning to Grow Pretrained Models for Efficient Transformer
 Training", ICLR 2023) and of Mango (Pan et al. 2023), rotations of queries and keys, transplants.
@@ -18,7 +18,7 @@ from growjax.growth.operator import Exactness, Operator
 
 
 def _faults(matrices: Any) -> Iterator[str]:
-    """What is wrong with the rows of some matrices, by axis."""
+    """The errors in some matrices, by axis."""
     for axis, rows in matrices:
         shape = _shape(rows)
         if len(shape) != 2 or 0 in shape:
@@ -49,7 +49,7 @@ class Dense(Operator):
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]
-        """What the caller knows of the model: whether nothing but linear parts touches these axes."""
+        """By `exact`, the caller's word that only linear parts of the model touch these axes."""
         return "exact-given-init" if self.exact else "approximate"
 
     def maps(self, axes: Axes) -> list[AxisMap]:
@@ -82,7 +82,7 @@ def dense(
 
     **Arguments**
 
-    - `exact`: promise that the function is kept, for the certificate to hold you to. It is where only
+    - `exact`: promise that the function is kept; the certificate then tests it. It is kept where only
       linear parts touch the axis: `head_dim` without rotary positions or QK-norm; not `mlp`, whose
       activation stands between the two sides.
     - `dual`: axis to matrix.

@@ -1,4 +1,4 @@
-"""What a growth operator is: a frozen value that says, as `AxisMap`s, how a model grows."""
+"""Growth operators: frozen values that describe, as `AxisMap`s, how a model grows."""
 
 import abc
 import dataclasses
@@ -30,10 +30,10 @@ _STRENGTH: tuple[Exactness, ...] = ("exact", "exact-given-init", "approximate")
 class Operator(eqx.Module):
     """A growth operator. Subclass it, write `maps`, and everything else follows from the axis table.
 
-    `exactness` is what the operator promises: `"exact"` (the same function whatever the new weights
-    hold), `"exact-given-init"` (for the values it chooses itself) or `"approximate"` (expect a jump).
+    `exactness` is the operator's promise: `"exact"` (the same function whatever the new weights hold),
+    `"exact-given-init"` (for the values it chooses itself) or `"approximate"` (expect a jump).
     Fields must be static and hashable, so that an operator can be compared, printed and saved
-    (`growjax.values`). `GrowthError` lists every field that does not hold what it is annotated with.
+    (`growjax.values`). `GrowthError` lists every field whose value does not fit its annotation.
 
     **Example**
 
@@ -68,14 +68,14 @@ class Operator(eqx.Module):
 
     def __repr__(self) -> str:
         """As it would be written: `msg(mlp=2048, init='zeros')`."""
-        said = []
+        arguments = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("sizes", "matrices"):
-                said += [f"{axis}={size}" for axis, size in value]
+                arguments += [f"{axis}={size}" for axis, size in value]
             elif value != field.default:
-                said.append(f"{field.name}={getattr(value, '__name__', repr(value))}")
-        return f"{type(self).__name__.lower()}({', '.join(said)})"
+                arguments.append(f"{field.name}={getattr(value, '__name__', repr(value))}")
+        return f"{type(self).__name__.lower()}({', '.join(arguments)})"
 
 
 # The most operators of a chain. A plan of shapes is grown by each of them when it is checked.
@@ -103,7 +103,7 @@ class Chain(Operator):
         return _STRENGTH[max(promises, default=0)]
 
     def maps(self, axes: Axes) -> Sequence[AxisMap]:
-        """The maps of a chain of one operator; those of others depend on what was grown before them."""
+        """The maps of a chain of one operator; those of a later one depend on the grown model."""
         if len(atoms(self)) > 1:
             raise GrowthError(
                 f"{self}: the maps of a later operator are those of the grown model; take the maps of "
@@ -161,7 +161,7 @@ def grow(
     _check_operator(op)
     abstract = Tracer | jax.ShapeDtypeStruct
     if any(isinstance(leaf, abstract) for leaf in jax.tree.leaves((model, key))):
-        # Under a transformation there are no values to look at, nor arrays to share or to free
+        # Under a transformation no values can be checked, and no arrays shared or freed
         return op(model, key=key)
     table = axes_of(model)
     floating = [s for s in table.values() if s.arrays() and s.kind in ("param", "buffer")]
@@ -172,29 +172,31 @@ def grow(
         [slot.path for slot, ok in zip(floating, finite, strict=True) if not ok],
     )
     grown = _moved(op, model, key)
-    kept = {s.steps: s.value for s in table.values() if s.arrays() and get(grown, s.steps) is None}
+    untouched = {
+        s.steps: s.value for s in table.values() if s.arrays() and get(grown, s.steps) is None
+    }
     if donate:
-        for leaf in jax.tree.leaves(put(model, dict.fromkeys(kept))):
+        for leaf in jax.tree.leaves(put(model, dict.fromkeys(untouched))):
             if isinstance(leaf, jax.Array):
                 leaf.delete()
-    return put(grown, kept)
+    return put(grown, untouched)
 
 
 @eqx.filter_jit
 def _moved(op, model, key):
     """The grown model without the leaves that no map touches: a program would copy them."""
-    kept = {slot.steps for slot in axes_of(model).values() if slot.arrays()}
+    untouched = {slot.steps for slot in axes_of(model).values() if slot.arrays()}
     for atom in atoms(op):
         table = axes_of(model)
         for move in atom.maps(table):
-            kept -= maps.touched(move, table)
+            untouched -= maps.touched(move, table)
         model = atom(model, key=key)
-    return put(model, dict.fromkeys(kept))
+    return put(model, dict.fromkeys(untouched))
 
 
 @jax.jit
 def _finite(arrays):
-    # 0 times what is not finite is not a number; a sum is vectorised where `all` is not
+    # 0 times an infinity or NaN is NaN; the sum is vectorised, unlike `all`
     return [jnp.sum(0 * a) == 0 for a in arrays]
 
 

@@ -42,7 +42,7 @@ class Regroup(Operator):
 def regroup(*, over: str = "group", **sizes: int) -> Regroup:
     """Grow the number of key and value heads at a fixed number of queries.
 
-    Keys and values are repeated in place; queries, and what reads them, are dealt out to the copies, so
+    Keys and values are repeated in place; queries and output weights are dealt out to the copies, so
     the function is kept without any share. The copies see different queries and do not stay equal. How
     the gradient of one divides into theirs is not known, so optimizer state of keys and values is
     refused (`StateError`): start it again.

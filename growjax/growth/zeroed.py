@@ -53,9 +53,10 @@ class Zeros(Operator):
 def zeros(*, init: Init = "normal", **sizes: int) -> Zeros:
     """Grow width with fresh coordinates that nothing reads yet.
 
-    For `mlp`, `heads` and `head_dim` what consumes the new coordinates is zero; what produces them is
-    drawn by `init`. For `embed` what produces them is zero, and RMS norms have their gain multiplied by
-    sqrt(old/new) and their epsilon by old/new. LayerNorm cannot be corrected and raises `GrowthError`.
+    For `mlp`, `heads` and `head_dim` the weights that consume new coordinates are zero; those that
+    produce them are drawn by `init`. For `embed` the producers are zero, and RMS norms have their gain
+    multiplied by sqrt(old/new) and their epsilon by old/new. LayerNorm cannot be corrected and raises
+    `GrowthError`.
 
     With `init="zeros"` both sides are zero and nothing ever gets a gradient; `gj.certify` shows it.
 

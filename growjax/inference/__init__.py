@@ -1,3 +1,3 @@
-"""Axes of a model that nobody declared: found by tracing it once, and written as an annotation."""
+"""The axes of a model without annotations, inferred from one trace and written as an annotation."""
 
 from growjax.inference.inferred import infer as infer

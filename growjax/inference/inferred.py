@@ -1,4 +1,4 @@
-"""`infer`: an annotation of a model that nobody annotated, from one trace of it."""
+"""`infer`: the annotation of a model from one trace of its program."""
 
 import dataclasses
 import math
@@ -31,21 +31,21 @@ def infer(
 ) -> Annotated:
     """Annotate a model by tracing it; `print` shows the call of `gj.annotate` to paste.
 
-    Nothing is computed of the model. What it does with each dimension of its arrays says which of them
-    are one axis, who makes it, who sums over it and which norm averages over it. An axis gets a name only
-    if copies with shares keep the function; all others are written as numbers, which never grow, and
+    The model is traced with shapes and never run. The trace shows which dimensions of its arrays are one
+    axis, which arrays produce it, which sum over it and which norms average over it. An axis gets a name
+    only if copies with shares keep the function; all others are written as numbers, which never grow, and
     `.notes` says why. Names are guesses, to be changed at will.
 
     **Arguments**
 
-    - `batch`: what the model is called with, with a leading batch dimension (a tuple for several). Arrays
+    - `batch`: an input of the model with a leading batch dimension (a tuple for several inputs). Arrays
       or `jax.ShapeDtypeStruct`s.
     - `forward`: `(model, batch) -> outputs`; by default the model under `vmap`, with its state.
     - `state`: the `eqx.nn.State` of the model.
-    - `certified`: also grow every axis by copies and hold the result against the model in float64
+    - `certified`: also grow every axis by copies and compare the outputs with the model's in float64
       (`gj.certify`), which compiles; an axis that fails becomes a number.
 
-    Raises what the model raises when it is called with `batch`.
+    Exceptions that the model raises on `batch` pass through.
 
     **Example**
 
@@ -53,20 +53,20 @@ def infer(
         print(small)
         big = gj.grow(gj.copy(mlp=2048), small)
     """
-    found = _Found(model, batch, forward, state)
-    annotated = found.annotated()
+    inference = _Inference(model, batch, forward, state)
+    annotated = inference.annotated()
     while certified:
         broken = _broken(annotated, batch, forward)
         if not broken:
             return annotated
         for axis, why in broken.items():
-            found.refuse(axis, why)
-        annotated = found.annotated()
+            inference.refuse(axis, why)
+        annotated = inference.annotated()
     return annotated
 
 
 def _broken(annotated: Annotated, batch: Any, forward: Callable | None) -> dict[str, str]:
-    """The axes whose copies change the function, with by how much."""
+    """The axes whose copies change the function, each with a message that says by how much."""
     run = forward or call
 
     def whole(model, batch):
@@ -89,8 +89,8 @@ def _broken(annotated: Annotated, batch: Any, forward: Callable | None) -> dict[
     }
 
 
-class _Found:
-    """What a trace says of a model, and the annotation that follows."""
+class _Inference:
+    """One trace of a model: its axes with their roles and names, and the annotation made of them."""
 
     def __init__(self, model: Any, batch: Any, forward: Callable | None, state: Any):
         self.bare, self.state = model, state
@@ -163,7 +163,7 @@ class _Found:
         """Whether its coordinates are rows or layers, which no copies share."""
         return self._is_stack(atom) or any(self.role[p] == "lookup" for p in self.places[atom])
 
-    # What cannot grow ------------------------------------------------------------------------
+    # Axes that cannot grow -------------------------------------------------------------------
 
     def _inexpressible(self) -> dict[Node, str]:
         """Axes in dimensions that no spec can write: sums in products, two sums in one array."""
@@ -189,7 +189,7 @@ class _Found:
         return self.traced.named("; ".join([*atom.fixed[:1], *faults[:1]] or unread))
 
     def _unclaimed(self, atom: Node, why: str) -> str:
-        """Why an axis cannot grow: first of all a sum over it in which nobody takes the share."""
+        """The reason why an axis cannot grow: a sum in which no array takes the share, else `why`."""
         declared = {n for sums in self.roles.normalised.values() for n in sums}
         loose = [m for n, m in self.roles.means.items() if m.atom is atom and n not in declared]
         if not why or not loose or "follow" not in why:
@@ -232,7 +232,7 @@ class _Found:
     # The annotation --------------------------------------------------------------------------
 
     def annotated(self) -> Annotated:
-        """The model with the axes that were found."""
+        """The model, annotated with the axes that have names."""
         specs: dict[str, str | Declaration] = {}
         ignore: list[str] = []
         for leaf, path in enumerate(self.paths):
@@ -324,7 +324,7 @@ class _Found:
                 yield f"{name}: {self._pattern(path)} is taken to be a norm over it, by its size alone"
 
     def _open_stacks(self) -> Iterator[str]:
-        """The stacks whose blocks do something even if all that adds to the stream is zero."""
+        """Notes on stacks whose blocks are not the identity when all that produces the stream is zero."""
         named = [atom for atom, name in self.names.given.items() if name in STREAMS]
         made = {p.leaf for atom in named for p in self.places[atom] if self.role[p] == "produced"}
         every = {n for group in self.traced.groups for n in group}
@@ -338,7 +338,7 @@ class _Found:
             if mine:
                 yield (
                     f"{axis}: gj.stack(..., branch='zero') and gates on it change the function, since "
-                    f"{', '.join(mine)} does not act through what produces the stream"
+                    f"{', '.join(mine)} does not act through arrays that produce the stream"
                 )
 
     def _where(self, places: Iterable[Place]) -> str:
@@ -347,7 +347,7 @@ class _Found:
 
 def _stacks(model: Any) -> dict[str, str]:
     """Lists of equal modules of the user's own, with a name for the axis of each."""
-    found: dict[str, str] = {}
+    stacks: dict[str, str] = {}
     for steps, path, node in walk(model):
         above = [get(model, steps[:n]) for n in range(len(steps))]
         inside = any(type(m).__module__.startswith("equinox.nn") for m in above)
@@ -357,18 +357,18 @@ def _stacks(model: Any) -> dict[str, str]:
         if own and not any(type(m).__module__.startswith("equinox.nn") for m in node):
             general = re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
             if not unlike(node):
-                found[general] = ""
-    single = len(found) == 1
-    for path in found:
+                stacks[general] = ""
+    single = len(stacks) == 1
+    for path in stacks:
         words = [part for part in path.split(".") if part != "*"]
         last = words[-1] if words else "layers"
         plain = single and last in ("layers", "blocks", "h", "block", "transformer", "stack")
-        found[path] = "layers" if plain else "_".join(re.sub(r"\W", "_", w) for w in words)
-    return found
+        stacks[path] = "layers" if plain else "_".join(re.sub(r"\W", "_", w) for w in words)
+    return stacks
 
 
 def _products(value: Any) -> list[list[Node]]:
-    """The axes that share a dimension of an array, or a block of one, where there are several."""
+    """The groups of axes that share a dimension of an array, or a block of one."""
     return [
         [f.root for f in block.factors() if f.root.size > 1 and not _counts(f.root)]
         for node in value.nodes

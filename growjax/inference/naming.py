@@ -1,4 +1,4 @@
-"""Names for axes, from where they stand: the stream, heads, what a lookup reads, what a block hides."""
+"""Names for axes, guessed from the arrays that have them: the stream, heads, tables, inner axes."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,7 +48,7 @@ class Names:
         self.given[atom] = unique
 
     def module(self, leaf: int) -> str:
-        """What the module of an array is called in the model."""
+        """The name of the module, in the model, that holds an array."""
         plain = re.sub(r"\.layers\.\d+\.", ".", self.paths[leaf])  # those of an `eqx.nn.MLP`
         parts = [part for part in plain.split(".") if not part.isdigit()]
         while len(parts) > 1 and parts[-1] in _ARRAYS:
@@ -56,7 +56,7 @@ class Names:
         return parts[-1]
 
     def lookup(self, leaf: int) -> str:
-        """What the rows of a table are, by what the table is called."""
+        """A name for the rows of a table, from the path of the table."""
         path = self.paths[leaf].lower()
         for name, words in _WORDS.items():
             if any(word in path for word in words):
@@ -75,7 +75,7 @@ def name_axes(
     everywhere: Mapping[Node, Sequence[Place]],
     outputs: set[Node],
 ) -> None:
-    """Name every axis of `places`: stacks, tables, the stream, heads, and what is left by its module."""
+    """Name every axis of `places`: stacks, tables, the stream, heads, and the rest by their modules."""
     for atom, name in stacks.items():
         names.give(atom, name)
     for atom, where in places.items():
@@ -115,7 +115,7 @@ def _stream(names, places, role) -> Node | None:
 
 
 def _heads(names: Names, atoms: Sequence[Node], places) -> None:
-    """Two or three axes that share a dimension are heads and what is in each of them."""
+    """Name two or three axes that share a dimension: heads, and the axes inside each of them."""
     words = {2: ("heads", "head_dim"), 3: ("kv_heads", "group", "head_dim")}.get(len(atoms), ())
     for atom, word in zip(atoms, words, strict=False):
         if atom in places:

@@ -1,4 +1,4 @@
-"""Which static fields follow the size of an axis: found by tracing the model at another size."""
+"""Which static fields follow the size of an axis, from traces of the model at another size."""
 
 import itertools
 import re
@@ -48,7 +48,7 @@ class Statics:
         self.needs: dict[Field, list[Node]] = {}
 
     def probe(self, atom: Node) -> str:
-        """Trace the model with twice as many coordinates; why it would not be the same, or nothing."""
+        """Trace the model with twice as many coordinates; why its program would differ, or ""."""
         constants, why = self._try(atom, ())
         chosen: Sequence[Field] = ()
         if constants is None:
@@ -79,7 +79,7 @@ class Statics:
         return itertools.islice(sets, _TRIES)
 
     def _needed(self, atom: Node, fields: Sequence[Field]) -> Sequence[Field]:
-        """Without those that the program does not read."""
+        """The fields without those that the program does not read."""
         chosen = list(fields)
         for field in fields:
             rest = [each for each in chosen if each is not field]
@@ -88,7 +88,7 @@ class Statics:
         return chosen
 
     def _try(self, atom: Node, fields: Iterable[Field]) -> tuple[dict[int, Fraction] | None, str]:
-        """The constants that follow the size if these fields do, or None and what is in the way."""
+        """The constants that follow the size if these fields do, or None and the reason."""
         traced, factors = self.traced, {atom: 2}
         values = traced.program.inputs[: len(traced.paths)]
         arrays = [
@@ -110,7 +110,7 @@ class Statics:
 
 def _fields(model: Any) -> list[Field]:
     """Every whole number, or shape of one dimension, that a module keeps in a field."""
-    found: dict[str, Field] = {}
+    fields: dict[str, Field] = {}
     for steps, path, node in walk(model):
         value = node[0] if isinstance(node, tuple) and len(node) == 1 else node
         if not steps or type(value) is not int or value < 2 or not isinstance(steps[-1], str):
@@ -119,13 +119,13 @@ def _fields(model: Any) -> list[Field]:
         if type(owner).__module__.startswith("equinox.") and not _is_open(owner, steps[-1]):
             continue
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
-        known = found.get(pattern)
+        known = fields.get(pattern)
         if known is not None and known.value == node:
-            found[pattern] = known._replace(places=(*known.places, steps))
+            fields[pattern] = known._replace(places=(*known.places, steps))
         else:
             name = pattern if known is None else path
-            found[name] = Field(name, node, (steps,))
-    return list(found.values())
+            fields[name] = Field(name, node, (steps,))
+    return list(fields.values())
 
 
 def _is_open(owner: Any, name: str) -> bool:

@@ -68,7 +68,7 @@ def spell(dims: Sequence[list[Term]]) -> str:
 
 
 def _product(dims: Sequence[Term], where: int | None) -> tuple[str, str, str]:
-    """What stands before, in and after dimension `where` of a spec without sums (all in the middle).
+    """The text before, in and after dimension `where` of a spec without sums (None: all in the middle).
 
     Before and after have the same text for every term of the sum: arrows at its ends belong to the term.
     """

@@ -1,4 +1,4 @@
-"""What every model does alike around its own forward pass: make a block, mask, remember, read out."""
+"""Parts that all models share around their forward pass: blocks, masks, caches and logits."""
 
 from typing import Any, Literal
 
@@ -88,9 +88,9 @@ def make_block(
 def check_sequence(
     tokens: Any, places: int | None = None, *, at: Any = 0, name: str = "tokens"
 ) -> None:
-    """Raise `AxisError` unless these are tokens of one sequence, from the place `at` on, that has room.
+    """Raise `AxisError` unless `tokens` are one sequence that fits, from the place `at` on.
 
-    `places` is how many positions, or places of a cache, there are (None: any number). Shapes are known
+    `places` is the number of positions, or of places in a cache (None: any). Shapes are known
     under `jit`, so this costs nothing.
     """
     shape = jnp.shape(tokens)
@@ -112,10 +112,10 @@ def causal(
     prefix: Bool[Array, " T"] | None = None,
     documents: Int[Array, " T"] | None = None,
 ) -> Mask:
-    """The mask of a decoder: one sees what is not after oneself, or in the prefix.
+    """The mask of a decoder: a token sees itself, those before it and those in the prefix.
 
-    `mask` takes sight away: of tokens that are not real `[T]`, or pair by pair `[T, T]`; `documents`
-    are told apart by their numbers.
+    `mask` is False at tokens that no query may see `[T]`, or pair by pair `[T, T]`; tokens see their own
+    document only, by the numbers in `documents`.
     """
     keys = mask if mask is None or mask.ndim == 1 else None
     pairs = None if mask is None or mask.ndim == 1 else mask

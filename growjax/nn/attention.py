@@ -2,8 +2,9 @@
 
 Heads are factored so that grouped queries come out right by construction: queries are
 `[kv_heads, group, head_dim]`, keys and values `[kv_heads, head_dim]`. Scores contract a key's
-`head_dim` with a query's, so keys *consume* what queries produce, and take the share when `head_dim`
-is copied. `growjax.nn.bodies` computes what the queries read; gates, norms and rotations act before it.
+`head_dim` with a query's, so keys *consume* the axis that queries produce, and take the share when
+`head_dim` is copied. `growjax.nn.bodies` computes the attention itself; gates, norms and rotations act
+before it.
 """
 
 import dataclasses
@@ -31,10 +32,10 @@ from growjax.values import Size, check, positive, register
 @register
 @dataclasses.dataclass(frozen=True)
 class RotaryScaling:
-    """How frequencies are lowered, so that a model reads more than it was trained on.
+    """How frequencies are lowered for contexts that are longer than in training.
 
-    All are divided by `factor` (Chen et al., "Position Interpolation", 2023); or, if `length` says what
-    the model was trained on, only those that turn less than `low` times in it, and none that turns
+    All are divided by `factor` (Chen et al., "Position Interpolation", 2023); or, if `length` is the
+    trained context, only those that turn less than `low` times in it, and none that turns
     more than `high` times (Llama 3).
 
     **Example**
@@ -59,8 +60,8 @@ class RotaryScaling:
         if self.length is None:
             return freqs / self.factor
         turns = self.length * freqs / (2 * math.pi)
-        kept = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
-        return freqs * (kept + (1 - kept) / self.factor)
+        weight = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return freqs * (weight + (1 - weight) / self.factor)
 
 
 class Rotary(eqx.Module):
@@ -68,7 +69,7 @@ class Rotary(eqx.Module):
 
     The frequencies are data, one per coordinate: a head that grows keeps those it has, and new pairs,
     appended at the end, repeat them. (Halves instead of pairs would have to grow in two places.)
-    `theta` and `scaling` say what they were made of. Su et al., "RoFormer", 2021.
+    `theta` and `scaling` record their origin. Su et al., "RoFormer", 2021.
     """
 
     freqs: Float[Array, " head_dim"] = buffer("head_dim")
@@ -118,7 +119,7 @@ class Attention(eqx.Module):
 
     Gates follow MSG: a new head's query, key and value are each multiplied by the gate, so its logits
     scale with the square and its values with the first power. A new query in an old group has no
-    value of its own; its gate multiplies the query and what it read. All act after QK-norm, which
+    value of its own; its gate multiplies the query and its output. All act after QK-norm, which
     would undo them. `scale` (1/sqrt(head_dim) at birth) is kept when `head_dim` grows.
     """
 
@@ -226,7 +227,7 @@ class Attention(eqx.Module):
     def ask(
         self, x: Float[Array, "T embed"], *, turn: tuple[Array, Array] | None = None
     ) -> Float[Array, "T kv_heads group head_dim"]:
-        """The queries of what attends."""
+        """The queries of the attending positions."""
         q = affine("te,ekgd->tkgd", x, self.q, self.q_bias)
         q = q if self.q_norm is None else self.q_norm(q)
         q = gated(gated(q, self.gate_kv_heads, -3), self.gate_group, -2)
@@ -235,7 +236,7 @@ class Attention(eqx.Module):
     def remember(
         self, source: Float[Array, "S embed"], *, turn: tuple[Array, Array] | None = None
     ) -> Cache:
-        """The keys and values of what is attended to."""
+        """The keys and values of the attended positions."""
         k = affine("se,ekd->skd", source, self.k, self.k_bias)
         v = affine("se,ekd->skd", source, self.v, self.v_bias)
         k = k if self.k_norm is None else self.k_norm(k)
@@ -250,8 +251,8 @@ class Attention(eqx.Module):
         mask: Mask = ALL,
         bias: Bias | None = None,
     ) -> Float[Array, "T embed"]:
-        """What queries find among keys and values, where `mask` allows it."""
+        """Attend from queries to keys and values where `mask` allows it, and project to the stream."""
         k, v = (h.astype(queries.dtype) for h in seen)
         q = jnp.moveaxis(queries * self.scale, 0, 2)
-        found = jnp.moveaxis(attend(q, k, v, mask, bias, body=self.body), 2, 0)
-        return affine("tkgd,kgde->te", gated(found, self.gate_group, -2), self.o, self.o_bias)
+        mixed = jnp.moveaxis(attend(q, k, v, mask, bias, body=self.body), 2, 0)
+        return affine("tkgd,kgde->te", gated(mixed, self.gate_group, -2), self.o, self.o_bias)

@@ -19,7 +19,7 @@ class Block(eqx.Module):
     """Attention, optional cross-attention and feed-forward, each on a residual branch.
 
     Pre-LN: `x + f(norm(x))`. Post-LN: `norm(x + f(x))`. `branch` multiplies every `f`. The gate on the
-    residual stream acts on what each branch adds (pre-LN) or through the norm (post-LN).
+    residual stream acts on the output of each branch (pre-LN) or through the norm (post-LN).
     """
 
     attention: Attention
@@ -62,16 +62,18 @@ class Block(eqx.Module):
         turn: tuple[Array, Array] | None = None,
         branch: Array | None = None,
     ) -> tuple[Float[Array, "T embed"], Cache]:
-        """The same for the places from `at` on, where `cache` holds what was before them.
+        """The same for the places from `at` on, where `cache` holds the keys and values before them.
 
-        `memory` is what the cross-attention remembers of what it reads.
+        `memory` holds the keys and values of the cross-attention.
         """
         h = self._input(x, self.attention_norm)
         y, cache = self.attention.extend(h, cache, at, bias=bias, turn=turn)
         x = self._add(x, y, self.attention_norm, branch)
         if self.cross is not None and self.cross_norm is not None:
             if memory is None:
-                raise AxisError("memory: expected what the cross-attention reads, got None")
+                raise AxisError(
+                    "memory: expected keys and values for the cross-attention, got None"
+                )
             queries = self.cross.ask(self._input(x, self.cross_norm))
             y = self.cross.read(queries, memory, mask=memory_mask)
             x = self._add(x, y, self.cross_norm, branch)

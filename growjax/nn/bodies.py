@@ -25,10 +25,10 @@ Body = Literal["auto", "einsum", "blockwise"]
 # Bias on the scores: all of it, or a function of the places of queries and of keys
 Bias = Float[Array, "kv_heads group T S"] | Callable[[Array, Array], Array]
 
-# What "auto" decides: the fewest scores of one head for which tiles pay, and the side of a tile
+# For "auto": the fewest scores of one head for which tiles pay, and the side of a tile
 LONG = 256 * 256
 TILE = 256
-# The name under which a `jax.checkpoint` policy finds what the backward pass needs
+# The name under which a `jax.checkpoint` policy saves the residuals of the backward pass
 SAVED = "attention"
 
 
@@ -41,7 +41,7 @@ def attend(
     *,
     body: Body = "auto",
 ) -> Float[Array, "kv_heads group T head_dim"]:
-    """What each query reads from the values; queries are scaled already.
+    """Attention of queries, which are scaled already, to keys and values.
 
     Scores and sums are in float32 at least. A query that sees no key gets an average of some values, and
     never NaN. `body` says how it is computed; "auto" takes tiles for long sequences. Raises `AxisError`
@@ -96,7 +96,7 @@ def _blockwise(queries, keys, values, mask, bias, tile):
 
 
 def _forward(queries, keys, values, mask, bias, tile):
-    """The output, and what the backward pass needs besides: the logarithm of each row's sum."""
+    """The output, and the logarithm of each row's sum, which the backward pass needs besides."""
     length, total = queries.shape[2], keys.shape[1]
     q, k, v = _padded(queries, 2, tile), _padded(keys, 1, tile), _padded(values, 1, tile)
     wide = _wide(queries)
@@ -237,7 +237,7 @@ def _padded(x, axis, tile):
 
 
 def _slice(bias, rows, columns):
-    """One tile of a bias that is there as a whole."""
+    """One tile of a bias that is given as a whole array."""
     return bias.at[:, :, rows[:, None], columns[None, :]].get(mode="clip")
 
 

@@ -18,7 +18,7 @@ class Embedding(eqx.Module):
     """A table looked up by index along `axis`; `attend` uses it as a tied output head.
 
     Raises `AxisError` for indices that the table does not have, where they are known. Under `jit` and
-    `vmap` they are not, and what is beyond the table reads its first or last row.
+    `vmap` they are not, and an index beyond the table reads its first or last row.
     """
 
     table: Float[Array, "n embed"] = param("[{axis}] -> embed")

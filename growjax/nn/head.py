@@ -1,7 +1,7 @@
-"""The output head: logits, and what is made of them without ever having all of them in memory.
+"""The output head: logits, and sums over them that never hold all of them in memory.
 
 `[T, vocab]` logits are the largest array of a step by far, and a loss needs one number of each row. So
-what reads them reads a few tokens at a time (`per_token`), and the gradient computes them again. Tokens
+losses read a few tokens at a time (`per_token`), and the gradient computes the logits again. Tokens
 are split and not words: every device then works on its own sequences, and on its own words where a layout
 splits the vocabulary. Cross-entropy has a gradient of its own, which goes over the logits once.
 """
@@ -22,7 +22,7 @@ from growjax.errors import AxisError, raise_all
 LARGE = 2**23
 # Tokens of a chunk, as long as they have no more logits than the second number
 CHUNK, MOST = 256, 2**24
-# The name under which the sum of a row's exponentials is kept for the gradient
+# The name under which the sum of a row's exponentials is saved for the gradient
 _SAVED = "logsumexp"
 
 
@@ -31,7 +31,7 @@ class Readout(eqx.Module):
 
     **Fields**
 
-    - `hidden`: what the head reads, after the last norm.
+    - `hidden`: the head's input, after the last norm.
     - `weight`: the head's matrix; `[vocab, embed]` if it is the embedding's (`tied`).
     - `bias`: one number per word, or None.
 
@@ -129,7 +129,7 @@ def per_token(
     results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunks)
     if whole == tokens:
         return results
-    # What is left over is a chunk of its own: padding would be charged as work
+    # The remaining tokens are a chunk of their own: padding would be charged as work
     rest = jax.checkpoint(of, policy=policy)(*jax.tree.map(lambda x: x[whole:], arrays))
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), results, rest)
 

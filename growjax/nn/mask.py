@@ -1,4 +1,4 @@
-"""Who sees whom in attention, as data: nothing of size `[T, S]` is kept for a long sequence."""
+"""Attention masks as data: no `[T, S]` array is stored for a long sequence."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ class Mask(eqx.Module):
         return seen
 
     def misfits(self, queries: int, keys: int) -> list[str]:
-        """What does not fit so many queries and keys: a tile would read it at wrong places."""
+        """The fields that do not fit so many queries and keys: tiles would read them at wrong places."""
         each, pairs = [(keys,)], [(queries, keys), (1, keys)]
         faults = []
         for name, value, shapes in (
@@ -91,7 +91,7 @@ class Mask(eqx.Module):
     ) -> tuple[Int[Array, ""] | int, Int[Array, ""] | int]:
         """The first key that any of `count` queries from `first` on can see, and the last, plus one.
 
-        Only what place alone decides: attention need not look at keys outside of it.
+        By position alone, so attention can skip the keys outside of this range.
         """
         low, high = 0, keys
         if self.window is not None:

@@ -65,7 +65,7 @@ class Norm(eqx.Module):
 
     @property
     def mean(self) -> str:
-        """What epsilon is measured against, as a spec: a variance, or a mean square."""
+        """The spec of epsilon, which scales like a variance or a mean square over the axis."""
         return f"<~{self.axis}>" if self.centre else f"<{self.axis}>"
 
     def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... n"]:

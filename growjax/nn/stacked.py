@@ -15,7 +15,7 @@ from growjax.nn.bodies import SAVED
 Block = TypeVar("Block", bound=eqx.Module)
 
 _POLICIES = {
-    # Attention over tiles keeps what its own backward pass needs, or it would run a second time
+    # Attention over tiles saves the residuals of its own backward pass, or it would run a second time
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(SAVED),
@@ -35,8 +35,8 @@ class Stacked(eqx.Module, Generic[Block]):
 
     `remat="dots"` keeps matrix products and recomputes the rest, the fastest form even on a CPU but for
     models of a few 100,000 weights, where "nothing" is, which recomputes everything; "everything" keeps
-    everything. `read` is what a run does to one layer's weights when the scan comes to them: it gathers
-    them (`growjax.parallel.gathered`).
+    everything. `read` is applied to one layer's weights when the scan comes to them: a sharded run
+    gathers them so (`growjax.parallel.gathered`).
     """
 
     block: Block = axes.stacked("{axis}")
@@ -82,7 +82,7 @@ class Stacked(eqx.Module, Generic[Block]):
     ) -> tuple[Array, Any]:
         """Run `block.extend(x, cache, memory, *args, branch=..., **kwargs)` for each layer.
 
-        The leaves of `cache` and `memory` have a leading `axis`. Returns what the last block does, and
+        The leaves of `cache` and `memory` have a leading `axis`. Returns the last block's output, and
         the new caches of all.
         """
         arrays, static = eqx.partition(self.block, eqx.is_array)

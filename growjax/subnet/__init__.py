@@ -2,9 +2,9 @@
 
 A sub-network is the same kind of value as a growth operator, but its maps select: parameters in, fewer
 parameters out (or, of a loop, some of them again), in the same tree, so one loss serves both.
-Drawing is a function of the key; the number of layers or units kept is static, so one compilation serves
-every draw, and a step at k of L layers costs k of L. Gradients flow back into the whole model; what was
-left out gets exact zeros.
+Drawing is a function of the key; the number of selected layers or units is static, so one compilation
+serves every draw, and a step at k of L layers costs k of L. Gradients flow back into the whole model;
+parameters that were left out get exact zeros.
 
 RaPTr: Panigrahi et al., "Efficient Stagewise Pretraining via Progressive Subnetworks", ICLR 2025.
 Progressive layer dropping: Zhang & He, NeurIPS 2020. Constant `random_path(mode="bernoulli")` is

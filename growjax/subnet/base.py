@@ -1,4 +1,4 @@
-"""What a sub-network is: a value that selects a part of a model's parameters for one step."""
+"""Sub-networks: values that select a part of a model's parameters for one step."""
 
 import abc
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ Model = TypeVar("Model")
 class Subnet(eqx.Module):
     """A sub-network of a model: subclass it and write `maps`.
 
-    `SubnetError` lists every field that does not hold what it is annotated with.
+    `SubnetError` lists every field whose value does not fit its annotation.
     """
 
     def __check_init__(self):
@@ -45,25 +45,25 @@ class Subnet(eqx.Module):
         self, model, *, key: PRNGKeyArray, step: int | Int[Array, ""] = 0
     ) -> dict[str, Bool[Array, " layers"]]:
         """Of each stack that loses layers, which of them run for this key; see `growjax.optim.freeze`."""
-        table, found = axes_of(model), {}
+        table, flags = axes_of(model), {}
         for move in self.maps(table, key=key, step=step):
             if "stack" in table.roles(move.axis):
                 chosen = jnp.zeros(table.size(move.axis), bool).at[move.source].set(True)
-                found[move.axis] = chosen if move.active is None else move.active
-        return found
+                flags[move.axis] = chosen if move.active is None else move.active
+        return flags
 
 
 class Coins(Subnet):
     """A sub-network that skips each layer by a coin of its own: subclass it and write `chances`.
 
     All layers' weights stay in the program, and `lax.cond` skips those that the coins leave out, so one
-    program serves every draw. `tossed` gives the draws of many steps at once, to charge a run for what
-    it draws.
+    program serves every draw. `tossed` gives the draws of many steps at once, to count the FLOPs of
+    the layers that a run draws.
     """
 
     @property
     def tosses(self) -> bool:
-        """Whether there are coins at all."""
+        """Whether layers are drawn by coins (False: a fixed number of layers)."""
         return True
 
     @property

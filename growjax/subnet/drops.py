@@ -59,8 +59,8 @@ def progressive_layer_drop(
 
     - `rate`: DeepSpeed's is 1e-3; the paper's is 100 over the number of steps, No Train No Gain's 100
       (BERT) or 20 (T5) over it.
-    - `inverse`: divide the branches of kept layers by their probability, as published. No Train No Gain's
-      code does not (`inverse=False`). Evaluation uses the whole model.
+    - `inverse`: divide the branches of running layers by their probability, as published. The code of No
+      Train No Gain does not (`inverse=False`). Evaluation uses the whole model.
     - `axis`: the stack of layers, or several equally deep ones that share their coins.
 
     **Example**

@@ -59,7 +59,7 @@ def loop(times: int, *, first: int = 0, last: int = -1, axis: str = "layers") ->
     """Run the layers from `first` to `last` several times over, with the same weights.
 
     The model is as large as it is and computes as much as a deeper one; every run of a layer adds to its
-    gradient. The looped model is what is trained, so it is also what is evaluated:
+    gradient. Evaluate the looped model, since that is the trained one:
     `loop(model, key=key)`. (A plan judges the model itself.)
 
     **Arguments**

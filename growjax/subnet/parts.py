@@ -71,8 +71,8 @@ def random_part(
     """Random heads and hidden units (RaPTr's width form): `random_part(heads=4, mlp=512)`.
 
     The residual stream, embeddings and norms stay whole, and output biases are added once. Grouped
-    queries are chosen by whole groups. `scale` multiplies what consumes the chosen units by the
-    square root or the value of size/count. `per_layer=False` (always so where layers of several
+    queries are chosen by whole groups. `scale` multiplies the weights that consume chosen units by
+    the square root or the value of size/count. `per_layer=False` (always so where layers of several
     stacks share the axis) chooses the same units in every layer.
 
     **Example**

@@ -52,7 +52,7 @@ class RandomPath(Coins):
         return dataclasses.replace(self, length=low + int(draw < self.length - low))
 
     def steady(self, step: int) -> float:
-        """The step before which `at` says what it says of `step`, as far as is known without drawing."""
+        """The step up to which `at` surely gives the path that it gives at `step` (exclusive)."""
         certain = self.mode == "bernoulli" or float(self.length).is_integer()
         return math.inf if certain else step + 1
 
@@ -60,10 +60,10 @@ class RandomPath(Coins):
         """The layers that are on every path; raises `SubnetError` if the path does not fit."""
         bad = [i for i in self.keep if not -layers <= i < layers]
         complaints = [f"keep: {bad} are not among {layers} layers"] if bad else []
-        kept = tuple(sorted({i % layers for i in self.keep})) if not bad else ()
-        if not len(kept) <= self.length <= layers or self.length <= 0:
+        fixed = tuple(sorted({i % layers for i in self.keep})) if not bad else ()
+        if not len(fixed) <= self.length <= layers or self.length <= 0:
             complaints.append(
-                f"length: expected between {max(len(kept), 1)} (the fixed layers) and {layers}, got "
+                f"length: expected between {max(len(fixed), 1)} (the fixed layers) and {layers}, got "
                 f"{self.length}"
             )
         if self.mode == "fixed" and not isinstance(self.length, int):
@@ -72,7 +72,7 @@ class RandomPath(Coins):
                 "it up or down by chance"
             )
         raise_all(SubnetError, f"this path does not fit {layers} {self.axis}:", complaints)
-        return kept
+        return fixed
 
     def probability(self, layers: int) -> float:
         """The chance of each layer that is not fixed: `(length - fixed) / (layers - fixed)`."""
@@ -81,10 +81,10 @@ class RandomPath(Coins):
 
     def sample(self, layers: int, *, key: PRNGKeyArray) -> Int[Array, " length"]:
         """The layers of one path of fixed length, ascending."""
-        kept = self.kept(layers)
-        free = np.setdiff1d(np.arange(layers), kept)
+        fixed = self.kept(layers)
+        free = np.setdiff1d(np.arange(layers), fixed)
         drawn = jax.random.permutation(fold_in_name(key, "path"), jnp.asarray(free, jnp.int32))
-        path = jnp.concatenate([jnp.asarray(kept, jnp.int32), drawn[: self.length - len(kept)]])
+        path = jnp.concatenate([jnp.asarray(fixed, jnp.int32), drawn[: self.length - len(fixed)]])
         return jnp.sort(path)
 
     def maps(self, axes: Axes, *, key: PRNGKeyArray, step) -> list[AxisMap]:
@@ -126,7 +126,7 @@ class RandomPath(Coins):
         return self._multiplier(after - jnp.arange(layers), jnp.sum(on), fixed, layers)
 
     def _multiplier(self, gaps, count, fixed, layers: int) -> Array | None:
-        """The residual multiplier of each kept layer; exactly 1 on a full path."""
+        """The residual multiplier of each layer on the path; exactly 1 on a full path."""
         gaps = gaps.astype(jnp.float32)
         ratio = jnp.asarray(layers / count, jnp.float32)
         return {
@@ -155,8 +155,8 @@ def random_path(
       `length / layers`; in `"bernoulli"` that many on average, each layer by its own coin, skipped
       by `lax.cond`. A fractional length of a fixed path needs `path.at(step, seed=...)`.
     - `keep`: layers that are always run (negative counts from the end).
-    - `scale`: a multiplier for the residual branches of kept layers: the square root or the value of
-      the gap to the next kept layer, of layers/length, or of one over the layer's probability.
+    - `scale`: a multiplier for the residual branches of layers on the path: the square root or the value
+      of the gap to the next such layer, of layers/length, or of one over the layer's probability.
 
     Raises `SubnetError` when the path does not fit the model.
 
@@ -206,7 +206,7 @@ class PathSchedule:
         return self._stage(step).path.at(step, seed=seed)
 
     def steady(self, step: int) -> float:
-        """The step before which `at` says what it says of `step`, as far as is known without drawing."""
+        """The step up to which `at` surely gives the path that it gives at `step` (exclusive)."""
         stage = self._stage(step)
         return min(stage.path.steady(step), stage.stop)
 

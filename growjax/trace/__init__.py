@@ -1,4 +1,4 @@
-"""What a program does with each dimension of its parameters: axes and roles, by walking its jaxpr."""
+"""The axes and roles of a program's parameters, from a walk over its jaxpr."""
 
 from growjax.trace.dims import Node as Node
 from growjax.trace.dims import factored as factored

@@ -2,7 +2,7 @@
 
 Every dimension of every value is a node. Operations unify nodes (the summed dimensions of a matrix
 product), factor them (a reshape of 12 into heads of 4) or cut them into blocks (the split of a fused
-projection). What is left at the leaves are atoms: the axes that an annotation can name.
+projection). The nodes without such parts are atoms: the axes that an annotation can name.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 
-# Blocks of one dimension, beyond which a program slides over it instead of splitting it
+# A dimension that is cut into more blocks than this counts as one that a window slides over
 MOST_BLOCKS = 32
 
 
@@ -18,7 +18,7 @@ class Node:
     """A dimension, or a part of one; nodes that are unified share a root.
 
     - `structure`: None for an atom; `"prod"` of factors, the slowest first; `"sum"` of blocks, in order.
-    - `fixed`: why it cannot grow, in words; empty where nothing stands against it.
+    - `fixed`: the reasons why it cannot grow, as text; empty if it can.
     - `data`: whether it is a dimension of the inputs.
     """
 
@@ -48,14 +48,14 @@ class Node:
     @property
     def atoms(self) -> list[tuple[int, "Node"]]:
         """Every atom in it with the offset of its block (0 where it is not cut into blocks)."""
-        node, found = self.root, []
+        node, pairs = self.root, []
         if node.structure is None:
             return [(0, node)]
         at = 0
         for part in node.parts:
-            found += [(at + offset, atom) for offset, atom in part.atoms]
+            pairs += [(at + offset, atom) for offset, atom in part.atoms]
             at += part.root.size if node.structure == "sum" else 0
-        return found
+        return pairs
 
     def factors(self) -> list["Node"]:
         """The factors of a product, slowest first; itself for anything else."""
@@ -181,7 +181,7 @@ def _repeat(whole: Node, sum_: Node) -> None:
 
 
 def frozen(nodes: Iterator[Node]) -> None:
-    """Hand what fixes a dimension, and whether it is data, down to its atoms."""
+    """Pass the reasons that fix a dimension, and its `data` flag, down to its atoms."""
     for node in nodes:
         root = node.root
         for _, atom in root.atoms:

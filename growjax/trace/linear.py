@@ -21,8 +21,8 @@ class Lin:
         terms = dict(self.terms)
         for name, c in other.terms.items():
             terms[name] = terms.get(name, Fraction(0)) + c * times
-        kept = {name: c for name, c in terms.items() if c}
-        return Lin(self.constant + other.constant * times, kept)
+        nonzero = {name: c for name, c in terms.items() if c}
+        return Lin(self.constant + other.constant * times, nonzero)
 
     def times(self, factor: Fraction | int | float) -> "Lin":
         """A multiple of this."""

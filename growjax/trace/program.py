@@ -1,4 +1,4 @@
-"""A traced program, and the same program at another size: what follows the size of an axis."""
+"""A traced program, compared with itself at another size: which constants follow the size of an axis."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from growjax.trace.walk import Walk
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a model computes: its parameters, in order, and the tape of all operations."""
+    """A traced model: its inputs (parameters first, in order), its outputs and the tape between them."""
 
     inputs: list[Value]
     outputs: list[Value]
@@ -28,7 +28,7 @@ class Program:
 def trace(run: Callable[[Sequence[Any], Any], Any], arrays: Sequence[Any], batch: Any) -> Program:
     """Trace `run(arrays, batch)` without computing anything, and walk it.
 
-    `arrays` may be shapes. Raises what `run` raises.
+    `arrays` may be shapes. Exceptions of `run` pass through.
     """
     shapes = [jax.ShapeDtypeStruct(np.shape(x), x.dtype) for x in arrays]
 
@@ -85,7 +85,7 @@ def powers(small: Program, large: Program, atom: Node, factor: int) -> dict[int,
     """
     if len(small.tape) != len(large.tape):
         raise Differs("the program has other operations at another size")
-    found: dict[int, Fraction] = {}
+    exponents: dict[int, Fraction] = {}
     for a, b in zip(small.tape, large.tape, strict=True):
         if (a.name, len(a.ins), len(a.outs)) != (b.name, len(b.ins), len(b.outs)):
             raise Differs("the program has other operations at another size")
@@ -93,8 +93,8 @@ def powers(small: Program, large: Program, atom: Node, factor: int) -> dict[int,
             if y.shape != (expected := grown_shape(x, {atom: factor})):
                 raise Differs(f"{a.name} gives {list(y.shape)} where {list(expected)} was expected")
             if power := _power(x, y, {atom: factor}):
-                found[id(x)] = power
-    return found
+                exponents[id(x)] = power
+    return exponents
 
 
 def _power(x: Value, y: Value, factors: Mapping[Node, int]) -> Fraction:
@@ -122,7 +122,7 @@ def _power(x: Value, y: Value, factors: Mapping[Node, int]) -> Fraction:
 def unbalanced(
     program: Program, roles: Roles, atom: Node, constants: Mapping[int, Fraction]
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """What even copies of an axis would change, with the parameters next to it; nothing if it is kept.
+    """Why equal copies of an axis would change the outputs, with the parameters nearby; empty if not.
 
     Every value has a power of the number of copies: a mean has 0, because the sum and the number that it
     is divided by both follow the size.
@@ -130,7 +130,6 @@ def unbalanced(
     scale: dict[int, Fraction] = {}
     faults: list[tuple[str, tuple[int, ...]]] = []
     means = {(id(s.op), s.atom) for s in roles.means.values()}
-    kept = {(id(s.op), s.atom) for s in roles.sums} - means
 
     def of(value: Value) -> Fraction:
         return scale.get(id(value), Fraction(0)) + constants.get(id(value), Fraction(0))
@@ -150,7 +149,7 @@ def unbalanced(
         elif isinstance(op.kind, tuple):
             result = ins[0] * Fraction(op.kind[1])
         elif op.kind in ("add", "equal", "shape") and len(set(live)) > 1:
-            fault("the program adds what follows its size to what does not", op)
+            fault("the program adds a number that follows its size to one that does not", op)
         elif op.kind in ("bent", "opaque") and any(live):
             fault(f"a sum or a constant that follows its size goes through {op.name}", op)
             result = Fraction(0)
@@ -159,7 +158,7 @@ def unbalanced(
                 here = [a for _, a in op.ins[0].nodes[d].atoms if a is atom]
                 if here and (id(op), atom) in means:
                     result += len(here)
-                    if (id(op), atom) in kept or op.ins[0].nodes[d].root.structure == "sum":
+                    if op.ins[0].nodes[d].root.structure == "sum":
                         fault("the program sums over it and over other entries at once", op)
         for value in op.outs:
             scale[id(value)] = result
@@ -188,10 +187,10 @@ def reached(program: Program, leaves: int, zeroed: Iterable[int]) -> set[int]:
         for op in program.tape:
             gone = [vanishes(value) for value in op.ins]
             product = op.kind in ("mul", "dot") and any(gone)
-            kept = op.kind in ("shape", "add", "same", "sum", "extreme", "carry") and all(gone)
+            linear = op.kind in ("shape", "add", "same", "sum", "extreme", "carry") and all(gone)
             power = isinstance(op.kind, tuple) and op.kind[1] > 0 and all(gone)
-            empty = product or (bool(gone) and (kept or power)) or (op.kind == "div" and gone[0])
-            found = frozenset[int]().union(*map(of, op.ins))
+            empty = product or (bool(gone) and (linear or power)) or (op.kind == "div" and gone[0])
+            operands = frozenset[int]().union(*map(of, op.ins))
             if op.kind == "equal":
                 carry, after = op.ins
                 depends[id(carry)] = of(carry) | of(after)
@@ -199,7 +198,7 @@ def reached(program: Program, leaves: int, zeroed: Iterable[int]) -> set[int]:
                     zero.discard(id(carry))
             for value in op.outs:
                 known = depends.get(id(value), frozenset()) if op.kind == "carry" else frozenset()
-                depends[id(value)] = found | known
+                depends[id(value)] = operands | known
                 if empty and not (op.kind == "carry" and known):
                     zero.add(id(value))
                 else:

@@ -1,9 +1,9 @@
-"""The role of every axis of every parameter: who takes the share, who makes it, what averages over it.
+"""The role of every axis of every parameter: whether it takes the share, produces it or normalises.
 
-The tape is read once. Each entry of a value carries, per axis, a degree (`growjax.trace.linear`): sums
-over an axis need degree 1, what is not linear needs degree 0. The equations of an axis have a solution
-exactly if its coordinates can be copied with shares; a sum of degree 0 is a mean, and only even copies
-keep it.
+The tape is read once. Each axis of a value has a degree (`growjax.trace.linear`), the power by which it
+scales with the share: sums over the axis need degree 1, and operations that are not linear degree 0. The
+equations of an axis have a solution exactly if its coordinates can be copied with shares. A sum of degree
+0 is a mean, which only equal numbers of copies preserve.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What is known of a value along one axis.
+    """The properties of a value along one axis.
 
     - `degree`: how it scales with the share.
     - `status`: `"spread"` (the same for every coordinate), `"leaf"` (a parameter itself), `"made"`, or
@@ -66,7 +66,7 @@ class Roles:
     - `normalised`: place to the sums that its norm takes.
     - `faults`: atom to why its coordinates cannot be copied.
     - `choices`: atom to the places of which any could take the share.
-    - `contradicted`: places of `given` (who is said to take the share) that the program does not allow.
+    - `contradicted`: places of `given` (whether each takes the share) that contradict the program.
     - `direct`: places that the program sums over as they are.
     """
 
@@ -132,7 +132,7 @@ class Roles:
         return [place for place in self.unknown if place.leaf == leaf]
 
     def _holds(self, place: Place, takes: bool) -> bool:
-        """Whether a parameter can take the share, or not, by what the program does; it is noted so."""
+        """Require that a parameter takes the share or not; False if that contradicts the program."""
         name = self.unknown.get(place)
         if name is None:
             return not takes
@@ -237,17 +237,17 @@ class Roles:
             mine = self.entries.get(id(value), {})
             for i in outs:
                 for offset, atom in out.nodes[i].atoms:
-                    found = None
+                    entry = None
                     for d in dims:
                         exact = mine.get((d, offset - shift, atom))
-                        found = found or exact or mine.get((d, 0, atom))
-                    if len(dims) != len(outs) and found is None:
-                        found = next((e for (_, _, a), e in mine.items() if a is atom), None)
+                        entry = entry or exact or mine.get((d, 0, atom))
+                    if len(dims) != len(outs) and entry is None:
+                        entry = next((e for (_, _, a), e in mine.items() if a is atom), None)
                     inside = shift <= offset < shift + sum(value.nodes[d].root.size for d in dims)
                     if len(op.ins) > 1 and op.name == "concatenate" and not inside:
                         continue  # a block of another operand
-                    if found is not None and atom.size != 1:
-                        self._join(entries, (i, offset, atom), found, value, op)
+                    if entry is not None and atom.size != 1:
+                        self._join(entries, (i, offset, atom), entry, value, op)
         for d, role in op.pairs:
             for key, entry in self.entries.get(id(op.ins[0]), {}).items():
                 if key[0] == d:
@@ -286,8 +286,8 @@ class Roles:
         for k, (d,), (i,), _ in op.groups:
             for offset, atom in out.nodes[i].atoms:
                 if atom.size != 1:
-                    found = self._entry(op.ins[k], (d, offset, atom))
-                    entries.setdefault((i, offset, atom), []).append(found)
+                    entry = self._entry(op.ins[k], (d, offset, atom))
+                    entries.setdefault((i, offset, atom), []).append(entry)
         made = {}
         for key, parts in entries.items():
             if len(parts) == 1 and op.kind == "sum":
@@ -416,7 +416,7 @@ class Roles:
     # Decisions -------------------------------------------------------------------------------
 
     def _decide(self) -> dict[int, Sum]:
-        """Settle what every sum is: one that a parameter's share keeps, or a mean."""
+        """Decide of every sum whether a parameter's share preserves it (degree 1) or it is a mean."""
         means: dict[int, Sum] = {}
         for number, each in enumerate(self.sums):
             system = self.systems.setdefault(each.atom, System())
@@ -439,7 +439,7 @@ class Roles:
         return means
 
     def settle(self, prefer: Any) -> None:
-        """Decide what the equations leave open; `prefer(place)` is larger for whom the share suits."""
+        """Decide what the equations leave open: the share goes where `prefer(place)` is largest."""
         for atom, system in self.systems.items():
             wanted = sorted(set(self.choices.get(atom, ())), key=prefer, reverse=True)
             for place in wanted:

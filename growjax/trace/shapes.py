@@ -8,6 +8,7 @@ from growjax.trace.values import Op, Value
 
 
 def moved(walk, ins, out: Value, groups, name) -> list[Value]:
+    """Write an operation that moves the entries of `ins` to `out` by `groups`; its results."""
     out.zero = all(v.zero for v in ins)
     return walk.write(Op("shape", ins, [out], groups, name=name))
 
@@ -77,14 +78,14 @@ def _slice(walk, params, ins, shapes):
             out.append(cut(x.nodes[d], sizes)[1 if start else 0])
             groups.append((0, [d], [d], -start))
         else:
-            out.append(other(x.nodes[d], len(range(start, stop, step)), "takes every so many"))
+            out.append(other(x.nodes[d], len(range(start, stop, step)), "takes it with a stride"))
     return moved(walk, ins, Value(out), groups, "slice")
 
 
 def other(node: Node, size: int, does: str) -> Node:
-    """A dimension that is made of another in a way that no growth survives."""
+    """A dimension made of another by an operation after which neither can grow; `does` is its verb."""
     if not node.root.data:
-        node.freeze(f"the program {does} of it")
+        node.freeze(f"the program {does}")
     return Node(size, data=node.root.data, fixed="" if node.root.data else f"the program {does}")
 
 
@@ -125,7 +126,7 @@ def _stack(walk, params, ins, shapes):
     for k, value in enumerate(ins):
         groups += [(k, [d], [d + (d >= dim)], 0) for d in range(len(value.nodes))]
     nodes = list(ins[0].nodes)
-    nodes.insert(dim, Node(len(ins), fixed="it counts what is put side by side"))
+    nodes.insert(dim, Node(len(ins), fixed="it counts stacked arrays"))
     return moved(walk, ins, Value(nodes), groups, "stack")
 
 
@@ -142,7 +143,7 @@ def _pad(walk, params, ins, shapes):
             out.append(total(parts))
             groups.append((0, [d], [d], low))
         else:
-            out.append(other(node, shapes[0][d], "pads or crops"))
+            out.append(other(node, shapes[0][d], "pads or crops it"))
     return moved(walk, ins[:1], Value(out), groups, "pad")
 
 
@@ -161,7 +162,7 @@ def _gather(walk, params, ins, shapes):
         elif sizes[d] == 1 and ids.known is None:
             looked_up.append(d)
         else:
-            out[i] = other(x.nodes[d], sizes[d], "takes a window")
+            out[i] = other(x.nodes[d], sizes[d], "takes a window of it")
     batch = [i for i in range(len(out)) if i not in how.offset_dims]
     for i, d in zip(batch, range(len(ids.nodes) - 1), strict=True):
         out[i] = ids.nodes[d]
@@ -183,7 +184,7 @@ def _dynamic_slice(walk, params, ins, shapes):
             out.append(Node(1))
             looked_up.append((d, "lookup"))
         else:
-            out.append(other(x.nodes[d], size, "takes a window"))
+            out.append(other(x.nodes[d], size, "takes a window of it"))
     outs = moved(walk, ins[:1], Value(out), groups, "dynamic_slice")
     walk.tape[-1].pairs = looked_up
     return outs
@@ -195,7 +196,7 @@ def _dynamic_update_slice(walk, params, ins, shapes):
         if a.root.size == b.root.size:
             unify(a, b)
         else:
-            other(a, 1, "writes a window")
+            other(a, 1, "writes a window of it")
     return _elementwise_free(walk, x, new)
 
 
@@ -213,9 +214,9 @@ def _scatter_add(walk, params, ins, shapes):
         if x.nodes[d].root.size == new.nodes[i].root.size:
             unify(x.nodes[d], new.nodes[i])
         else:
-            other(x.nodes[d], 1, "writes a window")
+            other(x.nodes[d], 1, "writes a window of it")
     for d in how.inserted_window_dims:
-        other(x.nodes[d], 1, "writes single entries")
+        other(x.nodes[d], 1, "writes single entries of it")
     outs = [Value(x.nodes)]
     return walk.write(Op("opaque", [x, new], outs, name="scatter"))
 

@@ -23,7 +23,7 @@ class Value:
 
 
 class Op:
-    """One line of the tape: what is computed of which values, in the terms that roles need.
+    """One line of the tape: an operation with its operands and results, in the terms that `Roles` reads.
 
     `kind` is one of
 

@@ -35,7 +35,7 @@ _CALLS = {
     "custom_vjp_call_jaxpr": "fun_jaxpr",
     "custom_lin": "jaxpr",
 }
-# Elementwise operations whose result at 0 degrees of everything is all that can be said
+# Elementwise operations that are not linear: their operands need degree 0, and their results have it
 _BENT = set(
     "exp exp2 log log1p expm1 tanh sin cos tan asin acos atan atan2 sinh cosh asinh acosh atanh erf erfc "
     "erf_inv logistic abs sign floor ceil round is_finite not and or xor eq ne lt le gt ge max min rem "
@@ -44,7 +44,7 @@ _BENT = set(
 )
 
 
-# Operations on numbers that are written in the program are done at once: `n - 1`, `n > 0`, `1 / n`
+# Operations on literal scalars of the program are computed while it is walked: `n - 1`, `1 / n`
 _NUMBERS: dict[str, Callable] = {
     "add": np.add,
     "sub": np.subtract,
@@ -238,7 +238,7 @@ class Walk:
         return self.write(Op("opaque", [], [Value([Node(n) for n in sizes[0]])], name="random"))
 
     def _noise(self, params, ins, sizes):
-        """Keys and what is drawn with them: numbers that follow no axis."""
+        """Keys and the numbers that are drawn with them, which follow no axis."""
         outs = [Value([Node(n) for n in shape]) for shape in sizes]
         return self.write(Op("opaque", [], outs, name="random"))
 
@@ -294,7 +294,9 @@ class Walk:
         for a, b in zip(xs, os, strict=True):
             node = x.nodes[a]
             out[b] = (
-                node if node.root.size == sizes[0][b] else shapes.other(node, sizes[0][b], "slides")
+                node
+                if node.root.size == sizes[0][b]
+                else shapes.other(node, sizes[0][b], "slides over it")
             )
             if not node.root.data:
                 node.freeze("a convolution slides over it")
@@ -304,7 +306,9 @@ class Walk:
         x, out, groups = ins[0], [], []
         for d, size in enumerate(params["window_dimensions"]):
             whole = size == 1 and sizes[0][d] == x.nodes[d].root.size
-            out.append(x.nodes[d] if whole else shapes.other(x.nodes[d], sizes[0][d], "slides"))
+            out.append(
+                x.nodes[d] if whole else shapes.other(x.nodes[d], sizes[0][d], "slides over it")
+            )
             groups += [(0, [d], [d], 0)] if whole else []
         return shapes.moved(self, ins[:1], Value(out), groups, "reduce_window")
 
