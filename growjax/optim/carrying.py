@@ -303,8 +303,9 @@ def _fault(cell: Cell, traits: Traits, hop: _Hop) -> str:
             power = traits.law.gradient if side == "gradient" else traits.law.weight
             if by == "mixed" and traits.law.linear_in is None:
                 return (
-                    f"is not linear in gradients or weights alone, and the dense map of {move.axis} sums "
-                    "these over several old coordinates; it can follow a map with one source for each new one"
+                    f"is not linear in gradients or weights alone, and the dense map of {move.axis} "
+                    "sums these over several old coordinates; it can follow maps with one source for "
+                    "each new coordinate"
                 )
             if power == "unknown" or (power is not None and power.odd is None and by == "any"):
                 return (

@@ -1,4 +1,4 @@
-"""The arrays of an optimizer's state: the parameter that each belongs to, or what it counts."""
+"""The arrays of an optimizer's state: the parameter that each belongs to, or its count."""
 
 import re
 from typing import Any, Literal, NamedTuple
