@@ -447,8 +447,8 @@ TABLE = """
 - return xp.where(merged.max(0) == merged.min(0), merged.max(0), xp.asarray(MIXED, births.dtype))
 + return merged.max(0)
 @ the average of a fresh coordinate is zero | state.py | births | own_weight
-- move, table, slot, held[slot.steps], WEIGHT, fresh=fresh
-+ move, table, slot, held[slot.steps], WEIGHT, fresh=0
+- move, table, slot, average[slot.steps], WEIGHT, fresh=fresh
++ move, table, slot, average[slot.steps], WEIGHT, fresh=0
 @ an average keeps its own buffers | state.py | births | own_weight
 - half if _is_half(node) else eqx.combine(half, rest)
 + half if _is_half(node) else eqx.combine(half, jax.tree.map(lambda x: 2 * x, rest))
