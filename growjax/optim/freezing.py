@@ -26,7 +26,7 @@ def freeze(
     **Arguments**
 
     - `running`: for each stack of layers a flag [layers], such as `path.running(model, key=key)`.
-    - `updates`, `state`: what an optax transformation returned for the gradient.
+    - `updates`, `state`: the updates and the state that an optax transformation returned.
     - `before`: the state before that update.
 
     Raises `StateError` that lists every leaf which is not shaped like its parameter, such as factored
