@@ -1,7 +1,8 @@
-"""All that a loop of one's own carries from step to step, grown in one call.
+"""The state of a user's own training loop, grown in one call.
 
-`gj.grow(op, State(...))` is `gj.grow` of the model and `gj.carry` of its optimizer's state, bit by bit.
-Averages of the weights follow, the data cursor stays where it is, and births say what was new when.
+`gj.grow(op, State(...))` gives bit by bit what `gj.grow` of the model and `gj.carry` of its optimizer's
+state give. It also grows averages of the weights, leaves the data cursor unchanged, and records the
+growth in which every coordinate was born.
 """
 
 from collections.abc import Iterator
@@ -31,12 +32,13 @@ class State(eqx.Module):
     **Fields**
 
     - `model`: the model, or anything else with axes.
-    - `opt_state`: what `optimizer.init(gj.partition(model)[0])` and updates gave; None if there is none.
-    - `average`: averages of the weights: models, or trained halves of one, in any tree (a dict of some,
-      an `optax.EmaState`). Numbers beside them stay as they are.
-    - `cursor`: where the data is read next, or whatever else growth leaves alone.
-    - `births`: the growth that every coordinate was born in; those of a model that has not grown, unless
-      given.
+    - `opt_state`: the state that `optimizer.init(gj.partition(model)[0])` and its updates return; None
+      without an optimizer.
+    - `average`: averages of the weights: models, or trained halves of one, in any tree (a dict of them,
+      an `optax.EmaState`). Numbers in the same tree stay unchanged.
+    - `cursor`: the position in the data, or any other value that growth does not change.
+    - `births`: the growth in which every coordinate was born; by default, that of a model that has not
+      grown.
 
     A pytree, so it goes through `jit`, `jax.tree.map` and checkpoints.
 
@@ -62,11 +64,13 @@ class State(eqx.Module):
         births: Births | None = None,
     ):
         self.model, self.opt_state, self.average, self.cursor = model, opt_state, average, cursor
-        given = Births.original(model) if births is None else births
-        self.births = jax.tree.map(jnp.asarray, given)
+        births = Births.original(model) if births is None else births
+        self.births = jax.tree.map(jnp.asarray, births)
 
     def masks(self, part: Literal["new", "old"] | int = "new") -> Any:
-        """Which entries of the parameters the last growth added, or another part: `gj.Births.masks`."""
+        """Masks of the parameters' entries that the last growth added, or of another part; see
+        `gj.Births.masks`.
+        """
         return self.births.masks(self.model, part)
 
 
@@ -79,7 +83,7 @@ def grow(
     optimizer: Any = None,
     copies: Literal["dual", "zero"] = "dual",
 ) -> Model:
-    """Grow a model, or a `gj.State` with all that belongs to one: a pure, jit-compiled call.
+    """Grow a model, or a `gj.State` with its optimizer state and averages: a pure, jit-compiled call.
 
     **Arguments**
 
@@ -87,16 +91,17 @@ def grow(
     - `model`: a model, or a `gj.State`.
     - `key`: needed by operators that draw new coordinates.
     - `donate`: free the old arrays that grew (shapes change, so they can never be reused).
-    - `optimizer`, `copies`: of a state, the transformation that its `opt_state` is of, and what becomes
-      of copies; see `gj.carry`.
+    - `optimizer`, `copies`: for a state, the transformation that made its `opt_state`, and how the
+      optimizer state of copied coordinates starts; see `gj.carry`.
 
-    Leaves that no map touches are not copied: both models hold the same arrays. In a state, entries of an
-    average move as the weights do, and where a coordinate is fresh its average is its own weight. What an
-    average holds that is not trained (buffers, gates) is the grown model's.
+    Leaves that no map touches are not copied: both models share their arrays. In a state, the entries of
+    an average move as the weights do, and the average of a fresh coordinate starts from its weight. The
+    leaves of an average that are not trained (buffers, gates) become those of the grown model.
 
     Raises `GrowthError` for parameters that are not finite, `StateError` for a state that cannot be
-    carried or an average that is none, and whatever the operator's maps raise (`AxisError`, `GateError`,
-    `GrowthError`), always before anything is computed. Works under `jit`, where values are not looked at.
+    carried or an average of another structure than the model's, and the errors of the operator's maps
+    (`AxisError`, `GateError`, `GrowthError`), always before it computes an array. Works under `jit`,
+    where it does not check values.
 
     **Example**
 
@@ -122,36 +127,36 @@ def _grown_state(op, state: State, key, donate: bool, optimizer, copies) -> Any:
     average = _grown_average(op, state, model, key)
     grown = State(model, opt_state, average, cursor=state.cursor, births=births)
     if donate:
-        kept = {id(leaf) for leaf in jax.tree.leaves(grown)}
+        shared = {id(leaf) for leaf in jax.tree.leaves(grown)}
         for leaf in jax.tree.leaves((state.model, state.opt_state, state.average)):
-            if isinstance(leaf, jax.Array) and id(leaf) not in kept and not leaf.is_deleted():
+            if isinstance(leaf, jax.Array) and id(leaf) not in shared and not leaf.is_deleted():
                 leaf.delete()
     return grown
 
 
 def _faults(state: State, optimizer: Any) -> Iterator[str]:
     if state.opt_state is not None and optimizer is None:
-        yield "optimizer: expected the transformation that opt_state is of, got None"
+        yield "optimizer: expected the transformation that made opt_state, got None"
     if state.opt_state is None and optimizer is not None:
-        yield "opt_state: expected what the optimizer keeps, got None; give State(model, opt_state)"
-    wanted = {slot.path: slot for slot in _params(state.model)}
-    for where, node in _averages(state):
+        yield "opt_state: expected the optimizer's state, got None; give State(model, opt_state)"
+    expected = {slot.path: slot for slot in _params(state.model)}
+    for name, node in _averages(state):
         if not alike(node, state.model):
             if np.ndim(node):
                 yield (
-                    f"{where}: expected a model like the one that grows, its trained half, or a number, "
+                    f"{name}: expected a model like the one that grows, its trained half, or a number, "
                     f"got an array of shape {np.shape(node)}"
                 )
             continue
-        have = {slot.path: slot for slot in _params(node)}
-        for path, slot in wanted.items():
-            shape = np.shape(have[path].value) if path in have else "nothing"
+        given = {slot.path: slot for slot in _params(node)}
+        for path, slot in expected.items():
+            shape = np.shape(given[path].value) if path in given else "nothing"
             if shape != slot.value.shape:
-                yield f"{where}.{path}: expected shape {slot.value.shape}, got {shape}"
+                yield f"{name}.{path}: expected shape {slot.value.shape}, got {shape}"
 
 
 def _averages(state: State) -> list[tuple[str, Any]]:
-    """The models in `average`, and what stands beside them, by their paths."""
+    """The models in `average` and the other leaves next to them, each with its path."""
     leaves = jax.tree_util.tree_leaves_with_path(
         state.average, is_leaf=lambda node: alike(node, state.model)
     )
@@ -163,7 +168,7 @@ def _params(model: Any) -> list[Slot]:
 
 
 def _grown_average(op: Operator, state: State, grown: Any, key: PRNGKeyArray | None) -> Any:
-    """The averages of the grown model's weights, in the tree that they were in."""
+    """The averages of the grown model's weights, in the tree of `state.average`."""
     like = lambda node: alike(node, state.model)  # noqa: E731
     nodes, structure = jax.tree.flatten(state.average, is_leaf=like)
     models = [node for node in nodes if like(node)]
@@ -179,7 +184,7 @@ def _grown_average(op: Operator, state: State, grown: Any, key: PRNGKeyArray | N
 
 
 def _is_half(node: Any) -> bool:
-    """Whether a tree holds nothing but what is trained."""
+    """Whether a tree has trained parameters alone, without buffers or gates."""
     return not jax.tree.leaves(partition(node)[1])
 
 
@@ -193,9 +198,9 @@ def _averaged(op: Operator, model: Any, trained: Any, halves: list[Any], key: An
             for slot in _params(model):
                 if slot.positions(move.axis):
                     fresh = get(after, slot.steps)
-                    for held in values:
-                        held[slot.steps] = maps.carry_array(
-                            move, table, slot, held[slot.steps], WEIGHT, fresh=fresh
+                    for average in values:
+                        average[slot.steps] = maps.carry_array(
+                            move, table, slot, average[slot.steps], WEIGHT, fresh=fresh
                         )
             model = after
-    return [put(trained, held) for held in values]
+    return [put(trained, average) for average in values]

@@ -286,8 +286,8 @@ TABLE = """
 - return Power(degree, odd)
 + return Power(min(degree, 1.0), odd)
 @ accumulators of fresh coordinates start from zero | optim/carrying.py | optim | own_constant
-- copies, fresh = hop.keep or average, kept.initial
-+ copies, fresh = hop.keep or average, None if kept.initial is None else 0
+- copies, fresh = hop.keep or average, traits.initial
++ copies, fresh = hop.keep or average, None if traits.initial is None else 0
 @ an average of anything is carried | optim/carrying.py | optim | average_of_anything
 - if probed.averages:
 + if probed is None:
@@ -295,8 +295,8 @@ TABLE = """
 - if shaped and all(_same(
 + if shaped or all(_same(
 @ what a shape decides is kept | optim/carrying.py | carry | orthogonal
-- if touched and not kept.additive:
-+ if touched and kept is None:
+- if touched and not traits.additive:
++ if touched and traits is None:
 @ sums count from zero | optim/probe.py | carry | optax.adagrad
 - dict.fromkeys((initial, 0.0))
 + dict.fromkeys((0.0,))
@@ -331,13 +331,13 @@ TABLE = """
 - weight = jnp.square(jnp.asarray(rate, float))
 + weight = jnp.asarray(rate, float)
 @ the offset of an average is carried as a moment | optim/probe.py | rules | carried_with_them
-- dataclasses.replace(k, law=WEIGHT) if i in inside else k
-+ dataclasses.replace(k, law=FIRST) if i in inside else k
+- dataclasses.replace(t, law=WEIGHT) if i in inside else t
++ dataclasses.replace(t, law=FIRST) if i in inside else t
 @ averages of copies behind gates are blank | optim/carrying.py | optim | average_of_the_parameters
-- kept.law,
+- traits.law,
 -                 fresh=0 if fresh is None else fresh,
 -                 copies=copies,
-+ kept.law,
++ traits.law,
 +                 fresh=0 if fresh is None else fresh,
 +                 copies=hop.keep,
 @ a wrong gradient passes | certificate.py | certify | wrong_map
@@ -350,8 +350,8 @@ TABLE = """
 - {axis: _chosen(running, axis, age, old.of[axis]) for axis, age in new.of.items()}
 + {axis: age for axis, age in new.of.items()}
 @ layers that did not run decay | optim/freezing.py | freeze | bitwise
-- return _rows(running, updates, still), jax.tree_util.tree_unflatten(structure, kept)
-+ return updates, jax.tree_util.tree_unflatten(structure, kept)
+- return _rows(running, updates, zeros), jax.tree_util.tree_unflatten(structure, restored)
++ return updates, jax.tree_util.tree_unflatten(structure, restored)
 @ coins are all heads | subnet/base.py | freeze | with_a_gradient
 - flags[move.axis] = chosen if move.active is None else move.active
 + flags[move.axis] = chosen
@@ -447,8 +447,8 @@ TABLE = """
 - return xp.where(merged.max(0) == merged.min(0), merged.max(0), xp.asarray(MIXED, births.dtype))
 + return merged.max(0)
 @ the average of a fresh coordinate is zero | state.py | births | own_weight
-- move, table, slot, held[slot.steps], WEIGHT, fresh=fresh
-+ move, table, slot, held[slot.steps], WEIGHT, fresh=0
+- move, table, slot, average[slot.steps], WEIGHT, fresh=fresh
++ move, table, slot, average[slot.steps], WEIGHT, fresh=0
 @ an average keeps its own buffers | state.py | births | own_weight
 - half if _is_half(node) else eqx.combine(half, rest)
 + half if _is_half(node) else eqx.combine(half, jax.tree.map(lambda x: 2 * x, rest))
@@ -468,10 +468,10 @@ TABLE = """
 - return without(updates, -0.0), jax
 + return without(updates), jax
 @ moments of a frozen part stand still | optim/held.py | parts | remembered or kicked
-- other = old if k.law == WEIGHT else other
+- other = old if traits.law == WEIGHT else other
 + other = old
 @ what is judged of a frozen part moves | optim/held.py | parts | judged_stays
-- other = old if k.law == WEIGHT else other
+- other = old if traits.law == WEIGHT else other
 + other = other
 @ curves count from the last growth alone | optim/held.py | parts | count_from
 - if growth is None:

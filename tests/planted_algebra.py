@@ -56,8 +56,8 @@ TABLE = """
 - x = xp.moveaxis(x, pair, (0, 1))
 + x = xp.moveaxis(x, pair[::-1], (0, 1))
 @ squares are summed by a dense map | optim/carrying.py | linear_growth | do_not_follow
-- if by == "mixed" and kept.law.linear_in is None:
-+ if by == "mixed" and kept is None:
+- if by == "mixed" and traits.law.linear_in is None:
++ if by == "mixed" and traits is None:
 @ averages take their own weight where old ones are summed | algebra.py | linear_growth | summed_as
 - return np.zeros(move.length, bool) if summed else move.rows(slot, dim) == NONE
 + return move.rows(slot, dim) == NONE

@@ -294,7 +294,7 @@ def test_a_state_that_cannot_grow_says_all_that_is_wrong():
         StateError, match=r"average\.up: expected shape \(2, 2, 3\), got \(2, 2, 4\)"
     ):
         gj.grow(op, narrow, key=KEY)
-    with pytest.raises(StateError, match="opt_state: expected what the optimizer keeps"):
+    with pytest.raises(StateError, match="opt_state: expected the optimizer's state"):
         gj.grow(op, gj.State(model), optimizer=tx, key=KEY)
     with pytest.raises(StateError, match="optimizer: a model is grown alone"):
         gj.grow(op, model, optimizer=tx, key=KEY)

@@ -276,7 +276,7 @@ class Aside(gj.Operator):
             gj.dense(head_dim=TALL, exact=True),
             GPT,
             optax.scale_by_adam(),
-            r"nu.*attention.q, .* is not linear in what the dense map of head_dim sums",
+            r"nu.*attention.q, .* is not linear in .* the dense map of head_dim sums",
         ),
         (
             gj.regroup(kv_heads=4),

@@ -370,7 +370,9 @@ def test_parts_out_of_range_are_refused_when_they_are_made(make, message):
 def test_parts_need_the_parameters():
     tx = optim.parts(optax.sgd(1.0), old=0.0)
     trained = gj.partition(layers())[0]
-    with pytest.raises(StateError, match="params: parts are told apart in the parameters"):
+    with pytest.raises(
+        StateError, match="params: expected the parameters, whose axes define the parts"
+    ):
         tx.update(trained, tx.init(trained))
 
 

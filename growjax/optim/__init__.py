@@ -1,4 +1,4 @@
-"""Optimizers that know growth: rules of updates, their state through operators, and coordinates' ages."""
+"""Optimizers for models that grow: update rules, growth of their state, and ages of coordinates."""
 
 from growjax.optim.age import adamw as adamw
 from growjax.optim.age import matrices as matrices

@@ -1,8 +1,9 @@
-"""Adam with an age for every coordinate, so that new ones are neither kicked nor starved.
+"""Adam with an age for every coordinate: a new one starts its bias correction anew.
 
-Adam divides its moments by `1 - b^t`. A new coordinate has empty moments; under the old `t` it would
-move by up to 6.6 learning rates (b2 = 0.999). Here `t` is counted per coordinate of each axis: a few
-small vectors, since an entry of a leaf is as old as the youngest of its coordinates.
+Adam divides its moments by `1 - b^t`. The moments of a new coordinate are zero; divided by the `1 - b^t`
+of an old step count, they would move it by up to 6.6 learning rates (b2 = 0.999). So `t` is counted for
+every coordinate of every axis. An entry of a leaf is as old as the youngest of its coordinates, so these
+ages take one small vector per axis.
 """
 
 import math
@@ -22,15 +23,15 @@ from growjax.optim.divided import decayed_weights
 
 
 class Ages(eqx.Module):
-    """How many updates (or how much of something) each coordinate has seen: `{axis: [size]}`."""
+    """The number of updates of each coordinate, or another sum over them: `{axis: [size]}`."""
 
     of: dict[str, Num[Array, " size"]]
 
 
 class Since(eqx.Module):
-    """How many updates ago each coordinate was born, and how many ago the last growth was.
+    """The number of updates since each coordinate was born, and since the last growth (`last`).
 
-    Other than an age it begins anew for copies, which keep their history.
+    It starts from 0 for every copy, whereas the age of a copy may be that of its source.
     """
 
     of: dict[str, Num[Array, " size"]]
@@ -55,8 +56,8 @@ class AgedAdEMAMixState(NamedTuple):
 
 
 def grown_age(age: Num[Array, " old"], move: AxisMap, *, keep: bool) -> Num[Array, " new"]:
-    """Ages along the axis of a map after it: fresh ones 0, copies as old as their source if `keep`."""
-    if not age.shape[0]:  # the layers of a model that has none
+    """Ages along the axis of a map after it: 0 if new; if `keep`, copies are as old as the source."""
+    if not age.shape[0]:  # the axis of a stack without layers
         return jnp.zeros(move.length, age.dtype)
     young = move.is_new() if not keep else move.source < 0
     return jnp.where(young, 0, age[np.maximum(move.source, 0)])
@@ -78,7 +79,7 @@ def scale_by_adam(
     import optax
 
     def init(params):
-        # Without memory the first moment is the gradient itself.
+        # With b1 = 0 the first moment is the gradient itself
         mu = jax.tree.map(jnp.zeros_like, params) if b1 else None
         return AgedAdamState(mu, jax.tree.map(jnp.zeros_like, params), born(params))
 
@@ -100,12 +101,12 @@ def scale_by_adam(
 def scale_by_ademamix(
     b1: float = 0.9, b2: float = 0.999, b3: float = 0.9999, alpha: float = 5.0, eps: float = 1e-8
 ) -> Any:
-    """Adam with a second, slow memory of gradients; an `optax.GradientTransformation`.
+    """Adam with a second, slow average of gradients; an `optax.GradientTransformation`.
 
-    `(m1 + alpha * m2) / (sqrt(v) + eps)`, where `m2` forgets by `b3` and is not corrected for its
-    bias: it fills slowly, and after growth it does so again for every new coordinate. The same updates
-    as `optax.contrib.scale_by_ademamix` until the model grows. Pagliardini et al.
-    (2024), "The AdEMAMix Optimizer: Better, Faster, Older", arXiv:2409.03137.
+    `(m1 + alpha * m2) / (sqrt(v) + eps)`, where `m2` decays by `b3` and has no bias correction: it rises
+    slowly from zero, and does so again for every coordinate that growth adds. The same updates as
+    `optax.contrib.scale_by_ademamix` until the model grows. Pagliardini et al. (2024), "The AdEMAMix
+    Optimizer: Better, Faster, Older", arXiv:2409.03137.
     """
     import optax
 
@@ -146,20 +147,21 @@ def older(ages: Ages) -> Ages:
 def _debiased(moments: Any, ages: Ages, decay: float) -> Any:
     """Moments divided by `1 - decay^t`, where `t` is the age of each entry."""
     log_decay = math.log(decay) if decay else -math.inf
-    filled = {axis: -jnp.expm1(age.astype(float) * log_decay) for axis, age in ages.of.items()}
+    # 1 - decay^t, the total weight of the gradients in an average that started from zero
+    weights = {axis: -jnp.expm1(age.astype(float) * log_decay) for axis, age in ages.of.items()}
     return put(
         moments,
         {
-            slot.steps: slot.value / share.astype(slot.value.dtype)
-            for slot, share in by_youngest(moments, filled, 1.0)
+            slot.steps: slot.value / weight.astype(slot.value.dtype)
+            for slot, weight in by_youngest(moments, weights, 1.0)
         },
     )
 
 
 def by_youngest(tree: Any, vectors: Mapping[str, Array], top: Any) -> Iterator[tuple[Slot, Array]]:
-    """The slot of every array of a tree like the parameters, and `youngest` for it.
+    """Pairs of the slot of every array in a tree like the parameters, and its `youngest` array.
 
-    Places that hold None, or the placeholder of a masked optimizer, are left out.
+    Leaves that are None, or the placeholder of a masked optimizer, are left out.
     """
     table = axes_of(tree)
     for slot in table.of_kind("param"):
@@ -168,22 +170,22 @@ def by_youngest(tree: Any, vectors: Mapping[str, Array], top: Any) -> Iterator[t
 
 
 def youngest(slot: Slot, vectors: Mapping[str, Array], sizes: Mapping[str, int], top: Any) -> Array:
-    """The least of each entry's coordinates, shaped to broadcast to the leaf; `top` if it has none.
+    """The minimum over each entry's coordinates, broadcastable to the leaf; `top` if it has no axes.
 
-    `vectors` holds a number for every coordinate of every axis: an age, or something that rises with it.
+    `vectors` holds a number for every coordinate of every axis: an age, or a quantity that rises with it.
     """
     return over_entries(slot, vectors, sizes, jnp.minimum, jnp.asarray(top))
 
 
 def matrices(params) -> Any:
-    """True at the matrices of a model: what weight decay is usually meant for (not gains, biases)."""
+    """A mask: True at the matrices of a model, which usually decay; False at gains and biases."""
     mask = jax.tree.map(lambda _: False, params)
     slots = axes_of(params).of_kind("param")
     return put(mask, {s.steps: s.init == "normal" for s in slots if s.value is not None})
 
 
 def not_biases(params) -> Any:
-    """True at the matrices and at the gains of norms, which some trainers decay as well."""
+    """A mask: True at matrices and at the gains of norms, which some trainers decay as well."""
     mask = jax.tree.map(lambda _: False, params)
     slots = axes_of(params).of_kind("param")
     return put(mask, {s.steps: s.init != "zeros" for s in slots if s.value is not None})
@@ -198,7 +200,10 @@ def adamw(
     weight_decay: float = 0.0,
     mask: Callable[[Any], Any] = matrices,
 ):
-    """AdamW whose bias correction knows how old every coordinate is; an `optax` transformation.
+    """AdamW with a bias correction by the age of every coordinate; an `optax` transformation.
+
+    The parameters must carry axes: give it the first half of `gj.partition(model)`. `mask` chooses the
+    leaves that decay.
 
     **Example**
 

@@ -1,4 +1,4 @@
-"""Optimizer state through a growth operator: every array by the law that a probe finds."""
+"""Growth of optimizer state: every array moves by the scaling law that a probe measures."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from growjax.growth.births import dealt_births, moved_births
 from growjax.growth.operator import Chain, Operator, atoms
 from growjax.optim.age import grown_age
 from growjax.optim.cells import Cell, cells
-from growjax.optim.probe import Kept, probe
+from growjax.optim.probe import Traits, probe
 
 
 def carry(
@@ -32,30 +32,32 @@ def carry(
 ) -> Any:
     """The optimizer state of the grown model, for any optax transformation or rule of growjax.
 
-    What each array holds is found by running the optimizer on a toy (`growjax.optim.probe`), never by
-    what it is called. It moves by the power of the map, or of its dual, that it scales with: averages of
-    gradients by the share on the opposite side from the weights, those of squares by its square,
-    traces of normalised updates by its sign, averages of the weights and differences between such as the
-    weights. Fresh coordinates start as a fresh run would start them: from zero, from the constant of
-    an accumulator, from their own weight. Step counts, schedules and hyper-parameters stay as they are;
-    the births that `growjax.optim.parts` keeps count one growth more.
-    So does what sums over entries (a norm of gradients), as long as nothing is copied with its history.
-    Under plain `optax.adam` a zero moment under an old step count moves new weights by up to 6.6 times
-    the learning rate; `growjax.optim.adamw` keeps an age for every coordinate instead.
+    The optimizer runs on a toy (`growjax.optim.probe`) to measure how each array of its state scales;
+    the names of arrays play no part. Each moves by the power of the map, or of its dual, that it scales
+    with: averages of gradients by the share on the opposite side from the weights, averages of squared
+    gradients by the square of that share, traces of normalised updates by its sign, and averages of the
+    weights and differences between them as the weights do. Fresh coordinates start as in a fresh run:
+    from zero, from the initial constant of an accumulator, or from their own weight. Step counts,
+    schedules and hyper-parameters stay as they are, and so do sums over entries (a norm of gradients)
+    unless coordinates are copied with their history. The births in the state of `growjax.optim.parts`
+    record one more growth. Plain `optax.adam` corrects the zero moment of a new weight by the old step
+    count, which moves it by up to 6.6 times the learning rate; `growjax.optim.adamw` counts an age for
+    every coordinate instead.
 
     **Arguments**
 
     - `op`: the operator that `model` is about to be grown by.
-    - `state`: what `optimizer.init(gj.partition(model)[0])` and its updates gave.
+    - `state`: the state that `optimizer.init(gj.partition(model)[0])` and later updates returned.
     - `optimizer`: the whole transformation that made `state`, or a `growjax.optim.Rule`.
-    - `key`: as for `gj.grow`; fresh weights are drawn with it where an average starts from them.
-    - `copies`: copied coordinates follow their source, or start anew and young, as fresh ones do.
+    - `key`: the key of `gj.grow`; an average of the weights starts from fresh weights drawn with it.
+    - `copies`: "dual": copied coordinates inherit the state of their source. "zero": they start anew, at
+      age 0, as fresh coordinates do.
 
     Raises `StateError` that lists every array which cannot be carried: because copies or shares would
-    change what it mixes (norms), because it scales with no power of what is multiplied (gradients with
-    weights added to them), because it is not shaped like a parameter that grows (factored moments); or if
-    the optimizer cannot be run on a toy. Clipping and the small constants of optimizers (`eps`) are
-    not counted: what a clipped gradient added stays as it was clipped.
+    change a norm or another mix of entries, because the array scales with no power of the gradients or
+    weights (as gradients with weights added to them), or because it has another shape than its parameter,
+    which grows (factored moments); also if the optimizer cannot be run on a toy. Clipping and the small
+    constants of optimizers (`eps`) are neglected: a contribution that was clipped stays clipped.
 
     **Example**
 
@@ -71,72 +73,76 @@ def carry(
             f"got {optimizer!r}"
         )
     shapes = eqx.filter_eval_shape(lambda m: m, model)
-    held = _held(optimizer, state, shapes)
-    # Values are needed only where an average starts from fresh weights
-    model = model if any(k.shaped and k.initial is None for _, k in held) else shapes
-    return _jitted(op, jax.tree.leaves(state), model, key, optimizer, held, copies)
+    arrays = _probed_arrays(optimizer, state, shapes)
+    # The model's values are needed only for an array that starts from fresh weights
+    needs_values = any(traits.shaped and traits.initial is None for _, traits in arrays)
+    model = model if needs_values else shapes
+    return _jitted(op, jax.tree.leaves(state), model, key, optimizer, arrays, copies)
 
 
-class _Held(NamedTuple):
-    """An array of the state: where it stands, and what it holds."""
+class _ProbedArray(NamedTuple):
+    """An array of the state: its place in the state, and its measured traits."""
 
     cell: Cell
-    kept: Kept
+    traits: Traits
 
 
-def _held(optimizer: Any, state: Any, model: Any) -> tuple[_Held, ...]:
-    """What every leaf of a state holds; raises `StateError` if the state is not the optimizer's."""
+def _probed_arrays(optimizer: Any, state: Any, model: Any) -> tuple[_ProbedArray, ...]:
+    """Every leaf of a state with its traits; raises `StateError` if another optimizer made the state."""
     params = partition(model)[0]
     initial = _initial(optimizer, params)
-    own, wanted = _named(initial, params), cells(initial, params)
-    probed = probe(optimizer, params, wanted)
+    own, expected_cells = _named(initial, params), cells(initial, params)
+    probed = probe(optimizer, params, expected_cells)
     if probed.averages:
         raise StateError(
-            "optimizer: all that it does is to average what it is fed, so whether this is an average of "
-            "gradients or of the weights cannot be told. Give the whole chain, learning rate included, "
-            "if it averages gradients; grow an average of the weights as the model: gj.grow(op, average, "
-            "key=key)"
+            "optimizer: it only averages its input, so its state may be an average of gradients or of "
+            "the weights. Give the whole chain, learning rate included, if it averages gradients; grow "
+            "an average of the weights as the model: gj.grow(op, average, key=key)"
         )
     given = _named(state, params)
     faults = _differences(own, given)
     buffers = [slot.path for slot in axes_of(model).of_kind("buffer")]
     if any(name.endswith(f".{path}") for name in given for path in buffers):
         faults = [
-            "it covers buffers too; initialise the optimizer with gj.partition(model)[0]",
+            "the state covers buffers too; initialise the optimizer with gj.partition(model)[0]",
             *faults,
         ]
     raise_all(
         StateError,
-        "state: expected what optimizer.init(gj.partition(model)[0]) and updates lead to, for the whole "
-        "transformation and this model:",
+        "state: expected the state that optimizer.init(gj.partition(model)[0]) and its updates return, "
+        "for the whole transformation and this model:",
         faults,
     )
-    kept = probed.of(wanted)
+    all_traits = probed.of(expected_cells)
     raise_all(
         StateError,
-        "which parameters the optimizer keeps arrays for depends on their sizes, so a toy does not show "
-        "what these hold; choose parameters by rank or by path, or start the optimizer again:",
-        [f"state{cell.name}" for cell, k in zip(wanted, kept, strict=True) if k is None],
+        "the optimizer has these arrays only for parameters of certain sizes, so a toy does not show how "
+        "they scale; choose parameters by rank or by path, or initialise the optimizer again:",
+        [
+            f"state{cell.name}"
+            for cell, traits in zip(expected_cells, all_traits, strict=True)
+            if traits is None
+        ],
     )
     shapes = {slot.steps: slot.value.shape for slot in _params(axes_of(params)).values()}
-    held = []
-    for cell, k in zip(wanted, kept, strict=True):
-        assert k is not None
-        if k.shaped and cell.steps is not None and own[cell.name].shape != shapes[cell.steps]:
-            # Factored at its true size, if not on the toy
-            k = dataclasses.replace(k, shaped=False, reach="leaf")
-        held.append(_Held(cell, k))
-    return tuple(held)
+    arrays = []
+    for cell, traits in zip(expected_cells, all_traits, strict=True):
+        assert traits is not None
+        if traits.shaped and cell.steps is not None and own[cell.name].shape != shapes[cell.steps]:
+            # The optimizer factors it at its true size, but not at the toy's
+            traits = dataclasses.replace(traits, shaped=False, reach="leaf")
+        arrays.append(_ProbedArray(cell, traits))
+    return tuple(arrays)
 
 
 def _initial(optimizer: Any, params: Any) -> Any:
-    """The shapes of the state that an optimizer starts from."""
+    """The shapes of an optimizer's initial state."""
     try:
         return jax.eval_shape(optimizer.init, params)
-    except Exception as error:  # whatever a transformation of the user's may raise
+    except Exception as error:  # a user's transformation may raise any exception
         raise StateError(
             f"optimizer: its init does not take gj.partition(model)[0]: {type(error).__name__}: {error}\n"
-            "(of a wrapper that takes something else, carry what is inside it by the optimizer inside it)"
+            "(if it wraps an optimizer that does, carry the inner state with the inner optimizer)"
         ) from error
 
 
@@ -147,7 +153,7 @@ def _named(state: Any, params: Any) -> dict[str, Any]:
 
 
 def _differences(expected: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Where the names or shapes of two states differ: the first few places, and how many there are."""
+    """The names at which two states differ in shape: the first few, and the number of the others."""
 
     def shape(state: Mapping[str, Any], name: str) -> str:
         return f"shape {np.shape(state[name])}" if name in state else "nothing"
@@ -172,7 +178,10 @@ def _params(table: Axes) -> dict[tuple, Slot]:
 
 
 class _Hop(NamedTuple):
-    """One map of an operator: the model before and after it, and whether copies keep their history."""
+    """One map of an operator, and the model before and after it.
+
+    `keep`: whether copied coordinates inherit the state of their source.
+    """
 
     move: AxisMap
     before: Any
@@ -181,36 +190,39 @@ class _Hop(NamedTuple):
 
 
 @eqx.filter_jit
-def _jitted(op, leaves: list, model, key, optimizer, held: tuple[_Held, ...], copies: str):
+def _jitted(op, leaves: list, model, key, optimizer, arrays: tuple[_ProbedArray, ...], copies: str):
     hops = []
     for atom in atoms(op):
         for move in atom.maps(axes_of(model)):
             after = _grown(move, model, key)
-            # Behind a gate at 0 copies receive no gradient yet, so nothing has been averaged.
+            # Copies behind a gate at 0 have received no gradient yet, so they have no history to inherit
             hops.append(_Hop(move, model, after, copies == "dual" and not move.gated))
             model = after
     params = partition(eqx.filter_eval_shape(lambda m: m, model))[0]
     own = _initial(optimizer, params)
-    names = [cell.name for cell, _ in held]
-    faults = _misshapen(held, leaves, _named(own, params))
+    names = [cell.name for cell, _ in arrays]
+    faults = _misshapen(arrays, leaves, _named(own, params))
     for hop in hops:
-        faults += [(cell.name, why) for cell, kept in held if (why := _fault(cell, kept, hop))]
+        for cell, traits in arrays:
+            reason = _fault(cell, traits, hop)
+            if reason:
+                faults.append((cell.name, reason))
     raise_all(
         StateError,
-        f"this optimizer state cannot be carried through {op}; start it again with "
-        "optimizer.init(gj.partition(grown)[0]), or see what is said of each array:",
+        f"this optimizer state cannot be carried through {op}; initialise it again with "
+        "optimizer.init(gj.partition(grown)[0]), or see the reason for each array:",
         _by_reason(faults),
     )
     for hop in hops:
-        leaves = _carried(leaves, held, hop, optimizer)
-    leaves = _counted(leaves, held)
+        leaves = _carried(leaves, arrays, hop, optimizer)
+    leaves = _counted(leaves, arrays)
     expected = {name: np.zeros(np.shape(x)) for name, x in _named(own, params).items()}
     assert not _differences(expected, dict(zip(names, leaves, strict=True)))
     return jax.tree.unflatten(jax.tree.structure(own), leaves)
 
 
 def _grown(move: AxisMap, model, key):
-    """The model after a map, or its shapes if only those are known."""
+    """The model after a map; the shapes of it if the model is given by its shapes."""
     if _only_shapes(model):
         return eqx.filter_eval_shape(lambda m: maps.apply(move, m, key), model)
     return maps.apply(move, model, key)
@@ -221,102 +233,113 @@ def _only_shapes(model) -> bool:
 
 
 def _misshapen(
-    held: tuple[_Held, ...], leaves: list, own: Mapping[str, Any]
+    arrays: tuple[_ProbedArray, ...], leaves: list, own: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    """The arrays that would have to change their shape and are not shaped like a parameter."""
+    """The arrays whose shape must change although they are not shaped like a parameter.
+
+    `own`: the arrays of the optimizer's state for the grown model, by name.
+    """
     faults = []
-    for (cell, kept), leaf in zip(held, leaves, strict=True):
+    for (cell, traits), leaf in zip(arrays, leaves, strict=True):
         if cell.name not in own:
-            faults.append((cell.name, "is not kept at the new size"))
-        elif not kept.shaped and cell.axis is None and own[cell.name].shape != np.shape(leaf):
+            faults.append((cell.name, "does not exist in the optimizer's state at the new size"))
+        elif not traits.shaped and cell.axis is None and own[cell.name].shape != np.shape(leaf):
             faults.append(
                 (
                     cell.name,
                     "is not shaped like its parameter, which grows (factored, or of several steps)",
                 )
             )
-    names = {cell.name for cell, _ in held}
-    return faults + [(name, "is kept at the new size alone") for name in own if name not in names]
+    names = {cell.name for cell, _ in arrays}
+    added = [name for name in own if name not in names]
+    return faults + [
+        (name, "exists in the optimizer's state only at the new size") for name in added
+    ]
 
 
 def _by_reason(faults: list[tuple[str, str]]) -> list[str]:
-    """One line for each reason: the arrays that it holds for, and the reason."""
+    """One line for each reason: the arrays that it applies to, and the reason."""
+    # A dict of dicts: names without repeats, in their order
     names: dict[str, dict[str, None]] = {}
-    for name, why in faults:
-        names.setdefault(why, {})[f"state{name}"] = None
+    for name, reason in faults:
+        names.setdefault(reason, {})[f"state{name}"] = None
     lines = []
-    for why, arrays in names.items():
-        first = ", ".join(list(arrays)[:3])
-        more = f" and {len(arrays) - 3} more" if len(arrays) > 3 else ""
-        lines.append(f"{first}{more}: {why}")
+    for reason, affected in names.items():
+        first = ", ".join(list(affected)[:3])
+        more = f" and {len(affected) - 3} more" if len(affected) > 3 else ""
+        lines.append(f"{first}{more}: {reason}")
     return lines
 
 
-def _fault(cell: Cell, kept: Kept, hop: _Hop) -> str:
-    """Why an array cannot follow a map; nothing if it can."""
+def _fault(cell: Cell, traits: Traits, hop: _Hop) -> str:
+    """The reason why an array cannot follow a map; empty if it can."""
     move, table = hop.move, axes_of(hop.before)
     if cell.axis is not None and cell.axis == move.over and cell.counts == "age":
-        return f"counts what {move.over} have seen, and these are dealt out to the copies of {move.axis}"
-    if cell.axis is not None or kept.law == WEIGHT:
+        return f"counts the updates of {move.over}, which the map deals out to the copies of {move.axis}"
+    if cell.axis is not None or traits.law == WEIGHT:
         return ""
     slots = _params(table)
-    mixes = kept.reach in ("leaf", "all")
-    # What an array may depend on: its own parameter, or all of them
-    own = slots.get(cell.steps) if cell.steps is not None and kept.reach != "all" else None
+    mixes = traits.reach in ("leaf", "all")
+    # The parameters that the array may depend on: its own, or all of them
+    own = slots.get(cell.steps) if cell.steps is not None and traits.reach != "all" else None
     touched = list(slots.values()) if own is None else [own]
     touched = [part for slot in touched for part in slot.parts if part.positions(move.axis)]
-    if touched and not kept.additive:
-        return f"depends on how many {move.axis} there are (a mean, or a factor that depends on a shape)"
+    if touched and not traits.additive:
+        return f"depends on the number of {move.axis} (a mean, or a factor that depends on a shape)"
     if touched and mixes and _repeats(move, table, hop.keep):
         return (
-            f"mixes entries of {'its parameter' if kept.reach == 'leaf' else 'several parameters'}, so "
-            f"copies of {move.axis} that keep their history would change it; gj.msg and "
+            f"mixes entries of {'its parameter' if traits.reach == 'leaf' else 'several parameters'}, so "
+            f"copies of {move.axis} that inherit their state would change it; gj.msg and "
             'copies="zero" start them anew'
         )
-    if not mixes and not kept.shaped:
+    if not mixes and not traits.shaped:
         return ""
     for slot in touched:
-        if kept.law.gradient is not None:
-            why = algebra.undetermined(move, table, slot, copies=hop.keep)
-            if why:
-                return f"follows gradients: {why}"
+        if traits.law.gradient is not None:
+            reason = algebra.undetermined(move, table, slot, copies=hop.keep)
+            if reason:
+                return f"follows gradients: {reason}"
         for side, by in algebra.multiplied(move, table, slot, copies=hop.keep).items():
-            power = kept.law.gradient if side == "gradient" else kept.law.weight
-            if by == "mixed" and kept.law.linear_in is None:
+            power = traits.law.gradient if side == "gradient" else traits.law.weight
+            if by == "mixed" and traits.law.linear_in is None:
                 return (
-                    f"is not linear in what the dense map of {move.axis} sums, {side}s of several old "
-                    "coordinates for a new one; it can follow a map with one source for each"
+                    f"is not linear in gradients or weights alone, and the dense map of {move.axis} "
+                    "sums these over several old coordinates; it can follow maps with one source for "
+                    "each new coordinate"
                 )
             if power == "unknown" or (power is not None and power.odd is None and by == "any"):
                 return (
-                    f"{_unknown(kept, side)}; the map of {move.axis} multiplies {side}s, "
+                    f"{_unknown(traits, side)}; the map of {move.axis} multiplies {side}s, "
                     "gj.msg does not"
                 )
     return ""
 
 
-def _unknown(kept: Kept, side: str) -> str:
-    if kept.reach == "nothing":
-        return f"did not change in {kept.updates} updates of a toy, so what it holds is not known"
-    if kept.reach != "entry":
+def _unknown(traits: Traits, side: str) -> str:
+    if traits.reach == "nothing":
+        return f"did not change in {traits.updates} updates of a toy, so how it scales is not known"
+    if traits.reach != "entry":
         return f"mixes {side}s of several entries"
     return f"scales with no power of the {side}s (something is added to them, or each of them is clipped)"
 
 
 def _repeats(move: AxisMap, table: Axes, keep: bool) -> bool:
-    """Whether coordinates that have a history are repeated or lost."""
+    """Whether the map repeats or drops coordinates that have a history of gradients."""
     lost = np.setdiff1d(np.arange(table.size(move.axis)), move.source)
     return bool(lost.size or (keep and np.any(move.is_new() & (move.source >= 0))))
 
 
-def _carried(leaves: list, held: tuple[_Held, ...], hop: _Hop, optimizer: Any) -> list:
-    """The arrays of a state after one map that they can follow."""
+def _carried(leaves: list, arrays: tuple[_ProbedArray, ...], hop: _Hop, optimizer: Any) -> list:
+    """The arrays of a state after one map, which all of them can follow."""
     table = axes_of(hop.before)
     slots = _params(table)
-    counted = zip(leaves, held, strict=True)
-    growths = {c.node: leaf for leaf, (c, _) in counted if c.counts == "growths"}
+    growths = {
+        cell.node: leaf
+        for leaf, (cell, _) in zip(leaves, arrays, strict=True)
+        if cell.counts == "growths"
+    }
     carried = []
-    for i, (leaf, (cell, kept)) in enumerate(zip(leaves, held, strict=True)):
+    for i, (leaf, (cell, traits)) in enumerate(zip(leaves, arrays, strict=True)):
         slot = slots.get(cell.steps) if cell.steps is not None else None
         if cell.axis == hop.move.axis and cell.counts == "age":
             leaf = grown_age(leaf, hop.move, keep=hop.keep)
@@ -325,23 +348,23 @@ def _carried(leaves: list, held: tuple[_Held, ...], hop: _Hop, optimizer: Any) -
             if cell.counts == "birth":
                 leaf = dealt_births(leaf, parts)
             else:
-                # What was merged is as young as the youngest of it
+                # A merged coordinate is as young as the youngest of its sources
                 leaf = leaf.reshape(parts, -1).min(0)
         elif cell.axis == hop.move.axis:
             number = 0 if cell.counts == "since" else growths[cell.node] + 1
             leaf = moved_births(leaf, hop.move, number)
-        elif kept.shaped and slot is not None and slot.positions(hop.move.axis):
+        elif traits.shaped and slot is not None and slot.positions(hop.move.axis):
             # An average of the weights has no history of gradients: copies follow their source
-            average = kept.law == WEIGHT and kept.initial is None
-            copies, fresh = hop.keep or average, kept.initial
-            if fresh is None and _has_young(hop.move, slot, kept.law, copies):
+            average = traits.law == WEIGHT and traits.initial is None
+            copies, fresh = hop.keep or average, traits.initial
+            if fresh is None and _has_young(hop.move, slot, traits.law, copies):
                 fresh = _started(optimizer, hop.after)[i]
             leaf = maps.carry_array(
                 hop.move,
                 table,
                 slot,
                 leaf,
-                kept.law,
+                traits.law,
                 fresh=0 if fresh is None else fresh,
                 copies=copies,
             )
@@ -358,10 +381,10 @@ def _has_young(move: AxisMap, slot: Slot, law: Law, copies: bool) -> bool:
     )
 
 
-def _counted(leaves: list, held: tuple[_Held, ...]) -> list:
-    """The arrays once all maps of an operator are done: together they are one growth."""
+def _counted(leaves: list, arrays: tuple[_ProbedArray, ...]) -> list:
+    """The arrays with the whole operator, all its maps together, counted as one growth."""
     after = []
-    for leaf, (cell, _) in zip(leaves, held, strict=True):
+    for leaf, (cell, _) in zip(leaves, arrays, strict=True):
         if cell.counts == "growths":
             leaf = leaf + 1
         after.append(jnp.zeros_like(leaf) if cell.counts == "last" else leaf)
@@ -369,10 +392,10 @@ def _counted(leaves: list, held: tuple[_Held, ...]) -> list:
 
 
 def _started(optimizer: Any, model) -> list:
-    """The arrays that an optimizer starts from on a model."""
+    """The arrays of an optimizer's initial state for a model."""
     if _only_shapes(model):
         raise StateError(
-            "model: fresh coordinates of the state start from their weights; give the model itself, not "
+            "model: fresh coordinates of this state start from their weights; give the model itself, not "
             "its shapes"
         )
     return jax.tree.leaves(optimizer.init(partition(model)[0]))

@@ -1,4 +1,4 @@
-"""The arrays of an optimizer's state: where each of them stands, and what it counts if it counts."""
+"""The arrays of an optimizer's state: the parameter that each belongs to, or its count."""
 
 import re
 from typing import Any, Literal, NamedTuple
@@ -14,11 +14,13 @@ class Cell(NamedTuple):
     """One array of an optimizer's state.
 
     - `name`: its path.
-    - `kind`: its path without the numbers of layers, and the spec of the parameter that it belongs to.
-    - `steps`: the place of the parameter that it belongs to; None if it belongs to none.
-    - `alone`: whether it stands where the parameter does (factored moments come in pairs).
+    - `kind`: its path without the numbers of layers, and the spec of its parameter; the same for the
+      arrays of layers that are alike.
+    - `steps`: the path of its parameter in the model; None if it belongs to none.
+    - `alone`: whether it is the only array at the parameter's path (factored moments come in pairs).
     - `axis`: the axis whose coordinates' ages or births it holds, or None.
-    - `counts`: what it counts, if it is of `Ages`, `Births` or `Since`, and `node`, the path of that.
+    - `counts`: the quantity that it counts, if it is part of an `Ages`, `Births` or `Since`.
+    - `node`: the path of that `Ages`, `Births` or `Since`.
     """
 
     name: str
@@ -34,8 +36,8 @@ def cells(state: Any, params: Any) -> list[Cell]:
     """The arrays of an optimizer's state, in the order of its leaves."""
     slots = {slot.steps: slot for slot in axes_of(params).of_kind("param") if slot.arrays()}
     arrays = []
-    known = lambda node: alike(node, params) or isinstance(node, Ages | Births | Since)  # noqa: E731
-    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=known):
+    whole = lambda node: alike(node, params) or isinstance(node, Ages | Births | Since)  # noqa: E731
+    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=whole):
         for inner, _ in jax.tree_util.tree_leaves_with_path(node):
             name = jax.tree_util.keystr((*path, *inner))
             steps = tuple(
@@ -46,8 +48,9 @@ def cells(state: Any, params: Any) -> list[Cell]:
                 continue
             own = [p for p in slots if alike(node, params) and steps[: len(p)] == p]
             if own:
-                where = numberless(jax.tree_util.keystr(inner), slots[own[0]])
-                kind = jax.tree_util.keystr(path) + where
+                kind = jax.tree_util.keystr(path) + numberless(
+                    jax.tree_util.keystr(inner), slots[own[0]]
+                )
                 arrays.append(Cell(name, kind, own[0], steps == own[0]))
             else:
                 arrays.append(Cell(name, name))
@@ -63,7 +66,7 @@ def _counting(name: str, node: Ages | Births | Since, steps: tuple, path: str) -
 
 
 def numberless(path: str, slot: Slot) -> str:
-    """What a parameter's path has in common with those of other layers, and its spec."""
+    """A parameter's path with `*` for every number (of a layer), and its spec."""
     return f"{re.sub(r'[0-9]+', '*', path)} {slot.spec}"
 
 

@@ -1,8 +1,8 @@
-"""The parts of a grown model, and at which rate and decay each of them trains.
+"""The parts of a grown model, and the learning rate and weight decay of each.
 
-A part is what one growth added, or what was there before the last one. An entry of an array belongs to
-the part of its youngest coordinate (`growjax.growth.births`), so parts lie within arrays: the old rows of
-a matrix may rest while its new ones train.
+A part is the coordinates that one growth added, or all those older than the last growth. An entry of an
+array belongs to the part of its youngest coordinate (`growjax.growth.births`), so one array can have
+several parts: the old rows of a matrix may be frozen while its new ones train.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Curve:
         check(self, StateError)
 
     def at(self, step: Any) -> Array:
-        """The multiple so many steps after the growth; the step may be traced, and an array."""
+        """The multiple `step` steps after the growth, where `step` may be traced and may be an array."""
         steps, multiples = np.asarray(self.points, np.float32).T
         return jnp.interp(jnp.asarray(step, jnp.float32), steps, multiples)
 
@@ -63,7 +63,7 @@ Multiple = Annotated[float, at_least(0)]
 class Part:
     """How one part of a model trains.
 
-    - `rate`: a multiple of the learning rate. 0 holds the part still.
+    - `rate`: a multiple of the learning rate. 0 freezes the part.
     - `decay`: a multiple of the weight decay.
     """
 
@@ -75,7 +75,7 @@ class Part:
 
     @property
     def frozen(self) -> bool:
-        """Whether its entries stay as they are, bit by bit."""
+        """Whether the entries of the part stay unchanged, bit by bit."""
         return not isinstance(self.rate, Curve) and self.rate == 0
 
 
@@ -85,7 +85,7 @@ Share = Part | Curve | Multiple
 def _growth_faults(growths: Any) -> Iterator[str]:
     numbers = [number for number, _ in growths]
     if any(not fits(int, number) or number < 0 for number in numbers):
-        yield f"growths: expected their numbers, 0 for the model's birth, got {numbers}"
+        yield f"growths: expected their numbers, from 0 for the model's birth, got {numbers}"
     elif len(set(numbers)) < len(numbers):
         yield f"growths: expected each number once, got {numbers}"
 
@@ -93,16 +93,16 @@ def _growth_faults(growths: Any) -> Iterator[str]:
 @register
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """How the parts of a model that has grown train: `Stage(train=...)`, `growjax.optim.parts`.
+    """How the parts of a grown model train, for `Stage(train=...)` and `growjax.optim.parts`.
 
     **Fields**
 
-    - `new`: what the last growth added.
-    - `old`: all that was there before it.
-    - `growths`: pairs of a number and what holds for that growth's coordinates instead, 0 being the
-      model's birth.
+    - `new`: the setting of the coordinates that the last growth added.
+    - `old`: the setting of all older coordinates.
+    - `growths`: pairs of a growth's number (0: the model's birth) and the setting of the coordinates that
+      it added, which overrides `new` and `old`.
 
-    Each is a `Part`, or its rate alone: a multiple of the learning rate, where 0 holds the part still,
+    A setting is a `Part`, or its rate alone: a multiple of the learning rate, where 0 freezes the part,
     or a `Curve` over the steps since that growth (for `old`: since the last one). Raises `StateError`
     that lists every field out of range.
 
@@ -110,7 +110,7 @@ class Parts:
 
         Parts(old=0.0)                                            # train the new part alone
         Parts(new=Curve(((0, 0.0), (100, 1.0))), old=Part(0.1, decay=0.0))
-        Parts(growths=((1, 0.0),))                                # hold what the first growth added
+        Parts(growths=((1, 0.0),))                                # freeze what growth 1 added
     """
 
     new: Share = 1.0
@@ -124,14 +124,14 @@ class Parts:
         check(self, StateError)
 
     def named(self) -> dict[str | int, Part]:
-        """Every part: "old" and "new", then the growths that have one of their own."""
+        """Every part by its name: "old" and "new", then the numbers of the growths in `growths`."""
         return {"old": _part(self.old), "new": _part(self.new)} | {
             number: _part(share) for number, share in self.growths
         }
 
     @property
     def freezes(self) -> bool:
-        """Whether some part stays as it is."""
+        """Whether some part is frozen."""
         return any(part.frozen for part in self.named().values())
 
 
@@ -142,15 +142,15 @@ def _part(share: Share) -> Part:
 # Entries -------------------------------------------------------------------------------------
 
 
-# How many updates ago a growth was, by its number (None: the last one), for the entries of a leaf
+# The updates since a growth, given by its number (None: the last one), for the entries of a leaf
 Time = Callable[[Slot, int | None], Any]
 
 
 class Division(NamedTuple):
-    """Which part every entry of some parameters belongs to, at one step.
+    """The division of the entries of parameters into parts, at one step.
 
-    - `births`: arrays of NumPy, or of a trace.
-    - `time`: how many updates ago a growth was.
+    - `births`: the births of coordinates; NumPy arrays, or traced ones.
+    - `time`: the number of updates since a growth.
     """
 
     parts: Parts
@@ -158,19 +158,19 @@ class Division(NamedTuple):
     time: Time
 
     def frozen(self, params: Any) -> dict[tuple, Any]:
-        """For every parameter which of its entries stay as they are: `{steps: mask}`, broadcastable."""
+        """A mask of the frozen entries of every parameter, broadcastable to it: `{steps: mask}`."""
         masks = {}
         for slot, sizes in _leaves(params):
             mask: Any = np.zeros((1,) * len(slot.spec.groups), bool)
-            for part, of in self._of(slot, sizes):
-                mask = _where(of, part.frozen, mask)
+            for part, entries in self._entries(slot, sizes):
+                mask = _where(entries, part.frozen, mask)
             masks[slot.steps] = mask & self._grown
         return masks
 
     def rates(self, params: Any) -> dict[tuple, Any]:
-        """The multiple of the learning rate of every entry, of parts that train: broadcastable.
+        """The multiples of the learning rate, by parameter and broadcastable to it.
 
-        A part that is frozen counts 1 here. Leaves whose entries all train at the rate are left out.
+        The entries of a frozen part have 1 here. Leaves whose multiples are all 1 are left out.
         """
 
         def rate(slot: Slot, name: str | int, part: Part) -> Any:
@@ -181,7 +181,7 @@ class Division(NamedTuple):
         return self._multiples(params, rate)
 
     def decays(self, params: Any) -> dict[tuple, Any]:
-        """The multiple of the weight decay of every entry, as `rates`."""
+        """The multiples of the weight decay, in the form of `rates`."""
         return self._multiples(params, lambda slot, name, part: part.decay)
 
     def _multiples(self, params: Any, of: Callable[[Slot, str | int, Part], Any]) -> dict:
@@ -192,9 +192,9 @@ class Division(NamedTuple):
             if all(isinstance(value, float | int) and value == 1 for value in values):
                 continue
             multiple: Any = np.ones((1,) * len(slot.spec.groups), np.float32)
-            for (_, chosen), value in zip(self._of(slot, sizes), values, strict=True):
-                multiple = jnp.where(chosen, jnp.asarray(value, jnp.float32), multiple)
-            # Before the first growth nothing is old or new
+            for (_, entries), value in zip(self._entries(slot, sizes), values, strict=True):
+                multiple = jnp.where(entries, jnp.asarray(value, jnp.float32), multiple)
+            # A model that has not grown has no old or new entries
             multiples[slot.steps] = jnp.where(self._grown, multiple, 1)
         return multiples
 
@@ -202,8 +202,8 @@ class Division(NamedTuple):
     def _grown(self) -> Any:
         return self.births.growths > 0
 
-    def _of(self, slot: Slot, sizes: Mapping[str, int]) -> Iterator[tuple[Part, Any]]:
-        """Every part and the entries of a leaf that are of it; a later one counts."""
+    def _entries(self, slot: Slot, sizes: Mapping[str, int]) -> Iterator[tuple[Part, Any]]:
+        """Every part with the mask of its entries in a leaf; later parts override earlier ones."""
         births = self.births.of_entries(slot, sizes)
         for name, part in self.parts.named().items():
             number = self.births.growths if isinstance(name, str) else name
@@ -218,22 +218,22 @@ def _leaves(params: Any) -> Iterator[tuple[Slot, Mapping[str, int]]]:
             yield slot, table.sizes
 
 
-def _where(of: Any, value: bool, mask: Any) -> Any:
-    xp = np if isinstance(of, np.ndarray) and isinstance(mask, np.ndarray) else jnp
-    return xp.where(of, value, mask)
+def _where(entries: Any, value: bool, mask: Any) -> Any:
+    xp = np if isinstance(entries, np.ndarray) and isinstance(mask, np.ndarray) else jnp
+    return xp.where(entries, value, mask)
 
 
 # Weight decay --------------------------------------------------------------------------------
 
 
 class Decays:
-    """Multiples of the weight decay for `decayed_weights`; `used` once somebody has asked for them."""
+    """Multiples of the weight decay for `decayed_weights`; `used` is True once it has applied them."""
 
     def __init__(self, multiples: Mapping[tuple, Any]):
         self.multiples, self.used = multiples, False
 
     def of(self, tree: Any) -> Any:
-        """What is to be added to updates for decay, times the multiple of every entry."""
+        """The decay terms `tree`, each entry times its multiple."""
         self.used = True
         times = {
             steps: x * jnp.asarray(multiple, x.dtype)
@@ -244,10 +244,10 @@ class Decays:
 
 
 def decayed_weights(weight_decay: float, mask: Any = None) -> Any:
-    """`optax.add_decayed_weights`, of which `growjax.optim.parts` can ask more or less for one part.
+    """`optax.add_decayed_weights` with a multiple of the decay for each part of `growjax.optim.parts`.
 
     An `optax.GradientTransformationExtraArgs` for parameters that carry axes. `growjax.optim.adamw` and
-    the optimizers of plans have it already.
+    the optimizers of plans include it.
 
     **Example**
 
@@ -262,7 +262,7 @@ def decayed_weights(weight_decay: float, mask: Any = None) -> Any:
     def update(updates, state, params=None, *, decays: Decays | None = None, **_):
         if decays is None:
             return plain.update(updates, state, params)
-        # What it adds to nothing
+        # Applied to updates of zero, it returns the decay terms alone
         added, state = plain.update(jax.tree.map(jnp.zeros_like, updates), state, params)
         return jax.tree.map(jnp.add, updates, decays.of(added)), state
 

@@ -1,4 +1,4 @@
-"""Layers that a step did not run stay as they were, and so does what the optimizer remembers of them."""
+"""Layers that a step does not run stay as they are, and so does the optimizer's state for them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,54 +15,53 @@ from growjax.optim.age import Ages
 def freeze(
     running: Mapping[str, Bool[Array, " layers"]], updates: Any, state: Any, before: Any
 ) -> tuple[Any, Any]:
-    """Take back what an update did to layers that did not run: `(updates, state)`.
+    """Undo an update for the layers that did not run: `(updates, state)`.
 
-    A layer that a sub-network leaves out has a gradient of zero. To an optimizer that is a gradient like
-    any other: its moments decay, and the layer still moves by momentum and weight decay. Afterwards it is
-    as if the layer had not been there: its updates are zero, its moments those of before, and its age
-    (`growjax.optim.adamw`) counts only the steps that it ran. What belongs to no layer moves on.
+    A layer that a sub-network leaves out has a gradient of zero. An optimizer treats it as any other
+    gradient: the moments decay, and momentum and weight decay still move the layer. `freeze` sets the
+    updates of such layers to zero and restores their moments and ages, so that an age
+    (`growjax.optim.adamw`) counts only the steps that ran the layer. Parameters and state outside of
+    layers take the update.
 
     **Arguments**
 
     - `running`: for each stack of layers a flag [layers], such as `path.running(model, key=key)`.
-    - `updates`, `state`: what an optax transformation returned for the gradient.
-    - `before`: the state that it was given.
+    - `updates`, `state`: the updates and the state that an optax transformation returned.
+    - `before`: the state before that update.
 
     Raises `StateError` that lists every leaf which is not shaped like its parameter, such as factored
-    moments: nothing says which part of them is a layer's.
+    moments, since their layers cannot be separated.
 
     **Example**
 
         updates, after = tx.update(gradient, state, trained)
         updates, state = growjax.optim.freeze(path.running(model, key=key), updates, after, state)
 
-    Panigrahi et al. (RaPTr, 2025) do not say which of the two happens to the layers that they leave out.
+    Panigrahi et al. (RaPTr, 2025) do not specify whether layers that they leave out move or stay.
     """
 
     def shaped(node) -> bool:
         return isinstance(node, type(updates) | Ages)
 
     leaves, structure = jax.tree_util.tree_flatten_with_path(state, is_leaf=shaped)
-    complaints: list[str] = []
-    kept = []
+    faults: list[str] = []
+    restored = []
     for (path, new), old in zip(leaves, jax.tree.leaves(before, is_leaf=shaped), strict=True):
         if isinstance(new, Ages):
             new = Ages(
                 {axis: _chosen(running, axis, age, old.of[axis]) for axis, age in new.of.items()}
             )
         elif shaped(new):
-            complaints += [
-                f"{jax.tree_util.keystr(path)}{fault}" for fault in _faults(new, updates)
-            ]
-            new = new if complaints else _rows(running, new, old)
-        kept.append(new)
-    raise_all(StateError, "layers of this optimizer state cannot be left as they were:", complaints)
-    still = jax.tree.map(jnp.zeros_like, updates)
-    return _rows(running, updates, still), jax.tree_util.tree_unflatten(structure, kept)
+            faults += [f"{jax.tree_util.keystr(path)}{fault}" for fault in _faults(new, updates)]
+            new = new if faults else _rows(running, new, old)
+        restored.append(new)
+    raise_all(StateError, "layers of this optimizer state cannot be frozen:", faults)
+    zeros = jax.tree.map(jnp.zeros_like, updates)
+    return _rows(running, updates, zeros), jax.tree_util.tree_unflatten(structure, restored)
 
 
 def _rows(running: Mapping[str, Array], new: Any, old: Any) -> Any:
-    """The rows of layers that ran from `new`, the others from `old`."""
+    """A tree with the rows of `new` for layers that ran, and those of `old` for the others."""
     slots = [slot for slot in axes_of(new).of_kind("param") if slot.arrays()]
     return put(
         new,
@@ -81,10 +80,10 @@ def _chosen(running: Mapping[str, Array], axis: str, new: Array, old: Array) -> 
 
 
 def _faults(tree: Any, like: Any) -> list[str]:
-    """The leaves of a tree that are not shaped like those of another."""
-    found = []
+    """One line for each leaf of `tree` that has another shape than that of `like`."""
+    faults = []
     for slot in axes_of(like).of_kind("param"):
         value = find(tree, slot.steps)
         if slot.arrays() and getattr(value, "shape", slot.value.shape) != slot.value.shape:
-            found.append(f".{slot.path}: expected {slot.value.shape}, got {value.shape}")
-    return found
+            faults.append(f".{slot.path}: expected {slot.value.shape}, got {value.shape}")
+    return faults

@@ -1,14 +1,14 @@
-"""Updates of a model part by part: some at rates of their own, some held still, bit by bit.
+"""Updates of a model part by part: some parts have their own rates, some are frozen, bit by bit.
 
-What trains does so as if it were all that there is: to the optimizer, frozen entries have no gradient, no
-weight and no history, so that norms which clip see only what moves. Meanwhile what it remembers of
-frozen entries goes on under their own gradients. Once they thaw they move on, and are not kicked by
-moments that have lagged behind the step count.
+The trained entries move as if the frozen ones did not exist: the optimizer gets zero gradients, zero
+weights and a blank state for frozen entries, so that a norm it clips by covers the moving entries alone.
+The state of frozen entries is updated by their own gradients in a second call of the optimizer. When
+they thaw, their moments are up to date with the step count and do not kick them.
 
-Rules that mix the entries of an array (factored moments, orthogonal steps) would take frozen rows for
-small ones. Whether a rule does is found on a toy: entries must move as before where there are further
-ones to which nothing is fed, and where others of the same array are fed something else, as long as
-nothing is so large that it is clipped.
+A rule that mixes the entries of an array (factored moments, orthogonal steps) would count frozen rows as
+small ones. A run on a toy shows whether a rule mixes: entries of a rule that does not move alike when
+the array has further entries with zero gradients, and when other entries of the array get other
+gradients (all small enough that nothing is clipped).
 """
 
 import functools
@@ -27,7 +27,7 @@ from growjax.growth.births import over_entries
 from growjax.optim.age import Since, youngest
 from growjax.optim.cells import Cell, alike, cells
 from growjax.optim.divided import Decays, Division, Parts, Share
-from growjax.optim.probe import Kept, probe
+from growjax.optim.probe import Traits, probe
 from growjax.optim.rules import Rule
 from growjax.optim.toy import (
     PERIOD,
@@ -45,12 +45,13 @@ from growjax.optim.toy import (
 )
 
 
-_NEAR, _TINY = 1e-8, 1e-5  # relative, in double precision; a size that nothing clips
+_NEAR = 1e-8  # relative tolerance, in double precision
+_TINY = 1e-5  # the size of gradients and weights that no optimizer clips
 _LONGEST = 257  # updates
 
 
 class PartsState(NamedTuple):
-    """The state of what `parts` wraps, the births of coordinates, and how long ago these were."""
+    """The state of the inner optimizer, the births of coordinates, and the updates since each."""
 
     inner: Any
     births: Births
@@ -64,21 +65,22 @@ def parts(
     old: Share = 1.0,
     growths: Mapping[int, Share] | None = None,
 ) -> Any:
-    """Train what growth added, and what was there before, each in its own way.
+    """Train the coordinates that growth added, and the older ones, at rates and decays of their own.
 
     **Arguments**
 
     - `optimizer`: an optax transformation, learning rate included, or a `growjax.optim.Rule`.
-    - `new`, `old`: how what the last growth added and all else trains: a `Part`, or its rate, which is a
-      multiple of the learning rate or a `Curve` over the steps since the last growth. 0 holds the part
-      still, bit by bit; see `growjax.optim.held` for what that means to the optimizer.
-    - `growths`: the same for the coordinates of some growths, by their numbers (0: the model's birth),
-      with curves over the steps since that growth.
+    - `new`, `old`: the settings of the coordinates that the last growth added, and of all others: a
+      `Part`, or its rate, which is a multiple of the learning rate or a `Curve` over the steps since the
+      last growth. A rate of 0 freezes the part, bit by bit; `growjax.optim.held` describes how the
+      optimizer treats frozen entries.
+    - `growths`: the same for the coordinates of single growths, by the growth's number (0: the model's
+      birth), with curves over the steps since that growth.
 
-    Gives the same kind of thing. Its state keeps the births of coordinates, which `gj.carry` (so
-    `gj.grow` of a `gj.State`) moves; before the first growth all trains as usual. Raises `StateError` for
-    rules that mix frozen entries with others (Adafactor, Muon), for a `decay` that nothing in the
-    chain takes (see `decayed_weights`), and for rates of rules that average.
+    Returns an optimizer of the same type. Its state records the births of coordinates, which `gj.carry`
+    (and `gj.grow` of a `gj.State`) updates; before the first growth all entries train as usual. Raises
+    `StateError` for rules that mix frozen entries with others (Adafactor, Muon), for a `decay` that no
+    transformation in the chain accepts (see `decayed_weights`), and for rates of rules that average.
 
     **Example**
 
@@ -105,12 +107,12 @@ def parts(
         def time(slot: Slot, growth: int | None):
             if growth is None:
                 return state.since.last
-            # Nothing is older than the oldest coordinate that is still there
+            # A leaf without axes is as old as the oldest coordinate that is left
             oldest = [jnp.max(steps) for steps in state.since.of.values() if steps.size]
             return youngest(slot, state.since.of, sizes, functools.reduce(jnp.maximum, oldest))
 
         division = Division(plan, state.births, time)
-        # The transformation as it was given: what is known of it is remembered by the object
+        # The original transformation, not `tx`: probe results are cached by this object
         updates, inner = divided(optimizer, tx, division, updates, state.inner, params, **more)
         since = jax.tree.map(lambda steps: steps + 1, state.since)
         return updates, PartsState(inner, state.births, since)
@@ -133,23 +135,25 @@ def divided(
     `tx` is the optimizer with an update that takes further arguments.
     """
     if params is None:
-        raise StateError("params: parts are told apart in the parameters; give them to update")
+        raise StateError(
+            "params: expected the parameters, whose axes define the parts; give them to update"
+        )
     decays = Decays(division.decays(params))
     rates = division.rates(params)
     if rates and isinstance(optimizer, Rule) and optimizer.judged is not None:
         raise StateError(
-            "rate: this rule averages its weights, which ties where they move to how far; its parts can "
-            "be frozen (rate 0), and not slowed down"
+            "rate: this rule averages its weights, so a scaled update would no longer match the average; "
+            "its parts can be frozen (rate 0), but not slowed down or sped up"
         )
     if decays.multiples:
         more = {**more, "decays": decays}
     if not division.parts.freezes:
         updates, state = tx.update(gradient, state, params, **more)
     else:
-        updates, state = _held(optimizer, tx, division, gradient, state, params, more)
+        updates, state = _frozen(optimizer, tx, division, gradient, state, params, more)
     if decays.multiples and not decays.used:
         raise StateError(
-            "decay: nothing in this optimizer takes a decay for each part; let weights decay by "
+            "decay: nothing in this optimizer takes a decay for each part; decay the weights by "
             "growjax.optim.decayed_weights or growjax.optim.adamw"
         )
     for steps, multiple in rates.items():
@@ -158,17 +162,17 @@ def divided(
     return updates, state
 
 
-def _held(
+def _frozen(
     optimizer: Any, tx: Any, division: Division, gradient: Any, state: Any, params: Any, more: dict
 ) -> tuple[Any, Any]:
-    """An update under which frozen entries stay as they are."""
+    """An update that leaves frozen entries as they are."""
     frozen = division.frozen(params)
     arrays = cells(state, params)
-    kept = _kept(optimizer, params, arrays)
+    all_traits = _traits(optimizer, params, arrays)
     refuse_mixing(optimizer, params, division)
 
     def without(tree: Any, blank: float = 0.0) -> Any:
-        """A tree like the parameters with a number at its frozen entries; anything else as it is."""
+        """A tree like the parameters with `blank` at its frozen entries; any other tree as it is."""
         if not alike(tree, params):
             return tree
         values = {}
@@ -178,31 +182,32 @@ def _held(
                 values[steps] = _pick(mask, blank, leaf)
         return put(tree, values)
 
-    # What trains sees nothing of what does not, neither now nor in what is remembered
+    # One update without the gradients, the state and the weights of frozen entries moves the others
     leaves, structure = jax.tree.flatten(state)
     bare = []
-    for cell, k, leaf in zip(arrays, kept, leaves, strict=True):
-        if k.shaped and cell.steps is not None and k.initial is not None:
-            leaf = _pick(frozen[cell.steps], k.initial, leaf)
+    for cell, traits, leaf in zip(arrays, all_traits, leaves, strict=True):
+        if traits.shaped and cell.steps is not None and traits.initial is not None:
+            leaf = _pick(frozen[cell.steps], traits.initial, leaf)
         bare.append(leaf)
     hidden = {name: without(value) for name, value in more.items()}
     updates, moved = tx.update(
         without(gradient), structure.unflatten(bare), without(params), **hidden
     )
+    # A second update with all of them gives the state of frozen entries
     _, watched = tx.update(gradient, state, params, **more)
     after = []
-    for cell, k, old, own, other in zip(
-        arrays, kept, leaves, jax.tree.leaves(moved), jax.tree.leaves(watched), strict=True
+    for cell, traits, old, own, other in zip(
+        arrays, all_traits, leaves, jax.tree.leaves(moved), jax.tree.leaves(watched), strict=True
     ):
-        if k.shaped and cell.steps is not None:
-            # What holds weights, or how far they are apart, stays with the weights
-            other = old if k.law == WEIGHT else other
+        if traits.shaped and cell.steps is not None:
+            # Averages of weights and differences between weights stay, as the frozen weights do
+            other = old if traits.law == WEIGHT else other
             own = _pick(frozen[cell.steps], other, own)
         elif cell.steps is not None:
-            whole = frozen[cell.steps]
-            own = other if isinstance(whole, np.ndarray) and whole.all() else own
+            mask = frozen[cell.steps]
+            own = other if isinstance(mask, np.ndarray) and mask.all() else own
         after.append(own)
-    # Minus zero: added to anything, a minus zero too, it leaves every bit
+    # Adding -0.0 leaves every bit of a weight, also of a weight of -0.0, which +0.0 would turn into 0.0
     return without(updates, -0.0), jax.tree.unflatten(jax.tree.structure(moved), after)
 
 
@@ -210,17 +215,21 @@ def _pick(mask: Any, chosen: Any, other: Any) -> Any:
     return jnp.where(mask, jnp.asarray(chosen, other.dtype), other)
 
 
-def _kept(optimizer: Any, params: Any, arrays: list[Cell]) -> list[Kept]:
-    """What every array of the state holds."""
+def _traits(optimizer: Any, params: Any, arrays: list[Cell]) -> list[Traits]:
+    """The measured traits of every array of the state."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    kept = probe(optimizer, shapes, arrays).of(arrays)
+    all_traits = probe(optimizer, shapes, arrays).of(arrays)
     raise_all(
         StateError,
-        "which parameters the optimizer keeps arrays for depends on their sizes, so what these hold is "
-        "not known, and no part can be frozen:",
-        [f"state{cell.name}" for cell, k in zip(arrays, kept, strict=True) if k is None],
+        "the optimizer has these arrays only for parameters of certain sizes, so a toy does not show how "
+        "they scale, and no part can be frozen; choose parameters by rank or by path:",
+        [
+            f"state{cell.name}"
+            for cell, traits in zip(arrays, all_traits, strict=True)
+            if traits is None
+        ],
     )
-    return [k for k in kept if k is not None]
+    return [traits for traits in all_traits if traits is not None]
 
 
 # Rules that mix ------------------------------------------------------------------------------
@@ -229,7 +238,7 @@ def _kept(optimizer: Any, params: Any, arrays: list[Cell]) -> list[Kept]:
 def refuse_mixing(optimizer: Any, params: Any, division: Division) -> None:
     """Raise `StateError` if a rule mixes frozen entries of an array with others.
 
-    `params` are parameters or their shapes. With births that are traced any array may be divided.
+    `params` are parameters or their shapes. If the births are traced, every array counts as divided.
     """
     births = division.births.of
     known = all(isinstance(numbers, np.ndarray) for numbers in births.values())
@@ -248,14 +257,15 @@ def refuse_mixing(optimizer: Any, params: Any, division: Division) -> None:
     mixed = _mixed(optimizer, params, tuple(axes)) if split else set()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     state = cells(jax.eval_shape(optimizer.init, shapes), params) if split else []
-    for cell, k in zip(state, _kept(optimizer, params, state) if split else [], strict=True):
-        if cell.steps is not None and k.reach in ("leaf", "all"):
+    all_traits = _traits(optimizer, params, state) if split else []
+    for cell, traits in zip(state, all_traits, strict=True):
+        if cell.steps is not None and traits.reach in ("leaf", "all"):
             mixed.add(cell.steps)
     raise_all(
         StateError,
         "this optimizer mixes the entries of an array (factored moments, orthogonal steps, norms of "
-        "tensors), so none can be left out while others of the same array train. Freeze whole layers "
-        "or arrays, or train by a rule that works entry by entry, such as AdamW:",
+        "tensors), so it cannot train some of them and freeze the others. Freeze whole layers or arrays, "
+        "or train by a rule that works entry by entry, such as AdamW:",
         [slot.path for slot in split if slot.steps in mixed],
     )
 
@@ -264,14 +274,14 @@ def _mixed(optimizer: Any, params: Any, axes: tuple[str, ...]) -> set[tuple]:
     """The parameters whose entries mix along one of these axes."""
     slots = leaves_of(params)
     leaves, structure = jax.tree.flatten(toy(params, SIZE))
-    # Each axis by another number, so that the ratio of two sizes changes as well
+    # Every axis grows by a number of its own, so that the ratio of two sizes changes as well
     numbered = {axis: n for n, axis in enumerate(axes, 1)}
     more = {axis: numbered.get(axis, 0) for axis in axes_of(params).sizes}
     wide = toy(params, {axis: SIZE + n for axis, n in more.items()})
-    found = _mixed_on_toy(
+    mixed = _mixed_on_toy(
         optimizer, structure, tuple(leaves), jax.tree.structure(wide), tuple(more.items())
     )
-    return {slot.steps for n, slot in enumerate(slots) if n in found}
+    return {slot.steps for n, slot in enumerate(slots) if n in mixed}
 
 
 @functools.lru_cache(maxsize=256)
@@ -281,7 +291,8 @@ def _mixed_on_toy(
     slots = leaves_of(structure.unflatten(shapes))
     try:
         with aside():
-            # Large enough to be clipped, and too small for it; weights as well, which decay may add
+            # One trial with gradients that are clipped and one with gradients too small for it, with
+            # small weights as well, since weight decay may add them to the gradients
             arrays = [x.shape for x in shapes]
             trials = [trial(arrays, size, 0).lanes for size in (1.0, _TINY)]
             trials[1] = {
@@ -291,25 +302,26 @@ def _mixed_on_toy(
             plain = [lanes["plain"] for lanes in trials]
             others = [_other_at(axis, trials[1], slots) for axis, n in more if n]
             small = Run(optimizer, structure, plain + others, updates=True)
-            fed = [padded(lane, slots, dict(more)) for lane in plain]
-            large = Run(optimizer, wide, fed, updates=True)
+            wide_lanes = [padded(lane, slots, dict(more)) for lane in plain]
+            large = Run(optimizer, wide, wide_lanes, updates=True)
             return _differing(small, large, slots, dict(more))
     except StateError:
         raise
-    except Exception as error:  # whatever a transformation of the user's may raise
+    except Exception as error:  # a user's transformation may raise any exception
         raise StateError(
-            "optimizer: whether it mixes entries is seen by running it on a small copy of the "
-            f"parameters, which failed: {type(error).__name__}: {error}"
+            "optimizer: growjax runs it on a small copy of the parameters to learn whether it mixes "
+            f"entries, and this failed: {type(error).__name__}: {error}"
         ) from error
 
 
 def _differing(
     small: Run, large: Run, slots: list[Slot], more: Mapping[str, int]
 ) -> frozenset[int]:
-    """The leaves whose entries mix, once anything has moved.
+    """The numbers of the leaves whose entries mix.
 
-    The lanes of the smaller toy are two plain ones and, for every axis, the second one with other values
-    at that axis's last coordinate.
+    The lanes of the small toy are the two plain ones and, for every axis, a copy of the second plain one
+    with other values at that axis's last coordinate. The lanes of the large toy are the two plain ones,
+    padded with zeros.
     """
     differ: set[int] = set()
     for step in range(1, _LONGEST + 1):
@@ -326,12 +338,12 @@ def _differing(
                 first = ~_at_last(axis, slot)
                 if slot.positions(axis) and not _near(a[1][first], a[lane][first]):
                     differ.add(n)
-        # Some steps more than one: the first may be alike by chance, as signs are
+        # Not after the first step: it may agree by chance, as the signs of updates do
         if moved and step > PERIOD:
             return frozenset(differ)
     raise StateError(
-        f"optimizer: it moved nothing in {_LONGEST} updates of a toy, so whether it mixes entries cannot "
-        "be seen"
+        f"optimizer: it moved nothing in {_LONGEST} updates of a toy, so it does not show whether it "
+        "mixes entries"
     )
 
 
@@ -340,13 +352,13 @@ def _near(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _at_last(axis: str, slot: Slot) -> np.ndarray:
-    """Which entries of a toy's leaf are at the last coordinate of an axis."""
+    """The mask of the entries of a toy's leaf at the last coordinate of an axis."""
     axes = [dim.axis for dim in slot.dims if not dim.literal]
     last = {
         name: np.arange(SIZE) == SIZE - 1 if name == axis else np.zeros(SIZE, bool) for name in axes
     }
-    where = over_entries(slot, last, every(SIZE), np.logical_or, np.bool_(False))
-    return np.broadcast_to(where, slot.value.shape)
+    mask = over_entries(slot, last, every(SIZE), np.logical_or, np.bool_(False))
+    return np.broadcast_to(mask, slot.value.shape)
 
 
 def _other_at(axis: str, lanes: Mapping[str, Lane], slots: list[Slot]) -> Lane:

@@ -1,4 +1,4 @@
-"""Muon, told by the axis table which leaves are matrices and between what."""
+"""Muon for models with an axis table, which names the matrices and the axes on their two sides."""
 
 import math
 from typing import Any
@@ -10,10 +10,10 @@ from growjax.optim.age import scale_by_adam
 
 
 def hidden_matrices(params: Any) -> Any:
-    """True at the matrices inside a model: what `scale_by_muon` makes orthogonal.
+    """A mask: True at the hidden matrices of a model, whose steps `scale_by_muon` orthogonalises.
 
-    A matrix is inside if some leaf produces and some leaf consumes each of its axes. Embeddings, heads,
-    gains and biases are not.
+    A matrix is hidden if each of its axes is produced by some leaf and consumed by another. Embeddings,
+    heads, gains and biases are not.
     """
     mask = jax.tree.map(lambda _: False, params)
     return put(mask, {slot.steps: True for slot, _, _ in _matrices(params)})
@@ -27,26 +27,27 @@ def scale_by_muon(
     momentum: float = 0.95,
     rms: float = 0.2,
 ) -> Any:
-    """Orthogonal steps for hidden matrices, Adam's for all else; an `optax.GradientTransformation`.
+    """Orthogonal steps for hidden matrices, Adam's for all others; an `optax.GradientTransformation`.
 
-    Every matrix, of every layer by itself, is seen as what it consumes by what it produces
-    (`embed -> kv_heads group head_dim` is embed by all heads), and its momentum replaced by the nearest
-    orthogonal matrix (`optax.contrib.scale_by_muon`: five Newton-Schulz iterations of the Nesterov
-    momentum). Times `rms * sqrt(max(rows, columns))`, its root mean square is about `rms`, which is that
-    of Adam's steps in practice, so AdamW's learning rate and weight decay carry over. `b1`, `b2` and
-    `eps` are those of `growjax.optim.scale_by_adam`, which moves the rest.
+    Every matrix of every layer is reshaped to consumed axes by produced axes
+    (`embed -> kv_heads group head_dim` becomes `embed` by all heads' dimensions), and its momentum is
+    replaced by the nearest orthogonal matrix (`optax.contrib.scale_by_muon`: five Newton-Schulz
+    iterations of the Nesterov momentum). The factor `rms * sqrt(max(rows, columns))` gives the step a
+    root mean square of about `rms`, which is that of Adam's steps in practice, so AdamW's learning rate
+    and weight decay carry over. `b1`, `b2` and `eps` belong to `growjax.optim.scale_by_adam`, which moves
+    the other leaves.
 
-    Growth cannot kick: an orthogonal matrix has no large entries, whatever the momentum of new
-    coordinates. Jordan et al. (2024), "Muon"; the scale is that of Liu et al. (2025), "Muon is Scalable
-    for LLM Training", arXiv:2502.16982.
+    New coordinates cannot take large steps after growth, since the entries of an orthogonal matrix are
+    bounded whatever their momentum. Jordan et al. (2024), "Muon"; the scale is that of Liu et al. (2025),
+    "Muon is Scalable for LLM Training", arXiv:2502.16982.
     """
     import optax
     from optax.contrib import MuonDimensionNumbers
     from optax.contrib import scale_by_muon as orthogonalised
 
     def dimensions(params):
-        seen = {slot.steps: MuonDimensionNumbers(a, b) for slot, a, b in _matrices(params)}
-        return put(params, seen)
+        sides = {slot.steps: MuonDimensionNumbers(a, b) for slot, a, b in _matrices(params)}
+        return put(params, sides)
 
     def matched(updates, _):
         def scaled(slot: Slot, *sides: tuple[int, ...]):
@@ -66,13 +67,14 @@ def scale_by_muon(
 
 
 def _matrices(params: Any) -> list[tuple[Slot, tuple[int, ...], tuple[int, ...]]]:
-    """The matrices inside a model, with the dimensions of the array on either side of each."""
+    """The hidden matrices of a model, each with the array dimensions of its rows and of its columns."""
     table = axes_of(params)
-    found = [(slot, _sides(slot, table)) for slot in table.of_kind("param") if slot.arrays()]
-    return [(slot, *sides) for slot, sides in found if sides is not None]
+    split = [(slot, _sides(slot, table)) for slot in table.of_kind("param") if slot.arrays()]
+    return [(slot, *sides) for slot, sides in split if sides is not None]
 
 
 def _sides(slot: Slot, table: Axes) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The array dimensions of a leaf's rows and of its columns; None if it is no hidden matrix."""
     data = [dim for dim in slot.dims if dim.role != "stack"]
     named = [dim for dim in data if not dim.literal]
     if not all({"consumed", "produced"} <= table.roles(dim.axis) for dim in named):
@@ -84,10 +86,10 @@ def _sides(slot: Slot, table: Axes) -> tuple[tuple[int, ...], tuple[int, ...]] |
         return None
     sides, axis = ([], []), len(data) - len(slot.dims)
     for dimension, count in enumerate(slot.spec.groups):
-        where = {i >= first for i in range(axis, axis + count)}
-        if len(where) > 1:
+        on_second = {i >= first for i in range(axis, axis + count)}
+        if len(on_second) > 1:
             return None  # one dimension of the array that holds axes of both sides
         if axis >= 0:
-            sides[where.pop()].append(dimension)
+            sides[on_second.pop()].append(dimension)
         axis += count
     return tuple(sides[0]), tuple(sides[1])

@@ -1,4 +1,4 @@
-"""The rule of one update: an optax chain to which the learning rate is given, and what is judged."""
+"""Update rules: optax chains whose update takes the learning rate as an argument."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,15 +12,16 @@ from growjax.optim.age import Ages, born, by_youngest
 
 
 class Rule(NamedTuple):
-    """How parameters are updated: an optax transformation to which the learning rate is given.
+    """An optax transformation whose update takes the learning rate as an argument.
 
     - `init(params) -> state`
-    - `update(gradient, state, params, *, rate, curvature=None, labels=1) -> (updates, state)`: what to
-      add to the parameters. `curvature` is a second gradient, for rules that asked for one, and `labels`
-      how many it is the mean over (see `growjax.optim.scale_by_sophia`). Where parts decay each in its
-      own way it is given `decays` too, for `growjax.optim.decayed_weights`.
-    - `judged(params, state) -> params`: what is evaluated if that is not what is trained, as in rules
-      that average; None in all others.
+    - `update(gradient, state, params, *, rate, curvature=None, labels=1) -> (updates, state)`: the
+      updates are added to the parameters. `curvature` is a second gradient, for rules that need one, and
+      `labels` the number of labels that it is the mean over (see `growjax.optim.scale_by_sophia`). If
+      parts of the model decay at different rates, it gets `decays` too, for
+      `growjax.optim.decayed_weights`.
+    - `judged(params, state) -> params`: the parameters to evaluate, for rules that average the trained
+      ones; None for all other rules.
     """
 
     init: Callable[[Any], Any]
@@ -28,7 +29,7 @@ class Rule(NamedTuple):
     judged: Callable[[Any, Any], Any] | None = None
 
     def evaluated(self, params: Any, state: Any) -> Any:
-        """The parameters to evaluate, to hand out and to keep in the end."""
+        """The parameters to evaluate, to return and to save at the end of a run."""
         return params if self.judged is None else self.judged(params, state)
 
 
@@ -53,10 +54,10 @@ def rule(tx: Any) -> Rule:
 
 
 class AveragedState(NamedTuple):
-    """What `schedule_free` keeps.
+    """The state of `schedule_free`.
 
     - `offset`: the base rule's own parameters minus the trained ones; as the parameters.
-    - `total`, `weights`: the sum of squared rates since birth, and since each coordinate was new.
+    - `total`, `weights`: the sum of squared rates since the start, and since each coordinate's birth.
     - `base`: the state of the base rule.
     """
 
@@ -67,19 +68,20 @@ class AveragedState(NamedTuple):
 
 
 def schedule_free(base: Rule, b1: float = 0.9) -> Rule:
-    """Average what `base` does instead of decaying its rate: Schedule-Free learning.
+    """Average the parameters of `base` instead of decaying its rate: Schedule-Free learning.
 
         z <- z + update of base, from the gradient at y
-        x <- x + (rate^2 / sum of rate^2) (z - x)            judged
+        x <- x + (rate^2 / sum of rate^2) (z - x)            evaluated
         y  = b1 x + (1 - b1) z                               trained
 
-    `b1` takes the place of the momentum, so `base` should have none; it is above 0. The rate is to be
-    warmed up and then constant; at a rate of 0 nothing moves. At a rate that never falls these are the
-    updates of `optax.contrib.schedule_free`.
+    `b1` (above 0) takes the place of the momentum, so `base` should have none. The rate should warm up
+    and then stay constant; a rate of 0 moves nothing. As long as the rate does not fall, the updates are
+    those of `optax.contrib.schedule_free`.
 
-    Instead of `z`, its distance from `y` is kept. A coordinate that growth added starts with
-    `x = y = z`, wherever it was drawn, and an average of its own: under the sum of all the past it
-    would hardly move. Defazio et al. (2024), "The Road Less Scheduled", arXiv:2405.15682.
+    The state stores `z - y` instead of `z`. A coordinate that growth adds starts with `x = y = z`, at its
+    initial weight, and with a sum of squared rates of its own: divided by the sum since the start of
+    training, its `x` would hardly move. Defazio et al. (2024), "The Road Less Scheduled",
+    arXiv:2405.15682.
 
     **Example**
 
@@ -99,7 +101,7 @@ def schedule_free(base: Rule, b1: float = 0.9) -> Rule:
         for slot, seen in by_youngest(step, weights.of, total):
             u, d = slot.value, get(state.offset, slot.steps)
             share = jnp.where(seen > 0, weight / jnp.where(seen > 0, seen, 1), 0).astype(u.dtype)
-            # y moves by (1 - b1) of what z does and b1 of what x does, and x is d / b1 behind z
+            # y moves by (1 - b1) times the move of z plus b1 times that of x, and z - x = d / b1
             out[slot.steps] = (1 - b1 + b1 * share) * u + share * d
             offset[slot.steps] = d + u - out[slot.steps]
         moved = AveragedState(put(state.offset, offset), total, weights, inner)

@@ -1,4 +1,4 @@
-"""Multipliers of steps: by the size of the tensor, and by how new a coordinate is."""
+"""Multipliers of updates: by the size of the tensor, and by the age of a coordinate."""
 
 from typing import Any, NamedTuple
 
@@ -10,9 +10,9 @@ from growjax.optim.age import Ages, born, by_youngest, older
 
 
 def scale_by_parameter(floor: float = 1e-3) -> Any:
-    """Multiply the step of each tensor by the root mean square of its entries, or by `floor`.
+    """Multiply the update of each tensor by the root mean square of its entries, or `floor` if larger.
 
-    Layers that are stacked into one leaf count one by one. With Adam this is the AdamWScale of T5's
+    Every layer in a stacked leaf is a tensor of its own. With Adam this is the AdamWScale of T5's
     trainers. Shazeer & Stern (2018), "Adafactor", section 8. An `optax.GradientTransformation`, for
     parameters that carry axes.
     """
@@ -34,7 +34,7 @@ def scale_by_parameter(floor: float = 1e-3) -> Any:
 
 
 class NewState(NamedTuple):
-    """Steps so far, and the age of every coordinate."""
+    """The number of updates so far, and the age of every coordinate."""
 
     count: Int[Array, ""]
     ages: Ages
@@ -43,8 +43,8 @@ class NewState(NamedTuple):
 def scale_new(rate: float, steps: int) -> Any:
     """Multiply the updates of coordinates that growth added by `rate`, for their first `steps` steps.
 
-    An entry of a leaf is as young as the youngest of its coordinates; what was there at birth is not
-    new. An `optax.GradientTransformation`, for parameters that carry axes.
+    An entry of a leaf is as young as the youngest of its coordinates. The coordinates of the initial
+    model do not count as new. An `optax.GradientTransformation`, for parameters that carry axes.
     """
     import optax
 

@@ -1,4 +1,4 @@
-"""Sophia-G: steps of at most the learning rate, shorter where the loss curves."""
+"""Sophia-G: updates of at most the learning rate, smaller where the curvature of the loss is large."""
 
 from typing import Any, NamedTuple
 
@@ -17,16 +17,17 @@ def scale_by_sophia(b1: float = 0.965, b2: float = 0.99, rho: float = 0.04) -> A
     """Sophia-G's rescaling; an `optax.GradientTransformationExtraArgs`.
 
         m <- b1 m + (1 - b1) g
-        h <- b2 h + (1 - b2) labels * curvature^2            where `curvature` is given
+        h <- b2 h + (1 - b2) labels * curvature^2            in steps with a `curvature`
         update = sign(m) min(1, |m| / (rho h + 1e-15))
 
     `update(..., curvature=, labels=)`: `curvature` is the gradient of the mean loss on labels drawn from
-    the model's own predictions and `labels` how many were drawn. Their product as above is an unbiased
-    estimate of the diagonal of the Gauss-Newton matrix, so that `rho` means the same at every batch size.
-    Only `rho * labels` matters: with `labels` left out (1), `rho` is what the papers call `rho * bs`.
-    Without `curvature` (most steps) `h` stays as it is, bit by bit; given, it is used at once.
+    the model's own predictions, and `labels` the number of labels drawn. `labels * curvature^2` is an
+    unbiased estimate of the diagonal of the Gauss-Newton matrix, so `rho` has the same effect at every
+    batch size. Only `rho * labels` matters: without `labels` (1), `rho` is the `rho * bs` of the paper.
+    In steps without `curvature` (most steps) `h` stays unchanged, bit by bit; in the others the update
+    uses the new `h`.
 
-    There is no bias correction. A coordinate without curvature, so a new one too, takes steps of plus or
+    Moments have no bias correction. A coordinate with zero `h`, such as a new one, takes steps of plus or
     minus 1. Liu et al. (2023), "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
     Pre-training", arXiv:2305.14342.
 

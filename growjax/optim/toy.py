@@ -1,8 +1,8 @@
-"""An optimizer under way on a toy: parameters of a model's structure with a few coordinates an axis.
+"""Runs of an optimizer on a toy: parameters with a model's structure and two coordinates per axis.
 
-All lanes of a run take the same steps at once, each under something else: gradients of half the entries
-are others, those of every entry are multiplied by a number of its own, mirrored, or zero; and so with
-the weights. `growjax.optim.probe` reads off what the optimizer keeps.
+A run has lanes, which `vmap` updates together. Every lane differs from the plain one by one change of its
+gradients or weights: half of the entries are drawn again, or all entries are multiplied by a number of
+their own, change sign, or are zero. `growjax.optim.probe` compares the optimizer's state between lanes.
 """
 
 import collections
@@ -28,7 +28,7 @@ Shape = tuple[int, ...]
 
 @contextlib.contextmanager
 def aside() -> Iterator[None]:
-    """Outside of every trace, on the CPU, in double precision, under JAX's own settings."""
+    """A context outside of every trace, on the CPU, in double precision, with JAX's default settings."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.ensure_compile_time_eval())
         stack.enter_context(jax.enable_x64(True))
@@ -37,15 +37,14 @@ def aside() -> Iterator[None]:
         stack.enter_context(jax.numpy_dtype_promotion("standard"))
         stack.enter_context(jax.numpy_rank_promotion("allow"))
         stack.enter_context(jax.transfer_guard("allow"))
-        with contextlib.suppress(
-            RuntimeError
-        ):  # the CPU is not among the platforms of this process
+        # JAX raises RuntimeError if the process runs without the CPU platform
+        with contextlib.suppress(RuntimeError):
             stack.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
         yield
 
 
 def toy(params: Any, size: int | Mapping[str, int]) -> Any:
-    """The shapes of parameters like these whose axes all have `size` coordinates, or each its own."""
+    """The shapes of parameters like these, with `size` coordinates on every axis, or a size for each."""
     table = axes_of(params)
     sizes = every(size) if isinstance(size, int) else size
     shapes = {
@@ -66,21 +65,22 @@ def leaves_of(params: Any) -> list[Slot]:
     return [slots[n] for n in jax.tree.leaves(numbers)]
 
 
-# What is fed ---------------------------------------------------------------------------------
+# Gradients and weights -----------------------------------------------------------------------
 
 
 class Lane(NamedTuple):
-    """Gradients and weights of every leaf, `[step, *shape]`."""
+    """The gradients and weights of every leaf, arrays of `[step, *shape]`."""
 
     gradients: list[np.ndarray]
     weights: list[np.ndarray]
 
 
 class Trial(NamedTuple):
-    """Lanes that differ from the "plain" one each by one thing.
+    """Lanes by name, each of which differs from the "plain" one by one change.
 
-    - `masks`: of some lanes: which entries of each leaf are fed others.
-    - `factors`: of some lanes: what multiplies the gradients, and the weights, of each leaf's entries.
+    - `masks`: for lanes with some entries drawn again: the mask of these in each leaf.
+    - `factors`: for lanes with multiplied entries: the factors of the gradients and those of the weights,
+      for each leaf.
     """
 
     lanes: dict[str, Lane]
@@ -89,7 +89,7 @@ class Trial(NamedTuple):
 
 
 def trial(shapes: list[Shape], size: float, seed: int) -> Trial:
-    """A trial under gradients whose entries are from half to twice a size; weights are so around 1."""
+    """A trial with gradients of half to twice `size` in magnitude, and weights of half to twice 1."""
     rng = np.random.default_rng(seed)
 
     def choice(*values: float) -> list[np.ndarray]:
@@ -101,10 +101,11 @@ def trial(shapes: list[Shape], size: float, seed: int) -> Trial:
 
     g, w, other_g, other_w = draw(size), draw(1.0), draw(size), draw(1.0)
     ones = choice(1.0)
-    # A chequerboard: black and white entries in every row of every dimension, and one black one at least
+    # A chequerboard, so that every row of every dimension has black and white entries; the first is black
     board = [np.indices(shape).sum(0) % 2 == 0 for shape in shapes]
     mirrored = [np.where(black, -1.0, 1.0) for black in board]
-    # Powers of two round nothing. Smaller gradients and larger weights: no more is clipped than was.
+    # Powers of two cause no rounding. Gradients shrink and weights grow, so that no more is clipped than
+    # in the plain lane.
     factors = {
         "no gradients": (choice(0.0), ones),
         "no weights": (ones, choice(0.0)),
@@ -126,8 +127,8 @@ def trial(shapes: list[Shape], size: float, seed: int) -> Trial:
         "other gradients": Lane(other_g, w),
         "other weights": Lane(g, other_w),
     }
-    for name, (of_g, of_w) in factors.items():
-        lanes[name] = Lane(*(_times(f, x) for f, x in ((of_g, g), (of_w, w))))
+    for name, (by_g, by_w) in factors.items():
+        lanes[name] = Lane(_times(by_g, g), _times(by_w, w))
     for name, mask in masks.items():
         lanes[name] = Lane(_mixed(mask, other_g, g), _mixed(mask, other_w, w))
     return Trial(lanes, masks, factors)
@@ -142,9 +143,9 @@ def _mixed(masks: list[np.ndarray], a: list[np.ndarray], b: list[np.ndarray]) ->
 
 
 def padded(lane: Lane, slots: list[Slot], more: Mapping[str, int]) -> Lane:
-    """A lane for a wider toy, with so many coordinates more on each axis.
+    """A lane for a wider toy, with `more[axis]` further coordinates on each axis.
 
-    Nothing is fed to the new ones, and their weights are 0.
+    The gradients and the weights of the further coordinates are 0.
     """
 
     def pad(values: list[np.ndarray]) -> list[np.ndarray]:
@@ -167,18 +168,18 @@ def _wider(sizes: Mapping[str, int], more: Mapping[str, int], part: Slot, x: Any
 
 
 def narrowed(x: np.ndarray, slot: Slot, more: Mapping[str, int]) -> np.ndarray:
-    """The entries of a leaf of a wider toy that the toy has."""
+    """The entries of a wider toy's leaf that the toy of `SIZE` coordinates per axis has too."""
     wide = {dim.axis: SIZE + more[dim.axis] for dim in slot.dims if not dim.literal}
 
     def old(part: Slot, x: Any) -> Any:
-        kept = [slice(None) if dim.literal else slice(SIZE) for dim in part.dims]
-        return part.join(part.split(x, wide)[tuple(kept)])
+        slices = [slice(None) if dim.literal else slice(SIZE) for dim in part.dims]
+        return part.join(part.split(x, wide)[tuple(slices)])
 
     return slot.mapped(old, x, wide)
 
 
 def every(size: int) -> Mapping[str, int]:
-    """Sizes of axes, whatever they are called: all the same."""
+    """A mapping that gives `size` for every name of an axis."""
     return collections.defaultdict(lambda: size)
 
 
@@ -189,7 +190,8 @@ class Run:
     """An optimizer that takes the same steps in every lane.
 
     - `start`, `state`: its state before the first step and now; arrays are `[lane, ...]`.
-    - `updates`: what the last step would add to the weights, if they are asked for.
+    - `updates`: the updates of the last step if `updates=True`, else None. They are not applied: the
+      weights of the lanes are given.
     """
 
     def __init__(self, optimizer: Any, structure: Any, lanes: list[Lane], updates: bool = False):
@@ -201,7 +203,7 @@ class Run:
         self.weights = stacked([lane.weights for lane in lanes])
         self.start = self.state = _run(_jit(jax.vmap(optimizer.init)), self.weights[0])
         self.updates: Any = None
-        self._steps, self._asked = 0, updates
+        self._steps, self._with_updates = 0, updates
         self._update, shapes = self._accepted(optimizer)
         if jax.tree.structure(shapes) != jax.tree.structure(self.start):
             raise StateError(
@@ -211,56 +213,64 @@ class Run:
         self.state = jax.tree.map(_cast, self.start, shapes)
 
     def _accepted(self, optimizer: Any) -> tuple[Callable, Any]:
-        """The update with whatever else the optimizer asks for, and the shapes of the state after it."""
+        """The compiled update with the further arguments that it needs, and the shapes of its state.
+
+        Raises the error of the last attempt if the update accepts none of `_extra_arguments`.
+        """
         problem: Exception | None = None
         for extra in _extra_arguments(optimizer):
 
             def update(gradients, later, state, weights, extra=extra):
                 more = extra(gradients, later)
                 updates, state = optimizer.update(gradients, state, weights, **more)
-                return updates if self._asked else None, state
+                return updates if self._with_updates else None, state
 
             program = _jit(jax.vmap(update))
             try:
-                return program, program.trace(*self._fed()).out_info[1]
-            except Exception as error:  # whatever a transformation of the user's may raise
+                return program, program.trace(*self._inputs()).out_info[1]
+            except Exception as error:  # a user's transformation may raise any exception
                 problem = error
         assert problem is not None
         raise problem
 
-    def _fed(self) -> tuple:
+    def _inputs(self) -> tuple:
+        """This step's gradients, the next step's (as a second gradient), the state and the weights."""
         now, later = self._steps % PERIOD, (self._steps + 1) % PERIOD
         return self.gradients[now], self.gradients[later], self.state, self.weights[now]
 
     def until(self, steps: int) -> Any:
-        """The state after so many steps in all."""
+        """The state after `steps` steps, counted from the start."""
         while self._steps < steps:
-            self.updates, self.state = _run(self._update, *self._fed())
+            self.updates, self.state = _run(self._update, *self._inputs())
             self._steps += 1
         return self.state
 
 
 def _jit(function: Callable) -> Callable:
-    # A program runs a few times on tiny arrays: compiling it is all that it costs
+    # Compilation takes most of the time, since the program runs a few times on tiny arrays
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def _run(program: Any, *arguments: Any) -> Any:
-    """What a program gives; raises `StateError` if it holds values that are still to be computed."""
+    """The outputs of a program; raises `StateError` if the program closes over values of a trace."""
     try:
         return program(*arguments)
     except Exception as error:
         consts = jax.make_jaxpr(program.__wrapped__)(*arguments).consts
         if any(isinstance(x, Tracer) for x in consts):
             raise StateError(
-                "optimizer: it holds values of a trace, so it cannot be run by itself; make it outside "
-                "of jit, or keep such values in its state (optax.inject_hyperparams)"
+                "optimizer: it contains values that a trace has not computed yet, so it cannot run on a "
+                "toy; create it outside of jit, or put such values into its state "
+                "(optax.inject_hyperparams)"
             ) from error
         raise
 
 
 def _extra_arguments(optimizer: Any) -> list[Callable[[Any, Any], dict[str, Any]]]:
-    """What else an update may ask for, in the order to try: from its gradients, and from others."""
+    """Functions that give further arguments of an update, in the order to try.
+
+    Each takes the update's gradients and other gradients of the same shapes.
+    """
     if isinstance(optimizer, Rule):
         return [lambda _, others: {"rate": 0.1, "curvature": others, "labels": 8.0}]
     return [
@@ -278,6 +288,6 @@ def _cast(x: Any, like: Any) -> Any:
 
 
 def numbers(state: Any) -> list[np.ndarray]:
-    """The arrays of a state, keys of random numbers as the numbers that they are."""
+    """The arrays of a state; random keys as their integers."""
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
     return [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in jax.tree.leaves(state)]

@@ -27,9 +27,9 @@ class Arm:
     - `outcomes`: one for each seed, all charged on one clock.
     - `parameters`: of the model at the end.
     - `fixed`: it trains all of one model from the first step to the last; fixed arms make the frontier.
-    - `free`: its clock does not charge some of what it does, so that its costs compare with nobody's.
-    - `workload`, `budget`: arms that agree in both are held against the frontier together, which is the
-      family of Holm's method.
+    - `free`: its clock does not charge some of its operations, so that its costs are not comparable.
+    - `workload`, `budget`: arms that agree in both are compared with the frontier together, as the family
+      of Holm's method.
     - `stages`: of the first seed.
     - `flops`, `seconds`: of training, of each seed in the order of `outcomes`; empty if not known.
 
@@ -52,7 +52,7 @@ class Arm:
 
     @property
     def costs(self) -> list[float]:
-        """What every seed spent, in the clock's unit."""
+        """The cost of every seed, in the clock's unit."""
         return [o.spent for o in self.outcomes]
 
     @property

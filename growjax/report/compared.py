@@ -24,13 +24,13 @@ from growjax.runs.run import Run
 from growjax.values import to_dict
 
 
-# Arms of costs that are closer than this have no figure of losses against cost
+# The ratio of the largest to the smallest cost, above which the page has a figure of final losses by cost
 _APART = 1.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """Some arms, the frontier that the fixed ones make (None without one), and the others against it."""
+    """Arms, the frontier of those of a fixed size (None without such), and a row for each other arm."""
 
     arms: tuple[Arm, ...]
     frontier: Frontier | None
@@ -45,20 +45,20 @@ def compare_runs(
     margin: float | None = None,
     console: Console | None = None,
 ) -> Compared:
-    """Hold the runs in some folders against the frontier of those that train one fixed size.
+    """Compare the runs in some folders with the frontier of those that train one fixed size.
 
-    Runs of one plan that differ in the seed are one arm. Whether a learning rate is decayed is read off
-    the run: where its schedule ends, over the highest rate that it had.
+    Runs of one plan that differ in the seed are one arm. A run counts as decayed by the ratio of the
+    learning rate at the end of its schedule to the highest rate of the run.
 
     **Arguments**
 
-    - `out`: where to write a page; none by default.
-    - `baseline`: the name of an arm to hold the others against, instead of all fixed sizes.
-    - `margin`: a difference within it counts as none, in nats; see `growjax.budget.compare`.
-    - `console`: where to print the verdict and the tables; nothing is printed by default.
+    - `out`: the path of the page to write; none by default.
+    - `baseline`: the name of an arm to compare the others with, instead of all fixed sizes.
+    - `margin`: differences up to it, in nats, count as equivalent; see `growjax.budget.compare`.
+    - `console`: prints the verdict and the tables; nothing is printed by default.
 
-    Raises `BudgetError` that names every run that was not finished, and the data, held-out windows and
-    clocks if there are several; `DataError` for a folder without a journal.
+    Raises `BudgetError` that names every unfinished run, and the data, held-out windows and clocks if
+    runs differ in them; `DataError` for a folder without a journal.
 
     **Example**
 
@@ -105,8 +105,8 @@ def read_finished(folder: str | os.PathLike[str]) -> Trained:
     return run
 
 
-def _judged(run: Trained) -> dict[str, str]:
-    """What a run was judged by, in words that tell one clock, text, objective or set from another."""
+def _conditions(run: Trained) -> dict[str, str]:
+    """The conditions that compared runs must share, as text: clock, data, objective, held-out windows."""
     sets = {str(row.get("held_out")) for row in run.rows if row["kind"] == "begin"}
     return {
         "clocks": run.plan.clock.identity,
@@ -117,7 +117,7 @@ def _judged(run: Trained) -> dict[str, str]:
 
 
 def _data(run: Run) -> str:
-    """The digest of what a run trained on, or what its plan names if nothing else was kept of it."""
+    """The digest of a run's training data, or the data that its plan names if no digest was saved."""
     held_out = run.held_out()
     if held_out is not None and "data" in held_out[1]:
         return held_out[1]["data"]
@@ -129,7 +129,7 @@ def _data(run: Run) -> str:
 
 
 def _recipe(plan: Plan) -> str:
-    """The plan as text, without its seed and where it lies: equal for the runs of one arm."""
+    """The plan as text, without its seed and its paths: equal for all runs of an arm."""
     saved = to_dict(plan)
     for name in ("seed", "layout", "data", "fork"):
         saved.pop(name, None)
@@ -142,9 +142,9 @@ def _faults(runs: Sequence[Trained]) -> Iterator[str]:
     if not runs:
         yield "runs: expected the folders of at least one"
         return
-    judged = [_judged(run) for run in runs]
-    for name in judged[0]:
-        folders = _grouped(runs, [each[name] for each in judged])
+    conditions = [_conditions(run) for run in runs]
+    for name in conditions[0]:
+        folders = _grouped(runs, [values[name] for values in conditions])
         if len(folders) > 1:
             yield f"{name} differ: " + "; ".join(f"{x} ({names})" for x, names in folders.items())
     pairs = [(_recipe(run.plan), run.plan.seed) for run in runs]
@@ -162,7 +162,7 @@ def _grouped(runs: Sequence[Trained], values: Sequence[Any]) -> dict[Any, str]:
 
 
 def _arms(runs: Sequence[Trained]) -> list[Arm]:
-    """The runs of each recipe; a name that two recipes share gets the first folder's as well."""
+    """An arm for the runs of each recipe; arms of one name get the name of their first folder as well."""
     recipes: dict[str, list[Trained]] = {}
     for run in runs:
         recipes.setdefault(_recipe(run.plan), []).append(run)

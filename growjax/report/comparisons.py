@@ -82,7 +82,7 @@ def _signed(interval: tuple[float, float], sign: int) -> tuple[float, float]:
 def own_cost(
     arms: Sequence[Arm], target: str, *, clocks: Mapping[str, Recharge] | None = None
 ) -> Iterator[OwnCost]:
-    """Every arm against one at another cost: how far from its loss, and for what share of its cost.
+    """The loss of every arm minus that of a target of another cost, and the share of the target's cost.
 
     `clocks` charge the same runs in other ways.
     """
@@ -120,7 +120,7 @@ def own_cost(
 
 
 def _share(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
-    """The mean of quotients; None where nothing is known of them."""
+    """The mean of the quotients; None if they are unknown."""
     quotients = [a / b for a, b in zip(ours, theirs, strict=True)]
     return statistics.fmean(quotients) if quotients else None
 
@@ -146,7 +146,7 @@ def speed_ups(
 
     **Arguments**
 
-    - `ends`: all that was run of the baseline, at each of its budgets; nothing is said if that is one.
+    - `ends`: the runs of the baseline at each of its budgets; with a single budget, no rows are given.
     - `clock`: the name of the clock that charges all of these, if it is not the runs' own.
     """
     if len({arm.cost for arm in ends}) < 2:

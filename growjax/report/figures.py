@@ -228,7 +228,8 @@ def differences_figure(
 ) -> Figure:
     """Differences, each a bar with a dot for every seed, in groups.
 
-    `zero` names the 0, `what` is what differs, and `better` the side of it that is.
+    `zero` names the baseline at 0, `what` the quantity whose difference is shown, and `better` the side
+    ("left" or "right") of better values.
     """
     groups: dict[str, list[Bar]] = {}
     for bar in bars:
@@ -294,7 +295,7 @@ def ends_figure(
         figure, axes = canvas(4.2)
         lines = []
         if frontier:
-            # To the dearest end: what was reached for less is there for more
+            # Extend the frontier to the largest cost: a loss reached for less is available for more
             last = max(costs[-1] * divisor, frontier[-1][0])
             x, y = zip(*[*frontier, (last, frontier[-1][1])], strict=True)
             (line,) = axes.step(

@@ -15,7 +15,7 @@ from growjax.report.figures import COLOURS, style
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A figure with its heading and a sentence that says what to see in it."""
+    """A figure with its heading and a caption of a sentence."""
 
     title: str
     figure: Figure

@@ -1,7 +1,7 @@
-"""The rows of a summary: what was asked, the estimate with its interval, seeds, verdict and command.
+"""The rows of a summary: a question, the estimate with its interval, seeds, verdict and command.
 
-`summary.json` is a list of them. Each has a `kind`, which names its class here, so that rows are told
-apart by their type and not by the fields that they happen to have.
+`summary.json` is a list of rows. The `kind` of a row names its class in this module, so that a reader
+selects rows by their type instead of by the fields that they have.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ R = TypeVar("R", bound="Row")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """What all rows have.
+    """The fields that all rows have.
 
     **Fields**
 
-    - `question`: what was asked; `workload` and `budget` say of which runs.
-    - `estimate`, `interval`: the mean over seeds with its 95% interval; an end that is None is open, and
-      an interval that is None is not known (one seed tells none).
-    - `command`: what makes the row again.
+    - `question`: the question that the row answers; `workload` and `budget` name the runs.
+    - `estimate`, `interval`: the mean over seeds with its 95% interval. An end that is None is open, and
+      an interval that is None is unknown (one seed gives none).
+    - `command`: the command that computes the row again.
     """
 
     kind: ClassVar[str]
@@ -48,7 +48,8 @@ class Row:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _known(getattr(self, field.name)))
+            # A frozen dataclass refuses plain assignment
+            object.__setattr__(self, field.name, _finite(getattr(self, field.name)))
 
 
 class Answer(Row, kind="answer"):
@@ -61,10 +62,10 @@ class Difference(Row, kind="difference"):
 
     **Fields**
 
-    - `arm`, `baseline`: whose is subtracted from whose.
-    - `p`: of flipping signs.
-    - `differences`: of each seed.
-    - `reason`: why there is no verdict, or what limits it.
+    - `arm`, `baseline`: the names of the two; a difference is the arm's value minus the baseline's.
+    - `p`: the p-value of a sign-flip test.
+    - `differences`: the difference of each seed.
+    - `reason`: why the row has no verdict, or the limits of the verdict.
     """
 
     arm: str
@@ -80,9 +81,11 @@ class EqualCost(Difference, kind="equal cost"):
 
     **Fields**
 
-    - `measure`: what is compared.
-    - `p_t`, `p_holm`: of a t-test; adjusted by Holm's method for all arms that were compared together.
-    - `over`: what the interval is over, "seeds" or "seeds and windows"; `bootstrap` is over seeds.
+    - `measure`: the quantity compared.
+    - `p_t`, `p_holm`: the p-value of a t-test, and `p` adjusted by Holm's method for all arms of the
+      comparison.
+    - `over`: the units that the interval resamples, "seeds" or "seeds and windows"; `bootstrap` is an
+      interval over seeds.
     - `undecayed`: the arms whose learning rate had not fallen.
     """
 
@@ -102,8 +105,8 @@ class AgainstFrontier(EqualCost, kind="against the frontier"):
 
     **Fields**
 
-    - `baseline`: which run of the frontier is the best at that cost.
-    - `loss`, `cost`: the arm's, means over seeds; `cost` in the clock's unit.
+    - `baseline`: the run of the frontier with the lowest loss at that cost.
+    - `loss`, `cost`: the arm's loss and cost, means over seeds; `cost` in the clock's unit.
     - `speed_up`: how many times the arm's cost the frontier needs for the arm's loss. It is a lower bound
       where `bound` is ">=", since the frontier never had that loss, and an upper one where it is "<=".
     - `pace`: the verdict of the speed-up alone, and `pace_reason` why.
@@ -129,10 +132,10 @@ class OwnCost(Difference, kind="own cost"):
 
     **Fields**
 
-    - `cost`, `flops`, `seconds`: the arm's, over the target's.
-    - `cost_to_reach`: the share of the target's cost at which the arm had the target's loss, and stayed
-      there; None if some seed never had. `reached` has the share of each seed.
-    - `clocks`: the same shares under other clocks, or the reason why there are none.
+    - `cost`, `flops`, `seconds`: the arm's divided by the target's.
+    - `cost_to_reach`: the share of the target's cost at which the arm reached the target's loss for good;
+      None if some seed never did. `reached` has the share of each seed.
+    - `clocks`: the same shares under other clocks, or the reason why a clock gives none.
     """
 
     cost: float | None
@@ -148,8 +151,8 @@ class OwnCost(Difference, kind="own cost"):
 class SpeedUp(Row, kind="speed-up"):
     """How many times an arm's cost the baseline needs for the arm's loss.
 
-    `bound` is as in `AgainstFrontier`; `naive` is the number that the way of the baseline's longest run
-    alone would give; `clock` names the clock, if it is not the runs' own.
+    `bound` is as in `AgainstFrontier`; `naive` is the number from the loss curve of the baseline's
+    longest run alone; `clock` names the clock, if it is not the runs' own.
     """
 
     arm: str
@@ -162,9 +165,9 @@ class SpeedUp(Row, kind="speed-up"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ranking(Row, kind="ranking"):
-    """The order of the arms on another clock, the best first; the estimate counts those that moved.
+    """The order of the arms under another clock, the best first; the estimate counts the arms that moved.
 
-    `left_out` names the arms with an operation that the clock does not know.
+    `left_out` names the arms with an operation that the clock cannot charge.
     """
 
     clock: str
@@ -208,18 +211,21 @@ def read_summary(path: str | Path) -> list[Row]:
 
 
 def _tuples(value: Any) -> Any:
-    """What JSON read, with the lists as tuples."""
+    """A value read from JSON, with tuples in place of lists."""
     if isinstance(value, dict):
         return {name: _tuples(x) for name, x in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _known(value: Any) -> Any:
-    """A field as JSON can hold it: what one seed cannot tell (NaN) is None, and so is an open end."""
+def _finite(value: Any) -> Any:
+    """A field in the form of JSON: None for an unknown number (NaN) and for an open end (infinity).
+
+    An interval with a NaN is None as a whole.
+    """
     if isinstance(value, dict):
-        return {name: _known(x) for name, x in value.items()}
+        return {name: _finite(x) for name, x in value.items()}
     if isinstance(value, tuple):
         if any(isinstance(x, float) and math.isnan(x) for x in value):
             return None
-        return tuple(map(_known, value))
+        return tuple(map(_finite, value))
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -26,7 +26,7 @@ Points = list[tuple[float, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a run's folder says: its plan, and the rows of its journal, each step once."""
+    """The contents of a run's folder: its plan, and the rows of its journal, each step once."""
 
     run: Run
     plan: Plan
@@ -54,19 +54,19 @@ class Trained:
         return self.steps[-1]
 
     def points(self, x: str, y: str) -> Points:
-        """Pairs of two numbers of the steps that have both."""
+        """Pairs `(row[x], row[y])` of the steps that have both numbers."""
         pairs = [(row.get(x), row.get(y)) for row in self.steps]
         return [(a, b) for a, b in pairs if a is not None and b is not None]
 
     def rate_at_end(self) -> float:
-        """The learning rate where the schedule ends, over the highest that the run had.
+        """The learning rate at the end of the schedule, divided by the highest rate of the run.
 
-        The peak that the plan names may never come.
+        Not by the peak of the plan, which a run may never reach.
         """
         return self.plan.learning_rate(self.plan.cost) / max(row["rate"] for row in self.steps)
 
     def outcome(self, arm: str, charge: str = "spent") -> Outcome:
-        """How the run ended, charged by its plan's clock ("spent") or its "flops"."""
+        """The final score and loss curve, charged by the plan's clock ("spent") or by "flops"."""
         held_out = self.run.held_out()
         windows = None
         if held_out is not None:
@@ -89,7 +89,7 @@ class Trained:
 def arm_of(
     runs: Sequence[Trained], name: str = "", *, charge: str = "spent", paths: bool = False
 ) -> Arm:
-    """Runs of one plan as an arm, called as their folder by default.
+    """The runs of one plan as an arm, by default with the name of the first run's folder.
 
     `charge` is as in `Trained.outcome`, and `paths` as in `Plan.timeline`.
     """
@@ -99,7 +99,7 @@ def arm_of(
     stages = []
     for era in plan.timeline(paths=paths):
         start, stop = (x / unit for x in getattr(era, spent))
-        # A run that goes on has not been in all of them yet
+        # An unfinished run has not reached all of its stages
         if start < first.last[charge]:
             stages.append(Part(era.label, start, min(stop, first.last[charge])))
     return Arm(
@@ -133,16 +133,17 @@ def write_report(
     tables: Sequence[Table] = (),
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write the page of some runs: losses against FLOPs, tokens and seconds, stages, growths, speed.
+    """Write a page about runs: losses against FLOPs, tokens and seconds, stages, growths and speed.
 
     **Arguments**
 
-    - `answer`: sentences to begin with; by default, which run has the lowest loss.
-    - `target`: the run whose final loss a line marks; `per`: what a loss is counted per.
+    - `answer`: the sentences at the top; by default, they name the run with the lowest loss.
+    - `target`: the run whose final loss a line marks.
+    - `per`: the unit of text that a loss is divided by.
     - `paths`: show each length of a path schedule as a stage of its own.
-    - `plots`, `tables`, `notes`: more of them, before those of every report.
+    - `plots`, `tables`, `notes`: further ones, placed before those of every report.
 
-    Raises `DataError` for a folder without a journal, or one in which nothing was trained yet.
+    Raises `DataError` for a folder without a journal, or of a run without an evaluation.
 
     **Example**
 
@@ -224,7 +225,7 @@ _NOTES = (
 
 
 def _lowest(arms: Sequence[Arm], per: str) -> str:
-    """The run with the lowest loss, with what one run of each cannot say."""
+    """A sentence that names the run with the lowest loss, and the limits of comparing single runs."""
     best, *others = sorted(arms, key=lambda arm: arm.loss)
     text = f"The lowest held-out loss is that of {best.name}: {best.loss:.4f} nats per {per}"
     if not others:
@@ -251,7 +252,7 @@ def running_mean(points: Points) -> Points:
 
 
 def results_table(runs: Sequence[Trained]) -> Table:
-    """How each run ended, with what it cost."""
+    """A table of the final loss and the cost of each run."""
     heads = ("run", "held-out loss", "FLOPs", "tokens", "seconds", "waited for data", "finished")
     cells = [
         [

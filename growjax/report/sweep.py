@@ -1,4 +1,4 @@
-"""A sweep: one plan with some of its fields changed, every combination trained, and what came out."""
+"""A sweep: one plan with some of its fields changed, every combination trained, and the results."""
 
 import itertools
 import json
@@ -93,7 +93,7 @@ def sweep(
     - `out`: where to write the page of the comparison; by default in `run`.
     - `margin`: as for `compare_runs`.
 
-    Raises `PlanError` for what cannot be swept, before anything is trained.
+    Raises `PlanError` for fields that cannot be swept, before it trains a run.
     """
     made = combinations(path, over)
     tree = branches([c.plan for c in made], run, [c.folder for c in made])

@@ -196,7 +196,7 @@ def rich_table(table: Table) -> RichTable:
 
 
 def number(value: float | None, form: str) -> str:
-    """A number in some format, or a dash for what is not known."""
+    """A number in the format `form`, or a dash for an unknown one."""
     return "-" if value is None else format(value, form)
 
 

@@ -1,4 +1,4 @@
-"""What comparisons say in words; a difference that was not found is never an equality."""
+"""The results of comparisons as sentences; a difference that is not significant is never an equality."""
 
 import math
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from growjax.report.arms import Arm, place, sizes_in_words
 from growjax.report.rows import AgainstFrontier, EqualCost
 
 
-# More arms of one verdict are counted, and not named
+# The most arms of one verdict that a sentence names; it gives only the number of more arms
 _NAMED = 4
 
 
 def answer(arms: Sequence[Arm], rows: Sequence[AgainstFrontier]) -> list[str]:
-    """What a comparison with the frontier says, a sentence or two for each workload and budget.
+    """The results of a comparison with the frontier: a sentence or two for each workload and budget.
 
-    A difference that was not found is never worded as an equality.
+    The text never calls a difference that is not significant an equality.
     """
     if not any(arm.fixed for arm in arms):
         return [
@@ -50,7 +50,10 @@ _PHRASES = {
 
 
 def verdicts(rows: Sequence[EqualCost], baseline: str) -> str:
-    """A sentence with the arms of each verdict and by how much; all rows are of one place."""
+    """A sentence with the arms of each verdict and their differences.
+
+    All rows have one workload and one budget.
+    """
     kinds: dict[str, list[EqualCost]] = {kind: [] for kind in _PHRASES}
     for row in sorted(rows, key=_estimate):
         kinds[row.verdict].append(row)
@@ -60,8 +63,8 @@ def verdicts(rows: Sequence[EqualCost], baseline: str) -> str:
         if group
     ]
     text = "; ".join(parts) + "."
-    where = place(rows[0].workload, rows[0].budget)
-    return f"At {where}, {text}" if where else text[0].upper() + text[1:]
+    setting = place(rows[0].workload, rows[0].budget)
+    return f"At {setting}, {text}" if setting else text[0].upper() + text[1:]
 
 
 def _groups(rows: Sequence[AgainstFrontier]) -> list[list[AgainstFrontier]]:
@@ -76,7 +79,7 @@ def _estimate(row: EqualCost) -> float:
 
 
 def _list(rows: Sequence[EqualCost]) -> str:
-    """Arms and their differences; the first and the last of many."""
+    """The arms with their differences; of many arms, the first and the last."""
     if len(rows) <= _NAMED:
         return ", ".join(f"{row.arm} {_by(row)}" for row in rows)
     first, last = rows[0], rows[-1]
@@ -99,7 +102,7 @@ def _by(row: EqualCost) -> str:
 def interval_text(
     mean: float | None, interval: Sequence[float | None] | None, form: str = "+.3f"
 ) -> str:
-    """A number with its interval, or alone where one seed tells none."""
+    """A number with its interval, or alone if one seed gives none."""
     if mean is None:
         return "-"
     if interval is None or None in interval:
@@ -109,7 +112,7 @@ def interval_text(
 
 
 def bounded(value: float | None, bound: str, interval: Sequence[float | None] | None = None) -> str:
-    """A speed-up with its interval, or the bound that is known of it.
+    """A speed-up with its interval, or a bound on the speed-up.
 
     **Example**
 
