@@ -194,6 +194,12 @@ def test_the_end_says_the_loss_where_and_what_next():
     assert "the run is in runs/first; next: growjax report runs/first" in text
 
 
+def test_the_next_command_allows_the_packages_that_this_one_allowed(monkeypatch):
+    monkeypatch.setattr("growjax.values.names._allowed", {"my_pkg", "another"})
+    text = ended(Begin(0, 0, None, 1), step(3), End(None, True, 1, 0.0, 0.0, step=4))
+    assert "next: growjax report runs/first --allow another my_pkg" in text
+
+
 def test_a_finished_run_says_so():
     text = ended(Begin(0, 4, "runs/first/checkpoints/00000004-00", 1), End(None, True, 1, 0.0, 0.0))
     assert text.startswith("finished already: ") and "going on" not in text

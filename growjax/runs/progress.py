@@ -19,6 +19,7 @@ from rich.text import Text
 from growjax.plan.plan import Plan
 from growjax.runs.doing import Doing
 from growjax.runs.records import Begin, End, Growth, Record, Saved, Step
+from growjax.values import allowed_packages
 
 
 EVERY = 30.0  # seconds between two lines of loss, without a terminal
@@ -146,7 +147,9 @@ class Progress:
                 f"held-out loss {record.held_out.loss:.4f} over {record.held_out.windows:,} windows"
             )
         if self.run is not None:
-            self.say(f"the run is in {self.run}; next: growjax report {self.run}")
+            packages = allowed_packages()
+            allow = f" --allow {' '.join(packages)}" if packages else ""
+            self.say(f"the run is in {self.run}; next: growjax report {self.run}{allow}")
 
     # The live display -----------------------------------------------------------------------
 

@@ -90,6 +90,11 @@ def allow(*packages: str) -> None:
     _allowed.update(packages)
 
 
+def allowed_packages() -> tuple[str, ...]:
+    """The packages that `allow` has named, sorted."""
+    return tuple(sorted(_allowed))
+
+
 def is_value(value: Any) -> bool:
     """Whether this is an instance of a class that files can hold with its fields."""
     cls = type(value)
