@@ -317,4 +317,7 @@ TABLE = """
 @ a checkpoint has the births of the first stage | runs/saves.py | train | lineage_says
 - "births": span.births.runs(),
 + "births": self.plan.spans[0].births.runs(),
+@ seconds of training go back | train/stopwatch.py | faults | never_go_back
+- self.most = max(self.most, seconds)
++ self.most = seconds
 """

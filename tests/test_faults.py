@@ -341,6 +341,16 @@ def test_a_clock_that_jumps_is_not_looked_at(run, programs, monkeypatch, tmp_pat
     assert "stack and" in shown.getvalue()
 
 
+def test_seconds_of_training_never_go_back():
+    """Not even where other activities are counted as more than all of the time, as by rounding."""
+    watch = stopwatch.Stopwatch()
+    before = watch.training()
+    watch.lap()
+    watch.spent["save"] += 5.0
+    assert watch.training() >= before >= 0
+    assert watch.lap() >= 0
+
+
 def test_a_signal_saves_and_ends_and_the_run_goes_on(run, programs, tmp_path):
     whole, seen = run[0], []
     for record in train(whole, feed(whole), run=tmp_path, cache=programs):
