@@ -164,7 +164,7 @@ def recharging(lines: Sequence[Line], clock: Clock) -> Recharge:
         outcomes = []
         for o in arm.outcomes:
             line = table[arm.workload, arm.budget, arm.name, o.seed]
-            outcomes.append(recharged(o, operations(line), clock, was=FlopsClock()))
+            outcomes.append(recharged(o, operations(line), clock, charged_on=FlopsClock()))
         return dataclasses.replace(arm, outcomes=tuple(outcomes), unit=clock.unit)
 
     return recharge

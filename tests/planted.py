@@ -358,7 +358,7 @@ TABLE = """
 @ moments without a layer are left to chance | optim/freezing.py | freeze | refused
 - if slot.arrays() and getattr(value, "shape", slot.value.shape) != slot.value.shape:
 + if not slot.arrays():
-@ the command line loses the second model | __main__.py | commands | rho_from
+@ the command line loses the second model | cli/training.py | commands | rho_from
 - second = None if reference is None else open_model(reference)[0]
 + second = None
 @ norms on the embeddings are those of post-LN alone | models/bert.py | models | test_bert
@@ -431,9 +431,9 @@ TABLE = """
 @ dicts that cannot be rebuilt are annotated | annotation/packing.py | own_models | no_path
 - if not has_shape(leaf) or id(leaf) in seen:
 + if leaf is not None:
-@ a task that writes is begun without extend | evals/tasks.py | own_models | before_any_is_run
-- if asks == "extend" and not hasattr(inside, "extend"):
-+ if asks == "extend" and not hasattr(inside, "words"):
+@ a task that writes is scored without extend | evals/tasks.py | own_models | before_any_is_run
+- if required == "extend" and not hasattr(inside, "extend"):
++ if required == "extend" and not hasattr(inside, "words"):
 @ copies are as old as what they copy | growth/births.py | births | compose
 - young = move.source < 0 if move.over is not None else move.is_new()
 + young = move.source < 0
@@ -455,25 +455,25 @@ TABLE = """
 @ births of a state are forgotten | state.py | births | by_hand
 - grown = State(model, opt_state, average, cursor=state.cursor, births=births)
 + grown = State(model, opt_state, average, cursor=state.cursor)
-@ gradients of a frozen part are clipped with the rest | optim/held.py | parts | as_if_alone
+@ gradients of a frozen part are clipped with the rest | optim/partwise.py | parts | as_if_alone
 - without(gradient), structure.unflatten(bare), without(params), **hidden
 + gradient, structure.unflatten(bare), without(params), **hidden
-@ memories of a frozen part are clipped with the rest | optim/held.py | parts | as_if_alone
+@ memories of a frozen part are clipped with the rest | optim/partwise.py | parts | as_if_alone
 - without(gradient), structure.unflatten(bare), without(params), **hidden
 + without(gradient), state, without(params), **hidden
-@ weights of a frozen part decay into a norm | optim/held.py | parts | as_if_alone
+@ weights of a frozen part decay into a norm | optim/partwise.py | parts | as_if_alone
 - without(gradient), structure.unflatten(bare), without(params), **hidden
 + without(gradient), structure.unflatten(bare), params, **hidden
-@ minus zero becomes zero | optim/held.py | parts | as_if_alone
+@ minus zero becomes zero | optim/partwise.py | parts | as_if_alone
 - return without(updates, -0.0), jax
 + return without(updates), jax
-@ moments of a frozen part stand still | optim/held.py | parts | remembered or kicked
+@ moments of a frozen part stand still | optim/partwise.py | parts | remembered or kicked
 - other = old if traits.law == WEIGHT else other
 + other = old
-@ what is judged of a frozen part moves | optim/held.py | parts | judged_stays
+@ what is judged of a frozen part moves | optim/partwise.py | parts | judged_stays
 - other = old if traits.law == WEIGHT else other
 + other = other
-@ curves count from the last growth alone | optim/held.py | parts | count_from
+@ curves count from the last growth alone | optim/partwise.py | parts | count_from
 - if growth is None:
 + if growth != -1:
 @ curves never start again | optim/carrying.py | parts | count_from
@@ -491,10 +491,10 @@ TABLE = """
 @ rates hold before the first growth | optim/divided.py | parts | before_the_first
 - multiples[slot.steps] = jnp.where(self._grown, multiple, 1)
 + multiples[slot.steps] = multiple
-@ rules that take means of an array pass | optim/held.py | parts | that_mix
+@ rules that take means of an array pass | optim/partwise.py | parts | that_mix
 - if not _near(a[:2], np.stack([narrowed(x, slot, more) for x in b])):
 + if not _near(a[:2], a[:2]):
-@ rules that take sums of an array pass | optim/held.py | parts | that_mix
+@ rules that take sums of an array pass | optim/partwise.py | parts | that_mix
 - if slot.positions(axis) and not _near(a[1][first], a[lane][first]):
 + if slot.positions(axis) and not _near(a[1][first], a[1][first]):
 """

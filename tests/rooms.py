@@ -36,6 +36,7 @@ LEVELS = [
     "train",
     "evals report",
     "demo",
+    "cli",
     "__main__",
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.split()}
@@ -46,7 +47,7 @@ CORE = set("errors values specs axes trace annotation gates algebra maps growth 
 READERS = {"annotation", "trace"}
 
 # Rooms that only the rooms of this list import
-FRONT = set("hf plan programs runs forecast train evals report demo __main__".split())
+FRONT = set("hf plan programs runs forecast train evals report demo cli __main__".split())
 
 GLOSSARY = {
     "arm": "one way to train in a comparison: a plan, run with several seeds",

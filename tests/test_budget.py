@@ -181,21 +181,21 @@ def test_an_outcome_is_charged_by_another_clock_along_its_operations():
     curve = ((500.0, 4.0), (2500.0, 3.0), (4000.0, 2.0))
     run = Outcome("grown", 0, 1.0, "FLOPs", 4000.0, 2.0, True, curve)
     operations = [(small, 10), (large, 10)]
-    there = recharged(run, operations, clock, was=FlopsClock())
+    there = recharged(run, operations, clock, charged_on=FlopsClock())
     assert there.curve == ((5.0, 4.0), (20.0, 3.0), (30.0, 2.0)) and there.spent == 30.0
     assert there.clock == clock.identity and (there.score, there.budget) == (2.0, 1.0)
-    back = recharged(there, operations, FlopsClock(), was=clock)
+    back = recharged(there, operations, FlopsClock(), charged_on=clock)
     assert back == run
     # The same operation in two stages counts twice, and no sum is too large
     many = [(small._replace(flops=10**15), n) for n in (10_000, 20_000)]
     whole = dataclasses.replace(run, spent=3e19, curve=())
-    assert recharged(whole, many, FlopsClock(), was=FlopsClock()).spent == 3e19
-    with pytest.raises(BudgetError, match="was: it was charged on 'FLOPs', got 'here"):
-        recharged(run, operations, clock, was=clock)
+    assert recharged(whole, many, FlopsClock(), charged_on=FlopsClock()).spent == 3e19
+    with pytest.raises(BudgetError, match="charged_on: it was charged on 'FLOPs', got 'here"):
+        recharged(run, operations, clock, charged_on=clock)
     with pytest.raises(BudgetError, match="operations: they cost 1000, and it spent 4000"):
-        recharged(run, operations[:1], clock, was=FlopsClock())
+        recharged(run, operations[:1], clock, charged_on=FlopsClock())
     with pytest.raises(BudgetError, match="never measured"):
-        recharged(run, [(small._replace(flops=400), 10)], clock, was=FlopsClock())
+        recharged(run, [(small._replace(flops=400), 10)], clock, charged_on=FlopsClock())
 
 
 def test_a_measured_clock_knows_what_was_measured_and_nothing_else():

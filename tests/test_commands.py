@@ -20,7 +20,7 @@ from rich.console import Console
 
 import growjax as gj
 from growjax import train as trainer
-from growjax.__main__ import app
+from growjax.cli import app
 from growjax.data import Text
 from growjax.errors import (
     CheckpointError,
@@ -325,7 +325,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     # A shell that runs the tests in the background lets its children ignore Ctrl-C
     listening = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from growjax.__main__ import main; main()"
+        "from growjax.cli import main; main()"
     )
     command = [sys.executable, "-c", listening, "train", "plan.json", "--run", "run"]
     journal = tmp_path / "run" / "metrics.jsonl"

@@ -390,7 +390,7 @@ def test_the_tasks_are_listed():
 
 
 def test_the_command_line_lists_tasks_and_asks_for_a_checkpoint(monkeypatch, capsys):
-    from growjax.__main__ import main
+    from growjax.cli import main
 
     monkeypatch.setattr(sys, "argv", ["growjax", "eval", "--tasks"])
     main()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import growjax as gj
-from growjax.__main__ import app
 from growjax.axes import put
 from growjax.certificate import distance
+from growjax.cli import app
 from growjax.errors import (
     CheckpointError,
     GateError,

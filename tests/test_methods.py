@@ -261,7 +261,9 @@ def test_drawn_labels_are_the_models_own():
     model = plan(steps(1)).build()
     example = {
         k: v[0]
-        for k, v in held_out_batch(feed(plan(steps(1))).kept, plan(steps(1)).objective, 1).items()
+        for k, v in held_out_batch(
+            feed(plan(steps(1))).validation, plan(steps(1)).objective, 1
+        ).items()
     }
     scores = jax.nn.log_softmax(gj.models.predictions(model, example))
     entropy = -(jnp.exp(scores) * scores).sum(-1)

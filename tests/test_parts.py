@@ -17,7 +17,7 @@ from growjax import optim
 from growjax.errors import StateError
 from growjax.growth import Births
 from growjax.optim.divided import Division
-from growjax.optim.held import divided, refuse_mixing
+from growjax.optim.partwise import divided, refuse_mixing
 from growjax.train import Optimizer
 from tests.test_births import KEY, layers, moved
 

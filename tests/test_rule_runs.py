@@ -70,7 +70,7 @@ def test_what_is_handed_out_is_what_was_judged(programs, tmp_path):
     data = feed(made)
     records: Any = list(train(made, data, run=tmp_path, options=options, cache=programs))
     last, end = records[-3], records[-1]
-    rows = held_out_batch(data.kept, made.objective, 4)
+    rows = held_out_batch(data.validation, made.objective, 4)
 
     def loss(model: Any) -> float:
         found, counts = jax.vmap(lambda row: cross_entropy(model, row))(rows)

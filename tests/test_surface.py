@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
 INIT = ast.parse((ROOT / "__init__.py").read_text())
 TRAIN = [package for package, extra in EXTRAS.items() if extra == "train"]
 # Entry points; everything else is one dot deep
-COMMANDS = {"demo", "__main__", "extras"}
+COMMANDS = {"demo", "cli", "__main__", "extras"}
 
 
 def child(code: str, *, without: list[str] = []) -> subprocess.CompletedProcess:  # noqa: B006
@@ -53,8 +53,8 @@ def public_modules() -> list[Any]:
     """Every module of growjax that a user may import here, but for the command line."""
     names = [m.name for m in pkgutil.walk_packages(growjax.__path__, "growjax.")]
     # The harness is an extra of its own, which the tests do not install
-    left_out = ("growjax.__main__", "growjax.evals.harness")
-    return [importlib.import_module(name) for name in names if name not in left_out]
+    left_out = ("growjax.__main__", "growjax.cli", "growjax.evals.harness")
+    return [importlib.import_module(name) for name in names if not name.startswith(left_out)]
 
 
 # Rooms, one dot deep -----------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_held_out_losses_depend_on_neither_batch_nor_stage(programs, change):
 def test_the_end_is_judged_on_every_window_there_is(run):
     whole, records, folder = run
     end = records[-1].held_out
-    text = feed(whole).kept
+    text = feed(whole).validation
     assert end.windows == (len(text) - 1) // 8 and end.weights.sum() == 8 * end.windows
     model, _ = load_model(folder)
     rows = feed(whole).held_out(whole.objective, end.windows)

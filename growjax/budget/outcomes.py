@@ -87,7 +87,7 @@ def decayed(last: float, peak: float) -> bool:
 
 
 def recharged(
-    outcome: Outcome, operations: Sequence[tuple[Op, int]], clock: Clock, *, was: Clock
+    outcome: Outcome, operations: Sequence[tuple[Op, int]], clock: Clock, *, charged_on: Clock
 ) -> Outcome:
     """The outcome of a run in the unit of another clock.
 
@@ -95,20 +95,23 @@ def recharged(
 
     - `operations`: the run's operations and how often it did each, in the order of its stages. The costs
       of evaluations in between are interpolated linearly.
-    - `was`: the clock of the outcome.
+    - `charged_on`: the clock of the outcome.
 
-    Raises `BudgetError` if the outcome was charged on another clock than `was`, if its operations do not
-    add up to `spent`, and for an operation that `clock` does not have.
+    Raises `BudgetError` if the outcome was charged on another clock than `charged_on`, if its operations
+    do not add up to `spent`, and for an operation that `clock` does not have.
 
     **Example**
 
-        recharged(outcome, [(op, n) for span in plan.spans for op, n in span.ops], clock, was=plan.clock)
+        operations = [(op, n) for span in plan.spans for op, n in span.ops]
+        recharged(outcome, operations, clock, charged_on=plan.clock)
     """
     name = f"the outcome of {outcome.arm!r}, seed {outcome.seed}"
-    if outcome.clock != was.identity:
-        raise BudgetError(f"{name}: was: it was charged on {outcome.clock!r}, got {was.identity!r}")
+    if outcome.clock != charged_on.identity:
+        raise BudgetError(
+            f"{name}: charged_on: it was charged on {outcome.clock!r}, got {charged_on.identity!r}"
+        )
     # The costs after each kind of operation, on both clocks
-    old = [cost / was.per_unit for cost in _cumulative(operations, was)]
+    old = [cost / charged_on.per_unit for cost in _cumulative(operations, charged_on)]
     new = [cost / clock.per_unit for cost in _cumulative(operations, clock)]
     if not math.isclose(old[-1], outcome.spent, rel_tol=1e-6):
         raise BudgetError(

@@ -65,7 +65,7 @@ def generate(
         raise EvalError("temperature: drawing needs a `key`")
     encoded = [language.encode(prompt) for prompt in prompts]
     if language.kind == "causal":
-        encoded = [language.begun(tokens) for tokens in encoded]
+        encoded = [language.with_start(tokens) for tokens in encoded]
     encoded = [tokens[-room:] for tokens in encoded]
     texts = [""] * len(prompts)
     # Longest first. Steps cost more than padding, so short prompts go along with long ones

@@ -99,7 +99,7 @@ class LanguageModel:
         """The token before a text."""
         return self.tokenizer.vocabulary.separator if self.start is None else self.start
 
-    def begun(self, context: list[int]) -> list[int]:
+    def with_start(self, context: list[int]) -> list[int]:
         """A context with the start token in front, if it is empty or `always` asks for one."""
         needed = not context or (self.always and context[0] != self.first)
         return [self.first, *context] if needed else context
@@ -160,10 +160,10 @@ class LanguageModel:
     def _windows(self, tokens: list[int]) -> Iterable[tuple[list[int], list[int]]]:
         """`(context, part)` for each window of a text: every token is in one part."""
         if self.kind == "causal":
-            begun = [self.first, *tokens]  # begun[i] is the token before tokens[i]
+            shifted = [self.first, *tokens]  # shifted[i] is the token before tokens[i]
             for i in range(0, len(tokens), self.window):
                 end = min(i + self.window, len(tokens))
-                yield begun[max(0, end - self.window) : i + 1], tokens[i:end]
+                yield shifted[max(0, end - self.window) : i + 1], tokens[i:end]
         else:
             # An encoder's window holds `cls` and `sep` too
             size = self.window - 2 if self.kind == "encoder" else self.window
@@ -173,7 +173,7 @@ class LanguageModel:
     def _causal(self, context: list[int], continuation: list[int]) -> Row:
         """A decoder's inputs, targets one token later, and weights: 1 on the continuation."""
         # Of n + 1 tokens the model reads the first n and predicts the last n
-        whole = [*self.begun(context), *continuation][-(self.window + 1) :]
+        whole = [*self.with_start(context), *continuation][-(self.window + 1) :]
         weights = np.zeros(len(whole) - 1, bool)
         weights[max(0, len(weights) - len(continuation)) :] = True
         return {"tokens": _ints(whole[:-1]), "targets": _ints(whole[1:]), "weights": weights}

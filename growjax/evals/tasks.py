@@ -77,7 +77,7 @@ def _no_data(settings: Settings, part: str) -> None:
 
 DECODERS: tuple[Kind, ...] = ("causal", "seq2seq")
 # The interface of a model that a task needs
-Asks = Literal["logits", "extend", "fine-tuning"]
+Requirement = Literal["logits", "extend", "fine-tuning"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Task:
     - `run`: `(candidate, data, settings) -> {metric: number}`.
     - `data`: `(settings, name) -> data`, the files that `run` reads; raises `EvalError` without them.
     - `models`: the kinds of models that it is for.
-    - `asks`: the interface that it needs: logits, `extend` (to generate text) or a `BERT` (to fine-tune).
-      With None nothing is checked before the task runs.
+    - `requires`: the interface that it needs: "logits", "extend" (to generate text) or "fine-tuning"
+      (of a `BERT`). With None nothing is checked before the task runs.
 
     **Example**
 
@@ -108,7 +108,7 @@ class Task:
     run: Callable[[Candidate, Any, Settings], Scores]
     data: Callable[[Settings, str], Any] = _no_data
     models: tuple[Kind, ...] = (*DECODERS, "encoder")
-    asks: Asks | None = None
+    requires: Requirement | None = None
 
 
 def evaluate(
@@ -201,21 +201,21 @@ def _request(requested: str | Task, model: Any, settings: Settings) -> _Request:
     if kind not in task.models:
         suitable = " or ".join(_KINDS[k] for k in task.models)
         raise EvalError(f"is for {suitable}, and the model is {_KINDS[kind]}")
-    fault = _interface_fault(model, task.asks)
+    fault = _interface_fault(model, task.requires)
     if fault:
         raise EvalError(fault)
     return _Request(name + at + shots, task, task.data(settings, part), settings)
 
 
-def _interface_fault(model: Any, asks: Asks | None) -> str | None:
+def _interface_fault(model: Any, required: Requirement | None) -> str | None:
     """The message about a model without the interface that a task needs; None if it has it."""
     inside = unwrapped(model)
     name = type(inside).__name__
-    if asks == "fine-tuning" and not isinstance(inside, BERT):
+    if required == "fine-tuning" and not isinstance(inside, BERT):
         return f"fine-tunes a BERT, and the model is a {name}"
-    if asks == "extend" and not hasattr(inside, "extend"):
+    if required == "extend" and not hasattr(inside, "extend"):
         return f"the model writes, and a {name} has no `extend`; see growjax.models.GPT for one"
-    if asks is not None and not (callable(inside) or hasattr(inside, "predict")):
+    if required is not None and not (callable(inside) or hasattr(inside, "predict")):
         return f"reads logits, and a {name} cannot be called; see growjax.models.protocol"
     return None
 
@@ -370,7 +370,7 @@ _TABLE = [
         "bits_per_byte",
         _bits,
         _texts,
-        asks="logits",
+        requires="logits",
     ),
     Task(
         "blimp",
@@ -378,7 +378,7 @@ _TABLE = [
         "accuracy",
         lambda candidate, path, s: blimp(candidate.language, path, limit=s.limit),
         _pairs,
-        asks="logits",
+        requires="logits",
     ),
     *(
         Task(
@@ -386,7 +386,7 @@ _TABLE = [
             "small problems in words",
             "choice",
             partial(_primitive, name),
-            asks="logits",
+            requires="logits",
         )
         for name in PRIMITIVES
     ),
@@ -432,5 +432,5 @@ HARNESS = Task(
     "",
     _harness,
     lambda _, name: name,
-    asks="logits",
+    requires="logits",
 )

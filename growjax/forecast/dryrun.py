@@ -174,7 +174,7 @@ def _facts(plan: Plan, span: Span, full: int, mesh: Any) -> StageFacts:
     if mesh is not None:
         state = _state_bytes(plan, span.model, mesh)
         if grow is not None:
-            growing = sum(state) + sum(_state_bytes(plan, plan.before(span.index), mesh))
+            growing = sum(state) + sum(_state_bytes(plan, plan.model_before(span.index), mesh))
     return StageFacts(
         index=span.index,
         name=span.stage.name,

@@ -154,7 +154,7 @@ class Family:
     - `ignored`: patterns of names of tensors that are not needed.
     - `renamed`: old endings of names, and the new ones.
     - `scale`: a function from `head_dim` to the factor that queries are multiplied by.
-    - `settled`: a function that folds the scale of a model's head into its weights.
+    - `fold_head_scale`: a function that folds the scale of a model's head into its weights.
     - `zero_biases`: whether biases that a model lacks are written as zeros.
     """
 
@@ -178,7 +178,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     scale: Callable[[int], float] = lambda head_dim: head_dim**-0.5
-    settled: Callable[[Any], Any] = lambda model: model
+    fold_head_scale: Callable[[Any], Any] = lambda model: model
     zero_biases: bool = False
 
 

@@ -33,7 +33,7 @@ def stock(model: Any, family: Family) -> tuple[Any, Any]:
                 )
             model = put(model, {(name,): _folded(stack, family)})
     raise_all(HuggingFaceError, f"this model cannot be written as {family.model_type}:", complaints)
-    model = _with_biases(family.settled(model), family)
+    model = _with_biases(family.fold_head_scale(model), family)
 
     config = family.config_of(model)
     complaints = [
@@ -148,11 +148,11 @@ def _differences(model: Any, config: Any, family: Family) -> list[str]:
 def _structure(model: Any) -> Any:
     """The structure of a model, without the epsilon that only layers grown from nothing would take."""
 
-    def settled(node: Any) -> Any:
+    def without_born_eps(node: Any) -> Any:
         return put(node, {("born_eps",): 0.0}) if isinstance(node, Norm) else node
 
     return jax.tree.structure(
-        jax.tree.map(settled, model, is_leaf=lambda node: isinstance(node, Norm))
+        jax.tree.map(without_born_eps, model, is_leaf=lambda node: isinstance(node, Norm))
     )
 
 

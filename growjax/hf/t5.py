@@ -123,7 +123,7 @@ def _write(config: T5Config) -> dict[str, Any]:
         "is_gated_act": c.glu,
         "layer_norm_epsilon": c.eps,
         "tie_word_embeddings": c.tied,
-        # `_settled` has made the two equal
+        # `_fold_head_scale` has made the two equal
         "scale_decoder_outputs": c.tied,
         "is_encoder_decoder": True,
     }
@@ -151,7 +151,7 @@ def _config_of(model: T5) -> T5Config:
     )
 
 
-def _settled(model: T5) -> T5:
+def _fold_head_scale(model: T5) -> T5:
     """The model with the scale of its head on which all readers agree.
 
     That is `embed ** -0.5` for a tied head, and none for a separate one. The last norm's weights take up
@@ -190,5 +190,5 @@ T5_ = Family(
     aliases=("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
     fixed={"is_encoder_decoder": True, "is_decoder": False, "is_causal": True},
     scale=lambda head_dim: 1.0,
-    settled=_settled,
+    fold_head_scale=_fold_head_scale,
 )

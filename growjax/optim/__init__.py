@@ -11,9 +11,9 @@ from growjax.optim.divided import Part as Part
 from growjax.optim.divided import Parts as Parts
 from growjax.optim.divided import decayed_weights as decayed_weights
 from growjax.optim.freezing import freeze as freeze
-from growjax.optim.held import parts as parts
 from growjax.optim.muon import hidden_matrices as hidden_matrices
 from growjax.optim.muon import scale_by_muon as scale_by_muon
+from growjax.optim.partwise import parts as parts
 from growjax.optim.rules import Rule as Rule
 from growjax.optim.rules import rule as rule
 from growjax.optim.rules import schedule_free as schedule_free

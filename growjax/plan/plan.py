@@ -25,7 +25,7 @@ from growjax.growth.births import grown_shapes
 from growjax.maps import fold_in_name
 from growjax.models.protocol import Config, kind_of
 from growjax.optim.divided import Division
-from growjax.optim.held import divided
+from growjax.optim.partwise import divided
 from growjax.parallel import Layout
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.plan.optimizer import Optimizer
@@ -115,7 +115,7 @@ class Plan:
         dtype = getattr(self.model, "dtype", None)
         return dtype or str(jax.tree.leaves(partition(self.origin)[0])[0].dtype)
 
-    def before(self, index: int) -> Any:
+    def model_before(self, index: int) -> Any:
         """The shapes of the model when stage `index` begins, before it grows; gates included."""
         return self.spans[index - 1].model if index else self.origin
 

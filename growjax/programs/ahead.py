@@ -129,7 +129,7 @@ def lower(plan: Plan, programs: Programs, need: Need, reference: Any = None) -> 
     if kind == "birth":
         return programs.birth(functools.partial(birth, plan)).lower(seed)
     # Programs that run before or at the growth take the state of the stage before
-    shapes = programs.shapes(plan.before(index) if kind in ("grow", "before") else span.model)
+    shapes = programs.shapes(plan.model_before(index) if kind in ("grow", "before") else span.model)
     if kind == "grow":
         assert span.stage.grow is not None
         return programs.growth(shapes, span.stage.grow, span.stage.carry).lower(shapes, seed)

@@ -28,7 +28,7 @@ from growjax.growth import Births, Chain, Operator
 from growjax.maps import fold_in_name
 from growjax.optim import Parts, carry, freeze
 from growjax.optim.divided import Division
-from growjax.optim.held import divided
+from growjax.optim.partwise import divided
 from growjax.parallel import (
     BATCH,
     Layout,

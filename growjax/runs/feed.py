@@ -52,7 +52,7 @@ class Feed(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CorpusFeed:
-    """The batches of a plan from a corpus (`training`), and held-out examples from another (`kept`).
+    """The batches of a plan from one corpus (`training`), held-out examples from another (`validation`).
 
     The corpus is read in blocks as long as the longest window of any stage, so that all stages share one
     position in it. Raises `DataError` if the tokenizer has more words than the model.
@@ -65,7 +65,7 @@ class CorpusFeed:
 
     plan: Plan
     training: Corpus
-    kept: Corpus
+    validation: Corpus
 
     def __post_init__(self):
         words, rows = self.training.vocabulary.size, self.plan.spans[-1].sizes.get("vocab")
@@ -116,8 +116,8 @@ class CorpusFeed:
 
     def held_out(self, objective: Objective, rows: int) -> Mapping[str, np.ndarray]:
         # At most the number of disjoint windows: overlapping ones would count some tokens twice
-        disjoint = (len(self.kept) - objective.lookahead) // objective.raw_length
-        return held_out_batch(self.kept, objective, max(min(rows, disjoint), 1))
+        disjoint = (len(self.validation) - objective.lookahead) // objective.raw_length
+        return held_out_batch(self.validation, objective, max(min(rows, disjoint), 1))
 
 
 def _outputs(plan: Plan) -> int:

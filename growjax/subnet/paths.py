@@ -56,7 +56,7 @@ class RandomPath(Coins):
         certain = self.mode == "bernoulli" or float(self.length).is_integer()
         return math.inf if certain else step + 1
 
-    def kept(self, layers: int) -> tuple[int, ...]:
+    def fixed_layers(self, layers: int) -> tuple[int, ...]:
         """The layers that are on every path; raises `SubnetError` if the path does not fit."""
         bad = [i for i in self.keep if not -layers <= i < layers]
         complaints = [f"keep: {bad} are not among {layers} layers"] if bad else []
@@ -81,7 +81,7 @@ class RandomPath(Coins):
 
     def sample(self, layers: int, *, key: PRNGKeyArray) -> Int[Array, " length"]:
         """The layers of one path of fixed length, ascending."""
-        fixed = self.kept(layers)
+        fixed = self.fixed_layers(layers)
         free = np.setdiff1d(np.arange(layers), fixed)
         drawn = jax.random.permutation(fold_in_name(key, "path"), jnp.asarray(free, jnp.int32))
         path = jnp.concatenate([jnp.asarray(fixed, jnp.int32), drawn[: self.length - len(fixed)]])
@@ -90,7 +90,7 @@ class RandomPath(Coins):
     def maps(self, axes: Axes, *, key: PRNGKeyArray, step) -> list[AxisMap]:
         """A selection of layers, or flags for each of them, with multipliers for their branches."""
         layers = depth_of(axes, self.axis)
-        self.kept(layers)  # raises if the path does not fit
+        self.fixed_layers(layers)  # raises if the path does not fit
         if self.length == layers:
             return []
         if self.mode == "fixed":
@@ -108,13 +108,13 @@ class RandomPath(Coins):
 
     def chances(self, layers: int, step) -> np.ndarray:
         """1 for the layers that are always run, the same `probability` for the others."""
-        fixed = np.isin(np.arange(layers), self.kept(layers))
+        fixed = np.isin(np.arange(layers), self.fixed_layers(layers))
         return np.where(fixed, 1.0, self.probability(layers)).astype(np.float32)
 
     def _scales(self, path: Int[Array, " k"], layers: int) -> Float[Array, " k"] | None:
         gaps = jnp.diff(path, append=layers)
         return self._multiplier(
-            gaps, path.shape[0], jnp.isin(path, np.asarray(self.kept(layers))), layers
+            gaps, path.shape[0], jnp.isin(path, np.asarray(self.fixed_layers(layers))), layers
         )
 
     def branches(self, on: Bool[Array, " layers"], step) -> Float[Array, " layers"] | None:
@@ -122,7 +122,7 @@ class RandomPath(Coins):
         layers = on.shape[0]
         index = jnp.where(on, jnp.arange(layers), layers)
         after = jax.lax.cummin(jnp.append(index[1:], layers), reverse=True)
-        fixed = np.isin(np.arange(layers), self.kept(layers))
+        fixed = np.isin(np.arange(layers), self.fixed_layers(layers))
         return self._multiplier(after - jnp.arange(layers), jnp.sum(on), fixed, layers)
 
     def _multiplier(self, gaps, count, fixed, layers: int) -> Array | None:
@@ -264,7 +264,7 @@ def path_schedule(
     path_of = functools.partial(random_path, keep=keep, scale=scale, mode=mode)
     paths = [path_of(n) for n in lengths]
     for path in paths:  # raises if one does not fit
-        path.at(0).kept(layers)
+        path.at(0).fixed_layers(layers)
     weights = np.arange(1, len(paths) + 1) if stages == "proportional" else np.ones(len(paths))
     ends = warmup + np.round((steps - warmup) * np.cumsum(weights) / weights.sum()).astype(int)
     starts = [warmup, *ends[:-1]]

@@ -243,7 +243,7 @@ class Session:
         compile_wait = self.ahead.waited - waited
         stall = self.stopwatch.now() - start
         self.ahead.start(span.index)
-        old, new = sizes(self.plan.before(span.index)), span.sizes
+        old, new = sizes(self.plan.model_before(span.index)), span.sizes
         grew = {axis: (old.get(axis, 0), n) for axis, n in new.items() if n != old.get(axis)}
         yield Growth(span.index, span.start, self.flops, grew, crossing, stall, compile_wait)
         yield from saved

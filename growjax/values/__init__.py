@@ -18,7 +18,6 @@ from growjax.values.names import path_of as path_of
 from growjax.values.names import register as register
 from growjax.values.names import resolve_function as resolve_function
 from growjax.values.names import tag_of as tag_of
-from growjax.values.names import trust as trust
 from growjax.values.ranges import Faults as Faults
 from growjax.values.ranges import File as File
 from growjax.values.ranges import Folder as Folder

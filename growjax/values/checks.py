@@ -41,7 +41,7 @@ def check(
             # trusted from here on, so that this process can read the value back from a file. A
             # function without an import path stays untrusted; it cannot be saved anyway.
             with contextlib.suppress(FormatError):
-                names.trust(getattr(value, name))
+                names.allow_function(getattr(value, name))
     complaints = list(ranges.field_faults(value))
     if not callable(also):
         complaints += also

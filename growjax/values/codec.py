@@ -59,7 +59,7 @@ def _written(value: Any, where: str, depth: int, complaints: list[str]) -> Any:
         complaints.append(f"{_at(where)}{ranges.short(value)} is no number that a file can hold")
     elif names.is_function(value):
         try:
-            return {"is": "function", "name": names.trust(value)}
+            return {"is": "function", "name": names.allow_function(value)}
         except FormatError as fault:
             complaints.append(f"{_at(where)}{fault}")
     elif names.is_value(value):

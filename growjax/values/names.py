@@ -37,7 +37,7 @@ _registry: dict[str, Any] = {}  # name -> class or function
 _names: dict[Any, str] = {}  # class or function -> name
 _formats: dict[str, int] = {}  # name -> format number
 _allowed: set[str] = set()  # packages that files may import
-_trusted: set[str] = set()  # import paths of functions that files may name
+_allowed_functions: set[str] = set()  # import paths of functions that files may name
 
 
 @overload
@@ -145,10 +145,10 @@ def path_of(function: Any) -> str:
     return path
 
 
-def trust(function: Any) -> str:
+def allow_function(function: Any) -> str:
     """Let files that this process reads name a function that its own code uses; returns the name."""
     path = path_of(function)
-    _trusted.add(path)
+    _allowed_functions.add(path)
     return path
 
 
@@ -206,14 +206,14 @@ def resolve_function(path: str, allowed: Sequence[str] = (), *, code: bool = Fal
     if not _PATH.fullmatch(path):
         raise FormatError(f"expected an import path such as my_pkg.models:build, got {path!r}")
     package = path.partition(":")[0]
-    if not code and path not in _trusted and not _is_allowed(package, allowed):
+    if not code and path not in _allowed_functions and not _is_allowed(package, allowed):
         raise FormatError(_refusal(path, "and a function that a file names is code to run"))
     function = _import(path)
     home = getattr(function, "__module__", None)
     if not callable(function):
         raise FormatError(f"{path}: expected a function, and it is {ranges.short(function)}")
     # A module may hold a function of another one, as `my_pkg.os.system` would be
-    if not code and path not in _trusted and not _is_allowed(str(home), allowed):
+    if not code and path not in _allowed_functions and not _is_allowed(str(home), allowed):
         raise FormatError(f"{path}: it is of {home}, which is not allowed")
     return function
 

@@ -39,14 +39,14 @@ _Class = TypeVar("_Class", bound=type)
 class Range(NamedTuple):
     """A condition on a field's value, and its description for messages ("a positive number")."""
 
-    says: str
+    description: str
     holds: Callable[[Any], bool]
 
 
 class Faults(NamedTuple):
     """A condition whose function `of` lists the faults of a field's value, one line each."""
 
-    says: str
+    description: str
     of: Callable[[Any], Iterable[str]]
 
     def holds(self, value: Any) -> bool:
@@ -79,14 +79,14 @@ def ranged(
         b1: Annotated[float, ranged(0, 1, "a rate", below=True)] = 0.9
     """
     if above:
-        says = f"{noun} above {low} and {'below' if below else 'at most'} {high}"
+        description = f"{noun} above {low} and {'below' if below else 'at most'} {high}"
     else:
-        says = f"{noun} from {low} to {'below ' if below else ''}{high}"
+        description = f"{noun} from {low} to {'below ' if below else ''}{high}"
 
     def holds(x: float) -> bool:
         return (low < x if above else low <= x) and (x < high if below else x <= high)
 
-    return Range(says, holds)
+    return Range(description, holds)
 
 
 def one_of(choices: Iterable[Any]) -> Range:
@@ -128,17 +128,18 @@ Size = Annotated[
 
 
 class _Base(NamedTuple):
-    says: str  # the description for messages
+    description: str  # the description for messages
     members: frozenset[str] | None  # the members of a protocol; None for an ordinary class
 
 
 _BASES: dict[type, _Base] = {}
 
 
-def base(says: str) -> Callable[[_Class], _Class]:
+def base(description: str) -> Callable[[_Class], _Class]:
     """Decorator for a class that users extend: files may name the classes that extend it.
 
-    A protocol is extended by every class that has its members. `says` describes an instance in messages.
+    A protocol is extended by every class that has its members. `description` says in messages what an
+    instance is.
 
     **Example**
 
@@ -152,7 +153,7 @@ def base(says: str) -> Callable[[_Class], _Class]:
         if getattr(cls, "_is_protocol", False):
             own = {*vars(cls), *vars(cls).get("__annotations__", ())}
             members = frozenset(m for m in own if m == "__call__" or not m.startswith("_"))
-        _BASES[cls] = _Base(says, members)
+        _BASES[cls] = _Base(description, members)
         return cls
 
     return mark
@@ -338,7 +339,7 @@ def describe(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         rules = [rule for rule in hint.__metadata__ if isinstance(rule, Range | Faults)]
-        return rules[0].says if rules else describe(args[0])
+        return rules[0].description if rules else describe(args[0])
     if origin is Literal:
         return f"one of {', '.join(map(repr, args))}"
     if origin is Union or origin is types.UnionType:
@@ -365,7 +366,7 @@ def describe(hint: Any) -> str:
         return "None"
     parent = origin or hint
     if parent in _BASES:
-        return _BASES[parent].says
+        return _BASES[parent].description
     return f"a {getattr(parent, '__name__', parent)}"
 
 
@@ -374,7 +375,7 @@ def _expected(hint: Any, value: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated and fits(args[0], value):
         rules = [rule for rule in hint.__metadata__ if isinstance(rule, Range | Faults)]
-        return next(rule.says for rule in rules if not rule.holds(value))
+        return next(rule.description for rule in rules if not rule.holds(value))
     if origin is Union or origin is types.UnionType:
         # `X | None`
         others = [arg for arg in args if arg is not type(None)]

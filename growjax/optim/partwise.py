@@ -72,7 +72,7 @@ def parts(
     - `optimizer`: an optax transformation, learning rate included, or a `growjax.optim.Rule`.
     - `new`, `old`: the settings of the coordinates that the last growth added, and of all others: a
       `Part`, or its rate, which is a multiple of the learning rate or a `Curve` over the steps since the
-      last growth. A rate of 0 freezes the part, bit by bit; `growjax.optim.held` describes how the
+      last growth. A rate of 0 freezes the part, bit by bit; `growjax.optim.partwise` describes how the
       optimizer treats frozen entries.
     - `growths`: the same for the coordinates of single growths, by the growth's number (0: the model's
       birth), with curves over the steps since that growth.

@@ -1,0 +1,55 @@
+"""The command line: `growjax COMMAND`, or `python -m growjax COMMAND`."""
+
+# ruff: noqa: E402 - `require` must run before the imports below, to name a package that is missing
+
+import os
+import sys
+
+from growjax import __version__
+from growjax.errors import GrowjaxError
+from growjax.extras import require
+
+
+require("the command line", "tyro", "rich")
+
+import tyro
+
+from growjax.cli.checkpoints import certify, evaluate, grow, inspect
+from growjax.cli.results import compare, report
+from growjax.cli.training import calibrate, demo, plan, sweep, train
+
+
+app = tyro.extras.SubcommandApp()
+# In the order of `growjax --help`
+for _command in (demo, train, plan, calibrate, grow, certify, inspect):
+    app.command(_command)
+app.command(name="eval")(evaluate)
+for _command in (sweep, compare, report):
+    app.command(_command)
+
+
+def main() -> None:
+    """Run one command; an error of growjax is printed as a message, without a traceback."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"growjax {__version__}")
+        return
+    try:
+        status = app.cli(
+            prog="growjax",
+            description="Grow Transformers while they train. `growjax --version` prints the version.",
+        )
+    except GrowjaxError as error:
+        sys.exit(f"growjax: {error}")
+    except KeyboardInterrupt:
+        print("growjax: interrupted; all that was saved remains", file=sys.stderr)
+        status = 130
+    if status:
+        _leave(status)
+
+
+def _leave(status: int) -> None:
+    """Exit at once, without waiting for threads, one of which may still compile a program."""
+    # `os._exit` does not flush
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
