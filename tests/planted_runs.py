@@ -146,6 +146,9 @@ TABLE = """
 @ names of stages are markup | runs/progress.py | progress | as_they_are
 - Text(name[:14]),
 + name[:14],
+@ a proposed command forgets what was allowed | report/compared.py | compared | is_named
+- f"{path}{allow_option()}` goes on with it"
++ f"{path}` goes on with it"
 @ curvature of the first step for all | plan/stages.py | plan | do_alone
 - changes = self.curvature_every is not None or self._drawn(work.part, i) is not None
 + changes = self._drawn(work.part, i) is not None

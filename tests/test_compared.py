@@ -97,7 +97,8 @@ def test_decayed_is_read_off_the_run(tmp_path):
     assert row.undecayed == ("grown",) and row.baseline == "loose, at the undecayed end"
 
 
-def test_what_cannot_be_compared_is_named(tmp_path):
+def test_what_cannot_be_compared_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("growjax.values.names._allowed", {"my_pkg"})
     a = written(tmp_path / "a", SMALL, 2.0)
     b = written(tmp_path / "b", dataclasses.replace(SMALL, seed=1), 2.0, data="another")
     c = written(tmp_path / "c", dataclasses.replace(SMALL, seed=2), 2.0, finished=False)
@@ -105,10 +106,11 @@ def test_what_cannot_be_compared_is_named(tmp_path):
     e = written(tmp_path / "e", SMALL, 2.0)
     with pytest.raises(BudgetError) as error:
         compare_runs([a, b, c, d, e])
-    said = str(error.value)
-    assert f"{c}: it has done 12 of 12 steps" in said and "data differ: abc" in said
-    assert f"another ({b})" in said and "held-out windows on the way differ: 8" in said
-    assert f"two runs of one plan and of seed 0: {a}, {e}" in said
+    message = str(error.value)
+    assert f"{c}: it has done 12 of 12 steps" in message and "data differ: abc" in message
+    assert f"--run {c} --allow my_pkg` goes on with it" in message
+    assert f"another ({b})" in message and "held-out windows on the way differ: 8" in message
+    assert f"two runs of one plan and of seed 0: {a}, {e}" in message
     with pytest.raises(BudgetError, match="expected the folders of at least one"):
         compare_runs([])
     # Nothing of one size: nothing is said of growing

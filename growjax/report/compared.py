@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from growjax.report.runs import Trained, arm_of, read_run
 from growjax.report.tables import arms_table, bars, frontier_table, rich_table
 from growjax.report.words import answer
 from growjax.runs.run import Run
-from growjax.values import to_dict
+from growjax.values import allow_option, to_dict
 
 
 # The ratio of the largest to the smallest cost, above which the page has a figure of final losses by cost
@@ -98,9 +99,10 @@ def read_finished(folder: str | os.PathLike[str]) -> Trained:
     run = read_run(folder)
     if not run.run.finished or not run.steps:
         done = run.last["step"] + 1 if run.steps else 0
+        plan_file, path = shlex.quote(str(run.run.plan_file)), shlex.quote(str(folder))
         raise BudgetError(
-            f"{folder}: it has done {done} of {run.plan.steps} steps; `growjax train "
-            f"{run.run.plan_file} --run {folder}` goes on with it"
+            f"{folder}: it has done {done} of {run.plan.steps} steps; `growjax train {plan_file} --run "
+            f"{path}{allow_option()}` goes on with it"
         )
     return run
 

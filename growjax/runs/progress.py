@@ -4,6 +4,7 @@ Names come from plans and paths, and may hold brackets, which Rich reads as mark
 as `Text`, without markup.
 """
 
+import shlex
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rich.text import Text
 from growjax.plan.plan import Plan
 from growjax.runs.doing import Doing
 from growjax.runs.records import Begin, End, Growth, Record, Saved, Step
-from growjax.values import allowed_packages
+from growjax.values import allow_option
 
 
 EVERY = 30.0  # seconds between two lines of loss, without a terminal
@@ -147,9 +148,8 @@ class Progress:
                 f"held-out loss {record.held_out.loss:.4f} over {record.held_out.windows:,} windows"
             )
         if self.run is not None:
-            packages = allowed_packages()
-            allow = f" --allow {' '.join(packages)}" if packages else ""
-            self.say(f"the run is in {self.run}; next: growjax report {self.run}{allow}")
+            run = shlex.quote(str(self.run))
+            self.say(f"the run is in {self.run}; next: growjax report {run}{allow_option()}")
 
     # The live display -----------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from growjax.values.codec import read as read
 from growjax.values.codec import to_dict as to_dict
 from growjax.values.codec import write as write
 from growjax.values.names import allow as allow
-from growjax.values.names import allowed_packages as allowed_packages
+from growjax.values.names import allow_option as allow_option
 from growjax.values.names import is_value as is_value
 from growjax.values.names import path_of as path_of
 from growjax.values.names import register as register

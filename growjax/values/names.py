@@ -90,9 +90,9 @@ def allow(*packages: str) -> None:
     _allowed.update(packages)
 
 
-def allowed_packages() -> tuple[str, ...]:
-    """The packages that `allow` has named, sorted."""
-    return tuple(sorted(_allowed))
+def allow_option() -> str:
+    """What a proposed command must end with to read the same files: " --allow my_pkg", or nothing."""
+    return f" --allow {' '.join(sorted(_allowed))}" if _allowed else ""
 
 
 def is_value(value: Any) -> bool:
