@@ -9,18 +9,15 @@ measured by Kaddour et al., "No Train No Gain", NeurIPS 2023.
 """
 
 import abc
-import collections
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from growjax.errors import SelectError, raise_all
+from growjax.errors import SelectError
 from growjax.maps import fold_in_name
 from growjax.values import base, check, fits, ranged, register
 
@@ -99,10 +96,10 @@ class SelectiveBackprop(Selector):
     - `offers`: the number of batches to choose from; None is `beta + 1`, of which the published rule
       keeps one on average.
 
-    The published rule (`LossPool`) keeps each example with a probability of its own and waits until a
-    batch is full, so the cost of a step depends on the losses. This one draws exactly one batch without
-    replacement, with the same odds, from a fixed number of batches, and percentiles are among these. So
-    costs and shapes are fixed, and a run resumes exactly. As published, losses are not re-weighted.
+    The published rule keeps each example with a probability of its own and waits until a batch is full,
+    so the cost of a step depends on the losses. This one draws exactly one batch without replacement,
+    with the same odds, from a fixed number of batches, and percentiles are among these. So costs and
+    shapes are fixed, and a run resumes exactly. As published, losses are not re-weighted.
 
     **Example**
 
@@ -139,48 +136,3 @@ def percentiles(losses: Float[Array, " n"], among: Float[Array, " m"]) -> Float[
     less = jnp.searchsorted(ordered, losses, side="left")
     not_more = jnp.searchsorted(ordered, losses, side="right")
     return jnp.minimum((less + not_more + 1) / (2 * among.shape[0]), 1.0)
-
-
-class LossPool:
-    """Selective backprop as published: examples are kept at random, and a full batch is trained on.
-
-    It is for a training loop of your own; a plan takes `SelectiveBackprop`. Examples that are kept wait
-    until they fill a batch; by then their losses are out of date.
-
-    **Arguments**
-
-    - `batch`: the number of examples of a batch.
-    - `beta`: the power of the percentile.
-    - `history`: the number of latest losses among which percentiles are taken.
-
-    **Example**
-
-        pool = LossPool(batch=32, beta=1.0, seed=0)
-        for rows in stream:
-            for batch in pool.offer(rows, losses_of(rows)):
-                update(batch)
-    """
-
-    def __init__(self, batch: int, beta: float = 1.0, *, history: int = 5000, seed: int = 0):
-        faults = []
-        for name, value, least in [("batch", batch, 1), ("beta", beta, 0), ("history", history, 1)]:
-            if not value >= least:  # also for NaN
-                faults.append(f"{name}: expected {least} or more, got {value}")
-        raise_all(SelectError, "this pool cannot be used:", faults)
-        self.batch, self.beta = batch, beta
-        self.history: collections.deque[float] = collections.deque(maxlen=history)
-        self.waiting: collections.deque[Mapping[str, Any]] = collections.deque()
-        self.rng = np.random.default_rng(seed)
-
-    def offer(self, rows: Mapping[str, np.ndarray], losses: Any) -> list[dict[str, Any]]:
-        """The batches that waiting examples and these fill, in the order in which they came."""
-        losses = np.asarray(losses, np.float64)
-        self.history.extend(losses.tolist())  # first, so that a percentile counts the loss itself
-        q = np.asarray(percentiles(jnp.asarray(losses), jnp.asarray(self.history)))
-        for i in np.flatnonzero(self.rng.uniform(size=len(q)) < q**self.beta):
-            self.waiting.append({name: values[i] for name, values in rows.items()})
-        full = []
-        while len(self.waiting) >= self.batch:
-            taken = [self.waiting.popleft() for _ in range(self.batch)]
-            full.append({name: np.stack([row[name] for row in taken]) for name in taken[0]})
-        return full

@@ -10,6 +10,7 @@ import pytest
 
 import growjax as gj
 from growjax import data
+from growjax.budget import decayed
 from growjax.data import MLM, UL2, Causal, SpanCorruption
 from growjax.errors import DataError, FormatError, LayoutError, PlanError
 from growjax.models import BERTConfig, LlamaConfig, T5Config
@@ -228,7 +229,7 @@ SHAPES = {
 def test_shapes_of_the_learning_rate(shape):
     rate = Schedule(2.0, shape, warmup=0.1)
     assert [rate.at(d) / 2 for d in (0.05, 0.1, 0.55, 1.0)] == pytest.approx(SHAPES[shape])
-    assert rate.decayed == (shape in ("linear", "cosine", "wsd"))
+    assert decayed(rate.at(1.0), rate.peak) == (shape in ("linear", "cosine", "wsd"))
 
 
 def test_shapes_fall_as_they_say():

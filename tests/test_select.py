@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from growjax.errors import SelectError
-from growjax.select import LossPool, RhoLoss, SelectiveBackprop, percentiles
+from growjax.select import RhoLoss, SelectiveBackprop, percentiles
 
 
 SIZES = st.sampled_from([4, 12])
@@ -99,43 +99,8 @@ def test_it_looks_at_as_many_as_the_published_rule_would(beta, offers):
         (lambda: RhoLoss(offers=0), "offers: expected a number of batches from 1 to 1000, got 0"),
         (lambda: SelectiveBackprop(offers=0), "offers: expected a number of batches"),
         (lambda: SelectiveBackprop(-1.0), "beta: expected a number from 0 to 1000"),
-        (lambda: LossPool(0, -1.0, history=0), r"batch(.|\n)*beta(.|\n)*history"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, message):
     with pytest.raises(SelectError, match=message):
         make()
-
-
-# The published pool ------------------------------------------------------------------------------
-
-
-def rows(first: int, n: int) -> dict[str, np.ndarray]:
-    return {"tokens": np.arange(first, first + n)[:, None].repeat(2, 1)}
-
-
-def test_a_pool_gives_whole_batches_first_come_first_served():
-    pool, given_out, offered = LossPool(5, beta=1.0, history=20), [], 0
-    for n in range(40):
-        for batch in pool.offer(rows(offered, 8), losses(n, 8)):
-            assert batch["tokens"].shape == (5, 2)
-            given_out += batch["tokens"][:, 0].tolist()
-        offered += 8
-        assert len(pool.waiting) < 5 and len(pool.history) <= 20
-    assert given_out == sorted(given_out) and len(given_out) == len(set(given_out))
-    assert 0.4 < len(given_out) / offered < 0.7
-
-
-def test_a_pool_without_preference_keeps_everything():
-    pool = LossPool(4, beta=0.0)
-    found = [b for n in range(3) for b in pool.offer(rows(8 * n, 8), losses(n, 8))]
-    assert np.array_equal(np.concatenate([b["tokens"] for b in found]), rows(0, 24)["tokens"])
-
-
-def test_the_hardest_example_is_always_kept():
-    """Its own loss is in the history when it is ranked, so its percentile is 1."""
-    for seed in range(20):
-        pool = LossPool(1, beta=3.0, seed=seed)
-        x = np.array([0.1, 5.0, 0.2])
-        kept = [b["tokens"][0, 0] for b in pool.offer(rows(0, 3), x)]
-        assert 1 in kept

@@ -3,7 +3,6 @@
 from growjax.budget.clock import A100_T5 as A100_T5
 from growjax.budget.clock import RTX3090_BERT as RTX3090_BERT
 from growjax.budget.clock import RTX3090_BERT_AS_RELEASED as RTX3090_BERT_AS_RELEASED
-from growjax.budget.clock import Budget as Budget
 from growjax.budget.clock import Clock as Clock
 from growjax.budget.clock import DepthClock as DepthClock
 from growjax.budget.clock import FlopsClock as FlopsClock

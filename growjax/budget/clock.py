@@ -7,7 +7,6 @@ from a table (Reference System Time: Kaddour et al., "No Train No Gain", NeurIPS
 """
 
 import abc
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -282,57 +281,6 @@ class MeasuredClock(Clock):
             fields = [*op[: 5 if op.kind == "forward" else 6], ns]
             rows.append([x for x in fields if x is not None])
         return f"{self.name} {_digest(rows)}"
-
-
-class Budget:
-    """What a run may spend on a clock, and what it has spent.
-
-    **Arguments**
-
-    - `total`: in the clock's unit (FLOPs or reference seconds); None is no limit.
-
-    `spent` is in the clock's integer units, `counts` has how often each operation was charged, and
-    `uncharged` the names of free operations with the seconds that they took.
-
-    **Example**
-
-        budget = Budget(FlopsClock(), total=1e12)
-        budget.charge(op, 10)
-        budget.done
-    """
-
-    def __init__(self, clock: Clock, total: float | None = None):
-        if total is not None and not total > 0:
-            raise BudgetError(f"total: expected a positive number of {clock.unit}, got {total!r}")
-        self.clock = clock
-        self.total = None if total is None else total * clock.per_unit
-        self.spent = 0
-        self.counts: collections.Counter[Op] = collections.Counter()
-        self.uncharged: collections.Counter[str] = collections.Counter()
-
-    def charge(self, op: Op, n: int = 1) -> int:
-        """Add `n` operations, and return what they cost."""
-        if n < 0:
-            raise BudgetError(f"n: expected 0 or more operations, got {n}")
-        cost = n * self.clock.cost(op)
-        self.spent += cost
-        self.counts[op] += n
-        return cost
-
-    def note(self, what: str, seconds: float) -> None:
-        """Record the seconds of something that is not charged."""
-        self.uncharged[what] += seconds  # type: ignore[assignment]
-
-    @property
-    def done(self) -> float:
-        """The share of the budget that is spent, at most 1."""
-        if self.total is None:
-            raise BudgetError("total: this budget has no limit, so no share of it can be spent")
-        return min(self.spent / self.total, 1.0)
-
-    def affords(self, op: Op, n: int = 1) -> bool:
-        """Whether `n` more of an operation are within the budget."""
-        return self.total is None or self.spent + n * self.clock.cost(op) <= self.total
 
 
 def recharge(counts: Mapping[Op, int], clock: Clock) -> int:

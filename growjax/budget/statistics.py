@@ -99,11 +99,6 @@ def sign_flip(values: Sequence[float], draws: int = 100_000) -> float:
     return float(np.mean(sums >= abs(x.sum()) * (1 - 1e-12)))
 
 
-def t_test(values: Sequence[float]) -> float:
-    """The two-sided p of the hypothesis that the mean is 0; 1 below two values."""
-    return spread(values).p() if len(values) > 1 else 1.0
-
-
 def holm(p: Sequence[float]) -> list[float]:
     """The p of several tests, adjusted by Holm's method (1979).
 

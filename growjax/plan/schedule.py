@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from growjax.budget import decayed
 from growjax.errors import PlanError
 from growjax.values import Size, base, check, positive, ranged, register
 
@@ -69,11 +68,6 @@ class Rate(abc.ABC):
     def rising(self, climbed: float) -> float:
         """The learning rate when the share `climbed` of the warmup, from 0 to 1, is over."""
         return self.peak * climbed
-
-    @property
-    def decayed(self) -> bool:
-        """Whether the rate ends at a tenth of its peak or less."""
-        return decayed(self.at(1.0), self.peak)
 
 
 @register
