@@ -12,7 +12,7 @@ import numpy as np
 from experiments.study import Key, Line, key_of
 from experiments.text import LIBRARY
 from experiments.windows import WindowFile
-from growjax.budget import Clock, FlopsClock, Op, Outcome, load_clock, recharged
+from growjax.budget import Clock, FlopsClock, Op, Outcome, cost_of, load_clock, recharged
 from growjax.errors import BudgetError
 from growjax.report.arms import Arm, Part, by_place
 from growjax.report.comparisons import (
@@ -153,7 +153,7 @@ def operations(line: Line) -> list[tuple[Op, int]]:
 def cost_on(line: Line, clock: Clock) -> float:
     """What the operations of a run cost on a clock, in its unit."""
     # Whole numbers of any size: the FLOPs of a long run do not fit into 64 bits
-    return sum(count * clock.cost(op) for op, count in operations(line)) / clock.per_unit
+    return sum(count * cost_of(op, clock) for op, count in operations(line)) / clock.per_unit
 
 
 def recharging(lines: Sequence[Line], clock: Clock) -> Recharge:

@@ -67,8 +67,7 @@ class Causal:
 class Rows(Clock):
     """Charges sequences, whatever is done with them."""
 
-    unit = "FLOPs"
-    per_unit = 1
+    unit = "sequences"
 
     def cost(self, op):
         return op.rows

@@ -146,6 +146,15 @@ TABLE = """
 @ names of stages are markup | runs/progress.py | progress | as_they_are
 - Text(name[:14]),
 + name[:14],
+@ every unit but FLOPs is called seconds | report/figures.py | compared | own_unit
+- return 1.0, "reference seconds" if unit == "seconds" else plain(unit)
++ return 1.0, "reference seconds"
+@ a clock charges fractions | budget/clock.py | plan | cannot_charge
+- if isinstance(cost, bool) or not isinstance(cost, int | np.integer) or cost < 0:
++ if cost < 0:
+@ a clock is free | plan/plan.py | plan | cannot_charge
+- if not faults and plan.cost == 0:
++ if not faults and plan.cost < 0:
 @ a proposed command forgets what was allowed | report/compared.py | compared | is_named
 - f"{path}{allow_option()}` goes on with it"
 + f"{path}` goes on with it"

@@ -11,9 +11,11 @@ from rich.console import Console
 
 import growjax as gj
 from growjax.errors import BudgetError
+from growjax.report import figures
 from growjax.report.compared import compare_runs
 from growjax.runs.records import HeldOut
 from growjax.train import Run, Schedule, save_plan
+from tests.own import Rows
 from tests.runs import plan, steps
 
 
@@ -87,6 +89,15 @@ def test_runs_that_grow_are_held_against_those_of_one_size(tmp_path):
     assert [(row.arm, row.verdict) for row in other.rows] == [("small", "better")]
     with pytest.raises(BudgetError, match="baseline: 'nobody' is no arm; there are grown, small"):
         compare_runs(folders, baseline="nobody")
+
+
+def test_costs_are_shown_in_the_clocks_own_unit(tmp_path):
+    folders = six(tmp_path, dataclasses.replace(SMALL, clock=Rows()), 2.0)
+    out = tmp_path / "page.html"
+    (arm,) = compare_runs(folders, out=out).arms
+    assert arm.cost == 12 * 4 and figures.unit_of([arm]) == (1.0, "sequences")
+    assert figures.unit_of([dataclasses.replace(arm, unit="$")]) == (1.0, r"\$")
+    assert "Costs are sequences as charged by rows" in out.read_text()
 
 
 def test_decayed_is_read_off_the_run(tmp_path):

@@ -1,18 +1,22 @@
 """Plans as data: what is refused, what is worked out before anything runs, and the trip through JSON."""
 
 import dataclasses
+import io
 import json
 import re
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 import growjax as gj
 from growjax import data
 from growjax.budget import decayed
 from growjax.data import MLM, UL2, Causal, SpanCorruption
 from growjax.errors import DataError, FormatError, LayoutError, PlanError
+from growjax.forecast.dryrun import dry_run
 from growjax.models import BERTConfig, LlamaConfig, T5Config
 from growjax.nn import RotaryScaling
 from growjax.plan.files import differences
@@ -236,6 +240,65 @@ def test_shapes_fall_as_they_say():
     assert Schedule(1.0, "cosine", warmup=0.0).at(0.25) == pytest.approx(0.5 + 0.5 * 0.5**0.5)
     assert Schedule(1.0, "wsd", warmup=0.0, decay=0.5).at(0.75) == pytest.approx(0.5)
     assert Schedule(1.0, final=0.1, warmup=0.0).at(1.0) == pytest.approx(0.1)
+
+
+class Tariff(gj.budget.Clock):
+    """A clock of which everything can be wrong."""
+
+    unit, per_unit = "dollars", 100
+    price: Any = 3
+    name: Any = "the tariff of 2026"
+
+    def cost(self, op):
+        return self.price
+
+    @property
+    def identity(self):
+        return self.name
+
+
+def tariff(**changes) -> gj.budget.Clock:
+    return type("Tariff", (Tariff,), changes)()
+
+
+def test_a_budget_may_be_in_any_unit():
+    made = plan(Stage(share=1.0), clock=tariff(price=np.int64(5)), budget=1.2)
+    assert made.cost == 120 and made.spans[0].steps == 24
+    table = io.StringIO()
+    Console(file=table, width=120).print(dry_run(made))
+    assert re.search(r"cost in dollars +│ +1\.2 ", table.getvalue())
+
+
+@pytest.mark.parametrize(
+    "clock, fault",
+    [
+        ({"unit": ""}, 'Tariff.unit: expected a noun such as "seconds" or "dollars", got \'\''),
+        ({"unit": "two\nlines"}, "Tariff.unit: expected a noun"),
+        ({"unit": None}, "Tariff.unit: expected a noun"),
+        ({"per_unit": 0}, "Tariff.per_unit: expected a positive integer, got 0"),
+        ({"per_unit": 0.5}, "Tariff.per_unit: expected a positive integer, got 0.5"),
+        ({"name": ""}, "Tariff.identity: expected a string that no other clock has, got ''"),
+        ({"price": 0.25}, "return a whole number of 0 or more for Op(kind='train'"),
+        (
+            {"price": -1},
+            "got -1; round it, and let per_unit say how many of them are one of dollars",
+        ),
+        ({"price": None}, "got None; round it"),
+        ({"price": 0}, "clock: 'the tariff of 2026' charges nothing for any step"),
+    ],
+)
+def test_a_clock_that_cannot_charge_is_refused_with_the_plan(clock, fault):
+    with pytest.raises(PlanError, match=re.escape(fault)):
+        plan(steps(2), clock=tariff(**clock))
+
+
+def test_all_faults_of_a_clock_are_named_at_once():
+    with pytest.raises(
+        PlanError, match=r"Tariff\.unit: (.|\n)*Tariff\.per_unit: (.|\n)*Tariff\.identity: "
+    ):
+        plan(steps(2), clock=tariff(unit=3, per_unit=-2, name=None))
+    with pytest.raises(PlanError, match="it charges dollars, and stages last seconds"):
+        plan(Stage(seconds=2.0), clock=tariff())
 
 
 def test_a_stage_may_warm_up_again():

@@ -9,6 +9,8 @@ from growjax.budget.clock import FlopsClock as FlopsClock
 from growjax.budget.clock import MeasuredClock as MeasuredClock
 from growjax.budget.clock import Op as Op
 from growjax.budget.clock import Timing as Timing
+from growjax.budget.clock import clock_faults as clock_faults
+from growjax.budget.clock import cost_of as cost_of
 from growjax.budget.clock import load_clock as load_clock
 from growjax.budget.clock import recharge as recharge
 from growjax.budget.clock import save_clock as save_clock

@@ -53,17 +53,36 @@ class Op(NamedTuple):
 
 @values.base("a clock such as FlopsClock()")
 class Clock(abc.ABC):
-    """The cost of operations. A clock of your own is a subclass with `cost` and `identity`.
+    """The cost of operations. A clock of your own is a subclass with `unit`, `cost` and `identity`.
 
-    `unit` is the unit of budgets, and `per_unit` the number of `cost`'s integer units in one of it.
+    - `unit`: the noun in which budgets, tables and figures count: "FLOPs", "seconds" of a reference
+      machine, or one of your own, such as "dollars".
+    - `per_unit`: the number of `cost`'s integer units in one of it: 10**9 if `cost` is in nanoseconds and
+      `unit` is "seconds".
+
+    **Example**
+
+        class Joules(Clock):
+            unit = "joules"
+            per_unit = 1000     # `cost` is in millijoules
+
+            def cost(self, op):
+                return round(op.flops / 4e8)
+
+            @property
+            def identity(self):
+                return "joules of the small cluster, 2026"
     """
 
-    unit: ClassVar[Literal["FLOPs", "seconds"]]
-    per_unit: ClassVar[int]
+    unit: ClassVar[str]
+    per_unit: ClassVar[int] = 1
 
     @abc.abstractmethod
     def cost(self, op: Op) -> int:
-        """The cost of one operation. Raises `BudgetError` for one that the clock does not know."""
+        """The cost of one operation, a whole number of 0 or more.
+
+        Raises `BudgetError` for one that the clock does not know.
+        """
 
     @property
     @abc.abstractmethod
@@ -283,9 +302,32 @@ class MeasuredClock(Clock):
         return f"{self.name} {_digest(rows)}"
 
 
+def clock_faults(clock: Clock) -> Iterator[str]:
+    """The faults of the attributes that a clock's class must have."""
+    unit, per_unit = getattr(clock, "unit", None), clock.per_unit
+    if not isinstance(unit, str) or not 0 < len(unit) <= 40 or not unit.isprintable():
+        yield f'unit: expected a noun such as "seconds" or "dollars", got {unit!r}'
+    if isinstance(per_unit, bool) or not isinstance(per_unit, int) or per_unit < 1:
+        yield f"per_unit: expected a positive integer, got {per_unit!r}"
+    if not isinstance(clock.identity, str) or not clock.identity:
+        yield f"identity: expected a string that no other clock has, got {clock.identity!r}"
+
+
+def cost_of(op: Op, clock: Clock) -> int:
+    """The cost of one operation; raises `BudgetError` if it is not a whole number of 0 or more."""
+    cost = clock.cost(op)
+    if isinstance(cost, bool) or not isinstance(cost, int | np.integer) or cost < 0:
+        # Sums of fractions would depend on their order
+        raise BudgetError(
+            f"clock {clock.identity!r}: expected cost to return a whole number of 0 or more for {op}, "
+            f"got {cost!r}; round it, and let per_unit say how many of them are one of {clock.unit}"
+        )
+    return int(cost)
+
+
 def recharge(counts: Mapping[Op, int], clock: Clock) -> int:
     """The cost of some operations on another clock."""
-    return sum(n * clock.cost(op) for op, n in counts.items())
+    return sum(n * cost_of(op, clock) for op, n in counts.items())
 
 
 def save_clock(clock: Clock, path: str | Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from growjax.budget.clock import Clock, Op
+from growjax.budget.clock import Clock, Op, cost_of
 from growjax.budget.statistics import Interval, Spread, crossed, resampled, spread
 from growjax.errors import BudgetError, raise_all
 
@@ -129,7 +129,7 @@ def recharged(
 def _cumulative(operations: Sequence[tuple[Op, int]], clock: Clock) -> list[int]:
     """The cost so far before the first operations, and after each kind of them."""
     # Python integers: the FLOPs of a long run do not fit into 64 bits
-    return list(itertools.accumulate((n * clock.cost(op) for op, n in operations), initial=0))
+    return list(itertools.accumulate((n * cost_of(op, clock) for op, n in operations), initial=0))
 
 
 @dataclasses.dataclass(frozen=True)

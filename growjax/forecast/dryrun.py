@@ -80,6 +80,7 @@ class DryRun:
     - `devices`: the number of devices that it was worked out for.
     - `mesh`: the size of each mesh axis; None if the layout does not fit the devices.
     - `saved`: the share of FLOPs saved against training the last stage's whole model on all tokens.
+    - `unit`: the clock's unit, in which the costs of stages are.
     - `refusals`: the reasons why the plan cannot run as it is; empty if it can.
     - `start`: the folder of the model that it starts from, or None.
     """
@@ -89,6 +90,7 @@ class DryRun:
     mesh: dict[str, int] | None
     stages: tuple[StageFacts, ...]
     saved: float
+    unit: str
     refusals: tuple[str, ...]
     start: str | None = None
 
@@ -114,8 +116,8 @@ class DryRun:
         table.add_column("stage")
         for stage in self.stages:
             table.add_column(Text(f"{stage.index} {stage.name}"), justify="right")
-        for name, cells in _rows(self.stages):
-            table.add_row(name, *map(Text, cells))
+        for name, cells in _rows(self.stages, self.unit):
+            table.add_row(*map(Text, [name, *cells]))
         notes = [] if self.start is None else [f"starts from the model in {self.start}"]
         notes += [
             f"stage {stage.index}: every device holds all of {', '.join(stage.unsplit)}"
@@ -160,7 +162,8 @@ def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:
     saved = 1 - plan.flops / sum(full)
     start = plan.start and plan.start.folder
     shape = mesh and dict(mesh.shape)
-    return DryRun(plan.name, devices, shape, stages, saved, tuple(refusals), start)
+    unit = plan.clock.unit
+    return DryRun(plan.name, devices, shape, stages, saved, unit, tuple(refusals), start)
 
 
 def _facts(plan: Plan, span: Span, full: int, mesh: Any) -> StageFacts:
@@ -264,8 +267,8 @@ def _disagreements(stages: Sequence[StageFacts]) -> Iterator[str]:
 # The printed table -------------------------------------------------------------------------------
 
 
-def _rows(stages: Sequence[StageFacts]) -> Iterator[tuple[str, list[str]]]:
-    """The rows of the table: a name, and a cell for each stage."""
+def _rows(stages: Sequence[StageFacts], unit: str) -> Iterator[tuple[str, list[str]]]:
+    """The rows of the table: a name, and a cell for each stage; costs are in `unit`."""
 
     def row(name, cell):
         return name, [cell(stage) for stage in stages]
@@ -286,7 +289,7 @@ def _rows(stages: Sequence[StageFacts]) -> Iterator[tuple[str, list[str]]]:
     yield row("  ratio", lambda s: f"{s.xla_ratio:.4f}")
     yield row("FLOPs", lambda s: f"{s.flops:.4g}")
     if any(stage.cost != stage.flops for stage in stages):
-        yield row("cost by the clock", lambda s: f"{s.cost:.4g}")
+        yield row(f"cost in {unit}", lambda s: f"{s.cost:.4g}")
     yield row("saved", lambda s: f"{s.saved:.1%}")
     yield row("learning rate", lambda s: f"{s.rate[0]:.3g} to {s.rate[1]:.3g}")
     if any(stage.parameter_bytes is not None for stage in stages):

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from growjax.axes import axes_of, partition, sizes
-from growjax.budget import Clock, FlopsClock
+from growjax.budget import Clock, FlopsClock, clock_faults
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.data.sources import Source
 from growjax.errors import GrowjaxError, PlanError, StateError
@@ -239,6 +239,8 @@ def purpose_key(seed: int, name: str) -> PRNGKeyArray:
 
 def _length_faults(plan: Plan) -> Iterator[str]:
     """Fields that contradict each other, before any stage is worked out."""
+    wrong = list(clock_faults(plan.clock))
+    yield from (f"clock: {type(plan.clock).__name__}.{fault}" for fault in wrong)
     if not plan.stages:
         yield "stages: expected at least one"
     if len(plan.stages) > _STAGES:
@@ -250,7 +252,11 @@ def _length_faults(plan: Plan) -> Iterator[str]:
         yield "budget: the stages are shares of it, so it must be given"
     elif not shares and plan.budget is not None:
         yield "budget: no stage is a share of it, so the stages decide; leave it out"
-    if plan.clock.unit != "seconds" and any(s.seconds is not None for s in plan.stages):
+    if (
+        not wrong
+        and plan.clock.unit != "seconds"
+        and any(s.seconds is not None for s in plan.stages)
+    ):
         yield f"clock: it charges {plan.clock.unit}, and stages last seconds; give a reference clock"
     if plan.optimizer.curvature_every is not None and plan.loss is not cross_entropy:
         yield (
@@ -267,7 +273,12 @@ def _fit_faults(plan: Plan) -> list[str]:
     spans = _work_out(plan, faults)
     # Fills the cached property, which would work everything out again
     plan.__dict__["spans"] = tuple(spans)
-    if not faults:
+    if not faults and plan.cost == 0:
+        faults.append(
+            f"clock: {plan.clock.identity!r} charges nothing for any step, and the learning rate follows "
+            "the cost; give the steps a price, or use FlopsClock()"
+        )
+    elif not faults:
         try:
             plan.learning_rate(0)
         except PlanError as error:

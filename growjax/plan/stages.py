@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from growjax.axes import axes_of, sizes
-from growjax.budget import Clock, Op
+from growjax.budget import Clock, Op, cost_of
 from growjax.cost import flops as count_flops
 from growjax.cost import parameters
 from growjax.data.objectives import Objective, batch_shapes
@@ -306,7 +306,10 @@ class Steps:
             # Plans have millions of steps, and most are like the one before: until `stop`, all are
             if i >= stop:
                 work, ops = self.step(i)
-                flops, cost = sum(op.flops for op in ops), sum(map(self.clock.cost, ops))
+                flops, cost = (
+                    sum(op.flops for op in ops),
+                    sum(cost_of(op, self.clock) for op in ops),
+                )
                 step_amount = {"steps": 1, "flops": flops, "cost": cost}[unit]
                 changes = self.curvature_every is not None or self._drawn(work.part, i) is not None
                 stop = i + 1 if changes else self.stage.steady(i)

@@ -358,8 +358,9 @@ def looks_of(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
 
 def unit_of(arms: Sequence[Arm]) -> tuple[float, str]:
     """What the costs of arms are divided by in a figure, and the name of the axis."""
-    if arms[0].unit != "FLOPs":
-        return 1.0, "reference seconds"
+    unit = arms[0].unit
+    if unit != "FLOPs":
+        return 1.0, "reference seconds" if unit == "seconds" else plain(unit)
     divisor, name = scale(max(arm.cost for arm in arms))
     return divisor, f"training {name}"
 
