@@ -30,7 +30,8 @@ Key = tuple[str, str, str, int]
 @jax.jit
 def token_losses(model: Any, examples: dict[str, Any]) -> Any:
     """Losses and weights of some examples; one program for every model of the same shapes."""
-    return jax.vmap(lambda row: cross_entropy(model, row))(examples)
+    losses, weights, *_ = jax.vmap(lambda row: cross_entropy(model, row))(examples)
+    return losses, weights
 
 
 def windows_of(corpus: Corpus, objective: Objective, rows: int) -> dict[str, np.ndarray]:

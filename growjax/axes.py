@@ -261,10 +261,12 @@ class Axes(Mapping[str, Slot]):
 
     def is_stream(self, axis: str) -> bool:
         """Whether lookups produce this axis: it is the residual stream that blocks add to."""
+        # A leaf that consumes something as well is no table: the matrices of experts, say
         return any(
             dim.axis == axis and dim.role == "produced" and slot.dims[0].role == "lookup"
             for slot in self.having(axis, "param")
             for dim in slot.dims
+            if all(d.role != "consumed" for d in slot.dims)
         )
 
     def named(self, name: str) -> tuple[str, ...]:

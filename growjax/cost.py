@@ -35,9 +35,23 @@ def _attention(queries: tuple[int, ...], keys: tuple[int, ...], *_: tuple[int, .
     return 4 * math.prod(queries) * keys[-2]
 
 
+def _experts(tokens: tuple[int, ...], chosen: tuple[int, ...], *rest: tuple[int, ...]) -> int:
+    """FLOPs of the experts that tokens choose, whatever a body computes besides.
+
+    The shapes are `[..., T, embed]` and `[..., T, k]`, then that of the weights of choices, then the
+    matrices `[..., experts, n, m]` and biases `[..., experts, m]` of all experts.
+    """
+    del tokens
+    matrices = [shape for shape in rest[1:] if len(shape) == len(rest[1])]
+    return 2 * math.prod(chosen) * sum(math.prod(shape[-2:]) for shape in matrices)
+
+
 # FLOPs of jitted functions, by the function's name, from the shapes of its arguments: for functions whose
 # products are in a kernel or in a loop of unknown length. All bodies of attention are charged alike.
-RULES: dict[str, Callable[..., int]] = {"blockwise_attention": _attention}
+RULES: dict[str, Callable[..., int]] = {
+    "blockwise_attention": _attention,
+    "expert_feed_forward": _experts,
+}
 
 
 def flops(fn: Any, *args: Any) -> int:

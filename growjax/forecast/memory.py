@@ -120,7 +120,7 @@ def residual_bytes(span: Span, part: Subnet | None, loss: Loss = cross_entropy) 
         def loss_of(trained, rows):
             model = eqx.combine(trained, rest)
             model = model if part is None else part(model, key=jax.random.key(0), step=0)
-            losses, _ = jax.vmap(lambda row: loss(model, row))(rows)
+            losses, *_ = jax.vmap(lambda row: loss(model, row))(rows)
             return losses.sum()
 
         # The leaves of the pullback function are the residuals

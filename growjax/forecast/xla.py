@@ -41,7 +41,7 @@ def xla_training_flops(
         # Attention over tiles is a loop of unknown length, which XLA does not count
         model = _with_all_scores(eqx.combine(trained, arrays, static))
         model = model if part is None else part(model, key=jax.random.key(0), step=0)
-        losses, weights = loss(model, example)
+        losses, weights, *_ = loss(model, example)
         return jnp.sum(losses * weights)
 
     args = trained, arrays, example

@@ -11,5 +11,6 @@ from growjax.models.protocol import Config as Config
 from growjax.models.protocol import Model as Model
 from growjax.models.protocol import predictions as predictions
 from growjax.models.protocol import read_tokens as read_tokens
+from growjax.models.protocol import read_with_auxiliary as read_with_auxiliary
 from growjax.models.t5 import T5 as T5
 from growjax.models.t5 import T5Config as T5Config

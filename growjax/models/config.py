@@ -44,10 +44,20 @@ def check_config(config: Any, also: Iterable[str] = ()) -> None:
     `also` are complaints of the model's own, listed in the same error.
     """
     complaints, heads, kv_heads = [], config.heads, getattr(config, "kv_heads", None)
+    experts, per_token = getattr(config, "experts", 0), getattr(config, "experts_per_token", 1)
+    if values.fits(tuple[values.Size, values.Size], (experts, per_token)) and per_token > experts:
+        complaints.append(f"experts_per_token: {per_token} cannot be chosen from {experts} experts")
     if values.fits(tuple[values.Size, values.Size], (heads, kv_heads)) and heads % kv_heads:
         complaints.append(f"heads: {heads} query heads cannot share {kv_heads} kv_heads evenly")
     headline = f"{type(config).__name__} is not a model:"
     values.check(config, AxisError, headline, [*complaints, *also])
+
+
+def expert_options(config: Any) -> dict[str, Any]:
+    """The arguments of `growjax.nn.make_block` for the experts of a configuration."""
+    names = ("experts", "experts_per_token", "shared_experts", "norm_topk_prob")
+    names += ("aux_loss_coef", "z_loss_coef", "expert_body")
+    return {name: getattr(config, name) for name in names}
 
 
 def odd_rotary(config: Any) -> Iterable[str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import equinox as eqx
 import jax
@@ -20,6 +20,7 @@ from growjax.models.config import (
     Remat,
     born,
     check_config,
+    expert_options,
     odd_rotary,
 )
 from growjax.models.protocol import READ
@@ -28,6 +29,7 @@ from growjax.nn import (
     Body,
     Cache,
     Embedding,
+    ExpertBody,
     Norm,
     Readout,
     Rotary,
@@ -38,7 +40,7 @@ from growjax.nn import (
     make_block,
     normal,
 )
-from growjax.values import Size, register
+from growjax.values import Size, at_least, register
 
 
 @register
@@ -47,7 +49,8 @@ class GPTConfig:
     """Sizes and choices of a `GPT`, with GPT-2's defaults; `heads * head_dim` need not be `embed`.
 
     `dtype` is that of the activations (None: the parameters'); norms, softmax and logits stay in
-    float32 at least.
+    float32 at least. With `experts`, every feed-forward is a mixture of that many experts of `mlp` units
+    (`growjax.nn.Experts`, which explains the options); 0 is one dense MLP.
     """
 
     layers: Depth
@@ -70,6 +73,13 @@ class GPTConfig:
     dtype: Dtype = None
     attention: Body = "auto"
     remat: Remat = "dots"
+    experts: Annotated[int, at_least(0, "experts")] = 0
+    experts_per_token: Size = 2
+    shared_experts: Annotated[int, at_least(0, "experts")] = 0
+    norm_topk_prob: bool = True
+    aux_loss_coef: Annotated[float, at_least(0)] = 0.01
+    z_loss_coef: Annotated[float, at_least(0)] = 0.001
+    expert_body: ExpertBody = "auto"
 
     def __post_init__(self):
         check_config(self, odd_rotary(self) if self.position == "rotary" else ())
@@ -125,6 +135,7 @@ class GPT(eqx.Module):
                 activation=c.activation,
                 eps=c.eps,
                 attention=c.attention,
+                **expert_options(c),
                 key=key,
             )
 
@@ -204,11 +215,15 @@ class GPT(eqx.Module):
         check_sequence(tokens, None if positions is not None else self._places)
         positions = jnp.arange(tokens.shape[0]) if positions is None else positions
         x, turn = self._embed(tokens, positions)
-        x = self.blocks(x, mask=causal(mask, prefix, documents), turn=turn)
-        return self._read_out(x)
+        x, auxiliary = self.blocks.with_auxiliary(
+            x, mask=causal(mask, prefix, documents), turn=turn
+        )
+        return self._read_out(x, auxiliary)
 
-    def _read_out(self, x: Float[Array, "T embed"]) -> Readout:
+    def _read_out(
+        self, x: Float[Array, "T embed"], auxiliary: Float[Array, ""] | None = None
+    ) -> Readout:
         x = self.norm(x)
         if self.head is None:
-            return Readout(x, self.embedding.table, tied=True)
-        return Readout(x, self.head)
+            return Readout(x, self.embedding.table, tied=True, auxiliary=auxiliary)
+        return Readout(x, self.head, auxiliary=auxiliary)

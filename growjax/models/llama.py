@@ -20,6 +20,7 @@ from growjax.models.config import (
     Remat,
     born,
     check_config,
+    expert_options,
     odd_rotary,
 )
 from growjax.models.protocol import READ
@@ -28,6 +29,7 @@ from growjax.nn import (
     Body,
     Cache,
     Embedding,
+    ExpertBody,
     Norm,
     Readout,
     Rotary,
@@ -39,7 +41,7 @@ from growjax.nn import (
     make_block,
     normal,
 )
-from growjax.values import Size, positive, register
+from growjax.values import Size, at_least, positive, register
 
 
 @register
@@ -49,7 +51,8 @@ class LlamaConfig:
 
     `theta` and `scaling` (a `growjax.nn.RotaryScaling`) set the frequencies of the rotary positions.
     `dtype` is that of the activations (None: the parameters'); norms, softmax and logits stay in
-    float32 at least.
+    float32 at least. With `experts`, every feed-forward is a mixture of that many experts of `mlp` units
+    (`growjax.nn.Experts`, which explains the options); 0 is one dense MLP.
     """
 
     layers: Depth
@@ -69,6 +72,13 @@ class LlamaConfig:
     dtype: Dtype = None
     attention: Body = "auto"
     remat: Remat = "dots"
+    experts: Annotated[int, at_least(0, "experts")] = 0
+    experts_per_token: Size = 2
+    shared_experts: Annotated[int, at_least(0, "experts")] = 0
+    norm_topk_prob: bool = True
+    aux_loss_coef: Annotated[float, at_least(0)] = 0.01
+    z_loss_coef: Annotated[float, at_least(0)] = 0.001
+    expert_body: ExpertBody = "auto"
 
     def __post_init__(self):
         check_config(self, odd_rotary(self))
@@ -120,6 +130,7 @@ class Llama(eqx.Module):
                 activation=c.activation,
                 eps=c.eps,
                 attention=c.attention,
+                **expert_options(c),
                 key=key,
             )
 
@@ -190,11 +201,15 @@ class Llama(eqx.Module):
         check_sequence(tokens)
         positions = jnp.arange(tokens.shape[0]) if positions is None else positions
         x, turn = self._embed(tokens, positions)
-        x = self.blocks(x, mask=causal(mask, prefix, documents), turn=turn)
-        return self._read_out(x)
+        x, auxiliary = self.blocks.with_auxiliary(
+            x, mask=causal(mask, prefix, documents), turn=turn
+        )
+        return self._read_out(x, auxiliary)
 
-    def _read_out(self, x: Float[Array, "T embed"]) -> Readout:
+    def _read_out(
+        self, x: Float[Array, "T embed"], auxiliary: Float[Array, ""] | None = None
+    ) -> Readout:
         x = self.norm(x)
         if self.head is None:
-            return Readout(x, self.embedding.table, tied=True)
-        return Readout(x, self.head)
+            return Readout(x, self.embedding.table, tied=True, auxiliary=auxiliary)
+        return Readout(x, self.head, auxiliary=auxiliary)

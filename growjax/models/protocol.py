@@ -144,16 +144,28 @@ def read_tokens(
 
         read_tokens(growjax.nn.cross_entropies, model, example, example["targets"])
     """
+    return read_with_auxiliary(function, model, example, *rows)[0]
+
+
+def read_with_auxiliary(
+    function: Callable[..., Any], model: Any, example: Mapping[str, Array], *rows: Any
+) -> tuple[Any, Float[Array, ""] | None]:
+    """The same, and the auxiliary loss of the sequence: that of the model's `Readout`, or None.
+
+    **Example**
+
+        losses, auxiliary = read_with_auxiliary(cross_entropies, model, example, example["targets"])
+    """
     inside = unwrapped(model)
     if not _has_readout(type(inside)):
-        return function(predictions(model, example), *rows)
+        return function(predictions(model, example), *rows), None
     readout = inside.readout(example)
     if not isinstance(readout, Readout):
         raise PlanError(
             f"{type(inside).__name__}.readout: expected a growjax.nn.Readout, got "
             f"{type(readout).__name__}"
         )
-    return per_token(function, readout, *rows)
+    return per_token(function, readout, *rows), readout.auxiliary
 
 
 def _has_readout(cls: type) -> bool:

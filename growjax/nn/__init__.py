@@ -16,6 +16,8 @@ from growjax.nn.bodies import Body as Body
 from growjax.nn.bodies import attend as attend
 from growjax.nn.embedding import Embedding as Embedding
 from growjax.nn.embedding import RelativeBias as RelativeBias
+from growjax.nn.experts import ExpertBody as ExpertBody
+from growjax.nn.experts import Experts as Experts
 from growjax.nn.head import Readout as Readout
 from growjax.nn.head import cross_entropies as cross_entropies
 from growjax.nn.head import per_token as per_token

@@ -12,6 +12,7 @@ from growjax.errors import AxisError
 from growjax.nn.attention import Attention, Cache
 from growjax.nn.block import Block
 from growjax.nn.bodies import Body
+from growjax.nn.experts import ExpertBody, Experts
 from growjax.nn.mask import Mask
 from growjax.nn.mlp import MLP
 from growjax.nn.norm import Norm
@@ -36,9 +37,18 @@ def make_block(
     scale: float | None = None,
     cross: bool = False,
     attention: Body = "auto",
+    experts: int = 0,
+    experts_per_token: int = 2,
+    shared_experts: int = 0,
+    norm_topk_prob: bool = True,
+    aux_loss_coef: float = 0.01,
+    z_loss_coef: float = 0.001,
+    expert_body: ExpertBody = "auto",
     key: PRNGKeyArray,
 ) -> Block:
     """A `Block` from sizes and choices; `bias` is also that of the MLP unless `mlp_bias` is given.
+
+    With `experts`, the feed-forward is a `growjax.nn.Experts`, whose experts have `mlp` units each.
 
     **Example**
 
@@ -62,6 +72,25 @@ def make_block(
         # Logits start with the same variance whatever the scale (T5 has 1, and small queries).
         return eqx.tree_at(lambda a: a.q, made, made.q * (head_dim**-0.5 / made.scale))
 
+    def make_feed_forward(key):
+        options = dict(
+            activation=activation, glu=glu, bias=bias if mlp_bias is None else mlp_bias, key=key
+        )
+        if not experts:
+            return MLP(embed, mlp, **options)
+        return Experts(
+            embed,
+            mlp,
+            experts,
+            per_token=experts_per_token,
+            shared=shared_experts,
+            norm_topk_prob=norm_topk_prob,
+            aux_loss_coef=aux_loss_coef,
+            z_loss_coef=z_loss_coef,
+            body=expert_body,
+            **options,
+        )
+
     def make_norm():
         # Post-LN, a norm's output is the residual stream itself.
         side = "produced" if post_norm else "elementwise"
@@ -72,14 +101,7 @@ def make_block(
         attention_norm=make_norm(),
         cross=make_attention(k_cross) if cross else None,
         cross_norm=make_norm() if cross else None,
-        mlp=MLP(
-            embed,
-            mlp,
-            activation=activation,
-            glu=glu,
-            bias=bias if mlp_bias is None else mlp_bias,
-            key=k_mlp,
-        ),
+        mlp=make_feed_forward(k_mlp),
         mlp_norm=make_norm(),
         post_norm=post_norm,
     )

@@ -10,6 +10,7 @@ from growjax import axes
 from growjax.errors import AxisError
 from growjax.gates import Gate, gated
 from growjax.nn.attention import Attention, Cache
+from growjax.nn.experts import Experts
 from growjax.nn.mask import ALL, Mask
 from growjax.nn.mlp import MLP
 from growjax.nn.norm import Norm
@@ -20,13 +21,15 @@ class Block(eqx.Module):
 
     Pre-LN: `x + f(norm(x))`. Post-LN: `norm(x + f(x))`. `branch` multiplies every `f`. The gate on the
     residual stream acts on the output of each branch (pre-LN) or through the norm (post-LN).
+
+    The feed-forward is an `MLP`, or `Experts` with an auxiliary loss, which `with_auxiliary` returns too.
     """
 
     attention: Attention
     attention_norm: Norm
     cross: Attention | None
     cross_norm: Norm | None
-    mlp: MLP
+    mlp: MLP | Experts
     mlp_norm: Norm
     gate: Gate | None = axes.gate("embed")
     post_norm: bool = eqx.field(static=True, default=False)
@@ -42,13 +45,39 @@ class Block(eqx.Module):
         turn: tuple[Array, Array] | None = None,
         branch: Array | None = None,
     ) -> Float[Array, "T embed"]:
+        return self.with_auxiliary(
+            x,
+            memory,
+            mask=mask,
+            memory_mask=memory_mask,
+            bias=bias,
+            turn=turn,
+            branch=branch,
+        )[0]
+
+    def with_auxiliary(
+        self,
+        x: Float[Array, "T embed"],
+        memory: Float[Array, "S embed"] | None = None,
+        *,
+        mask: Mask = ALL,
+        memory_mask: Mask = ALL,
+        bias: Array | Callable | None = None,
+        turn: tuple[Array, Array] | None = None,
+        branch: Array | None = None,
+    ) -> tuple[Float[Array, "T embed"], Float[Array, ""] | None]:
+        """The output, and the auxiliary loss of the experts (None where there is none)."""
         y = self.attention(self._input(x, self.attention_norm), mask=mask, bias=bias, turn=turn)
         x = self._add(x, y, self.attention_norm, branch)
         if self.cross is not None and self.cross_norm is not None:
             y = self.cross(self._input(x, self.cross_norm), memory, mask=memory_mask)
             x = self._add(x, y, self.cross_norm, branch)
-        y = self.mlp(self._input(x, self.mlp_norm))
-        return self._add(x, y, self.mlp_norm, branch)
+        h = self._input(x, self.mlp_norm)
+        if isinstance(self.mlp, Experts):
+            y, auxiliary = self.mlp.with_auxiliary(h)
+        else:
+            y, auxiliary = self.mlp(h), None
+        return self._add(x, y, self.mlp_norm, branch), auxiliary
 
     def extend(
         self,

@@ -34,6 +34,8 @@ class Readout(eqx.Module):
     - `hidden`: the head's input, after the last norm.
     - `weight`: the head's matrix; `[vocab, embed]` if it is the embedding's (`tied`).
     - `bias`: one number per word, or None.
+    - `auxiliary`: the auxiliary loss of the sequence, which training adds to its mean loss; None
+      without any.
 
     Raises `AxisError` that lists every shape that does not fit.
 
@@ -46,6 +48,7 @@ class Readout(eqx.Module):
     weight: Float[Array, "rows columns"]
     bias: Float[Array, " vocab"] | None = None
     tied: bool = eqx.field(static=True, default=False)
+    auxiliary: Float[Array, ""] | None = None
 
     def __check_init__(self):
         shapes = {"hidden": (self.hidden, 2), "weight": (self.weight, 2), "bias": (self.bias, 1)}

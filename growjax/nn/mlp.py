@@ -44,16 +44,17 @@ class MLP(eqx.Module):
     """`down(act(up(x)))`, or `down(act(glu(x)) * up(x))` with a gated linear unit.
 
     The gate multiplies the pre-activation, as in MSG, so every activation here maps 0 to 0. With a
-    GLU it multiplies the product, which is linear in it.
+    GLU it multiplies the product, which is linear in it. `axis` names the hidden units.
     """
 
-    up: Float[Array, "embed mlp"] = param("embed -> mlp")
-    up_bias: Float[Array, " mlp"] | None = param("-> mlp")
-    glu: Float[Array, "embed mlp"] | None = param("embed -> mlp")
-    down: Float[Array, "mlp embed"] = param("mlp -> embed")
+    up: Float[Array, "embed mlp"] = param("embed -> {axis}")
+    up_bias: Float[Array, " mlp"] | None = param("-> {axis}")
+    glu: Float[Array, "embed mlp"] | None = param("embed -> {axis}")
+    down: Float[Array, "mlp embed"] = param("{axis} -> embed")
     down_bias: Float[Array, " embed"] | None = param("-> embed")
-    gate: Gate | None = axes.gate("mlp")
+    gate: Gate | None = axes.gate("{axis}")
     activation: str = eqx.field(static=True, default="gelu")
+    axis: str = eqx.field(static=True, default="mlp")
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class MLP(eqx.Module):
         activation: str = "gelu",
         glu: bool = False,
         bias: bool = True,
+        axis: str = "mlp",
         key: PRNGKeyArray,
     ):
         k_up, k_glu, k_down = jax.random.split(key, 3)
@@ -71,7 +73,7 @@ class MLP(eqx.Module):
         self.glu = normal(k_glu, (embed, mlp), embed) if glu else None
         self.down = normal(k_down, (mlp, embed), mlp)
         self.down_bias = jnp.zeros(embed) if bias else None
-        self.gate, self.activation = None, activation
+        self.gate, self.activation, self.axis = None, activation, axis
 
     def __call__(self, x: Float[Array, "T embed"]) -> Float[Array, "T embed"]:
         act = ACTIVATIONS[self.activation]

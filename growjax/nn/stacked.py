@@ -5,6 +5,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from growjax import axes
@@ -62,6 +63,16 @@ class Stacked(eqx.Module, Generic[Block]):
 
     def __call__(self, x: Float[Array, "T embed"], *args: Any, **kwargs: Any) -> Array:
         """Run `block(x, *args, branch=..., **kwargs)` for each layer; the arguments are shared."""
+        return self.with_auxiliary(x, *args, **kwargs)[0]
+
+    def with_auxiliary(
+        self, x: Float[Array, "T embed"], *args: Any, **kwargs: Any
+    ) -> tuple[Array, Float[Array, ""] | None]:
+        """The output, and the sum of the layers' auxiliary losses; None where there is none.
+
+        A block has them if it has a method `with_auxiliary`, as `growjax.nn.Block` does. The loss of a
+        layer is multiplied by its gate; a layer that does not run has none.
+        """
         arrays, static = eqx.partition(self.block, eqx.is_array)
 
         def run(x, layer):
@@ -69,13 +80,27 @@ class Stacked(eqx.Module, Generic[Block]):
             block = self._block(weights, static)
 
             def mixed(x):
-                return _mix(gate, block(x, *args, branch=scale, **kwargs), x)
+                y, auxiliary = _run(block, x, *args, branch=scale, **kwargs)
+                if auxiliary is None:
+                    return _mix(gate, y, x), None
+                if gate is not None:
+                    auxiliary = auxiliary * jax.lax.stop_gradient(gate.value).astype(
+                        auxiliary.dtype
+                    )
+                return _mix(gate, y, x), auxiliary
 
-            return (mixed(x) if on is None else jax.lax.cond(on, mixed, lambda x: x, x)), None
+            def skipped(x):
+                auxiliary = jax.eval_shape(mixed, x)[1]
+                # The sum of no entries of x: a zero that varies over devices where x does
+                return x, None if auxiliary is None else jnp.sum(x[:0], dtype=auxiliary.dtype)
+
+            return mixed(x) if on is None else jax.lax.cond(on, mixed, skipped, x)
 
         if self.remat != "everything":
             run = jax.checkpoint(run, prevent_cse=False, policy=_POLICIES[self.remat])
-        return jax.lax.scan(run, x, (arrays, self.gate, self.branch, self.active))[0]
+        layers = (arrays, self.gate, self.branch, self.active)
+        x, auxiliary = jax.lax.scan(run, x, layers)
+        return x, None if auxiliary is None else jnp.sum(auxiliary)
 
     def extend(
         self, x: Float[Array, "T embed"], cache: Any, memory: Any, *args: Any, **kwargs: Any
@@ -103,6 +128,16 @@ class Stacked(eqx.Module, Generic[Block]):
     def _block(self, weights: Any, static: Any) -> Any:
         block: Any = eqx.combine(weights, static)
         return block if self.read is None else self.read(block)
+
+
+def _run(block: Any, x: Array, *args: Any, **kwargs: Any) -> tuple[Array, Array | None]:
+    """A block's output and auxiliary loss; `with_auxiliary` must be as new as `__call__`."""
+    for cls in type(block).__mro__:
+        if "with_auxiliary" in vars(cls):
+            return block.with_auxiliary(x, *args, **kwargs)
+        if "__call__" in vars(cls):
+            break
+    return block(x, *args, **kwargs), None
 
 
 def _mix(gate: Gate | None, y: Array, x: Array) -> Array:

@@ -4,22 +4,30 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from growjax.models.protocol import read_tokens
+from growjax.models.protocol import read_tokens, read_with_auxiliary
 from growjax.nn import cross_entropies
 from growjax.values import register
 
 
-# (model, one example) -> the loss at each of its T positions, in nats, and the weight of each position
-Loss = Callable[[Any, Mapping[str, Array]], tuple[Float[Array, " T"], Float[Array, " T"]]]
+# The loss at each of T positions, in nats, and the weight of each; and where the model has one, the
+# auxiliary loss of the example: training adds it to the weighted mean, evaluation leaves it out
+Losses = (
+    tuple[Float[Array, " T"], Float[Array, " T"]]
+    | tuple[Float[Array, " T"], Float[Array, " T"], Float[Array, ""]]
+)
+# (model, one example) -> its losses
+Loss = Callable[[Any, Mapping[str, Array]], Losses]
 
 
 @register
-def cross_entropy(
-    model: Any, example: Mapping[str, Array]
-) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
+def cross_entropy(model: Any, example: Mapping[str, Array]) -> Losses:
     """The loss of each of the T targets of one example, in nats, and the weight of each.
+
+    A third value follows where the model has one: the auxiliary loss of the example, such as that of a
+    mixture of experts. Training adds it to the mean loss of the example; evaluation ignores it.
 
     `example` is made by an objective of `growjax.data`; its keys determine how the model is called.
     Logits and losses are in float32 at least; if the model has a `readout`, the logits of a long sequence
@@ -30,8 +38,25 @@ def cross_entropy(
 
         losses, weights = cross_entropy(model, {"tokens": t, "targets": u, "weights": w})
     """
-    losses = read_tokens(cross_entropies, model, example, example["targets"])
-    return losses, example["weights"].astype(losses.dtype)
+    losses, auxiliary = read_with_auxiliary(cross_entropies, model, example, example["targets"])
+    weights = example["weights"].astype(losses.dtype)
+    return (losses, weights) if auxiliary is None else (losses, weights, auxiliary)
+
+
+def objective(losses: Losses, total_weight: Any) -> Float[Array, ""]:
+    """What a batch adds to the objective, of its rows' losses (a leading axis on each array).
+
+    The mean over positions, of `total_weight` in all, and each row's auxiliary loss by the row's weight.
+
+    **Example**
+
+        objective(jax.vmap(lambda row: cross_entropy(model, row))(rows), jnp.sum(rows["weights"]))
+    """
+    of_positions, weights, *auxiliary = losses
+    total = jnp.sum(of_positions * weights)
+    for of_row in auxiliary:
+        total = total + jnp.sum(of_row * jnp.sum(weights, axis=-1))
+    return total / total_weight
 
 
 def drawn_loss(

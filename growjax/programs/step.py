@@ -38,7 +38,7 @@ from growjax.parallel import (
     split_rows,
     state_shardings,
 )
-from growjax.plan.losses import Loss, drawn_loss
+from growjax.plan.losses import Loss, drawn_loss, objective
 from growjax.plan.optimizer import Rule
 from growjax.plan.plan import purpose_key
 from growjax.plan.stages import Carry, Work
@@ -315,7 +315,7 @@ def _chosen(
     def mean_losses(model):
         """The mean loss of each row of the batch, [rows]."""
         model = gathered(model, programs.mesh)
-        losses, weights = jax.vmap(lambda row: programs.loss(model, row))(batch)
+        losses, weights, *_ = jax.vmap(lambda row: programs.loss(model, row))(batch)
         # A row without targets has no weight; its mean is 0 and not NaN
         return jnp.sum(losses * weights, 1) / jnp.maximum(jnp.sum(weights, 1), 1e-9)
 
@@ -345,8 +345,8 @@ def _loss_and_gradient(
             model = opened(eqx.combine(trained, rest), controls.level)
             model = model if part is None else part(model, key=key, step=controls.step)
             model = gathered(model, programs.mesh)
-            losses, weights = jax.vmap(lambda row: loss(model, row))(rows)  # [rows, T] both
-            return jnp.sum(losses * weights) / total_weight
+            losses = jax.vmap(lambda row: loss(model, row))(rows)  # [rows, T] each
+            return objective(losses, total_weight)
 
         return _accumulated(jax.value_and_grad(loss_of), programs.accumulate, trained, rows)
 
@@ -410,4 +410,5 @@ def _grow(
 def _evaluate(programs: Programs, state: State, batch: Mapping[str, Array], level: Array):
     """The losses and weights of each position, [B, T] both."""
     model = gathered(opened(programs.judged(state), level), programs.mesh)
-    return jax.vmap(lambda row: programs.loss(model, row))(batch)
+    losses, weights, *_ = jax.vmap(lambda row: programs.loss(model, row))(batch)
+    return losses, weights
