@@ -93,7 +93,7 @@ def gate(spec: str) -> Any:
 def branch(spec: str) -> Any:
     """Declare an optional multiplier of the residual branches along a stack axis, `[layers]`.
 
-    It is None until a sub-network or an operator sets it; the module multiplies its branches by it.
+    None until a sub-network or an operator sets it. A block is `x + it * f(x)`, so it is `x` at 0.
     """
     return _field("branch", spec, default=None)
 
@@ -171,9 +171,8 @@ class Slot:
     @property
     def parts(self) -> tuple["Slot", ...]:
         """The blocks of the leaf, each as a slot; itself where no dimension is a sum."""
-        specs = enumerate(self.spec.parts)
-        each = (dataclasses.replace(self, path=f"{self.path}[{i}]", spec=spec) for i, spec in specs)
-        return tuple(each) or (self,)
+        named = [(f"{self.path}[{i}]", spec) for i, spec in enumerate(self.spec.parts)]
+        return tuple(dataclasses.replace(self, path=p, spec=s) for p, s in named) or (self,)
 
     def cut(self, array: Any, sizes: Mapping[str, int]) -> list[Any]:
         """An array like the leaf, as its `parts` have it."""
@@ -210,12 +209,16 @@ class Slot:
 
 
 class Axes(Mapping[str, Slot]):
-    """The table of a model: leaf path to `Slot`, with the size of every axis."""
+    """The table of a model: leaf path to `Slot`, with the size of every axis.
 
-    def __init__(self, slots: Sequence[Slot], known: Mapping[str, int] | None = None):
-        self._slots = {slot.path: slot for slot in slots}
+    `closings`, from a trace: `(stack, stream)` to why the blocks of somebody else's model are not the
+    identity where the arrays that produce the stream are zero; "" where they are.
+    """
+
+    def __init__(self, slots: Sequence[Slot], known: Mapping[str, int], closings: Mapping):
+        self._slots, self.closings = {slot.path: slot for slot in slots}, closings
         shaped = [(slot.path, slot.spec, np.shape(x)) for slot in slots for x in slot.arrays()]
-        self.sizes = solve_sizes(shaped, known or {})
+        self.sizes = solve_sizes(shaped, known)
 
     def __getitem__(self, path: str) -> Slot:
         return self._slots[path]
@@ -329,6 +332,10 @@ class DeclaredOutside(Protocol):
         """Sizes of axes that no array shows."""
         ...
 
+    def closings(self) -> Mapping[tuple[str, str], str]:
+        """What a trace showed of every stack (see `Axes`)."""
+        ...
+
     def resized(self, sizes: Mapping[str, int]) -> Any:
         """The same module with everything that repeats a size brought up to date."""
         ...
@@ -379,8 +386,9 @@ def axes_of(model: Any) -> Axes:
         "these arrays have no axes; declare them with param/buffer, or use gj.annotate:",
         unmatched,
     )
-    known = model.known_sizes() if isinstance(model, DeclaredOutside) else {}
-    return Axes(slots, known)
+    if isinstance(model, DeclaredOutside):
+        return Axes(slots, model.known_sizes(), model.closings())
+    return Axes(slots, {}, {})
 
 
 def sizes(model: Any) -> dict[str, int]:

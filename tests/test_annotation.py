@@ -58,7 +58,7 @@ def test_new_blocks_with_closed_branches_keep_the_function():
     op = gj.chain(
         gj.stack(layers=6, order="insert", branch="zero"), gj.copy(mlp=9, shares="random")
     )
-    testing.assert_contract(op, tower(), X)
+    testing.assert_contract(op, tower(example=X), X)
 
 
 def test_what_is_ignored_is_as_long_as_its_list():
@@ -303,12 +303,12 @@ def test_a_state_of_another_model_is_refused():
     "sizes", [dict(mlp=9), dict(embed=11), dict(layers=4), dict(mlp=9, embed=11, layers=4)]
 )
 def test_plain_layers_grow_by_msg_behind_gates_from_outside(sizes):
-    small = tower(gates=["mlp", "embed", "layers"])
+    small = tower(gates=["mlp", "embed", "layers"], example=X)
     testing.assert_contract(gj.msg(**sizes), small, X)
 
 
 def test_gates_from_outside_ramp_and_are_settled():
-    small = tower(gates=["mlp", "embed", "layers"])
+    small = tower(gates=["mlp", "embed", "layers"], example=X)
     big = gj.grow(gj.msg(mlp=9, embed=11, layers=4), small, key=jax.random.key(1))
     assert not np.allclose(gj.ramp(big, 0.5)(X[0]), small(X[0]))
     opened = gj.ramp(big, 1.0)
@@ -323,7 +323,7 @@ def test_gates_from_outside_ramp_and_are_settled():
 
 def test_a_model_of_shapes_is_read_through_its_gates():
     op = gj.msg(mlp=9, embed=11, layers=4)
-    small = tower(gates=["mlp", "embed", "layers"])
+    small = tower(gates=["mlp", "embed", "layers"], example=X)
     shapes = eqx.filter_eval_shape(lambda m: op(m, key=jax.random.key(1)), small)
     expected = eqx.filter_eval_shape(lambda m: gj.grow(op, m, key=jax.random.key(1)).model, small)
     assert eqx.tree_equal(shapes.model, expected)

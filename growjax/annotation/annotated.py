@@ -49,6 +49,8 @@ class Annotated(eqx.Module):
     notes: tuple[str, ...] = eqx.field(static=True, default=())
     gates: dict[str, Gate | None] = eqx.field(default_factory=dict)
     stream: str = eqx.field(static=True, default="embed")
+    residual: tuple[str, ...] = eqx.field(static=True, default=())
+    traced: tuple[tuple[tuple[str, str], str], ...] = eqx.field(static=True, default=())
 
     @property
     def model(self) -> Any:
@@ -100,8 +102,9 @@ class Annotated(eqx.Module):
                 lines.append(f"    {name}={dict(pairs)!r},")
         if self.stateful:
             lines.append("    state=state,")
-        if self.gates:
-            lines.append(f"    gates={list(self.gates)!r},")
+        for name, axes in (("gates", self.gates), ("residual", self.residual)):
+            if axes:
+                lines.append(f"    {name}={list(axes)!r},")
         if self.stream != "embed":
             lines.append(f"    stream={self.stream!r},")
         text = "\n".join([*lines, ")"])
@@ -150,6 +153,10 @@ class Annotated(eqx.Module):
                 sizes |= {axis: size for axis, size in pairs if axis.isidentifier()}
         return sizes
 
+    def closings(self) -> dict[tuple[str, str], str]:
+        """What was declared (`residual=`) or traced (`example=`, `gj.infer`) of every stack's blocks."""
+        return {(axis, self.stream): "" for axis in self.residual} | dict(self.traced)
+
     def resized(self, sizes: Mapping[str, int]) -> "Annotated":
         """The same model with the static fields that repeat a size brought up to date."""
         values = {
@@ -171,6 +178,7 @@ def annotate(
     stacks: Mapping[str, str] | None = None,
     state: eqx.nn.State | None = None,
     gates: Sequence[str] = (),
+    residual: Sequence[str] = (),
     stream: str = "embed",
     example: Any = None,
     forward: Callable[[Any, Any], Any] | None = None,
@@ -195,11 +203,14 @@ def annotate(
 
     - `gates`: axes that `gj.msg` may grow, though the model has no gates (`growjax.annotation.gating`).
       They are folded into its arrays at every call until `gj.settle` drops them.
-    - `stream`: the axis of the residual stream, for gates on stacks.
+    - `residual`: stacks whose blocks are `x + f(x)`, where `f` ends in arrays that produce the stream, so
+      that a block does nothing once these are zero. A gate on a stack and `gj.stack(branch="zero")`
+      need to know; an `example` shows it, too.
+    - `stream`: the axis of the residual stream.
     - `example`: a batch (with a leading batch dimension; a tuple for several inputs) to trace the model
       with, by `forward(model, batch)` or under `vmap`. The annotation is checked against the
       program: roles, norms, sums over an axis that no array consumes, two names for one dimension, and
-      constants that follow a size although no static field declares it.
+      constants that follow a size although no static field declares it. Shapes will do.
 
     Raises `AxisError` that lists every array without a match, every pattern without an array, every list
     of blocks that are not equal and every static field that differs from its declared size.
@@ -251,16 +262,31 @@ def annotate(
     ]
     raise_all(AxisError, "the annotation does not fit the model:", complaints)
     table = axes_of(annotated)
-    raise_all(AxisError, "no gates from outside:", faults_of(annotated, table, gates, stream))
-    annotated = dataclasses.replace(annotated, gates=dict.fromkeys(gates), stream=stream)
+    faults = faults_of(annotated, table, gates, stream)
+    faults += [
+        f"gates: {axis!r}: only the program shows whether a block is the identity where its gate is 0: "
+        f"give an example=batch, or residual=[{axis!r}] if its blocks are x + f(x)"
+        for axis in gates
+        if "stack" in table.roles(axis) and example is None and axis not in residual
+    ]
+    faults += [
+        f"residual: expected the axis of a stack, got {axis!r}"
+        for axis in residual
+        if "stack" not in table.roles(axis)
+    ]
+    raise_all(AxisError, "the annotation does not fit the model:", faults)
+    annotated = dataclasses.replace(
+        annotated, gates=dict.fromkeys(gates), stream=stream, residual=tuple(residual)
+    )
     raise_all(
         AxisError,
         "static fields do not have their declared sizes:",
         _wrong_statics(annotated, table.sizes),
     )
     if example is not None:
-        faults = Checked(annotated, example, forward).faults()
-        raise_all(AxisError, "the annotation does not match the model's program:", faults)
+        checked = Checked(annotated, example, forward)
+        raise_all(AxisError, "the annotation does not match the model's program:", checked.faults())
+        annotated = dataclasses.replace(annotated, traced=tuple(checked.closings.items()))
     return annotated
 
 

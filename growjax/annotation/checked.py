@@ -8,12 +8,13 @@ import jax
 import numpy as np
 
 from growjax import maps
-from growjax.annotation.packing import Layers, unpack, walk
+from growjax.annotation.closing import Closings, closings, slots_of, stack_steps
+from growjax.annotation.packing import unpack
 from growjax.annotation.traced import Traced, call
-from growjax.axes import Slot, axes_of, get
+from growjax.axes import axes_of, get
 from growjax.maps import AxisMap
 from growjax.specs import Dim
-from growjax.trace import Differs, Node, Place, factored, powers, reached, unbalanced, unify
+from growjax.trace import Differs, Node, Place, factored, powers, unbalanced, unify
 from growjax.trace.dims import cut
 
 
@@ -23,13 +24,14 @@ class Checked:
     def __init__(self, annotated: Any, batch: Any, forward: Callable | None):
         self.annotated, self.forward = annotated, forward or call
         self.table = axes_of(annotated)
-        places = _stack_steps(annotated.tree)
+        places = list(stack_steps(annotated.tree))
         self.nodes: dict[str, Node] = {}
         self.where: dict[tuple[str, Node], str] = {}
         self.traced = Traced(unpack(annotated.tree), batch, forward, places, read=False)
-        self.number = {path: n for n, path in enumerate(self.traced.paths)}
-        self.slots = dict(self._slots())
+        # The slot of every declared array, and how many of its axes are those of packed lists
+        self.slots = {n: (slot, packed) for n, slot, packed in slots_of(annotated, self.traced)}
         self.complaints: list[str] = []
+        self.closings: Closings = {}
 
     def faults(self) -> list[str]:
         """Every error, a line each."""
@@ -40,23 +42,11 @@ class Checked:
         self._unclaimed()
         for axis in self.table.sizes:
             self._at_another_size(axis)
-        for axis in self.annotated.gates:
+        self.closings = closings(self.annotated, self.traced)
+        for axis in dict.fromkeys((*self.annotated.gates, *self.annotated.residual)):
             if "stack" in self.table.roles(axis):
                 self._open_stack(axis)
         return self.complaints
-
-    def _slots(self) -> Iterator[tuple[int, tuple[Slot, int]]]:
-        """The slot of every declared array, with how many of its axes are those of packed lists."""
-        paths: dict[tuple, str] = {
-            ("tree", *steps): path for steps, path, _ in walk(self.annotated.tree)
-        }
-        for slot in self.table.values():
-            path = paths.get(slot.steps)
-            if path in self.number and slot.arrays():
-                above: list[Any] = [
-                    get(self.annotated, slot.steps[:n]) for n in range(len(slot.steps))
-                ]
-                yield self.number[path], (slot, sum(isinstance(node, Layers) for node in above))
 
     def _parts(self) -> Iterator[tuple[int, int, int, Dim, Node]]:
         """Every axis of every array: its number, dimension, offset, declaration and node."""
@@ -170,22 +160,12 @@ class Checked:
                 self._wrong_size(axis, f"{why} (near {names})" if names else why)
 
     def _open_stack(self, axis: str) -> None:
-        """Report blocks that are not the identity where the gate on their stack is zero."""
-        same = {n: group for group in self.traced.groups for n in group}
-
-        def stream_makers(slot: Slot) -> bool:
-            stream = self.annotated.stream
-            return any(d.axis == stream and d.role == "produced" for d in slot.dims)
-
-        inside = [(n, slot) for n, (slot, _) in self.slots.items() if slot.positions(axis)]
-        blocks = {leaf for n, _ in inside for leaf in same.get(n, [n])}
-        closed = {leaf for n, slot in inside if stream_makers(slot) for leaf in same.get(n, [n])}
-        stays = reached(self.traced.program, len(self.traced.paths), closed) & blocks
-        if stays:
-            names = ", ".join(self.traced.paths[n] for n in sorted(stays))
+        """Report blocks that should be the identity without their branches, and are not."""
+        if why := self.closings.get((axis, self.annotated.stream)):
+            name = "gates" if axis in self.annotated.gates else "residual"
             self.complaints.append(
-                f"gates: a block of {axis!r} is not the identity where its gate is 0, since {names} do "
-                f"not act through arrays that produce {self.annotated.stream!r}"
+                f"{name}: a block of {axis!r} is not the identity where the arrays that produce "
+                f"{self.annotated.stream!r} are zero: {why}"
             )
 
     def _is_output(self, axis: str) -> bool:
@@ -201,16 +181,3 @@ class Checked:
 
 def _shape(x: Any) -> Any:
     return jax.ShapeDtypeStruct(np.shape(x), x.dtype) if hasattr(x, "dtype") else x
-
-
-def _stack_steps(tree: Any) -> list[tuple]:
-    """The steps, in the user's own model, of the lists that are packed."""
-    places = []
-    for steps, _, node in walk(tree):
-        if isinstance(node, Layers):
-            general = list(steps)
-            for n in range(len(steps)):
-                if isinstance(get(tree, steps[:n]), Layers):
-                    general[n] = "*"
-            places.append(tuple(general))
-    return places

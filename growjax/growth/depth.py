@@ -22,6 +22,7 @@ from growjax.growth.operator import (
     resolve,
     split_lists,
 )
+from growjax.specs import Dim
 
 
 Order = Literal["top", "repeat", "interleave", "interpolate", "middle", "insert"]
@@ -130,6 +131,7 @@ class Stack(Operator):
                 "use gj.msg(layers=...) or gj.stack without branch='zero':",
                 _closing_norms(axes, axis, self.stream),
             )
+            _require_residual(axes, axis, self.stream)
             share = np.where(move.is_new(), 0.0, 1.0)
         else:
             share = 1 / np.bincount(source, minlength=axes.size(axis))[source]
@@ -164,16 +166,36 @@ def _require_stacks(axes: Axes, names: list[str]) -> None:
     )
 
 
+def _require_residual(axes: Axes, axis: str, stream: str) -> None:
+    """Raise `GrowthError` unless blocks are known to be the identity without their branches.
+
+    That a block is `x + f(x)` cannot be read off its axes. A model says so by a multiplier of its
+    branches (`gj.branch`), and a trace of somebody else's model shows it.
+    """
+    why = axes.closings.get((axis, stream))
+    if why:
+        raise GrowthError(
+            f"blocks of {axis!r} are not the identity when their branches are zero: {why}; use "
+            "gj.stack without branch='zero'"
+        )
+    multiplied = any(slot.own_axis == axis for slot in axes.of_kind("branch"))
+    if why is None and not multiplied and _makers(axes, axis, stream):
+        raise GrowthError(
+            f"only the program shows whether a block of {axis!r} is the identity when the arrays that "
+            f"produce {stream!r} are zero: give gj.annotate an example=batch, or residual=[{axis!r}] if "
+            f"blocks are x + f(x); a module of your own declares the multiplier of f, gj.branch({axis!r})"
+        )
+
+
+def _makers(axes: Axes, axis: str, stream: str) -> list[tuple[str, Dim]]:
+    """The arrays of a stack that produce the stream: the path, and the declaration of that dimension."""
+    slots = axes.having(axis, "param")
+    return [(s.path, d) for s in slots for d in s.dims if (d.axis, d.role) == (stream, "produced")]
+
+
 def _closing_norms(axes: Axes, axis: str, stream: str) -> list[str]:
     """Norms of the stack whose output is the stream itself: they produce it."""
-    return sorted(
-        {
-            slot.path
-            for slot in axes.having(axis, "param")
-            for dim in slot.dims
-            if dim.axis == stream and dim.normalised and dim.role == "produced"
-        }
-    )
+    return sorted({path for path, dim in _makers(axes, axis, stream) if dim.normalised})
 
 
 def stack(
@@ -190,9 +212,14 @@ def stack(
     - `layers=12` (or the model's own stack axis, such as `encoder_layers`), or a tuple of sources.
     - `order`: which layers are copied where, see `growjax.growth.sources`.
     - `branch`: `"copy"` copies whole layers (a jump in loss is expected); `"zero"` closes the new
-      layers' residual branches, so that the function is kept (pre-LN only); `"split"` divides every
-      branch by its number of copies, a refinement of the same depth flow.
+      layers' residual branches, so that the function is kept; `"split"` divides every branch by its
+      number of copies, a refinement of the same depth flow.
     - `stream`: the axis of the residual stream.
+
+    With `branch="zero"` the arrays of a new layer that produce the stream are zero, so it has to be a
+    block `x + f(x)` whose branches end in them. One that ends in a norm, or multiplies the stream, is
+    refused. Axes do not show it: the model has a multiplier of its branches (`gj.branch`), or was
+    checked with a batch (`gj.annotate(..., example=batch)`, `gj.infer`); `gj.certify` measures it.
 
     **Example**
 

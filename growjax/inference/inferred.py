@@ -10,6 +10,7 @@ import equinox as eqx
 
 from growjax.annotation import Annotated, annotate
 from growjax.annotation.annotated import with_state
+from growjax.annotation.closing import Closings, closings
 from growjax.annotation.packing import unlike, unpack, walk
 from growjax.annotation.traced import Traced, call, stack_places
 from growjax.axes import Declaration, axes_of, get
@@ -18,7 +19,7 @@ from growjax.growth.copying import Copy
 from growjax.inference.naming import STREAMS, Names, name_axes
 from growjax.inference.sizes import Statics
 from growjax.inference.spelling import Token, spell, terms_of
-from growjax.trace import Node, Place, reached
+from growjax.trace import Node, Place
 
 
 def infer(
@@ -255,7 +256,16 @@ class _Inference:
             stacks=self.stacks,
             state=self.state,
         )
-        return dataclasses.replace(made, notes=tuple(self._notes()))
+        traced = closings(made, self.traced)
+        streams = [name for name in STREAMS if name in self.names.given.values()]
+        residual = [axis for (axis, name), why in traced.items() if name in streams[:1] and not why]
+        return dataclasses.replace(
+            made,
+            notes=(*self._notes(), *_open_stacks(traced)),
+            residual=tuple(residual),
+            stream=streams[0] if residual else made.stream,
+            traced=tuple(traced.items()),
+        )
 
     def _pattern(self, path: str) -> str:
         """A path with `*` for the index in a stacked list."""
@@ -317,32 +327,22 @@ class _Inference:
             direct = any(p in self.roles.direct for p in self.places[atom])
             if takers and others and takers != others and not direct:
                 yield f"{name}: {takers} takes the share of copies; {others} could as well"
-        yield from self._open_stacks()
         for path, atom in self.norms.items():
             if atom in self.names.given:
                 name = self.names.given[atom]
                 yield f"{name}: {self._pattern(path)} is taken to be a norm over it, by its size alone"
 
-    def _open_stacks(self) -> Iterator[str]:
-        """Notes on stacks whose blocks are not the identity when all that produces the stream is zero."""
-        named = [atom for atom, name in self.names.given.items() if name in STREAMS]
-        made = {p.leaf for atom in named for p in self.places[atom] if self.role[p] == "produced"}
-        every = {n for group in self.traced.groups for n in group}
-        rows = {p.leaf for p in self.role if self.role[p] == "stack"}
-        closed = {n for group in self.traced.groups if group[0] in made for n in group}
-        closed |= made & rows
-        stays = reached(self.traced.program, len(self.paths), closed) & (every | rows)
-        for path, axis in (self.stacks | {"": "layers"} if rows else self.stacks).items():
-            general = {self._pattern(self.paths[n]) for n in sorted(stays)}
-            mine = sorted(name for name in general if name.startswith(f"{path}.*.") or not path)
-            if mine:
-                yield (
-                    f"{axis}: gj.stack(..., branch='zero') and gates on it change the function, since "
-                    f"{', '.join(mine)} does not act through arrays that produce the stream"
-                )
-
     def _where(self, places: Iterable[Place]) -> str:
         return ", ".join(dict.fromkeys(self._pattern(self.paths[place.leaf]) for place in places))
+
+
+def _open_stacks(traced: Closings) -> Iterator[str]:
+    """Notes on stacks whose blocks are not the identity when all that produces the stream is zero."""
+    for (axis, stream), why in traced.items():
+        if why and stream in STREAMS:
+            yield (
+                f"{axis}: gj.stack(..., branch='zero') and gates on it change the function, since {why}"
+            )
 
 
 def _stacks(model: Any) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -18,9 +18,13 @@ from growjax.trace.walk import Walk
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A traced model: its inputs (parameters first, in order), its outputs and the tape between them."""
+    """A traced model: its parameters, in order, its outputs and the tape between them.
+
+    `rows` are the other inputs, those of the batch.
+    """
 
     inputs: list[Value]
+    rows: list[Value]
     outputs: list[Value]
     tape: list[Op]
 
@@ -40,7 +44,7 @@ def trace(run: Callable[[Sequence[Any], Any], Any], arrays: Sequence[Any], batch
     rows = [Value([Node(n, data=True) for n in np.shape(x)]) for x in jax.tree.leaves(batch)]
     walk = Walk()
     outputs = walk.run(closed, [*inputs, *rows])
-    return Program(inputs, outputs, walk.tape)
+    return Program(inputs, rows, outputs, walk.tape)
 
 
 def tie(program: Program, groups: Sequence[Sequence[int]]) -> None:
@@ -166,41 +170,3 @@ def unbalanced(
         if of(value):
             fault("the outputs would follow its size", program.tape[-1])
     return faults
-
-
-def reached(program: Program, leaves: int, zeroed: Iterable[int]) -> set[int]:
-    """The parameters that the outputs depend on once those of `zeroed` hold zeros.
-
-    A block whose parameters are not among them does nothing then: it is the identity.
-    """
-    first = {id(program.inputs[n]): n for n in range(leaves)}
-    zero = {id(program.inputs[n]) for n in zeroed}
-    depends: dict[int, frozenset[int]] = {key: frozenset({n}) for key, n in first.items()}
-
-    def of(value: Value) -> frozenset[int]:
-        return frozenset() if vanishes(value) else depends.get(id(value), frozenset())
-
-    def vanishes(value: Value) -> bool:
-        return value.zero or id(value) in zero
-
-    for _ in range(3):  # a loop's carry is known after its body
-        for op in program.tape:
-            gone = [vanishes(value) for value in op.ins]
-            product = op.kind in ("mul", "dot") and any(gone)
-            linear = op.kind in ("shape", "add", "same", "sum", "extreme", "carry") and all(gone)
-            power = isinstance(op.kind, tuple) and op.kind[1] > 0 and all(gone)
-            empty = product or (bool(gone) and (linear or power)) or (op.kind == "div" and gone[0])
-            operands = frozenset[int]().union(*map(of, op.ins))
-            if op.kind == "equal":
-                carry, after = op.ins
-                depends[id(carry)] = of(carry) | of(after)
-                if not vanishes(after):
-                    zero.discard(id(carry))
-            for value in op.outs:
-                known = depends.get(id(value), frozenset()) if op.kind == "carry" else frozenset()
-                depends[id(value)] = operands | known
-                if empty and not (op.kind == "carry" and known):
-                    zero.add(id(value))
-                else:
-                    zero.discard(id(value))
-    return set().union(*map(of, program.outputs))

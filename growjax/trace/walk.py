@@ -361,6 +361,7 @@ class Walk:
 
     def _cond(self, params, ins, sizes):
         branches = [self.run(branch, ins[1:]) for branch in params["branches"]]
-        for other in branches[1:]:
-            self._closed_loop(branches[0], other)
-        return branches[0]
+        chosen = []
+        for cases in zip(*branches, strict=True):
+            chosen += self._elementwise("add", cases, "cond")
+        return chosen

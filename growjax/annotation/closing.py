@@ -1,0 +1,141 @@
+"""Which stacks have blocks that do nothing once the arrays that produce the residual stream are zero.
+
+Such a block is `x + f(x)`, where `f` ends in those arrays. A block that ends in a norm, multiplies the
+stream or has no residual branch is not, and neither zeros nor gates in those arrays close it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from growjax import maps
+from growjax.annotation.packing import Layers, unpack, walk
+from growjax.annotation.traced import Traced
+from growjax.axes import Slot, axes_of, get
+from growjax.maps import AxisMap
+from growjax.trace import Expressions
+
+
+# (axis of a stack, axis of the stream) to why blocks without producers of it are not the identity; ""
+# where they are
+Closings = dict[tuple[str, str], str]
+
+
+def stack_steps(tree: Any) -> dict[tuple, str]:
+    """The steps, in the user's own model, of the lists that are packed, each with its axis.
+
+    They have `"*"` for the index in a list around them.
+    """
+    places = {}
+    for steps, _, node in walk(tree):
+        if isinstance(node, Layers):
+            general = list(steps)
+            for n in range(len(steps)):
+                if isinstance(get(tree, steps[:n]), Layers):
+                    general[n] = "*"
+            places[tuple(general)] = node.axis
+    return places
+
+
+def slots_of(annotated: Any, traced: Traced) -> Iterator[tuple[int, Slot, int]]:
+    """The slots of the traced arrays: the array's number, its slot, how many axes are packed lists.
+
+    Of packed blocks the first one's arrays stand for all.
+    """
+    number = {path: n for n, path in enumerate(traced.paths)}
+    paths: dict[tuple, str] = {("tree", *steps): path for steps, path, _ in walk(annotated.tree)}
+    for slot in axes_of(annotated).values():
+        path = paths.get(slot.steps)
+        if path in number and slot.arrays():
+            above: list[Any] = [get(annotated, slot.steps[:n]) for n in range(len(slot.steps))]
+            yield number[path], slot, sum(isinstance(node, Layers) for node in above)
+
+
+def closings(annotated: Any, traced: Traced) -> Closings:
+    """What closes the blocks of every stack, by one more trace for each packed list."""
+    results: Closings = {}
+    slots = list(slots_of(annotated, traced))
+    packed = set(stack_steps(annotated.tree).values())
+    for axis in dict.fromkeys(d.axis for _, slot, _ in slots for d in slot.dims):
+        inside = [(n, slot) for n, slot, _ in slots if _is_stacked(slot, axis)]
+        streams = [d.axis for _, s in inside for d in s.dims if d.role == "produced"]
+        for stream in dict.fromkeys(name for name in streams if not name.isdigit()):
+            makers = {n for n, slot in inside if _produces(slot, stream)}
+            if axis in packed:
+                results[axis, stream] = _packed(annotated, traced, axis, makers)
+            else:
+                results[axis, stream] = _scanned(traced, {n for n, _ in inside}, makers)
+    return results
+
+
+def _is_stacked(slot: Slot, axis: str) -> bool:
+    return any(dim.axis == axis and dim.role == "stack" for dim in slot.dims)
+
+
+def _produces(slot: Slot, stream: str) -> bool:
+    return any(dim.axis == stream and dim.role == "produced" for dim in slot.dims)
+
+
+def _packed(annotated: Any, traced: Traced, axis: str, makers: set[int]) -> str:
+    """Whether one more block, whose makers of the stream are zero, leaves the program as it is."""
+    size = axes_of(annotated).size(axis)
+    more = AxisMap(axis, [*range(size), size - 1])
+    shapes = jax.tree.map(_shape, annotated)
+    try:
+        grown = unpack(eqx.filter_eval_shape(lambda m: maps.apply(more, m, None), shapes).tree)
+        places = list(stack_steps(annotated.tree))
+        large = Traced(grown, traced.batch, traced.forward, places, read=False)
+    except Exception as error:  # whatever the user's model raises with one more block
+        return f"the model does not run with more of them: {str(error).strip()[:200]}"
+    mine = [place for place, name in stack_steps(annotated.tree).items() if name == axis]
+    paths = {n: _in_block(steps, mine, size) for n, steps in enumerate(large.steps)}
+    last = {n: path for n, path in paths.items() if path}
+    names = {traced.paths[n] for n in makers}
+    number = {path: n for n, path in enumerate(large.paths)}
+    same = {n: group for group in large.groups for n in group}
+    closed = {m for name in names for m in same.get(number[name], ())} & set(last)
+    expressions = Expressions()
+    before, _ = expressions.of(traced.program, traced.paths)
+    after, _ = expressions.of(large.program, large.paths, {large.paths[n] for n in closed})
+    rest = iter(after)
+    if all(number in rest for number in before):  # a block may have outputs (or state) of its own
+        return ""
+    stays = expressions.parameters(after)
+    return _why([general for n, general in last.items() if large.paths[n] in stays])
+
+
+def _in_block(steps: tuple, places: Sequence[tuple], index: int) -> str:
+    """The path of an array in the block of this index of a list, with `*` in its place; "" elsewhere."""
+    for place in places:
+        within = all(a == b or b == "*" for a, b in zip(steps, place, strict=False))
+        if len(steps) > len(place) and steps[len(place)] == index and within:
+            return ".".join(map(str, (*steps[: len(place)], "*", *steps[len(place) + 1 :])))
+    return ""
+
+
+def _scanned(traced: Traced, inside: set[int], makers: set[int]) -> str:
+    """Whether the body of the scan over a stack is the identity where the makers are zero."""
+    expressions = Expressions()
+    zeroed = {traced.paths[n] for n in makers}
+    _, loops = expressions.of(traced.program, traced.paths, zeroed)
+    rows = {traced.paths[n] for n in inside} - zeroed
+    loops = [loop for loop in loops if loop.scanned & rows]
+    if not loops:
+        return "the program does not scan over it, so what a block does cannot be seen"
+    changed = [loop for loop in loops if loop.start != loop.end]
+    stays = {name for loop in changed for name in expressions.parameters(loop.end)} & rows
+    return _why([path for path in traced.paths if path in stays]) if changed else ""
+
+
+def _why(stays: Iterable[str]) -> str:
+    names = ", ".join(stays)
+    if names:
+        return f"{names} does not act through arrays that produce the stream"
+    return "a block changes its input even then: it ends in a norm, or has no residual branch"
+
+
+def _shape(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(np.shape(x), x.dtype) if hasattr(x, "dtype") else x
