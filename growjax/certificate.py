@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from growjax import maps
+from growjax import draws, maps
 from growjax.algebra import NONE
 from growjax.axes import axes_of, get, partition, put
 from growjax.gates import check_level
@@ -150,13 +150,16 @@ def certify(
 
         print(gj.certify(gj.msg(mlp=2048), small, tokens, key=jax.random.key(0)))
     """
-    forward = forward or call
-    programs = _Programs(forward, loss, shown_outputs(forward, op, model, batch))
+    forward, big = forward or call, shapes(op, model)
+    programs = _Programs(forward, loss, shown_outputs(forward, model, big, batch))
     permuted = _permuted(model)
+    leaves = [x for x in jax.tree.leaves(model) if eqx.is_inexact_array(x)]
+    double = all(x.dtype == jnp.float64 for x in leaves)
     # Everything in float64, which tells a wrong operator from rounding
     with jax.enable_x64(True):
         small = _wide(model)
-        grown = _grown(op, small, key)
+        # With float64 numbers a key draws others than with the model's own, so any key will do
+        grown = _grown(op, small, key if key is None or double else draws.key(0))
         rows = jax.tree.map(_double, batch)
         before, after = programs.observed(small, rows), programs.observed(grown, rows)
         floor = programs.observed(_wide(permuted), rows)
@@ -169,8 +172,6 @@ def certify(
             gradient = _error(before.gradient, _pulled_back(op, small, key, after.gradient))
         dead, locked = _liveness(op, model, grown, rows, programs, level)
     # Outputs in the model's own dtype as well, unless that is float64
-    leaves = [x for x in jax.tree.leaves(model) if eqx.is_inexact_array(x)]
-    double = all(x.dtype == jnp.float64 for x in leaves)
     differences = (exact,)
     with jax.enable_x64(double or jax.config.read("jax_enable_x64")):
         poison = _poison(op, model, batch, programs)
@@ -178,7 +179,7 @@ def certify(
             models = model, _grown(op, model, key), permuted
             native = _difference(*(programs.outputs(each, batch) for each in models))
             differences = (native, exact)
-    old, new = axes_of(model).sizes, axes_of(shapes(op, model)).sizes
+    old, new = axes_of(model).sizes, axes_of(big).sizes
     return Certificate(
         operator=str(op),
         exactness=op.exactness,
@@ -262,8 +263,8 @@ def call(model, batch):
 Shown = tuple[tuple[int, ...] | None, ...]
 
 
-def shown_outputs(forward: Callable, op, model, batch) -> Shown:
-    """The shapes of the outputs that a loss uses: those that `op` does not grow.
+def shown_outputs(forward: Callable, model, grown, batch) -> Shown:
+    """The shapes of the outputs that a loss uses: those that do not grow; shapes of models will do.
 
     A grown output contains copies as separate entries, so a loss of it is not symmetric in the copies. If
     every output grows, the loss uses the old entries of all.
@@ -273,7 +274,7 @@ def shown_outputs(forward: Callable, op, model, batch) -> Shown:
         with jax.enable_x64(True):
             return [y.shape for y in jax.tree.leaves(eqx.filter_eval_shape(forward, model, batch))]
 
-    before, after = output_shapes(model), output_shapes(shapes(op, model))
+    before, after = output_shapes(model), output_shapes(grown)
     all_grow = not any(a == b for a, b in zip(before, after, strict=True))
     return tuple(a if all_grow or a == b else None for a, b in zip(before, after, strict=True))
 
@@ -356,17 +357,19 @@ def _poisoned(op, model, offset, spread):
     """The grown model with closed new coordinates of this offset and spread."""
 
     def fill(key, shape, dtype):
-        return (offset + spread * jax.random.normal(key, shape)).astype(dtype)
+        normal = lambda: offset + spread * jax.random.normal(key, shape)  # noqa: E731
+        return jax.lax.cond(spread > 0, normal, lambda: jnp.full(shape, offset)).astype(dtype)
 
-    # The default generator compiles to a long program for every leaf, this one to a single instruction
-    return filled(op, model, jax.random.key(0, impl="unsafe_rbg"), fill)
+    return filled(op, model, draws.key(0), fill)
 
 
 def steps(op, model):
     """Each single operator of `op`, with the axis table of the model that it is applied to."""
-    for atom in atoms(op):
+    *others, last = atoms(op)
+    for atom in others:
         yield atom, axes_of(model)
         model = shapes(atom, model)
+    yield last, axes_of(model)
 
 
 def filled(op, model, key, fill: Callable):

@@ -43,6 +43,7 @@ from growjax.certificate import (
     filled,
     new_coordinates,
     probe,
+    shapes,
     shown_outputs,
 )
 from growjax.gates import Gate, ramp, settle
@@ -285,7 +286,7 @@ class _Study:
 
     def __init__(self, op: Operator | Chain, model, batch: Batch, *, gradients: bool = True):
         self.op, self.model, self.batch, self._gradients = op, model, batch, gradients
-        self._shown = shown_outputs(call, op, model, batch)
+        self._shown = shown_outputs(call, model, shapes(op, model), batch)
         self._observations: dict[tuple, _Observation] = {}
 
     @property

@@ -16,7 +16,7 @@ PAGE = ROOT.parent / "docs" / "architecture.md"
 # Lowest first. A room may import from the lines above its own, and from itself.
 LEVELS = [
     "errors",
-    "values extras",
+    "values extras draws",
     "specs",
     "axes",
     "trace",
