@@ -394,6 +394,9 @@ def multiplied(
             if np.any(factor != 1):
                 positive = sides.get(side) != "any" and bool(np.all(factor >= 0))
                 sides[side] = "positive" if positive else "any"
+    where = slot.positions(move.axis)
+    if copies and any(np.any(move.rows(slot, dim) == MEAN) for dim in where if move.has_means):
+        sides["weight"] = "mixed"  # gradients along these rows start anew
     return sides
 
 

@@ -56,8 +56,17 @@ TABLE = """
 - x = xp.moveaxis(x, pair, (0, 1))
 + x = xp.moveaxis(x, pair[::-1], (0, 1))
 @ squares are summed by a dense map | optim/carrying.py | linear_growth | do_not_follow
-- if by == "mixed" and traits.law.linear_in is None:
-+ if by == "mixed" and traits is None:
+- if by == "mixed" and power is not None and traits.law.linear_in is None:
++ if by == "mixed" and power is not None and traits is None:
+@ squares of weights follow means | algebra.py | linear_growth | do_not_follow
+- sides["weight"] = "mixed"  # gradients along these rows start anew
++ pass
+@ arrays of gradients are refused sums of weights | optim/carrying.py | linear_growth | means_start_anew
+- if by == "mixed" and power is not None and traits.law.linear_in is None:
++ if by == "mixed" and traits.law.linear_in is None:
+@ a toy cannot widen a scalar | optim/toy.py | linear_growth | state_of_a_scalar
+- if not by:
++ if False:
 @ averages take their own weight where old ones are summed | algebra.py | linear_growth | summed_as
 - return np.zeros(move.length, bool) if summed else move.rows(slot, dim) == NONE
 + return move.rows(slot, dim) == NONE

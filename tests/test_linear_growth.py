@@ -269,6 +269,26 @@ class Aside(gj.Operator):
         return [AxisMap("mlp", source, share=share, above=True)]
 
 
+class Means(gj.Operator):
+    """Two new hidden units that are the mean of all old ones, and that nothing reads."""
+
+    exactness = "exact-given-init"
+
+    def maps(self, axes):
+        old = axes.size("mlp")
+        share = [1.0] * old + [0.0, 0.0]
+        return [AxisMap("mlp", [*range(old), MEAN, MEAN], share=np.asarray(share), init="zeros")]
+
+
+def squares() -> optax.GradientTransformation:
+    """An average of squared weights, from zero on."""
+
+    def update(updates, state, params):
+        return updates, jax.tree.map(lambda s, w: 0.9 * s + 0.1 * w**2, state, params)
+
+    return optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), update)
+
+
 @pytest.mark.parametrize(
     "op, architecture, tx, said",
     [
@@ -276,7 +296,7 @@ class Aside(gj.Operator):
             gj.dense(head_dim=TALL, exact=True),
             GPT,
             optax.scale_by_adam(),
-            r"nu.*attention.q, .* is not linear in .* the dense map of head_dim sums",
+            r"nu.*attention.q, .* is not linear in .* the map of head_dim sums gradients",
         ),
         (
             gj.regroup(kv_heads=4),
@@ -286,14 +306,47 @@ class Aside(gj.Operator):
         ),
         (gj.copy(embed=16, shares="random"), GPT, optax.trace(0.9), "norms over embed mix"),
         (Aside(), GPT, optax.trace(0.9), "new mlp come from the next layer"),
+        (Means(), GPT, squares(), r"mlp.up.* is not linear in .* the map of mlp sums weights"),
     ],
-    ids=["dense squares", "regrouped", "unequal shares under norms", "next layer"],
+    ids=["dense squares", "regrouped", "unequal shares under norms", "next layer", "means"],
 )
 def test_moments_that_do_not_follow_are_refused(op, architecture, tx, said):
     shapes = eqx.filter_eval_shape(architecture.model)
     state = eqx.filter_eval_shape(lambda m: tx.init(partition(m)[0]), shapes)
     with pytest.raises(StateError, match=said):
         carry(op, state, shapes, optimizer=tx, key=KEY)
+
+
+def test_moments_of_means_start_anew():
+    tx = optax.scale_by_adam()
+    with jax.enable_x64(True):
+        model = GPT.model()
+        ones = jax.tree.map(jnp.ones_like, partition(model)[0])
+        empty: Any = tx.init(ones)
+        carried: Any = carry(
+            Means(), empty._replace(mu=ones, nu=ones), model, optimizer=tx, key=KEY
+        )
+    for moment in (carried.mu, carried.nu):
+        up = np.asarray(moment.blocks.block.mlp.up)
+        assert np.all(up[..., :6] == 1) and not up[..., 6:].any()
+
+
+class Heated(eqx.Module):
+    """A hidden axis, and a number by which everything is multiplied."""
+
+    up: Array = gj.param("features -> mlp")
+    down: Array = gj.param("mlp -> out")
+    heat: Array = gj.param("")
+
+
+@pytest.mark.parametrize("tx", [optax.adam(1e-3), optax.lion(1e-3)], ids=["adam", "lion"])
+def test_the_state_of_a_scalar_stays_as_it_is(tx):
+    model = Heated(jnp.ones((3, 4)), jnp.ones((4, 2)), jnp.float32(2.0))
+    state = jax.tree.map(lambda x: x + 3, tx.init(model))
+    before, after = state[0], carry(gj.copy(mlp=8), state, model, optimizer=tx, key=KEY)[0]
+    assert float(after.mu.heat) == float(before.mu.heat) == 3
+    np.testing.assert_array_equal(after.mu.up, np.full((3, 8), 1.5, np.float32))
+    np.testing.assert_array_equal(after.mu.down, np.full((8, 2), 3.0, np.float32))
 
 
 def test_new_rows_from_the_next_layer_can_start_anew():

@@ -301,10 +301,10 @@ def _fault(cell: Cell, traits: Traits, hop: _Hop) -> str:
                 return f"follows gradients: {reason}"
         for side, by in algebra.multiplied(move, table, slot, copies=hop.keep).items():
             power = traits.law.gradient if side == "gradient" else traits.law.weight
-            if by == "mixed" and traits.law.linear_in is None:
+            if by == "mixed" and power is not None and traits.law.linear_in is None:
                 return (
-                    f"is not linear in gradients or weights alone, and the dense map of {move.axis} "
-                    "sums these over several old coordinates; it can follow maps with one source for "
+                    f"is not linear in gradients or weights alone, and the map of {move.axis} sums "
+                    f"{side}s over several old coordinates; it can follow maps with one source for "
                     "each new coordinate"
                 )
             if power == "unknown" or (power is not None and power.odd is None and by == "any"):
