@@ -161,6 +161,26 @@ class Whole(Mixer):
         return jnp.round(super().__call__(tokens)).astype(jnp.int32)
 
 
+class Short(eqx.Module):
+    """A table of fewer pieces than a tokenizer of bytes has words, and logits of all."""
+
+    hashed: bool = eqx.field(static=True)
+    table: jax.Array = gj.param("[pieces] -> embed")
+    head: jax.Array = gj.param("embed -> out")
+
+    def __call__(self, tokens):
+        pieces = len(self.table)
+        return (
+            jax.vmap(lambda i: self.table[i])(tokens % pieces if self.hashed else tokens)
+            @ self.head
+        )
+
+
+def short(pieces, hashed=False, *, key):
+    """A factory of a model whose words have an axis of another name."""
+    return Short(hashed, jax.random.normal(key, (pieces, 4)), jnp.ones((4, 384)))
+
+
 def narrow(layers, width, *, key):
     """A factory of a model of too few words."""
     model = mixer(layers, width, key=key)

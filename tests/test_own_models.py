@@ -29,7 +29,7 @@ from growjax.runs.checkpoint import read_lineage
 from growjax.runs.lineage import load_model
 from growjax.train import Growth, Options, Step, read_journal
 from tests import own
-from tests.runs import feed, losses, same
+from tests.runs import feed, losses, plan, same, steps
 
 
 train: Any = trainer.train
@@ -202,6 +202,23 @@ def test_logits_of_fewer_words_than_the_tokenizer_has_are_refused_before_a_step(
     narrow = own.mixed(model=Model("tests.own:narrow", {"layers": 2, "width": 16}))
     with pytest.raises(DataError, match="has 384 words, and the model gives logits of 7"):
         feed(narrow)
+
+
+def test_a_table_of_fewer_rows_than_the_tokenizer_has_words_is_refused_whatever_its_axis():
+    """JAX would read its last row for every word beyond it."""
+    of = lambda **arguments: plan(  # noqa: E731
+        steps(1), model=Model("tests.own:short", arguments), objective=Causal(8, packing="concat")
+    )
+    with pytest.raises(
+        DataError, match="384 words, and the model reads row 383 of an array of 383"
+    ):
+        feed(of(pieces=383))
+    feed(of(pieces=384))
+    feed(of(pieces=100, hashed=True))
+    key = jax.random.key(0)
+    with pytest.raises(EvalError, match="its largest token reads row 383 of an array of 100"):
+        LanguageModel(own.short(100, key=key), ByteTokenizer())
+    LanguageModel(own.short(100, True, key=key), ByteTokenizer())
 
 
 def test_a_model_is_shown_as_it_would_be_written():

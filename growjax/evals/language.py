@@ -21,7 +21,7 @@ from growjax.data import MLM, Tokenizer, Window
 from growjax.errors import EvalError
 from growjax.evals.metrics import Scores
 from growjax.models import BERT
-from growjax.models.protocol import Kind, kind_of, predictions, read_tokens
+from growjax.models.protocol import Kind, kind_of, predictions, read_tokens, reads_beyond, unwrapped
 
 
 Tokens = Sequence[int]
@@ -76,6 +76,13 @@ class LanguageModel:
                 f"tokenizer: its largest token is {vocabulary.size - 1}, and the embedding of the model "
                 f"has {rows} rows; expected the tokenizer that the model was trained with"
             )
+        if self.kind == "causal" and callable(unwrapped(self.model)):
+            last, first = ({"tokens": np.array([n], np.int32)} for n in (vocabulary.size - 1, 0))
+            for read in reads_beyond(predictions, self.model, last, first):
+                raise EvalError(
+                    f"tokenizer: its largest token reads row {read.index} of an array of {read.size}; "
+                    "expected the tokenizer that the model was trained with"
+                )
         needs = {"causal": (), "seq2seq": ("pad", "eos"), "encoder": ("mask", "cls", "sep")}
         vocabulary.require(f"a {self.kind} model", needs[self.kind])
         if self.kind == "encoder" and getattr(self.model, "mlm", predictions) is None:

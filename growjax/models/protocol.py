@@ -18,6 +18,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Protocol, get_args
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -25,6 +27,7 @@ from growjax import annotation, values
 from growjax.errors import GrowjaxError, PlanError
 from growjax.models.config import Dtype
 from growjax.nn import Readout, per_token
+from growjax.trace import Read, reads
 
 
 Kind = Literal["causal", "encoder", "seq2seq"]
@@ -166,6 +169,33 @@ def read_with_auxiliary(
             f"{type(readout).__name__}"
         )
     return per_token(function, readout, *rows), readout.auxiliary
+
+
+def reads_beyond(
+    run: Callable[[Any, Any], Any],
+    model: Any,
+    last: Mapping[str, Any],
+    first: Mapping[str, Any],
+) -> list[Read]:
+    """Reads of `run(model, example)` beyond the end of an array, which depend on tokens.
+
+    JAX would read another row without an error. `last` is an example of the largest token of a tokenizer,
+    and `first` is the same example of token 0. Nothing is run; the model may be shapes.
+    """
+    is_leaf = lambda x: eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)  # noqa: E731
+    arrays, static = eqx.partition(model, is_leaf)
+
+    def read(example: Mapping[str, Any]) -> list[Read]:
+        return reads(lambda arrays, x: run(eqx.combine(arrays, static), x), arrays, example)
+
+    def beyond(read: Read) -> bool:
+        return read.index is not None and read.index >= read.size
+
+    largest = read(last)
+    if not any(map(beyond, largest)):
+        return []
+    # What is beyond the end for any token is no matter of the tokenizer
+    return [a for a, b in zip(largest, read(first), strict=True) if beyond(a) and not beyond(b)]
 
 
 def _has_readout(cls: type) -> bool:

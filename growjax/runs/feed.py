@@ -14,16 +14,19 @@ from growjax.data import (
     Batches,
     Corpus,
     Objective,
+    Vocabulary,
+    Window,
     batch_shapes,
     held_out_batch,
     load_tokenizer,
     prepare,
 )
 from growjax.errors import DataError
-from growjax.models.protocol import predictions
+from growjax.models.protocol import predictions, reads_beyond
 from growjax.plan.losses import cross_entropy
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span
+from growjax.trace import Read
 
 
 class Feed(Protocol):
@@ -80,6 +83,11 @@ class CorpusFeed:
             raise DataError(
                 f"vocab: the tokenizer has {words} words, and the model gives logits of {outputs}"
             )
+        for read in _reads_beyond(self.plan, self.training.vocabulary):
+            raise DataError(
+                f"vocab: the tokenizer has {words} words, and the model reads row {read.index} of an "
+                f"array of {read.size}; give the model a row for every word, from its first stage on"
+            )
 
     @classmethod
     def of(cls, plan: Plan, cache: str | Path) -> "CorpusFeed":
@@ -126,3 +134,15 @@ def _outputs(plan: Plan) -> int:
     shapes = batch_shapes(span.objective, 1)
     example = {key: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for key, x in shapes.items()}
     return eqx.filter_eval_shape(predictions, span.model, example).shape[1]
+
+
+def _reads_beyond(plan: Plan, vocabulary: Vocabulary) -> list[Read]:
+    """The reads of a plan's loss beyond the tables of its first model, which are the smallest."""
+    span = plan.spans[0]
+    length = span.objective.raw_length + span.objective.lookahead
+
+    def example(token: int) -> dict[str, np.ndarray]:
+        window = Window(np.full(length, token, np.int32), np.zeros(length, np.int32))
+        return span.objective(window, vocabulary, np.random.default_rng(0))
+
+    return reads_beyond(plan.loss, span.model, example(vocabulary.size - 1), example(0))

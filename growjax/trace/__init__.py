@@ -4,6 +4,8 @@ from growjax.trace.dims import Node as Node
 from growjax.trace.dims import factored as factored
 from growjax.trace.dims import unify as unify
 from growjax.trace.expressions import Expressions as Expressions
+from growjax.trace.indices import Read as Read
+from growjax.trace.indices import reads as reads
 from growjax.trace.program import Differs as Differs
 from growjax.trace.program import Program as Program
 from growjax.trace.program import grown_shape as grown_shape
