@@ -5,7 +5,9 @@ import itertools
 import math
 import os
 import pathlib
+from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
 
 DEEP = os.environ.get("GROWJAX_PROFILE") == "deep"
@@ -31,6 +33,30 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
+
+
+def share_contexts(make: Callable[[], Any], uses: int) -> Callable[[], Any]:
+    """MLIR contexts that lower many programs each: a new one loads dialects, a fifth of a small program.
+
+    A context keeps the constants of all that it lowered, so it gives way to another after some uses. What
+    is lowered while another program is being lowered has one of its own: it must not land inside that.
+    """
+    latest: list[Any] = []
+
+    def shared() -> Any:
+        if mlir.ir.Context.current is not None:
+            return make()
+        if not latest or next(lowered) % uses == 0:
+            latest[:] = [make()]
+        return latest[0]
+
+    lowered = itertools.count(1)
+    return shared
+
+
+if not DEEP and hasattr(mlir, "make_ir_context"):  # JAX's own, and no promise; tests pass without
+    mlir.make_ir_context = share_contexts(mlir.make_ir_context, 500)
 
 
 def profile(name: str, examples: int, derandomize: bool) -> None:
