@@ -417,18 +417,23 @@ def assert_carries(op: Operator | Chain, model, batch: Batch, tx, *, rtol: float
 
     study = _Study(op, model, batch)
     small, big = study.small, study.big()
-    with jax.enable_x64(True):
+
+    @eqx.filter_jit  # one program: eagerly, every leaf would compile its own for each operation
+    def states(model, small, big):
         trained = partition(model)[0]
-        grown = partition(eqx.filter_jit(op)(model, key=jax.random.key(0)))[0]
-        state = tx.update(small.gradient, tx.init(trained), trained)[1]
+        grown = partition(op(model, key=jax.random.key(0)))[0]
+        state = tx.update(small, tx.init(trained), trained)[1]
         carried = carry(op, state, model, optimizer=tx, key=jax.random.key(0))
-        direct = tx.update(big.gradient, tx.init(grown), grown)[1]
+        return carried, tx.update(big, tx.init(grown), grown)[1]
+
+    with jax.enable_x64(True):
+        carried, direct = states(model, small.gradient, big.gradient)
     chex.assert_trees_all_equal_structs(carried, direct)
     # A part is a whole moment of the model, or a scalar. Arrays are compared relative to the largest
     # entry of their part, since some (the gradient of a key's bias) are zero up to rounding
     parts = [
         jax.tree_util.tree_leaves_with_path(
-            state, is_leaf=lambda node: isinstance(node, type(grown))
+            state, is_leaf=lambda node: isinstance(node, type(model))
         )
         for state in (direct, carried)
     ]
