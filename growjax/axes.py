@@ -148,10 +148,8 @@ class Slot:
 
     def fan(self, sizes: Sequence[int]) -> list[int]:
         """The sizes that make the fan-in, of those of all `dims`."""
-        counted = [
-            dim.role == "consumed" if self.fan_in is None else dim.axis in self.fan_in
-            for dim in self.dims
-        ]
+        own = self.fan_in
+        counted = [d.role == "consumed" if own is None else d.axis in own for d in self.dims]
         return list(itertools.compress(sizes, counted))
 
     @property
@@ -211,8 +209,8 @@ class Slot:
 class Axes(Mapping[str, Slot]):
     """The table of a model: leaf path to `Slot`, with the size of every axis.
 
-    `closings`, from a trace: `(stack, stream)` to why the blocks of somebody else's model are not the
-    identity where the arrays that produce the stream are zero; "" where they are.
+    `closings`: `(stack, stream)` to why a traced block is not the identity once the arrays that produce
+    the stream are zero; "" where it is.
     """
 
     def __init__(self, slots: Sequence[Slot], known: Mapping[str, int], closings: Mapping):

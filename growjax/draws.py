@@ -29,8 +29,8 @@ def _seed(seed: Array) -> Array:
     return jnp.stack([_mixed(seed.astype(jnp.uint32)), jnp.uint32(_GOLDEN)])
 
 
-def _fold_in(key: Array, data: Array) -> Array:
-    a = _mixed(key[0] ^ data.astype(jnp.uint32))
+def _fold_in(key: Array, data: Any) -> Array:
+    a = _mixed(key[0] ^ jnp.asarray(data, jnp.uint32))
     return jnp.stack([a, _mixed(key[1] + a * jnp.uint32(_GOLDEN))])
 
 
@@ -64,4 +64,5 @@ _HASHED = define_prng_impl(
 
 def key(seed: int) -> PRNGKeyArray:
     """A key of the hashed generator, which every function of `jax.random` takes."""
-    return jax.random.wrap_key_data(np.array([_GOLDEN, seed], np.uint32), impl=_HASHED)
+    data: Any = np.array([_GOLDEN, seed], np.uint32)
+    return jax.random.wrap_key_data(data, impl=_HASHED)

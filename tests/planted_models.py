@@ -101,7 +101,7 @@ TABLE = """
 - if not record.passed
 + if record is None
 @ keys of a certificate are one | draws.py | draws | told_apart
-- a = _mixed(key[0] ^ data.astype(jnp.uint32))
+- a = _mixed(key[0] ^ jnp.asarray(data, jnp.uint32))
 + a = _mixed(key[0])
 @ draws of a certificate count up | draws.py | draws | look_random or independent
 - bits = _mixed(counter * jnp.uint32(_GOLDEN) + key[0]) ^ key[1]

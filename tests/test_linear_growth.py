@@ -269,7 +269,7 @@ class Aside(gj.Operator):
         return [AxisMap("mlp", source, share=share, above=True)]
 
 
-class Means(gj.Operator):
+class UnreadMeans(gj.Operator):
     """Two new hidden units that are the mean of all old ones, and that nothing reads."""
 
     exactness = "exact-given-init"
@@ -283,10 +283,13 @@ class Means(gj.Operator):
 def squares() -> optax.GradientTransformation:
     """An average of squared weights, from zero on."""
 
-    def update(updates, state, params):
+    def init(params):
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(updates, state, params=None):
         return updates, jax.tree.map(lambda s, w: 0.9 * s + 0.1 * w**2, state, params)
 
-    return optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), update)
+    return optax.GradientTransformation(init, update)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +309,12 @@ def squares() -> optax.GradientTransformation:
         ),
         (gj.copy(embed=16, shares="random"), GPT, optax.trace(0.9), "norms over embed mix"),
         (Aside(), GPT, optax.trace(0.9), "new mlp come from the next layer"),
-        (Means(), GPT, squares(), r"mlp.up.* is not linear in .* the map of mlp sums weights"),
+        (
+            UnreadMeans(),
+            GPT,
+            squares(),
+            r"mlp.up.* is not linear in .* the map of mlp sums weights",
+        ),
     ],
     ids=["dense squares", "regrouped", "unequal shares under norms", "next layer", "means"],
 )
