@@ -11,6 +11,7 @@ from growjax import algebra as algebra
 from growjax import annotation as annotation
 from growjax import axes as axes
 from growjax import certificate as certificate
+from growjax import draws as draws
 from growjax import errors as errors
 from growjax import gates as gates
 from growjax import growth as growth
