@@ -382,7 +382,7 @@ def plain():
 
 def annotated(model=None):
     model = eqx.filter_eval_shape(Plain, jax.random.key(0)) if model is None else model
-    return gj.annotate(model, SPECS, ignore=["heat"], statics=STATICS)
+    return gj.annotate(model, SPECS, ignore=["heat"], statics=STATICS, residual=["layers"])
 
 
 def test_an_annotated_model_has_the_same_kind_of_table():
