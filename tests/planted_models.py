@@ -53,8 +53,11 @@ TABLE = """
 - self._equal(op.ins[0], op.ins[1], near)
 + pass
 @ means are never balanced | trace/program.py | inference | a_person_would_annotate
-- result += len(here)
+- result += power
 + result += 0
+@ entries beside those of an axis are overlooked | trace/program.py | inferred_sizes | dilute
+- if len(known) < len(parts) or (node.structure == "sum" and len(set(known)) > 1):
++ if False:
 @ other operations at another size pass | trace/program.py | inference | a_person_would_annotate
 - if y.shape != (expected := grown_shape(x, {atom: factor})):
 + if False:

@@ -1,5 +1,6 @@
 """A traced program, compared with itself at another size: which constants follow the size of an axis."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -123,6 +124,21 @@ def _power(x: Value, y: Value, factors: Mapping[Node, int]) -> Fraction:
     return power
 
 
+def multiplicity(node: Node, atom: Node) -> int | None:
+    """By which power of the size of an atom the number of entries along a dimension grows.
+
+    None if by no power, since other entries stand beside those of the atom.
+    """
+    node = node.root
+    if node is atom or node.structure is None:
+        return int(node is atom)
+    parts = [multiplicity(part, atom) for part in node.parts]
+    known = [power for power in parts if power is not None]
+    if len(known) < len(parts) or (node.structure == "sum" and len(set(known)) > 1):
+        return None
+    return sum(known) if node.structure == "prod" else known[0]
+
+
 def unbalanced(
     program: Program, roles: Roles, atom: Node, constants: Mapping[int, Fraction]
 ) -> list[tuple[str, tuple[int, ...]]]:
@@ -133,7 +149,8 @@ def unbalanced(
     """
     scale: dict[int, Fraction] = {}
     faults: list[tuple[str, tuple[int, ...]]] = []
-    means = {(id(s.op), s.atom) for s in roles.means.values()}
+    means = collections.Counter((id(s.op), s.atom) for s in roles.means.values())
+    sums = collections.Counter((id(s.op), s.atom) for s in roles.sums)
 
     def of(value: Value) -> Fraction:
         return scale.get(id(value), Fraction(0)) + constants.get(id(value), Fraction(0))
@@ -158,12 +175,13 @@ def unbalanced(
             fault(f"a sum or a constant that follows its size goes through {op.name}", op)
             result = Fraction(0)
         if op.kind in ("dot", "sum"):
-            for d, _ in op.pairs:
-                here = [a for _, a in op.ins[0].nodes[d].atoms if a is atom]
-                if here and (id(op), atom) in means:
-                    result += len(here)
-                    if op.ins[0].nodes[d].root.structure == "sum":
-                        fault("the program sums over it and over other entries at once", op)
+            here = id(op), atom
+            for d, _ in op.pairs if means[here] else ():
+                power = multiplicity(op.ins[0].nodes[d], atom)
+                if power is None or means[here] < sums[here]:
+                    fault("the program sums over it and over other entries at once", op)
+                else:
+                    result += power
         for value in op.outs:
             scale[id(value)] = result
     for value in program.outputs:

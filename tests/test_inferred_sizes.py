@@ -1,0 +1,218 @@
+"""More models of others: sizes in a configuration, norms and convolutions in groups, mixed sums."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import Array
+
+import growjax as gj
+from growjax.annotation.packing import unpack
+from growjax.annotation.traced import call
+from growjax.axes import axes_of
+from growjax.errors import AxisError, GrowthError
+from tests import zoo, zoo_more
+from tests.conftest import DEEP
+from tests.test_inference import LAYERS, RESIDUAL, TOKENS, ZOO, roles
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+SOUND = zoo.normal((2, 3, 7))
+GROUPED = "(groups channels)"
+# The model, a batch, what a person would annotate, and an operator for it
+MODELS = {
+    "sizes in a configuration": (
+        zoo_more.MinGPT,
+        TOKENS,
+        {"wte": "[vocab] -> embed", "wpe": "[wpe_rows] -> embed", "h.*.ln_?": "~embed"}
+        | {"h.*.attn.qkv": "embed -> 3 head 4", "h.*.attn.proj": "head 4 -> embed"}
+        | {"h.*.mlp": "embed -> mlp -> embed", "ln_f": "~embed", "head": "embed -> classes"},
+        {"stacks": {"h": "layers"}, "residual": ["layers"]}
+        | {"statics": {"h.*.attn.config.n_head": "head", "h.*.attn.config.n_embd": "4 head"}},
+        gj.chain(gj.copy(head=3, mlp=33, embed=16), gj.stack(layers=3, branch="zero")),
+    ),
+    "norms of groups": (
+        zoo_more.GroupNormed,
+        SOUND,
+        {"into.weight": f"-> {GROUPED} 3 1", "into.bias": f"-> {GROUPED} 1"}
+        | {"blocks.*.norm.weight": "(groups ~channels)", "blocks.*.norm.bias": GROUPED}
+        | {"blocks.*.one.weight": f"mlp <- {GROUPED} 3", "blocks.*.one.bias": "-> mlp 1"}
+        | {"blocks.*.two.weight": f"{GROUPED} <- mlp 3", "blocks.*.two.bias": f"-> {GROUPED} 1"}
+        | {"head.weight": f"classes <- {GROUPED}", "head.bias": "-> classes"},
+        {"stacks": {"blocks": "layers"}, "residual": ["layers"], "stream": "channels"}
+        | {"statics": {"blocks.*.norm.groups": "groups"}},
+        gj.chain(
+            gj.copy(groups=3, channels=4, mlp=8),
+            gj.stack(layers=3, branch="zero", stream="channels"),
+        ),
+    ),
+    "a group for each channel": (
+        lambda: zoo_more.ResNeXt(6),
+        SOUND,
+        {"into": "3 -> channels", "blocks.*.one": "channels -> mlp", "blocks.*.groups": "mlp"}
+        | {"blocks.*.two": "mlp -> channels", "head": "channels -> classes"},
+        {"stacks": {"blocks": "layers"}, "residual": ["layers"], "stream": "channels"},
+        gj.chain(
+            gj.copy(channels=5, mlp=8),
+            gj.stack(layers=3, branch="zero", stream="channels"),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_what_is_inferred_is_what_a_person_would_annotate_and_grows_exactly(name):
+    make, batch, specs, options, op = MODELS[name]
+    small = gj.infer(zoo.build(make), batch)
+    by_hand = gj.annotate(zoo.build(make), specs, **options, example=batch)
+    assert roles(axes_of(small)) == roles(axes_of(by_hand))
+    assert dict(small.statics).items() >= options.get("statics", {}).items()
+    assert (small.residual, small.stream) == (by_hand.residual, by_hand.stream)
+
+    @eqx.filter_jit
+    def outputs(model):
+        return jax.vmap(model)(batch), jax.vmap(op(model))(batch)
+
+    before, after = outputs(small)
+    np.testing.assert_allclose(after, before, rtol=1e-11, atol=1e-11)
+
+
+def test_a_shared_configuration_follows_in_every_block():
+    small = gj.infer(zoo.build(zoo_more.MinGPT), TOKENS)
+    big = eqx.filter_eval_shape(gj.copy(head=3), small).model
+    assert {(b.attn.config.n_head, b.attn.config.n_embd) for b in big.h} == {(3, 12)}
+    assert big.config == zoo_more.Config()  # that of the model itself is not read
+    assert any(
+        "4 in h.*.attn.qkv.weight" in note and "does not run" in note for note in small.notes
+    )
+
+
+def test_channels_of_a_group_norm_are_copied_evenly():
+    small = gj.infer(zoo.build(zoo_more.GroupNormed), SOUND)
+    with pytest.raises(GrowthError, match="copies are uneven"):
+        gj.copy(channels=3)(small)
+    big = eqx.filter_eval_shape(gj.copy(channels=4), small).model
+    assert (big.blocks[0].norm.groups, big.blocks[0].norm.channels) == (2, 8)
+
+
+def test_channels_that_a_convolution_reads_in_groups_do_not_grow():
+    small = gj.infer(zoo.build(zoo_more.ResNeXt), SOUND)
+    assert gj.sizes(small) == dict(channels=4, layers=2, classes=2)
+    notes = [note for note in small.notes if "a convolution takes it in groups" in note]
+    assert any(note.startswith("3 in blocks.*.groups.weight") for note in notes)
+    op = gj.chain(gj.copy(channels=8), gj.stack(layers=4, branch="zero", stream="channels"))
+    outputs = jax.jit(jax.vmap(lambda x: (small(x), op(small)(x))))(SOUND)
+    np.testing.assert_allclose(*outputs, rtol=1e-11, atol=1e-11)
+
+
+def running_statistics():
+    model, state = eqx.nn.make_with_state(zoo.BatchNormed)(2)
+    return gj.infer(zoo.filled(model), zoo.normal((2, 3, 7)), state=state)
+
+
+@pytest.mark.parametrize("name", sorted({*ZOO, *MODELS, "batch norms"}))
+def test_every_operator_that_fits_is_certified(name):
+    """In the quick profile for two models: each takes some seconds."""
+    if not DEEP and name not in ("gru", "norms of groups"):
+        pytest.skip("certified in the deep profile")
+    if name == "batch norms":
+        small, batch = running_statistics(), zoo.normal((2, 3, 7))
+    else:
+        make, batch = {**ZOO, **MODELS}[name][:2]
+        small = gj.infer(zoo.build(make), batch)
+    forward = lambda model, batch: call(unpack(model.tree), batch)  # noqa: E731
+    table, key = axes_of(small), jax.random.key(0)
+    inner = [a for a in table.sizes if {"consumed", "produced"} <= table.roles(a)]
+    double = {axis: 2 * table.size(axis) for axis in inner}
+    closed = {axis: n for axis, n in double.items() if not table.normalised(axis)}
+    ops = [gj.copy(**double, shares="equal")]
+    ops += [gj.zeros(**closed)] if closed else []
+    layers = {axis: 3 for axis in small.residual}
+    ops += [gj.stack(**layers, branch="zero", stream=small.stream)] if layers else []
+    for op in ops:
+        record = gj.certify(op, small, batch, key=key, forward=forward)
+        assert record.passed, f"{name}: {record}"
+
+
+# A tied head ------------------------------------------------------------------------------------
+
+
+def test_a_norm_before_a_tied_head_has_to_take_the_share():
+    """The axes alone do not show it: a table may be read as a head, and other arrays read the stream."""
+    specs = RESIDUAL | {"shared.pytree.0": "[vocab] -> embed", "positions": "[positions] -> embed"}
+    model = zoo.build(zoo.Tied)
+    message = "norm.weight: 'embed' is declared elementwise, and the program needs it consumed"
+    with pytest.raises(AxisError, match=message):
+        gj.annotate(model, specs | {"norm": "~embed"}, **LAYERS, example=TOKENS)
+    small = gj.annotate(model, specs | {"norm": "~embed ->"}, **LAYERS, example=TOKENS)
+    outputs = jax.jit(jax.vmap(lambda x: (small(x), gj.copy(embed=16)(small)(x))))(TOKENS)
+    np.testing.assert_allclose(*outputs, rtol=1e-11, atol=1e-11)
+
+
+# Sums over an axis and over other entries ---------------------------------------------------------
+
+
+class Diluted(eqx.Module):
+    """A hidden axis that is divided by a sum in which other numbers stand beside its own."""
+
+    up: eqx.nn.Linear
+    scale: Array
+    other: Array
+    down: eqx.nn.Linear
+    repeats: int = eqx.field(static=True)
+
+    def __init__(self, repeats):
+        self.up, self.down = (eqx.nn.Linear(a, b, key=zoo.KEY) for a, b in ((4, 6), (6, 5)))
+        self.scale, self.other, self.repeats = jnp.ones(6), jnp.ones(2), repeats
+
+    def __call__(self, x):
+        h = jnp.tanh(self.up(x))
+        both = jnp.concatenate([h, self.other]) ** 2
+        rows = jnp.ones((self.repeats, 1)) * both
+        mean = jnp.sum(rows.reshape(-1)) / h.size
+        return self.down(self.scale * h / mean)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_mean_that_other_entries_dilute_fixes_its_axis(repeats):
+    model, batch = zoo.build(lambda: Diluted(repeats)), zoo.normal((2, 4))
+    small = gj.infer(model, batch)
+    assert "up" not in gj.sizes(small)
+    assert any("sums over it and over other entries at once" in note for note in small.notes)
+    specs: dict[str, Any] = {"up": "4 -> up", "scale": "~up", "other": "2 ->", "down": "up -> 5"}
+    with pytest.raises(AxisError, match="sums over it and over other entries at once"):
+        gj.annotate(model, specs, example=batch)
+
+
+class FusedNorm(eqx.Module):
+    """One norm over two blocks of a hidden axis."""
+
+    up: eqx.nn.Linear
+    norm: eqx.nn.RMSNorm
+    down: eqx.nn.Linear
+
+    def __init__(self):
+        self.up, self.down = (eqx.nn.Linear(a, b, key=zoo.KEY) for a, b in ((4, 6), (3, 5)))
+        self.norm = eqx.nn.RMSNorm(6, use_bias=False)
+
+    def __call__(self, x):
+        gate, up = jnp.split(self.norm(self.up(x)), 2)
+        return self.down(jax.nn.silu(gate) * up)
+
+
+def test_a_norm_over_equal_blocks_of_an_axis_is_a_norm_over_the_axis():
+    batch = zoo.normal((2, 4))
+    small = gj.infer(zoo.build(FusedNorm), batch)
+    (axis,) = [axis for axis, size in gj.sizes(small).items() if size == 3]
+    specs = {pattern: declaration.spec for pattern, declaration in small.specs}
+    assert specs["norm.weight"] == f"(2 ~{axis})" and specs["up.weight"] == f"-> (2 {axis}) 4"
+    outputs = jax.jit(jax.vmap(lambda x: (small(x), gj.copy(**{axis: 6})(small)(x))))(batch)
+    np.testing.assert_allclose(*outputs, rtol=1e-11, atol=1e-11)
