@@ -49,11 +49,13 @@ from growjax.growth import Operator as Operator
 from growjax.growth import chain as chain
 from growjax.growth import copy as copy
 from growjax.growth import dense as dense
+from growjax.growth import experts as experts
 from growjax.growth import fresh as fresh
 from growjax.growth import msg as msg
 from growjax.growth import new as new
 from growjax.growth import regroup as regroup
 from growjax.growth import stack as stack
+from growjax.growth import upcycle as upcycle
 from growjax.growth import zeros as zeros
 from growjax.inference import infer as infer
 from growjax.optim import carry as carry

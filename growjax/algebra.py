@@ -150,6 +150,19 @@ class AxisMap(eqx.Module):
         return is_matrix(self.produced)
 
     @property
+    def born(self) -> bool:
+        """Whether the map makes its axis: all coordinates are new, and their state starts anew."""
+        return False
+
+    def opened(self, model: Any) -> Any:
+        """The model that the map is applied to: a map that makes its axis adds it here."""
+        return model
+
+    def finished(self, slot: Slot, array: Array, key: PRNGKeyArray | None) -> Array:
+        """A parameter with the axis after the map; a map may redraw some of its entries here."""
+        return array
+
+    @property
     def has_means(self) -> bool:
         """Whether some rows are means of the old ones."""
         return not self.traced and bool(np.any(self.source == MEAN))
@@ -189,6 +202,8 @@ class AxisMap(eqx.Module):
 
     def is_new(self) -> np.ndarray:
         """`[new]` True where a coordinate is not the first home of an old one."""
+        if self.born:
+            return np.ones(self.length, bool)
         first = np.zeros(self.length, bool)
         first[np.unique(self.source, return_index=True)[1]] = True
         return ~first | (self.source < 0)

@@ -183,7 +183,8 @@ def certify(
     return Certificate(
         operator=str(op),
         exactness=op.exactness,
-        axes={axis: (n, new[axis]) for axis, n in old.items() if new[axis] != n},
+        # An axis that the operator makes has one coordinate before
+        axes={axis: (old.get(axis, 1), n) for axis, n in new.items() if old.get(axis, 1) != n},
         forward=differences,
         poison=poison,
         gradient=gradient,
@@ -425,10 +426,15 @@ def new_coordinates(op, model):
     new: dict[str, np.ndarray] = {}
     homes: dict[str, np.ndarray] = {}
     for atom, table in steps(op, model):
+        # Masks of another length are of axes that an operator has cut into other coordinates
+        new = {axis: mask for axis, mask in new.items() if len(mask) == table.size(axis)}
         for move in atom.maps(table):
-            before = new.get(move.axis, np.zeros(table.size(move.axis), bool))
-            inherited = np.append(before, False)[np.maximum(move.source, 0)]
-            new[move.axis] = move.is_new() | inherited
+            if move.born:
+                new[move.axis] = move.is_new()
+            else:
+                before = new.get(move.axis, np.zeros(table.size(move.axis), bool))
+                inherited = np.append(before, False)[np.maximum(move.source, 0)]
+                new[move.axis] = move.is_new() | inherited
             first: dict[int, int] = {}
             home = []
             for i, source in enumerate(map(int, move.source)):
@@ -436,7 +442,8 @@ def new_coordinates(op, model):
             homes[move.axis] = np.asarray(home)
             if move.over is not None:  # its coordinates are dealt out: none has a place of its own
                 new.pop(move.over, None)
-    return {axis: mask for axis, mask in new.items() if mask.any()}, homes
+    sizes = axes_of(shapes(op, model)).sizes
+    return {axis: m for axis, m in new.items() if m.any() and len(m) == sizes[axis]}, homes
 
 
 def _dead(model, gradient, new: dict[str, np.ndarray]) -> dict[str, float]:
@@ -451,7 +458,11 @@ def _dead(model, gradient, new: dict[str, np.ndarray]) -> dict[str, float]:
             for part, piece in zip(slot.parts, slot.cut(g, table.sizes), strict=True):
                 piece = np.asarray(part.split(piece, table.sizes))
                 # Along a table's rows one gradient is enough: rows that the batch lacks have none
-                lookups = tuple(i for i, dim in enumerate(part.dims) if dim.role == "lookup")
+                lookups = tuple(
+                    i
+                    for i, dim in enumerate(part.dims)
+                    if dim.role == "lookup" and dim.axis != axis
+                )
                 alive = np.any(piece != 0, axis=lookups, keepdims=True)
                 # A square matrix has the axis twice; it is counted along the first
                 for dim in part.positions(axis)[:1]:

@@ -57,6 +57,7 @@ def apply(move: AxisMap, model, key: PRNGKeyArray | None):
     Raises `AxisError` for an unknown axis or a source out of range, `GateError` if the map needs
     gates and the model declares none or they are still open, `GrowthError` if a norm forbids the map.
     """
+    model = move.opened(model)
     table = axes_of(model)
     raise_all(AxisError, "the map does not fit the model:", move.check(table.size(move.axis)))
     raise_all(GrowthError, f"axis {move.axis!r} has no such map:", _misfits(move, table))
@@ -75,8 +76,9 @@ def apply(move: AxisMap, model, key: PRNGKeyArray | None):
     return model
 
 
-def touched(move: AxisMap, table: Axes) -> set[tuple]:
-    """The steps of the leaves that a map changes; all others stay as they are."""
+def touched(move: AxisMap, model: Any) -> set[tuple]:
+    """The steps of the leaves of a model that a map changes or adds; all others stay as they are."""
+    table = axes_of(move.opened(model))
     return {slot.steps for slot in (*table.having(move.axis), *_mean_buffers(move, table))}
 
 
@@ -145,7 +147,8 @@ def _transport_slot(move: AxisMap, table: Axes, slot: Slot, key):
     if slot.value is None:
         return None
     gather = lambda part, x: _move(move, table, part, x, WEIGHT, fresh=_Fresh(move, part, key))  # noqa: E731
-    return slot.mapped(gather, slot.value, table.sizes)
+    moved = slot.mapped(gather, slot.value, table.sizes)
+    return move.finished(slot, moved, key) if slot.kind == "param" else moved
 
 
 def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh: Any):

@@ -1,14 +1,16 @@
 """The mesh of devices and the sharding of every array, derived from the names of its axes.
 
-A `Layout` gives the sizes of three mesh axes:
+A `Layout` gives the sizes of the mesh axes:
 
 - `data`: replicas, each of which holds the whole state.
 - `fsdp`: devices that split every parameter, gradient and moment along its largest free axis; parameters
   are gathered layer by layer, as the scan reads them (ZeRO-3).
 - `tensor`: devices that split the heads, the MLP and the vocabulary, and send activations instead.
+- `experts`: devices that split the experts of a mixture; each runs its own experts on the tokens of all
+  of them. A mesh has this axis only where its size is above 1.
 
-Sequences are split over `data` and `fsdp`. `jax.pmap` is not used: JAX only maintains it, and it has no
-such meshes.
+Sequences are split over `data`, `fsdp` and `experts`. `jax.pmap` is not used: JAX only maintains it, and
+it has no such meshes.
 """
 
 import dataclasses
@@ -31,13 +33,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from growjax.axes import Slot, axes_of, find, get, put
 from growjax.errors import LayoutError
 from growjax.nn import Stacked
+from growjax.nn.experts import Experts, Placement
 from growjax.values import Range, check, register
 
 
 AXES = ("data", "fsdp", "tensor")
-# Auto: the compiler chooses the shardings of results. With Explicit axes, JAX refuses a lookup in an
-# embedding table that is split by vocabulary.
-_TYPES = (AxisType.Auto,) * 3
+EXPERTS = "experts"
 # The rows of a batch are split over replicas, and over the devices that share one replica's state
 BATCH = PartitionSpec(("data", "fsdp"))
 # Named axes that may be split over `tensor`, the preferred ones first
@@ -57,8 +58,9 @@ class Layout:
     - `data`: the number of replicas; -1 for the number of devices divided by the other two sizes.
     - `fsdp`: the number of devices that share one replica's parameters, gradients and optimizer state.
     - `tensor`: the number of devices that share one layer's heads and units.
+    - `experts`: the number of devices that share the experts of a mixture, as far as it divides them.
     - `step`: "auto" lets the compiler place the collectives, from the shardings; "shard_map" writes
-      them out, and needs `fsdp` and `tensor` at 1.
+      them out, and needs `fsdp`, `tensor` and `experts` at 1.
     - `own_paths`: each replica draws a sub-network of its own ("shard_map" only).
 
     Raises `LayoutError` for fields that are invalid or do not fit together.
@@ -73,47 +75,65 @@ class Layout:
     tensor: Annotated[int, Range(_DEVICES, lambda n: 0 < n < 2**31)] = 1
     step: Literal["auto", "shard_map"] = "auto"
     own_paths: bool = False
+    experts: Annotated[int, Range(_DEVICES, lambda n: 0 < n < 2**31)] = 1
 
     def __post_init__(self):
         check(self, LayoutError, "this layout cannot be used:", self._faults)
 
     def _faults(self) -> Iterator[str]:
-        if self.step == "shard_map" and (self.fsdp, self.tensor) != (1, 1):
-            yield "step: 'shard_map' is for replicas alone; set fsdp and tensor to 1"
+        if self.step == "shard_map" and (self.fsdp, self.tensor, self.experts) != (1, 1, 1):
+            yield "step: 'shard_map' is for replicas alone; set fsdp, tensor and experts to 1"
         if self.own_paths and self.step != "shard_map":
             yield "own_paths: only replicas under step='shard_map' can differ"
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """`data`, `fsdp` and `tensor`."""
-        return self.data, self.fsdp, self.tensor
+    def sizes(self) -> tuple[int, ...]:
+        """`data`, `fsdp` and `tensor`, and `experts` if it is above 1."""
+        return self.data, *self._shared
 
-    def resolved(self, devices: int) -> tuple[int, int, int]:
-        """The three sizes for a number of devices; raises `LayoutError` if they do not multiply to it."""
-        shared = self.fsdp * self.tensor
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of these sizes in the mesh."""
+        return (*AXES, EXPERTS) if self.experts > 1 else AXES
+
+    @property
+    def _shared(self) -> tuple[int, ...]:
+        """The sizes of all axes but `data`."""
+        return (self.fsdp, self.tensor, self.experts)[: len(self.axes) - 1]
+
+    def resolved(self, devices: int) -> tuple[int, ...]:
+        """The sizes for a number of devices; raises `LayoutError` if they do not multiply to it."""
+        shared = math.prod(self._shared)
         data = devices // shared if self.data == -1 else self.data
         if data * shared != devices:
+            names = " x ".join(self.axes[1:])
+            sizes = " x ".join(map("=".join, zip(self.axes, map(str, self.sizes), strict=True)))
             raise LayoutError(
-                f"data={self.data} x fsdp={self.fsdp} x tensor={self.tensor} does not make {devices} "
-                "devices; data=-1 fits if fsdp x tensor divides them"
+                f"{sizes} does not make {devices} devices; data=-1 fits if {names} divides them"
             )
-        return data, self.fsdp, self.tensor
+        return data, *self._shared
+
+    @property
+    def _types(self) -> tuple[AxisType, ...]:
+        # Auto: the compiler chooses the shardings of results. With Explicit axes, JAX refuses a lookup in
+        # an embedding table that is split by vocabulary.
+        return (AxisType.Auto,) * len(self.axes)
 
     def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh over these devices (by default all, of every host)."""
         devices = jax.devices() if devices is None else devices
         sizes = self.resolved(len(devices))
         try:
-            return jax.make_mesh(sizes, AXES, axis_types=_TYPES, devices=devices)
+            return jax.make_mesh(sizes, self.axes, axis_types=self._types, devices=devices)
         except NotImplementedError:
             # JAX maps each mesh axis to whole axes of the TPU's torus. If that is not possible, as for a
             # size of 2 on a slice of 4x4, two mesh axes share one axis of the torus.
             placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-            return Mesh(placed, AXES, axis_types=_TYPES)
+            return Mesh(placed, self.axes, axis_types=self._types)
 
     def outline(self, devices: int) -> Any:
         """An abstract mesh over a number of devices that need not exist, for shapes and shardings."""
-        return AbstractMesh(self.resolved(devices), AXES, axis_types=_TYPES)
+        return AbstractMesh(self.resolved(devices), self.axes, axis_types=self._types)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -122,14 +142,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split_rows(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: its rows are split over `data` and `fsdp`."""
-    return NamedSharding(mesh, BATCH)
+    """The sharding of a batch: its rows are split over `data`, `fsdp` and `experts`."""
+    return NamedSharding(mesh, PartitionSpec(row_axes(mesh)))
+
+
+def row_axes(mesh: Any) -> tuple[str, ...]:
+    """The axes of a mesh that the rows of a batch are split over."""
+    return (*BATCH[0], EXPERTS) if EXPERTS in mesh.shape else BATCH[0]
+
+
+def row_parts(mesh: Any) -> int:
+    """The number of parts that the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in row_axes(mesh))
 
 
 def model_shardings(model: Any, mesh: Mesh) -> Any:
     """A tree like `model` with the `NamedSharding` of each array, from its axes alone.
 
-    `model` may hold arrays or shapes. A parameter is split over `tensor` along the first of its head,
+    `model` may hold arrays or shapes. The matrices of experts are split over `experts` along that axis,
+    if it divides evenly. A parameter is split over `tensor` along the first of its head,
     MLP or vocabulary axes that divides evenly, and over `fsdp` along the largest axis left, never along
     a stack of layers (a scan reads one layer at a time). Gates, buffers and parameters that cannot be
     split evenly are replicated; `unsplit` lists the last.
@@ -159,6 +190,10 @@ def spec_of(slot: Slot, mesh: Mesh) -> PartitionSpec:
         ]
 
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    if EXPERTS in mesh.shape:
+        for i in free(mesh.shape[EXPERTS]):
+            if axes[i][0].axis == EXPERTS and axes[i][0].role == "lookup":
+                mesh_axes[i] = EXPERTS
     if tensor > 1:
         ranked = [i for name in _TENSOR for i in free(tensor) if axes[i][0].axis == name]
         if ranked:
@@ -175,6 +210,7 @@ def gathered(model: Any, mesh: Mesh) -> Any:
     each gradient is scattered where it is computed. Without this, the compiler splits the activations
     along the parameters' dimensions, and sends activations between devices.
     """
+    model = _placed(model, mesh)
     if mesh.shape["fsdp"] == 1:
         return model
     reads = {s.steps: _read_of(s, mesh) for s in axes_of(model).of_kind("param") if s.arrays()}
@@ -199,6 +235,19 @@ def gathered(model: Any, mesh: Mesh) -> Any:
     return put(model, values)
 
 
+def _placed(model: Any, mesh: Mesh) -> Any:
+    """The model with the mesh told to its experts, which then send tokens and not weights."""
+    if mesh.size == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+        return model  # in a `shard_map` each device has tokens and weights of its own
+    is_mixture = lambda node: isinstance(node, Experts)  # noqa: E731
+    where = Placement(mesh, row_axes(mesh))
+
+    def told(node):
+        return put(node, {("placement",): where}) if is_mixture(node) else node
+
+    return jax.tree.map(told, model, is_leaf=is_mixture)
+
+
 class _Read(NamedTuple):
     """The partition of one parameter, and whether its gradient is summed whole before it is split."""
 
@@ -215,7 +264,9 @@ def _read_of(slot: Slot, mesh: Mesh) -> _Read:
     """
     spec = spec_of(slot, mesh)
     starts = np.cumsum([0, *slot.spec.groups])[:-1]
-    looked_up = {i for i, start in enumerate(starts) if slot.dims[start].role == "lookup"}
+    # The matrices of experts are no tables: their gradients are products
+    table = all(dim.role != "consumed" for dim in slot.dims)
+    looked_up = {i for i, d in enumerate(starts) if table and slot.dims[d].role == "lookup"}
     return _Read(spec, bool(looked_up) and not any(spec[i] == "fsdp" for i in looked_up))
 
 
@@ -243,8 +294,8 @@ def _gathered(x: jax.Array, mesh: Mesh, read: _Read) -> jax.Array:
 
 
 def unsplit(model: Any, mesh: Mesh) -> list[str]:
-    """The parameters of two or more dimensions that neither `fsdp` nor `tensor` can split."""
-    shared = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    """The parameters of two or more dimensions that no axis of the mesh but `data` can split."""
+    shared = mesh.size // mesh.shape["data"]
     slots = [s for s in axes_of(model).of_kind("param") if s.arrays() and shared > 1]
     return [s.path for s in slots if len(s.dims) > 1 and not any(spec_of(s, mesh))]
 

@@ -195,6 +195,13 @@ def _averaged(op: Operator, model: Any, trained: Any, halves: list[Any], key: An
     for atom in atoms(op):
         for move in atom.maps(axes_of(model)):
             table, after = axes_of(model), maps.apply(move, model, key)
+            if move.born:
+                # An average has the structure of the weights, so it moves as they do
+                for i, average in enumerate(values):
+                    moved = maps.apply(move, put(model, average), key)
+                    values[i] = {slot.steps: get(moved, slot.steps) for slot in _params(after)}
+                model = after
+                continue
             for slot in _params(model):
                 if slot.positions(move.axis):
                     fresh = get(after, slot.steps)

@@ -128,6 +128,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _architecture("Llama", heads=4, kv_heads=2, tied=True, qk_norm=True, bias=True),
     _architecture("T5"),
     _architecture("T5", glu=True, activation="gelu_tanh", tied=False),
+    _architecture("Llama", heads=2, kv_heads=1, experts=3, shared_experts=1),
 )
 """Small models with every option that matters for exactness, each in at least one of them."""
 
@@ -168,6 +169,19 @@ def operators_for(architecture: Architecture) -> tuple[Operator | Chain, ...]:
     ]
     if not post_norm:
         ops.append(growth.stack(**deep(4), order="insert", branch="zero"))
+    if "experts" in options:
+        ops += [
+            growth.experts(5),
+            growth.experts(4, init="normal"),
+            growth.experts(6, gated=False, per_token="scaled", noise=0.1),
+            growth.experts(5, gated=False, noise=0.1),
+        ]
+    elif architecture.family in ("GPT", "Llama"):
+        ops += [
+            growth.upcycle(experts=3),
+            growth.upcycle(experts=4, granularity=2),
+            growth.upcycle(experts=3, drop=0.5),
+        ]
     if not qk_norm:
         ops.append(growth.zeros(head_dim=6))
     if rms:

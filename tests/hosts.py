@@ -3,6 +3,7 @@
 python -m tests.hosts layouts FOLDER              8 devices in one process
 python -m tests.hosts own                         the same, with models that growjax did not write
 python -m tests.hosts heads                       the same, with losses that read a few tokens at a time
+python -m tests.hosts experts FOLDER              the same, with experts that are split over devices
 python -m tests.hosts parts FOLDER                two devices that split a model whose old layers rest
 python -m tests.hosts rank FOLDER RANK PORT WHAT  one of two processes, one device each
 python -m tests.hosts start FOLDER                one process that starts from what the two made
@@ -167,6 +168,48 @@ def heads() -> None:
     print(json.dumps(found))
 
 
+def mixtures(folder: Path) -> None:
+    """A dense model that becomes a mixture and gets more experts, and a mixture of the "ragged" body."""
+    devices, options = jax.devices(), Options(save_every=1, keep_last=9)
+
+    def grown(layout: Layout) -> Plan:
+        return plan(
+            steps(2, "dense"),
+            steps(4, "mixture", grow=gj.upcycle(experts=4, aux_loss_coef=0.1)),
+            steps(4, "more", grow=gj.experts(8), ramp=2),
+            layout=layout,
+            batch=8,
+        )
+
+    def by_step(of: Plan, **kwargs: Any) -> dict[int, float]:
+        records = train(of, feed(of), options=options, **kwargs)
+        return {r.step: r.loss for r in records if isinstance(r, Step)}
+
+    split, run = grown(Layout(fsdp=2, experts=2)), folder / "run"
+    found = {"one": by_step(grown(Layout()), devices=devices[:1])}
+    found["split"] = by_step(split, devices=devices, run=run)
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    ends = [read_lineage(checkpoints[-1])["checksums"]]
+    for path in checkpoints[-3:]:
+        shutil.rmtree(path)
+    found["resumed"] = by_step(split, devices=devices, run=run)
+    ends.append(read_lineage(sorted((run / "checkpoints").iterdir())[-1])["checksums"])
+
+    mixture = dataclasses.replace(SMALL, experts=4, shared_experts=1, bias=True, aux_loss_coef=0.1)
+    for body, layout, n in (("dense", Layout(), 1), ("ragged", Layout(tensor=2, experts=2), 8)):
+        model = dataclasses.replace(mixture, expert_body=body)
+        found[body] = by_step(
+            plan(steps(4), model=model, layout=layout, batch=8), devices=devices[:n]
+        )
+    shardings = parallel.model_shardings(split.spans[-1].model, split.layout.mesh(devices))
+    specs = {
+        slot.path: str(gj.axes.get(shardings, slot.steps).spec)
+        for slot in gj.axes_of(split.spans[-1].model).of_kind("param")
+        if slot.positions("experts")
+    }
+    print(json.dumps({"losses": found, "same end": ends[0] == ends[1], "specs": specs}))
+
+
 def regrown(checkpoint: Path) -> dict[str, dict[str, int]]:
     """The checksums of what a checkpoint of eight devices grows into, read and grown on fewer."""
     ways = {8: Layout(fsdp=2, tensor=2), 4: Layout(fsdp=4), 2: Layout(tensor=2), 1: Layout()}
@@ -267,6 +310,8 @@ if __name__ == "__main__":
         own_models()
     elif command == "heads":
         heads()
+    elif command == "experts":
+        mixtures(Path(where))
     elif command == "layouts":
         layouts(Path(where))
     elif command == "parts":

@@ -83,6 +83,22 @@ def test_parameters_are_split_where_they_can_be(layouts):
     assert any("fsdp" in spec for spec in layouts["specs"])
 
 
+def test_experts_are_split_grown_and_resumed_on_eight_devices(tmp_path):
+    """A dense model becomes a mixture and gets more experts; the same bits after a resume."""
+    process = start("experts", tmp_path, devices=8)
+    out, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    said = json.loads(out.splitlines()[-1])
+    one, split, resumed, dense, ragged = said["losses"].values()
+    assert list(split.values()) == pytest.approx(list(one.values()), abs=3e-5) and len(one) == 5
+    assert resumed == {step: split[step] for step in resumed} and len(resumed) == 3
+    assert said["same end"]
+    assert list(ragged.values()) == pytest.approx(list(dense.values()), abs=3e-5)
+    by_name = {path.rpartition(".")[2]: spec for path, spec in said["specs"].items()}
+    assert "'experts'" in by_name["up"] and "'experts'" in by_name["down"]
+    assert "'experts'" not in by_name["router"]
+
+
 @pytest.fixture(scope="module")
 def two_hosts(tmp_path_factory):
     folder, port = tmp_path_factory.mktemp("hosts") / "run", free_port()

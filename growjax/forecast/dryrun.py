@@ -16,7 +16,7 @@ from growjax.cost import parameters
 from growjax.errors import LayoutError, PlanError, raise_all
 from growjax.forecast.xla import xla_training_flops
 from growjax.optim import Parts
-from growjax.parallel import per_device_bytes, unsplit
+from growjax.parallel import per_device_bytes, row_axes, row_parts, unsplit
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span, Work, step_flops
 from growjax.programs.step import Programs
@@ -139,7 +139,7 @@ def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:
         print(dry_run(plan, devices=256).stages[-1].optimizer_bytes)
     """
     layout = plan.layout
-    devices = devices or max(layout.data, 1) * layout.fsdp * layout.tensor
+    devices = devices or max(layout.data, 1) * layout.fsdp * layout.tensor * layout.experts
     mesh, refusals = None, []
     try:
         mesh = layout.outline(devices)
@@ -236,7 +236,7 @@ def _state_bytes(plan: Plan, model: Any, mesh: Any) -> tuple[int, int]:
 
 def _split_faults(plan: Plan, mesh: Any) -> Iterator[str]:
     """Stages whose batch, in `accumulate` parts, cannot be split over the devices."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways, axes = row_parts(mesh), row_axes(mesh)
     for span in plan.spans:
         rows, parts = span.batch // plan.accumulate, plan.accumulate
         if rows % ways:
@@ -247,7 +247,7 @@ def _split_faults(plan: Plan, mesh: Any) -> Iterator[str]:
             choices = " or ".join(str(n) for n in (low, high) if n)
             yield (
                 f"stage {span.index} {span.stage.name!r}: batch: {rows} sequences at a time cannot be "
-                f"split over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} = {ways} devices"
+                f"split over {' x '.join(f'{a}={mesh.shape[a]}' for a in axes)} = {ways} devices"
                 f"{f' in {parts} parts' if parts > 1 else ''}; take {choices}"
             )
 

@@ -18,7 +18,7 @@ from growjax.data.objectives import batch_shapes
 from growjax.errors import GrowjaxError
 from growjax.forecast.dryrun import amount
 from growjax.models import Model
-from growjax.parallel import per_device_bytes
+from growjax.parallel import per_device_bytes, row_parts
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span
@@ -98,7 +98,6 @@ def usage(plan: Plan, index: int, part: Subnet | None, devices: int, *, training
     `part` is the sub-network that is trained. Without `training`, only the state is counted.
     """
     span = plan.spans[index]
-    data, fsdp, _ = plan.layout.resolved(devices)
     mesh = plan.layout.outline(devices)
     programs = Programs(plan.optimizer.build(), plan.loss, mesh, plan.layout)
     shapes = programs.shapes(span.model)
@@ -107,7 +106,7 @@ def usage(plan: Plan, index: int, part: Subnet | None, devices: int, *, training
     if not training:
         return Use(state, 0, 0)
     sums = per_device_bytes(shapes.trained, where.trained) if plan.accumulate > 1 else 0
-    rows = math.ceil(span.batch / plan.accumulate / (data * fsdp))  # on one device, at a time
+    rows = math.ceil(span.batch / plan.accumulate / row_parts(mesh))  # on one device, at a time
     return Use(state, sums, rows * residual_bytes(span, part, plan.loss))
 
 
@@ -150,10 +149,12 @@ def _options(plan: Plan, index: int, devices: int, *, training: bool) -> dict[st
     options: dict[str, Sequence[Any]] = {}
     if layout.step == "auto":
         doubled = _doubled(layout.fsdp, devices)
-        options["fsdp"] = [n for n in doubled if devices % (n * layout.tensor) == 0]
+        options["fsdp"] = [
+            n for n in doubled if devices % (n * layout.tensor * layout.experts) == 0
+        ]
     if not training:
         return options
-    ways = math.prod(layout.resolved(devices)[:2])
+    ways = row_parts(layout.outline(devices))
     parts = _doubled(plan.accumulate, span.batch)
     options["accumulate"] = [n for n in parts if span.batch % (n * ways) == 0]
     # The arguments of a model that growjax did not write are unknown

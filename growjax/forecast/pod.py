@@ -29,7 +29,7 @@ from growjax.errors import LayoutError, raise_all
 from growjax.forecast.dryrun import amount, work_label
 from growjax.forecast.memory import remedies
 from growjax.gates import ungated
-from growjax.parallel import Layout, per_device_bytes, replicated
+from growjax.parallel import Layout, per_device_bytes, replicated, row_parts
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Work
 from growjax.programs.ahead import Need, lower, needs
@@ -253,7 +253,7 @@ def compile_for(
     layout = plan.layout if layout is None else layout
     plan = dataclasses.replace(plan, layout=layout)
     mesh = layout.mesh(topology(target))
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = row_parts(mesh)
     raise_all(
         LayoutError,
         f"plan {plan.name!r} cannot be split over {target}:",

@@ -17,5 +17,7 @@ from growjax.growth.operator import chain as chain
 from growjax.growth.operator import grow as grow
 from growjax.growth.operator import resolve as resolve
 from growjax.growth.regrouping import regroup as regroup
+from growjax.growth.upcycling import experts as experts
+from growjax.growth.upcycling import upcycle as upcycle
 from growjax.growth.written import parse as parse
 from growjax.growth.zeroed import zeros as zeros

@@ -60,6 +60,13 @@ class Births(eqx.Module):
         last = len(atoms(op)) - 1
         for n, atom in enumerate(atoms(op)):
             for move in atom.maps(axes_of(model)):
+                if move.born:
+                    # New are the axis, and any other that is cut into other coordinates
+                    opened = eqx.filter_eval_shape(move.opened, model)
+                    for axis, size in {**axes_of(opened).sizes, move.axis: move.length}.items():
+                        if axis == move.axis or size != len(of[axis]):
+                            of[axis] = np.full(size, number, np.int32)
+                    continue
                 if move.over is not None:
                     parts = move.length // len(of[move.axis])
                     of[move.over] = dealt_births(of[move.over], parts)

@@ -189,7 +189,7 @@ def _moved(op, model, key):
     for atom in atoms(op):
         table = axes_of(model)
         for move in atom.maps(table):
-            untouched -= maps.touched(move, table)
+            untouched -= maps.touched(move, model)
         model = atom(model, key=key)
     return put(model, dict.fromkeys(untouched))
 

@@ -12,6 +12,7 @@ from growjax.growth.masked import msg
 from growjax.growth.matrices import dense
 from growjax.growth.operator import Chain, Operator, chain
 from growjax.growth.regrouping import regroup
+from growjax.growth.upcycling import experts, upcycle
 from growjax.growth.zeroed import zeros
 
 
@@ -19,11 +20,13 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "chain": chain,
     "copy": copy,
     "dense": dense,
+    "experts": experts,
     "fresh": fresh,
     "msg": msg,
     "regroup": regroup,
     "solar": solar,
     "stack": stack,
+    "upcycle": upcycle,
     "zeros": zeros,
 }
 

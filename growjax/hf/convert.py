@@ -196,6 +196,12 @@ def _written_as(model: Any, preferred: str | None) -> tuple[Family, Any, Any]:
     Several families may share a class: the one called `preferred`, which is that of the source, is tried
     first. Raises `HuggingFaceError` with the reasons of each if none can express the model.
     """
+    if "experts" in axes_of(model).sizes:
+        raise HuggingFaceError(
+            f"model: this {type(model).__name__} has {axes_of(model).size('experts')} experts, and "
+            "growjax writes dense models alone: no family here names tensors of experts. Save a "
+            "checkpoint of the run, or of the model (eqx.tree_serialise_leaves)"
+        )
     matching = [family for family in FAMILIES.values() if family.model is type(model)]
     if not matching:
         known = ", ".join(dict.fromkeys(family.model.__name__ for family in FAMILIES.values()))

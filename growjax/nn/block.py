@@ -1,6 +1,7 @@
 """The Transformer block: pre-LN or post-LN, with or without cross-attention."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -78,6 +79,10 @@ class Block(eqx.Module):
         else:
             y, auxiliary = self.mlp(h), None
         return self._add(x, y, self.mlp_norm, branch), auxiliary
+
+    def with_experts(self, **options: Any) -> "Block":
+        """The block with one expert in place of the dense feed-forward; see `Experts.of`."""
+        return axes.put(self, {("mlp",): Experts.of(self.mlp, **options)})
 
     def extend(
         self,

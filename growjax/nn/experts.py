@@ -14,7 +14,9 @@ Shazeer et al., "Outrageously Large Neural Networks", ICLR 2017; Fedus et al., "
 2022; Zoph et al., "ST-MoE", 2022 (router z-loss); Dai et al., "DeepSeekMoE", ACL 2024 (shared experts).
 """
 
+import dataclasses
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from growjax import axes
@@ -35,6 +38,22 @@ from growjax.nn.mlp import ACTIVATIONS, MLP
 ExpertBody = Literal["auto", "dense", "ragged"]
 # Deviation of a router's weights, as in Komatsuzaki et al., "Sparse Upcycling", ICLR 2023
 ROUTER = 0.02
+
+
+class Placement(NamedTuple):
+    """The mesh that a mixture runs on, and its axes that split the rows of a batch."""
+
+    mesh: Any
+    rows: tuple[str, ...]
+
+    def size(self, axis: str) -> int:
+        """The size of an axis; 1 if the mesh lacks it."""
+        return self.mesh.shape.get(axis, 1)
+
+    @property
+    def parts(self) -> int:
+        """The number of parts that rows are split into."""
+        return math.prod(map(self.size, self.rows))
 
 
 class Routes(NamedTuple):
@@ -66,6 +85,7 @@ class Experts(eqx.Module):
     - `router`, `up`, `glu`, `down` and biases: as in `MLP`, one of each for every expert.
     - `shared`: the shared experts as one `MLP` on an axis of its own, `shared_mlp`; None without any.
     - `body`: "auto" is "dense" on CPUs and "ragged" elsewhere.
+    - `placement`: the mesh of a run on several devices, set by `growjax.parallel.gathered`.
 
     Raises `AxisError` for more experts a token than there are experts.
 
@@ -90,6 +110,7 @@ class Experts(eqx.Module):
     aux_loss_coef: float = eqx.field(static=True, default=0.01)
     z_loss_coef: float = eqx.field(static=True, default=0.001)
     body: ExpertBody = eqx.field(static=True, default="auto")
+    placement: Placement | None = eqx.field(static=True, default=None)
 
     def __init__(
         self,
@@ -129,6 +150,51 @@ class Experts(eqx.Module):
         self.gate = self.expert_gate = None
         self.activation, self.per_token, self.norm_topk_prob = activation, per_token, norm_topk_prob
         self.aux_loss_coef, self.z_loss_coef, self.body = aux_loss_coef, z_loss_coef, body
+        self.placement = None
+
+    @classmethod
+    def of(cls, mlp: Any, *, granularity: int = 1, **options: Any) -> "Experts":
+        """One expert for every shard of the hidden units of an `MLP`, with a router of zeros.
+
+        With equal weights, which sum to 1, the experts compute what the `MLP` does: those that read the
+        hidden units are multiplied by the number of shards, `granularity`. The arrays may have leading
+        axes of a stack. `options` are the static fields; `per_token` may be more than the number of
+        shards, for experts that growth adds. Raises `AxisError` for units that cannot be split so.
+        """
+        if not isinstance(mlp, MLP):
+            raise AxisError(
+                f"mlp: expected a dense MLP to make experts of, got {type(mlp).__name__}"
+            )
+        shards, (*lead, embed, units) = granularity, mlp.up.shape
+        if units % shards:
+            raise AxisError(f"granularity: {units} hidden units cannot be split into {shards}")
+        if mlp.gate is not None and shards > 1:
+            raise AxisError(f"{mlp.axis} is still ramping; ramp it to 1 and settle it first")
+
+        def produced(x):
+            # [..., embed, units] to [..., shards, embed, units / shards]
+            split = x.reshape(*lead, embed, shards, units // shards)
+            return jnp.moveaxis(split, -2, -3)
+
+        bias, out_bias = mlp.up_bias, mlp.down_bias
+        if out_bias is not None:
+            out_bias = jnp.broadcast_to(out_bias[..., None, :], (*lead, shards, embed))
+        fields = dict(
+            router=jnp.zeros((*lead, embed, shards), mlp.up.dtype),
+            up=produced(mlp.up),
+            up_bias=None if bias is None else bias.reshape(*lead, shards, units // shards),
+            glu=None if mlp.glu is None else produced(mlp.glu),
+            down=shards * mlp.down.reshape(*lead, shards, units // shards, embed),
+            down_bias=out_bias,
+            shared=None,
+            gate=mlp.gate,
+            activation=mlp.activation,
+        )
+        made = object.__new__(cls)  # no __check_init__: `per_token` is that of the grown model
+        for field in dataclasses.fields(cls):
+            value = (fields | options).get(field.name, field.default)
+            object.__setattr__(made, field.name, value)
+        return made
 
     def __check_init__(self):
         count = self.router.shape[-1]
@@ -153,7 +219,8 @@ class Experts(eqx.Module):
         weights = _Weights(gate_up, self.down, self.glu, bias, self.down_bias)
         weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
         mix = routes.weights.astype(x.dtype)
-        y = expert_feed_forward(x, routes.chosen, mix, weights, self.activation, self.body)
+        how = self.activation, self.body, self.placement
+        y = expert_feed_forward(x, routes.chosen, mix, weights, *how)
         if self.shared is not None:
             y = y + self.shared(x)
         return y, routes.auxiliary
@@ -204,24 +271,17 @@ class _Weights(NamedTuple):
 
 
 # Under this name `growjax.cost` counts its FLOPs, whatever the body: those of the chosen experts
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def expert_feed_forward(x, chosen, mix, weights, activation, body):
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def expert_feed_forward(x, chosen, mix, weights, activation, body, placement):
     """The outputs of the chosen experts, added up with the weights `mix`: `[T, embed]`."""
-    if body == "dense":
-        return _dense(activation, x, chosen, mix, weights)
-    if body == "ragged":
-        return _ragged(activation, x, chosen, mix, weights)
-    return jax.lax.platform_dependent(
-        x,
-        chosen,
-        mix,
-        weights,
-        cpu=functools.partial(_dense, activation),
-        default=functools.partial(_ragged, activation),
-    )
+    dense = functools.partial(_dense, activation, placement)
+    ragged = functools.partial(_ragged, activation, placement)
+    if body != "auto":
+        return (dense if body == "dense" else ragged)(x, chosen, mix, weights)
+    return jax.lax.platform_dependent(x, chosen, mix, weights, cpu=dense, default=ragged)
 
 
-def _dense(activation, x, chosen, mix, weights):
+def _dense(activation, placement, x, chosen, mix, weights):
     """All experts on all tokens. Weights multiply the hidden units, so the sum is one product."""
     act, count = ACTIVATIONS[activation], weights.up.shape[0]
     # [T, experts]: the weight of every expert, 0 where it is not chosen
@@ -233,6 +293,10 @@ def _dense(activation, x, chosen, mix, weights):
         h = act(h)
     else:
         h = act(jnp.einsum("te,xem->xtm", x, weights.glu)) * h
+    if placement is not None and placement.size("experts") > 1:
+        # Each device computes its own experts, for the tokens of all that share the experts
+        own = PartitionSpec("experts", PartitionSpec.UNCONSTRAINED, PartitionSpec.UNCONSTRAINED)
+        h = jax.lax.with_sharding_constraint(h, NamedSharding(placement.mesh, own))
     y = jnp.einsum("xtm,xme->te", h * spread.T[..., None], weights.down)
     if weights.down_bias is not None:
         y = y + jnp.einsum("tx,xe->te", spread, weights.down_bias)
@@ -240,12 +304,15 @@ def _dense(activation, x, chosen, mix, weights):
 
 
 def _sorted(activation, x, chosen, mix, weights):
-    """Each expert on its own tokens: choices sorted by expert, grouped products, and back."""
+    """Each expert on its own tokens: choices sorted by expert, grouped products, and back.
+
+    Choices of experts beyond those of the weights come last, and add nothing.
+    """
     act, (tokens, k) = ACTIVATIONS[activation], chosen.shape
-    expert = chosen.reshape(-1)
+    expert, count = chosen.reshape(-1), weights.up.shape[0]
     order = jnp.argsort(expert, stable=True)
-    sizes = jnp.zeros(weights.up.shape[0], jnp.int32).at[expert].add(1)
-    own = expert[order]
+    sizes = jnp.zeros(count, jnp.int32).at[expert].add(1, mode="drop")
+    own = jnp.minimum(expert[order], count - 1)
     rows = jnp.repeat(x, k, axis=0)[order]
     h = jax.lax.ragged_dot(rows, weights.up, sizes)
     if weights.up_bias is not None:
@@ -268,12 +335,15 @@ def _sorted(activation, x, chosen, mix, weights):
 _experts_p = Primitive("experts")
 
 
-def _ragged(activation, x, chosen, mix, weights):
+def _ragged(activation, placement, x, chosen, mix, weights):
     leaves, structure = jax.tree.flatten(weights)
-    return _experts_p.bind(x, chosen, mix, *leaves, activation=activation, structure=structure)
+    return _experts_p.bind(
+        x, chosen, mix, *leaves, activation=activation, structure=structure, placement=placement
+    )
 
 
-def _impl(x, chosen, mix, *leaves, activation, structure):
+def _impl(x, chosen, mix, *leaves, activation, structure, placement):
+    del placement  # one sequence is on one device
     return _sorted(activation, x, chosen, mix, jax.tree.unflatten(structure, leaves))
 
 
@@ -289,8 +359,50 @@ def _batched(args, dims, **params):
         return jax.lax.map(lambda args: _experts_p.bind(*args, **params), each), 0
     rows = [leading(x, d) for x, d in zip(args[:3], dims[:3], strict=True)]
     rows = [x.reshape(-1, *x.shape[2:]) for x in rows]
-    out = _experts_p.bind(*rows, *args[3:], **params)
+    placement = params["placement"]
+    if placement is not None and size % placement.parts == 0:
+        weights = jax.tree.unflatten(params["structure"], args[3:])
+        out = _split(params["activation"], placement, *rows, weights)
+    else:
+        out = _experts_p.bind(*rows, *args[3:], **params)
     return out.reshape(size, -1, out.shape[-1]), 0
+
+
+def _split(activation, placement: Placement, x, chosen, mix, weights: _Weights):
+    """The tokens of all sequences, each device sorting its own, so that a sort never leaves a device.
+
+    Devices that share the experts exchange their tokens, run their own experts on all of them, and add up
+    the outputs; those that share the hidden units add up theirs.
+    """
+    share, tensor = placement.size("experts"), placement.size("tensor")
+    experts = "experts" if share > 1 and weights.up.shape[0] % share == 0 else None
+    units = "tensor" if tensor > 1 and weights.up.shape[-1] % tensor == 0 else None
+
+    def of_device(x, chosen, mix, weights):
+        if experts:
+            x, chosen, mix = (jax.lax.all_gather(a, experts, tiled=True) for a in (x, chosen, mix))
+            first = jax.lax.axis_index(experts) * weights.up.shape[0]
+            mine = (chosen >= first) & (chosen < first + weights.up.shape[0])
+            chosen = jnp.where(mine, chosen - first, weights.up.shape[0])
+            mix = jnp.where(mine, mix, 0)
+        if units and weights.down_bias is not None:
+            once = jax.lax.axis_index(units) == 0
+            weights = weights._replace(down_bias=jnp.where(once, weights.down_bias, 0))
+        y = _sorted(activation, x, chosen, mix, weights)
+        y = jax.lax.psum(y, units) if units else y
+        return jax.lax.psum_scatter(y, experts, tiled=True) if experts else y
+
+    rows = PartitionSpec(placement.rows)
+    specs = _Weights(
+        PartitionSpec(experts, None, units),
+        PartitionSpec(experts, units, None),
+        None if weights.glu is None else PartitionSpec(experts, None, units),
+        None if weights.up_bias is None else PartitionSpec(experts, units),
+        None if weights.down_bias is None else PartitionSpec(experts, None),
+    )
+    return jax.shard_map(
+        of_device, mesh=placement.mesh, in_specs=(rows, rows, rows, specs), out_specs=rows
+    )(x, chosen, mix, weights)
 
 
 def _differentiated(primals, tangents, **params):
@@ -305,7 +417,7 @@ def _differentiated(primals, tangents, **params):
     return jax.jvp(function, [primals[i] for i in moving], [tangents[i] for i in moving])
 
 
-_experts_p.def_impl(jax.jit(_impl, static_argnames=("activation", "structure")))
+_experts_p.def_impl(jax.jit(_impl, static_argnames=("activation", "structure", "placement")))
 _experts_p.def_abstract_eval(lambda x, *_, **__: x)
 batching.primitive_batchers[_experts_p] = _batched
 ad.primitive_jvps[_experts_p] = _differentiated

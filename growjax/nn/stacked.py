@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from growjax import axes
+from growjax.errors import AxisError
 from growjax.gates import Gate
 from growjax.nn.bodies import SAVED
 
@@ -62,8 +63,18 @@ class Stacked(eqx.Module, Generic[Block]):
         self.axis, self.remat, self.read = axis, remat, None
 
     def __call__(self, x: Float[Array, "T embed"], *args: Any, **kwargs: Any) -> Array:
-        """Run `block(x, *args, branch=..., **kwargs)` for each layer; the arguments are shared."""
-        return self.with_auxiliary(x, *args, **kwargs)[0]
+        """Run `block(x, *args, branch=..., **kwargs)` for each layer; the arguments are shared.
+
+        Raises `AxisError` for blocks with auxiliary losses, which would be lost.
+        """
+        x, auxiliary = self.with_auxiliary(x, *args, **kwargs)
+        if auxiliary is not None:
+            raise AxisError(
+                "this stack of blocks has auxiliary losses (of experts), and the model around it reads "
+                "only the output; let it call `with_auxiliary` and give the loss to its Readout, as GPT "
+                "and Llama do, or set aux_loss_coef and z_loss_coef to 0"
+            )
+        return x
 
     def with_auxiliary(
         self, x: Float[Array, "T embed"], *args: Any, **kwargs: Any

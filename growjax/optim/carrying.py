@@ -180,30 +180,37 @@ def _params(table: Axes) -> dict[tuple, Slot]:
 class _Hop(NamedTuple):
     """One map of an operator, and the model before and after it.
 
-    `keep`: whether copied coordinates inherit the state of their source.
+    `keep`: whether copied coordinates inherit the state of their source; `arrays` are those of the state
+    after it.
     """
 
     move: AxisMap
     before: Any
     after: Any
     keep: bool
+    arrays: tuple[_ProbedArray, ...]
 
 
 @eqx.filter_jit
 def _jitted(op, leaves: list, model, key, optimizer, arrays: tuple[_ProbedArray, ...], copies: str):
-    hops = []
+    hops, first, restarts = list[_Hop](), arrays, False
     for atom in atoms(op):
         for move in atom.maps(axes_of(model)):
             after = _grown(move, model, key)
             # Copies behind a gate at 0 have received no gradient yet, so they have no history to inherit
-            hops.append(_Hop(move, model, after, copies == "dual" and not move.gated))
+            keep = copies == "dual" and not move.gated
+            if move.born:  # the model has other parameters now, and the state other arrays
+                shapes = eqx.filter_eval_shape(lambda m: m, after)
+                initial = _initial(optimizer, partition(shapes)[0])
+                arrays, restarts = _probed_arrays(optimizer, initial, shapes), True
+            hops.append(_Hop(move, model, after, keep, arrays))
             model = after
     params = partition(eqx.filter_eval_shape(lambda m: m, model))[0]
     own = _initial(optimizer, params)
     names = [cell.name for cell, _ in arrays]
-    faults = _misshapen(arrays, leaves, _named(own, params))
+    faults = [] if restarts else _misshapen(arrays, leaves, _named(own, params))
     for hop in hops:
-        for cell, traits in arrays:
+        for cell, traits in () if hop.move.born else hop.arrays:
             reason = _fault(cell, traits, hop)
             if reason:
                 faults.append((cell.name, reason))
@@ -213,8 +220,13 @@ def _jitted(op, leaves: list, model, key, optimizer, arrays: tuple[_ProbedArray,
         "optimizer.init(gj.partition(grown)[0]), or see the reason for each array:",
         _by_reason(faults),
     )
+    before = first
     for hop in hops:
-        leaves = _carried(leaves, arrays, hop, optimizer)
+        if hop.move.born:
+            leaves = _restarted(leaves, before, hop, optimizer)
+        else:
+            leaves = _carried(leaves, hop.arrays, hop, optimizer)
+        before = hop.arrays
     leaves = _counted(leaves, arrays)
     expected = {name: np.zeros(np.shape(x)) for name, x in _named(own, params).items()}
     assert not _differences(expected, dict(zip(names, leaves, strict=True)))
@@ -370,6 +382,29 @@ def _carried(leaves: list, arrays: tuple[_ProbedArray, ...], hop: _Hop, optimize
             )
         carried.append(leaf)
     return carried
+
+
+def _restarted(leaves: list, before: tuple[_ProbedArray, ...], hop: _Hop, optimizer: Any) -> list:
+    """The arrays of a state after a map that makes its axis: those of new parameters start anew."""
+    params = partition(eqx.filter_eval_shape(lambda m: m, hop.after))[0]
+    own, table = _named(_initial(optimizer, params), params), axes_of(hop.after)
+    made = {slot.steps for slot in _params(table).values() if slot.positions(hop.move.axis)}
+    old = {cell.name: leaf for leaf, (cell, _) in zip(leaves, before, strict=True)}
+    growths = {cell.node: old[cell.name] for cell, _ in before if cell.counts == "growths"}
+    started, fresh = None, []
+    for i, (cell, traits) in enumerate(hop.arrays):
+        shape, dtype = own[cell.name].shape, own[cell.name].dtype
+        if cell.name in old and cell.steps not in made and np.shape(old[cell.name]) == shape:
+            fresh.append(old[cell.name])
+        elif cell.axis is not None:
+            number = growths[cell.node] + 1 if cell.counts == "birth" else 0
+            fresh.append(jnp.full(shape, number, dtype))
+        elif traits.initial is not None:
+            fresh.append(jnp.full(shape, traits.initial, dtype))
+        else:
+            started = _started(optimizer, hop.after) if started is None else started
+            fresh.append(started[i])
+    return fresh
 
 
 def _has_young(move: AxisMap, slot: Slot, law: Law, copies: bool) -> bool:
