@@ -184,11 +184,11 @@ TABLE = """
 - return m * y + (1 - m) * x
 + return (1 - m) * y + m * x
 @ skipped layers run and are masked | nn/stacked.py | subnet | is_not_run
-- jax.lax.cond(on, mixed, lambda x: x, x)
-+ jax.numpy.where(on, mixed(x), x)
+- jax.lax.cond(on, mixed, skipped, x)
++ jax.tree.map(lambda a, b: jnp.where(on, a, b), mixed(x), skipped(x))
 @ the active flag inverted | nn/stacked.py | subnet | is_not_run
-- jax.lax.cond(on, mixed, lambda x: x, x)
-+ jax.lax.cond(on, lambda x: x, mixed, x)
+- jax.lax.cond(on, mixed, skipped, x)
++ jax.lax.cond(on, skipped, mixed, x)
 @ nothing is computed again | nn/stacked.py | models | remat_keeps and gpt
 - if self.remat != "everything":
 + if self.remat == "everything":

@@ -109,4 +109,42 @@ TABLE = """
 @ draws of a certificate count up | draws.py | draws | look_random or independent
 - bits = _mixed(counter * jnp.uint32(_GOLDEN) + key[0]) ^ key[1]
 + bits = (counter * jnp.uint32(_GOLDEN) + key[0]) ^ key[1]
+@ weights of experts over all logits | nn/experts.py | experts | loop_over_tokens
+- weights = jax.nn.softmax(top, axis=-1)
++ weights = jnp.take_along_axis(probabilities, chosen, axis=-1)
+@ the sorted choices are not put back | nn/experts.py | experts | loop_over_tokens
+- return jnp.einsum("tke,tk->te", y[back]
++ return jnp.einsum("tke,tk->te", y
+@ a router in the dtype of the activations | nn/experts.py | experts | float32_under
+- wide = jnp.promote_types(x.dtype, jnp.float32)
++ wide = x.dtype
+@ the balance loss counts closed experts | nn/experts.py | experts | closed_gate
+- if self.expert_gate is not None:
+-             count =
++ if self.expert_gate is None:
++             count =
+@ auxiliary losses of layers that do not run | nn/stacked.py | experts | do_not_run
+- auxiliary = auxiliary * jax.lax.stop_gradient(gate.value)
++ auxiliary = auxiliary * jnp.ones_like(gate.value)
+@ auxiliary losses count every row alike | plan/losses.py | experts | evaluation_does_not
+- total = total + jnp.sum(of_row * jnp.sum(weights, axis=-1))
++ total = total + jnp.sum(of_row * jnp.mean(weights))
+@ FLOPs of all experts | cost.py | experts | flops_are
+- return 2 * math.prod(chosen) *
++ return 2 * math.prod(chosen[:-1]) * rest[1][-3] *
+@ shards of experts without their factor | nn/experts.py | upcycling | keep_the_function
+- down=shards * mlp.down
++ down=mlp.down
+@ copies of experts keep whole moments | growth/upcycling.py | upcycling | backward_pass
+- return np.where(self.source < 0, 1.0, 1 / np.maximum(counts, 1)[self.source])
++ return None
+@ dropped units differ by matrix | growth/upcycling.py | upcycling | drop_upcycling
+- owner = path if self.per_matrix else path.rpartition(".")[0]
++ owner = path
+@ noise of copies does not cancel | growth/upcycling.py | upcycling | sums_to_zero
+- draws = (draws - jnp.mean(draws, 0))
++ draws = draws
+@ born experts are as old as the model | growth/births.py | upcycling | shards_of_units or trained_alone
+- of[axis] = np.full(size, number, np.int32)
++ of[axis] = np.full(size, 0, np.int32)
 """

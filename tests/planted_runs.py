@@ -9,8 +9,8 @@ TABLE = """
 - return params["length"] * sum(costs)
 + return sum(costs)
 @ each part of a batch has a mean of its own | programs/step.py | train | add_up
-- return jnp.sum(losses * weights) / total_weight
-+ return jnp.sum(losses * weights) / jnp.sum(weights)
+- return objective(losses, total_weight)
++ return objective(losses, jnp.sum(losses[1]))
 @ the optimizer starts again at a growth | programs/step.py | train | carried_through
 - trained, rest = partition(grown)
 + optimizer = jax.tree.map(jnp.zeros_like, optimizer)

@@ -247,6 +247,23 @@ def test_every_model_and_layout_compiles(model, layout):
         assert program.flops and not any(sent.values()), (program.name, sent)
 
 
+def test_a_mixture_of_experts_compiles_and_sorts_on_its_own_chips():
+    """Grown from a dense model; two chips that share its experts exchange tokens and not weights."""
+    model = LlamaConfig(**SIZES, kv_heads=2, dtype="bfloat16")
+    of = plan(
+        Stage("dense", tokens=1),
+        Stage("mixture", tokens=2, grow=gj.upcycle(experts=8)),
+        model=model,
+        objective=Causal(64, packing="concat"),
+        layout=Layout(fsdp=2, experts=2),
+    )
+    found = compile_for(of, "v5e:4x4")
+    assert found.refusals == ()
+    step = by_name(found)[1, "step"]
+    # What the sort of a device needs is on it; the exchange is a gather and a scatter of tokens
+    assert step.flops and step.collectives["all-to-all"] == 0, step.collectives
+
+
 @pytest.mark.parametrize(
     "layout",
     [Layout(), Layout(fsdp=2, tensor=2), *([Layout(fsdp=4), Layout(tensor=2)] if DEEP else [])],
