@@ -13,6 +13,7 @@ import growjax as gj
 from growjax import cost, testing
 from growjax.axes import put
 from growjax.errors import AxisError
+from growjax.forecast.dryrun import dry_run
 from growjax.gates import Gate
 from growjax.models import GPTConfig, LlamaConfig
 from growjax.nn import Experts
@@ -92,7 +93,7 @@ def test_experts_compute_what_a_loop_over_tokens_does(name):
     with jax.enable_x64(True):
         results = [
             outputs_and_gradients(put(layer, {("body",): body}), jnp.asarray(x))
-            for body in ("dense", "ragged", "auto")
+            for body in ("dense", "ragged", "gathered", "auto")
         ]
     for y, gradient in results:
         np.testing.assert_allclose(y, expected, rtol=0, atol=1e-12)
@@ -229,11 +230,11 @@ def test_flops_are_those_of_the_chosen_experts_and_the_router(name):
         return eqx.filter_eval_shape(make(**SIZES, **more, **options).build, jax.random.key(0))
 
     counts = []
-    for body in ("dense", "ragged", "auto"):
+    for body in ("dense", "ragged", "gathered", "auto"):
         options: Any = dict(experts=8, experts_per_token=2, shared_experts=1, expert_body=body)
         counts.append(cost.flops(model(mlp=12, **options), tokens))
     router = 2 * 8 * 16 * 8 * 2  # two FLOPs x tokens x embed x experts x layers
-    assert counts == [cost.flops(model(mlp=3 * 12), tokens) + router] * 3
+    assert counts == [cost.flops(model(mlp=3 * 12), tokens) + router] * 4
     # Batched or not, and with more products in a GLU
     rows = jax.ShapeDtypeStruct((3, 8), jnp.int32)
     batched = cost.flops(lambda m, rows: jax.vmap(m)(rows), model(mlp=12, **options), rows)
@@ -299,6 +300,16 @@ def test_a_mixture_trains_alike_in_parts_and_by_replica(programs):
     assert one[-1] < one[0]
     assert trained(accumulate=2) == pytest.approx(one, abs=1e-5)
     assert trained(layout=Layout(step="shard_map")) == pytest.approx(one, abs=1e-5)
+
+
+def test_a_plan_of_experts_costs_what_xla_counts():
+    of = plan(
+        steps(1, "dense"), steps(2, "mixture", grow=gj.upcycle(experts=4)), layout=Layout(experts=2)
+    )
+    found = dry_run(of, devices=2)
+    assert found.refusals == () and found.mesh == dict(data=1, fsdp=1, tensor=1, experts=2)
+    for stage in found.stages:
+        assert stage.xla_ratio == pytest.approx(1, abs=0.02)
 
 
 def test_layers_that_do_not_run_have_no_auxiliary_loss():

@@ -18,6 +18,7 @@ from growjax.errors import AxisError, GrowthError, HuggingFaceError, StateError
 from growjax.growth import parse
 from growjax.models import BERTConfig
 from growjax.optim import adamw, parts
+from growjax.optim.muon import hidden_matrices, scale_by_muon
 from growjax.values import from_dict, to_dict
 from tests.runs import SMALL
 
@@ -220,6 +221,20 @@ def test_upcycled_experts_start_anew_and_everything_else_goes_on():
     ages = {axis: set(np.asarray(age)) for axis, age in adam(after).ages.of.items()}
     assert ages.pop("experts") == ages.pop("mlp") == {0}
     assert set(map(tuple, ages.values())) == {(1,)}
+
+
+def test_muon_takes_the_matrices_of_each_expert_by_themselves():
+    params = gj.partition(MIXED.model())[0]
+    mask = hidden_matrices(params).blocks.block.mlp
+    assert mask.up and mask.glu and mask.down and mask.shared.up and not mask.router
+    tx = scale_by_muon()
+    with jax.enable_x64(True):
+        update = jax.jit(lambda g: tx.update(g, tx.init(params), params)[0])
+        both = mlp_of(update(params))
+        alone = mlp_of(
+            update(jax.tree.map(lambda x: x.at[:, 1:].set(0) if x.ndim > 3 else x, params))
+        )
+    np.testing.assert_allclose(both.up[:, 0], alone.up[:, 0], rtol=1e-9)
 
 
 def test_gated_copies_have_no_history():

@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from growjax.axes import partition, put
 from growjax.data.objectives import Objective, batch_shapes
-from growjax.nn import Attention
+from growjax.nn import Attention, Experts
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.subnet import Subnet
 
@@ -38,8 +38,7 @@ def xla_training_flops(
     example = {k: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for k, x in rows.items()}
 
     def total(trained, arrays, example):
-        # Attention over tiles is a loop of unknown length, which XLA does not count
-        model = _with_all_scores(eqx.combine(trained, arrays, static))
+        model = _countable(eqx.combine(trained, arrays, static))
         model = model if part is None else part(model, key=jax.random.key(0), step=0)
         losses, weights, *_ = loss(model, example)
         return jnp.sum(losses * weights)
@@ -52,13 +51,19 @@ def xla_training_flops(
     return _count(step, shapes, products=True) - _count(step, shapes, products=False)
 
 
-def _with_all_scores(model: Any) -> Any:
-    """The model with every attention computed as one einsum, which makes the whole matrix of scores."""
+def _countable(model: Any) -> Any:
+    """The model with bodies whose products XLA counts as they are charged.
+
+    Attention over tiles is a loop of unknown length; as one einsum it makes the whole matrix of scores.
+    Experts are charged for the tokens that choose them; with gathered weights no others are computed.
+    """
+    bodies = {Attention: "einsum", Experts: "gathered"}
 
     def change(part):
-        return put(part, {("body",): "einsum"}) if isinstance(part, Attention) else part
+        body = bodies.get(type(part))
+        return part if body is None else put(part, {("body",): body})
 
-    return jax.tree.map(change, model, is_leaf=lambda part: isinstance(part, Attention))
+    return jax.tree.map(change, model, is_leaf=lambda part: type(part) in bodies)
 
 
 def _flat(program: ClosedJaxpr) -> Callable[..., Any]:

@@ -75,7 +75,9 @@ def _matrices(params: Any) -> list[tuple[Slot, tuple[int, ...], tuple[int, ...]]
 
 def _sides(slot: Slot, table: Axes) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """The array dimensions of a leaf's rows and of its columns; None if it is no hidden matrix."""
-    data = [dim for dim in slot.dims if dim.role != "stack"]
+    # Each expert of a mixture has a matrix of its own, as each layer has
+    apart = {"stack", "lookup"} if any(d.role == "consumed" for d in slot.dims) else {"stack"}
+    data = [dim for dim in slot.dims if dim.role not in apart]
     named = [dim for dim in data if not dim.literal]
     if not all({"consumed", "produced"} <= table.roles(dim.axis) for dim in named):
         return None
