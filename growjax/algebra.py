@@ -358,6 +358,7 @@ def factors(move: AxisMap, table: Axes, slot: Slot) -> Iterator[tuple[int | None
         role = slot.dims[dim].role
         if role == "stack" and move.produced is None:
             takes = any(d.axis == move.via and d.role == "produced" for d in slot.dims)
+            takes = takes if slot.closes is None else slot.closes
             if move.share is not None:
                 yield dim, "weight" if takes else "gradient", move.share
         else:

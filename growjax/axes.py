@@ -43,10 +43,15 @@ class Declaration:
     init: Literal["normal", "zeros", "ones"] | None = None
     fan_in: str | None = None
     born: str | None = None
+    origin: str | None = None
+    closes: str | None = None
 
 
-def _field(kind: Kind, spec: str, init=None, fan_in=None, born=None, **kwargs) -> Any:
-    return eqx.field(metadata={_METADATA: Declaration(kind, spec, init, fan_in, born)}, **kwargs)
+def _field(
+    kind: Kind, spec: str, init=None, fan_in=None, born=None, origin=None, closes=None, **kwargs
+) -> Any:
+    declared = Declaration(kind, spec, init, fan_in, born, origin, closes)
+    return eqx.field(metadata={_METADATA: declared}, **kwargs)
 
 
 def param(
@@ -54,14 +59,19 @@ def param(
     *,
     init: Literal["normal", "zeros", "ones"] | None = None,
     fan_in: str | None = None,
+    origin: str | None = None,
+    closes: str | None = None,
 ) -> Any:
     """Declare a trained array. `init` is how fresh coordinates are drawn under `init="normal"`.
 
     The default is `ones` for a normalised axis (`~embed`), `zeros` for another vector and `normal`
     for a matrix. `fan_in` names the axes whose sizes make the fan-in, after which new layers are drawn
-    (`gj.fresh`), if they are not those that the array consumes.
+    (`gj.fresh`), if they are not those that the array consumes. The last two name attributes of the
+    module: `origin` a number from which multipliers count (-1 where the module computes with `1 + w`),
+    and `closes` whether the array ends its residual branch, so that it takes the share of a copied layer
+    (None: the arrays that produce the stream do).
     """
-    return _field("param", spec, init, fan_in)
+    return _field("param", spec, init, fan_in, origin=origin, closes=closes)
 
 
 def norm(axis: str) -> Any:
@@ -76,13 +86,13 @@ def norm(axis: str) -> Any:
     return _field("param", f"~{axis}", default=None)
 
 
-def buffer(spec: str = "", *, born: str | None = None) -> Any:
+def buffer(spec: str = "", *, born: str | None = None, **kwargs: Any) -> Any:
     """Declare an array that is carried and grown but not trained (RoPE frequencies, epsilon).
 
     New coordinates repeat the old ones. `born` names an attribute of the module, the number that they
     start from if the model has no old ones (no layers, say).
     """
-    return _field("buffer", spec, born=born)
+    return _field("buffer", spec, born=born, **kwargs)
 
 
 def gate(spec: str) -> Any:
@@ -131,6 +141,8 @@ class Slot:
     value: Any
     fan_in: tuple[str, ...] | None = None
     born: float | None = None
+    origin: float = 0.0
+    closes: bool | None = None
 
     @property
     def dims(self) -> tuple[Dim, ...]:
@@ -304,7 +316,11 @@ def slot_of(steps, declaration: Declaration, value, *, prefix: str = "", owner=N
     fan_in = None if declaration.fan_in is None else tuple(_fill(declaration.fan_in, owner).split())
     init = declaration.init or _default_init(spec)
     born = None if declaration.born is None else getattr(owner, declaration.born)
-    return Slot(path, steps, declaration.kind, spec, init, value, fan_in, born)
+    origin = 0.0 if declaration.origin is None else getattr(owner, declaration.origin)
+    closes = None if declaration.closes is None else getattr(owner, declaration.closes)
+    if init == "ones" and origin == -1:
+        init = "zeros"  # the module adds the one itself
+    return Slot(path, steps, declaration.kind, spec, init, value, fan_in, born, origin, closes)
 
 
 def _fill(text: str, owner) -> str:

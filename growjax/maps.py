@@ -186,7 +186,8 @@ def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh:
             step = functools.partial(
                 jnp.multiply, scale if dim is None else _along(scale, x.ndim, dim)
             )
-        x = law.origin + step(x - law.origin) if law.origin else step(x)
+        origin = slot.origin if law == WEIGHT else law.origin
+        x = origin + step(x - origin) if origin else step(x)
     return slot.join(x)
 
 

@@ -1,8 +1,11 @@
-"""GPT, Llama, BERT and T5, each in a file that reads from top to bottom."""
+"""GPT, Llama, BERT, T5 and a decoder of choices, each in a file that reads from top to bottom."""
 
 from growjax.models.bert import BERT as BERT
 from growjax.models.bert import BERTConfig as BERTConfig
 from growjax.models.bert import BERTOutput as BERTOutput
+from growjax.models.decoder import Decoder as Decoder
+from growjax.models.decoder import DecoderConfig as DecoderConfig
+from growjax.models.decoder import Sight as Sight
 from growjax.models.gpt import GPT as GPT
 from growjax.models.gpt import GPTConfig as GPTConfig
 from growjax.models.llama import Llama as Llama

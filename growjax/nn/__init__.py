@@ -5,11 +5,9 @@ from growjax.nn.assembly import check_sequence as check_sequence
 from growjax.nn.assembly import empty_cache as empty_cache
 from growjax.nn.assembly import logits as logits
 from growjax.nn.assembly import make_block as make_block
+from growjax.nn.attention import NO_WINDOW as NO_WINDOW
 from growjax.nn.attention import Attention as Attention
 from growjax.nn.attention import Cache as Cache
-from growjax.nn.attention import Rotary as Rotary
-from growjax.nn.attention import RotaryScaling as RotaryScaling
-from growjax.nn.attention import rotate as rotate
 from growjax.nn.block import Block as Block
 from growjax.nn.bodies import Bias as Bias
 from growjax.nn.bodies import Body as Body
@@ -27,4 +25,11 @@ from growjax.nn.mask import Mask as Mask
 from growjax.nn.mlp import ACTIVATIONS as ACTIVATIONS
 from growjax.nn.mlp import MLP as MLP
 from growjax.nn.norm import Norm as Norm
+from growjax.nn.norm import WidthNorm as WidthNorm
+from growjax.nn.rotary import LongRotary as LongRotary
+from growjax.nn.rotary import Rotary as Rotary
+from growjax.nn.rotary import RotaryScaling as RotaryScaling
+from growjax.nn.rotary import Scaling as Scaling
+from growjax.nn.rotary import YarnScaling as YarnScaling
+from growjax.nn.rotary import rotate as rotate
 from growjax.nn.stacked import Stacked as Stacked

@@ -15,7 +15,7 @@ from growjax.nn.bodies import Body
 from growjax.nn.experts import ExpertBody, Experts
 from growjax.nn.mask import Mask
 from growjax.nn.mlp import MLP
-from growjax.nn.norm import Norm
+from growjax.nn.norm import Norm, Side
 from growjax.nn.stacked import Stacked
 
 
@@ -28,13 +28,19 @@ def make_block(
     kv_heads: int | None = None,
     norm: Literal["layer", "rms"] = "layer",
     post_norm: bool = False,
+    placement: Literal["before", "after", "both"] = "before",
+    plus_one: bool = False,
+    parallel: bool = False,
     bias: bool = True,
+    o_bias: bool | None = None,
     mlp_bias: bool | None = None,
-    qk_norm: bool = False,
+    norm_bias: bool | None = None,
+    qk_norm: bool | Literal["head", "width"] = False,
     glu: bool = False,
     activation: str = "gelu",
     eps: float = 1e-5,
     scale: float | None = None,
+    cap: float | None = None,
     cross: bool = False,
     attention: Body = "auto",
     experts: int = 0,
@@ -46,7 +52,10 @@ def make_block(
     expert_body: ExpertBody = "auto",
     key: PRNGKeyArray,
 ) -> Block:
-    """A `Block` from sizes and choices; `bias` is also that of the MLP unless `mlp_bias` is given.
+    """A `Block` from sizes and choices.
+
+    `bias` is that of all its parts, unless another is given for what attention and MLP put out
+    (`o_bias`, `mlp_bias`) or for norms. `placement` is where the norms of its branches stand.
 
     With `experts`, the feed-forward is a `growjax.nn.Experts`, whose experts have `mlp` units each.
 
@@ -55,6 +64,8 @@ def make_block(
         blocks = Stacked(lambda key: make_block(256, 4, 64, 1024, key=key), 6, key=key)
     """
     k_attention, k_cross, k_mlp = jax.random.split(key, 3)
+    norm_bias = bias if norm_bias is None else norm_bias
+    inner = placement != "before"
 
     def make_attention(key):
         made = Attention(
@@ -63,9 +74,13 @@ def make_block(
             kv_heads or heads,
             head_dim,
             bias=bias,
+            o_bias=o_bias,
             qk_norm=qk_norm,
+            plus_one=plus_one,
             eps=eps,
             scale=scale,
+            cap=cap,
+            inner=inner,
             body=attention,
             key=key,
         )
@@ -77,7 +92,7 @@ def make_block(
             activation=activation, glu=glu, bias=bias if mlp_bias is None else mlp_bias, key=key
         )
         if not experts:
-            return MLP(embed, mlp, **options)
+            return MLP(embed, mlp, inner=inner, **options)
         return Experts(
             embed,
             mlp,
@@ -91,19 +106,24 @@ def make_block(
             **options,
         )
 
-    def make_norm():
+    def make_norm(side: Side):
+        return Norm(embed, norm, bias=norm_bias, eps=eps, side=side, plus_one=plus_one)
+
+    def before():
         # Post-LN, a norm's output is the residual stream itself.
-        side = "produced" if post_norm else "elementwise"
-        return Norm(embed, norm, bias=bias, eps=eps, side=side)
+        return make_norm("produced" if post_norm else "elementwise")
 
     return Block(
         attention=make_attention(k_attention),
-        attention_norm=make_norm(),
+        attention_norm=None if placement == "after" else before(),
+        attention_after=make_norm("closing") if inner else None,
         cross=make_attention(k_cross) if cross else None,
-        cross_norm=make_norm() if cross else None,
+        cross_norm=before() if cross else None,
         mlp=make_feed_forward(k_mlp),
-        mlp_norm=make_norm(),
+        mlp_norm=None if placement == "after" else before(),
+        mlp_after=make_norm("closing") if inner else None,
         post_norm=post_norm,
+        parallel=parallel,
     )
 
 

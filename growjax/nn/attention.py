@@ -1,4 +1,4 @@
-"""Attention with grouped queries, and rotary positions.
+"""Attention with grouped queries.
 
 Heads are factored so that grouped queries come out right by construction: queries are
 `[kv_heads, group, head_dim]`, keys and values `[kv_heads, head_dim]`. Scores contract a key's
@@ -9,9 +9,8 @@ before it.
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator
-from typing import Annotated, NamedTuple
+from collections.abc import Sequence
+from typing import ClassVar, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -25,83 +24,12 @@ from growjax.gates import Gate, gated
 from growjax.nn.bodies import Bias, Body, attend
 from growjax.nn.linear import affine, normal
 from growjax.nn.mask import ALL, Mask
-from growjax.nn.norm import Norm
-from growjax.values import Size, check, positive, register
+from growjax.nn.norm import Norm, WidthNorm
+from growjax.nn.rotary import rotate
 
 
-@register
-@dataclasses.dataclass(frozen=True)
-class RotaryScaling:
-    """How frequencies are lowered for contexts that are longer than in training.
-
-    All are divided by `factor` (Chen et al., "Position Interpolation", 2023); or, if `length` is the
-    trained context, only those that turn less than `low` times in it, and none that turns
-    more than `high` times (Llama 3).
-
-    **Example**
-
-        RotaryScaling(8.0, low=1.0, high=4.0, length=8192)        # Llama 3.1
-    """
-
-    factor: Annotated[float, positive()]
-    low: Annotated[float, positive()] = 1.0
-    high: Annotated[float, positive()] = 4.0
-    length: Size | None = None
-
-    def __post_init__(self):
-        check(self, AxisError, "these frequencies cannot be scaled:", self._faults)
-
-    def _faults(self) -> Iterator[str]:
-        if not self.low < self.high:
-            yield f"low, high: expected a low below the high, got {self.low} and {self.high}"
-
-    def __call__(self, freqs: Float[Array, " n"]) -> Float[Array, " n"]:
-        """The frequencies that the model is run with."""
-        if self.length is None:
-            return freqs / self.factor
-        turns = self.length * freqs / (2 * math.pi)
-        weight = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
-        return freqs * (weight + (1 - weight) / self.factor)
-
-
-class Rotary(eqx.Module):
-    """Rotary position embeddings on neighbouring pairs of coordinates.
-
-    The frequencies are data, one per coordinate: a head that grows keeps those it has, and new pairs,
-    appended at the end, repeat them. (Halves instead of pairs would have to grow in two places.)
-    `theta` and `scaling` record their origin. Su et al., "RoFormer", 2021.
-    """
-
-    freqs: Float[Array, " head_dim"] = buffer("head_dim")
-    theta: float = eqx.field(static=True, default=10000.0)
-    scaling: RotaryScaling | None = eqx.field(static=True, default=None)
-
-    def __init__(self, head_dim: int, theta: float = 10000.0, scaling: RotaryScaling | None = None):
-        pairs = jnp.arange(0, head_dim, 2) / head_dim
-        freqs = theta**-pairs
-        self.freqs = jnp.repeat(freqs if scaling is None else scaling(freqs), 2)
-        self.theta, self.scaling = theta, scaling
-
-    def __check_init__(self):
-        if self.freqs.shape[-1] % 2:
-            raise AxisError(
-                f"head_dim: rotary positions turn pairs, so it must be even, got {self.freqs.shape[-1]}"
-            )
-
-    def __call__(self, positions: Int[Array, " T"]) -> tuple[Array, Array]:
-        """Cosines and sines `[T, head_dim]`, in float32 at least."""
-        angles = positions[:, None] * jax.lax.stop_gradient(self.freqs)
-        return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "T ... head_dim"], turn: tuple[Array, Array] | None) -> Array:
-    """Turn every pair of coordinates of `x` by its angle at each position."""
-    if turn is None:
-        return x
-    cos, sin = (t.reshape(t.shape[0], *[1] * (x.ndim - 2), -1).astype(x.dtype) for t in turn)
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    quarter = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
-    return x * cos + quarter * sin
+# A window that no sequence reaches
+NO_WINDOW = 2**30
 
 
 class Cache(NamedTuple):
@@ -121,11 +49,15 @@ class Attention(eqx.Module):
     scale with the square and its values with the first power. A new query in an old group has no
     value of its own; its gate multiplies the query and its output. All act after QK-norm, which
     would undo them. `scale` (1/sqrt(head_dim) at birth) is kept when `head_dim` grows.
+
+    `window` is the number of keys that a query sees, itself among them, and `turn` picks one of several
+    rotations: both are data, so that the layers of a stack may differ, and take theirs along when they
+    are copied. `cap` bounds the scores. `inner` says that a norm follows before the residual stream.
     """
 
     scale: float = eqx.field(static=True)
-    q_norm: Norm | None
-    k_norm: Norm | None
+    q_norm: Norm | WidthNorm | None
+    k_norm: Norm | WidthNorm | None
     q: Float[Array, "embed kv_heads group head_dim"] = param(
         "embed -> kv_heads group head_dim", fan_in="{query_fan}"
     )
@@ -133,7 +65,9 @@ class Attention(eqx.Module):
         "embed -> kv_heads {key_side} head_dim", fan_in="embed"
     )
     v: Float[Array, "embed kv_heads head_dim"] = param("embed -> kv_heads head_dim")
-    o: Float[Array, "kv_heads group head_dim embed"] = param("kv_heads group head_dim -> embed")
+    o: Float[Array, "kv_heads group head_dim embed"] = param(
+        "kv_heads group head_dim -> embed", closes="closes"
+    )
     q_bias: Float[Array, "kv_heads group head_dim"] | None = param(
         "-> kv_heads group head_dim", init="zeros"
     )
@@ -141,11 +75,15 @@ class Attention(eqx.Module):
         "-> kv_heads {key_side} head_dim", init="zeros"
     )
     v_bias: Float[Array, "kv_heads head_dim"] | None = param("-> kv_heads head_dim", init="zeros")
-    o_bias: Float[Array, " embed"] | None = param("-> embed")
+    o_bias: Float[Array, " embed"] | None = param("-> embed", closes="closes")
     gate_kv_heads: Gate | None = axes.gate("kv_heads")
     gate_group: Gate | None = axes.gate("group")
     gate_head_dim: Gate | None = axes.gate("head_dim")
     body: Body = eqx.field(static=True, default="auto")
+    window: Int[Array, ""] | None = buffer(born="no_window", default=None)
+    turn: Int[Array, ""] | None = buffer(born="first_turn", default=None)
+    cap: float | None = eqx.field(static=True, default=None)
+    inner: bool = eqx.field(static=True, default=False)
 
     def __init__(
         self,
@@ -155,9 +93,13 @@ class Attention(eqx.Module):
         head_dim: int,
         *,
         bias: bool = True,
-        qk_norm: bool = False,
+        o_bias: bool | None = None,
+        qk_norm: bool | Literal["head", "width"] = False,
+        plus_one: bool = False,
         eps: float = 1e-6,
         scale: float | None = None,
+        cap: float | None = None,
+        inner: bool = False,
         body: Body = "auto",
         key: PRNGKeyArray,
     ):
@@ -172,14 +114,29 @@ class Attention(eqx.Module):
         self.q_bias = jnp.zeros((kv_heads, group, head_dim)) if bias else None
         self.k_bias = jnp.zeros((kv_heads, head_dim)) if bias else None
         self.v_bias = jnp.zeros((kv_heads, head_dim)) if bias else None
-        self.o_bias = jnp.zeros(embed) if bias else None
-        self.q_norm = Norm(head_dim, "rms", eps=eps, axis="head_dim") if qk_norm else None
-        self.k_norm = (
-            Norm(head_dim, "rms", eps=eps, axis="head_dim", side="consumed") if qk_norm else None
-        )
+        self.o_bias = jnp.zeros(embed) if (bias if o_bias is None else o_bias) else None
+        self.q_norm = self.k_norm = None
+        if qk_norm == "width":
+            make = functools.partial(WidthNorm, eps=eps, plus_one=plus_one)
+            self.q_norm = make(kv_heads, group, head_dim, keys=False)
+            self.k_norm = make(kv_heads, head_dim, keys=True)
+        elif qk_norm:
+            make = functools.partial(Norm, head_dim, "rms", eps=eps, axis="head_dim")
+            self.q_norm = make(plus_one=plus_one)
+            self.k_norm = make(plus_one=plus_one, side="consumed")
         self.gate_kv_heads = self.gate_group = self.gate_head_dim = None
         self.scale = head_dim**-0.5 if scale is None else scale
-        self.body = body
+        self.body, self.cap, self.inner = body, cap, inner
+        self.window = self.turn = None
+
+    # What layers start with where there are none to repeat
+    no_window: ClassVar[int] = NO_WINDOW
+    first_turn: ClassVar[int] = 0
+
+    @property
+    def closes(self) -> bool | None:
+        """Whether the output takes the share of a copied layer: not if a norm follows."""
+        return False if self.inner else None
 
     @property
     def key_side(self) -> str:
@@ -201,6 +158,8 @@ class Attention(eqx.Module):
         turn: tuple[Array, Array] | None = None,
     ) -> Float[Array, "T embed"]:
         """Attend from `x` to `memory` (or to `x`) where `mask` allows it, with `bias` on the scores."""
+        if self.window is not None:
+            mask = dataclasses.replace(mask, window=self.window)
         seen = self.remember(x if memory is None else memory, turn=turn)
         return self.read(self.ask(x, turn=turn), seen, mask=mask, bias=bias)
 
@@ -220,8 +179,9 @@ class Attention(eqx.Module):
         new = self.remember(x, turn=turn)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=1)
         cache = Cache(*(put(old, n.astype(old.dtype)) for old, n in zip(cache, new, strict=True)))
-        places = jnp.arange(cache.keys.shape[1])
-        mask = Mask(pairs=places[None, :] <= at + jnp.arange(x.shape[0])[:, None])
+        back = at + jnp.arange(x.shape[0])[:, None] - jnp.arange(cache.keys.shape[1])[None, :]
+        pairs = back >= 0 if self.window is None else (back >= 0) & (back < self.window)
+        mask = Mask(pairs=pairs)
         return self.read(self.ask(x, turn=turn), cache, mask=mask, bias=bias), cache
 
     def ask(
@@ -229,9 +189,10 @@ class Attention(eqx.Module):
     ) -> Float[Array, "T kv_heads group head_dim"]:
         """The queries of the attending positions."""
         q = affine("te,ekgd->tkgd", x, self.q, self.q_bias)
-        q = q if self.q_norm is None else self.q_norm(q)
+        gates = self.gate_kv_heads, self.gate_group, self.gate_head_dim
+        q = _normed(self.q_norm, q, gates)
         q = gated(gated(q, self.gate_kv_heads, -3), self.gate_group, -2)
-        return rotate(gated(q, self.gate_head_dim), turn)
+        return rotate(gated(q, self.gate_head_dim), self._own(turn))
 
     def remember(
         self, source: Float[Array, "S embed"], *, turn: tuple[Array, Array] | None = None
@@ -239,9 +200,9 @@ class Attention(eqx.Module):
         """The keys and values of the attended positions."""
         k = affine("se,ekd->skd", source, self.k, self.k_bias)
         v = affine("se,ekd->skd", source, self.v, self.v_bias)
-        k = k if self.k_norm is None else self.k_norm(k)
+        k = _normed(self.k_norm, k, (self.gate_kv_heads, self.gate_head_dim))
         k, v = (gated(gated(h, self.gate_kv_heads, -2), self.gate_head_dim) for h in (k, v))
-        return Cache(*(jnp.swapaxes(h, 0, 1) for h in (rotate(k, turn), v)))
+        return Cache(*(jnp.swapaxes(h, 0, 1) for h in (rotate(k, self._own(turn)), v)))
 
     def read(
         self,
@@ -254,5 +215,19 @@ class Attention(eqx.Module):
         """Attend from queries to keys and values where `mask` allows it, and project to the stream."""
         k, v = (h.astype(queries.dtype) for h in seen)
         q = jnp.moveaxis(queries * self.scale, 0, 2)
-        mixed = jnp.moveaxis(attend(q, k, v, mask, bias, body=self.body), 2, 0)
+        mixed = jnp.moveaxis(attend(q, k, v, mask, bias, cap=self.cap, body=self.body), 2, 0)
         return affine("tkgd,kgde->te", gated(mixed, self.gate_group, -2), self.o, self.o_bias)
+
+    def _own(self, turn: tuple[Array, Array] | None) -> tuple[Array, Array] | None:
+        """The rotation of this layer, of those of all kinds of layers if there are several."""
+        if turn is None or self.turn is None:
+            return turn
+        cos, sin = turn
+        return cos[self.turn], sin[self.turn]
+
+
+def _normed(norm: Norm | WidthNorm | None, x: Array, gates: Sequence[Gate | None]) -> Array:
+    """Queries or keys after their norm, if there is one."""
+    if norm is None:
+        return x
+    return norm(x, *gates) if isinstance(norm, WidthNorm) else norm(x)

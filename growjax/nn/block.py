@@ -1,4 +1,4 @@
-"""The Transformer block: pre-LN or post-LN, with or without cross-attention."""
+"""The Transformer block: norms before, after or around its branches, with or without cross-attention."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,20 +20,25 @@ from growjax.nn.norm import Norm
 class Block(eqx.Module):
     """Attention, optional cross-attention and feed-forward, each on a residual branch.
 
-    Pre-LN: `x + f(norm(x))`. Post-LN: `norm(x + f(x))`. `branch` multiplies every `f`. The gate on the
+    Pre-LN: `x + f(norm(x))`. Post-LN: `norm(x + f(x))`. With norms `after` the branches,
+    `x + after(f(norm(x)))`, where `norm` may be left out (Gemma 2, OLMo 2). In `parallel`, attention and
+    feed-forward read the same `x` (GPT-NeoX). `branch` multiplies what every branch adds. The gate on the
     residual stream acts on the output of each branch (pre-LN) or through the norm (post-LN).
 
     The feed-forward is an `MLP`, or `Experts` with an auxiliary loss, which `with_auxiliary` returns too.
     """
 
     attention: Attention
-    attention_norm: Norm
+    attention_norm: Norm | None
     cross: Attention | None
     cross_norm: Norm | None
     mlp: MLP | Experts
-    mlp_norm: Norm
+    mlp_norm: Norm | None
     gate: Gate | None = axes.gate("embed")
     post_norm: bool = eqx.field(static=True, default=False)
+    attention_after: Norm | None = None
+    mlp_after: Norm | None = None
+    parallel: bool = eqx.field(static=True, default=False)
 
     def __call__(
         self,
@@ -69,16 +74,11 @@ class Block(eqx.Module):
     ) -> tuple[Float[Array, "T embed"], Float[Array, ""] | None]:
         """The output, and the auxiliary loss of the experts (None where there is none)."""
         y = self.attention(self._input(x, self.attention_norm), mask=mask, bias=bias, turn=turn)
-        x = self._add(x, y, self.attention_norm, branch)
+        start, x = x, self._add(x, y, self.attention_norm, branch, self.attention_after)
         if self.cross is not None and self.cross_norm is not None:
             y = self.cross(self._input(x, self.cross_norm), memory, mask=memory_mask)
             x = self._add(x, y, self.cross_norm, branch)
-        h = self._input(x, self.mlp_norm)
-        if isinstance(self.mlp, Experts):
-            y, auxiliary = self.mlp.with_auxiliary(h)
-        else:
-            y, auxiliary = self.mlp(h), None
-        return self._add(x, y, self.mlp_norm, branch), auxiliary
+        return self._feed_forward(x, start, branch)
 
     def with_experts(self, **options: Any) -> "Block":
         """The block with one expert in place of the dense feed-forward; see `Experts.of`."""
@@ -102,7 +102,7 @@ class Block(eqx.Module):
         """
         h = self._input(x, self.attention_norm)
         y, cache = self.attention.extend(h, cache, at, bias=bias, turn=turn)
-        x = self._add(x, y, self.attention_norm, branch)
+        start, x = x, self._add(x, y, self.attention_norm, branch, self.attention_after)
         if self.cross is not None and self.cross_norm is not None:
             if memory is None:
                 raise AxisError(
@@ -111,12 +111,28 @@ class Block(eqx.Module):
             queries = self.cross.ask(self._input(x, self.cross_norm))
             y = self.cross.read(queries, memory, mask=memory_mask)
             x = self._add(x, y, self.cross_norm, branch)
-        y = self.mlp(self._input(x, self.mlp_norm))
-        return self._add(x, y, self.mlp_norm, branch), cache
+        return self._feed_forward(x, start, branch)[0], cache
 
-    def _input(self, x: Array, norm: Norm) -> Array:
-        return x if self.post_norm else norm(x)
+    def _feed_forward(
+        self, x: Array, start: Array, branch: Array | None
+    ) -> tuple[Array, Array | None]:
+        """`x` with the feed-forward's output added, and its auxiliary loss.
 
-    def _add(self, x: Array, y: Array, norm: Norm, branch: Array | None) -> Array:
+        It reads `x`, or what the block started with if in parallel.
+        """
+        h = self._input(start if self.parallel else x, self.mlp_norm)
+        if isinstance(self.mlp, Experts):
+            y, auxiliary = self.mlp.with_auxiliary(h)
+        else:
+            y, auxiliary = self.mlp(h), None
+        return self._add(x, y, self.mlp_norm, branch, self.mlp_after), auxiliary
+
+    def _input(self, x: Array, norm: Norm | None) -> Array:
+        return x if self.post_norm or norm is None else norm(x)
+
+    def _add(
+        self, x: Array, y: Array, norm: Norm | None, branch: Array | None, after: Norm | None = None
+    ) -> Array:
+        y = y if after is None else after(y)
         y = y if branch is None else y * jnp.asarray(branch, y.dtype)
-        return norm(x + y) if self.post_norm else x + gated(y, self.gate)
+        return norm(x + y) if self.post_norm and norm is not None else x + gated(y, self.gate)

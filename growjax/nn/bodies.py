@@ -39,9 +39,12 @@ def attend(
     mask: Mask = ALL,
     bias: Bias | None = None,
     *,
+    cap: float | None = None,
     body: Body = "auto",
 ) -> Float[Array, "kv_heads group T head_dim"]:
     """Attention of queries, which are scaled already, to keys and values.
+
+    With `cap`, scores are `cap * tanh(scores / cap)` before the bias and the mask (Gemma 2).
 
     Scores and sums are in float32 at least. A query that sees no key gets an average of some values, and
     never NaN. `body` says how it is computed; "auto" takes tiles for long sequences. Raises `AxisError`
@@ -61,16 +64,17 @@ def attend(
     if body == "auto":
         body = "blockwise" if queries.shape[2] * keys.shape[1] >= LONG else "einsum"
     if body == "einsum":
-        return _einsum(queries, keys, values, mask, bias)
+        return _einsum(queries, keys, values, mask, bias, cap)
     if bias is not None and not callable(bias):
         bias = jax.tree_util.Partial(_slice, bias)
-    return blockwise_attention(queries, keys, values, mask, bias, TILE)
+    return blockwise_attention(queries, keys, values, mask, bias, TILE, cap)
 
 
-def _einsum(queries, keys, values, mask, bias):
+def _einsum(queries, keys, values, mask, bias, cap=None):
     """All scores at once."""
     rows, columns = jnp.arange(queries.shape[2]), jnp.arange(keys.shape[1])
     scores = jnp.einsum("kgtd,ksd->kgts", queries, keys).astype(_wide(queries))
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     if bias is not None:
         some = bias(rows, columns) if callable(bias) else bias
         scores = scores + jnp.asarray(some, scores.dtype)
@@ -84,18 +88,18 @@ def _einsum(queries, keys, values, mask, bias):
 # Blockwise -----------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=5)  # under this name `growjax.cost` counts its FLOPs
-def blockwise_attention(queries, keys, values, mask, bias, tile):
+@functools.partial(jax.jit, static_argnums=(5, 6))  # `growjax.cost` counts FLOPs under this name
+def blockwise_attention(queries, keys, values, mask, bias, tile, cap=None):
     """Attention over square tiles; `bias` is None or a pytree that is called with places."""
-    return _blockwise(queries, keys, values, mask, bias, tile)
+    return _blockwise(queries, keys, values, mask, bias, tile, cap)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _blockwise(queries, keys, values, mask, bias, tile):
-    return _forward(queries, keys, values, mask, bias, tile)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _blockwise(queries, keys, values, mask, bias, tile, cap):
+    return _forward(queries, keys, values, mask, bias, tile, cap)[0]
 
 
-def _forward(queries, keys, values, mask, bias, tile):
+def _forward(queries, keys, values, mask, bias, tile, cap):
     """The output, and the logarithm of each row's sum, which the backward pass needs besides."""
     length, total = queries.shape[2], keys.shape[1]
     q, k, v = _padded(queries, 2, tile), _padded(keys, 1, tile), _padded(values, 1, tile)
@@ -106,7 +110,7 @@ def _forward(queries, keys, values, mask, bias, tile):
 
         def add(j, carry):
             out, top, sums = carry
-            scores, _ = _tile(block, _block(k, j, 1, tile), mask, bias, i, j, tile, total)
+            scores, _, _ = _tile(block, _block(k, j, 1, tile), mask, bias, i, j, tile, total, cap)
             highest = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - highest[..., None])
             fade = jnp.exp(top - highest)
@@ -136,12 +140,12 @@ def _forward(queries, keys, values, mask, bias, tile):
     return checkpoint_name(out, SAVED), checkpoint_name(logs, SAVED)
 
 
-def _forward_rule(queries, keys, values, mask, bias, tile):
-    out, logs = _forward(queries, keys, values, mask, bias, tile)
+def _forward_rule(queries, keys, values, mask, bias, tile, cap):
+    out, logs = _forward(queries, keys, values, mask, bias, tile, cap)
     return out, (queries, keys, values, mask, bias, out, logs)
 
 
-def _backward_rule(tile, residuals, gradient):
+def _backward_rule(tile, cap, residuals, gradient):
     """Gradients by the rule of the softmax: of a score, `weight * (d weight - sum of out * d out)`."""
     queries, keys, values, mask, bias, out, logs = residuals
     total, wide = keys.shape[1], _wide(queries)
@@ -160,7 +164,7 @@ def _backward_rule(tile, residuals, gradient):
         def add(j, carry):
             dq, dk, dv, db = carry
             k_block, v_block = _block(k, j, 1, tile), _block(v, j, 1, tile)
-            scores, seen = _tile(block, k_block, mask, bias, i, j, tile, total)
+            scores, seen, slope = _tile(block, k_block, mask, bias, i, j, tile, total, cap)
             weights = jnp.exp(scores - log[..., None])
             d_scores = weights * (product("kgtd,ksd->kgts", d_out, v_block) - average[..., None])
             d_scores = d_scores if seen is None else jnp.where(seen, d_scores, 0)
@@ -168,6 +172,7 @@ def _backward_rule(tile, residuals, gradient):
                 places = _places(i, tile), _places(j, tile)
                 _, pull = jax.vjp(lambda b: b(*places).astype(wide), bias)
                 db = jax.tree.map(jnp.add, db, pull(d_scores)[0])
+            d_scores = d_scores if slope is None else d_scores * slope
             d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
             dq = dq + product("kgts,ksd->kgtd", d_scores, k_block)
             dk = _added(dk, product("kgts,kgtd->ksd", d_scores, block), j, tile)
@@ -189,17 +194,24 @@ def _backward_rule(tile, residuals, gradient):
 _blockwise.defvjp(_forward_rule, _backward_rule)
 
 
-def _tile(queries, keys, mask, bias, i, j, tile, total):
-    """The scores of one tile, and which of them are of keys that are seen (None: all)."""
-    rows, columns = _places(i, tile), _places(j, tile)
+def _tile(queries, keys, mask, bias, i, j, tile, total, cap):
+    """The scores of one tile, which of them are of keys that are seen (None: all), and their slopes.
+
+    The slope is that of a cap on the scores, by the products of queries and keys (None: no cap).
+    """
+    rows, columns, slope = _places(i, tile), _places(j, tile), None
     scores = jnp.einsum("kgtd,ksd->kgts", queries, keys, preferred_element_type=_wide(queries))
+    if cap is not None:
+        bent = jnp.tanh(scores / cap)
+        scores, slope = cap * bent, 1 - bent * bent
     if bias is not None:
         scores = scores + bias(rows, columns).astype(scores.dtype)
     seen = mask.tile(rows, columns)
     if total % tile:
         real = (columns < total)[None, :]
         seen = real if seen is None else seen & real
-    return (scores if seen is None else jnp.where(seen, scores, _unseen(scores))), seen
+    scores = scores if seen is None else jnp.where(seen, scores, _unseen(scores))
+    return scores, seen, slope
 
 
 def _reach(mask, i, tile, total):

@@ -36,6 +36,7 @@ class Readout(eqx.Module):
     - `bias`: one number per word, or None.
     - `auxiliary`: the auxiliary loss of the sequence, which training adds to its mean loss; None
       without any.
+    - `cap`: if not None, logits are `cap * tanh(logits / cap)` (Gemma 2).
 
     Raises `AxisError` that lists every shape that does not fit.
 
@@ -49,6 +50,7 @@ class Readout(eqx.Module):
     bias: Float[Array, " vocab"] | None = None
     tied: bool = eqx.field(static=True, default=False)
     auxiliary: Float[Array, ""] | None = None
+    cap: float | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
         shapes = {"hidden": (self.hidden, 2), "weight": (self.weight, 2), "bias": (self.bias, 1)}
@@ -79,7 +81,8 @@ class Readout(eqx.Module):
         wide = jnp.promote_types(x.dtype, jnp.float32)
         weight = self.weight.astype(x.dtype)
         scores = jnp.einsum(equation, x, weight, preferred_element_type=wide)
-        return scores if self.bias is None else scores + self.bias
+        scores = scores if self.bias is None else scores + self.bias
+        return scores if self.cap is None else self.cap * jnp.tanh(scores / self.cap)
 
 
 def chunk_of(tokens: int, vocab: int) -> int:
@@ -115,7 +118,9 @@ def per_token(
 
     def of(hidden: Array, *rows: Any) -> Any:
         # The head is a constant of the loop: its gradient is a sum over chunks, in its own precision
-        part = Readout(hidden, readout.weight, readout.bias, readout.tied)
+        part = Readout(
+            hidden, readout.weight, readout.bias, tied=readout.tied, cap=readout.cap
+        )
         return function(part.logits(), *rows)
 
     if chunk >= tokens:

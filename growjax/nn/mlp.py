@@ -50,11 +50,12 @@ class MLP(eqx.Module):
     up: Float[Array, "embed mlp"] = param("embed -> {axis}")
     up_bias: Float[Array, " mlp"] | None = param("-> {axis}")
     glu: Float[Array, "embed mlp"] | None = param("embed -> {axis}")
-    down: Float[Array, "mlp embed"] = param("{axis} -> embed")
-    down_bias: Float[Array, " embed"] | None = param("-> embed")
+    down: Float[Array, "mlp embed"] = param("{axis} -> embed", closes="closes")
+    down_bias: Float[Array, " embed"] | None = param("-> embed", closes="closes")
     gate: Gate | None = axes.gate("{axis}")
     activation: str = eqx.field(static=True, default="gelu")
     axis: str = eqx.field(static=True, default="mlp")
+    inner: bool = eqx.field(static=True, default=False)
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class MLP(eqx.Module):
         glu: bool = False,
         bias: bool = True,
         axis: str = "mlp",
+        inner: bool = False,
         key: PRNGKeyArray,
     ):
         k_up, k_glu, k_down = jax.random.split(key, 3)
@@ -73,7 +75,12 @@ class MLP(eqx.Module):
         self.glu = normal(k_glu, (embed, mlp), embed) if glu else None
         self.down = normal(k_down, (mlp, embed), mlp)
         self.down_bias = jnp.zeros(embed) if bias else None
-        self.gate, self.activation, self.axis = None, activation, axis
+        self.gate, self.activation, self.axis, self.inner = None, activation, axis, inner
+
+    @property
+    def closes(self) -> bool | None:
+        """Whether the output takes the share of a copied layer: not if a norm follows (`inner`)."""
+        return False if self.inner else None
 
     def __call__(self, x: Float[Array, "T embed"]) -> Float[Array, "T embed"]:
         act = ACTIVATIONS[self.activation]
