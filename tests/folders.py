@@ -14,7 +14,19 @@ from safetensors.numpy import load_file, save_file
 
 from growjax.axes import axes_of, put
 from growjax.certificate import call
-from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, Llama, LlamaConfig, T5Config
+from growjax.models import (
+    BERT,
+    GPT,
+    T5,
+    BERTConfig,
+    Decoder,
+    DecoderConfig,
+    GPTConfig,
+    Llama,
+    LlamaConfig,
+    Sight,
+    T5Config,
+)
 from growjax.nn import RotaryScaling
 from growjax.testing import randomise
 
@@ -30,6 +42,28 @@ def _llama(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**LLAMA | changes)
 
 
+GEMMA3 = DecoderConfig(
+    **LLAMA | dict(layers=3),
+    placement="both",
+    plus_one=True,
+    qk_norm="head",
+    activation="gelu_tanh",
+    scale=0.4,
+    embed_scale=8**0.5,
+    pattern=(Sight(window=3), Sight(window=3), Sight(theta=1e6, scaling=RotaryScaling(2.0))),
+    tied=True,
+)
+NEOX = DecoderConfig(
+    **LLAMA | dict(heads=2, kv_heads=2),
+    norm="layer",
+    parallel=True,
+    bias=True,
+    o_bias=True,
+    mlp_bias=True,
+    glu=False,
+    activation="gelu",
+    turned=2,
+)
 MODELS: dict[str, tuple[type, Any]] = {
     "gpt2": (GPT, GPTConfig(**DEEP)),
     "gpt2 untied": (GPT, GPTConfig(**DEEP, tied=False, eps=1e-6, activation="gelu")),
@@ -43,6 +77,10 @@ MODELS: dict[str, tuple[type, Any]] = {
     "llama tied": (Llama, _llama(tied=True, bias=True, theta=500.0)),
     "llama scaled": (Llama, _llama(head_dim=6, scaling=LLAMA3)),
     "llama linear": (Llama, _llama(kv_heads=4, scaling=RotaryScaling(2.0))),
+    "mistral": (Decoder, DecoderConfig(**LLAMA, pattern=(Sight(window=3),))),
+    "gemma3": (Decoder, GEMMA3),
+    "olmo2": (Decoder, DecoderConfig(**LLAMA, placement="after", qk_norm="width", bias=True, o_bias=True)),
+    "gpt_neox": (Decoder, NEOX),
     "t5": (T5, T5Config(**PAIR)),
     "t5 v1.1": (T5, T5Config.v1_1(**PAIR, buckets=8, max_distance=9)),
     "ul2": (T5, T5Config.ul2(**PAIR)),

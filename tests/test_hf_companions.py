@@ -12,7 +12,7 @@ import growjax as gj
 from growjax.errors import HuggingFaceError
 from growjax.hf import convert
 from growjax.hf.companions import card_metadata
-from growjax.hf.llama import LLAMA
+from growjax.hf.families import LLAMA
 from tests.folders import assert_same, build, rewritten
 
 
@@ -153,8 +153,8 @@ def test_without_a_source_no_reader_takes_special_ids_of_its_own(tmp_path):
 
 
 def test_families_that_share_a_class_are_told_apart_by_what_a_model_is(tmp_path, monkeypatch):
-    other = dataclasses.replace(LLAMA, model_type="normed", only={"qk_norm": True}, limits=_none)
-    monkeypatch.setitem(convert.FAMILIES, "normed", other)
+    other = dataclasses.replace(LLAMA, model_type="normed", only={"qk_norm": "head"}, limits=_none)
+    monkeypatch.setattr(convert, "FAMILIES", {"llama": LLAMA, "normed": other})
     for qk_norm, expected in {False: "llama", True: "normed"}.items():
         gj.hf.save(build("llama", qk_norm=qk_norm), tmp_path / expected)
         config = json.loads((tmp_path / expected / "config.json").read_text())
@@ -165,8 +165,12 @@ def test_families_that_share_a_class_are_told_apart_by_what_a_model_is(tmp_path,
     gj.hf.save(build("llama"), tmp_path / "twin", source=tmp_path / "llama")
     assert json.loads((tmp_path / "twin" / "config.json").read_text())["model_type"] == "twin"
     wrong = gj.grow(gj.copy(head_dim=8), build("llama"))
-    with pytest.raises(HuggingFaceError, match="as llama:(.|\n)*as normed:(.|\n)*as twin:"):
+    with pytest.raises(HuggingFaceError, match="as llama:(.|\n)*nearest of llama, normed, twin"):
         gj.hf.save(wrong, tmp_path / "wrong")
+    # With a source there is no choice
+    with pytest.raises(HuggingFaceError, match="as twin:") as caught:
+        gj.hf.save(build("llama", qk_norm=True), tmp_path / "other", source=tmp_path / "llama")
+    assert "qk_norm: expected None, got 'head'" in str(caught.value)
 
 
 def _none(config) -> list[str]:

@@ -111,7 +111,7 @@ CONFIGS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"scale_attn_by_inverse_layer_idx": True}, "only False can be read, got True"),
         ({"layer_norm_epsilon": 0}, "layer_norm_epsilon: expected a positive number"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: only None can be read"),
-        ({"model_type": "mamba"}, "model_type: expected one of bert, gpt2, llama, t5, got 'mamba'"),
+        ({"model_type": "mamba"}, "model_type: expected one of bert, gpt2, llama, mistral, qwen2"),
         ({"model_type": ["gpt2"]}, "model_type: expected one of bert"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false"),
         ({"tie_word_embeddings": False}, "lm_head.weight: not in the file"),
@@ -134,9 +134,10 @@ CONFIGS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"num_key_value_heads": 3}, "4 cannot be divided by 3"),
         ({"head_dim": 3}, "head_dim: expected an even number"),
         (
-            {"rope_parameters": {"rope_type": "yarn"}},
-            "rope_type: expected default, linear or llama3",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type: expected one of default, linear, llama3, yarn, got 'dynamic'",
         ),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor: expected a positive number"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor: expected"),
         ({"rope_parameters": [1]}, "rope_parameters: expected an object"),
         (

@@ -32,6 +32,10 @@ GROWN: dict[str, tuple[str, Any]] = {
     "bert wider": ("bert", gj.copy(embed=16, heads=4, mlp=12)),
     "llama wider": ("llama", gj.zeros(embed=12, heads=4, mlp=9)),
     "llama copied": ("llama tied", gj.copy(embed=16, heads=8, kv_heads=4)),
+    "gemma3 wider": ("gemma3", gj.copy(embed=16, heads=8, mlp=9)),
+    "gemma3 deeper": ("gemma3", gj.stack(layers=6, order="insert", branch="zero")),
+    "gpt_neox wider": ("gpt_neox", gj.copy(embed=16, heads=4)),
+    "olmo2 wider": ("olmo2", gj.copy(embed=16, kv_heads=4, mlp=7)),
     "llama deeper": ("llama", gj.stack(layers=5, branch="zero")),
     "t5 wider": ("t5", gj.copy(embed=16, head_dim=6, heads=4)),
     "t5 padded": ("t5", gj.zeros(embed=12, mlp=9)),
@@ -121,7 +125,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         "4 heads of 4 need embed=16, got 8; grow heads along with embed",
     ),
     "embed": (
-        lambda: _grown("llama", gj.zeros(embed=10)),
+        lambda: _grown("gemma3", gj.zeros(embed=10)),
         HuggingFaceError,
         "embed: transformers needs a multiple of heads=4, got 10",
     ),
@@ -135,9 +139,14 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         HuggingFaceError,
         "mlp_norm.eps: expected 1e-05, as its config determines it, got 1e-05, 0.001",
     ),
+    "two epsilons": (
+        lambda: _grown("olmo2", gj.zeros(embed=16)),
+        HuggingFaceError,
+        "written as olmo2:\n  - blocks.block.attention.q_norm.eps: expected 5e-06",
+    ),
     "active": (_switched_off, HuggingFaceError, "blocks.active: layers are switched off"),
     "QK-norm": (
-        lambda: build("llama", qk_norm=True),
+        lambda: build("gpt2", qk_norm=True),
         HuggingFaceError,
         "qk_norm: expected False, got True",
     ),
@@ -169,7 +178,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "another model": (
         lambda: gj.nn.MLP(4, 4, key=jax.random.key(0)),
         HuggingFaceError,
-        "expected one of BERT, GPT, Llama, T5, got a MLP",
+        "expected one of BERT, GPT, Decoder, T5, got a MLP",
     ),
 }
 

@@ -15,6 +15,7 @@ from growjax.axes import Axes, axes_of, put, sizes
 from growjax.errors import HuggingFaceError, raise_all
 from growjax.hf.bert import BERT_
 from growjax.hf.companions import copy_companions
+from growjax.hf.families import DECODERS
 from growjax.hf.family import ConfigFile, Family
 from growjax.hf.files import (
     CONFIG,
@@ -29,13 +30,12 @@ from growjax.hf.files import (
     written_whole,
 )
 from growjax.hf.gpt2 import GPT2
-from growjax.hf.llama import LLAMA
-from growjax.hf.stock import buffers_of, shapes_of, stock
+from growjax.hf.stock import Inexpressible, buffers_of, shapes_of, stock
 from growjax.hf.t5 import T5_
 from growjax.hf.table import Row
 
 
-FAMILIES = {family.model_type: family for family in (BERT_, GPT2, LLAMA, T5_)}
+FAMILIES = {family.model_type: family for family in (BERT_, GPT2, *DECODERS, T5_)}
 # Keys of config.json that would change what a model of any family computes
 FIXED = {"quantization_config": None, "per_layer_config": None}
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -193,8 +193,9 @@ def save(
 def _written_as(model: Any, preferred: str | None) -> tuple[Family, Any, Any]:
     """The first family that can express a model, the model as a stock one of that family, and its config.
 
-    Several families may share a class: the one called `preferred`, which is that of the source, is tried
-    first. Raises `HuggingFaceError` with the reasons of each if none can express the model.
+    Several families may share a class. With a source, only its family, `preferred`, will do, since
+    tokenizers and further keys are taken from it. Raises `HuggingFaceError` with the reasons of the family
+    that comes closest if none can express the model.
     """
     if "experts" in axes_of(model).sizes:
         raise HuggingFaceError(
@@ -202,19 +203,24 @@ def _written_as(model: Any, preferred: str | None) -> tuple[Family, Any, Any]:
             "growjax writes dense models alone: no family here names tensors of experts. Save a "
             "checkpoint of the run, or of the model (eqx.tree_serialise_leaves)"
         )
-    matching = [family for family in FAMILIES.values() if family.model is type(model)]
+    matching = [f for f in FAMILIES.values() if isinstance(model, f.accepts or f.model)]
     if not matching:
         known = ", ".join(dict.fromkeys(family.model.__name__ for family in FAMILIES.values()))
         raise HuggingFaceError(f"model: expected one of {known}, got a {type(model).__name__}")
     errors = []
-    for family in sorted(matching, key=lambda family: family.model_type != preferred):
+    matching = [f for f in matching if f.model_type == preferred] or matching
+    for family in matching:
         try:
             return family, *stock(model, family)
         except HuggingFaceError as error:
             errors.append(error)
+    nearest = min(
+        errors, key=lambda e: (not isinstance(e, Inexpressible), str(e).count("\n"))
+    )
     if len(errors) == 1:
-        raise errors[0]
-    raise HuggingFaceError("\n".join(str(error) for error in errors))
+        raise nearest
+    others = ", ".join(family.model_type for family in matching)
+    raise HuggingFaceError(f"{nearest}\n(the nearest of {others})")
 
 
 def _family_of(folder: Folder) -> Family:

@@ -54,6 +54,14 @@ class ConfigFile:
         self.complaints.append(f"{keys[0]}: expected a positive integer, got {value!r}")
         return 1
 
+    def count(self, *keys: str, default: int) -> int:
+        """An integer that is not negative."""
+        value = self.get(*keys, default=default)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31:
+            return value
+        self.complaints.append(f"{keys[0]}: expected an integer of at least 0, got {value!r}")
+        return 0
+
     def number(self, *keys: str, default: float) -> float:
         """A positive number."""
         value = self.get(*keys, default=default)
@@ -153,8 +161,10 @@ class Family:
     - `aliases`: other spellings of written keys, which transformers would prefer to them.
     - `ignored`: patterns of names of tensors that are not needed.
     - `renamed`: old endings of names, and the new ones.
-    - `scale`: a function from `head_dim` to the factor that queries are multiplied by.
-    - `fold_head_scale`: a function that folds the scale of a model's head into its weights.
+    - `scale`: a function from a model's attention to the factor that the family multiplies scores by.
+    - `accepts`: the class of models that may be written, if not `model` alone.
+    - `growth`: a few words that say what of it can be grown.
+    - `fold_scales`: a function that folds the scales of a model's embedding and head into its weights.
     - `zero_biases`: whether biases that a model lacks are written as zeros.
     """
 
@@ -177,8 +187,10 @@ class Family:
     base: str = ""
     ignored: tuple[str, ...] = ()
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    scale: Callable[[int], float] = lambda head_dim: head_dim**-0.5
-    fold_head_scale: Callable[[Any], Any] = lambda model: model
+    scale: Callable[[Any], float] = lambda attention: attention.q.shape[-1] ** -0.5
+    accepts: type | None = None
+    growth: str = "embed, heads, mlp, layers, vocab"
+    fold_scales: Callable[[Any], Any] = lambda model: model
     zero_biases: bool = False
 
 

@@ -13,7 +13,11 @@ from growjax.errors import HuggingFaceError, raise_all
 from growjax.gates import is_gated, settle
 from growjax.hf.family import Family
 from growjax.hf.files import shortened
-from growjax.nn import Attention, Block, Norm, Stacked
+from growjax.nn import Attention, Block, Norm, Stacked, WidthNorm
+
+
+class Inexpressible(HuggingFaceError):
+    """A model of the family's kind, with numbers that no config.json of it can say."""
 
 
 def stock(model: Any, family: Family) -> tuple[Any, Any]:
@@ -33,7 +37,7 @@ def stock(model: Any, family: Family) -> tuple[Any, Any]:
                 )
             model = put(model, {(name,): _folded(stack, family)})
     raise_all(HuggingFaceError, f"this model cannot be written as {family.model_type}:", complaints)
-    model = _with_biases(family.fold_head_scale(model), family)
+    model = _with_biases(family.fold_scales(model), family)
 
     config = family.config_of(model)
     complaints = [
@@ -42,13 +46,9 @@ def stock(model: Any, family: Family) -> tuple[Any, Any]:
         if getattr(config, field) != value
     ]
     complaints += family.limits(config)
-    if not complaints:
-        complaints += _differences(model, config, family)
-    raise_all(
-        HuggingFaceError,
-        f"this model cannot be written as {family.model_type}:",
-        shortened(complaints),
-    )
+    headline = f"this model cannot be written as {family.model_type}:"
+    raise_all(HuggingFaceError, headline, shortened(complaints))
+    raise_all(Inexpressible, headline, shortened(_differences(model, config, family)))
     return model, config
 
 
@@ -63,13 +63,23 @@ def _folded(stack: Stacked, family: Family) -> Stacked:
     for path in (("attention",), ("cross",)):
         attention = get(block, path)
         if attention is not None:
-            values |= {("block", *path): _rescaled(attention, family.scale(attention.q.shape[-1]))}
+            scale = family.scale(attention)
+            values |= {("block", *path): _rescaled(attention, scale)}
     branch, stack = stack.branch, put(stack, values)
     if branch is None:
         return stack
     last = [("attention", "o"), ("attention", "o_bias"), ("cross", "o"), ("cross", "o_bias")]
     last += [("mlp", "down"), ("mlp", "down_bias")]
     folded = {}
+    for name in ("attention_after", "mlp_after"):
+        norm = get(block, (name,))
+        if norm is not None:
+            # The norm undoes factors of what it reads
+            last = [path for path in last if path[0] != name.removesuffix("_after")]
+            per_layer = jnp.reshape(jnp.asarray(branch, norm.weight.dtype), (-1, 1))
+            folded[("block", name, "weight")] = _scaled_gain(norm, per_layer)
+            if norm.bias is not None:
+                folded[("block", name, "bias")] = norm.bias * per_layer
     for path in last:
         array = None if get(block, path[:1]) is None else get(block, path)
         if array is not None:
@@ -80,13 +90,23 @@ def _folded(stack: Stacked, family: Family) -> Stacked:
 
 
 def _rescaled(attention: Attention, scale: float) -> Attention:
-    """The same attention with another `scale`: the weights of queries take up the ratio."""
-    # A QK-norm undoes a factor of queries; the family refuses it later
-    if attention.scale == scale or attention.q_norm is not None:
+    """The same attention with another `scale`: queries, or the gain of their norm, take up the ratio."""
+    if attention.scale == scale:
         return attention
     factor = attention.scale / scale
+    if attention.q_norm is not None:
+        gain = ("q_norm", "weight")
+        return put(attention, {("scale",): scale, gain: _scaled_gain(attention.q_norm, factor)})
     bias = None if attention.q_bias is None else attention.q_bias * factor
     return put(attention, {("scale",): scale, ("q",): attention.q * factor, ("q_bias",): bias})
+
+
+def _scaled_gain(norm: Norm | WidthNorm, factor: Any) -> Any:
+    """The weight of a norm whose gain is multiplied by a factor."""
+    if not norm.plus_one:
+        return norm.weight * factor
+    assert norm.weight is not None
+    return (1 + norm.weight) * factor - 1
 
 
 def _with_biases(model: Any, family: Family) -> Any:
@@ -106,7 +126,7 @@ def _with_biases(model: Any, family: Family) -> Any:
 
 def shapes_of(config: Any, family: Family) -> Any:
     """The model of a config, with shapes and dtypes in place of arrays."""
-    return eqx.filter_eval_shape(family.model, config, key=jax.random.key(0))
+    return eqx.filter_eval_shape(lambda key: config.build(key), jax.random.key(0))
 
 
 def buffers_of(config: Any, family: Family) -> dict[str, Any]:
@@ -114,7 +134,7 @@ def buffers_of(config: Any, family: Family) -> dict[str, Any]:
 
     @jax.jit
     def make():  # the parameters are not outputs, so the compiler removes their draws
-        model = family.model(config, key=jax.random.key(0))
+        model = config.build(jax.random.key(0))
         return {slot.path: slot.value for slot in axes_of(model).of_kind("buffer")}
 
     return make()
@@ -149,10 +169,10 @@ def _structure(model: Any) -> Any:
     """The structure of a model, without the epsilon that only layers grown from nothing would take."""
 
     def without_born_eps(node: Any) -> Any:
-        return put(node, {("born_eps",): 0.0}) if isinstance(node, Norm) else node
+        return put(node, {("born_eps",): 0.0}) if isinstance(node, Norm | WidthNorm) else node
 
     return jax.tree.structure(
-        jax.tree.map(without_born_eps, model, is_leaf=lambda node: isinstance(node, Norm))
+        jax.tree.map(without_born_eps, model, is_leaf=lambda node: isinstance(node, Norm | WidthNorm))
     )
 
 

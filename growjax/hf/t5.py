@@ -189,6 +189,6 @@ T5_ = Family(
     ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     aliases=("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
     fixed={"is_encoder_decoder": True, "is_decoder": False, "is_causal": True},
-    scale=lambda head_dim: 1.0,
-    fold_head_scale=_fold_head_scale,
+    scale=lambda attention: 1.0,
+    fold_scales=_fold_head_scale,
 )

@@ -4,11 +4,14 @@
 
 First comes the name of the tensor, with `{}` for the number of the layer. Then comes the leaf, and after
 the colon the dimensions of the tensor, by the names of the leaf's axes (`embed2` is the second one of a
-square). Brackets join several axes into one dimension. Leaves that share a tensor (`q|k|v`) are
-concatenated along its last dimension, and axes that one of them lacks are left out.
+square). Brackets join several axes into one dimension. Axes that a leaf lacks are left out. Leaves that
+share a tensor (`q|k|v`) are concatenated along the dimension `joined` (the last one by default), or, where
+the layout has the word `each`, stand there next to each other: `(kv_heads each head_dim) embed` has the
+queries of the first group and their key and value before those of the second group.
 
-`(two pairs)` is `head_dim` in transformers' order of rotary coordinates: the first ones of all pairs
-before the second ones. In growjax the two coordinates of a pair are neighbours, `(pairs two)`.
+`turned` is `head_dim` in transformers' order of rotary coordinates: the first ones of all pairs before
+the second ones, and then those that are not turned. In growjax the two coordinates of a pair are
+neighbours.
 """
 
 import dataclasses
@@ -22,10 +25,6 @@ import numpy as np
 from growjax.axes import Axes, Slot
 
 
-# growjax's order of the coordinates of a head, as an einops pattern
-_ROTARY = {"head_dim": "(pairs two)"}
-
-
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One tensor of a file, or one for each layer.
@@ -37,12 +36,16 @@ class Row:
     - `others`: further names that the same tensor may have in a file.
     - `all_names`: whether it is written under all names, and read under the first whatever the others
       hold.
+    - `joined`: the dimension along which leaves are concatenated.
+    - `rotated`: how many coordinates of a head are turned, if the layout has `turned` (None: all).
     """
 
     name: str
     holds: str
     others: tuple[str, ...] = ()
     all_names: bool = False
+    joined: int = -1
+    rotated: int | None = None
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -63,24 +66,41 @@ class Row:
     def shape(self, table: Axes) -> tuple[int, ...]:
         """The shape of the tensor (of one layer), given the axes of the model."""
         parts = self._parts(table)
-        return (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
+        shape = list(parts[0].shape)
+        dim = self._dimension(parts)
+        shape[dim] = sum(part.shape[dim] for part in parts)
+        return tuple(shape)
 
     def pack(self, table: Axes, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """The tensor of one layer, from the leaves' arrays of that layer."""
-        parts = [
-            einops.rearrange(array, f"{part.leaf} -> {part.tensor}", **part.sizes)
-            for array, part in zip(arrays, self._parts(table), strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        parts = self._parts(table)
+        pieces = [part.packed(array) for array, part in zip(arrays, parts, strict=True)]
+        if self._interleaved:
+            # [..., each, ...] with a dimension for every axis, which are then joined
+            whole = np.concatenate(pieces, axis=parts[0].each)
+            return whole.reshape(self.shape(table))
+        return pieces[0] if len(parts) == 1 else np.concatenate(pieces, axis=self.joined)
 
     def unpack(self, table: Axes, tensor: np.ndarray) -> list[np.ndarray]:
         """The leaves' arrays of one layer, from its tensor."""
         parts = self._parts(table)
-        cuts = np.cumsum([part.shape[-1] for part in parts])[:-1]
-        return [
-            einops.rearrange(array, f"{part.tensor} -> {part.leaf}", **part.sizes)
-            for array, part in zip(np.split(tensor, cuts, axis=-1), parts, strict=True)
-        ]
+        if self._interleaved:
+            each, shape = parts[0].each, list(parts[0].open_shape)
+            ends = np.cumsum([part.open_shape[each] for part in parts])
+            shape[each] = ends[-1]
+            pieces = np.split(tensor.reshape(shape), ends[:-1], axis=each)
+        else:
+            cuts = np.cumsum([part.shape[self.joined] for part in parts])[:-1]
+            pieces = np.split(tensor, cuts, axis=self.joined)
+        return [part.unpacked(piece) for piece, part in zip(pieces, parts, strict=True)]
+
+    @property
+    def _interleaved(self) -> bool:
+        return bool(re.search(r"\beach\b", self.holds))
+
+    def _dimension(self, parts: "list[_Part]") -> int:
+        """The dimension of the tensor in which its leaves are added up."""
+        return parts[0].joined if self._interleaved else self.joined
 
     def _parts(self, table: Axes) -> "list[_Part]":
         return [self._part(table, leaf) for leaf in self.leaves]
@@ -88,31 +108,94 @@ class Row:
     def _part(self, table: Axes, leaf: str) -> "_Part":
         """The patterns of one leaf: of its own dimensions, and of those in the tensor."""
         layout = self.holds.partition(":")[2]
-        rotary = "pairs" in layout
         slot: Slot = table[leaf]
         axes = [dim.axis for dim in slot.dims if dim.role != "stack"]
         # Einops needs distinct names: the second `embed` of a square is `embed2`
         dims = [f"{axis}2" if axis in axes[:i] else axis for i, axis in enumerate(axes)]
         sizes = {name: table.size(axis) for name, axis in zip(dims, axes, strict=True)}
-        if rotary:
-            sizes |= {"pairs": sizes.pop("head_dim") // 2, "two": 2}
-            dims = [_ROTARY.get(name, name) for name in dims]
+        turn = None
+        if re.search(r"\bturned\b", layout) and not leaf.endswith((".v", ".v_bias")):
+            turn = dims.index("head_dim"), _turned(sizes["head_dim"], self.rotated)
+        layout = re.sub(r"\bturned\b", "head_dim", layout)
+        # Several queries for one key and one value
+        sizes["each"] = sizes["group"] if "group" in sizes else 1
         # Brackets and the names of axes that the leaf has
         tokens = [t for t in re.findall(r"[()]|\w+", layout) if t in "()" or t in sizes]
-        return _Part(" ".join(dims), " ".join(tokens), sizes, _shape(tokens, sizes))
+        return _Part(tuple(dims), tuple(tokens), sizes, turn)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """One leaf of a row: einops patterns of its dimensions in growjax and in the tensor.
+    """One leaf of a row: its dimensions in growjax, and the tokens of its layout in the tensor.
 
-    `sizes` are those of the names in the patterns, `shape` that of the leaf's part of the tensor.
+    `sizes` are those of the names in both. `turn` is the dimension of `head_dim` in the leaf, and the
+    order of its coordinates in the tensor, if that is another.
     """
 
-    leaf: str
-    tensor: str
+    leaf: tuple[str, ...]
+    tokens: tuple[str, ...]
     sizes: Mapping[str, int]
-    shape: tuple[int, ...]
+    turn: tuple[int, np.ndarray] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the leaf's part of the tensor."""
+        return _shape(self.tokens, self.sizes)
+
+    @property
+    def names(self) -> list[str]:
+        """The axes of the tensor, each by itself."""
+        return [token for token in self.tokens if token not in "()"]
+
+    @property
+    def open_shape(self) -> tuple[int, ...]:
+        """The shape with a dimension for every axis."""
+        return tuple(self.sizes[name] for name in self.names)
+
+    @property
+    def each(self) -> int:
+        """The place of `each` among the axes."""
+        return self.names.index("each")
+
+    @property
+    def joined(self) -> int:
+        """The dimension of the tensor that has `each` in it."""
+        depth, dim = 0, -1
+        for token in self.tokens:
+            dim += depth == 0 and token != ")"
+            depth += (token == "(") - (token == ")")
+            if token == "each":
+                break
+        return dim
+
+    @property
+    def _pattern(self) -> str:
+        """The dimensions of the piece that a leaf is rearranged to, for einops."""
+        if "each" not in self.names:
+            return " ".join(self.tokens)
+        each = "group" if "group" in self.leaf else "1"
+        return " ".join(each if name == "each" else name for name in self.names)
+
+    def packed(self, array: np.ndarray) -> np.ndarray:
+        """The leaf as it stands in the tensor; with `each`, with a dimension for every axis."""
+        if self.turn is not None:
+            array = np.take(array, self.turn[1], axis=self.turn[0])
+        return einops.rearrange(array, f"{' '.join(self.leaf)} -> {self._pattern}")
+
+    def unpacked(self, piece: np.ndarray) -> np.ndarray:
+        """The inverse of `packed`."""
+        sizes = {name: self.sizes[name] for name in self.leaf}
+        array = einops.rearrange(piece, f"{self._pattern} -> {' '.join(self.leaf)}", **sizes)
+        if self.turn is not None:
+            array = np.take(array, np.argsort(self.turn[1]), axis=self.turn[0])
+        return array
+
+
+def _turned(head_dim: int, rotated: int | None) -> np.ndarray:
+    """growjax's coordinate of every one of transformers: halves of those that are turned, and the rest."""
+    size = head_dim if rotated is None else rotated
+    order = (np.arange(0, size, 2), np.arange(1, size, 2), np.arange(size, head_dim))
+    return np.concatenate(order)
 
 
 def _shape(tokens: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from growjax.models.config import (
     odd_rotary,
 )
 from growjax.models.decoder import Decoder, DecoderConfig, Sight
-from growjax.nn import Body, ExpertBody, RotaryScaling
+from growjax.nn import Body, ExpertBody, Scaling
 from growjax.values import Size, at_least, positive, register
 
 
@@ -25,7 +25,7 @@ from growjax.values import Size, at_least, positive, register
 class LlamaConfig:
     """Sizes and choices of a `Llama`; `heads` are query heads, `bias` is that of attention alone.
 
-    `theta` and `scaling` (a `growjax.nn.RotaryScaling`) set the frequencies of the rotary positions.
+    `theta` and `scaling` (such as a `growjax.nn.RotaryScaling`) set the frequencies of the rotary positions.
     `dtype` is that of the activations (None: the parameters'); norms, softmax and logits stay in
     float32 at least. With `experts`, every feed-forward is a mixture of that many experts of `mlp` units
     (`growjax.nn.Experts`, which explains the options); 0 is one dense MLP.
@@ -39,7 +39,7 @@ class LlamaConfig:
     mlp: Size
     vocab: Size
     theta: Annotated[float, positive()] = 10000.0
-    scaling: RotaryScaling | None = None
+    scaling: Scaling | None = None
     eps: Eps = 1e-5
     tied: bool = False
     bias: bool = False

@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 
 TOKENS = np.random.default_rng(0).integers(1, 61, (2, 24))
 MASK = np.arange(24) < np.array([[24], [17]])
+LEFT = np.arange(24) >= np.array([[0], [7]])
 TYPES = np.random.default_rng(1).integers(0, 2, (2, 24))
 OTHERS = np.random.default_rng(2).integers(1, 61, (2, 9))
 
@@ -38,11 +39,11 @@ def random_model(config: Any, architecture: str, seed: int = 0, *, own_head: boo
     return model
 
 
-def outputs(model: Any) -> dict[str, np.ndarray]:
+def outputs(model: Any, mask: np.ndarray = MASK) -> dict[str, np.ndarray]:
     """Everything that a model computes on the tokens above, where they are not padding."""
     torch_of = torch.from_numpy
     kind = model.config.model_type
-    inputs = {"input_ids": torch_of(TOKENS), "attention_mask": torch_of(MASK.astype(np.int64))}
+    inputs = {"input_ids": torch_of(TOKENS), "attention_mask": torch_of(mask.astype(np.int64))}
     if kind == "bert":
         inputs["token_type_ids"] = torch_of(TYPES)
     if kind == "t5":
@@ -63,7 +64,7 @@ def outputs(model: Any) -> dict[str, np.ndarray]:
         for theirs, ours in names.items()
         if found.get(theirs) is not None
     }
-    real = lambda x: x[MASK] if x.shape[:2] == MASK.shape else x  # noqa: E731
+    real = lambda x: x[mask] if x.shape[:2] == mask.shape else x  # noqa: E731
     return {name: real(value) for name, value in got.items()}
 
 

@@ -1,0 +1,190 @@
+"""The families of decoders, each as data."""
+
+import dataclasses
+
+from growjax.hf.decoder import AROUND, Spelling, decoder_family
+from growjax.hf.sights import OneWindow, Sights, SomeWithout, TwoRotations, TypedLayers
+from growjax.models import DecoderConfig, LlamaConfig
+
+
+_STALE = ("partial_rotary_factor", "original_max_position_embeddings")
+# Keys that no family computes with another value
+_FIXED = {"is_causal": True, "rope_interleaved": False}
+_BIASES = {"bias": ("attention_bias", False), "o_bias": ("attention_bias", False)}
+
+
+def _llama(config: DecoderConfig) -> LlamaConfig:
+    (sight,) = config.pattern
+    names = {field.name for field in dataclasses.fields(LlamaConfig)}
+    same = {name: getattr(config, name) for name in names - {"theta", "scaling", "qk_norm"}}
+    return LlamaConfig(**same, theta=sight.theta, scaling=sight.scaling)
+
+
+LLAMA = decoder_family(
+    "llama",
+    "LlamaForCausalLM",
+    Spelling(flags=_BIASES, parts=True),
+    public=_llama,
+    fixed=_FIXED | {"mlp_bias": False},
+    aliases=_STALE,
+)
+MISTRAL = decoder_family(
+    "mistral",
+    "MistralForCausalLM",
+    Spelling(
+        kv_default=8,
+        sights=OneWindow(positions=131072, window=4096),
+    ),
+    fixed=_FIXED,
+    aliases=_STALE,
+)
+
+
+def _late(file, layer: int) -> bool:
+    """Qwen's layers slide from `max_window_layers` on."""
+    return layer >= file.count("max_window_layers", default=28)
+
+
+_QWEN = TypedLayers(positions=32768, types=_late)
+QWEN2 = decoder_family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    Spelling(choices={"bias": True}, kv_default=32, sights=_QWEN),
+    fixed=_FIXED,
+    aliases=_STALE,
+)
+QWEN3 = decoder_family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    Spelling(
+        choices={"qk_norm": "head"}, flags=_BIASES, kv_default=32, head_default=128, sights=_QWEN
+    ),
+    fixed=_FIXED,
+    aliases=_STALE,
+)
+OLMO2 = decoder_family(
+    "olmo2",
+    "Olmo2ForCausalLM",
+    Spelling(
+        choices={"placement": "after", "qk_norm": "width"},
+        flags=_BIASES,
+        names=AROUND | {"mlp_norm": None, "attention_norm": None},
+        eps=("rms_norm_eps", 1e-5),
+    ),
+    fixed=_FIXED,
+    aliases=_STALE,
+)
+_GEMMA = Spelling(
+    choices={"placement": "both", "plus_one": True},
+    flags=_BIASES,
+    names=AROUND,
+    kv_default=4,
+    head_default=256,
+    activation=("hidden_activation", "gelu_pytorch_tanh"),
+    tied=True,
+    parts=True,
+    embed_scale=True,
+    scale=("query_pre_attn_scalar", 256.0),
+)
+GEMMA2 = decoder_family(
+    "gemma2",
+    "Gemma2ForCausalLM",
+    dataclasses.replace(
+        _GEMMA,
+        numbers={
+            "attention_cap": ("attn_logit_softcapping", 50.0),
+            "logit_cap": ("final_logit_softcapping", 30.0),
+        },
+        sights=TypedLayers(positions=8192, switch=False, types=lambda file, i: i % 2 == 0),
+    ),
+    fixed=_FIXED | {"use_bidirectional_attention": None},
+    aliases=_STALE,
+)
+
+
+def _five_of_six(file, layer: int) -> bool:
+    """Gemma 3's layers slide but for every sixth, or as an old key says."""
+    every = file.size("sliding_window_pattern", "_sliding_window_pattern", default=6)
+    return (layer + 1) % every != 0
+
+
+GEMMA3 = decoder_family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    dataclasses.replace(
+        _GEMMA,
+        choices=_GEMMA.choices | {"qk_norm": "head"},
+        numbers={"logit_cap": ("final_logit_softcapping", None)},
+        sights=TwoRotations(positions=131072, types=_five_of_six),
+    ),
+    # transformers reads the cap of scores, and does not use it
+    fixed=_FIXED | {"use_bidirectional_attention": False, "attn_logit_softcapping": None},
+    aliases=(*_STALE, "sliding_window_pattern", "_sliding_window_pattern"),
+)
+PHI3 = decoder_family(
+    "phi3",
+    "Phi3ForCausalLM",
+    Spelling(
+        names={
+            **dict.fromkeys(("attention.q", "attention.k", "attention.v", "mlp.glu", "mlp.up")),
+            "attention.q|k|v": "layers.{}.self_attn.qkv_proj",
+            "mlp.glu|up": "layers.{}.mlp.gate_up_proj",
+        },
+        eps=("rms_norm_eps", 1e-5),
+        sights=OneWindow(
+            positions=4096, part=1.0, length=4096, kinds=("default", "longrope"), window=None
+        ),
+    ),
+    fixed=_FIXED,
+)
+SMOLLM3 = decoder_family(
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    Spelling(
+        flags=_BIASES,
+        kv_default=4,
+        tied=True,
+        sights=SomeWithout(theta=2e6, positions=32768, window=None),
+    ),
+    fixed=_FIXED | {"mlp_bias": False},
+    aliases=_STALE,
+)
+NEOX = decoder_family(
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    Spelling(
+        choices={"norm": "layer", "mlp_bias": True, "glu": False},
+        flags={
+            "parallel": ("use_parallel_residual", True),
+            "bias": ("attention_bias", True),
+            "o_bias": ("attention_bias", True),
+        },
+        names={
+            "words": "embed_in",
+            **dict.fromkeys(("attention.q", "attention.k", "attention.v", "mlp.glu")),
+            "attention.q|k|v": "layers.{}.attention.query_key_value",
+            "attention.o": "layers.{}.attention.dense",
+            "mlp.up": "layers.{}.mlp.dense_h_to_4h",
+            "mlp.down": "layers.{}.mlp.dense_4h_to_h",
+            "norm": "final_layer_norm",
+            "head": "embed_out",
+        },
+        each=True,
+        kv_heads=None,
+        head_dim=None,
+        activation=("hidden_act", "gelu"),
+        eps=("layer_norm_eps", 1e-5),
+        parts=True,
+        sights=Sights(part=0.25, outside=("rotary_emb_base", "rotary_pct")),
+    ),
+    prefix="gpt_neox.",
+    heads=("embed_out.",),
+    fixed=_FIXED | {"is_decoder": False},
+    ignored=(
+        "layers.*.attention.bias",
+        "layers.*.attention.masked_bias",
+        "layers.*.attention.rotary_emb.inv_freq",
+    ),
+    aliases=_STALE,
+)
+DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GEMMA3, PHI3, SMOLLM3, NEOX)
