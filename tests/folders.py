@@ -79,7 +79,10 @@ MODELS: dict[str, tuple[type, Any]] = {
     "llama linear": (Llama, _llama(kv_heads=4, scaling=RotaryScaling(2.0))),
     "mistral": (Decoder, DecoderConfig(**LLAMA, pattern=(Sight(window=3),))),
     "gemma3": (Decoder, GEMMA3),
-    "olmo2": (Decoder, DecoderConfig(**LLAMA, placement="after", qk_norm="width", bias=True, o_bias=True)),
+    "olmo2": (
+        Decoder,
+        DecoderConfig(**LLAMA, placement="after", qk_norm="width", bias=True, o_bias=True),
+    ),
     "gpt_neox": (Decoder, NEOX),
     "t5": (T5, T5Config(**PAIR)),
     "t5 v1.1": (T5, T5Config.v1_1(**PAIR, buckets=8, max_distance=9)),

@@ -1,19 +1,15 @@
 """The choices of a decoder: each with every operator in float64, and what they compute."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import growjax as gj
 from growjax import testing
-from growjax.axes import axes_of
-from growjax.errors import AxisError
-from growjax.models import Decoder, DecoderConfig, LlamaConfig, Sight
-from growjax.nn import LongRotary, Mask, RotaryScaling, YarnScaling, attend
+from growjax.models import DecoderConfig, Sight
+from growjax.nn import LongRotary, RotaryScaling, YarnScaling
 
 
 LONG = LongRotary((1.0, 2.0), (3.0, 4.0), length=3, magnitude=1.5)

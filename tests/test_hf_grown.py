@@ -142,7 +142,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "two epsilons": (
         lambda: _grown("olmo2", gj.zeros(embed=16)),
         HuggingFaceError,
-        "written as olmo2:\n  - blocks.block.attention.q_norm.eps: expected 5e-06",
+        "written as olmo2:\n  - blocks.block.attention.k_norm.eps: expected 5e-06",
     ),
     "active": (_switched_off, HuggingFaceError, "blocks.active: layers are switched off"),
     "QK-norm": (

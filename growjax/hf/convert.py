@@ -194,8 +194,8 @@ def _written_as(model: Any, preferred: str | None) -> tuple[Family, Any, Any]:
     """The first family that can express a model, the model as a stock one of that family, and its config.
 
     Several families may share a class. With a source, only its family, `preferred`, will do, since
-    tokenizers and further keys are taken from it. Raises `HuggingFaceError` with the reasons of the family
-    that comes closest if none can express the model.
+    tokenizers and further keys are taken from it. Raises `HuggingFaceError` with the reasons of the
+    family that comes closest if none can express the model.
     """
     if "experts" in axes_of(model).sizes:
         raise HuggingFaceError(
@@ -214,9 +214,7 @@ def _written_as(model: Any, preferred: str | None) -> tuple[Family, Any, Any]:
             return family, *stock(model, family)
         except HuggingFaceError as error:
             errors.append(error)
-    nearest = min(
-        errors, key=lambda e: (not isinstance(e, Inexpressible), str(e).count("\n"))
-    )
+    nearest = min(errors, key=lambda e: (not isinstance(e, Inexpressible), str(e).count("\n")))
     if len(errors) == 1:
         raise nearest
     others = ", ".join(family.model_type for family in matching)

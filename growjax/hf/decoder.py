@@ -16,7 +16,7 @@ from growjax.hf.family import ConfigFile, Family, activation_name, epsilon, is_t
 from growjax.hf.sights import Sights, shortest
 from growjax.hf.table import Row, linear, norm
 from growjax.models import Decoder, DecoderConfig, Sight
-from growjax.nn import NO_WINDOW, Norm
+from growjax.nn import NO_WINDOW, Experts, Norm
 
 
 _BLOCK = "blocks.block"
@@ -117,7 +117,10 @@ class Spelling:
         for leaf in _NORMS:
             if names.get(leaf) is not None:
                 rows += norm(names[leaf], f"{_BLOCK}.{leaf}")
-        for leaf, layout in (("q_norm", "(kv_heads group turned)"), ("k_norm", "(kv_heads turned)")):
+        for leaf, layout in (
+            ("q_norm", "(kv_heads group turned)"),
+            ("k_norm", "(kv_heads turned)"),
+        ):
             name = f"{names[f'attention.{leaf}']}.weight"
             path = f"{_BLOCK}.attention.{leaf}.weight"
             rows.append(Row(name, f"{path}: {layout}", rotated=turned))
@@ -150,8 +153,10 @@ class Spelling:
         for field, (key, default) in self.flags.items():
             fields[field] = file.flag(key, default=default)
         for field, (key, default) in self.numbers.items():
-            missing = default is None or file.values.get(key, default) is None
-            fields[field] = None if missing and file.get(key) is None else file.number(key, default=default or 1.0)
+            file.get(key)
+            # A null in the file means none, whatever the default
+            given = file.values.get(key, default)
+            fields[field] = None if given is None else file.number(key, default=given)
         if self.scale is not None:
             key, default = self.scale
             fields["scale"] = file.number(key, default=default) ** -0.5
@@ -193,7 +198,9 @@ class Spelling:
             keys[key] = getattr(c, field)
         if self.scale is not None:
             number = (c.head_dim**-0.5 if c.scale is None else c.scale) ** -2
-            keys[self.scale[0]] = round(number) if abs(number - round(number)) < 1e-9 * number else number
+            keys[self.scale[0]] = (
+                round(number) if abs(number - round(number)) < 1e-9 * number else number
+            )
         return keys
 
     def limits(self, config: DecoderConfig) -> list[str]:
@@ -206,7 +213,9 @@ class Spelling:
             if field in spelled or field in ("scale", "embed_scale", "turned"):
                 continue
             if getattr(c, field) != getattr(plain, field):
-                faults.append(f"{field}: expected {getattr(plain, field)!r}, got {getattr(c, field)!r}")
+                faults.append(
+                    f"{field}: expected {getattr(plain, field)!r}, got {getattr(c, field)!r}"
+                )
         if (c.embed_scale is not None) != self.embed_scale:
             faults.append(f"embed_scale: {'missing' if self.embed_scale else 'in the way'}")
         if self.kv_heads is None and c.kv_heads != c.heads:
@@ -228,7 +237,7 @@ class Spelling:
         return attention.scale if self.scale is not None else attention.q.shape[-1] ** -0.5
 
     def folded(self, model: Decoder) -> Decoder:
-        """The model as a `Decoder` whose kinds of layers are in order, with the family's embedding scale."""
+        """A plain `Decoder`: kinds of layers in order, and the family's scale of embeddings."""
         plain = object.__new__(Decoder)
         for field in dataclasses.fields(Decoder):
             object.__setattr__(plain, field.name, getattr(model, field.name))
@@ -253,6 +262,7 @@ class Spelling:
 _CHOICES = (
     *("norm", "norm_bias", "placement", "plus_one", "parallel", "bias", "o_bias", "mlp_bias"),
     *("qk_norm", "glu", "scale", "embed_scale", "attention_cap", "logit_cap", "turned"),
+    "experts",
 )
 
 
@@ -322,6 +332,22 @@ def config_of(model: Decoder) -> DecoderConfig:
         dtype=model.dtype,
         attention=attention.body,
         remat=model.blocks.remat,
+        **_experts(block.mlp, n),
+    )
+
+
+def _experts(mlp: Any, n: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of a config about experts."""
+    if not isinstance(mlp, Experts):
+        return {}
+    return dict(
+        experts=n["experts"],
+        experts_per_token=mlp.per_token,
+        shared_experts=n.get("shared_mlp", 0) // n["mlp"],
+        norm_topk_prob=mlp.norm_topk_prob,
+        aux_loss_coef=mlp.aux_loss_coef,
+        z_loss_coef=mlp.z_loss_coef,
+        expert_body=mlp.body,
     )
 
 

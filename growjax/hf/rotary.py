@@ -153,9 +153,7 @@ def _yarn(block: ConfigFile, length: int, magnitude: float | None) -> Scaling | 
     )
 
 
-def _long(
-    block: ConfigFile, grown: float, length: int, magnitude: float | None
-) -> Scaling | None:
+def _long(block: ConfigFile, grown: float, length: int, magnitude: float | None) -> Scaling | None:
     factor = block.number("factor", default=grown)
     lists = []
     for key in ("short_factor", "long_factor"):

@@ -89,7 +89,9 @@ class Sights:
             faults.append(f"turned: in this family heads are turned whole, got {config.turned}")
         kinds = [write_scaling(s.scaling)["rope_type"] for s in config.pattern if s.scaling]
         faults += [
-            f"pattern: this family has no {kind} scaling" for kind in kinds if kind not in self.kinds
+            f"pattern: this family has no {kind} scaling"
+            for kind in kinds
+            if kind not in self.kinds
         ]
         return faults + self.window_limits(config)
 
@@ -272,7 +274,9 @@ class SomeWithout(TypedLayers):
         rotation = self.rotation(file)
         rotary = self.rotary(file, max(layers, 1))
         every = [
-            Sight(window, rotation.theta, rotation.scaling) if turns else Sight(window, rotary=False)
+            Sight(window, rotation.theta, rotation.scaling)
+            if turns
+            else Sight(window, rotary=False)
             for window, turns in zip(self.windows(file, layers), rotary, strict=True)
         ]
         return shortest(tuple(every)), None

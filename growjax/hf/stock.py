@@ -172,7 +172,9 @@ def _structure(model: Any) -> Any:
         return put(node, {("born_eps",): 0.0}) if isinstance(node, Norm | WidthNorm) else node
 
     return jax.tree.structure(
-        jax.tree.map(without_born_eps, model, is_leaf=lambda node: isinstance(node, Norm | WidthNorm))
+        jax.tree.map(
+            without_born_eps, model, is_leaf=lambda node: isinstance(node, Norm | WidthNorm)
+        )
     )
 
 

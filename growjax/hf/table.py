@@ -4,10 +4,10 @@
 
 First comes the name of the tensor, with `{}` for the number of the layer. Then comes the leaf, and after
 the colon the dimensions of the tensor, by the names of the leaf's axes (`embed2` is the second one of a
-square). Brackets join several axes into one dimension. Axes that a leaf lacks are left out. Leaves that
-share a tensor (`q|k|v`) are concatenated along the dimension `joined` (the last one by default), or, where
-the layout has the word `each`, stand there next to each other: `(kv_heads each head_dim) embed` has the
-queries of the first group and their key and value before those of the second group.
+square). Brackets join several axes into one dimension. Axes that a leaf lacks are left out. Leaves
+that share a tensor (`q|k|v`) are concatenated along the dimension `joined` (the last one by default),
+or, where the layout has the word `each`, stand there next to each other: `(kv_heads each head_dim) embed`
+has the queries of the first group and their key and value before those of the second group.
 
 `turned` is `head_dim` in transformers' order of rotary coordinates: the first ones of all pairs before
 the second ones, and then those that are not turned. In growjax the two coordinates of a pair are
@@ -192,7 +192,7 @@ class _Part:
 
 
 def _turned(head_dim: int, rotated: int | None) -> np.ndarray:
-    """growjax's coordinate of every one of transformers: halves of those that are turned, and the rest."""
+    """growjax's coordinate for every one of transformers: the halves that are turned, then the rest."""
     size = head_dim if rotated is None else rotated
     order = (np.arange(0, size, 2), np.arange(1, size, 2), np.arange(size, head_dim))
     return np.concatenate(order)

@@ -171,7 +171,7 @@ class DecoderConfig:
                     )
 
     def build(self, key: PRNGKeyArray) -> "Decoder":
-        """A `Decoder` of this configuration, its parameters drawn with this key by one compiled program."""
+        """A `Decoder` of this configuration, its parameters drawn with this key by one program."""
         return born(Decoder, self, key=key)
 
 

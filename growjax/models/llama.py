@@ -25,7 +25,8 @@ from growjax.values import Size, at_least, positive, register
 class LlamaConfig:
     """Sizes and choices of a `Llama`; `heads` are query heads, `bias` is that of attention alone.
 
-    `theta` and `scaling` (such as a `growjax.nn.RotaryScaling`) set the frequencies of the rotary positions.
+    `theta` and `scaling` (such as a `growjax.nn.RotaryScaling`) set the frequencies of the rotary
+    positions.
     `dtype` is that of the activations (None: the parameters'); norms, softmax and logits stay in
     float32 at least. With `experts`, every feed-forward is a mixture of that many experts of `mlp` units
     (`growjax.nn.Experts`, which explains the options); 0 is one dense MLP.

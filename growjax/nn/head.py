@@ -118,9 +118,7 @@ def per_token(
 
     def of(hidden: Array, *rows: Any) -> Any:
         # The head is a constant of the loop: its gradient is a sum over chunks, in its own precision
-        part = Readout(
-            hidden, readout.weight, readout.bias, tied=readout.tied, cap=readout.cap
-        )
+        part = Readout(hidden, readout.weight, readout.bias, tied=readout.tied, cap=readout.cap)
         return function(part.logits(), *rows)
 
     if chunk >= tokens:

@@ -33,9 +33,7 @@ class Norm(eqx.Module):
     weight: Float[Array, " axis"] | None = param(
         "{into}~{axis}{out}", init="ones", origin="origin", closes="closes"
     )
-    bias: Float[Array, " axis"] | None = param(
-        "{into}{axis}{out}", init="zeros", closes="closes"
-    )
+    bias: Float[Array, " axis"] | None = param("{into}{axis}{out}", init="zeros", closes="closes")
     eps: Float[Array, ""] = buffer("{mean}", born="born_eps")
     gate: Gate | None = axes.gate("{axis}")
     axis: str = eqx.field(static=True, default="embed")
