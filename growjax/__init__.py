@@ -24,6 +24,7 @@ from growjax import specs as specs
 from growjax import state as state
 from growjax import subnet as subnet
 from growjax import trace as trace
+from growjax import trees as trees
 from growjax import values as values
 from growjax.algebra import NONE as NONE
 from growjax.algebra import AxisMap as AxisMap

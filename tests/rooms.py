@@ -17,7 +17,7 @@ PAGE = ROOT.parent / "docs" / "architecture.md"
 LEVELS = [
     "errors",
     "values extras draws",
-    "specs",
+    "specs trees",
     "axes",
     "trace",
     "gates",
@@ -42,7 +42,9 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.split()}
 
 # Operators work in a notebook without a trainer: these need jax and equinox alone
-CORE = set("errors values specs axes trace annotation gates algebra maps growth subnet".split())
+CORE = set(
+    "errors values specs trees axes trace annotation gates algebra maps growth subnet".split()
+)
 # Those of them that read models of others, and know the layers of `eqx.nn`
 READERS = {"annotation", "trace"}
 

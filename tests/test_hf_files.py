@@ -172,7 +172,7 @@ def test_a_spoilt_folder_says_what_is_wrong(how, folder):
 
 
 def test_a_missing_folder_says_how_to_get_one(tmp_path):
-    with pytest.raises(HuggingFaceError, match="nothing is downloaded"):
+    with pytest.raises(HuggingFaceError, match="got no folder; nothing is downloaded"):
         gj.hf.load(tmp_path / "nowhere")
 
 
@@ -293,3 +293,20 @@ def test_any_change_of_the_config_is_refused_or_harmless(bytes_of, seed, changes
     changed = said | {str(key): VALUES[rng.integers(len(VALUES))] for key in keys}
     (path / "config.json").write_text(json.dumps(changed))
     sound_or_refused(path)
+
+
+def test_the_id_of_a_repository_is_looked_up_in_the_local_cache(saved, tmp_path, monkeypatch):
+    model, folder = saved("gpt2")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    with pytest.raises(HuggingFaceError, match="run `hf download some-one/tiny.gpt2` first"):
+        gj.hf.load("some-one/tiny.gpt2")
+    repository = tmp_path / "home" / "hub" / "models--some-one--tiny.gpt2"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0a1b")
+    shutil.copytree(folder, repository / "snapshots" / "0a1b")
+    assert_same(model, gj.hf.load("some-one/tiny.gpt2"))
+    gj.hf.save(model, tmp_path / "again", source="some-one/tiny.gpt2")
+    (repository / "refs" / "main").write_text("../../../../elsewhere")
+    with pytest.raises(HuggingFaceError, match="not in the cache"):
+        gj.hf.load("some-one/tiny.gpt2")

@@ -14,14 +14,14 @@ require("the command line", "tyro", "rich")
 
 import tyro
 
-from growjax.cli.checkpoints import certify, evaluate, grow, inspect
+from growjax.cli.checkpoints import certify, evaluate, families, grow, inspect
 from growjax.cli.results import compare, report
 from growjax.cli.training import calibrate, demo, plan, sweep, train
 
 
 app = tyro.extras.SubcommandApp()
 # In the order of `growjax --help`
-for _command in (demo, train, plan, calibrate, grow, certify, inspect):
+for _command in (demo, train, plan, calibrate, grow, certify, inspect, families):
     app.command(_command)
 app.command(name="eval")(evaluate)
 for _command in (sweep, compare, report):

@@ -1,4 +1,4 @@
-"""Commands that read or grow a checkpoint: grow, certify, inspect, eval."""
+"""Commands that read or grow a checkpoint: grow, certify, inspect, families, eval."""
 
 import sys
 from pathlib import Path
@@ -98,6 +98,19 @@ def inspect(path: tyro.conf.Positional[Path], allow: Allow = ()) -> None:
     from growjax.train.commands import describe
 
     describe(path, Console())
+
+
+def families() -> None:
+    """List the families of Hugging Face checkpoints, and what of each can be grown."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from growjax.hf.convert import FAMILIES
+
+    table = Table("model_type", "checkpoints", "grows", box=None, pad_edge=False)
+    for name, family in FAMILIES.items():
+        table.add_row(name, family.members, family.growth)
+    Console().print(table)
 
 
 def evaluate(

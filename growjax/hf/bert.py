@@ -130,6 +130,7 @@ def _architecture(config: BERTConfig) -> str:
 
 BERT_ = Family(
     model_type="bert",
+    members="BERT, MiniLM, BGE and other encoders made from it",
     model=BERT,
     architecture=_architecture,
     base="BertModel",

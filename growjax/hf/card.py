@@ -13,6 +13,7 @@ from growjax.cost import parameters
 from growjax.growth import Chain, Operator
 from growjax.hf.companions import card_metadata
 from growjax.hf.convert import save
+from growjax.hf.files import located
 from growjax.values import to_dict
 
 
@@ -36,14 +37,16 @@ def write_grown(
     - `rounding`: the largest change of an output when the grown parameters were cast to the dtype of the
       file, relative to the largest output; None if they were not cast.
     """
+    files = located(source)
     record = {"operator": to_dict(op), "seed": seed, "certificate": certificate.to_dict()}
     table = np.asarray(model.embedding.table)
     stored = f"Its parameters are stored in {table.dtype}"
     if rounding is not None:
         stored += f", which moves outputs by {rounding:.1e} of the largest"
     card = _CARD.format(
-        metadata="".join(f"{key}:{value}\n" for key, value in card_metadata(source).items()),
-        source=source.name,
+        metadata="".join(f"{key}:{value}\n" for key, value in card_metadata(files).items()),
+        # An id of a repository stays whole
+        source=source.name if source.is_dir() else source,
         version=__version__,
         op=op,
         seed=seed,

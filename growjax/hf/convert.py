@@ -22,6 +22,7 @@ from growjax.hf.files import (
     Folder,
     Tensor,
     inside,
+    located,
     open_folder,
     read_json,
     shortened,
@@ -42,12 +43,13 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load(folder: str | Path, *, dtype: str | None = None, ignore: Sequence[str] = ()) -> Any:
-    """The model in a Hugging Face folder: a BERT, GPT-2, Llama or T5 (also v1.1, UL2) with its weights.
+    """The model in a Hugging Face folder, with its weights; `growjax families` lists what is read.
 
     **Arguments**
 
-    - `folder`: has `config.json` and `model.safetensors`, or shards and their index. Nothing is
-      downloaded, executed or unpickled, and nothing outside the folder is read.
+    - `folder`: has `config.json` and `model.safetensors`, or shards and their index; or the id of a
+      repository in the local cache of the Hugging Face Hub. Nothing is downloaded, executed or unpickled,
+      and nothing outside the folder is read.
     - `dtype`: the dtype of the parameters; None is that of the file. Epsilons and rotary frequencies are
       float32 at least.
     - `ignore`: patterns of tensors that the model does not use, such as `"classifier.*"`, and of unknown
@@ -136,7 +138,7 @@ def save(
     keys: Mapping[str, Any] | None = None,
     more: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a BERT, GPT, Llama or T5 as a folder that `transformers` loads, with equal outputs.
+    """Write a BERT, GPT, decoder or T5 as a folder that `transformers` loads, with equal outputs.
 
     **Arguments**
 
@@ -158,7 +160,8 @@ def save(
 
         gj.hf.save(gj.grow(gj.copy(embed=768, heads=24), model), "grown", source="all-MiniLM-L6-v2")
     """
-    source_keys = {} if source is None else read_json(inside(Path(source), CONFIG))
+    source = None if source is None else located(source)
+    source_keys = {} if source is None else read_json(inside(source, CONFIG))
     family, model, config = _written_as(model, source_keys.get("model_type"))
     table = axes_of(model)
     # transformers' model without a head is not inside another, so its names have no prefix
@@ -185,7 +188,7 @@ def save(
         write_json(partial / CONFIG, source_keys | own_keys)
         write_weights(partial, tensors, shard)
         if source is not None:
-            copy_companions(Path(source), partial, sizes(model)["embed"])
+            copy_companions(source, partial, sizes(model)["embed"])
         for name, text in (more or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
 

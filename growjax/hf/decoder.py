@@ -383,7 +383,9 @@ def decoder_family(
         "max_position_embeddings": spelling.sights.positions,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
+    free = "embed, heads, kv_heads, mlp, layers"
     common = dict(
+        growth=free if spelling.head_dim else "embed together with heads, mlp, layers",
         prefix="model.",
         heads=("lm_head.",),
         defaults=defaults,

@@ -27,6 +27,7 @@ LLAMA = decoder_family(
     public=_llama,
     fixed=_FIXED | {"mlp_bias": False},
     aliases=_STALE,
+    members="Llama 1 to 3, TinyLlama, SmolLM 1 and 2",
 )
 MISTRAL = decoder_family(
     "mistral",
@@ -37,6 +38,7 @@ MISTRAL = decoder_family(
     ),
     fixed=_FIXED,
     aliases=_STALE,
+    members="Mistral 7B, Mistral Nemo",
 )
 
 
@@ -52,6 +54,7 @@ QWEN2 = decoder_family(
     Spelling(choices={"bias": True}, kv_default=32, sights=_QWEN),
     fixed=_FIXED,
     aliases=_STALE,
+    members="Qwen 2 and 2.5",
 )
 QWEN3 = decoder_family(
     "qwen3",
@@ -61,6 +64,7 @@ QWEN3 = decoder_family(
     ),
     fixed=_FIXED,
     aliases=_STALE,
+    members="Qwen 3 (dense)",
 )
 OLMO2 = decoder_family(
     "olmo2",
@@ -73,6 +77,7 @@ OLMO2 = decoder_family(
     ),
     fixed=_FIXED,
     aliases=_STALE,
+    members="OLMo 2",
 )
 _GEMMA = Spelling(
     choices={"placement": "both", "plus_one": True},
@@ -99,6 +104,7 @@ GEMMA2 = decoder_family(
     ),
     fixed=_FIXED | {"use_bidirectional_attention": None},
     aliases=_STALE,
+    members="Gemma 2",
 )
 
 
@@ -120,6 +126,7 @@ GEMMA3 = decoder_family(
     # transformers reads the cap of scores, and does not use it
     fixed=_FIXED | {"use_bidirectional_attention": False, "attn_logit_softcapping": None},
     aliases=(*_STALE, "sliding_window_pattern", "_sliding_window_pattern"),
+    members="Gemma 3 1B and 270M, the text part of larger ones",
 )
 PHI3 = decoder_family(
     "phi3",
@@ -136,6 +143,7 @@ PHI3 = decoder_family(
         ),
     ),
     fixed=_FIXED,
+    members="Phi-3 mini and medium, Phi-4 mini",
 )
 SMOLLM3 = decoder_family(
     "smollm3",
@@ -148,6 +156,7 @@ SMOLLM3 = decoder_family(
     ),
     fixed=_FIXED | {"mlp_bias": False},
     aliases=_STALE,
+    members="SmolLM 3",
 )
 NEOX = decoder_family(
     "gpt_neox",
@@ -186,5 +195,6 @@ NEOX = decoder_family(
         "layers.*.attention.rotary_emb.inv_freq",
     ),
     aliases=_STALE,
+    members="Pythia, GPT-NeoX 20B",
 )
 DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GEMMA3, PHI3, SMOLLM3, NEOX)

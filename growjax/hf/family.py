@@ -163,7 +163,8 @@ class Family:
     - `renamed`: old endings of names, and the new ones.
     - `scale`: a function from a model's attention to the factor that the family multiplies scores by.
     - `accepts`: the class of models that may be written, if not `model` alone.
-    - `growth`: a few words that say what of it can be grown.
+    - `members`: some published checkpoints of the family, for people.
+    - `growth`: what of it can be grown so that transformers still reads it, for people.
     - `fold_scales`: a function that folds the scales of a model's embedding and head into its weights.
     - `zero_biases`: whether biases that a model lacks are written as zeros.
     """
@@ -189,7 +190,8 @@ class Family:
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     scale: Callable[[Any], float] = lambda attention: attention.q.shape[-1] ** -0.5
     accepts: type | None = None
-    growth: str = "embed, heads, mlp, layers, vocab"
+    members: str = ""
+    growth: str = "embed together with heads, mlp, layers"
     fold_scales: Callable[[Any], Any] = lambda model: model
     zero_biases: bool = False
 

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -65,14 +66,10 @@ class Folder:
 def open_folder(path: str | Path) -> Iterator[Folder]:
     """Open a folder and check all its headers, without reading weights.
 
-    Raises `HuggingFaceError` with the file and its fault.
+    A repository id such as "Qwen/Qwen3-0.6B" is looked up in the local cache of the Hugging Face Hub. Raises
+    `HuggingFaceError` with the file and its fault.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise HuggingFaceError(
-            f"{path}: expected a folder with {CONFIG} and {WEIGHTS}, got no folder; "
-            "nothing is downloaded (`hf download NAME --local-dir FOLDER` does that)"
-        )
+    path = located(path)
     if not os.path.lexists(path / CONFIG):
         raise HuggingFaceError(f"{path}: expected {CONFIG} in it, got none{_other_kind(path)}")
     config = read_json(inside(path, CONFIG))
@@ -88,6 +85,33 @@ def open_folder(path: str | Path) -> Iterator[Folder]:
             folder.tensors.update(entries)
         _check_index(folder)
         yield folder
+
+
+def located(path: str | Path) -> Path:
+    """The folder of that path, or of a repository of that id in the local cache of the Hugging Face Hub.
+
+    Raises `HuggingFaceError`, with the command to download it, if there is neither.
+    """
+    folder, name = Path(path), str(path)
+    if folder.is_dir():
+        return folder
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+        cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+        repository = cache / f"models--{name.replace('/', '--')}"
+        main = repository / "refs" / "main"
+        if main.is_file():
+            snapshot = repository / "snapshots" / main.read_text(encoding="utf-8").strip()
+            if snapshot.parent == repository / "snapshots" and snapshot.is_dir():
+                return snapshot
+        raise HuggingFaceError(
+            f"{name}: no such folder, and not in the cache at {cache}; nothing is downloaded: run "
+            f"`hf download {name}` first, which fills the cache"
+        )
+    raise HuggingFaceError(
+        f"{folder}: expected a folder with {CONFIG} and {WEIGHTS}, got no folder; "
+        "nothing is downloaded (`hf download NAME --local-dir FOLDER` does that)"
+    )
 
 
 def inside(folder: Path, name: str) -> Path:

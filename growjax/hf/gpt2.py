@@ -110,6 +110,7 @@ def head_dim_limits(config: Any) -> list[str]:
 
 GPT2 = Family(
     model_type="gpt2",
+    members="GPT-2, DistilGPT-2",
     model=GPT,
     architecture=lambda config: "GPT2LMHeadModel",
     prefix="transformer.",

@@ -177,6 +177,8 @@ def _limits(config: T5Config) -> list[str]:
 
 T5_ = Family(
     model_type="t5",
+    members="T5, T5 v1.1, Flan-T5, UL2",
+    growth="embed, heads, head_dim, mlp, encoder_layers, decoder_layers",
     model=T5,
     architecture=lambda config: "T5ForConditionalGeneration",
     rows=_rows,
