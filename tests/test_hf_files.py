@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import growjax as gj
 from growjax.errors import GrowjaxError, HuggingFaceError
-from tests.folders import build, rewritten
+from tests.folders import assert_same, build, rewritten
 
 
 WEIGHTS = "model.safetensors"

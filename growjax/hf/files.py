@@ -66,8 +66,8 @@ class Folder:
 def open_folder(path: str | Path) -> Iterator[Folder]:
     """Open a folder and check all its headers, without reading weights.
 
-    A repository id such as "Qwen/Qwen3-0.6B" is looked up in the local cache of the Hugging Face Hub. Raises
-    `HuggingFaceError` with the file and its fault.
+    A repository id such as "Qwen/Qwen3-0.6B" is looked up in the local cache of the Hugging Face Hub.
+    Raises `HuggingFaceError` with the file and its fault.
     """
     path = located(path)
     if not os.path.lexists(path / CONFIG):
