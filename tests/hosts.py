@@ -123,7 +123,10 @@ def parts(folder: Path) -> None:
 
 
 def own_models() -> None:
-    """The losses of models that growjax did not write, under every layout."""
+    """The losses of models that growjax did not write: one under every layout, others under three.
+
+    Where their axes come from is all that is different about the others.
+    """
     devices = jax.devices()
     ways = {
         "one": (Layout(), 1),
@@ -137,6 +140,7 @@ def own_models() -> None:
         name: {
             way: losses(make(layout=layout, batch=8), devices=devices[:n])
             for way, (layout, n) in ways.items()
+            if name == "declared" or way in ("one", "replicas", "both")
         }
         for name, make in plans.items()
     }
@@ -250,8 +254,8 @@ def started(folder: Path, layout: Layout) -> dict[str, list[float]]:
 def rank(folder: Path, index: int, port: str, what: str) -> None:
     """One of two hosts.
 
-    It may "train", "start" (train, then start from that), "die" in the middle, find a folder of its own
-    ("apart"), or be asked to "stop" and "go on" after that.
+    It may "start" (train, then start from that), find a folder of its own ("apart"), be asked to "stop",
+    "go on" after that, or "die" two steps later.
     """
     parallel.connect(
         coordinator_address=f"127.0.0.1:{port}",
@@ -260,8 +264,8 @@ def rank(folder: Path, index: int, port: str, what: str) -> None:
         timeout=60,
         heartbeat=10,
     )
-    if what in ("stop", "go on"):
-        stopped(folder, index, what)
+    if what in ("stop", "go on", "die"):
+        stopped(folder, what, index == 1)
         return
     if what == "apart":
         folder = folder / str(index)
@@ -271,37 +275,41 @@ def rank(folder: Path, index: int, port: str, what: str) -> None:
     for record in train(of, reading, run=folder, options=options):
         if isinstance(record, Step):
             print(json.dumps([record.step, record.loss]), flush=True)
-            if what == "die" and record.step == 1:
-                os._exit(9)
     batch = reading.batches(of.spans[0]).batch_at(0)
     assert len(batch["tokens"]) == 4 and np.all(batch["weights"] == 1)
     if what == "start":
         print(json.dumps(started(folder, of.layout)))
 
 
-def stopped(folder: Path, index: int, what: str) -> None:
-    """Twelve steps at once, and again until one host is told to stop; or what is left after that."""
-    of = plan(steps(24), layout=Layout(fsdp=2), batch=8)
-    options = Options(held_out=8)
+def stopped(folder: Path, what: str, second: bool) -> None:
+    """Twelve steps at once, and again until one host is told to "stop".
 
-    def session(name: str, asked: bool) -> dict[str, Any]:
+    Or what is left after that, to the end ("go on") or until this host may "die" in its second step.
+    """
+    of = plan(steps(24), layout=Layout(fsdp=2), batch=8)
+
+    def session(name: str, asked: bool = False, **saving: int) -> dict[str, Any]:
         losses = {}
+        options = Options(held_out=8, **saving)
         for record in train(of, feed(of), run=folder / name, options=options):
             if isinstance(record, Step):
                 losses[record.step] = record.loss
+                print(json.dumps([record.step, record.loss]), flush=True)
                 if asked:
                     time.sleep(0.4)  # JAX's service looks for a signal once a second
-                    if index == 1 and record.step == 0:
+                    if second and record.step == 0:
                         os.kill(os.getpid(), signal.SIGTERM)
+                if what == "die" and len(losses) == 2:
+                    os._exit(9)
             if isinstance(record, End):
                 return {"losses": losses, "finished": record.finished, "signal": record.signal}
         raise AssertionError("no end")
 
     if what == "stop":
-        said = [session("whole", False), session("stopped", True)]
+        ends = [session("whole"), session("stopped", asked=True)]
     else:
-        said = [session("stopped", False)]
-    print(json.dumps(said), flush=True)
+        ends = [session("stopped", save_every=1)]
+    print(json.dumps(ends), flush=True)
 
 
 if __name__ == "__main__":

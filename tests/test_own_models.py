@@ -343,12 +343,12 @@ def test_every_layout_gives_the_same_losses(layouts, name):
     one = layouts[name].pop("one")
     for layout, found in layouts[name].items():
         np.testing.assert_allclose(found, one, rtol=2e-5, err_msg=layout)
-    assert len(layouts[name]) == 4
+    assert len(layouts[name]) == (4 if name == "declared" else 2)
 
 
 @pytest.fixture(scope="module")
 def layouts():
-    """The losses of every plan under every layout, in a process that has eight devices."""
+    """The losses of every plan under its layouts, in a process that has eight devices."""
     told = subprocess.run(
         [sys.executable, "-m", "tests.hosts", "own"],
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
