@@ -387,7 +387,7 @@ def test_a_plan_is_shown_before_it_runs(tmp_path):
     shown = growjax("plan", tmp_path / "plan.json", "--devices", 4)
     assert shown.returncode == 0, shown.stderr
     assert "stack and paths" in shown.stdout and "exact" in shown.stdout
-    save_plan(dataclasses.replace(every_kind(), name="tiny [v2]"), tmp_path / "names.json")
+    save_plan(dataclasses.replace(plan(steps(1)), name="tiny [v2]"), tmp_path / "names.json")
     names = growjax("plan", tmp_path / "names.json")
     assert "tiny [v2]: " in names.stdout
     wrong = growjax("plan", tmp_path / "plan.json", "--devices", 4, "--change", "layout.fsdp=3")
