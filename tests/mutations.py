@@ -52,7 +52,8 @@ def mutations() -> list[Mutation]:
 def run(folder: Path, tests: str, keyword: str) -> int:
     """The exit status of pytest in a copy: 0 passed, 1 failed, anything else is no verdict."""
     command = [sys.executable, "-m", "pytest", f"tests/test_{tests}.py", "-k", keyword]
-    command += ["-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    # As in `make test`: what only the deep profile notices is noticed too late
+    command += ["-m", "not slow", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
     # Without bytecode: a bug of the same length, planted within a second, would not be compiled.
     env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True).returncode

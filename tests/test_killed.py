@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import growjax as gj
 from growjax.runs.checkpoint import read_lineage
-from tests.conftest import DEEP
 from tests.killed import short
 
 
@@ -80,21 +81,18 @@ def test_a_run_that_is_killed_everywhere_ends_bitwise_the_same(tmp_path):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
-    """In saves and growths, too: one of each kind here, 50 kills and 20 signals in the deep profile."""
+    """In saves and growths, too: 50 kills and 20 of each signal."""
     draw = random.Random(0)
-    wanted = {-9: 50, 75: 20, 130: 20} if DEEP else {-9: 1, 75: 1, 130: 1}
+    wanted = {-9: 50, 75: 20, 130: 20}
     kinds = {-9: "", 75: "TERM ", 130: "INT "}
     done = dict.fromkeys(wanted, 0)
-    for attempt in range(200 if DEEP else 6):
+    for attempt in range(200):
         if all(done[status] >= n for status, n in wanted.items()):
             return
         # The shorter ones come in the first steps, which a run that dies then repeats
-        dooms = [
-            f"{kind}after:{draw.randint(0, 900 if DEEP else 300)}"
-            for _ in range(3 if DEEP else 1)
-            for kind in kinds.values()
-        ]
+        dooms = [f"{kind}after:{draw.randint(0, 900)}" for _ in range(3) for kind in kinds.values()]
         for status in killed(tmp_path / f"runs {attempt}", dooms):
             # A run may also have reached its end before
             assert status in (*wanted, 0)
