@@ -268,24 +268,26 @@ ONCE_WRONG = (
 )
 
 
+def once_wrong(name: str) -> bool:
+    return any(word in name for word in ONCE_WRONG)
+
+
 def tried() -> list[str]:
     """The optimizers that this profile tries, by name."""
     names = list(optimizers())
     if DEEP:
         return names
     own = {*BY_HAND, *OWN}
-    return [
-        name
-        for n, name in enumerate(names)
-        if n % 3 == 0 or name in own or any(word in name for word in ONCE_WRONG)
-    ]
+    return [n for i, n in enumerate(names) if i % 3 == 0 or n in own or once_wrong(n)]
 
 
 def operators(name: str) -> tuple[str, ...]:
-    """The growths that an optimizer meets: all of them, or uneven copies and one of two others."""
+    """The growths that an optimizer meets: uneven copies first, and one of two others at least."""
     if DEEP:
         return tuple(OPERATORS)
-    return "uneven copies", ("zeros", "layers")[tried().index(name) % 2]
+    others = ("zeros", "layers")
+    part = others if once_wrong(name) else (others[tried().index(name) % 2],)
+    return "uneven copies", *part
 
 
 def update(optimizer: Any, gradient: Any, later: Any, state: Any, model: Any) -> Any:
