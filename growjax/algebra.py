@@ -158,7 +158,7 @@ class AxisMap(eqx.Module):
         """The model that the map is applied to: a map that makes its axis adds it here."""
         return model
 
-    def finished(self, slot: Slot, array: Array, key: PRNGKeyArray | None) -> Array:
+    def finished(self, slot: Slot, array: Array, *, key: PRNGKeyArray | None) -> Array:
         """A parameter with the axis after the map; a map may redraw some of its entries here."""
         return array
 

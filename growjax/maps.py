@@ -148,7 +148,7 @@ def _transport_slot(move: AxisMap, table: Axes, slot: Slot, key):
         return None
     gather = lambda part, x: _move(move, table, part, x, WEIGHT, fresh=_Fresh(move, part, key))  # noqa: E731
     moved = slot.mapped(gather, slot.value, table.sizes)
-    return move.finished(slot, moved, key) if slot.kind == "param" else moved
+    return move.finished(slot, moved, key=key) if slot.kind == "param" else moved
 
 
 def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh: Any):

@@ -135,7 +135,7 @@ TABLE = """
 @ bias of keys dropped | nn/attention.py | models | test_llama
 - affine("se,ekd->skd", source, self.k, self.k_bias)
 + affine("se,ekd->skd", source, self.k)
-@ rotary halves instead of pairs | nn/attention.py | models | test_llama
+@ rotary halves instead of pairs | nn/rotary.py | models | test_llama
 - pairs = x.reshape(*x.shape[:-1], -1, 2)
 -     quarter = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
 + left, right = jnp.split(x, 2, -1)
@@ -340,10 +340,10 @@ TABLE = """
 + traits.law,
 +                 fresh=0 if fresh is None else fresh,
 +                 copies=hop.keep,
-@ a wrong gradient passes | certificate.py | certify | wrong_map
+@ a wrong gradient passes | certificate/measured.py | certify | wrong_map
 - self.gradient <= 1e-10
 + self.gradient <= 1e10
-@ the second step of liveness repeats the first | certificate.py | certify | half_dead
+@ the second step of liveness repeats the first | certificate/measured.py | certify | half_dead
 - (zero[0][axis], zero[1][axis])
 + (zero[0][axis], zero[0][axis])
 @ layers that did not run grow older | optim/freezing.py | freeze | as_old
@@ -380,34 +380,31 @@ TABLE = """
 - return moved if given is None else moved * given
 + return moved if given is None else given
 @ queries are gated before their norm | nn/attention.py | survivors | after_their_norm
-- q = q if self.q_norm is None else self.q_norm(q)
+- q = _normed(self.q_norm, q, gates)
 -         q = gated(gated(q, self.gate_kv_heads, -3), self.gate_group, -2)
 + q = gated(gated(q, self.gate_kv_heads, -3), self.gate_group, -2)
-+         q = q if self.q_norm is None else self.q_norm(q)
++         q = _normed(self.q_norm, q, gates)
 @ keys are gated before their norm | nn/attention.py | survivors | after_their_norm
-- k = k if self.k_norm is None else self.k_norm(k)
+- k = _normed(self.k_norm, k, (self.gate_kv_heads, self.gate_head_dim))
 -         k, v = (gated(gated(h, self.gate_kv_heads, -2), self.gate_head_dim) for h in (k, v))
 + k, v = (gated(gated(h, self.gate_kv_heads, -2), self.gate_head_dim) for h in (k, v))
-+         k = k if self.k_norm is None else self.k_norm(k)
++         k = _normed(self.k_norm, k, (self.gate_kv_heads, self.gate_head_dim))
 @ ages of axes in brackets stay apart | growth/births.py | survivors | two_axes_in_one
 - if not slot.spec.parts and all(count == 1 for count in slot.spec.groups):
 + if not slot.spec.parts:
-@ norms in the activations' dtype | nn/norm.py | survivors | norm_is_computed
-- h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-+ h = x
 @ softmax in the activations' dtype | nn/bodies.py | survivors | weighs_in_float32
 - jnp.einsum("kgtd,ksd->kgts", queries, keys).astype(_wide(queries))
 + jnp.einsum("kgtd,ksd->kgts", queries, keys)
-@ a thousand floors pass | certificate.py | survivors | sixteen
+@ a thousand floors pass | certificate/measured.py | survivors | sixteen
 - max(steps, 16 * self.floor)
 + max(steps, 1000 * self.floor)
-@ liveness behind open gates | certificate.py | survivors | where_the_gates_stand
+@ liveness behind open gates | certificate/measured.py | survivors | where_the_gates_stand
 - np.where(s.value.new, level, 1.0)
 + np.where(s.value.new, 1.0, 1.0)
-@ an output that is not finite passes | certificate.py | survivors | not_finite
+@ an output that is not finite passes | certificate/measured.py | survivors | not_finite
 - gap = gap if np.isfinite(gap) else np.inf
 + gap = gap if np.isfinite(gap) else 0.0
-@ what earlier operators made is forgotten | certificate.py | survivors | earlier_operators
+@ what earlier operators made is forgotten | certificate/coordinates.py | survivors | earlier_operators
 - new[move.axis] = move.is_new() | inherited
 + new[move.axis] = move.is_new()
 @ buffers that are added to a mean are not touched | maps.py | survivors | epsilon
@@ -425,7 +422,7 @@ TABLE = """
 @ classes go by their bare names | values/names.py | values | one_bare_name
 - name = f"growjax:{thing.__name__}" if own else f"{thing.__module__}:{thing.__qualname__}"
 + name = f"growjax:{thing.__name__}"
-@ a reversed input is taken for noise | certificate.py | own_models | layers_by_number
+@ a reversed input is taken for noise | certificate/measured.py | own_models | layers_by_number
 - permuted, floor = model, before
 + floor = floor
 @ dicts that cannot be rebuilt are annotated | annotation/packing.py | own_models | no_path

@@ -1,6 +1,13 @@
 """More of what `python -m tests.mutations` plants: models of others, annotated and inferred."""
 
 TABLE = """
+@ norms in the activations' dtype | nn/norm.py | survivors | norm_is_computed
+- h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+-         eps = jax.lax.stop_gradient(self.eps)
+-         if
++ h = x
++         eps = jax.lax.stop_gradient(self.eps)
++         if
 @ blocks of other shapes are packed | annotation/packing.py | annotation | blocks_that_differ
 - if has_shape(a) != has_shape(b) or (has_shape(a) and a.shape != b.shape):
 + if has_shape(a) != has_shape(b):
@@ -106,7 +113,7 @@ TABLE = """
 @ keys of a certificate are one | draws.py | draws | told_apart
 - a = _mixed(key[0] ^ jnp.asarray(data, jnp.uint32))
 + a = _mixed(key[0])
-@ draws of a certificate count up | draws.py | draws | look_random or independent
+@ draws of a certificate count up | draws.py | draws | normal_and_independent
 - bits = _mixed(counter * jnp.uint32(_GOLDEN) + key[0]) ^ key[1]
 + bits = (counter * jnp.uint32(_GOLDEN) + key[0]) ^ key[1]
 @ weights of experts over all logits | nn/experts.py | experts | loop_over_tokens

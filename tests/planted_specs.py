@@ -21,8 +21,8 @@ TABLE = """
 - slice(end - n, end))] for end, n in ends]
 + slice(end - n, end))] for end, n in reversed(list(ends))]
 @ blocks of a fused leaf draw alike | axes.py | specs | not_those_of_another
-- path=f"{self.path}[{i}]", spec=spec
-+ path=self.path, spec=spec
+- named = [(f"{self.path}[{i}]", spec) for
++ named = [(self.path, spec) for
 @ the bias of two axes on one dimension is drawn | axes.py | specs | interleaved
 - return "zeros" if len(spec.groups) - stacks < 2 else "normal"
 + return "zeros" if len(spec.dims) - stacks < 2 else "normal"
@@ -47,7 +47,7 @@ TABLE = """
 @ a gain that is not there is taken for mended | maps.py | specs | do_not_mend
 - s.steps[:-1] not in mends or s.value is None
 + s.steps[:-1] not in mends
-@ places that are not there are put in silence | axes.py | specs | not_put or named_at_once
+@ places that are not there are put in silence | trees.py | specs | not_put or named_at_once
 - [".".join(map(str, (*path, name))) for name in below],
 + [],
 @ growth under jit looks at values | growth/operator.py | grow | every_transformation
@@ -72,8 +72,8 @@ TABLE = """
 - sizes = [self.move.length if i in dims else n for i, n in enumerate(x.shape)]
 + sizes = list(x.shape)
 @ keys count what they contract with queries as their fan-in | axes.py | depth | drawn_as_a_model_is_born
-- dim.role == "consumed" if self.fan_in is None else dim.axis in self.fan_in
-+ dim.role == "consumed"
+- d.role == "consumed" if own is None else d.axis in own for d
++ d.role == "consumed" for d
 @ queries of T5 are drawn like others | nn/attention.py | depth | drawn_as_a_model_is_born
 - return "embed head_dim" if self.scale == 1 else "embed"
 + return "embed"
@@ -104,7 +104,7 @@ TABLE = """
 @ a batch is one sequence | nn/assembly.py | depth | forgotten_vmap
 - if len(shape) != 1:
 + if not shape:
-@ every fill is a program | certificate.py | certify | few_programs
+@ every fill is a program | certificate/measured.py | certify | few_programs
 - _poisoned(op, model, np.float32(offset), np.float32(spread))
 + _poisoned(op, model, float(offset), float(spread))
 """

@@ -173,7 +173,8 @@ PUBLIC = {name: getattr(growjax, name) for name in WRITTEN}
 
 def test_the_top_level_is_small():
     assert "None" not in WRITTEN and sorted(WRITTEN) == sorted(set(WRITTEN))
-    assert len(set(WRITTEN) - set(LEVEL)) <= 42
+    # An operator is one name here, so their number grows with the catalogue
+    assert len(set(WRITTEN) - set(LEVEL)) <= 60
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))

@@ -33,14 +33,14 @@ class ExpertMap(AxisMap):
 
     - `options`: those of the experts that are made of dense feed-forwards; None for experts that exist.
     - `factor`: multiplies the number of experts a token uses.
-    - `router`: the number of experts whose router columns are drawn as one; 0 copies the old columns.
+    - `alike`: the number of experts whose router columns are drawn as one; 0 copies the old columns.
     - `drop`, `per_matrix`: the share of hidden units redrawn in each expert (see `upcycle`).
     - `noise`: of copies (see `experts`).
     """
 
     options: tuple[tuple[str, Any], ...] | None = eqx.field(static=True, default=None)
     factor: int = eqx.field(static=True, default=1)
-    router: int = eqx.field(static=True, default=0)
+    alike: int = eqx.field(static=True, default=0)
     drop: float = eqx.field(static=True, default=0.0)
     per_matrix: bool = eqx.field(static=True, default=False)
     noise: float = eqx.field(static=True, default=0.0)
@@ -62,11 +62,11 @@ class ExpertMap(AxisMap):
             return _with_experts(model, dict(self.options))
         return model if self.factor == 1 else _with_more_per_token(model, self.factor)
 
-    def finished(self, slot: Slot, array: Array, key: PRNGKeyArray | None) -> Array:
+    def finished(self, slot: Slot, array: Array, *, key: PRNGKeyArray | None) -> Array:
         """A leaf after the gather, with its router columns, dropped units or noise drawn."""
         routes = any(dim.axis == AXIS and dim.role == "produced" for dim in slot.dims)
-        draws = self.router if routes else self.drop or self.noise
-        if routes and not self.router and not (self.noise and self.factor == 1):
+        draws = self.alike if routes else self.drop or self.noise
+        if routes and not self.alike and not (self.noise and self.factor == 1):
             return array
         if not draws and not routes:
             return array
@@ -90,9 +90,9 @@ class ExpertMap(AxisMap):
             return jax.random.normal(jax.random.fold_in(named, index), shape, array.dtype)
 
         index = np.arange(self.length)
-        if self.router:
+        if self.alike:
             # A deviation of 0.02, as in "Sparse Upcycling"
-            columns = 0.02 * jax.vmap(draw)(jnp.asarray(index // self.router))
+            columns = 0.02 * jax.vmap(draw)(jnp.asarray(index // self.alike))
             return jnp.moveaxis(columns, 0, dim)
         columns = jnp.moveaxis(jax.vmap(draw)(jnp.asarray(index)), 0, dim)
         new = self.is_new().reshape((-1,) + (1,) * (array.ndim - dim - 1))
@@ -224,7 +224,7 @@ class Upcycle(Operator):
                 AXIS,
                 np.arange(self.number) % groups,
                 options=tuple(options.items()),
-                router=groups,
+                alike=groups,
                 drop=self.drop,
                 per_matrix=self.per_matrix,
             )

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from growjax import draws, maps
-from growjax.algebra import NONE
+from growjax import draws
 from growjax.axes import axes_of, get, partition, put
+from growjax.certificate.coordinates import filled, new_coordinates, shapes, steps
 from growjax.gates import check_level
-from growjax.growth.operator import Chain, Exactness, Operator, atoms
+from growjax.growth.operator import Chain, Exactness, Operator
 from growjax.models.config import QUICK
 
 
@@ -364,27 +364,6 @@ def _poisoned(op, model, offset, spread):
     return filled(op, model, draws.key(0), fill)
 
 
-def steps(op, model):
-    """Each single operator of `op`, with the axis table of the model that it is applied to."""
-    *others, last = atoms(op)
-    for atom in others:
-        yield atom, axes_of(model)
-        model = shapes(atom, model)
-    yield last, axes_of(model)
-
-
-def filled(op, model, key, fill: Callable):
-    """The grown model, with every closed new coordinate drawn by `fill` instead."""
-    for atom in atoms(op):
-        for move in atom.maps(axes_of(model)):
-            closed = move.closed()
-            if closed.any():
-                source = np.where(closed, NONE, move.source)
-                move = dataclasses.replace(move, source=source, init=fill)
-            model = maps.apply(move, model, key)
-    return model
-
-
 def _error(expected, actual) -> float:
     """The largest difference between the arrays of two trees, relative to the largest expected entry."""
     expected, actual = (jax.tree.map(np.asarray, tree) for tree in (expected, actual))
@@ -415,35 +394,6 @@ def _liveness(op, model, grown, batch, programs: _Programs, level: float):
     change = jax.tree.map(lambda a, b: a - b, trained, start)
     locked = {axis: _locked(grown, change, axis, new[axis], homes[axis]) for axis in new}
     return {axis: (zero[0][axis], zero[1][axis]) for axis in new}, locked
-
-
-def new_coordinates(op, model):
-    """For every grown axis, a mask of its new coordinates, and the index of each one's source.
-
-    The source of a copy is the first coordinate with the same old index; that of a fresh coordinate is
-    itself. In a chain, coordinates that an earlier operator added stay new.
-    """
-    new: dict[str, np.ndarray] = {}
-    homes: dict[str, np.ndarray] = {}
-    for atom, table in steps(op, model):
-        # Masks of another length are of axes that an operator has cut into other coordinates
-        new = {axis: mask for axis, mask in new.items() if len(mask) == table.size(axis)}
-        for move in atom.maps(table):
-            if move.born:
-                new[move.axis] = move.is_new()
-            else:
-                before = new.get(move.axis, np.zeros(table.size(move.axis), bool))
-                inherited = np.append(before, False)[np.maximum(move.source, 0)]
-                new[move.axis] = move.is_new() | inherited
-            first: dict[int, int] = {}
-            home = []
-            for i, source in enumerate(map(int, move.source)):
-                home.append(i if source < 0 else first.setdefault(source, i))
-            homes[move.axis] = np.asarray(home)
-            if move.over is not None:  # its coordinates are dealt out: none has a place of its own
-                new.pop(move.over, None)
-    sizes = axes_of(shapes(op, model)).sizes
-    return {axis: m for axis, m in new.items() if m.any() and len(m) == sizes[axis]}, homes
 
 
 def _dead(model, gradient, new: dict[str, np.ndarray]) -> dict[str, float]:
@@ -488,12 +438,6 @@ def _locked(model, change, axis: str, new: np.ndarray, homes: np.ndarray) -> int
                 others = tuple(i for i in range(piece.ndim) if i != dim)
                 same = same & (gap.max(axis=others) <= 1e-9 * np.abs(delta).max())
     return int(same.sum())
-
-
-def shapes(op, model):
-    """The grown model, with shapes and dtypes in place of arrays."""
-    with jax.enable_x64(True):  # float64 models keep their dtype; others are not widened
-        return eqx.filter_eval_shape(lambda m: op(m, key=jax.random.key(0)), model)
 
 
 def _double(x):
