@@ -110,6 +110,14 @@ def test_half_precision_is_held_to_its_own_noise(op):
     assert found.passed, str(found)
 
 
+def test_a_model_in_double_precision_has_one_forward_line():
+    with jax.enable_x64(True):
+        found = gj.certify(gj.zeros(hidden=8), net(dtype=jnp.float64), POINTS, key=KEY)
+    (line,) = found.forward
+    assert found.passed and line.dtype == "float64" and all(found.poison.values())
+    assert len(found.poison) == 4
+
+
 def test_a_floor_below_one_rounding_is_not_taken_for_exact_arithmetic():
     """Two units add up to the same in either order: the floor may be 0, yet rounding is allowed."""
     found = gj.certify(gj.copy(hidden=3, shares="random"), net(hidden=2), POINTS, key=KEY)

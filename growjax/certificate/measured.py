@@ -358,7 +358,7 @@ def _poisoned(op, model, offset, spread):
     """The grown model with closed new coordinates of this offset and spread."""
 
     def fill(key, shape, dtype):
-        normal = lambda: offset + spread * jax.random.normal(key, shape)  # noqa: E731
+        normal = lambda: offset + spread * jax.random.normal(key, shape, jnp.float32)  # noqa: E731
         return jax.lax.cond(spread > 0, normal, lambda: jnp.full(shape, offset)).astype(dtype)
 
     return filled(op, model, draws.key(0), fill)
