@@ -131,11 +131,11 @@ def test_every_operator_that_fits_is_certified(name):
     forward = lambda model, batch: call(unpack(model.tree), batch)  # noqa: E731
     table, key = axes_of(small), jax.random.key(0)
     inner = [a for a in table.sizes if {"consumed", "produced"} <= table.roles(a)]
-    double = {axis: 2 * table.size(axis) for axis in inner}
-    closed = {axis: n for axis, n in double.items() if not table.normalised(axis)}
+    double: dict[str, Any] = {axis: 2 * table.size(axis) for axis in inner}
+    closed: dict[str, Any] = {a: n for a, n in double.items() if not table.normalised(a)}
     ops = [gj.copy(**double, shares="equal")]
     ops += [gj.zeros(**closed)] if closed else []
-    layers = {axis: 3 for axis in small.residual}
+    layers: dict[str, Any] = dict.fromkeys(small.residual, 3)
     ops += [gj.stack(**layers, branch="zero", stream=small.stream)] if layers else []
     for op in ops:
         record = gj.certify(op, small, batch, key=key, forward=forward)
@@ -149,7 +149,7 @@ def test_a_norm_before_a_tied_head_has_to_take_the_share():
     """The axes alone do not show it: a table may be read as a head, and other arrays read the stream."""
     specs = RESIDUAL | {"shared.pytree.0": "[vocab] -> embed", "positions": "[positions] -> embed"}
     model = zoo.build(zoo.Tied)
-    message = "norm.weight: 'embed' is declared elementwise, and the program needs it consumed"
+    message = r"axis 'embed': the program sums over it \(dot_general near shared.pytree.0.weight\)"
     with pytest.raises(AxisError, match=message):
         gj.annotate(model, specs | {"norm": "~embed"}, **LAYERS, example=TOKENS)
     small = gj.annotate(model, specs | {"norm": "~embed ->"}, **LAYERS, example=TOKENS)
@@ -178,7 +178,7 @@ class Diluted(eqx.Module):
         both = jnp.concatenate([h, self.other]) ** 2
         rows = jnp.ones((self.repeats, 1)) * both
         mean = jnp.sum(rows.reshape(-1)) / h.size
-        return self.down(self.scale * h / mean)
+        return self.down(self.scale * (h / mean))
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
@@ -214,5 +214,6 @@ def test_a_norm_over_equal_blocks_of_an_axis_is_a_norm_over_the_axis():
     (axis,) = [axis for axis, size in gj.sizes(small).items() if size == 3]
     specs = {pattern: declaration.spec for pattern, declaration in small.specs}
     assert specs["norm.weight"] == f"(2 ~{axis})" and specs["up.weight"] == f"-> (2 {axis}) 4"
-    outputs = jax.jit(jax.vmap(lambda x: (small(x), gj.copy(**{axis: 6})(small)(x))))(batch)
+    wider: dict[str, Any] = {axis: 6}
+    outputs = jax.jit(jax.vmap(lambda x: (small(x), gj.copy(**wider)(small)(x))))(batch)
     np.testing.assert_allclose(*outputs, rtol=1e-11, atol=1e-11)

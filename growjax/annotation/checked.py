@@ -30,6 +30,8 @@ class Checked:
         self.traced = Traced(unpack(annotated.tree), batch, forward, places, read=False)
         # The slot of every declared array, and how many of its axes are those of packed lists
         self.slots = {n: (slot, packed) for n, slot, packed in slots_of(annotated, self.traced)}
+        # Once: dimensions that are cut or factored again are other nodes than those that were read
+        self.parts = list(self._parts())
         self.complaints: list[str] = []
         self.closings: Closings = {}
 
@@ -69,7 +71,7 @@ class Checked:
     def _name(self) -> None:
         """Unify all dimensions of one name, and report those that have two names."""
         names: dict[Node, tuple[str, str]] = {}
-        parts = [part for part in self._parts() if not part[3].literal]
+        parts = [part for part in self.parts if not part[3].literal]
         for leaf, _, _, dim, node in parts:
             path = self.traced.paths[leaf]
             for _, atom in node.atoms:
@@ -84,7 +86,7 @@ class Checked:
 
     def _declared(self) -> Iterator[tuple[Place, bool, Dim]]:
         """Every axis of every trained array, with whether it is declared to take the share."""
-        for leaf, d, at, dim, node in self._parts():
+        for leaf, d, at, dim, node in self.parts:
             if (
                 not dim.literal
                 and dim.role not in ("stack", "lookup")
