@@ -90,16 +90,26 @@ def started(tx: Any, name: str) -> Any:
     return gj.carry(GROWTHS[name], state, small, optimizer=tx, key=KEY)
 
 
+def stepped(tx: Any, **more: Any) -> Any:
+    """One step as one program: weights and state after it."""
+
+    @jax.jit
+    def step(gradient, state, weights):
+        updates, state = tx.update(gradient, state, weights, **more)
+        return optax.apply_updates(weights, updates), state
+
+    return step
+
+
 @functools.cache
 def run(rule: str, name: str, **shares: Any) -> tuple[Any, Any]:
     """Weights and state after some steps under `parts`."""
     with jax.enable_x64(True):
         tx = optim.parts(RULES[rule], **shares)
         trained, state = grown(name).trained, started(tx, name)
-        update = jax.jit(tx.update)
-        for step in range(STEPS):
-            updates, state = update(gradients(trained, step), state, trained)
-            trained = optax.apply_updates(trained, updates)
+        step = stepped(tx)
+        for n in range(STEPS):
+            trained, state = step(gradients(trained, n), state, trained)
         return trained, state
 
 
@@ -126,12 +136,10 @@ def test_the_frozen_part_stays_bitwise_and_the_other_trains_as_if_alone(rule, na
     with jax.enable_x64(True):
         tx = PLAIN[rule]
         alone = {k: jnp.asarray(x) for k, x in entries(before, masks[moves]).items()}
-        own = tx.init(alone)
-        update = jax.jit(tx.update)
-        for step in range(STEPS):
-            gradient = entries(gradients(before, step), masks[moves])
-            updates, own = update(jax.tree.map(jnp.asarray, gradient), own, alone)
-            alone = optax.apply_updates(alone, updates)
+        own, step = jax.jit(tx.init)(alone), stepped(tx)
+        for n in range(STEPS):
+            gradient = entries(gradients(before, n), masks[moves])
+            alone, own = step(jax.tree.map(jnp.asarray, gradient), own, alone)
     for path, x in entries(trained, masks[moves]).items():
         np.testing.assert_allclose(x, alone[path], rtol=1e-9, atol=1e-12, err_msg=path)  # type: ignore[index]
         assert np.all(x != entries(before, masks[moves])[path])
@@ -254,15 +262,15 @@ def test_the_decay_of_a_part_is_its_own():
 
 def test_nothing_is_new_before_the_first_growth():
     trained = gj.partition(layers())[0]
-    tx = optim.parts(optim.adamw(1e-2, weight_decay=0.1), old=0.0, new=3.0)
     gradient = gradients(trained, 0)
-    updates, _ = tx.update(gradient, tx.init(trained), trained)
+
+    def first(tx: Any) -> Any:
+        return jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(gradient, trained)
+
     plain = optim.adamw(1e-2, weight_decay=0.1)
-    expected, _ = plain.update(gradient, plain.init(trained), trained)
-    assert eqx.tree_equal(updates, expected, rtol=1e-6)
-    held = optim.parts(plain, new=0.0)
-    updates, _ = held.update(gradient, held.init(trained), trained)
-    assert eqx.tree_equal(updates, expected, rtol=1e-6)
+    expected = first(plain)
+    for shares in (dict(old=0.0, new=3.0), dict(new=0.0)):
+        assert eqx.tree_equal(first(optim.parts(plain, **shares)), expected, rtol=1e-6)
 
 
 # What cannot be done right -------------------------------------------------------------------
@@ -285,11 +293,11 @@ def test_rules_that_mix_entries_are_refused(name):
     tx = optim.parts(MIXING[name], old=0.0)
     trained = gj.partition(layers())[0]
     with pytest.raises(StateError, match="mixes the entries of an array") as error:
-        tx.update(trained, tx.init(trained), trained)
+        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), trained)
     assert "- square" in str(error.value)
     # Slower or faster, and not frozen: nothing is mixed up
     slower = optim.parts(MIXING[name], old=0.5)
-    slower.update(trained, slower.init(trained), trained)
+    jax.eval_shape(lambda p: slower.update(p, slower.init(p), p), trained)
 
 
 def test_whole_layers_can_be_frozen_under_rules_that_mix_within_layers():
@@ -297,7 +305,7 @@ def test_whole_layers_can_be_frozen_under_rules_that_mix_within_layers():
     config = gj.models.GPTConfig(
         layers=2, embed=4, heads=1, head_dim=4, mlp=8, vocab=5, positions=3, bias=False
     )
-    model = gj.models.GPT(config, key=KEY)
+    model = eqx.filter_jit(gj.models.GPT)(config, key=KEY)
     rule = Optimizer("muon").build()
 
     def division(op: Any) -> Division:
@@ -311,10 +319,15 @@ def test_whole_layers_can_be_frozen_under_rules_that_mix_within_layers():
     with pytest.raises(StateError, match=r"mlp\.up") as error:
         refuse_mixing(rule, wide, division(wider))
     assert "attention" not in str(error.value)
+
     # The new layers move as they do if all of them train
-    state, gradient = rule.init(big), gradients(big, 0)
-    some, _ = divided(rule, rule, division(deeper), gradient, state, big, rate=1.0)
-    every, _ = rule.update(gradient, state, big, rate=1.0)
+    @jax.jit
+    def updates(gradient, big):
+        state, parts = rule.init(big), division(deeper)
+        some, _ = divided(rule, rule, parts, gradient, state, big, rate=1.0)
+        return some, rule.update(gradient, state, big, rate=1.0)[0]
+
+    some, every = updates(gradients(big, 0), big)
     up, all_up = some.blocks.block.mlp.up, every.blocks.block.mlp.up
     # Clipped by the norm of less, which orthogonal steps do not see
     np.testing.assert_allclose(up[2:], all_up[2:], rtol=1e-3, atol=1e-5)
@@ -325,19 +338,17 @@ def test_whole_layers_can_be_frozen_under_rules_that_mix_within_layers():
 def test_what_is_judged_stays_too_if_the_rule_averages():
     rule = optim.parts(Optimizer("schedule_free").build(), old=0.0)
     small = layers()
-    state = gj.State(small, rule.init(gj.partition(small)[0]))
-    gradient = gradients(gj.partition(small)[0], 0)
+    trained, rest = gj.partition(small)
+    opt_state, gradient, step = rule.init(trained), gradients(trained, 0), stepped(rule, rate=0.1)
     for _ in range(2):
-        trained, rest = gj.partition(state.model)
-        u, o = rule.update(gradient, state.opt_state, trained, rate=0.1)
-        state = gj.State(eqx.combine(optax.apply_updates(trained, u), rest), o)
+        trained, opt_state = step(gradient, opt_state, trained)
+    state = gj.State(eqx.combine(trained, rest), opt_state)
     state = gj.grow(gj.msg(mlp=5), state, optimizer=rule, key=KEY)
     before = gj.partition(state.model)[0]
     judged = rule.evaluated(before, state.opt_state)
     trained, opt_state = before, state.opt_state
-    for step in range(3):
-        u, opt_state = rule.update(gradients(trained, step), opt_state, trained, rate=0.1)
-        trained = optax.apply_updates(trained, u)
+    for n in range(3):
+        trained, opt_state = step(gradients(trained, n), opt_state, trained)
     old = state.masks("old")
     after = rule.evaluated(trained, opt_state)
     assert not eqx.tree_equal(entries(judged, old), entries(before, old))
@@ -346,7 +357,7 @@ def test_what_is_judged_stays_too_if_the_rule_averages():
     assert not eqx.tree_equal(entries(after, state.masks()), entries(judged, state.masks()))
     slower = optim.parts(Optimizer("schedule_free").build(), old=0.5)
     with pytest.raises(StateError, match="this rule averages its weights"):
-        slower.update(trained, slower.init(trained), trained, rate=0.1)
+        jax.eval_shape(lambda p: slower.update(p, slower.init(p), p, rate=0.1), trained)
 
 
 @pytest.mark.parametrize(
