@@ -181,7 +181,7 @@ def test_noise_of_copies_that_compete_is_on_the_router_of_new_ones():
 # State ---------------------------------------------------------------------------------------
 
 
-def stepped(tx, model, batch, op=None):
+def stepped(tx, model, batch, op=None) -> Any:
     """The optimizer's state after one step of a model, carried through `op` if there is one."""
 
     def loss(trained, rest):

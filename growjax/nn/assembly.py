@@ -88,7 +88,7 @@ def make_block(
         return eqx.tree_at(lambda a: a.q, made, made.q * (head_dim**-0.5 / made.scale))
 
     def make_feed_forward(key):
-        options = dict(
+        options: Any = dict(
             activation=activation, glu=glu, bias=bias if mlp_bias is None else mlp_bias, key=key
         )
         if not experts:

@@ -101,7 +101,7 @@ class Experts(eqx.Module):
     glu: Float[Array, "experts embed mlp"] | None = param("[experts] embed -> mlp")
     down: Float[Array, "experts mlp embed"] = param("[experts] mlp -> embed")
     down_bias: Float[Array, "experts embed"] | None = param("[experts] -> embed", init="zeros")
-    shared: MLP | None
+    shared: MLP | None = None
     gate: Gate | None = axes.gate("mlp")
     expert_gate: Gate | None = axes.gate("experts")
     activation: str = eqx.field(static=True, default="gelu")
@@ -261,13 +261,13 @@ class Experts(eqx.Module):
 
 
 class _Weights(NamedTuple):
-    """The matrices and biases of all experts."""
+    """The matrices and biases of all experts, or a value for each (its partition)."""
 
-    up: Float[Array, "experts embed mlp"]
-    down: Float[Array, "experts mlp embed"]
-    glu: Float[Array, "experts embed mlp"] | None
-    up_bias: Float[Array, "experts mlp"] | None
-    down_bias: Float[Array, "experts embed"] | None
+    up: Any  # [experts, embed, mlp]
+    down: Any  # [experts, mlp, embed]
+    glu: Any  # as `up`, or None
+    up_bias: Any  # [experts, mlp], or None
+    down_bias: Any  # [experts, embed], or None
 
 
 # Under this name `growjax.cost` counts its FLOPs, whatever the body: those of the chosen experts
@@ -372,14 +372,15 @@ def _batched(args, dims, **params):
         # Each has weights of its own (a stack of models): one after the other
         each = tuple(map(leading, args, dims))
         return jax.lax.map(lambda args: _experts_p.bind(*args, **params), each), 0
-    rows = [leading(x, d) for x, d in zip(args[:3], dims[:3], strict=True)]
-    rows = [x.reshape(-1, *x.shape[2:]) for x in rows]
+    # The tokens of all sequences as one list
+    rows = [leading(a, d) for a, d in zip(args[:3], dims[:3], strict=True)]
+    x, chosen, mix = (a.reshape(-1, *a.shape[2:]) for a in rows)
     placement = params["placement"]
     if placement is not None and size % placement.parts == 0:
         weights = jax.tree.unflatten(params["structure"], args[3:])
-        out = _split(params["activation"], placement, *rows, weights)
+        out = _split(params["activation"], placement, x, chosen, mix, weights)
     else:
-        out = _experts_p.bind(*rows, *args[3:], **params)
+        out = _experts_p.bind(x, chosen, mix, *args[3:], **params)
     return out.reshape(size, -1, out.shape[-1]), 0
 
 
@@ -408,13 +409,15 @@ def _split(activation, placement: Placement, x, chosen, mix, weights: _Weights):
         return jax.lax.psum_scatter(y, experts, tiled=True) if experts else y
 
     rows = PartitionSpec(placement.rows)
-    specs = _Weights(
-        PartitionSpec(experts, None, units),
-        PartitionSpec(experts, units, None),
-        None if weights.glu is None else PartitionSpec(experts, None, units),
-        None if weights.up_bias is None else PartitionSpec(experts, units),
-        None if weights.down_bias is None else PartitionSpec(experts, None),
+    partitions = _Weights(
+        up=(experts, None, units),
+        down=(experts, units, None),
+        glu=(experts, None, units),
+        up_bias=(experts, units),
+        down_bias=(experts, None),
     )
+    pairs = zip(weights, partitions, strict=True)
+    specs = _Weights(*(None if w is None else PartitionSpec(*names) for w, names in pairs))
     return jax.shard_map(
         of_device, mesh=placement.mesh, in_specs=(rows, rows, rows, specs), out_specs=rows
     )(x, chosen, mix, weights)
