@@ -13,7 +13,7 @@ from growjax.nn import LongRotary, RotaryScaling, YarnScaling
 
 
 LONG = LongRotary((1.0, 2.0), (3.0, 4.0), length=3, magnitude=1.5)
-SIZES = dict(
+SIZES: dict[str, Any] = dict(
     layers=4, embed=8, heads=4, kv_heads=2, head_dim=4, mlp=6, vocab=11, remat="everything"
 )
 # Together they have every choice, and every two that meet in one part of the model

@@ -384,7 +384,7 @@ def decoder_family(
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
     free = "embed, heads, kv_heads, mlp, layers"
-    common = dict(
+    common: dict[str, Any] = dict(
         growth=free if spelling.head_dim else "embed together with heads, mlp, layers",
         prefix="model.",
         heads=("lm_head.",),

@@ -119,7 +119,7 @@ GEMMA3 = decoder_family(
     "Gemma3ForCausalLM",
     dataclasses.replace(
         _GEMMA,
-        choices=_GEMMA.choices | {"qk_norm": "head"},
+        choices={**_GEMMA.choices, "qk_norm": "head"},
         numbers={"logit_cap": ("final_logit_softcapping", None)},
         sights=TwoRotations(positions=131072, types=_five_of_six),
     ),

@@ -186,7 +186,7 @@ class TypedLayers(Sights):
 
     def window_limits(self, config: DecoderConfig) -> list[str]:
         """What of the windows the family cannot say."""
-        windows = {s.window for s in config.pattern} - {None}
+        windows = {s.window for s in config.pattern if s.window is not None}
         if len(windows) > 1:
             return [f"pattern: in this family all windows are alike, got {sorted(windows)}"]
         return []

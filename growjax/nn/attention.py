@@ -181,7 +181,7 @@ class Attention(eqx.Module):
         cache = Cache(*(put(old, n.astype(old.dtype)) for old, n in zip(cache, new, strict=True)))
         back = at + jnp.arange(x.shape[0])[:, None] - jnp.arange(cache.keys.shape[1])[None, :]
         pairs = back >= 0 if self.window is None else (back >= 0) & (back < self.window)
-        mask = Mask(pairs=pairs)
+        mask = Mask(pairs=jnp.asarray(pairs))
         return self.read(self.ask(x, turn=turn), cache, mask=mask, bias=bias), cache
 
     def ask(

@@ -115,9 +115,9 @@ class WidthNorm(eqx.Module):
 
     weight: Float[Array, "..."] = param("{spec}", init="ones", origin="origin")
     eps: Float[Array, ""] = buffer("{mean}", born="born_eps")
-    keys: bool = eqx.field(static=True)
-    born_eps: float = eqx.field(static=True)
-    plus_one: bool = eqx.field(static=True)
+    keys: bool = eqx.field(static=True, default=False)
+    born_eps: float = eqx.field(static=True, default=1e-5)
+    plus_one: bool = eqx.field(static=True, default=False)
 
     def __init__(self, *sizes: int, keys: bool, eps: float, plus_one: bool = False):
         self.weight = jnp.zeros(sizes) if plus_one else jnp.ones(sizes)
