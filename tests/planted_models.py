@@ -154,4 +154,16 @@ TABLE = """
 @ born experts are as old as the model | growth/births.py | upcycling | shards_of_units or trained_alone
 - of[axis] = np.full(size, number, np.int32)
 + of[axis] = np.full(size, 0, np.int32)
+@ norms of layers may be left out | annotation/undeclared.py | inferred_sizes | without_a_batch
+- if any(dim.normalised for dim in dims):
++ if True:
+@ tied heads may be left out | annotation/undeclared.py | inferred_sizes | tied_head
+- takes = any(s.dims[0].role == "consumed" for s in vectors)
++ takes = bool(vectors)
+@ annotated dimensions are read anew | annotation/checked.py | inferred_sizes | grows_exactly
+- for leaf, d, at, dim, node in self.parts:
++ for leaf, d, at, dim, node in self._parts():
+@ constants of a fill follow the model | certificate.py | certify | double_precision
+- normal = lambda: offset + spread * jax.random.normal(key, shape, jnp.float32)  # noqa: E731
++ normal = lambda: offset + spread * jax.random.normal(key, shape)  # noqa: E731
 """

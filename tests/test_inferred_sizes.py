@@ -16,7 +16,7 @@ from growjax.axes import axes_of
 from growjax.errors import AxisError, GrowthError
 from tests import zoo, zoo_more
 from tests.conftest import DEEP
-from tests.test_inference import LAYERS, RESIDUAL, TOKENS, ZOO, roles
+from tests.test_inference import LAYERS, RESIDUAL, TOKENS, ZOO, Bare, roles
 
 
 @pytest.fixture(autouse=True)
@@ -145,16 +145,37 @@ def test_every_operator_that_fits_is_certified(name):
 # A tied head ------------------------------------------------------------------------------------
 
 
+SHARED = RESIDUAL | {"shared.pytree.0": "[vocab] -> embed", "positions": "[positions] -> embed"}
+
+
 def test_a_norm_before_a_tied_head_has_to_take_the_share():
-    """The axes alone do not show it: a table may be read as a head, and other arrays read the stream."""
-    specs = RESIDUAL | {"shared.pytree.0": "[vocab] -> embed", "positions": "[positions] -> embed"}
+    """The axes alone do not show it, but `eqx.nn.Shared` does, and so does the program."""
     model = zoo.build(zoo.Tied)
     message = r"axis 'embed': the program sums over it \(dot_general near shared.pytree.0.weight\)"
     with pytest.raises(AxisError, match=message):
-        gj.annotate(model, specs | {"norm": "~embed"}, **LAYERS, example=TOKENS)
-    small = gj.annotate(model, specs | {"norm": "~embed ->"}, **LAYERS, example=TOKENS)
+        gj.annotate(model, SHARED | {"norm": "~embed"}, **LAYERS, example=TOKENS)
+    message = "shared: a Linear reads 'embed' through shared.pytree.0.weight, .* size, 8, in place"
+    with pytest.raises(AxisError, match=message):
+        gj.annotate(model, SHARED | {"norm": "~embed"}, **LAYERS)
+    with pytest.raises(AxisError, match=message):
+        gj.annotate(zoo.build(lambda: zoo.Tied(norm=False)), SHARED, **LAYERS)
+    assert gj.annotate(model, SHARED | {"norm": "~embed"}, **LAYERS, gates=["embed"]).gates
+    small = gj.annotate(model, SHARED | {"norm": "~embed ->"}, **LAYERS)
     outputs = jax.jit(jax.vmap(lambda x: (small(x), gj.copy(embed=16)(small)(x))))(TOKENS)
     np.testing.assert_allclose(*outputs, rtol=1e-11, atol=1e-11)
+
+
+def test_norms_that_are_not_declared_are_named_without_a_batch():
+    fewer = {pattern: spec for pattern, spec in zoo.TOWER.items() if "norm" not in pattern}
+    fewer |= {"blocks.*.norm.weight": "embed", "blocks.*.norm.bias": "embed"}
+    message = r"blocks.0.norm: a LayerNorm averages over 'embed'.*'blocks.0.norm.weight': '~embed'"
+    with pytest.raises(AxisError, match=message):
+        gj.annotate(zoo.build(zoo.Tower), fewer, **LAYERS)
+    bare, specs = zoo.build(lambda: Bare(layer=True)), {"up": "4 -> up", "down": "up -> 5"}
+    with pytest.raises(AxisError, match="norm: a LayerNorm averages over 'up'"):
+        gj.annotate(bare, specs, statics={"norm.shape": ("up",)})
+    gj.annotate(bare, specs | {"norm.weight": "~up"}, statics={"norm.shape": ("up",)})
+    gj.annotate(bare, {"up": "4 -> 6", "down": "6 -> 5"})
 
 
 # Sums over an axis and over other entries ---------------------------------------------------------

@@ -28,6 +28,7 @@ from growjax.annotation.packing import (
     unpack,
     walk,
 )
+from growjax.annotation.undeclared import undeclared
 from growjax.axes import Declaration, axes_of, get, put
 from growjax.errors import AxisError, raise_all
 from growjax.gates import Gate
@@ -274,6 +275,8 @@ def annotate(
         for axis in residual
         if "stack" not in table.roles(axis)
     ]
+    if example is None:  # the program shows more of the same
+        faults += undeclared(tree, table, dict(held), gates)
     raise_all(AxisError, "the annotation does not fit the model:", faults)
     annotated = dataclasses.replace(
         annotated, gates=dict.fromkeys(gates), stream=stream, residual=tuple(residual)
