@@ -34,7 +34,7 @@ from growjax.axes import Slot, axes_of, find, get, put
 from growjax.errors import LayoutError
 from growjax.nn import Stacked
 from growjax.nn.experts import Experts, Placement
-from growjax.values import Range, check, register
+from growjax.values import Range, Size, check, register
 
 
 AXES = ("data", "fsdp", "tensor")
@@ -62,6 +62,10 @@ class Layout:
     - `step`: "auto" lets the compiler place the collectives, from the shardings; "shard_map" writes
       them out, and needs `fsdp`, `tensor` and `experts` at 1.
     - `own_paths`: each replica draws a sub-network of its own ("shard_map" only).
+    - `remat`: what training keeps of the forward pass for the backward pass, which recomputes the rest:
+      "none" recomputes nothing, "dots" all but matrix products, "full" everything; "offload" is "dots"
+      with the products in the host's memory; "model" is the model's own choice.
+    - `unroll`: the number of layers that are compiled in a row, in each iteration of the scan.
 
     Raises `LayoutError` for fields that are invalid or do not fit together.
 
@@ -76,6 +80,8 @@ class Layout:
     step: Literal["auto", "shard_map"] = "auto"
     own_paths: bool = False
     experts: Annotated[int, Range(_DEVICES, lambda n: 0 < n < 2**31)] = 1
+    remat: Literal["model", "none", "dots", "full", "offload"] = "model"
+    unroll: Size = 1
 
     def __post_init__(self):
         check(self, LayoutError, "this layout cannot be used:", self._faults)
@@ -291,6 +297,28 @@ def _gathered(x: jax.Array, mesh: Mesh, read: _Read) -> jax.Array:
 
     gather.defvjp(lambda x: (gather(x), None), scatter)
     return gather(x)
+
+
+# The choices of `Layout.remat`, as stacks of layers name them
+_REMAT = {"none": "everything", "full": "nothing", "dots": "dots", "offload": "offload"}
+
+
+def remembering(model: Any, layout: Layout) -> Any:
+    """The model with every stack of layers scanned as the layout's `remat` and `unroll` say."""
+
+    def change(part: Any) -> Any:
+        if not isinstance(part, Stacked):
+            return part
+        fields = {
+            "remat": _REMAT.get(layout.remat, part.remat),
+            "unroll": layout.unroll,
+            "block": remembering(part.block, layout),  # there may be stacks in it
+        }
+        return put(part, {(name,): value for name, value in fields.items()})
+
+    if (layout.remat, layout.unroll) == ("model", 1):
+        return model
+    return jax.tree.map(change, model, is_leaf=lambda part: isinstance(part, Stacked))
 
 
 def unsplit(model: Any, mesh: Mesh) -> list[str]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import equinox as eqx
 import jax
@@ -15,6 +15,7 @@ from jaxtyping import PRNGKeyArray
 from growjax import values
 from growjax.errors import AxisError
 from growjax.nn import ACTIVATIONS
+from growjax.nn.stacked import Remat as Remat
 
 
 def _floating(name: str) -> bool:
@@ -35,7 +36,6 @@ Eps = Annotated[float, values.positive()]
 Activation = Annotated[str, values.one_of(ACTIVATIONS)]
 # The type of the activations; None is that of the parameters
 Dtype = Annotated[str, values.Range("a floating-point type such as 'bfloat16'", _floating)] | None
-Remat = Literal["dots", "nothing", "everything"]
 
 
 def check_config(config: Any, also: Iterable[str] = ()) -> None:

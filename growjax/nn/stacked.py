@@ -16,13 +16,24 @@ from growjax.nn.bodies import SAVED
 
 Block = TypeVar("Block", bound=eqx.Module)
 
+Remat = Literal["dots", "nothing", "everything", "offload"]
+
+# Attention over tiles saves the residuals of its own backward pass, or it would run a second time
+_attention: Any = jax.checkpoint_policies.save_only_these_names(SAVED)
+_to_host: Any = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+
+
+def _offload(primitive: Any, *args: Any, **params: Any) -> Any:
+    """What "dots" keeps, with the matrix products in the host's memory until the backward pass."""
+    return _attention(primitive, *args, **params) or _to_host(primitive, *args, **params)
+
+
 _POLICIES = {
-    # Attention over tiles saves the residuals of its own backward pass, or it would run a second time
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(SAVED),
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _attention
     ),
     "nothing": jax.checkpoint_policies.nothing_saveable,
+    "offload": _offload,
 }
 
 
@@ -37,8 +48,9 @@ class Stacked(eqx.Module, Generic[Block]):
 
     `remat="dots"` keeps matrix products and recomputes the rest, the fastest form even on a CPU but for
     models of a few 100,000 weights, where "nothing" is, which recomputes everything; "everything" keeps
-    everything. `read` is applied to one layer's weights when the scan comes to them: a sharded run
-    gathers them so (`growjax.parallel.gathered`).
+    everything, and "offload" keeps what "dots" does, the products in the host's memory. `unroll`
+    blocks are compiled in a row in each iteration of the scan. `read` is applied to one layer's weights
+    when the scan comes to them: a sharded run gathers them so (`growjax.parallel.gathered`).
     """
 
     block: Block = axes.stacked("{axis}")
@@ -46,7 +58,8 @@ class Stacked(eqx.Module, Generic[Block]):
     branch: Float[Array, " layers"] | None = axes.branch("{axis}")
     active: Bool[Array, " layers"] | None = axes.active("{axis}")
     axis: str = eqx.field(static=True, default="layers")
-    remat: Literal["dots", "nothing", "everything"] = eqx.field(static=True, default="dots")
+    remat: Remat = eqx.field(static=True, default="dots")
+    unroll: int = eqx.field(static=True, default=1)
     read: Callable[[Block], Block] | None = eqx.field(static=True, default=None)
 
     def __init__(
@@ -55,12 +68,12 @@ class Stacked(eqx.Module, Generic[Block]):
         length: int,
         *,
         axis: str = "layers",
-        remat: Literal["dots", "nothing", "everything"] = "dots",
+        remat: Remat = "dots",
         key: PRNGKeyArray,
     ):
         self.block = eqx.filter_vmap(make)(jax.random.split(key, length))
         self.gate = self.branch = self.active = None
-        self.axis, self.remat, self.read = axis, remat, None
+        self.axis, self.remat, self.unroll, self.read = axis, remat, 1, None
 
     def __call__(self, x: Float[Array, "T embed"], *args: Any, **kwargs: Any) -> Array:
         """Run `block(x, *args, branch=..., **kwargs)` for each layer; the arguments are shared.
@@ -110,7 +123,7 @@ class Stacked(eqx.Module, Generic[Block]):
         if self.remat != "everything":
             run = jax.checkpoint(run, prevent_cse=False, policy=_POLICIES[self.remat])
         layers = (arrays, self.gate, self.branch, self.active)
-        x, auxiliary = jax.lax.scan(run, x, layers)
+        x, auxiliary = jax.lax.scan(run, x, layers, unroll=self.unroll)
         return x, None if auxiliary is None else jnp.sum(auxiliary)
 
     def extend(

@@ -34,6 +34,7 @@ from growjax.parallel import (
     Layout,
     gathered,
     model_shardings,
+    remembering,
     replicated,
     split_rows,
     state_shardings,
@@ -344,7 +345,7 @@ def _loss_and_gradient(
         def loss_of(trained, rows):
             model = opened(eqx.combine(trained, rest), controls.level)
             model = model if part is None else part(model, key=key, step=controls.step)
-            model = gathered(model, programs.mesh)
+            model = gathered(remembering(model, programs.layout), programs.mesh)
             losses = jax.vmap(lambda row: loss(model, row))(rows)  # [rows, T] each
             return objective(losses, total_weight)
 
