@@ -50,6 +50,8 @@ def _experts(tokens: tuple[int, ...], chosen: tuple[int, ...], *rest: tuple[int,
 # products are in a kernel or in a loop of unknown length. All bodies of attention are charged alike.
 RULES: dict[str, Callable[..., int]] = {
     "blockwise_attention": _attention,
+    "splash_attention": _attention,
+    "cudnn_attention": _attention,
     "expert_feed_forward": _experts,
 }
 

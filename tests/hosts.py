@@ -4,12 +4,14 @@ python -m tests.hosts layouts FOLDER              8 devices in one process
 python -m tests.hosts own                         the same, with models that growjax did not write
 python -m tests.hosts heads                       the same, with losses that read a few tokens at a time
 python -m tests.hosts experts FOLDER              the same, with experts that are split over devices
+python -m tests.hosts kernels                     splash attention, split over the devices
 python -m tests.hosts parts FOLDER                two devices that split a model whose old layers rest
 python -m tests.hosts rank FOLDER RANK PORT WHAT  one of two processes, one device each
 python -m tests.hosts start FOLDER                one process that starts from what the two made
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -21,12 +23,16 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 import growjax as gj
 from growjax import parallel
-from growjax.nn import head
+from growjax.nn import Mask, attend, head
+from growjax.nn.place import place_of, running_on
+from growjax.parallel import BATCH, split_rows
 from growjax.programs.ahead import lower
 from growjax.programs.step import Programs, checksums
 from growjax.runs.checkpoint import load, numbered, read_lineage
@@ -214,6 +220,39 @@ def mixtures(folder: Path) -> None:
     print(json.dumps({"losses": found, "same end": ends[0] == ends[1], "specs": specs}))
 
 
+def kernels() -> None:
+    """Splash attention split over eight devices: its relative error, and how many arrays are gathered."""
+    draw = np.random.default_rng(0)
+    q, k = (draw.normal(size=s).astype("float32") for s in [(8, 2, 2, 128, 8), (8, 2, 128, 8)])
+    documents = np.arange(128)[None] // np.arange(20, 28)[:, None]  # of another length in each row
+
+    def run(body, split, q, k, documents):
+        def one(q, k, documents):
+            return attend(q, k, k, Mask(causal=True, documents=documents), body=body)
+
+        def total(q, k):
+            out = jax.vmap(one, spmd_axis_name=split)(q, k, documents)
+            return jnp.sum(out**2), out
+
+        return jax.grad(total, (0, 1), has_aux=True)(q, k)
+
+    right = jax.jit(functools.partial(run, "einsum", None))(q, k, documents)
+    found = {}
+    for layout in (Layout(fsdp=2, tensor=2), Layout(data=1, tensor=8)):
+        mesh = layout.mesh()
+        heads = "tensor" if 2 % layout.tensor == 0 else None
+        wide = NamedSharding(mesh, PartitionSpec(BATCH[0], heads))
+        rows = jax.device_put((q, k, documents), (wide, wide, split_rows(mesh)))
+        with running_on(place_of(mesh)):
+            program = jax.jit(functools.partial(run, "splash", BATCH[0])).lower(*rows).compile()
+        errors = jax.tree.map(
+            lambda a, b: float(abs(a - b).max() / abs(b).max()), program(*rows), right
+        )
+        gathers = str(program.as_text()).count(" all-gather(")
+        found[str(layout)] = max(jax.tree.leaves(errors)), gathers
+    print(json.dumps(found))
+
+
 def regrown(checkpoint: Path) -> dict[str, dict[str, int]]:
     """The checksums of what a checkpoint of eight devices grows into, read and grown on fewer."""
     ways = {8: Layout(fsdp=2, tensor=2), 4: Layout(fsdp=4), 2: Layout(tensor=2), 1: Layout()}
@@ -320,6 +359,8 @@ if __name__ == "__main__":
         heads()
     elif command == "experts":
         mixtures(Path(where))
+    elif command == "kernels":
+        kernels()
     elif command == "layouts":
         layouts(Path(where))
     elif command == "parts":

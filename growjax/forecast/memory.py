@@ -7,7 +7,7 @@ uses is assumed to stay the same.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -18,6 +18,7 @@ from growjax.data.objectives import batch_shapes
 from growjax.errors import GrowjaxError
 from growjax.forecast.dryrun import amount
 from growjax.models import Model
+from growjax.nn.place import SHAPES, running_on
 from growjax.parallel import per_device_bytes, row_parts
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.plan.plan import Plan
@@ -25,6 +26,11 @@ from growjax.plan.stages import Span
 from growjax.programs.ahead import Need
 from growjax.programs.step import Programs
 from growjax.subnet import Subnet
+
+
+# The fields that may be changed, by what a change costs: parts of a batch in a row cost nearly nothing,
+# sharing the state costs sending it, recomputing a third of the time; the others train another model
+_COSTS = ("accumulate", "fsdp", "model.remat", "model.dtype", "batch")
 
 
 class Use(NamedTuple):
@@ -80,6 +86,44 @@ def remedies(plan: Plan, need: Need, devices: int, used: int, memory: int) -> st
     return f"not even {together} would be enough; {more}"
 
 
+def cheapest(
+    plan: Plan, need: Need, devices: int, memory: int, measure: Callable[[Plan], int | None]
+) -> str | None:
+    """The first change of the plan, from the cheapest on, after which a program really fits.
+
+    `measure` compiles the program of a plan and returns the bytes that it uses; None if it does not fit.
+    Of one field, the mildest value that fits is looked for by bisection. Returns None if none fits.
+    """
+    kind, index, _ = need
+    options = _options(plan, index, devices, training=kind == "step")
+    for field in _COSTS:
+        values = [v for v in options.get(field, ()) if _allowed(plan, {field: v})]
+        fits: dict[Any, int] = {}
+
+        def enough(value: Any, field: str = field, fits: dict[Any, int] = fits) -> bool:
+            used = measure(_changed(plan, {field: value}))
+            if used is not None and used <= memory:
+                fits[value] = used
+            return value in fits
+
+        if not values or not enough(values[-1]):
+            continue
+        low, high = 0, len(values) - 1  # the value at `high` fits
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if enough(values[middle]) else (middle + 1, high)
+        return f"{field}={values[high]} makes it {amount(fits[values[high]])}, as was compiled"
+    return None
+
+
+def _allowed(plan: Plan, changes: dict[str, Any]) -> bool:
+    """Whether the plan can be changed so; another stage may not allow it."""
+    try:
+        return bool(_changed(plan, changes).spans)
+    except GrowjaxError:
+        return False
+
+
 def _changed(plan: Plan, changes: dict[str, Any]) -> Plan:
     """The plan with some of the fields that `_options` names changed."""
     fields: dict[str, Any] = {k: v for k, v in changes.items() if k in ("accumulate", "batch")}
@@ -128,7 +172,8 @@ def residual_bytes(span: Span, part: Subnet | None, loss: Loss = cross_entropy) 
     def nbytes(tree):
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    stored = jax.eval_shape(residuals, trained, rest, rows)
+    with running_on(SHAPES):
+        stored = jax.eval_shape(residuals, trained, rest, rows)
     # The parameters are among them, and part of the state
     return max(nbytes(stored) - nbytes(trained), 0)
 

@@ -5,12 +5,14 @@ scores to memory, `[T, S]` a head, which is fastest for short sequences. "blockw
 over tiles of queries and keys with a running maximum and sum, and computes each tile again in the
 backward pass from the logarithm of the sum (Milakov and Gimelshein, arXiv:1805.02867, 2018; Dao et al.,
 "FlashAttention", 2022). Tiles that no query can see are skipped: in a decoder, half of them. It is
-plain JAX, so it runs everywhere, in float64 too, with a bias and with any mask.
+plain JAX, so it runs everywhere, in float64 too, with a bias and with any mask. "splash" and "cudnn" are
+the kernels of TPUs and of NVIDIA GPUs (`growjax.nn.kernels`).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +20,20 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from growjax.errors import AxisError, raise_all
+from growjax.nn.kernels import cudnn_attention, obstacle
 from growjax.nn.mask import ALL, Mask
+from growjax.nn.place import SHAPES, Place, current
 
 
-Body = Literal["auto", "einsum", "blockwise"]
+Body = Literal["auto", "einsum", "blockwise", "splash", "cudnn"]
 # Bias on the scores: all of it, or a function of the places of queries and of keys
 Bias = Float[Array, "kv_heads group T S"] | Callable[[Array, Array], Array]
 
 # For "auto": the fewest scores of one head for which tiles pay, and the side of a tile
 LONG = 256 * 256
 TILE = 256
+# The kernel of each platform
+KERNELS: dict[str, Body] = {"tpu": "splash", "gpu": "cudnn"}
 # The name under which a `jax.checkpoint` policy saves the residuals of the backward pass
 SAVED = "attention"
 
@@ -47,8 +53,10 @@ def attend(
     With `cap`, scores are `cap * tanh(scores / cap)` before the bias and the mask (Gemma 2).
 
     Scores and sums are in float32 at least. A query that sees no key gets an average of some values, and
-    never NaN. `body` says how it is computed; "auto" takes tiles for long sequences. Raises `AxisError`
-    for a body that does not exist, and for a mask or a bias of other lengths.
+    never NaN. `body` says how it is computed; "auto" takes tiles for long sequences, and the platform's
+    kernel instead where there is one and it can (of the platform that is compiled for). Raises
+    `AxisError` for a body that does not exist or cannot compute this, and for a mask or a bias of other
+    lengths. Off TPUs "splash" is interpreted, which is slow; "cudnn" is for GPUs alone.
 
     **Example**
 
@@ -61,13 +69,41 @@ def attend(
     if bias is not None and not callable(bias) and bias.shape != shape:
         faults.append(f"bias: expected {list(shape)}, got {list(bias.shape)}")
     raise_all(AxisError, "attention cannot be computed with these:", faults)
+    place = current()
     if body == "auto":
-        body = "blockwise" if queries.shape[2] * keys.shape[1] >= LONG else "einsum"
+        body = _chosen(queries, keys, mask, bias, cap, place)
+    elif body in ("splash", "cudnn") and (reason := obstacle(body, queries, mask, bias, cap)):
+        raise AxisError(f"body: {body!r} cannot compute this attention; take 'auto'. {reason}")
+    if place == SHAPES and body in ("splash", "cudnn"):
+        body = "blockwise"  # which has the FLOPs and residuals of every kernel
     if body == "einsum":
         return _einsum(queries, keys, values, mask, bias, cap)
+    if body in ("splash", "cudnn"):
+        place = place or Place(jax.default_backend())
+        width: Any = mask.window
+        fixed = {"window": None if width is None else int(width), "place": place}
+        mask = dataclasses.replace(mask, window=None)
+        if body == "cudnn":
+            if place.platform != "gpu":
+                raise AxisError(f"body: 'cudnn' is for NVIDIA GPUs, not for {place.platform}")
+            return cudnn_attention(queries, keys, values, mask, **fixed)
+        # Importing Pallas takes a second
+        from growjax.nn.splash import splash_attention
+
+        return splash_attention(queries, keys, values, mask, cap=cap, **fixed)
     if bias is not None and not callable(bias):
         bias = jax.tree_util.Partial(_slice, bias)
     return blockwise_attention(queries, keys, values, mask, bias, TILE, cap)
+
+
+def _chosen(queries, keys, mask, bias, cap, place) -> Body:
+    """The body that "auto" stands for."""
+    if queries.shape[2] * keys.shape[1] < LONG:
+        return "einsum"
+    kernel = None if place is None else KERNELS.get(place.platform)
+    if kernel is None or obstacle(kernel, queries, mask, bias, cap):
+        return "blockwise"
+    return kernel
 
 
 def _einsum(queries, keys, values, mask, bias, cap=None):

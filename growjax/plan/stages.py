@@ -18,6 +18,7 @@ from growjax.cost import parameters
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.errors import PlanError
 from growjax.growth import Births, Operator
+from growjax.nn.place import SHAPES, running_on
 from growjax.optim import Parts
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.select import Selector
@@ -430,4 +431,5 @@ def _forward_flops(
             model = model if part is None else part(model, key=jax.random.key(0))
         return jax.vmap(lambda row: loss(model, row))(rows)
 
-    return count_flops(forward, *jax.tree.unflatten(structure, leaves))
+    with running_on(SHAPES):
+        return count_flops(forward, *jax.tree.unflatten(structure, leaves))

@@ -26,6 +26,8 @@ from growjax.axes import Slot, partition
 from growjax.gates import opened, ungated
 from growjax.growth import Births, Chain, Operator
 from growjax.maps import fold_in_name
+from growjax.nn.bodies import KERNELS
+from growjax.nn.place import Place, place_of, running_on
 from growjax.optim import Parts, carry, freeze
 from growjax.optim.divided import Division
 from growjax.optim.partwise import divided
@@ -36,6 +38,7 @@ from growjax.parallel import (
     model_shardings,
     remembering,
     replicated,
+    row_axes,
     split_rows,
     state_shardings,
 )
@@ -210,6 +213,28 @@ class Programs:
 # The programs ------------------------------------------------------------------------------------
 
 
+def _has_kernels(programs: Programs) -> bool:
+    """Whether the platform of the programs computes attention by a kernel."""
+    place = place_of(programs.mesh)
+    return place is not None and place.platform in KERNELS
+
+
+def _each_row(
+    programs: Programs, loss: Callable[[Any], Any], rows: Any, *, replica: bool = False
+) -> Any:
+    """The losses and weights of each row, [rows, T] each, traced for the platform that will run them.
+
+    Where that has kernels, and the compiler splits the rest, the kernels are told that rows are split.
+    `replica` says that they are a replica's own, under `shard_map`.
+    """
+    place = place_of(programs.mesh)
+    if replica and place is not None:
+        place = Place(place.platform)
+    split = row_axes(programs.mesh) if place and place.mesh and _has_kernels(programs) else None
+    with running_on(place):
+        return jax.vmap(loss, spmd_axis_name=split)(rows)
+
+
 def checksums(tree: Any) -> list[Array]:
     """A 32-bit checksum of every leaf, which changes with any one bit of the leaf.
 
@@ -316,7 +341,7 @@ def _chosen(
     def mean_losses(model):
         """The mean loss of each row of the batch, [rows]."""
         model = gathered(model, programs.mesh)
-        losses, weights, *_ = jax.vmap(lambda row: programs.loss(model, row))(batch)
+        losses, weights, *_ = _each_row(programs, lambda row: programs.loss(model, row), batch)
         # A row without targets has no weight; its mean is 0 and not NaN
         return jnp.sum(losses * weights, 1) / jnp.maximum(jnp.sum(weights, 1), 1e-9)
 
@@ -346,7 +371,8 @@ def _loss_and_gradient(
             model = opened(eqx.combine(trained, rest), controls.level)
             model = model if part is None else part(model, key=key, step=controls.step)
             model = gathered(remembering(model, programs.layout), programs.mesh)
-            losses = jax.vmap(lambda row: loss(model, row))(rows)  # [rows, T] each
+            alone = programs.layout.step == "shard_map"
+            losses = _each_row(programs, lambda row: loss(model, row), rows, replica=alone)
             return objective(losses, total_weight)
 
         return _accumulated(jax.value_and_grad(loss_of), programs.accumulate, trained, rows)
@@ -370,6 +396,8 @@ def _loss_and_gradient(
         mesh=programs.mesh,
         in_specs=(everywhere, everywhere, BATCH, everywhere, everywhere),
         out_specs=everywhere,
+        # The outputs of kernels do not say over which axes they vary
+        check_vma=not _has_kernels(programs),
     )(state.trained, state.rest, batch, controls, total_weight)
 
 
@@ -411,5 +439,5 @@ def _grow(
 def _evaluate(programs: Programs, state: State, batch: Mapping[str, Array], level: Array):
     """The losses and weights of each position, [B, T] both."""
     model = gathered(opened(programs.judged(state), level), programs.mesh)
-    losses, weights, *_ = jax.vmap(lambda row: programs.loss(model, row))(batch)
+    losses, weights, *_ = _each_row(programs, lambda row: programs.loss(model, row), batch)
     return losses, weights

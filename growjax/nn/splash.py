@@ -1,0 +1,173 @@
+"""Attention on TPUs by JAX's splash attention, a flash attention that skips the tiles nobody sees.
+
+Who sees whom by position alone (causal, windows) is compiled into the kernel; padding, documents and
+prefixes are numbers of queries and keys that must be equal. Importing this module imports Pallas, which
+takes a second, so it is imported where it is used.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jaxtyping import Array, Int
+
+from growjax.nn.bodies import SAVED
+from growjax.nn.kernels import by_device
+from growjax.nn.mask import Mask
+from growjax.nn.place import Place
+
+
+# The sides that the kernel's tiles may have: multiples of a TPU's 128 lanes
+_SIDES = range(128, 1025, 128)
+# By the compiler's schedules, a tile costs as much as so many scores more, and two kernels for the
+# gradients so much more than a fused one
+_TILE, _SPLIT = 340**2, 1.34
+# The segment of keys that no query may see; documents are counted from 0
+_NOWHERE = -(2**31)
+
+
+# Under this name `growjax.cost` counts its FLOPs
+@functools.partial(jax.jit, static_argnames=("window", "cap", "place"))
+def splash_attention(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    mask: Mask,
+    *,
+    window: int | None,
+    cap: float | None,
+    place: Place,
+) -> Array:
+    """`growjax.nn.attend` by the TPU's kernel; on other platforms, Pallas interprets it, slowly.
+
+    `window` is that of the mask, whose own is None: the kernel is compiled for one width.
+    """
+    length, total = queries.shape[2], keys.shape[1]
+    tile_q, tile_k = _side(length), _side(total)
+    q, k, v = _padded(queries, 2, tile_q), _padded(keys, 1, tile_k), _padded(values, 1, tile_k)
+    pattern = _pattern(mask, window, q.shape[2], k.shape[1])
+    segments = _segments(mask, length, total, tile_q, tile_k)
+    if mask.prefix is not None:
+        # A query sees keys up to its own place, and any of the prefix behind it. These are disjoint, so
+        # one softmax over two copies of the keys has both.
+        k, v = (jnp.concatenate([x, x], 1) for x in (k, v))
+
+    def kernel(q, k, v, segments):
+        """Of one sequence, on one device."""
+        heads = q.shape[0] * q.shape[1]
+        run: Any = splash.make_splash_mha(
+            masks.MultiHeadMask([pattern] * heads),
+            block_sizes=_sizes(tile_q, tile_k, k.shape[1], k.shape[2]),
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=cap,
+            residual_checkpoint_name=SAVED,
+            interpret=place.platform != "tpu",
+        )
+        # Query heads that share a key head are neighbours
+        return run(q.reshape(heads, *q.shape[2:]), k, v, segments).reshape(q.shape)
+
+    out = by_device(kernel, place, q, k, v, segments)
+    return out[:, :, :length]
+
+
+def _side(length: int) -> int:
+    """The side of the tiles that compute a causal square of this length soonest."""
+
+    def cost(side: int) -> float:
+        rows = -(-length // side)
+        return rows * (rows + 1) * (side**2 + _TILE) * (_SPLIT if rows > 1 else 1.0)
+
+    return min(_SIDES, key=cost)
+
+
+def _sizes(tile_q: int, tile_k: int, total: int, head_dim: int) -> splash.BlockSizes:
+    """The tiles of the forward and backward kernels, and how they read their arguments."""
+    # One kernel can compute all gradients, but writes the queries' for each tile of keys, to be added
+    fused = total == tile_k
+    # Heads that do not fill the lanes would be padded to them in memory
+    order = splash.QKVLayout
+    layout = order.SEQ_MINOR if head_dim % 128 else order.HEAD_DIM_MINOR
+    return splash.BlockSizes(
+        block_q=tile_q,
+        block_kv=tile_k,
+        block_q_dkv=tile_q,
+        block_kv_dkv=tile_k,
+        block_q_dq=None if fused else tile_q,
+        block_kv_dq=None if fused else tile_k,
+        use_fused_bwd_kernel=fused,
+        q_layout=layout,
+        k_layout=layout,
+        v_layout=layout,
+    )
+
+
+class _Behind(masks.Mask):
+    """Keys up to the query's place, then a second copy of the keys, of which those after it."""
+
+    def __init__(self, queries: int, keys: int, window: int | None):
+        self.shape_, self.window = (queries, 2 * keys), window
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.shape_
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        rows, columns = (np.arange(n)[i] for n, i in zip(self.shape_, index, strict=True))
+        keys = self.shape_[1] // 2
+        query, key = rows[:, None], columns[None, :] % keys
+        seen = np.where(columns[None, :] < keys, key <= query, key > query)
+        return seen if self.window is None else seen & (np.abs(query - key) < self.window)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Behind):
+            return NotImplemented
+        return (self.shape_, self.window) == (other.shape_, other.window)
+
+    def __hash__(self) -> int:
+        return hash((_Behind, self.shape_, self.window))
+
+
+def _pattern(mask: Mask, window: int | None, queries: int, keys: int) -> masks.Mask:
+    """What a mask says by position alone, from which the kernel knows the tiles to skip."""
+    if mask.prefix is not None and mask.causal:
+        return _Behind(queries, keys, window)
+    if window is not None:
+        right = 0 if mask.causal else window - 1
+        return masks.LocalMask((queries, keys), (window - 1, right), 0)
+    if mask.causal:
+        return masks.CausalMask((queries, keys))
+    return masks.FullMask((queries, keys))
+
+
+def _segments(
+    mask: Mask, queries: int, keys: int, tile_q: int, tile_k: int
+) -> splash.SegmentIds | None:
+    """Numbers for queries and keys, of which a query sees the equal ones; None where all are equal."""
+    before = mask.causal and queries <= keys  # no query sees the padding behind the keys
+    if mask.keys is None and mask.documents is None and mask.prefix is None:
+        if keys % tile_k == 0 or before:
+            return None
+    own = jnp.zeros(queries, jnp.int32) if mask.documents is None else mask.documents
+    of_keys = jnp.zeros(keys, jnp.int32) if mask.documents is None else mask.documents
+
+    def hidden(numbers: Array, shown: Array | None) -> Int[Array, " S"]:
+        numbers = numbers if shown is None else jnp.where(shown, numbers, _NOWHERE)
+        extra = -keys % tile_k
+        return jnp.pad(numbers.astype(jnp.int32), (0, extra), constant_values=_NOWHERE)
+
+    of_keys = hidden(of_keys, mask.keys)
+    if mask.prefix is not None and mask.causal:
+        prefix = jnp.pad(mask.prefix, (0, of_keys.shape[0] - keys))
+        of_keys = jnp.concatenate([of_keys, jnp.where(prefix, of_keys, _NOWHERE)])
+    return splash.SegmentIds(_padded(own.astype(jnp.int32), 0, tile_q), of_keys)
+
+
+def _padded(x: Array, axis: int, tile: int) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % tile)
+    return jnp.pad(x, widths)
