@@ -19,7 +19,14 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tests import planted, planted_algebra, planted_models, planted_runs, planted_specs
+from tests import (
+    planted,
+    planted_algebra,
+    planted_kernels,
+    planted_models,
+    planted_runs,
+    planted_specs,
+)
 
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +46,14 @@ class Mutation(NamedTuple):
 def mutations() -> list[Mutation]:
     """The rows of all tables, read."""
     found = []
-    tables = (planted, planted_models, planted_runs, planted_specs, planted_algebra)
+    tables = (
+        planted,
+        planted_models,
+        planted_runs,
+        planted_specs,
+        planted_algebra,
+        planted_kernels,
+    )
     table = "".join(module.TABLE for module in tables)
     for entry in table.strip().removeprefix("@ ").split("\n@ "):
         head, *lines = entry.split("\n")

@@ -125,6 +125,7 @@ def plan(
     change: tuple[str, ...] = (),
     target: str | None = None,
     devices: int | None = None,
+    kind: str | None = None,
     allow: Allow = (),
 ) -> None:
     """Print the stages of a plan, their cost and memory, and all faults; nothing is computed.
@@ -134,6 +135,7 @@ def plan(
         change: Fields of the plan to change, such as batch=16 or layout.fsdp=8.
         target: A TPU slice such as v5e:4x4 to compile every program for, with the real TPU compiler.
         devices: The number of devices to lay the plan out on, without a target.
+        kind: A kind of device, such as v5p or h100, to print the least time that the plan takes there.
     """
     allow_packages(allow)
     if target is not None:
@@ -147,7 +149,8 @@ def plan(
     from growjax.train.commands import show_plan
     from growjax.train.planfile import read_plan
 
-    show_plan(read_plan(plan, change), target=target, devices=devices, console=Console())
+    console = Console()
+    show_plan(read_plan(plan, change), target=target, devices=devices, kind=kind, console=console)
 
 
 def calibrate(

@@ -25,9 +25,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from growjax.errors import LayoutError, raise_all
+from growjax.errors import CostError, LayoutError, raise_all
+from growjax.forecast.cycles import Cycles, cycles
 from growjax.forecast.dryrun import amount, work_label
-from growjax.forecast.memory import remedies
+from growjax.forecast.memory import cheapest, remedies
+from growjax.forecast.speed import DEVICES, Device, Pace, pace_of, pace_table
 from growjax.gates import ungated
 from growjax.parallel import Layout, per_device_bytes, replicated, row_parts
 from growjax.plan.plan import Plan
@@ -40,22 +42,20 @@ from growjax.programs.step import Programs
 class Generation:
     """A generation of TPUs.
 
-    - `memory`: bytes a chip.
     - `dimensions`: the dimensions of a slice, 2 for 4x4.
     - `accelerator`: the name of its slices in Google Cloud; the count in that name is `per_chip` times
       the number of chips.
     """
 
-    memory: int
     dimensions: int
     accelerator: str
     per_chip: int = 1
 
 
 GENERATIONS = {
-    "v5e": Generation(16 << 30, 2, "v5litepod"),
-    "v5p": Generation(95 << 30, 3, "v5p", per_chip=2),
-    "v6e": Generation(32 << 30, 2, "v6e"),
+    "v5e": Generation(2, "v5litepod"),
+    "v5p": Generation(3, "v5p", per_chip=2),
+    "v6e": Generation(2, "v6e"),
 }
 # v4 is missing: the compiler describes each of its chips as two devices, of which JAX makes no mesh
 
@@ -88,6 +88,7 @@ class Compiled:
     - `to_host`: the number of transfers to or from the host's memory.
     - `flops`, `bytes_accessed`, `optimal_seconds`: the compiler's own estimates, the body of a scan
       counted once; None where it has none.
+    - `cycles`: by `growjax.forecast.cycles`, all iterations of a scan counted; None where it cannot.
     - `seconds`: the time that compiling took.
     """
 
@@ -103,6 +104,7 @@ class Compiled:
     flops: float | None = None
     bytes_accessed: float | None = None
     optimal_seconds: float | None = None
+    cycles: Cycles | None = None
     seconds: float = 0.0
 
 
@@ -110,7 +112,8 @@ class Compiled:
 class Target:
     """The result of `compile_for`; it prints as a table.
 
-    `refusals` list the programs that do not fit, and the changes of the plan that would make them fit.
+    - `refusals`: the programs that do not fit, and the changes of the plan that would make them fit.
+    - `paces`: how fast each stage trains, by the compiler's cycles; of stages that were compiled and fit.
     """
 
     plan: str
@@ -119,6 +122,8 @@ class Target:
     memory: int
     programs: tuple[Compiled, ...]
     refusals: tuple[str, ...]
+    paces: tuple[Pace, ...] = ()
+    names: tuple[str, ...] = ()  # of the plan's stages
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as numbers, strings, lists and dicts, for JSON."""
@@ -153,7 +158,11 @@ class Target:
                 "unknown" if p.flops is None else f"{p.flops:.3g}",
                 estimate,
             )
-        return Group(table, *(Text(f"refused: {reason}") for reason in self.refusals))
+        reasons = [Text(f"refused: {reason}") for reason in self.refusals]
+        if not self.paces:
+            return Group(table, *reasons)
+        title = "by the compiler's cycles; waiting for other chips and for data is not in it"
+        return Group(table, pace_table(title, self.paces, self.names), *reasons)
 
 
 def chips(target: str) -> int:
@@ -167,7 +176,7 @@ def chips(target: str) -> int:
         or not all(n.isdecimal() and int(n) for n in sizes)
     ):
         examples = ", ".join(
-            f"{name}:{'x'.join(['4'] * g.dimensions)} ({g.memory >> 30} GiB a chip)"
+            f"{name}:{'x'.join(['4'] * g.dimensions)} ({DEVICES[name].memory >> 30} GiB a chip)"
             for name, g in GENERATIONS.items()
         )
         raise LayoutError(
@@ -265,14 +274,23 @@ def compile_for(
         ],
     )
     programs = Programs(plan.optimizer.build(), plan.loss, mesh, layout, plan.accumulate)
-    memory = GENERATIONS[target.partition(":")[0]].memory
+    device = DEVICES[target.partition(":")[0]]
     indices = range(len(plan.spans)) if stages is None else stages
     requested = [need for i in indices for need in needs(plan.spans[i], first=False)]
     with _uncached(), concurrent.futures.ThreadPoolExecutor(workers, "compile") as pool:
-        compile_one = functools.partial(_compile, plan, programs, reference=reference)
+        compile_one = functools.partial(_compile, plan, programs, device, reference=reference)
         compiled = tuple(pool.map(compile_one, requested))
-    refusals = list(_refusals(plan, mesh.size, memory, requested, compiled))
-    return Target(plan.name, target, mesh.size, memory, compiled, tuple(refusals))
+    refusals = list(_refusals(plan, target, device, requested, compiled, reference))
+    return Target(
+        plan.name,
+        target,
+        mesh.size,
+        device.memory,
+        compiled,
+        tuple(refusals),
+        tuple(_paces(plan, mesh.size, device, requested, compiled)),
+        tuple(stage.name for stage in plan.stages),
+    )
 
 
 @contextlib.contextmanager
@@ -289,7 +307,27 @@ def _uncached() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def _compile(plan: Plan, programs: Programs, need: Need, *, reference: Any) -> Compiled:
+def _paces(
+    plan: Plan,
+    chips: int,
+    device: Device,
+    requested: Sequence[Need],
+    compiled: Sequence[Compiled],
+) -> Iterator[Pace]:
+    """The pace of every stage all of whose steps have cycles."""
+    seconds: dict[int, dict[Work, float]] = {}
+    for (kind, stage, work), program in zip(requested, compiled, strict=True):
+        if kind == "step" and work is not None and program.cycles is not None:
+            seconds.setdefault(stage, {})[work] = program.cycles.total / device.clock
+    for stage, of_work in seconds.items():
+        span = plan.spans[stage]
+        if {work for _, work in span.programs} <= of_work.keys():
+            yield pace_of(span, of_work, device, chips)
+
+
+def _compile(
+    plan: Plan, programs: Programs, device: Device, need: Need, *, reference: Any
+) -> Compiled:
     """Compile one program and read its memory, collectives and estimates."""
     name, stage = _name(need), need[1]
     everywhere = replicated(programs.mesh)
@@ -309,6 +347,11 @@ def _compile(plan: Plan, programs: Programs, need: Need, *, reference: Any) -> C
     # Results that alias (donated) arguments need no memory of their own
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
+    try:
+        estimate = cycles(text, device.cores)
+    except CostError:
+        # A kernel of a user's own, or a loop whose length depends on data
+        estimate = None
     return Compiled(
         stage,
         name,
@@ -322,6 +365,7 @@ def _compile(plan: Plan, programs: Programs, need: Need, *, reference: Any) -> C
         flops=_positive(costs, "flops"),
         bytes_accessed=_positive(costs, "bytes accessed"),
         optimal_seconds=_positive(costs, "optimal_seconds"),
+        cycles=estimate,
         seconds=seconds,
     )
 
@@ -377,14 +421,31 @@ def _positive(costs: Any, name: str) -> float | None:
 
 
 def _refusals(
-    plan: Plan, devices: int, memory: int, requested: Sequence[Need], compiled: Sequence[Compiled]
+    plan: Plan,
+    target: str,
+    device: Device,
+    requested: Sequence[Need],
+    compiled: Sequence[Compiled],
+    reference: Any,
 ) -> Iterator[str]:
     """The programs that move data to the host or do not fit, with the changes that would help."""
+    devices, memory = chips(target), device.memory - _RESERVED
+
+    def measure(need: Need, changed: Plan) -> int | None:
+        """The memory of a program of a changed plan, compiled; None if it does not fit."""
+        mesh, layout = changed.layout.mesh(topology(target)), changed.layout
+        parts = changed.accumulate
+        programs = Programs(changed.optimizer.build(), changed.loss, mesh, layout, parts)
+        with _uncached():
+            program = _compile(changed, programs, device, need, reference=reference)
+        return program.memory if program.fits else None
+
     for need, program in zip(requested, compiled, strict=True):
         where = f"stage {program.stage} {plan.spans[program.stage].stage.name!r}: {program.name}"
-        if program.to_host:
+        if program.to_host and plan.layout.remat != "offload":
             yield f"{where}: moves data to the host {program.to_host} times"
         if not program.fits:
-            needed = f"{where}: needs {amount(program.memory)} of {amount(memory)} a chip"
-            changes = remedies(plan, need, devices, program.memory, memory - _RESERVED)
-            yield f"{needed}; {changes}"
+            needed = f"{where}: needs {amount(program.memory)} of {amount(device.memory)} a chip"
+            proven = cheapest(plan, need, devices, memory, functools.partial(measure, need))
+            estimated = remedies(plan, need, devices, program.memory, memory)
+            yield f"{needed}; {proven or 'no single change makes it fit'}. By estimate, {estimated}"

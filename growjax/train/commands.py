@@ -27,6 +27,7 @@ from growjax.errors import (
 from growjax.forecast.calibration import calibrate
 from growjax.forecast.dryrun import dry_run
 from growjax.forecast.pod import chips, compile_for
+from growjax.forecast.speed import pace_table, roofline
 from growjax.gates import is_gated, ungated
 from growjax.growth import Chain, Operator, chain
 from growjax.growth.masked import MSG
@@ -72,10 +73,12 @@ def show_plan(
     *,
     target: str | None = None,
     devices: int | None = None,
+    kind: str | None = None,
     console: Console,
 ) -> None:
     """Print a plan's dry run and, with a `target`, the programs compiled for that TPU slice.
 
+    With a `kind` of device, such as "h100", it prints the least time that the plan can take there.
     Raises `PlanError` that lists everything that forbids the run, after the table is printed.
 
     **Example**
@@ -85,6 +88,10 @@ def show_plan(
     forecast = dry_run(plan, devices=devices if target is None else chips(target))
     console.print(forecast)
     forecast.check()
+    if kind is not None:
+        title = f"at best, on {forecast.devices} x {kind} (by roofline)"
+        paces = roofline(plan, kind, forecast.devices)
+        console.print(pace_table(title, paces, [stage.name for stage in plan.stages]))
     if target is not None:
         compiled = compile_for(plan, target)
         console.print(compiled)

@@ -1,0 +1,52 @@
+"""Bugs in attention by kernels, in the forecast of speed and in what is kept, for `tests.mutations`."""
+
+# @ name | file of growjax | file of tests | pytest -k
+# - what stands there, in one or more lines (indentation of the first one left out)
+# + what the bug makes of it
+TABLE = """
+@ padded keys are seen by the kernel | nn/splash.py | kernels | another_sequence
+- return jnp.pad(numbers.astype(jnp.int32), (0, extra), constant_values=_NOWHERE)
++ return jnp.pad(numbers.astype(jnp.int32), (0, extra))
+@ padding is dropped for the kernel | nn/splash.py | kernels | all_scores_give and padding
+- of_keys = hidden(of_keys, mask.keys)
++ of_keys = hidden(of_keys, None)
+@ the kernel forgets documents | nn/splash.py | kernels | all_scores_give and documents
+- of_keys = jnp.zeros(keys, jnp.int32) if mask.documents is None else mask.documents
++ of_keys = jnp.zeros(keys, jnp.int32)
+@ a kernel's window is one too wide | nn/splash.py | kernels | all_scores_give and documents
+- return masks.LocalMask((queries, keys), (window - 1, right), 0)
++ return masks.LocalMask((queries, keys), (window, right), 0)
+@ keys of the prefix count twice | nn/splash.py | kernels | all_scores_give and prefix
+- seen = np.where(columns[None, :] < keys, key <= query, key > query)
++ seen = np.where(columns[None, :] < keys, key <= query, key >= query)
+@ everything behind a query is its prefix | nn/splash.py | kernels | all_scores_give and prefix
+- of_keys = jnp.concatenate([of_keys, jnp.where(prefix, of_keys, _NOWHERE)])
++ of_keys = jnp.concatenate([of_keys, of_keys])
+@ every device computes all heads | nn/kernels.py | kernels | split_over_devices
+- heads[i] = "tensor"
++ heads[i] = None
+@ the machine decides and not the target | nn/place.py | kernels | platform_that_is_compiled_for
+- if _PLACE.value is not None:
++ if _PLACE.value is None:
+@ the kernel drops the bias | nn/kernels.py | kernels | cannot_do
+- if bias is not None:
++ if bias is None and queries is None:
+@ float64 in the kernel | nn/kernels.py | kernels | cannot_do
+- if queries.dtype not in types:
++ if queries.dtype == "float16":
+@ a loop counts once | forecast/cycles.py | speed | each_of_its_iterations
+- own, kernels = own + times * inner[0], kernels + times * inner[1]
++ own, kernels = own + inner[0], kernels + inner[1]
+@ tiles above the diagonal count | forecast/cycles.py | speed | tiles_that_it_computes
+- return sum(1 for _ in _below(rows, columns))
++ return rows * columns
+@ the share of the peak of one device | forecast/speed.py | speed | pace_of_a_stage
+- mfu=sum(span.flops) / (total * devices * device.peak),
++ mfu=sum(span.flops) / (total * device.peak),
+@ the strongest change is advised | forecast/memory.py | speed | cheapest_change
+- low, high = (low, middle) if enough(values[middle]) else (middle + 1, high)
++ low = high
+@ the layout's choice of what is kept is dropped | parallel.py | speed | layout_says
+- "remat": _REMAT.get(layout.remat, part.remat),
++ "remat": part.remat,
+"""

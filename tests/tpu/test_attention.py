@@ -1,0 +1,201 @@
+"""Splash attention compiled by the TPU compiler: chosen for the target, under every layout, and its gain.
+
+The deep profile compiles models of the sizes that people train: GROWJAX_PROFILE=deep make test-tpu.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+
+from growjax.data import MLM, UL2, Causal, PrefixLM
+from growjax.forecast.pod import Compiled, compile_for
+from growjax.forecast.speed import Pace
+from growjax.models import BERTConfig, GPTConfig, LlamaConfig, T5Config
+from growjax.train import Layout, Plan, Schedule, Stage
+from tests.conftest import DEEP
+
+
+deep = pytest.mark.skipif(not DEEP, reason="minutes: the deep profile runs it")
+SIZES: dict[str, Any] = {
+    "layers": 2,
+    "embed": 128,
+    "heads": 4,
+    "head_dim": 64,
+    "mlp": 256,
+    "vocab": 512,
+    "dtype": "bfloat16",
+}
+GPT = GPTConfig(**SIZES, positions=512)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "replicas": {"layout": Layout()},
+    "shared": {"layout": Layout(fsdp=4)},
+    "tensor": {"layout": Layout(tensor=2)},
+    "shared tensor in parts": {"layout": Layout(fsdp=2, tensor=2), "accumulate": 2},
+    "own paths": {"layout": Layout(step="shard_map")},
+}
+
+
+def compiled(
+    target: str, model: Any, objective: Any, *, batch: int = 8, **fields: Any
+) -> tuple[Compiled, Pace | None]:
+    """The training step of a plan of one stage, and its pace, if the compiler's cycles can be counted."""
+    of = Plan(
+        "attention",
+        model=model,
+        batch=batch,
+        objective=objective,
+        rate=Schedule(1e-3),
+        stages=(Stage("only", tokens=1),),
+        **fields,
+    )
+    found = compile_for(of, target)
+    assert found.refusals == ()
+    (step,) = [p for p in found.programs if p.name == "step"]
+    return step, next(iter(found.paces), None)
+
+
+QUICK = ("shared tensor in parts", "own paths")
+
+
+@pytest.mark.parametrize("layout", [n for n in LAYOUTS if DEEP or n in QUICK])
+def test_the_kernel_is_split_by_every_layout(layout):
+    """Over replicas, shared state and heads: nothing is gathered or sent for it."""
+    model = dataclasses.replace(GPT, kv_heads=2, position="rotary")
+    objective = PrefixLM(512) if LAYOUTS[layout]["layout"].tensor > 1 else Causal(512)
+    step, _ = compiled("v5e:2x2", model, objective, **LAYOUTS[layout])
+    assert step.cycles is not None and step.cycles.kernels > 0
+    assert not any(step.collectives[k] for k in ("all-to-all", "collective-permute"))
+
+
+MODELS = {
+    "prefix": (GPT, PrefixLM(512), True),
+    "BERT": (BERTConfig(**SIZES, positions=512), MLM(512), True),
+    "Llama of 128": (
+        LlamaConfig(**{**SIZES, "heads": 2, "head_dim": 128}, kv_heads=1),
+        Causal(512, packing="concat"),
+        True,
+    ),
+    "QK-norm": (dataclasses.replace(GPT, qk_norm=True), Causal(512), True),
+    "T5": (  # whose attention to memory adds no bias
+        T5Config(
+            encoder_layers=1,
+            decoder_layers=1,
+            **{k: v for k, v in SIZES.items() if k != "layers"},
+        ),
+        UL2(512),
+        True,
+    ),
+    "forbidden": (dataclasses.replace(GPT, attention="blockwise"), Causal(512), False),
+    "short": (GPT, Causal(128), False),
+}
+
+
+@deep
+@pytest.mark.parametrize("name", list(MODELS))
+def test_who_takes_the_kernel_on_a_target(name):
+    model, objective, expected = MODELS[name]
+    step, pace = compiled("v5e:2x2", model, objective)
+    if model.attention == "blockwise":
+        assert step.cycles is None and pace is None, "its loops depend on the tile"
+    else:
+        assert step.cycles is not None and (step.cycles.kernels > 0) == expected
+
+
+def test_a_long_sequence_takes_little_memory():
+    """One of 4,096 tokens a chip, of whose scores a head alone takes 64 MiB."""
+    model = dataclasses.replace(GPT, positions=4096, layers=1)
+    step, pace = compiled("v5e:2x2", model, Causal(4096, packing="concat"), batch=4)
+    assert step.temporaries is not None and step.temporaries < 96 << 20, step.temporaries
+    assert pace is not None and 0 < pace.mfu < 1
+    assert pace.tokens_per_second == pytest.approx(4 * 4096 / pace.step)
+
+
+@deep
+def test_what_is_kept_for_the_backward_pass():
+    """The names of `Layout.remat`, by the compiler: memory, and how often attention's kernel runs."""
+    found = {}
+    for remat in ("none", "dots", "full", "offload"):
+        model = dataclasses.replace(GPT, layers=4)
+        found[remat], _ = compiled(
+            "v5e:2x2", model, Causal(512), batch=64, layout=Layout(remat=remat)
+        )
+    memory = {name: step.temporaries or 0 for name, step in found.items()}
+    assert memory["full"] < 0.9 * memory["dots"] < 0.8 * memory["none"], memory
+    assert memory["offload"] < 0.9 * memory["dots"], memory
+    kernels = {name: step.cycles.kernels for name, step in found.items() if step.cycles}
+    assert kernels["none"] == kernels["dots"] < kernels["full"]  # the forward kernel runs again
+
+
+@deep
+def test_advice_was_compiled():
+    """What is advised for a plan that does not fit makes it fit, and no milder value of it does."""
+    large = Plan(
+        "large",
+        model=dataclasses.replace(GPT, vocab=8192, dtype=None),
+        batch=2**15,
+        objective=Causal(512),
+        rate=Schedule(1e-3),
+        stages=(Stage("only", tokens=1),),
+    )
+    (reason,) = [r for r in compile_for(large, "v5e:2x2").refusals if "step" in r]
+    match = re.search(r"accumulate=(\d+) makes it ([\d.]+) GiB, as was compiled", reason)
+    assert match is not None, reason
+    for parts, fits in ((int(match[1]), True), (int(match[1]) // 2, False)):
+        again = compile_for(dataclasses.replace(large, accumulate=parts), "v5e:2x2")
+        assert not any("step" in r for r in again.refusals) == fits
+
+
+# Of the sizes that people train ----------------------------------------------------------------------
+
+
+GPT_350M = GPTConfig(
+    layers=24,
+    embed=1024,
+    heads=16,
+    head_dim=64,
+    mlp=4096,
+    vocab=50304,
+    positions=1024,
+    dtype="bfloat16",
+)
+LLAMA_1B = LlamaConfig(
+    layers=16,
+    embed=2048,
+    heads=32,
+    kv_heads=8,
+    head_dim=64,
+    mlp=8192,
+    vocab=128256,
+    dtype="bfloat16",
+)
+
+
+@deep
+def test_a_350m_gpt_at_1024_tokens_on_v5p():
+    """The compiler's estimate was an MFU of 0.245 with 10.06 GiB before attention was a kernel."""
+    layout = Layout(fsdp=4)
+    objective = Causal(1024, packing="concat")
+    step, pace = compiled("v5p:2x2x1", GPT_350M, objective, batch=32, layout=layout)
+    assert pace is not None
+    print(f"MFU {pace.mfu:.3f}, temporaries {(step.temporaries or 0) / 2**30:.2f} GiB")
+    assert pace.mfu >= 0.40 and (step.temporaries or 0) < 6 << 30
+
+
+@deep
+def test_a_350m_gpt_at_8192_tokens_fits_a_v5e_chip():
+    model = dataclasses.replace(GPT_350M, positions=8192)
+    step, pace = compiled("v5e:2x2", model, Causal(8192, packing="concat"), batch=4)
+    assert pace is not None
+    print(f"MFU {pace.mfu:.3f}, memory {step.memory / 2**30:.2f} GiB")
+    assert step.memory < 13 << 30 and pace.mfu >= 0.40
+
+
+@deep
+def test_a_1b_llama_at_4096_tokens_fits_without_accumulation():
+    objective, layout = Causal(4096, packing="concat"), Layout(fsdp=16)
+    step, pace = compiled("v5e:4x4", LLAMA_1B, objective, batch=16, layout=layout)
+    assert pace is not None
+    print(f"MFU {pace.mfu:.3f}, memory {step.memory / 2**30:.2f} GiB")
+    assert step.memory < 10 << 30 and pace.mfu >= 0.34
