@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def model_modules() -> list[type]:
     for path in SOURCES:
         if room(path) in ("nn", "models"):
             dotted = ".".join(["growjax", *path.relative_to(ROOT).with_suffix("").parts])
-            found |= members(sys.modules[dotted.removesuffix(".__init__")])
+            found |= members(importlib.import_module(dotted.removesuffix(".__init__")))
     return [c for c in found if issubclass(c, eqx.Module) and c is not gates.Gate]
 
 
