@@ -91,6 +91,15 @@ def _free_compiled_programs():
         gc.collect()
 
 
+@pytest.fixture(scope="module")
+def only_young_garbage():
+    """A search for garbage passes over what was there before this module, which takes seconds."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def _maps() -> float:
     """How much this process maps, of the 65,530 that Linux allows."""
     path = pathlib.Path("/proc/self/maps")

@@ -35,7 +35,7 @@ PLACES = 400 if DEEP else 24
 
 
 @pytest.fixture(autouse=True)
-def _freed_here():
+def _freed_here(only_young_garbage):
     """And not in some later test, which would be blamed for it."""
     yield
     gc.collect()

@@ -46,7 +46,7 @@ train: Any = trainer.train  # tests know which record comes where; the checker d
 
 
 @pytest.fixture(autouse=True)
-def _freed_here():
+def _freed_here(only_young_garbage):
     """And not in some later test, which would be blamed for it."""
     yield
     gc.collect()
