@@ -34,6 +34,7 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax._src.interpreters import mlir  # noqa: E402
+from jaxlib.mlir import ir  # noqa: E402
 
 
 def share_contexts(make: Callable[[], Any], uses: int) -> Callable[[], Any]:
@@ -45,7 +46,7 @@ def share_contexts(make: Callable[[], Any], uses: int) -> Callable[[], Any]:
     latest: list[Any] = []
 
     def shared() -> Any:
-        if mlir.ir.Context.current is not None:
+        if ir.Context.current is not None:
             return make()
         if not latest or next(lowered) % uses == 0:
             latest[:] = [make()]

@@ -327,9 +327,8 @@ def stopped(folder: Path, what: str, second: bool) -> None:
     """
     of = plan(steps(24), layout=Layout(fsdp=2), batch=8)
 
-    def session(name: str, asked: bool = False, **saving: int) -> dict[str, Any]:
+    def session(name: str, options: Options, asked: bool = False) -> dict[str, Any]:
         losses = {}
-        options = Options(held_out=8, **saving)
         for record in train(of, feed(of), run=folder / name, options=options):
             if isinstance(record, Step):
                 losses[record.step] = record.loss
@@ -345,9 +344,10 @@ def stopped(folder: Path, what: str, second: bool) -> None:
         raise AssertionError("no end")
 
     if what == "stop":
-        ends = [session("whole"), session("stopped", asked=True)]
+        options = Options(held_out=8)
+        ends = [session("whole", options), session("stopped", options, asked=True)]
     else:
-        ends = [session("stopped", save_every=1)]
+        ends = [session("stopped", Options(held_out=8, save_every=1))]
     print(json.dumps(ends), flush=True)
 
 

@@ -272,8 +272,8 @@ def test_nothing_is_new_before_the_first_growth():
 
     plain = optim.adamw(1e-2, weight_decay=0.1)
     expected = first(plain)
-    for shares in (dict(old=0.0, new=3.0), dict(new=0.0)):
-        assert eqx.tree_equal(first(optim.parts(plain, **shares)), expected, rtol=1e-6)
+    for parts in (optim.parts(plain, old=0.0, new=3.0), optim.parts(plain, new=0.0)):
+        assert eqx.tree_equal(first(parts), expected, rtol=1e-6)
 
 
 # What cannot be done right -------------------------------------------------------------------
