@@ -246,6 +246,8 @@ def _placed(model: Any, mesh: Mesh) -> Any:
     if mesh.size == 1 or jax.sharding.get_abstract_mesh().manual_axes:
         return model  # in a `shard_map` each device has tokens and weights of its own
     is_mixture = lambda node: isinstance(node, Experts)  # noqa: E731
+    if not any(map(is_mixture, jax.tree.leaves(model, is_leaf=is_mixture))):
+        return model
     where = Placement(mesh, row_axes(mesh))
 
     def told(node):
