@@ -166,4 +166,31 @@ TABLE = """
 @ constants of a fill follow the model | certificate.py | certify | double_precision
 - normal = lambda: offset + spread * jax.random.normal(key, shape, jnp.float32)  # noqa: E731
 + normal = lambda: offset + spread * jax.random.normal(key, shape)  # noqa: E731
+@ gains of 1 + w are scaled from zero | maps.py | decoder | gemma-copy
+- origin = slot.origin if law == WEIGHT else law.origin
++ origin = law.origin
+@ a closed layer ends in zeros before a norm | algebra.py | decoder | closed_layers
+- takes = takes if slot.closes is None else slot.closes
++ pass
+@ norms over the width count closed heads | nn/norm.py | decoder | mixed-msg
+- count *= x.shape[dim] if gate is None else jnp.sum(jax.lax.stop_gradient(gate.value))
++ count *= x.shape[dim]
+@ a cache sees beyond the window | nn/attention.py | decoder | cache_gives
+- pairs = back >= 0 if self.window is None else (back >= 0) & (back < self.window)
++ pairs = back >= 0
+@ parallel branches follow each other | nn/block.py | decoder | norms_stand
+- h = self._input(start if self.parallel else x, self.mlp_norm)
++ h = self._input(x, self.mlp_norm)
+@ branches without the norm behind them | nn/block.py | decoder | norms_stand
+- y = y if after is None else after(y)
++ pass
+@ the gradient of a cap is one | nn/bodies.py | decoder | cap_bends
+- scores, slope = cap * bent, 1 - bent * bent
++ scores, slope = cap * bent, 1 + 0 * bent
+@ a factor of queries on what is not turned | nn/rotary.py | decoder | part_of_a_head
+- return jnp.where(freqs == 0, cos, size * cos), size * sin
++ return size * cos, size * sin
+@ short frequencies whatever the length | nn/rotary.py | decoder | long_sequences
+- freqs = jnp.where(is_long, jax.lax.stop_gradient(self.far), freqs)
++ pass
 """

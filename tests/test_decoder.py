@@ -4,12 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import growjax as gj
 from growjax import testing
-from growjax.models import DecoderConfig, Sight
-from growjax.nn import LongRotary, RotaryScaling, YarnScaling
+from growjax.errors import AxisError
+from growjax.models import DecoderConfig, LlamaConfig, Sight
+from growjax.nn import LongRotary, Mask, Rotary, RotaryScaling, YarnScaling, attend
 
 
 LONG = LongRotary((1.0, 2.0), (3.0, 4.0), length=3, magnitude=1.5)
@@ -104,3 +106,110 @@ def test_every_choice_keeps_its_function_under_every_operator(name: str, op: str
     if op == "copy":
         operator = gj.growth.atoms(operator)[0]
     testing.assert_preserves(operator, built(name), TOKENS)
+
+
+def test_closed_layers_end_in_a_gain_of_zero_and_keep_what_it_multiplies():
+    with jax.enable_x64(True):
+        model = built("gemma")
+        big = gj.stack(layers=8, order="insert", branch="zero")(model)
+    block = jax.tree.map(np.asarray, big.blocks.block)
+    for after, last in (("attention_after", block.attention.o), ("mlp_after", block.mlp.down)):
+        gain = 1 + getattr(block, after).weight
+        assert not gain[1::2].any() and gain[::2].all()
+        # With a norm behind them, zeros here would be divided by the root of epsilon at the first step
+        assert np.array_equal(last[1::2], last[::2])
+
+
+def test_layers_take_their_window_and_their_rotation_along():
+    attention = gj.stack(layers=6, order="top")(built("smol", jnp.float32)).blocks.block.attention
+    full = gj.nn.NO_WINDOW
+    assert attention.window.tolist() == [full, 2, full, full, full, full]
+    assert attention.turn.tolist() == [0, 1, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["gemma", "phi"])
+def test_a_cache_gives_the_logits_of_the_whole_sequence(name: str):
+    with jax.enable_x64(True):
+        model, tokens = built(name), TOKENS[0]
+        whole, cache = model(tokens[:3]), model.cache(5)
+        first, cache = model.extend(tokens[:3], cache, 0)
+        np.testing.assert_allclose(first, whole, atol=1e-12)
+        if name == "gemma":  # LongRoPE turns keys in the cache by the frequencies of their time
+            rest, _ = model.extend(tokens[3:], cache, 3)
+            np.testing.assert_allclose(rest, model(tokens)[3:], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gemma", "olmo", "mixed"])
+def test_norms_stand_before_after_or_around_branches(name: str):
+    """The stream is written out with the parts of the first block."""
+    with jax.enable_x64(True):
+        model = built(name)
+        block = jax.tree.map(lambda x: x[0], model.blocks.block)
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)))
+        before = lambda norm, x: x if norm is None else norm(x)  # noqa: E731
+        y = block.attention(before(block.attention_norm, x))
+        y = x + block.attention_after(y)
+        read = x if CHOICES[name].get("parallel") else y
+        expected = y + block.mlp_after(block.mlp(before(block.mlp_norm, read)))
+        np.testing.assert_allclose(block(x), expected, atol=1e-12)
+        assert (block.attention_norm is None) == (name == "olmo")
+
+
+def test_a_cap_bends_scores_alike_in_both_bodies_and_in_their_gradients():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        q, k, v = (jnp.asarray(rng.normal(size=s)) for s in ((1, 2, 9, 4), (1, 9, 4), (1, 9, 4)))
+
+        def run(q, k, body):
+            return (attend(q, k, v, Mask(causal=True, window=4), cap=0.5, body=body) ** 2).sum()
+
+        (one, both), (other, tiles) = (
+            jax.value_and_grad(run, (0, 1))(q, k, body) for body in ("einsum", "blockwise")
+        )
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+        for a, b in zip(both, tiles, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-12)
+        scores = 0.5 * jnp.tanh(jnp.einsum("gtd,sd->gts", q[0], k[0]) / 0.5)
+        seen = np.tril(np.ones((9, 9), bool)) & ~np.tril(np.ones((9, 9), bool), -4)
+        weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), -1)
+        np.testing.assert_allclose(one, ((weights @ v[0]) ** 2).sum(), rtol=1e-12)
+
+
+def test_positions_turn_a_part_of_a_head_and_factors_leave_the_rest():
+    scaling = YarnScaling(4.0, length=8, fast=2.0, slow=1.0)
+    cos, sin = Rotary(8, 100.0, scaling, 4)(jnp.arange(4))
+    size = 0.1 * np.log(4.0) + 1
+    assert np.array_equal(cos[:, 4:], np.ones((4, 4))) and not sin[:, 4:].any()
+    np.testing.assert_allclose(cos[0, :4], size, rtol=1e-6)
+    # The first pair turns 1.3 times in 8 places, between `fast` and `slow`; the second 0.13 times
+    ramp = np.clip((np.arange(2) - 0.0) / 1.0, 0, 1)
+    freqs = np.asarray([1.0, 0.1]) * (1 - ramp + ramp / 4)
+    np.testing.assert_allclose(sin[1, [0, 2]], size * np.sin(freqs), rtol=1e-6)
+
+
+def test_long_sequences_have_frequencies_of_their_own():
+    rotary = Rotary(4, 100.0, LONG)
+    short, long = rotary(jnp.arange(3))[1], rotary(jnp.arange(4))[1]
+    np.testing.assert_allclose(short[1, [0, 2]], 1.5 * np.sin([1.0, 0.1 / 2.0]), rtol=1e-6)
+    np.testing.assert_allclose(long[1, [0, 2]], 1.5 * np.sin([1 / 3.0, 0.1 / 4.0]), rtol=1e-6)
+
+
+def test_choices_that_do_not_fit_are_listed():
+    wrong = dict(turned=3, pattern=(Sight(),) * 5)
+    with pytest.raises(AxisError) as caught:
+        DecoderConfig(**SIZES | wrong)
+    for message in ("pattern: expected at most 4", "turned: expected an even number"):
+        assert message in str(caught.value)
+    with pytest.raises(AxisError, match="a divisor for each of the 1 pairs"):
+        DecoderConfig(**SIZES | dict(turned=2, pattern=(Sight(scaling=LONG),)))
+    with pytest.raises(AxisError, match="expected equally many, got 1 and 2"):
+        LongRotary((1.0,), (1.0, 2.0), length=8)
+
+
+def test_a_llama_is_a_decoder_with_its_own_name():
+    sizes = {k: v for k, v in SIZES.items() if k != "remat"}
+    llama = LlamaConfig(**sizes, theta=50.0, bias=True, qk_norm=True)
+    one, other = (c.build(jax.random.key(0)) for c in (llama, llama.decoder()))
+    assert type(one) is gj.models.Llama and type(other) is gj.models.Decoder
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert np.array_equal(a, b)
