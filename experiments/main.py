@@ -1,4 +1,4 @@
-"""The command line of all studies: run cells, in pieces if need be, and report on what is there."""
+"""The command line of all studies: run cells, in pieces if need be, and report on those that ran."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from growjax.train import save_plan
 
 
 def main(about: Study) -> None:
-    """Parse the command line of a study and do what it says."""
+    """Parse and run the command line of a study."""
 
     def study(
         size: str = "smoke",
@@ -83,7 +83,7 @@ def main(about: Study) -> None:
             jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
             shared = about.open(inputs)
             cells = about.trials if tune and about.trials else about.cells
-            # A seed is finished before the next one starts, so that what is there are whole seeds
+            # A seed is finished before the next one starts, so that a stopped study has whole seeds
             for seed in range(shard[0], 1 if tune else about.seeds[size], shard[1]):
                 todo = [
                     cell

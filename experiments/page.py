@@ -62,10 +62,10 @@ _NOTES = (
 
 
 def page(question: Question, results: Path, lines: Sequence[Line], rows: Sequence[Row]) -> Page:
-    """What the page of a training study shows, with the pictures of its README.
+    """The page of a training study, with the pictures of its README.
 
-    Pictures are, of each workload, `gpt-loss`, the curves of the smallest budget, and `gpt-ends`, the
-    ends at all budgets, if there are more than one.
+    The pictures of a workload `gpt` are `gpt-loss`, the curves of its smallest budget, and, with several
+    budgets, `gpt-ends`, the losses at the end of each.
     """
     arms = arms_of(lines, WindowFile(results).read())
     # An arm looks the same in every figure
@@ -73,9 +73,9 @@ def page(question: Question, results: Path, lines: Sequence[Line], rows: Sequenc
     sentences, plots, sections, pictures = [], [], [], {}
     for workload in sorted({arm.workload for arm in arms}):
         group = [arm for arm in arms if arm.workload == workload]
-        mine = [row for row in rows if row.workload == workload]
-        sentences += _answer(group, mine, question)
-        plots += _differences(workload, mine, question)
+        of_workload = [row for row in rows if row.workload == workload]
+        sentences += _answer(group, of_workload, question)
+        plots += _differences(workload, of_workload, question)
         budgets = sorted(by_place(group).items(), key=lambda item: min(a.cost for a in item[1]))
         losses = [_loss_plot(place(*at), members, looks) for at, members in budgets]
         ends = _ends_plot(workload, group, question, looks)
@@ -85,19 +85,19 @@ def page(question: Question, results: Path, lines: Sequence[Line], rows: Sequenc
         tables = [
             frontier_table(against, f"{place(*at)}: against the best fixed size at equal cost")
             for at, _ in budgets
-            if (against := _at(select(mine, AgainstFrontier), at[1]))
+            if (against := _of_budget(select(of_workload, AgainstFrontier), at[1]))
         ]
         sections.append(Section(workload, [*losses, *ends, *tables]))
         for at, _ in budgets:
             name = place(*at)
-            made = [row for row in mine if row.budget == at[1]]
-            blocks = [*_tables(made), *_run_tables(_lines(lines, *at))]
+            compared = [row for row in of_workload if row.budget == at[1]]
+            blocks = [*_tables(compared), *_run_tables(_lines(lines, *at))]
             sections.append(Section(f"{name}: every comparison and run", blocks, folded=True))
-        more = [*(plot for plot in lengths if plot is not None), *_last_tables(mine)]
-        more += _ledger([line for line in lines if line["workload"] == workload])
-        if more:
-            title_ = f"{workload}: speed-ups, other clocks, learning rates"
-            sections.append(Section(title_, more, folded=True))
+        details = [*(plot for plot in lengths if plot is not None), *_last_tables(of_workload)]
+        details += _ledger([line for line in lines if line["workload"] == workload])
+        if details:
+            heading = f"{workload}: speed-ups, other clocks, learning rates"
+            sections.append(Section(heading, details, folded=True))
     return Page(question.title, sentences, plots, sections, _NOTES, pictures)
 
 
@@ -105,7 +105,7 @@ def _lines(lines: Sequence[Line], workload: str, budget: str) -> list[Line]:
     return [x for x in lines if (x["workload"], x["budget"]) == (workload, budget)]
 
 
-def _at(rows: Sequence[AgainstFrontier], budget: str) -> list[AgainstFrontier]:
+def _of_budget(rows: Sequence[AgainstFrontier], budget: str) -> list[AgainstFrontier]:
     return [row for row in rows if row.budget == budget]
 
 
@@ -119,7 +119,7 @@ def _against_baseline(rows: Sequence[Row], question: Question) -> list[EqualCost
 
 
 def _answer(arms: Sequence[Arm], rows: Sequence[Row], question: Question) -> list[str]:
-    """Against the frontier where fixed sizes were run; else against the baseline, which it says."""
+    """Sentences: arms against the frontier, or against the baseline if no other fixed size was run."""
     against = select(rows, AgainstFrontier)
     if against:
         return answer(arms, against)
@@ -128,13 +128,14 @@ def _answer(arms: Sequence[Arm], rows: Sequence[Row], question: Question) -> lis
     for budget in dict.fromkeys(row.budget for row in equal):
         group = [row for row in equal if row.budget == budget]
         sentences.append(verdicts(group, f"{question.baseline} at equal cost"))
-    return [*sentences[:-1], f"{sentences[-1]} {_ALONE}"] if sentences else []
+    return [*sentences[:-1], f"{sentences[-1]} {_ONE_SIZE}"] if sentences else []
 
 
-_ALONE = "No smaller fixed size was run, so whether a smaller model is better here is not known."
+_ONE_SIZE = "No smaller fixed size was run, so whether a smaller model is better here is not known."
 
 
 def _differences(workload: str, rows: Sequence[Row], question: Question) -> list[Plot]:
+    """The differences that `_answer` states, as a figure; empty without any."""
     shown: list[EqualCost] = list(select(rows, AgainstFrontier))
     zero = "the best fixed size at its cost"
     if not shown:
@@ -161,7 +162,7 @@ def _loss_plot(name: str, arms: Sequence[Arm], looks: Looks) -> Plot:
 
 
 def _ends_plot(workload: str, arms: Sequence[Arm], question: Question, looks: Looks) -> list[Plot]:
-    """Fixed sizes, and arms at more budgets than one; nothing if there is one budget alone."""
+    """The losses of fixed sizes, and of arms at several budgets; empty if all have one budget."""
     names = [arm.name for arm in arms if not arm.free]
     if not any(names.count(name) > 1 for name in names):
         return []
@@ -239,7 +240,7 @@ def _last_tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def _run_tables(lines: Sequence[Line]) -> list[Table]:
-    """The runs of one workload and budget, and what else was measured of them."""
+    """The runs of one workload and budget, and their other measures."""
     cells = []
     for arm, runs in by(lines, "arm").items():
         scores = [r["score"] for r in runs]

@@ -41,11 +41,11 @@ class Cell:
     optional = False
 
     def settings(self, shared: Any) -> Line:
-        """What its line must agree with, such as the digest of a model that it starts from."""
+        """Fields that its line must agree with, such as the digest of a model that it starts from."""
         return {}
 
     def run(self, shared: Any) -> Line:
-        """Run it; returns what is kept in its line besides the key and the settings."""
+        """Run it; returns the fields of its line besides the key and the settings."""
         raise NotImplementedError
 
 
@@ -54,7 +54,7 @@ Cells = Callable[[str, Any, int], Iterable[Cell]]
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a command line names for the runs; None where it names nothing."""
+    """The inputs that a command line names; None for those that it does not."""
 
     size: str
     out: Path
@@ -72,7 +72,7 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """What a study's page shows; `pictures` are drawn as NAME.svg next to it, for a README."""
+    """The contents of a study's page; `pictures` are drawn as NAME.svg next to it, for a README."""
 
     title: str
     answer: Sequence[str]
@@ -84,20 +84,20 @@ class Page:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A study: its arms, what is measured of them, and how that is summarised and drawn.
+    """A study: its arms, their measures, and how these are summarised and drawn.
 
     **Fields**
 
     - `name`: of its folder in `experiments`.
-    - `workloads`: what is compared on, such as kinds of model or tasks.
-    - `seeds`: how many there are, by size.
-    - `cells`: those of a size, a workload and a seed.
+    - `workloads`: what the arms are compared on, such as kinds of model or tasks.
+    - `seeds`: the number of seeds, by size.
+    - `cells`: `(size, workload, seed)` to cells.
     - `open`: what all cells share, such as texts and compiled programs; called if a cell has to run.
     - `summarise`: the rows of a file of results, given its path and its lines. Their `command` is added.
-    - `page`: what is shown of path, lines and rows.
+    - `page`: the page of a file of results, given its path, its lines and its rows.
     - `trials`: cells of a tuning ledger, which are charged to nobody and compared with nothing.
     - `uses`: the flags of the command line that it takes; others are refused.
-    - `flags`: those to make some lines again, besides the size.
+    - `flags`: the command line's flags that make some lines again, besides the size.
     """
 
     name: str
@@ -168,9 +168,9 @@ def run(
     *,
     again: Callable[[Cell], bool] | None = None,
 ) -> None:
-    """Run the cells that have no line yet, and add theirs.
+    """Run the cells that have no line yet, and append their lines.
 
-    `again` says which of the others are run once more; nothing is added for those. Raises `DataError` for
+    `again` says which of the other cells run once more, without a new line. Raises `DataError` for
     lines that were made with other settings.
     """
     console = console or Console()
@@ -179,12 +179,11 @@ def run(
     for cell in cells:
         if cell.key not in lines:
             continue
-        before = lines[cell.key].get("settings", {})
+        saved = lines[cell.key].get("settings", {})
         for name, value in cell.settings(shared).items():
-            was = before.get(name)
-            if was != value:
+            if saved.get(name) != value:
                 words = " ".join(map(str, cell.key))
-                faults.append(f"{words}: {name} is {was} there, {value} here")
+                faults.append(f"{words}: {name} is {saved.get(name)} there, {value} here")
     headline = f"{results}: its lines are of another run; name another --out:"
     raise_all(DataError, headline, faults[:5])
     todo = [cell for cell in cells if cell.key not in lines or (again and again(cell))]
@@ -207,7 +206,7 @@ def run(
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for what is not finite, which JSON does not have."""
+    """The value with None for numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _finite(x) for name, x in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""From the lines of a training study to arms, and to the rows that say how they compare."""
+"""The arms and the rows of the summary of a training study, made from its lines."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ _EQUAL = 0.03
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What the rows of a training study are about.
+    """The comparisons that a training study makes.
 
     **Fields**
 
@@ -122,7 +122,7 @@ def arms_of(
 
 
 def measured(line: Line, measure: str) -> float | None:
-    """What a line says of a measure; None if it says nothing."""
+    """The value of a measure in a line; None if the line has none."""
     if measure == "score":
         return line["score"]
     return (line.get("texts", {}) | line.get("downstream", {})).get(measure)
@@ -146,18 +146,21 @@ def _outcome(line: Line, windows: np.ndarray | None, measure: str) -> Outcome:
 
 
 def operations(line: Line) -> list[tuple[Op, int]]:
-    """What a run did and how often, in its order."""
+    """The operations of a run and how often each ran, in its order."""
     return [(Op(*op), count) for *op, count in line["operations"]]
 
 
 def cost_on(line: Line, clock: Clock) -> float:
-    """What the operations of a run cost on a clock, in its unit."""
+    """The cost of a run on a clock, in the clock's unit."""
     # Whole numbers of any size: the FLOPs of a long run do not fit into 64 bits
     return sum(count * cost_of(op, clock) for op, count in operations(line)) / clock.per_unit
 
 
 def recharging(lines: Sequence[Line], clock: Clock) -> Recharge:
-    """What charges arms of these lines on a clock; raises `BudgetError` for what it does not know."""
+    """A function that charges arms of these lines on another clock.
+
+    It raises `BudgetError` for an operation that the clock does not know.
+    """
     table = {key_of(line): line for line in lines}
 
     def recharge(arm: Arm) -> Arm:
@@ -174,13 +177,13 @@ def recharging(lines: Sequence[Line], clock: Clock) -> Recharge:
 
 
 def _same_cost(arms: Sequence[Arm], baseline: str | None) -> list[Arm]:
-    """The arms that cost what the baseline does."""
+    """The arms whose cost is that of the baseline, up to `_EQUAL`."""
     cost = next(arm.cost for arm in arms if arm.name == baseline)
     return [arm for arm in arms if abs(arm.cost / cost - 1) <= _EQUAL]
 
 
 def _equal_cost(arms: Sequence[Arm], lines: Sequence[Line], baseline: str) -> Iterator[EqualCost]:
-    """The loss against the baseline at its cost, and what else was measured of the same runs."""
+    """The loss against the baseline at its cost, and the other measures of the same runs."""
     same = _same_cost(arms, baseline)
     yield from equal_cost(same, baseline)
     names = {arm.name for arm in same}
@@ -198,7 +201,7 @@ def _equal_cost(arms: Sequence[Arm], lines: Sequence[Line], baseline: str) -> It
 def _speed_ups(
     arms: Sequence[Arm], question: Question, charge: Mapping[str, Recharge]
 ) -> Iterator[SpeedUp]:
-    """Over all that was run of the baseline; the target is the baseline at another cost."""
+    """Speed-ups over all runs of the baseline; the target is the baseline at another cost."""
     same = (question.baseline, question.target)
     for name, recharge in {"": None, **charge}.items():
         known = [arm for arm in (_known(arm, recharge) for arm in arms) if arm is not None]
@@ -208,7 +211,7 @@ def _speed_ups(
 
 
 def _known(arm: Arm, recharge: Recharge | None) -> Arm | None:
-    """An arm on another clock; None if that does not know all that it did."""
+    """An arm on another clock; None if the clock does not know one of its operations."""
     try:
         return arm if recharge is None else recharge(arm)
     except BudgetError:
@@ -218,14 +221,14 @@ def _known(arm: Arm, recharge: Recharge | None) -> Arm | None:
 def _rankings(
     arms: Sequence[Arm], question: Question, clocks: Mapping[str, Clock], lines: Sequence[Line]
 ) -> Iterator[Ranking]:
-    """Who comes where, of all that another clock knows, when it charges them."""
+    """The order of the arms under each other clock, of those whose operations it knows."""
     base = [arm for arm in arms if arm.name == question.baseline]
     if len(base) < 2:
         return
     table = {key_of(line): line for line in lines}
 
     def costs(arm: Arm, clock: Clock) -> list[float] | None:
-        """What each seed costs on a clock; None if the clock does not know all that the arm did."""
+        """The cost of each seed; None if the clock does not know one of the operations."""
         runs = [table[arm.workload, arm.budget, arm.name, o.seed] for o in arm.outcomes]
         try:
             return [cost_on(run, clock) for run in runs]
@@ -234,7 +237,7 @@ def _rankings(
 
     for (workload, budget), group in sorted(by_place(arms).items()):
         # Arms that are charged less by a clock of their own have no place under another
-        paid = [arm for arm in _whole(group, question.baseline) if not arm.free]
+        paid = [arm for arm in _with_every_seed(group, question.baseline) if not arm.free]
         for name, clock in {"FLOPs": FlopsClock(), **clocks}.items():
             base_costs = [costs(arm, clock) for arm in base]
             if clock.identity == base[0].outcomes[0].clock or None in base_costs:
@@ -258,8 +261,8 @@ def _rankings(
             )
 
 
-def _whole(arms: Sequence[Arm], baseline: str) -> list[Arm]:
-    """Those arms that have every seed of the baseline."""
+def _with_every_seed(arms: Sequence[Arm], baseline: str) -> list[Arm]:
+    """The arms that have every seed of the baseline."""
     seeds = {o.seed for arm in arms if arm.name == baseline for o in arm.outcomes}
     return [arm for arm in arms if seeds <= {o.seed for o in arm.outcomes}]
 

@@ -1,4 +1,4 @@
-"""The text of the experiments: what to train on, what to judge by, and a part for second models.
+"""The text of the experiments: for training, for held-out losses, and a part for second models.
 
 `python -m experiments.text ARCHIVES OUT` unpacks WikiExtractor archives (`enwiki2018-AA.tar.xz`, `-AB`,
 `-AC`) into `OUT/train.txt`, `OUT/valid.txt` and `OUT/test.txt`, one form feed between two articles.
@@ -17,7 +17,7 @@ from growjax.errors import DataError
 
 BETWEEN = "\x0c"
 _ARTICLE = re.compile(r"<doc [^>]*>\n(.*?)</doc>", re.DOTALL)
-# What a text is called that is always there
+# The name of the text that every machine has
 LIBRARY = "Python's standard library"
 
 
@@ -25,8 +25,8 @@ LIBRARY = "Python's standard library"
 class Texts:
     """Corpora that share no document.
 
-    `training` is what every arm trains on, `proxy` what a second model is trained on (a fifth of the
-    text), `valid` what all are judged by, and `others` further texts to judge by.
+    Every arm trains on `training`, and a second model on `proxy` (a fifth of the text). Held-out losses
+    are those on `valid`, and on the further texts `others`.
     """
 
     training: Corpus

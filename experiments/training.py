@@ -29,7 +29,7 @@ from growjax.subnet import RandomPath
 from growjax.train import CorpusFeed, End, Growth, Options, Plan, Step, train
 
 
-# How many evaluations there are on the way
+# The number of evaluations during a run
 MARKS = 24
 # How blocks are computed. Small ones on a CPU are bound by memory, so keeping less of them is faster
 COMPUTE: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ COMPUTE: dict[str, dict[str, Any]] = {
 TRIALS = (0.5, 1.0, 2.0, 4.0)
 # A trained model's scores on tasks, higher is better
 Judge = Callable[[Any], dict[str, float]]
-# What every training study takes from the command line
+# The flags of the command line that every training study takes
 USES = ("text", "also", "data", "plans", "again")
 
 
@@ -70,7 +70,7 @@ class Cell(study.Cell):
 
     **Fields**
 
-    - `workload`: what kind of model and objective, such as "bert".
+    - `workload`: the kind of model and objective, such as "bert".
     - `budget`: its name among the budgets of the study, such as "2x".
     - `plan`: the run; its name is the arm, its seed the pair.
     - `fixed`: it trains all of one model from the first step to the last, as the baseline does; the
@@ -129,7 +129,7 @@ class Trainer:
         return cls(texts, WindowFile(inputs.results), WINDOWS[inputs.size], judge)
 
     def lacks(self, cell: study.Cell) -> bool:
-        """Whether losses by window are wanted of a cell and are not there."""
+        """Whether a cell should have losses by window, and has none."""
         wanted = self.windows > 0 and cell.key[1] != "tuning"
         return wanted and cell.key not in self.file.keys()
 
@@ -190,7 +190,7 @@ def fixed_name(config: Any) -> str:
 
 
 def trained_line(cell: Cell, shared: Trainer) -> tuple[Line, Any]:
-    """Run one cell; return everything that is kept of it, and the trained model."""
+    """Run one cell; returns the fields of its line, and the trained model."""
     plan, texts, reference = cell.plan, shared.texts, shared.second_model(cell)
     feed = CorpusFeed(plan, texts.training, texts.valid)
     curve, growths, speeds = [], [], defaultdict(list)

@@ -106,7 +106,7 @@ class WindowFile:
         return windows
 
     def add(self, key: Key, score: float, model: Any, windows: Mapping[str, np.ndarray]) -> None:
-        """Judge a model by some windows and add its line. `score` is what its line of results says."""
+        """Judge a model by some windows and add its line. `score` is the score in its line of results."""
         sums, counts = losses_by_window(model, windows).T
         losses = np.divide(sums, counts, out=np.zeros(len(counts)), where=counts > 0)
         digest = digest_of(windows)

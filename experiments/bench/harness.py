@@ -136,7 +136,7 @@ def _runner(model: Any, kind: str, arguments: list[tuple]) -> Callable[[], list]
 
 
 def _timed(go: Callable[[], list]) -> tuple[np.ndarray, list]:
-    """Seconds on the clock and of all cores, and what was answered."""
+    """Seconds on the clock and of all cores, and the answer."""
     wall, cpu = time.perf_counter(), time.process_time()
     answers = go()
     return np.array([time.perf_counter() - wall, time.process_time() - cpu]), answers

@@ -57,11 +57,11 @@ def _compiled() -> dict[str, dict[str, int]]:
     mesh = plan.layout.mesh(jax.devices()[:1])
     programs = Programs(plan.optimizer.build(), plan.loss, mesh, plan.layout)
     needs: dict[str, Need] = {"step": ("step", 0, Work()), "evaluation": ("evaluate", 0, None)}
-    found: dict[str, dict[str, int]] = {"cpu": {}}
+    temporaries: dict[str, dict[str, int]] = {"cpu": {}}
     for name, need in needs.items():
         analysis = lower(plan, programs, need).compile().memory_analysis()
-        found["cpu"][name] = analysis.temp_size_in_bytes
+        temporaries["cpu"][name] = analysis.temp_size_in_bytes
     if importlib.util.find_spec("libtpu"):
         compiled = compile_for(_plan(ROWS * CHIPS), SLICE).programs
-        found[SLICE] = {program.name: program.temporaries or 0 for program in compiled}
-    return found
+        temporaries[SLICE] = {program.name: program.temporaries or 0 for program in compiled}
+    return temporaries

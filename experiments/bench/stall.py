@@ -36,7 +36,7 @@ def plan(seed: int) -> Plan:
 
 
 def run() -> dict:
-    """Run both and compare what they lost at the boundary."""
+    """Run both and compare the time that they lost at the boundary."""
     text = [" ".join(str(n * n % 9973) for n in range(k, k + 400)) for k in range(0, 80_000, 400)]
     corpora = [Corpus.of(part, ByteTokenizer()) for part in (text[10:], text[:10])]
     stalls = {}

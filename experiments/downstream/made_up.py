@@ -44,7 +44,7 @@ def make_up(folder: Path, rows: tuple[int, int] = (64, 40)) -> tuple[Path, Path]
     return data, model
 
 
-# The header of each table, and what it makes of a row
+# The header of each table, and the function that formats a row of it
 _TABLES = {
     "RTE": (
         "index\tsentence1\tsentence2\tlabel",

@@ -280,7 +280,9 @@ def page(results: Path, lines: Sequence[Line], rows: Sequence[Row]) -> Page:
             if gaps:
                 median = float(np.median(gaps))
                 bars.append(Bar(task, arm, median, (min(gaps), max(gaps)), gaps, ""))
-    figure = differences_figure(bars, "the ungrown model", what="score", unit="", better="right")
+    figure = differences_figure(
+        bars, "the ungrown model", quantity="score", unit="", better="right"
+    )
     caption = "Medians, with lines from the lowest seed to the highest."
     answers = answer_table(select(rows, Answer), "Answers", "median (lowest to highest)")
     return Page(

@@ -20,7 +20,7 @@ from growjax.train import Optimizer, Plan, Schedule, Stage
 
 Workload = Literal["bert", "gpt", "bert-large"]
 SEEDS = {"smoke": 1, "small": 6, "paper": 1}
-# Multiples of the steps of a size; a longer run says what is left of a gain
+# Multiples of the steps of a size; a longer run shows how much of a gain is left
 BUDGETS = {"smoke": (1,), "small": (1, 4, 16), "paper": (1,)}
 QUESTION = Question(
     "Does masked structural growth reach the large model's loss for less?",

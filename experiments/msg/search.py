@@ -60,7 +60,7 @@ def probe(
 def search(
     size: str, workload: Workload, seed: int, shared: Trainer, results: Path, steps: int
 ) -> list[dict[str, Any]]:
-    """The rounds of a greedy search: the loss of every choice, and what was taken."""
+    """The rounds of a greedy search: the loss of every choice, and the choice made."""
     order: list[Growth] = []
     left = released_order(SIZES[size][workload])
     rounds = []
@@ -97,7 +97,7 @@ def main(
         text: a folder with train.txt and valid.txt; Python's standard library if there is none.
         out: where the results go, a line for each probe; those that are there are not run again.
         seed: of every probe.
-        steps: what a stage costs, in steps of the largest model; a tenth of the study's by default.
+        steps: the cost of a stage, in steps of the largest model; a tenth of the study's by default.
     """
     jax.config.update("jax_compilation_cache_dir", str((out / "cache" / "programs").absolute()))
     shared = dataclasses.replace(Trainer.open(Inputs(size, out, text)), windows=0)

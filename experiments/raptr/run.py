@@ -32,7 +32,7 @@ from growjax.train import Layout, Optimizer, Plan, Schedule, Stage
 
 Workload = Literal["bert", "ul2"]
 SEEDS = {"smoke": 1, "small": 6, "paper": 1}
-# Multiples of the steps of a size; a longer run says what is left of a gain
+# Multiples of the steps of a size; a longer run shows how much of a gain is left
 BUDGETS = {"smoke": (1,), "small": (1, 4), "paper": (1,)}
 # Where losses along shorter paths are looked at on the way: RaPTr is then in its first, second and third
 # stage (and after the last step, in its fourth)

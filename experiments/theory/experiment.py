@@ -34,7 +34,7 @@ class Shared:
         return texts(StandardLibrary() if self.text is None else Text(str(self.text)))
 
 
-# Budget and arm of a network, and what it is made of: further arguments of `Experiment.line`
+# Budget and arm of a network, and its parts: further arguments of `Experiment.line`
 Network = tuple[str, str, tuple[Any, ...]]
 
 
@@ -48,7 +48,7 @@ class Experiment:
     - `networks`: those of a size.
     - `line`: makes and measures one: `line(size, *arguments, seed)`, with the text's bytes after these if
       the experiment `reads`.
-    - `answers`, `draw`: what the lines say, and their figure, given a size.
+    - `answers`, `draw`: the answers that the lines give, and their figure, for a size.
     """
 
     title: str
@@ -87,7 +87,7 @@ def table(lines: Sequence[Line], *names: str) -> np.ndarray:
         value: Any = line
         for name in names:
             value = value[name]
-        # None is what was not finite
+        # None stands for a number that was not finite
         place = seeds.index(line["seed"]), budgets.index(line["budget"])
         values[place] = np.nan if value is None else value
     return values

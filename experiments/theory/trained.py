@@ -218,8 +218,8 @@ def draw(s: Size, lines: Sequence[Line]) -> Figure:
             ratios = [x["end"]["ratios"] for x in group if x["budget"] == f"{deepest} layers"]
             mean = np.mean(np.array(ratios, float), axis=0)
             left.plot(np.arange(1, deepest + 1), mean, label=name_of(norm, arm), **look)
-            for panel, time, what in ((middle, "end", "mean"), (right, "boundary", "gap")):
-                values = table(group, time, what)
+            for panel, time, statistic in ((middle, "end", "mean"), (right, "boundary", "gap")):
+                values = table(group, time, statistic)
                 half = half_interval(values)
                 panel.errorbar(s.depths, values.mean(0), half, capsize=2, **look)
         for norm, dashes in zip(NORMS, ("-", "--"), strict=True):

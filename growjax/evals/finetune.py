@@ -13,7 +13,7 @@ It departs from the convention in one point: the models of growjax have no dropo
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from growjax.axes import param, partition, sizes
 from growjax.data import Tokenizer
-from growjax.errors import EvalError, raise_all
+from growjax.errors import EvalError
 from growjax.evals.glue import Example, GlueTask, headline, score
 from growjax.evals.language import bucket
 from growjax.evals.metrics import Scores
@@ -32,6 +32,7 @@ from growjax.models import BERT
 from growjax.models.bert import Pooler
 from growjax.nn import logits
 from growjax.optim import matrices
+from growjax.values import Size, at_least, check, positive, ranged
 
 
 Model = TypeVar("Model", bound=eqx.Module)
@@ -52,32 +53,18 @@ class Recipe:
     Raises `EvalError` that lists every field out of range.
     """
 
-    batch: int = 32
-    rate: float = 5e-5
-    epochs: int | None = None
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    length: int = 128
+    batch: Size = 32
+    rate: Annotated[float, positive("rate")] = 5e-5
+    epochs: Size | None = None
+    warmup: Annotated[float, ranged(0, 1, "a share")] = 0.1
+    weight_decay: Annotated[float, at_least(0)] = 0.01
+    clip: Annotated[float, positive("norm")] = 1.0
+    length: Annotated[int, at_least(8)] = 128
     b2: float = 0.999
     eps: float = 1e-6
 
     def __post_init__(self):
-        checks = [
-            ("batch", "1 or more", self.batch >= 1),
-            ("rate", "a positive rate", self.rate > 0),
-            ("epochs", "1 or more, or None", self.epochs is None or self.epochs >= 1),
-            ("warmup", "a share from 0 to 1", 0 <= self.warmup <= 1),
-            ("weight_decay", "0 or more", self.weight_decay >= 0),
-            ("clip", "a positive norm", self.clip > 0),
-            ("length", "8 or more", self.length >= 8),
-        ]
-        faults = [
-            f"{name}: expected {expected}, got {getattr(self, name)}"
-            for name, expected, holds in checks
-            if not holds
-        ]
-        raise_all(EvalError, "this recipe cannot be used:", faults)
+        check(self, EvalError, "this recipe cannot be used:")
 
     def epochs_of(self, examples: int) -> int:
         """The number of epochs for a training set of this many examples."""

@@ -18,13 +18,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from growjax.axes import param, sizes
 from growjax.data import Tokenizer
-from growjax.errors import EvalError, raise_all
+from growjax.errors import EvalError
 from growjax.evals.finetune import FineTuned, Recipe, train_epochs, without_heads
 from growjax.evals.language import bucket
 from growjax.evals.metrics import Scores, answers
 from growjax.evals.questions import Question
 from growjax.models import BERT
 from growjax.nn import logits
+from growjax.values import Size, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +48,21 @@ class SpanRecipe:
     training: Recipe = Recipe(rate=3e-5, epochs=2, length=384)
     stride: int = 128
     query: int = 64
-    candidates: int = 20
-    answer: int = 30
+    candidates: Size = 20
+    answer: Size = 30
     threshold: float | None = None
 
     def __post_init__(self):
         # A window holds the question, `cls` and two `sep` besides text
         room = self.training.length - self.query - 3
-        checks = [
-            ("query", f"from 1 to {self.training.length - 4}", 1 <= self.query and room >= 1),
-            ("stride", f"from 1 to {room}, the text of a window", 1 <= self.stride <= room),
-            ("candidates", "1 or more", self.candidates >= 1),
-            ("answer", "1 or more", self.answer >= 1),
-        ]
-        faults = [
-            f"{name}: expected {expected}, got {getattr(self, name)}"
-            for name, expected, holds in checks
-            if not holds
-        ]
-        raise_all(EvalError, "this recipe cannot be used:", faults)
+        faults = []
+        if not (1 <= self.query and room >= 1):
+            faults.append(f"query: expected from 1 to {self.training.length - 4}, got {self.query}")
+        if not 1 <= self.stride <= room:
+            faults.append(
+                f"stride: expected from 1 to {room}, the text of a window, got {self.stride}"
+            )
+        check(self, EvalError, "this recipe cannot be used:", faults)
 
 
 class Pointer(eqx.Module):

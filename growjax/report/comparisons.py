@@ -93,14 +93,14 @@ def own_cost(
         ours, theirs = arm.shared(goal), goal.shared(arm)
         gaps = [a - b for a, b in zip(ours.scores, theirs.scores, strict=True)]
         low, high = t_interval(gaps)
-        apart = "lower" if high < 0 else "higher" if low > 0 else "no difference found"
+        verdict = "lower" if high < 0 else "higher" if low > 0 else "no difference found"
         (reach,) = cost_to_reach([*ours.outcomes, *theirs.outcomes], arm.name, target=target)
         yield OwnCost(
             question=f"{arm.name} against {target}, each at its own cost: held-out nats",
             estimate=statistics.fmean(gaps),
             interval=(low, high),
             seeds=len(gaps),
-            verdict=apart if len(gaps) >= SEEDS else "too few seeds",
+            verdict=verdict if len(gaps) >= SEEDS else "too few seeds",
             arm=arm.name,
             baseline=target,
             p=sign_flip(gaps),
@@ -140,31 +140,33 @@ def _recharged(ours: Arm, theirs: Arm, recharge: Recharge) -> dict[str, Any]:
 
 
 def speed_ups(
-    arms: Sequence[Arm], ends: Sequence[Arm], baseline: str, *, clock: str = ""
+    arms: Sequence[Arm], baselines: Sequence[Arm], baseline: str, *, clock: str = ""
 ) -> Iterator[SpeedUp]:
     """How many times its cost the baseline needs for each arm's loss.
 
     **Arguments**
 
-    - `ends`: the runs of the baseline at each of its budgets; with a single budget, no rows are given.
+    - `baselines`: the baseline at each of its budgets; with a single budget, no rows are given.
     - `clock`: the name of the clock that charges all of these, if it is not the runs' own.
     """
-    if len({arm.cost for arm in ends}) < 2:
+    if len({arm.cost for arm in baselines}) < 2:
         return
     outcomes = [
-        dataclasses.replace(o, arm=baseline, budget=arm.cost) for arm in ends for o in arm.outcomes
+        dataclasses.replace(o, arm=baseline, budget=arm.cost)
+        for arm in baselines
+        for o in arm.outcomes
     ]
     best = frontier(outcomes)
-    longest = max(arm.cost for arm in ends)
-    way = frontier(o for o in outcomes if o.budget == longest)
-    more = f", charged by {clock}" if clock else ""
+    largest = max(arm.cost for arm in baselines)
+    longest_run = frontier(o for o in outcomes if o.budget == largest)
+    charged = f", charged by {clock}" if clock else ""
     for arm in arms:
         (pace,) = speed_up(arm.outcomes, arm.name, best, allow_undecayed=True)
-        (naive,) = speed_up(arm.outcomes, arm.name, way, allow_undecayed=True)
+        (naive,) = speed_up(arm.outcomes, arm.name, longest_run, allow_undecayed=True)
         yield SpeedUp(
             workload=arm.workload,
             budget=arm.budget,
-            question=f"speed-up of {arm.name} over all that was run of {baseline}{more}",
+            question=f"speed-up of {arm.name} over all that was run of {baseline}{charged}",
             estimate=pace.estimate,
             interval=pace.interval,
             seeds=len(pace.seeds),

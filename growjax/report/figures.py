@@ -191,7 +191,7 @@ def lines_figure(lines: Sequence[Line], x: str, y: str, *, steps: bool = False) 
 def cost_figure(plans: Sequence[Plan]) -> Figure:
     """FLOPs of each step along a run, a plan a line."""
     costs = [[flops for span in plan.spans for flops in span.flops] for plan in plans]
-    unit, name = scale(max(map(max, costs)))
+    unit, name = flops_unit(max(map(max, costs)))
     lines = []
     for n, (plan, flops) in enumerate(zip(plans, costs, strict=True)):
         # Apart by less than a line's width, so that plans of equal cost can be told apart
@@ -222,13 +222,13 @@ def differences_figure(
     bars: Sequence[Bar],
     zero: str,
     *,
-    what: str = "held-out loss",
+    quantity: str = "held-out loss",
     unit: str = " (nats)",
     better: str = "left",
 ) -> Figure:
     """Differences, each a bar with a dot for every seed, in groups.
 
-    `zero` names the baseline at 0, `what` the quantity whose difference is shown, and `better` the side
+    `zero` names the baseline at 0, `quantity` what is compared, and `better` the side
     ("left" or "right") of better values.
     """
     groups: dict[str, list[Bar]] = {}
@@ -268,7 +268,7 @@ def differences_figure(
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(f"{what} minus that of {plain(zero)}{unit}: {better} is better")
+        axes.set_xlabel(f"{quantity} minus that of {plain(zero)}{unit}: {better} is better")
     return figure
 
 
@@ -361,11 +361,11 @@ def unit_of(arms: Sequence[Arm]) -> tuple[float, str]:
     unit = arms[0].unit
     if unit != "FLOPs":
         return 1.0, "reference seconds" if unit == "seconds" else plain(unit)
-    divisor, name = scale(max(arm.cost for arm in arms))
+    divisor, name = flops_unit(max(arm.cost for arm in arms))
     return divisor, f"training {name}"
 
 
-def scale(largest: float) -> tuple[float, str]:
+def flops_unit(largest: float) -> tuple[float, str]:
     """The unit of FLOPs to write a number of this size in, and its name."""
     units = [(1e18, "exaFLOPs"), (1e15, "petaFLOPs"), (1e12, "teraFLOPs"), (1e9, "gigaFLOPs")]
     return next((u for u in units if largest >= u[0]), (1e6, "megaFLOPs"))

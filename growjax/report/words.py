@@ -90,6 +90,7 @@ def _list(rows: Sequence[EqualCost]) -> str:
 
 
 def _by(row: EqualCost) -> str:
+    """By how much an arm is better or worse; a signed difference for the other verdicts."""
     if row.verdict not in ("better", "worse") or row.interval is None or row.estimate is None:
         return interval_text(row.estimate, row.interval)
     low, high = sorted(abs(x) for x in row.interval if x is not None)

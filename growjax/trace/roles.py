@@ -261,6 +261,10 @@ class Roles:
             if looked_up:  # rows of a table are numbers in the program like any others
                 entries = {k: dataclasses.replace(e, status="made") for k, e in entries.items()}
                 entries = {k: dataclasses.replace(e, places=()) for k, e in entries.items()}
+        self._put(op, out, entries)
+
+    def _put(self, op: Op, out: Value, entries: dict[Key, Entry]) -> None:
+        """The entries of a result, and the sums that its operands hold over axes that it lacks."""
         self.entries[id(out)] = entries
         present = {key[2] for key in entries}
         sums: dict[Node, frozenset[int]] = {}
@@ -373,14 +377,7 @@ class Roles:
                     self._zero(part.degree, key[2], why, near)
                 taken = frozenset[int]().union(*(part.sums for part in parts))
                 entries[key] = Entry(ZERO, _bent(parts), (), taken)
-        self.entries[id(out)] = entries
-        present = {key[2] for key in entries}
-        sums: dict[Node, frozenset[int]] = {}
-        for value in op.ins:
-            for atom, ids in self.sums_of.get(id(value), {}).items():
-                if atom not in present:
-                    sums[atom] = sums.get(atom, frozenset()) | ids
-        self.sums_of[id(out)] = sums
+        self._put(op, out, entries)
 
     def _moved(self, value: Value, key: Key) -> Entry:
         """An operand along an axis; one that is spread may hold a sum over it."""
