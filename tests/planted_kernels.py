@@ -44,7 +44,7 @@ TABLE = """
 - mfu=sum(span.flops) / (total * devices * device.peak),
 + mfu=sum(span.flops) / (total * device.peak),
 @ the strongest change is advised | forecast/memory.py | speed | cheapest_change
-- low, high = (low, middle) if enough(values[middle]) else (middle + 1, high)
+- low, high = (low, middle) if fits(middle) else (middle + 1, high)
 + low = high
 @ the layout's choice of what is kept is dropped | parallel.py | speed | layout_says
 - "remat": _REMAT.get(layout.remat, part.remat),

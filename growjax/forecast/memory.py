@@ -50,21 +50,10 @@ def remedies(plan: Plan, need: Need, devices: int, used: int, memory: int) -> st
 
     Returns a sentence: the single changes that suffice, or else the strongest changes together.
     """
-    kind, index, work = need
-    training, part = kind == "step", work and work.part
-    before = usage(plan, index, part, devices, training=training)
-
-    def estimate(changes: dict[str, Any]) -> int | None:
-        """The bytes that the program uses after some changes; None if the plan does not allow them."""
-        try:
-            after = usage(_changed(plan, changes), index, part, devices, training=training)
-        except GrowjaxError:
-            # Another stage may not allow the change
-            return None
-        return _estimate(used, before, after)
-
+    kind, index, _ = need
+    estimate = _estimator(plan, need, devices, used)
     enough, strongest = [], {}
-    for field, values in _options(plan, index, devices, training=training).items():
+    for field, values in _options(plan, index, devices, training=kind == "step").items():
         for value in values:
             n = estimate({field: value})
             if n is not None and n <= memory:
@@ -87,41 +76,81 @@ def remedies(plan: Plan, need: Need, devices: int, used: int, memory: int) -> st
 
 
 def cheapest(
-    plan: Plan, need: Need, devices: int, memory: int, measure: Callable[[Plan], int | None]
+    plan: Plan,
+    need: Need,
+    devices: int,
+    used: int,
+    memory: int,
+    measure: Callable[[Plan], int | None],
 ) -> str | None:
     """The first change of the plan, from the cheapest on, after which a program really fits.
 
     `measure` compiles the program of a plan and returns the bytes that it uses; None if it does not fit.
-    Of one field, the mildest value that fits is looked for by bisection. Returns None if none fits.
+    Of one field, the mildest value that fits is looked for, from where the estimate says on: that is two
+    compilations where the estimate is right. Returns None if none fits.
     """
     kind, index, _ = need
+    estimate = _estimator(plan, need, devices, used)
     options = _options(plan, index, devices, training=kind == "step")
     for field in _COSTS:
-        values = [v for v in options.get(field, ()) if _allowed(plan, {field: v})]
-        fits: dict[Any, int] = {}
-
-        def enough(value: Any, field: str = field, fits: dict[Any, int] = fits) -> bool:
-            used = measure(_changed(plan, {field: value}))
-            if used is not None and used <= memory:
-                fits[value] = used
-            return value in fits
-
-        if not values or not enough(values[-1]):
-            continue
-        low, high = 0, len(values) - 1  # the value at `high` fits
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if enough(values[middle]) else (middle + 1, high)
-        return f"{field}={values[high]} makes it {amount(fits[values[high]])}, as was compiled"
+        estimates = {v: estimate({field: v}) for v in options.get(field, ())}
+        allowed = {v: n for v, n in estimates.items() if n is not None}
+        start = next((i for i, n in enumerate(allowed.values()) if n <= memory), len(allowed) - 1)
+        plans = [_changed(plan, {field: value}) for value in allowed]
+        if (best := _mildest(plans, start, memory, measure)) is not None:
+            place, n = best
+            return f"{field}={[*allowed][place]} makes it {amount(n)}, as was compiled"
     return None
 
 
-def _allowed(plan: Plan, changes: dict[str, Any]) -> bool:
-    """Whether the plan can be changed so; another stage may not allow it."""
-    try:
-        return bool(_changed(plan, changes).spans)
-    except GrowjaxError:
-        return False
+def _mildest(
+    plans: Sequence[Plan], start: int, memory: int, measure: Callable[[Plan], int | None]
+) -> tuple[int, int] | None:
+    """The first of some plans, each of which takes less memory than those before it, that fits.
+
+    Returns its place and its memory; `start` is where it is guessed to be.
+    """
+    sizes: dict[int, int | None] = {}
+
+    def fits(i: int) -> bool:
+        if i not in sizes:
+            sizes[i] = measure(plans[i])
+        size = sizes[i]
+        return size is not None and size <= memory
+
+    low, high = 0, start
+    while high < len(plans) and not fits(high):
+        low, high = high + 1, high + 1
+    if not 0 <= high < len(plans):
+        return None
+    if low < high and not fits(high - 1):
+        low = high
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return (high, sizes[high] or 0) if fits(high) else None
+
+
+def _estimator(
+    plan: Plan, need: Need, devices: int, used: int
+) -> Callable[[dict[str, Any]], int | None]:
+    """A function from changes of the plan to the bytes that a program uses after them.
+
+    It returns None for changes that the plan does not allow; `used` is what the program uses before.
+    """
+    kind, index, work = need
+    training, part = kind == "step", work and work.part
+    before = usage(plan, index, part, devices, training=training)
+
+    def estimate(changes: dict[str, Any]) -> int | None:
+        try:
+            after = usage(_changed(plan, changes), index, part, devices, training=training)
+        except GrowjaxError:
+            # Another stage may not allow the change
+            return None
+        return _estimate(used, before, after)
+
+    return estimate
 
 
 def _changed(plan: Plan, changes: dict[str, Any]) -> Plan:

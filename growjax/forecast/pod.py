@@ -446,6 +446,7 @@ def _refusals(
             yield f"{where}: moves data to the host {program.to_host} times"
         if not program.fits:
             needed = f"{where}: needs {amount(program.memory)} of {amount(device.memory)} a chip"
-            proven = cheapest(plan, need, devices, memory, functools.partial(measure, need))
-            estimated = remedies(plan, need, devices, program.memory, memory)
+            used, compile_it = program.memory, functools.partial(measure, need)
+            proven = cheapest(plan, need, devices, used, memory, compile_it)
+            estimated = remedies(plan, need, devices, used, memory)
             yield f"{needed}; {proven or 'no single change makes it fit'}. By estimate, {estimated}"

@@ -4,7 +4,6 @@ The deep profile compiles models of the sizes that people train: GROWJAX_PROFILE
 """
 
 import dataclasses
-import re
 from typing import Any
 
 import pytest
@@ -69,11 +68,13 @@ def test_the_kernel_is_split_by_every_layout(layout):
     assert not any(step.collectives[k] for k in ("all-to-all", "collective-permute"))
 
 
+WIDE: dict[str, Any] = SIZES | {"heads": 2, "head_dim": 128}
+PARTS: dict[str, Any] = {name: size for name, size in SIZES.items() if name != "layers"}
 MODELS = {
     "prefix": (GPT, PrefixLM(512), True),
     "BERT": (BERTConfig(**SIZES, positions=512), MLM(512), True),
     "Llama of 128": (
-        LlamaConfig(**{**SIZES, "heads": 2, "head_dim": 128}, kv_heads=1),
+        LlamaConfig(**WIDE, kv_heads=1),
         Causal(512, packing="concat"),
         True,
     ),
@@ -82,7 +83,7 @@ MODELS = {
         T5Config(
             encoder_layers=1,
             decoder_layers=1,
-            **{k: v for k, v in SIZES.items() if k != "layers"},
+            **PARTS,
         ),
         UL2(512),
         True,
@@ -104,12 +105,12 @@ def test_who_takes_the_kernel_on_a_target(name):
 
 
 def test_a_long_sequence_takes_little_memory():
-    """One of 4,096 tokens a chip, of whose scores a head alone takes 64 MiB."""
-    model = dataclasses.replace(GPT, positions=4096, layers=1)
-    step, pace = compiled("v5e:2x2", model, Causal(4096, packing="concat"), batch=4)
-    assert step.temporaries is not None and step.temporaries < 96 << 20, step.temporaries
+    """One of 2,048 tokens a chip, whose scores take 64 MiB, and as much again in each direction."""
+    model = dataclasses.replace(GPT, positions=2048, layers=1)
+    step, pace = compiled("v5e:2x2", model, Causal(2048, packing="concat"), batch=4)
+    assert step.temporaries is not None and step.temporaries < 48 << 20, step.temporaries
     assert pace is not None and 0 < pace.mfu < 1
-    assert pace.tokens_per_second == pytest.approx(4 * 4096 / pace.step)
+    assert pace.tokens_per_second == pytest.approx(4 * 2048 / pace.step)
 
 
 @deep
@@ -126,25 +127,6 @@ def test_what_is_kept_for_the_backward_pass():
     assert memory["offload"] < 0.9 * memory["dots"], memory
     kernels = {name: step.cycles.kernels for name, step in found.items() if step.cycles}
     assert kernels["none"] == kernels["dots"] < kernels["full"]  # the forward kernel runs again
-
-
-@deep
-def test_advice_was_compiled():
-    """What is advised for a plan that does not fit makes it fit, and no milder value of it does."""
-    large = Plan(
-        "large",
-        model=dataclasses.replace(GPT, vocab=8192, dtype=None),
-        batch=2**15,
-        objective=Causal(512),
-        rate=Schedule(1e-3),
-        stages=(Stage("only", tokens=1),),
-    )
-    (reason,) = [r for r in compile_for(large, "v5e:2x2").refusals if "step" in r]
-    match = re.search(r"accumulate=(\d+) makes it ([\d.]+) GiB, as was compiled", reason)
-    assert match is not None, reason
-    for parts, fits in ((int(match[1]), True), (int(match[1]) // 2, False)):
-        again = compile_for(dataclasses.replace(large, accumulate=parts), "v5e:2x2")
-        assert not any("step" in r for r in again.refusals) == fits
 
 
 # Of the sizes that people train ----------------------------------------------------------------------
