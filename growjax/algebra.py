@@ -13,6 +13,7 @@ sparse: each row has one old coordinate (`source`) times a multiplier. The other
     a matrix     P, C or E in full (`linear` finds C from P, or checks the one that it is given)
     above        new rows of leaves that produce the axis come from the next layer (bert2BERT's AKI)
     over         another axis is dealt out to the copies: keys are copied, queries only regrouped
+    finish       a rule has the last word on every array (noise that cancels, rows drawn around the old)
 
 Where a gradient does not follow from the old ones, `undetermined` says why, and state is refused.
 """
@@ -101,6 +102,7 @@ class AxisMap(eqx.Module):
     - `side`: which leaves take the share: those that consume the axis, or those that produce it.
     - `via`: on a stack axis, the axis whose producers take the share (the residual stream).
     - `gated`: whether new coordinates are hidden behind the model's gates, at level 0.
+    - `pace`: `[new]` how many times as fast as the level of the gate each coordinate opens (None: 1).
     - `init`: how `NONE` coordinates are drawn: a callable `(key, shape, dtype) -> array` or a name.
     - `branch`: `[new]` multipliers of the residual branches of a stack axis (None: unchanged).
     - `active`: `[new]` flags of a stack axis: layers marked False are skipped.
@@ -113,6 +115,7 @@ class AxisMap(eqx.Module):
     - `over`: an axis that is divided among the copies. A leaf with both axes is reshaped instead of
       copied, so every coordinate is repeated in place, equally often: with `group`, two `kv_heads` of
       four queries become four of two.
+    - `finish`: a `growjax.growth.Finish`, which changes each array after it was gathered and multiplied.
     """
 
     axis: str = eqx.field(static=True)
@@ -129,6 +132,8 @@ class AxisMap(eqx.Module):
     elementwise: Any = None
     above: bool = eqx.field(static=True, default=False)
     over: str | None = eqx.field(static=True, default=None)
+    finish: Any = eqx.field(static=True, default=None)
+    pace: Any = None
 
     def __post_init__(self):
         if not isinstance(self.source, jax.Array):
@@ -448,6 +453,8 @@ def undetermined(move: AxisMap, table: Axes, slot: Slot, *, copies: bool = True)
     for dim in slot.positions(axis):
         role = slot.dims[dim].role
         inherited = ~starts_anew(move, slot, dim, copies=copies)
+        if move.finish is not None and (reason := move.finish.undetermined(move, role)):
+            return reason
         if move.over is not None and move.length > table.size(axis):
             return f"each copy of {axis} is read by a part of {move.over} alone"
         if move.above and role == "produced" and np.any(inherited & move.is_new()):

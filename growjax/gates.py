@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
@@ -26,16 +27,22 @@ class Gate(eqx.Module):
     """Hides the new coordinates of an axis: `value` is 1 on old ones and the level on new ones.
 
     Never trained. `new` remembers which coordinates the gate was made for, so that any level can
-    follow any other.
+    follow any other. `pace` is how many times as fast as the level each coordinate opens; None is 1.
     """
 
     value: Float[Array, "..."]
     new: Bool[Array, "..."]
+    pace: Float[Array, "..."] | None = None
 
     def at(self, level) -> "Gate":
-        """The same gate at `level` in [0, 1] (a traced scalar does not recompile)."""
+        """The same gate at `level` in [0, 1] (a traced scalar does not recompile), or at one of each
+        coordinate.
+        """
         one = jnp.ones_like(self.value)
-        return Gate(jnp.where(self.new, jnp.asarray(level, one.dtype), one), self.new)
+        level = jnp.asarray(level, one.dtype)
+        if self.pace is not None:
+            level = jnp.minimum(level * self.pace, 1)
+        return Gate(jnp.where(self.new, level, one), self.new, self.pace)
 
 
 def gated(x: Array, gate: Gate | None, dim: int = -1) -> Array:
@@ -60,24 +67,38 @@ def _gates(model, axes: Sequence[str] | None) -> list[Slot]:
 
 
 def check_level(level) -> None:
-    """Raise `GateError` for a concrete level outside [0, 1]; a traced one cannot be seen."""
-    if not isinstance(level, Tracer) and not 0 <= float(level) <= 1:
+    """Raise `GateError` for concrete levels outside [0, 1]; a traced one cannot be seen."""
+    if not isinstance(level, Tracer) and not np.all(
+        (np.asarray(level) >= 0) & (np.asarray(level) <= 1)
+    ):
         raise GateError(f"level: expected a number in [0, 1], got {level}")
 
 
 def ramp(model: Model, level: Any, *, axes: Sequence[str] | None = None) -> Model:
     """Set every gate's new coordinates to `level`, from 0 (hidden) to 1 (ordinary).
 
-    `level` may be a traced scalar, so that a whole ramp is one program. `axes` limits the change to
-    some axes, by the names that growth takes (`heads` are query heads). Raises `GateError` for a concrete
-    level outside [0, 1] and for a model, or one of the axes, without gates.
+    `level` may be a traced scalar, so that a whole ramp is one program, or a vector with a level for
+    every coordinate of one axis (old ones stay at 1). `axes` limits the change to some axes, by the names
+    that growth takes (`heads` are query heads). Raises `GateError` for a concrete level outside [0, 1],
+    for a vector of another length than the axis, and for a model, or one of the axes, without gates.
 
     **Example**
 
         model = gj.ramp(model, jnp.minimum(step / 1000, 1.0))
+        model = gj.ramp(model, levels, axes=["layers"])           # levels [layers]
     """
     check_level(level)
-    return put(model, {slot.steps: slot.value.at(level) for slot in _gates(model, axes)})
+    chosen, length = _gates(model, axes), np.shape(level)
+    raise_all(
+        GateError,
+        f"level: expected a number, or one for every coordinate of an axis, got shape {length}:",
+        [
+            f"{slot.path}: {slot.value.value.shape[-1]} {slot.own_axis}"
+            for slot in chosen
+            if length not in ((), slot.value.value.shape[-1:])
+        ],
+    )
+    return put(model, {slot.steps: slot.value.at(level) for slot in chosen})
 
 
 def settle(model: Model, *, axes: Sequence[str] | None = None) -> Model:

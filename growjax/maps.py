@@ -137,7 +137,9 @@ def _transport_slot(move: AxisMap, table: Axes, slot: Slot, key):
         if slot.value is None:
             return None
         value = _move(move, table, slot, slot.value.value, WEIGHT, fresh=1)
-        return Gate(value, _move(move, table, slot, slot.value.new, WEIGHT, fresh=False))
+        pace = slot.value.pace
+        pace = None if pace is None else _move(move, table, slot, pace, WEIGHT, fresh=1)
+        return Gate(value, _move(move, table, slot, slot.value.new, WEIGHT, fresh=False), pace)
     if own and slot.kind in ("branch", "active"):
         given = move.branch if slot.kind == "branch" else move.active
         if slot.value is None:
@@ -146,7 +148,15 @@ def _transport_slot(move: AxisMap, table: Axes, slot: Slot, key):
         return moved if given is None else moved * given
     if slot.value is None:
         return None
-    gather = lambda part, x: _move(move, table, part, x, WEIGHT, fresh=_Fresh(move, part, key))  # noqa: E731
+
+    def gather(part: Slot, x: Array) -> Array:
+        y = _move(move, table, part, x, WEIGHT, fresh=_Fresh(move, part, key))
+        if move.finish is None or not part.positions(move.axis):
+            return y
+        named = None if key is None else fold_in_name(key, f"{part.path}:{move.axis}:finish")
+        old, new = part.split(x, table.sizes), part.split(y, move.resized(table.sizes))
+        return part.join(move.finish.applied(move, part, old, new, key=named))
+
     moved = slot.mapped(gather, slot.value, table.sizes)
     return move.finished(slot, moved, key=key) if slot.kind == "param" else moved
 
@@ -363,7 +373,8 @@ def _new_gate(move: AxisMap, table: Axes, slot: Slot) -> Gate:
     new = move.is_new()
     shape = [table.sizes[dim.axis] for dim in slot.dims[:-1]] + [move.length]
     new = jnp.broadcast_to(jnp.asarray(new), shape)
-    return Gate((~new).astype(float), new)
+    pace = None if move.pace is None else jnp.broadcast_to(jnp.asarray(move.pace, float), shape)
+    return Gate((~new).astype(float), new, pace)
 
 
 def _check_gates(move: AxisMap, table: Axes) -> None:
@@ -400,7 +411,9 @@ def _misfits(move: AxisMap, table: Axes) -> list[str]:
         ]
     if move.over is not None:
         old, inner, new = table.size(move.axis), table.size(move.over), move.length
-        if new % old or inner % (new // old) or np.any(move.source != np.arange(new) * old // new):
+        repeats = not new % old and not inner % (new // old)
+        pools = move.mixes and not old % new  # fewer, each with the queries of several
+        if not (repeats or pools) or np.any(move.source != np.arange(new) * old // new):
             faults.append(
                 f"{old} {move.axis} of {inner} {move.over} each cannot become {new}: each is repeated in "
                 f"place, so many times that {move.over} can be divided by it"

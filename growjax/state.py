@@ -210,4 +210,5 @@ def _averaged(op: Operator, model: Any, trained: Any, halves: list[Any], key: An
                             move, table, slot, average[slot.steps], WEIGHT, fresh=fresh
                         )
             model = after
+        model = atom.completed(model)
     return [put(trained, average) for average in values]

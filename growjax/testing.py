@@ -97,7 +97,8 @@ def _skeleton(architecture: Architecture):
     config = getattr(models, f"{architecture.family}Config")
     model = getattr(models, architecture.family)
     options = {**TOY, **depth, **dict(architecture.options)}
-    return model(config(remat="everything", **options), key=jax.random.key(0))
+    with jax.ensure_compile_time_eval():  # arrays, also if the first call is traced: they are kept
+        return model(config(remat="everything", **options), key=jax.random.key(0))
 
 
 def randomise(model, seed: int = 0):

@@ -65,8 +65,8 @@ TABLE = """
 - if self.slot.kind == "buffer":
 + if self.slot.kind == "gate":
 @ gates left open | maps.py | gates | every_hidden_state
-- return Gate((~new).astype(float), new)
-+ return Gate((new | ~new).astype(float), new)
+- return Gate((~new).astype(float), new, pace)
++ return Gate((new | ~new).astype(float), new, pace)
 @ copies are not new | algebra.py | maps | first_home
 - return ~first | (self.source < 0)
 + return self.source < 0
@@ -80,8 +80,8 @@ TABLE = """
 - return put(trained, empty), rest
 + return trained, rest
 @ the ramp moves old coordinates | gates.py | gates | gradients_of_new
-- jnp.where(self.new, jnp.asarray(level, one.dtype), one)
-+ jnp.where(self.new, one, jnp.asarray(level, one.dtype))
+- jnp.where(self.new, level, one)
++ jnp.where(self.new, one, level)
 @ settle does not look | gates.py | gates | settle_refuses
 - if not bool(jnp.all(slot.value.value == 1))
 + if slot.value is None
@@ -196,8 +196,8 @@ TABLE = """
 - jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 + jax.checkpoint_policies.nothing_saveable,
 @ bias of the masked-language head lost | models/bert.py | models | test_bert
-- return Readout(x, words.table, self.decoder_bias, tied=True)
-+ return Readout(x, words.table, tied=True)
+- return Readout(x, words.table, self.decoder_bias, tied=True, gate=words.gate)
++ return Readout(x, words.table, tied=True, gate=words.gate)
 @ shared heads become heads of their own | growth/operator.py | growth | heads_are_query_heads
 - shared = axes.size("group") > 1
 + shared = False
@@ -208,21 +208,21 @@ TABLE = """
 - weight / np.bincount(source, weight, minlength=old)[source]
 + weight / np.bincount(source, minlength=old)[source]
 @ uneven copies under a norm | growth/copying.py | bad_input | uneven
-- elif norms and len(set(counts)) > 1:
-+ elif norms and len(set(counts)) > 2:
+- elif even and norms and len(set(counts)) > 1:
++ elif even and norms and len(set(counts)) > 2:
 @ zeros of the stream on its readers | growth/zeroed.py | growth | epsilon_of_a_norm
 - side="produced" if normalised else "consumed"
 + side="consumed"
-@ interleave as repeat | growth/depth.py | growth | order_of_the_papers
+@ interleave as repeat | growth/depth.py | depth | order_of_the_papers
 - return np.arange(new) * old // new
 + return np.arange(new) % old
-@ the bottom layers doubled | growth/depth.py | growth | order_of_the_papers
+@ the bottom layers doubled | growth/depth.py | depth | order_of_the_papers
 - copies = 1 + (layers >= old - extra)
 + copies = 1 + (layers < extra)
-@ repeat continues from the bottom | growth/depth.py | growth | order_of_the_papers
+@ repeat continues from the bottom | growth/depth.py | depth | order_of_the_papers
 - layers[old - new % old :]
 + layers[: new % old]
-@ the middle block rounded down | growth/depth.py | growth | order_of_the_papers
+@ the middle block rounded down | growth/depth.py | depth | order_of_the_papers
 - end = -(-blocks // 2) * extra if
 + end = max(blocks // 2, 1) * extra if
 @ old layers closed instead of new ones | growth/depth.py | growth | block_expansion_does_not
@@ -371,11 +371,11 @@ TABLE = """
 - source = np.concatenate([np.arange(old), rng.integers(0, old, size - old)])
 + source = np.arange(size) % old
 @ copies of layers forget the name of the stream | growth/depth.py | survivors | knows_its_stream
-- move = AxisMap(axis, source, via=self.stream)
-+ move = AxisMap(axis, source)
+- move = AxisMap(axis, source, via=self.stream, finish=finish)
++ move = AxisMap(axis, source, finish=finish)
 @ shares of layers forget the name of the stream | growth/depth.py | survivors | stream
-- return AxisMap(axis, source, share=share, via=self.stream)
-+ return AxisMap(axis, source, share=share)
+- return dataclasses.replace(move, share=share)
++ return dataclasses.replace(move, share=share, via="embed")
 @ the second multiplier replaces the first | maps.py | survivors | two_multipliers
 - return moved if given is None else moved * given
 + return moved if given is None else given
@@ -441,8 +441,8 @@ TABLE = """
 - return over_entries(slot, births, sizes, xp.maximum, xp.int32(0))
 + return over_entries(slot, births, sizes, xp.minimum, xp.int32(99))
 @ what is dealt out takes the oldest birth | growth/births.py | births | dealt_out
-- return xp.where(merged.max(0) == merged.min(0), merged.max(0), xp.asarray(MIXED, births.dtype))
-+ return merged.max(0)
+- return xp.where(same, births.max(dim), xp.asarray(MIXED, births.dtype))
++ return births.max(dim)
 @ the average of a fresh coordinate is zero | state.py | births | own_weight
 - move, table, slot, average[slot.steps], WEIGHT, fresh=fresh
 + move, table, slot, average[slot.steps], WEIGHT, fresh=0

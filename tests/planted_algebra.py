@@ -76,4 +76,40 @@ TABLE = """
 @ queries of several growths are trained as one part | growth/births.py | linear_growth | dealt_out
 - if not isinstance(births, Tracer) and np.any(np.asarray(births) == MIXED):
 + if births is None:
+@ means of new words count padding | growth/finishes.py | lookups | padding_is_taken
+- rows = jax.lax.slice_in_dim(old, 0, self.used, axis=dim)
++ rows = old
+@ nobody reads the gate of the words | nn/head.py | lookups | behind_a_gate
+- if self.gate is None:
++ if self.gate is None or self.gate is not None:
+@ noise that does not cancel | growth/finishes.py | width | noise_cancels
+- return jnp.moveaxis((moved - mean) * unit, 0, dim)
++ return jnp.moveaxis(moved * unit, 0, dim)
+@ state is carried through noise | growth/finishes.py | width | not_carried
+- if role in ("produced", "elementwise"):
++ if role == "nothing":
+@ copies are locked unless one asks | growth/copying.py | width | told_apart
+- shares: Literal["equal", "random"] = "random",
++ shares: Literal["equal", "random"] = "equal",
+@ old weights are shrunk for every axis | growth/finishes.py | width | shrunk_once
+- if move.axis != [axis for axis in self.order if slot.positions(axis)][-1]:
++ if not self.order:
+@ a rest of zeros under LayerNorm | growth/lossless.py | width | lemon_keeps
+- MEAN if centred else NONE
++ NONE
+@ outputs are multiplied by YaRN as well as keys | growth/rotary.py | lookups | frequencies_are_lowered
+- roles[move.axis] == "consumed" and roles.get(self.stream) != "produced"
++ roles[move.axis] == "consumed"
+@ layers that should open in turn open together | growth/masked.py | depth | open_in_turn
+- pace = np.where(new, new.sum() / np.maximum(np.cumsum(new), 1), 1.0)
++ pace = np.where(new, 1.0, 1.0)
+@ LIDAS a layer too high | growth/depth.py | depth | order_of_the_papers
+- end = -(-old // 2) + extra // 2
++ end = -(-old // 2) - (-extra // 2)
+@ sources are scaled with their copies | growth/finishes.py | depth | sources_are_not
+- np.where(move.is_new(), scale, 1.0)
++ np.full(move.length, scale)
+@ a pooled head keeps one of the keys | growth/regrouping.py | heads | become_means
+- mean = (run == np.arange(size)[:, None]) * (size / old)
++ mean = (np.arange(old) == np.arange(size)[:, None] * (old // size)) * 1.0
 """

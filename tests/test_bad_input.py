@@ -124,7 +124,8 @@ GROWTH = [
     ("a float", lambda: gj.msg(mlp=64.0), "mlp: expected a positive integer, got 64.0"),
     ("a string", lambda: gj.stack(layers="4"), "layers: expected a positive integer, got '4'"),
     ("a name", lambda: gj.stack(layers=4, init="normal"), "init: expected .* got 'normal'"),
-    ("noise", lambda: gj.copy(mlp=64, noise=0.1), "noise: expected .* got 0.1"),
+    ("jitter", lambda: gj.copy(mlp=64, jitter=0.1), "jitter: expected .* got 0.1"),
+    ("noise", lambda: gj.copy(mlp=64, noise=-1.0), "noise: expected 0 or more, got -1"),
     ("True", lambda: gj.zeros(mlp=True), "mlp: expected a positive integer, got True"),
     ("huge", lambda: gj.msg(mlp=2**40), r"mlp: expected an integer of at most 2\*\*24"),
     ("no list", lambda: gj.copy(mlp=()), r"mlp: expected the old index .* got \(\)"),
@@ -222,7 +223,7 @@ GATES = [
     ("no gates", lambda: gj.ramp(model(), 0.5), "this model has no gate"),
     ("no gate on embed", lambda: gj.ramp(ramping(), 1, axes=["embed"]), "no gate on embed"),
     ("settle early", lambda: gj.settle(ramping()), r"ramp these first:\n.*mlp\.gate: level 0"),
-    ("gate on vocab", apply(axis="vocab", source=[0, -1], gated=True), "no gate on axis 'vocab'"),
+    ("a table", apply(axis="positions", source=[0, -1], gated=True), "no gate on axis 'positions'"),
 ]
 
 SUBNETS = [

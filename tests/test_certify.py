@@ -246,7 +246,7 @@ def test_zeros_on_both_sides_are_dead_for_ever():
 
 
 def test_equal_copies_are_locked_to_their_source_and_unequal_ones_are_not():
-    equal, unequal = certificate(gj.copy(hidden=8)), certificate(gj.copy(hidden=8, shares="random"))
+    equal, unequal = (certificate(gj.copy(hidden=8, shares=s)) for s in ("equal", "random"))
     assert equal.locked == {"hidden": 4} and unequal.locked == {"hidden": 0}
     assert "4 locked to their source" in str(equal) and "locked" not in str(unequal)
 

@@ -83,7 +83,7 @@ def cheap(key, shape, dtype):
 def test_adam_moments_are_those_of_the_grown_model(architecture):
     """Copies with unequal shares: moving a moment by the wrong power of the share cannot pass."""
     model, batch = architecture.model(), architecture.batch()
-    for op in (copy(mlp=9, shares="random"), copy(embed=16, mlp=12, head_dim=8)):
+    for op in (copy(mlp=9, shares="random"), copy(embed=16, mlp=12, head_dim=8, shares="equal")):
         testing.assert_carries(op, model, batch, optax.scale_by_adam())
 
 

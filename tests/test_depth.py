@@ -2,7 +2,7 @@
 
 import functools
 import json
-from typing import Any
+from typing import Any, get_args
 
 import equinox as eqx
 import jax
@@ -14,9 +14,10 @@ import growjax as gj
 from growjax import models, testing
 from growjax.axes import axes_of, get, sizes
 from growjax.cost import flops
-from growjax.errors import AxisError, GrowthError, SubnetError
+from growjax.errors import AxisError, GateError, GrowthError, SubnetError
 from growjax.forecast.dryrun import dry_run
-from growjax.growth import sources
+from growjax.growth import solar, sources
+from growjax.growth.depth import Order
 from growjax.train import train
 from growjax.values import from_dict, to_dict
 from tests.runs import feed, losses, plan, same, steps
@@ -349,3 +350,141 @@ def test_a_cache_has_room_for_as_many_as_it_says(family):
         small.extend(row, cache, 2)
     with pytest.raises(AxisError, match="from place 0 on, but there is room for 4"):
         jax.eval_shape(lambda at: small.extend(jnp.arange(5), cache, at), jnp.int32(0))
+
+
+# Layers that differ from their source -------------------------------------------------------------
+
+
+def test_some_arrays_of_copied_layers_are_scaled_and_their_sources_are_not():
+    """Attention colder in the copies, or a branch that is closed by hand."""
+    small = model("GPT", 2)
+    op = gj.stack(layers=(0, 1, 1, 0), scale={"q": 0.9, "*.mlp.down*": 0.0})
+    grown, plain = op(small), gj.stack(layers=(0, 1, 1, 0))(small)
+    for slot in axes_of(grown).having("layers", "param"):
+        if slot.arrays():
+            name = slot.path.rpartition(".")[2]
+            factor = {"q": 0.9, "down": 0.0, "down_bias": 0.0}.get(name, 1.0)
+            expected = np.asarray(get(plain, slot.steps)).copy()
+            expected[2:] *= np.float32(factor)
+            np.testing.assert_array_equal(slot.value, expected, slot.path)
+    # All that ends a branch is zero: what block expansion does
+    ends = {name: 0.0 for name in ("o", "o_bias", "down", "down_bias")}
+    closed = gj.stack(layers=(0, 1, 1), scale=ends)(small)
+    expansion = gj.stack(layers=(0, 1, 1), branch="zero")(small)
+    assert eqx.tree_equal(closed, expansion)
+
+
+def test_a_name_that_no_array_of_the_stack_has_is_refused():
+    with pytest.raises(GrowthError, match=r"no array of the stack.*attention\.q(.|\n)*- qq"):
+        gj.stack(layers=4, scale={"qq": 0.5, "q": 1.0})(model("GPT", 2))
+
+
+def test_layers_open_in_turn_from_the_first_one_up():
+    """ProRes: number l of n is at `t / T_l` with `T_l = T l / n`, and stays at 1 from there on."""
+    born = gj.grow(gj.msg(layers=4, init="born", opens="in turn"), model("GPT", 0), key=KEY)
+    for done in (0.0, 0.1, 0.5, 0.75, 1.0):
+        levels = gj.ramp(born, done).blocks.gate.value
+        expected = np.clip(done / (np.arange(1, 5) / 4), 0, 1)
+        np.testing.assert_allclose(levels, expected, rtol=1e-6)
+    np.testing.assert_array_equal(run(born, *tokens("GPT")), run(model("GPT", 0), *tokens("GPT")))
+    assert gj.sizes(gj.settle(gj.ramp(born, 1.0)))["layers"] == 4
+    # Old layers stay open, and only the new ones are counted
+    mixed = gj.msg(layers=4, order="interleave", opens="in turn")(model("GPT", 2))
+    np.testing.assert_allclose(gj.ramp(mixed, 0.25).blocks.gate.value, [1, 0.5, 1, 0.25])
+    # A stage's ramp is one program, of a traced level
+    traced = jax.jit(lambda level: gj.ramp(mixed, level).blocks.gate.value)
+    np.testing.assert_allclose(traced(0.25), [1, 0.5, 1, 0.25])
+    # What opens in turn does so whatever else grows meanwhile
+    wider = gj.msg(mlp=9)(gj.ramp(mixed, 1.0), key=KEY)
+    np.testing.assert_allclose(
+        gj.ramp(wider, 0.5, axes=["layers"]).blocks.gate.value, [1, 1, 1, 0.5]
+    )
+
+
+def test_every_layer_may_have_a_level_of_its_own():
+    gated = gj.msg(layers=4)(model("GPT", 2))
+    levels = gj.ramp(gated, jnp.asarray([0.1, 0.2, 0.3, 0.4]), axes=["layers"])
+    np.testing.assert_allclose(levels.blocks.gate.value, [1, 1, 0.3, 0.4], rtol=1e-6)
+    with pytest.raises(GateError, match=r"got shape \(3,\)(.|\n)*blocks.gate: 4 layers"):
+        gj.ramp(gated, np.zeros(3))
+    with pytest.raises(GateError, match="expected a number in"):
+        gj.ramp(gated, np.asarray([0, 0, 0, 1.5]))
+
+
+# Lists of layers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "order, old, new, expected",
+    [
+        ("repeat", 2, 3, [0, 1, 1]),
+        ("repeat", 2, 4, [0, 1, 0, 1]),
+        ("repeat", 2, 5, [0, 1, 0, 1, 1]),
+        ("repeat", 6, 12, [*range(6), *range(6)]),
+        ("repeat", 3, 12, [0, 1, 2] * 4),
+        ("interleave", 2, 4, [0, 0, 1, 1]),
+        ("interleave", 3, 9, [0, 0, 0, 1, 1, 1, 2, 2, 2]),
+        ("interpolate", 2, 3, [0, 1, 1]),
+        ("interpolate", 2, 4, [0, 0, 1, 1]),
+        ("interpolate", 2, 5, [0, 0, 1, 1, 1]),
+        ("interpolate", 4, 6, [0, 1, 2, 2, 3, 3]),
+        ("top", 6, 9, [0, 1, 2, 3, 4, 5, 3, 4, 5]),
+        ("top", 3, 5, [0, 1, 2, 1, 2]),
+        ("middle", 4, 8, [0, 1, 2, 3, 0, 1, 2, 3]),  # one block: itself
+        ("middle", 4, 6, [0, 1, 0, 1, 2, 3]),  # two blocks: the first
+        ("middle", 6, 8, [0, 1, 2, 3, 2, 3, 4, 5]),  # three: the second
+        ("middle", 4, 5, [0, 1, 1, 2, 3]),
+        ("middle", 6, 10, [*range(5), *range(1, 6)]),  # a block that does not divide the stack
+        ("middle", 8, 12, [*range(4), *range(4), *range(4, 8)]),
+        ("centre", 8, 12, [*range(6), *range(2, 8)]),  # LIDAS: the layers around the middle
+        ("centre", 8, 10, [*range(5), *range(3, 8)]),
+        ("centre", 5, 6, [0, 1, 2, 2, 3, 4]),
+        ("centre", 5, 7, [0, 1, 2, 3, 2, 3, 4]),
+        ("centre", 3, 6, [0, 1, 2, 0, 1, 2]),
+        ("insert", 4, 6, [0, 1, 1, 2, 3, 3]),
+        ("insert", 3, 6, [0, 0, 1, 1, 2, 2]),
+    ],
+)
+def test_layers_are_copied_in_the_order_of_the_papers(order, old, new, expected):
+    assert sources(order, old, new).tolist() == expected
+
+
+def test_solar_drops_layers_on_both_sides_of_the_seam():
+    assert solar(4, 1) == (0, 1, 2, 1, 2, 3)
+    assert solar(3, 0) == (0, 1, 2, 0, 1, 2)
+    assert len(solar(32, 8)) == 48
+
+
+PAIRS = [(old, new) for old in range(1, 9) for new in range(old + 1, 9)]
+
+
+ORDERS = pytest.mark.parametrize("order", get_args(Order))
+
+
+@ORDERS
+def test_no_new_layers_are_no_change_in_any_order(order):
+    assert sources(order, 4, 4).tolist() == [0, 1, 2, 3]
+
+
+@ORDERS
+def test_every_order_keeps_all_layers_and_their_first_appearances_in_order(order):
+    reached = 0
+    for old, new in PAIRS:
+        try:
+            source = sources(order, old, new)
+        except GrowthError:
+            assert order in ("top", "middle", "centre", "insert") and (
+                new > 2 * old or old % (new - old)
+            )
+            continue
+        reached += 1
+        assert source.shape == (new,) and set(source) == set(range(old))
+        firsts = [int(np.flatnonzero(source == i)[0]) for i in range(old)]
+        assert firsts == sorted(firsts)
+        if order in ("top", "repeat"):  # old layers stay where they are, at the bottom
+            assert source[:old].tolist() == list(range(old))
+        if order in ("interleave", "interpolate", "insert"):  # depth keeps its order
+            assert (np.diff(source) >= 0).all()
+        if order not in ("repeat", "interpolate"):  # which repeat the last layers more
+            assert np.bincount(source).max() <= -(-new // old)
+    assert reached >= len(PAIRS) // 3

@@ -38,6 +38,8 @@ GROWN: dict[str, tuple[str, Any]] = {
     "olmo2 wider": ("olmo2", gj.copy(embed=16, kv_heads=4, mlp=7)),
     "llama deeper": ("llama", gj.stack(layers=5, branch="zero")),
     "t5 wider": ("t5", gj.copy(embed=16, head_dim=6, heads=4)),
+    "gpt2 lemon": ("gpt2", gj.lemon(embed=12, heads=3, mlp=7)),
+    "gpt2 more places": ("gpt2", gj.positions(21, how="tile")),
     "t5 padded": ("t5", gj.zeros(embed=12, mlp=9)),
     "t5 v1.1 wider": ("t5 v1.1", gj.chain(gj.copy(embed=16), gj.zeros(head_dim=5, heads=3))),
 }
@@ -53,6 +55,31 @@ def test_a_grown_model_is_a_stock_one_with_the_function_of_the_small(name, tmp_p
         again = gj.hf.load(tmp_path / "big")
         for model in (big, small):
             assert distance(outputs(model, batch(model)), outputs(again, batch(model)))[1] <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "family, op",
+    [
+        ("gpt2", gj.vocabulary(19)),
+        ("bert", gj.vocabulary(19)),
+        ("t5", gj.vocabulary(19)),
+        ("llama", gj.vocabulary(19)),
+        ("llama", gj.growth.context(2, how="interpolate")),
+        ("llama", gj.growth.context(2, how="ntk")),
+        ("llama tied", gj.growth.context(2, length=64)),
+        ("llama", gj.aki(mlp=9)),
+    ],
+    ids=lambda x: str(x),
+)
+def test_what_changes_the_function_is_written_with_the_function_that_it_has(family, op, tmp_path):
+    with jax.enable_x64(True):
+        big = gj.grow(op, build(family, jnp.float64), key=jax.random.key(1))
+        gj.hf.save(big, tmp_path / "big")
+        again = gj.hf.load(tmp_path / "big")
+        assert gj.sizes(again) == gj.sizes(big)
+        # Rotary frequencies are drawn anew from the written theta and scaling, in float32
+        limit = 1e-6 if "context" in str(op) else 1e-12
+        assert distance(outputs(big, batch(big)), outputs(again, batch(big)))[1] <= limit
 
 
 def _steps(key, shape, dtype):

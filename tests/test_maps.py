@@ -449,7 +449,7 @@ def test_a_tied_head_leaves_its_share_to_the_final_norm_whose_moments_stay():
     with jax.enable_x64(True):
         config = GPTConfig(layers=2, positions=8, **SIZES)
         model = filled(lambda key: GPT(config, key=key))
-        op = gj.copy(embed=16)
+        op = gj.copy(embed=16, shares="equal")
         (move,) = op.maps(axes_of(model))
         after = jax.jit(lambda m: apply(move, m, None))(model)
         dual = jax.jit(lambda m: carried(move, m, partition(m)[0], FIRST))(model)
@@ -465,7 +465,9 @@ def test_a_tied_head_leaves_its_share_to_the_final_norm_whose_moments_stay():
         np.testing.assert_array_equal(get(dual, steps), moment * old, str(steps))
 
 
-@pytest.mark.parametrize("op", [gj.copy(embed=16), gj.zeros(embed=12, init=sevens)], ids=str)
+@pytest.mark.parametrize(
+    "op", [gj.copy(embed=16, shares="equal"), gj.zeros(embed=12, init=sevens)], ids=str
+)
 def test_the_scale_before_the_head_of_t5_does_not_follow_embed(op, key):
     with jax.enable_x64(True):
         config = T5Config(encoder_layers=1, decoder_layers=1, **SIZES)

@@ -421,7 +421,7 @@ OPERATORS = {
     "msg": gj.msg(embed=12, heads=4, layers=3),
     "zeros": gj.zeros(mlp=15),
     "stack": gj.stack(layers=4, order="top"),
-    "copy": gj.chain(gj.copy(mlp=12), gj.copy(embed=16)),
+    "copy": gj.chain(gj.copy(mlp=12, shares="equal"), gj.copy(embed=16, shares="equal")),
 }
 
 

@@ -35,8 +35,9 @@ def filled(op, model, key, fill: Callable):
             closed = move.closed()
             if closed.any():
                 source = np.where(closed, NONE, move.source)
-                move = dataclasses.replace(move, source=source, init=fill)
+                move = dataclasses.replace(move, source=source, init=fill, finish=None)
             model = maps.apply(move, model, key)
+        model = atom.completed(model)
     return model
 
 

@@ -2,11 +2,17 @@
 
 from growjax.growth.births import Births as Births
 from growjax.growth.births import new as new
+from growjax.growth.centring import centred as centred
+from growjax.growth.copying import aki as aki
 from growjax.growth.copying import copy as copy
 from growjax.growth.depth import fresh as fresh
 from growjax.growth.depth import solar as solar
 from growjax.growth.depth import sources as sources
 from growjax.growth.depth import stack as stack
+from growjax.growth.finishes import Finish as Finish
+from growjax.growth.lookups import positions as positions
+from growjax.growth.lookups import vocabulary as vocabulary
+from growjax.growth.lossless import lemon as lemon
 from growjax.growth.masked import msg as msg
 from growjax.growth.matrices import dense as dense
 from growjax.growth.operator import Chain as Chain
@@ -16,8 +22,11 @@ from growjax.growth.operator import atoms as atoms
 from growjax.growth.operator import chain as chain
 from growjax.growth.operator import grow as grow
 from growjax.growth.operator import resolve as resolve
+from growjax.growth.regrouping import pool as pool
 from growjax.growth.regrouping import regroup as regroup
+from growjax.growth.rotary import context as context
 from growjax.growth.upcycling import experts as experts
 from growjax.growth.upcycling import upcycle as upcycle
+from growjax.growth.warming import warm as warm
 from growjax.growth.written import parse as parse
 from growjax.growth.zeroed import zeros as zeros

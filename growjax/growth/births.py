@@ -67,9 +67,15 @@ class Births(eqx.Module):
                         if axis == move.axis or size != len(of[axis]):
                             of[axis] = np.full(size, number, np.int32)
                     continue
+                old = len(of[move.axis])
+                if move.over is not None and move.length < old:
+                    # Several heads become one, and their queries stand behind each other in its group
+                    xp = np if isinstance(of[move.over], np.ndarray) else jnp
+                    of[move.over] = xp.tile(of[move.over], old // move.length)
+                    of[move.axis] = merged_births(of[move.axis].reshape(move.length, -1), 1)
+                    continue
                 if move.over is not None:
-                    parts = move.length // len(of[move.axis])
-                    of[move.over] = dealt_births(of[move.over], parts)
+                    of[move.over] = dealt_births(of[move.over], move.length // old)
                 of[move.axis] = moved_births(of[move.axis], move, number)
             if n < last:
                 model = grown_shapes(atom, model)
@@ -185,9 +191,14 @@ def moved_births(births: Any, move: AxisMap, number: Any) -> Any:
 
 def dealt_births(births: Any, parts: int) -> Any:
     """Births along an axis that is dealt out to several copies; `MIXED` where several come together."""
+    return merged_births(births.reshape(parts, -1), 0)
+
+
+def merged_births(births: Any, dim: int) -> Any:
+    """Births of coordinates that come together along a dimension; `MIXED` unless they are the same."""
     xp = np if isinstance(births, np.ndarray) else jnp
-    merged = births.reshape(parts, -1)
-    return xp.where(merged.max(0) == merged.min(0), merged.max(0), xp.asarray(MIXED, births.dtype))
+    same = births.max(dim) == births.min(dim)
+    return xp.where(same, births.max(dim), xp.asarray(MIXED, births.dtype))
 
 
 def entry_births(slot: Slot, births: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:

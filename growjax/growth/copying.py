@@ -1,8 +1,10 @@
 """Copying coordinates with shares that sum to one: exact with no gate at all.
 
-Net2Net (Chen et al. 2016), bert2BERT's FPI (Chen et al. 2022), HyperCloning (Samragh et al. 2024).
+Net2Net (Chen et al. 2016), bert2BERT's FPI and AKI (Chen et al. 2022), HyperCloning (Samragh et al.
+2024), SPARKLING (Yu et al. 2026).
 """
 
+import dataclasses
 from typing import Annotated, ClassVar, Literal
 
 import equinox as eqx
@@ -12,9 +14,11 @@ from growjax import values
 from growjax.algebra import AxisMap
 from growjax.axes import Axes
 from growjax.errors import GrowthError, raise_all
+from growjax.growth.finishes import Noise
 from growjax.growth.operator import (
     Exactness,
     Operator,
+    Sizes,
     SizesOrLists,
     frozen_sizes,
     split_lists,
@@ -27,12 +31,26 @@ class Copy(Operator):
 
     sizes: SizesOrLists = eqx.field(static=True)
     order: Literal["cycle", "random"] = eqx.field(static=True, default="cycle")
-    shares: Literal["equal", "random"] = eqx.field(static=True, default="equal")
+    shares: Literal["equal", "random"] = eqx.field(static=True, default="random")
     seed: Annotated[int, values.at_least(0)] = eqx.field(static=True, default=0)
-    exactness: ClassVar[Exactness] = "exact-given-init"
+    noise: Annotated[float, values.at_least(0)] = eqx.field(static=True, default=0.0)
+    scale: Literal["share", "rms"] = eqx.field(static=True, default="share")
+
+    @property
+    def exactness(self) -> Exactness:  # type: ignore[override]
+        """Shares that sum to one keep the function; a kept mean square does only for even copies."""
+        return "exact-given-init" if self.scale == "share" else "approximate"
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """Copies whose shares sum to one for every source."""
+        moves = self._copies(axes)
+        lists = {axis for axis, size in self.sizes if isinstance(size, tuple)}
+        torn = {move.axis for move in moves if move.axis in lists or self.order == "random"}
+        faults = _refusals(axes, moves, torn, even=self.scale == "share")
+        raise_all(GrowthError, "these copies would change the function:", faults)
+        return moves
+
+    def _copies(self, axes: Axes) -> list[AxisMap]:
         lists, wanted = split_lists(axes, self.sizes)
         rng = np.random.default_rng(self.seed)
         moves = []
@@ -44,20 +62,22 @@ class Copy(Operator):
                 source = np.arange(size) % old
             else:
                 source = np.concatenate([np.arange(old), rng.integers(0, old, size - old)])
-            moves.append(AxisMap(axis, source, share=self._share(rng, source, old)))
-        torn = {*lists, *(wanted if self.order == "random" else ())}
-        faults = _refusals(axes, moves, torn)
-        raise_all(GrowthError, "these copies would change the function:", faults)
+            finish = Noise(self.noise, "paired") if self.noise else None
+            moves.append(AxisMap(axis, source, share=self._share(rng, source, old), finish=finish))
         return moves
 
     def _share(self, rng: np.random.Generator, source: np.ndarray, old: int) -> np.ndarray:
+        if self.scale == "rms":
+            # A sum over c copies of one coordinate grows c-fold, and sums of different ones add squares
+            counts = np.bincount(source, minlength=old)
+            return np.full(len(source), (old / np.sum(counts**2)) ** 0.5)
         weight = (
             np.ones(len(source)) if self.shares == "equal" else rng.uniform(0.5, 1.5, len(source))
         )
         return weight / np.bincount(source, weight, minlength=old)[source]
 
 
-def _refusals(axes: Axes, moves: list[AxisMap], torn: set[str]) -> list[str]:
+def _refusals(axes: Axes, moves: list[AxisMap], torn: set[str], *, even: bool) -> list[str]:
     complaints = []
     for move in moves:
         axis, old = move.axis, axes.size(move.axis)
@@ -70,7 +90,7 @@ def _refusals(axes: Axes, moves: list[AxisMap], torn: set[str]) -> list[str]:
         elif (counts == 0).any():
             lost = np.flatnonzero(counts == 0).tolist()
             complaints.append(f"{axis}: old coordinates {lost} have no copy and would be lost")
-        elif norms and len(set(counts)) > 1:
+        elif even and norms and len(set(counts)) > 1:
             complaints.append(
                 f"{axis}: copies are uneven ({counts.min()} to {counts.max()} of each), so the mean and "
                 f"variance taken by {', '.join(norms)} would change; use a multiple of {old}, or gj.msg"
@@ -86,8 +106,10 @@ def _refusals(axes: Axes, moves: list[AxisMap], torn: set[str]) -> list[str]:
 def copy(
     *,
     order: Literal["cycle", "random"] = "cycle",
-    shares: Literal["equal", "random"] = "equal",
+    shares: Literal["equal", "random"] = "random",
     seed: int = 0,
+    noise: float = 0.0,
+    scale: Literal["share", "rms"] = "share",
     **sizes: int | tuple[int, ...],
 ) -> Copy:
     """Grow width by copies: to a size, or by an explicit tuple of source coordinates.
@@ -99,13 +121,60 @@ def copy(
     **Arguments**
 
     - `order`: new coordinates copy the old ones in turn, or at random (Net2Net).
-    - `shares`: equal, or random ones that still sum to one: equal copies receive equal gradients for
-      ever, unequal ones do not.
+    - `shares`: random ones that sum to one, or equal ones. Equal copies receive equal gradients for ever,
+      and so are locked, unless something else tells them apart: `noise`, or moments that start anew in
+      the copies alone (`gj.carry(copies="zero")`, `Stage(carry="zero")`). Under unequal shares gradients
+      do not follow on an axis that norms average over, so optimizer state cannot be carried there.
     - `seed`: for the two random choices.
+    - `noise`: noise on the weights that consume copies, added to one and subtracted from the next of each
+      pair of copies, so that it cancels. Its deviation is this multiple of their root mean square: 0.1
+      is HyperCloning's `snr_db=20`. Optimizer state cannot be carried through it.
+    - `scale`: `"share"`, or `"rms"` as in SPARKLING: all consumers have one multiplier, which keeps the
+      mean square of what they compute: `1 / sqrt(1 + 3c)` if a share c of the old coordinates is doubled,
+      and 1 / copies for whole multiples. It is approximate and takes any size, also where norms average.
 
     **Example**
 
-        gj.copy(mlp=1536, shares="random")       # Net2Net wider
-        gj.copy(embed=512, heads=8, mlp=2048)    # HyperCloning, from embed=256, heads=4, mlp=1024
+        gj.copy(mlp=1536)                                               # Net2Net wider, from 1024
+        gj.copy(embed=512, heads=8, mlp=2048, shares="equal", noise=0.1)    # HyperCloning
+        gj.copy(embed=384, mlp=1536, scale="rms")                       # SPARKLING, with carry="zero"
     """
-    return Copy(frozen_sizes(sizes), order, shares, seed)
+    return Copy(frozen_sizes(sizes), order, shares, seed, noise, scale)
+
+
+@values.register
+class AKI(Operator):
+    """Copies whose new outputs come from the layer above; see `aki`."""
+
+    sizes: Sizes = eqx.field(static=True)
+    order: Literal["cycle", "random"] = eqx.field(static=True, default="cycle")
+    seed: Annotated[int, values.at_least(0)] = eqx.field(static=True, default=0)
+    exactness: ClassVar[Exactness] = "approximate"
+
+    def maps(self, axes: Axes) -> list[AxisMap]:
+        """As copies with equal shares, but for the new outputs of every layer but the last."""
+        copies = Copy(self.sizes, self.order, "equal", self.seed, scale="share")
+        moves, faults = copies._copies(axes), []
+        torn = {move.axis for move in moves} if self.order == "random" else set()
+        faults = _refusals(axes, moves, torn, even=False)
+        raise_all(GrowthError, "these axes do not grow by copies:", faults)
+        return [dataclasses.replace(move, above=True) for move in moves]
+
+
+def aki(*, order: Literal["cycle", "random"] = "cycle", seed: int = 0, **sizes: int) -> AKI:
+    """Grow width by copies whose new outputs come from the layer above (bert2BERT's AKI).
+
+    Weights that consume an axis are divided by the number of copies, as those of `gj.copy`. New outputs
+    of a layer are those of the next layer (of its own in the last one), so the function is not kept: the
+    jump is larger than that of uneven copies, and the paper ends lower for it. Any sizes fit. Optimizer
+    state of new outputs starts anew, with `carry="zero"`; it cannot be inherited.
+
+    **Arguments**
+
+    - `order`, `seed`: new coordinates copy the old ones in turn, or at random.
+
+    **Example**
+
+        gj.aki(embed=768, heads=12, mlp=3072)          # from embed=512, heads=8, mlp=2048
+    """
+    return AKI(frozen_sizes(sizes), order, seed)

@@ -1,10 +1,13 @@
 """Depth: lists of source layers, with or without closed branches.
 
 Gradual stacking (Reddi et al. 2023), StackedBERT (Gong et al. 2019), G_stack (Du et al. 2024), MIDAS
-(Saunshi et al. 2024), SOLAR (Kim et al. 2023), LLaMA-Pro block expansion (Wu et al. 2024).
+(Saunshi et al. 2024), LIDAS (Kapl et al. 2025), SOLAR (Kim et al. 2023), LLaMA-Pro block expansion (Wu et
+al. 2024), OpT-DeUS (2025).
 """
 
-from typing import ClassVar, Literal, get_args
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, get_args
 
 import equinox as eqx
 import numpy as np
@@ -13,6 +16,7 @@ from growjax import values
 from growjax.algebra import NONE, AxisMap, Init
 from growjax.axes import Axes
 from growjax.errors import GrowthError, expect_one_of, raise_all
+from growjax.growth.finishes import Multiplied, matches
 from growjax.growth.operator import (
     Exactness,
     Operator,
@@ -25,7 +29,7 @@ from growjax.growth.operator import (
 from growjax.specs import Dim
 
 
-Order = Literal["top", "repeat", "interleave", "interpolate", "middle", "insert"]
+Order = Literal["top", "repeat", "interleave", "interpolate", "middle", "centre", "insert"]
 
 
 def sources(order: Order, old: int, new: int) -> np.ndarray:
@@ -38,6 +42,8 @@ def sources(order: Order, old: int, new: int) -> np.ndarray:
       one (MSG's other order).
     - `"middle"`: the middle block of `new - old` layers duplicated after itself (MIDAS). Where the layers
       do not divide into such blocks, it is the one with as many layers below it as above, or one fewer.
+    - `"centre"`: the `new - old` layers around the exact middle duplicated after themselves (LIDAS), from
+      `ceil(old / 2) - ceil((new - old) / 2)` on.
     - `"insert"`: a copy after every `old / (new - old)` layers (LLaMA-Pro).
 
     Raises `GrowthError` where the order cannot reach `new`.
@@ -68,6 +74,10 @@ def sources(order: Order, old: int, new: int) -> np.ndarray:
         blocks = old // extra
         end = -(-blocks // 2) * extra if blocks * extra == old else (old + extra) // 2
         return np.concatenate([layers[:end], layers[end - extra :]])
+    if order == "centre":
+        _require(extra <= old, f"'centre' duplicates {extra} layers, but there are {old}")
+        end = -(-old // 2) + extra // 2
+        return np.concatenate([layers[:end], layers[end - extra :]])
     _require(
         extra <= old and old % extra == 0,
         f"'insert' puts one copy after every old/extra layers: {extra} does not divide {old}",
@@ -92,6 +102,9 @@ def _require(ok: bool, complaint: str) -> None:
         raise GrowthError(complaint)
 
 
+Scales = tuple[tuple[str, float], ...]
+
+
 @values.register
 class Stack(Operator):
     """Copy layers; see `stack`."""
@@ -100,6 +113,7 @@ class Stack(Operator):
     order: Order = eqx.field(static=True, default="repeat")
     branch: Literal["copy", "zero", "split"] = eqx.field(static=True, default="copy")
     stream: str = eqx.field(static=True, default="embed")
+    scale: Scales = eqx.field(static=True, default=())
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]
@@ -111,6 +125,13 @@ class Stack(Operator):
         axes.size(self.stream)
         _require_stacks(axes, [axis for axis, _ in self.sizes])
         lists, wanted = split_lists(axes, self.sizes)
+        arrays = [s.path for a, _ in self.sizes for s in axes.having(a, "param") if s.arrays()]
+        raise_all(
+            GrowthError,
+            "scale: no array of the stack has this name or pattern; its arrays are "
+            f"{', '.join(sorted(set(arrays)))}:",
+            [name for name, _ in self.scale if not any(matches(path, name) for path in arrays)],
+        )
         moves = []
         for axis in [axis for axis, _ in self.sizes if axis in wanted or axis in lists]:
             if axis in lists:
@@ -121,7 +142,8 @@ class Stack(Operator):
         return moves
 
     def _map(self, axes: Axes, axis: str, source: np.ndarray) -> AxisMap:
-        move = AxisMap(axis, source, via=self.stream)
+        finish = Multiplied(self.scale) if self.scale else None
+        move = AxisMap(axis, source, via=self.stream, finish=finish)
         if self.branch == "copy":
             return move
         if self.branch == "zero":
@@ -135,7 +157,7 @@ class Stack(Operator):
             share = np.where(move.is_new(), 0.0, 1.0)
         else:
             share = 1 / np.bincount(source, minlength=axes.size(axis))[source]
-        return AxisMap(axis, source, share=share, via=self.stream)
+        return dataclasses.replace(move, share=share)
 
 
 @values.register
@@ -203,6 +225,7 @@ def stack(
     order: Order = "repeat",
     branch: Literal["copy", "zero", "split"] = "copy",
     stream: str = "embed",
+    scale: Mapping[str, float] | tuple[tuple[str, float], ...] = (),
     **sizes: int | tuple[int, ...],
 ) -> Stack:
     """Grow depth by copying layers: to a number of layers, or by an explicit list of source layers.
@@ -215,6 +238,8 @@ def stack(
       layers' residual branches, so that the function is kept; `"split"` divides every branch by its
       number of copies, a refinement of the same depth flow.
     - `stream`: the axis of the residual stream.
+    - `scale`: multipliers of some arrays in the new layers alone, by name (`"q"`) or by a pattern over
+      their path (`"*.attention.?"`). The first layer from a source is not new.
 
     With `branch="zero"` the arrays of a new layer that produce the stream are zero, so it has to be a
     block `x + f(x)` whose branches end in them. One that ends in a norm, or multiplies the stream, is
@@ -224,10 +249,12 @@ def stack(
     **Example**
 
         gj.stack(layers=12)                                  # G_stack from 6 or 4 or 3
+        gj.stack(layers=(0, 1, 1, 2), scale={"q": 0.9, "k": 0.9})    # colder attention in the copy
         gj.stack(layers=9, order="top")                      # gradual stacking 6-9
         gj.stack(layers=8, order="insert", branch="zero")    # block expansion
     """
-    return Stack(frozen_sizes(sizes), order, branch, stream)
+    pairs: Any = scale.items() if isinstance(scale, Mapping) else scale
+    return Stack(frozen_sizes(sizes), order, branch, stream, tuple(tuple(pair) for pair in pairs))
 
 
 def fresh(*, init: Init = "born", **sizes: int) -> Fresh:

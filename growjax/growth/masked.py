@@ -3,6 +3,7 @@
 Yao, Zhang, Li, Wang, "Masked Structural Growth for 2x Faster Language Model Pre-training", ICLR 2024.
 """
 
+import dataclasses
 from typing import ClassVar, Literal
 
 import equinox as eqx
@@ -23,6 +24,7 @@ class MSG(Operator):
     sizes: Sizes = eqx.field(static=True)
     init: Init | Literal["copy"] = eqx.field(static=True, default="normal")
     order: Order = eqx.field(static=True, default="repeat")
+    opens: Literal["together", "in turn"] = eqx.field(static=True, default="together")
     exactness: ClassVar[Exactness] = "exact"
 
     def maps(self, axes: Axes) -> list[AxisMap]:
@@ -44,11 +46,23 @@ class MSG(Operator):
             else:
                 source = np.where(np.arange(size) < old, np.arange(size), NONE)
             init = "normal" if self.init == "copy" else self.init
-            moves.append(AxisMap(axis, source, gated=True, init=init))
+            move = AxisMap(axis, source, gated=True, init=init)
+            if self.opens == "in turn" and "stack" in axes.roles(axis):
+                new = move.is_new()
+                # The first of n new layers is open after an n-th of the ramp, the last at its end
+                pace = np.where(new, new.sum() / np.maximum(np.cumsum(new), 1), 1.0)
+                move = dataclasses.replace(move, pace=pace)
+            moves.append(move)
         return moves
 
 
-def msg(*, init: Init | Literal["copy"] = "normal", order: Order = "repeat", **sizes: int) -> MSG:
+def msg(
+    *,
+    init: Init | Literal["copy"] = "normal",
+    order: Order = "repeat",
+    opens: Literal["together", "in turn"] = "together",
+    **sizes: int,
+) -> MSG:
     """Grow any axes (`embed`, `mlp`, `heads`, `layers`, ...) to new sizes behind gates at 0.
 
     The grown model computes the same function for any content of the new weights (`"exact"`);
@@ -62,10 +76,13 @@ def msg(*, init: Init | Literal["copy"] = "normal", order: Order = "repeat", **s
       and their coordinates are zero, so that they never get a gradient, at any level.
     - `order`: which layer each new layer copies (see `gj.stack`); as in the paper, layers are copied
       unless `init` asks for something else.
+    - `opens`: new layers open together, or in turn from the first one up: of n new layers, number l is at
+      `min(level * n / l, 1)`. From a model without layers that is ProRes (Chen et al. 2026), whose layers
+      all exist from the start: `gj.msg(layers=12, init="born", opens="in turn")`.
 
     **Example**
 
         big = gj.grow(gj.msg(mlp=2048, heads=8), small, key=key)
         big = gj.settle(gj.ramp(big, 1.0))
     """
-    return MSG(frozen_sizes(sizes), init, order)
+    return MSG(frozen_sizes(sizes), init, order, opens)

@@ -46,6 +46,8 @@ class Operator(eqx.Module):
     """
 
     exactness: ClassVar[Exactness]
+    # The function that makes it, where that is not the class's name in small letters
+    written: ClassVar[str] = ""
 
     def __check_init__(self):
         values.check(self, GrowthError)
@@ -64,6 +66,14 @@ class Operator(eqx.Module):
         for op in atoms(self):
             for move in op.maps(axes_of(model)):
                 model = maps.apply(move, model, key)
+            model = op.completed(model)
+        return model
+
+    def completed(self, model: Model) -> Model:
+        """The model after the maps, with what no map moves (a static record, say) brought up to date.
+
+        By default nothing is left to do. It changes no array.
+        """
         return model
 
     def __repr__(self) -> str:
@@ -75,7 +85,7 @@ class Operator(eqx.Module):
                 arguments += [f"{axis}={size}" for axis, size in value]
             elif value != field.default:
                 arguments.append(f"{field.name}={getattr(value, '__name__', repr(value))}")
-        return f"{type(self).__name__.lower()}({', '.join(arguments)})"
+        return f"{self.written or type(self).__name__.lower()}({', '.join(arguments)})"
 
 
 # The most operators of a chain. A plan of shapes is grown by each of them when it is checked.

@@ -54,3 +54,50 @@ def regroup(*, over: str = "group", **sizes: int) -> Regroup:
         gj.regroup(kv_heads=8)         # from 2 keys of 16 queries each to 8 of 4
     """
     return Regroup(frozen_sizes(sizes), over)
+
+
+@values.register
+class Pool(Operator):
+    """Means of neighbouring keys and values; see `pool`."""
+
+    sizes: Sizes = eqx.field(static=True)
+    over: str = eqx.field(static=True, default="group")
+    exactness: ClassVar[Exactness] = "approximate"
+
+    def maps(self, axes: Axes) -> list[AxisMap]:
+        """A mean over each run of neighbours, whose queries become one group."""
+        axes.size(self.over)
+        if len(self.sizes) > 1:
+            raise GrowthError(
+                f"{self.over} takes the queries of one axis at a time, got "
+                f"{', '.join(axis for axis, _ in self.sizes)}"
+            )
+        moves = []
+        for axis, size in resolve(axes, dict(self.sizes), shrink=True).items():
+            old = axes.size(axis)
+            if size > old or old % size:
+                raise GrowthError(
+                    f"{axis}: {old} of them do not fall into {size} equal runs of neighbours; give a "
+                    f"divisor of {old}"
+                )
+            run = np.arange(old) // (old // size)
+            mean = (run == np.arange(size)[:, None]) * (size / old)
+            moves.append(
+                AxisMap(axis, np.arange(size) * (old // size), produced=mean, over=self.over)
+            )
+        return moves
+
+
+def pool(*, over: str = "group", **sizes: int) -> Pool:
+    """Fewer keys and values for the same queries: from multi-head attention to grouped queries.
+
+    Each run of neighbouring keys, and of values, becomes its mean, and their queries share it. The
+    function is not kept; the paper trains on for 5% of the steps. A smaller cache, and no smaller model
+    otherwise: it is the only operator that shrinks an axis. Optimizer state of keys and values is refused
+    (`StateError`), as means have no gradient of their own: start it again.
+
+    **Example**
+
+        gj.growth.pool(kv_heads=2)         # from 8 keys and 8 queries to 2 groups of 4
+    """
+    return Pool(frozen_sizes(sizes), over)

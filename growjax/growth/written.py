@@ -6,27 +6,40 @@ from collections.abc import Callable
 from typing import Any
 
 from growjax.errors import GrowthError
-from growjax.growth.copying import copy
+from growjax.growth.centring import centred
+from growjax.growth.copying import aki, copy
 from growjax.growth.depth import fresh, solar, stack
+from growjax.growth.lookups import positions, vocabulary
+from growjax.growth.lossless import lemon
 from growjax.growth.masked import msg
 from growjax.growth.matrices import dense
 from growjax.growth.operator import Chain, Operator, chain
-from growjax.growth.regrouping import regroup
+from growjax.growth.regrouping import pool, regroup
+from growjax.growth.rotary import context
 from growjax.growth.upcycling import experts, upcycle
+from growjax.growth.warming import warm
 from growjax.growth.zeroed import zeros
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "aki": aki,
+    "centred": centred,
     "chain": chain,
+    "context": context,
     "copy": copy,
     "dense": dense,
     "experts": experts,
     "fresh": fresh,
+    "lemon": lemon,
     "msg": msg,
+    "pool": pool,
+    "positions": positions,
     "regroup": regroup,
     "solar": solar,
     "stack": stack,
     "upcycle": upcycle,
+    "vocabulary": vocabulary,
+    "warm": warm,
     "zeros": zeros,
 }
 

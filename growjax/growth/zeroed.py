@@ -37,6 +37,10 @@ class Zeros(Operator):
                     f"{axis}: a norm averages over it, so both sides would have to be zero and could "
                     "never learn; use gj.msg"
                 )
+            complaints += [
+                f"{axis}: {path} would let new coordinates through a norm that they pass as zeros"
+                for path in _biases(axes, axis)
+            ]
             moves.append(
                 AxisMap(
                     axis,
@@ -50,13 +54,23 @@ class Zeros(Operator):
         return moves
 
 
+def _biases(axes: Axes, axis: str) -> list[str]:
+    """Biases of RMS norms over an axis."""
+    rms = {slot.steps[:-1] for slot in axes.of_kind("buffer") if axis in slot.spec.means}
+    return [
+        slot.path
+        for slot in axes.having(axis, "param")
+        if slot.arrays() and slot.steps[:-1] in rms and not any(d.normalised for d in slot.dims)
+    ]
+
+
 def zeros(*, init: Init = "normal", **sizes: int) -> Zeros:
     """Grow width with fresh coordinates that nothing reads yet.
 
     For `mlp`, `heads` and `head_dim` the weights that consume new coordinates are zero; those that
     produce them are drawn by `init`. For `embed` the producers are zero, and RMS norms have their gain
-    multiplied by sqrt(old/new) and their epsilon by old/new. LayerNorm cannot be corrected and raises
-    `GrowthError`.
+    multiplied by sqrt(old/new) and their epsilon by old/new. LayerNorm, and a norm with a bias, cannot be
+    corrected and raise `GrowthError`.
 
     With `init="zeros"` both sides are zero and nothing ever gets a gradient; `gj.certify` shows it.
 

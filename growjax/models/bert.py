@@ -24,6 +24,7 @@ from growjax.nn import (
     Norm,
     Readout,
     Stacked,
+    Words,
     affine,
     check_sequence,
     logits,
@@ -124,18 +125,16 @@ class MLMHead(eqx.Module):
         self.decoder_bias = jnp.zeros(c.vocab) if c.bias else None
         self.activation = c.activation
 
-    def __call__(
-        self, hidden: Float[Array, "T embed"], words: Embedding
-    ) -> Float[Array, "T vocab"]:
+    def __call__(self, hidden: Float[Array, "T embed"], words: Words) -> Float[Array, "T vocab"]:
         return self.readout(hidden, words).logits()
 
-    def readout(self, hidden: Float[Array, "T embed"], words: Embedding) -> Readout:
+    def readout(self, hidden: Float[Array, "T embed"], words: Words) -> Readout:
         """The same, with no logit computed yet."""
         act = ACTIVATIONS[self.activation]
         x = self.norm(act(affine("te,ef->tf", hidden, self.weight, self.bias)))
         if self.decoder is None:
-            return Readout(x, words.table, self.decoder_bias, tied=True)
-        return Readout(x, self.decoder, self.decoder_bias)
+            return Readout(x, words.table, self.decoder_bias, tied=True, gate=words.gate)
+        return Readout(x, self.decoder, self.decoder_bias, gate=words.gate)
 
 
 class BERT(eqx.Module):
@@ -153,7 +152,7 @@ class BERT(eqx.Module):
         output.mlm_logits                                                     # [B, T, vocab]
     """
 
-    embedding: Embedding
+    embedding: Words
     token_type: Embedding
     position: Embedding
     embedding_norm: Norm | None
@@ -170,7 +169,7 @@ class BERT(eqx.Module):
     def __init__(self, config: BERTConfig, *, key: PRNGKeyArray):
         c = config
         k_word, k_type, k_position, k_blocks, k_pooler, k_mlm, k_nsp = jax.random.split(key, 7)
-        self.embedding = Embedding(c.vocab, c.embed, key=k_word)
+        self.embedding = Words(c.vocab, c.embed, key=k_word)
         self.token_type = Embedding(c.token_types, c.embed, axis="token_types", key=k_type)
         self.position = Embedding(c.positions, c.embed, axis="positions", key=k_position)
 

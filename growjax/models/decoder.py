@@ -30,7 +30,6 @@ from growjax.nn import (
     Block,
     Body,
     Cache,
-    Embedding,
     ExpertBody,
     LongRotary,
     Norm,
@@ -38,6 +37,7 @@ from growjax.nn import (
     Rotary,
     Scaling,
     Stacked,
+    Words,
     causal,
     check_sequence,
     empty_cache,
@@ -187,7 +187,7 @@ class Decoder(eqx.Module):
         logits = jax.vmap(Decoder(config, key=jax.random.key(0)))(tokens)                 # [B, T, vocab]
     """
 
-    embedding: Embedding
+    embedding: Words
     rotary: Rotary
     blocks: Stacked[Block]
     norm: Norm
@@ -202,7 +202,7 @@ class Decoder(eqx.Module):
     def __init__(self, config: DecoderConfig, *, key: PRNGKeyArray):
         c = config
         k_embed, k_blocks, k_head = jax.random.split(key, 3)
-        self.embedding = Embedding(c.vocab, c.embed, key=k_embed)
+        self.embedding = Words(c.vocab, c.embed, key=k_embed)
 
         def block(key):
             return make_block(
@@ -330,7 +330,14 @@ class Decoder(eqx.Module):
     ) -> Readout:
         x, tied = self.norm(x), self.head is None
         weight = self.embedding.table if self.head is None else self.head
-        return Readout(x, weight, tied=tied, auxiliary=auxiliary, cap=self.logit_cap)
+        return Readout(
+            x,
+            weight,
+            tied=tied,
+            auxiliary=auxiliary,
+            cap=self.logit_cap,
+            gate=self.embedding.gate,
+        )
 
 
 def sights(config: DecoderConfig) -> tuple[list[Rotary], list[int], list[int | None]]:

@@ -34,6 +34,7 @@ from growjax.nn import (
     Readout,
     Rotary,
     Stacked,
+    Words,
     causal,
     check_sequence,
     empty_cache,
@@ -101,7 +102,7 @@ class GPT(eqx.Module):
         logits = jax.vmap(model)(tokens)          # tokens [B, T]
     """
 
-    embedding: Embedding
+    embedding: Words
     position: Embedding | None
     rotary: Rotary | None
     blocks: Stacked[Block]
@@ -113,7 +114,7 @@ class GPT(eqx.Module):
     def __init__(self, config: GPTConfig, *, key: PRNGKeyArray):
         c = config
         k_embed, k_position, k_blocks, k_head = jax.random.split(key, 4)
-        self.embedding = Embedding(c.vocab, c.embed, key=k_embed)
+        self.embedding = Words(c.vocab, c.embed, key=k_embed)
         learned = c.position == "learned"
         self.position = (
             Embedding(c.positions, c.embed, axis="positions", key=k_position) if learned else None
@@ -225,5 +226,11 @@ class GPT(eqx.Module):
     ) -> Readout:
         x = self.norm(x)
         if self.head is None:
-            return Readout(x, self.embedding.table, tied=True, auxiliary=auxiliary)
-        return Readout(x, self.head, auxiliary=auxiliary)
+            return Readout(
+                x,
+                self.embedding.table,
+                tied=True,
+                gate=self.embedding.gate,
+                auxiliary=auxiliary,
+            )
+        return Readout(x, self.head, gate=self.embedding.gate, auxiliary=auxiliary)

@@ -17,12 +17,12 @@ from growjax.nn import (
     Block,
     Body,
     Cache,
-    Embedding,
     Mask,
     Norm,
     Readout,
     RelativeBias,
     Stacked,
+    Words,
     causal,
     check_sequence,
     empty_cache,
@@ -119,7 +119,7 @@ class T5(eqx.Module):
         logits = jax.vmap(model)(encoder_tokens, decoder_tokens)      # [B, S], [B, T]
     """
 
-    embedding: Embedding
+    embedding: Words
     encoder_bias: RelativeBias
     encoder: Stacked[Block]
     encoder_norm: Norm
@@ -165,7 +165,7 @@ class T5(eqx.Module):
             )
             return bias, Stacked(block, layers, axis=axis, remat=c.remat, key=k_blocks)
 
-        self.embedding = Embedding(c.vocab, c.embed, std=1.0, key=k_embed)
+        self.embedding = Words(c.vocab, c.embed, std=1.0, key=k_embed)
         self.encoder_bias, self.encoder = stack(
             c.encoder_layers, "encoder_layers", False, k_encoder
         )
@@ -275,8 +275,8 @@ class T5(eqx.Module):
         if self.output_scale is not None:
             x = x * jax.lax.stop_gradient(self.output_scale).astype(x.dtype)
         if self.head is None:
-            return Readout(x, self.embedding.table, tied=True)
-        return Readout(x, self.head)
+            return Readout(x, self.embedding.table, tied=True, gate=self.embedding.gate)
+        return Readout(x, self.head, gate=self.embedding.gate)
 
     def _embed(self, tokens: Int[Array, " n"]) -> Float[Array, "n embed"]:
         x = self.embedding(tokens)

@@ -14,6 +14,7 @@ from growjax.nn.bodies import Body as Body
 from growjax.nn.bodies import attend as attend
 from growjax.nn.embedding import Embedding as Embedding
 from growjax.nn.embedding import RelativeBias as RelativeBias
+from growjax.nn.embedding import Words as Words
 from growjax.nn.experts import ExpertBody as ExpertBody
 from growjax.nn.experts import Experts as Experts
 from growjax.nn.head import Readout as Readout

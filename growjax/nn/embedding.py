@@ -9,8 +9,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from growjax import axes
 from growjax.axes import param
 from growjax.errors import AxisError
+from growjax.gates import Gate
 from growjax.nn.bodies import LONG, Bias
 
 
@@ -46,6 +48,22 @@ class Embedding(eqx.Module):
         """Logits against every row, in float32 at least."""
         wide = jnp.promote_types(x.dtype, jnp.float32)
         return jnp.einsum("te,ve->tv", x, self.table.astype(x.dtype), preferred_element_type=wide)
+
+
+class Words(Embedding):
+    """The table of a vocabulary, with the gate of its words.
+
+    Rows are looked up whatever the gate is. A model gives it to its `Readout`, tied or not, which adds
+    its logarithm to the logits, so that new words have no probability at level 0.
+    """
+
+    gate: Gate | None = axes.gate("{axis}")
+
+    def __init__(
+        self, size: int, embed: int, *, axis: str = "vocab", std: float = 0.02, key: PRNGKeyArray
+    ):
+        super().__init__(size, embed, axis=axis, std=std, key=key)
+        self.gate = None
 
 
 class RelativeBias(eqx.Module):

@@ -6,6 +6,7 @@ are split and not words: every device then works on its own sequences, and on it
 splits the vocabulary. Cross-entropy has a gradient of its own, which goes over the logits once.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from growjax.errors import AxisError, raise_all
+from growjax.gates import Gate
 
 
 # From so many logits of one sequence on, they are computed in chunks: 32 MiB of them
@@ -37,6 +39,8 @@ class Readout(eqx.Module):
     - `auxiliary`: the auxiliary loss of the sequence, which training adds to its mean loss; None
       without any.
     - `cap`: if not None, logits are `cap * tanh(logits / cap)` (Gemma 2).
+    - `gate`: the gate of the words, or None. Level l multiplies the probability of a new word by l,
+      before all are normalised; at 0 the others are what they were, and such a target has no finite loss.
 
     Raises `AxisError` that lists every shape that does not fit.
 
@@ -51,6 +55,7 @@ class Readout(eqx.Module):
     tied: bool = eqx.field(static=True, default=False)
     auxiliary: Float[Array, ""] | None = None
     cap: float | None = eqx.field(static=True, default=None)
+    gate: Gate | None = None
 
     def __check_init__(self):
         shapes = {"hidden": (self.hidden, 2), "weight": (self.weight, 2), "bias": (self.bias, 1)}
@@ -82,7 +87,10 @@ class Readout(eqx.Module):
         weight = self.weight.astype(x.dtype)
         scores = jnp.einsum(equation, x, weight, preferred_element_type=wide)
         scores = scores if self.bias is None else scores + self.bias
-        return scores if self.cap is None else self.cap * jnp.tanh(scores / self.cap)
+        scores = scores if self.cap is None else self.cap * jnp.tanh(scores / self.cap)
+        if self.gate is None:
+            return scores
+        return scores + jnp.log(jax.lax.stop_gradient(self.gate.value)).astype(scores.dtype)
 
 
 def chunk_of(tokens: int, vocab: int) -> int:
@@ -118,7 +126,7 @@ def per_token(
 
     def of(hidden: Array, *rows: Any) -> Any:
         # The head is a constant of the loop: its gradient is a sum over chunks, in its own precision
-        part = Readout(hidden, readout.weight, readout.bias, tied=readout.tied, cap=readout.cap)
+        part = dataclasses.replace(readout, hidden=hidden)
         return function(part.logits(), *rows)
 
     if chunk >= tokens:

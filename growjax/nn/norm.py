@@ -60,6 +60,13 @@ class Norm(eqx.Module):
         self.gate, self.axis, self.side, self.born_eps = None, axis, side, eps
         self.plus_one = plus_one
 
+    def uncentred(self) -> "Norm":
+        """The same norm without its mean, for inputs whose mean is zero (`gj.growth.centred`)."""
+        new = object.__new__(type(self))
+        for name, value in {**vars(self), "centre": False}.items():
+            object.__setattr__(new, name, value)
+        return new
+
     @property
     def into(self) -> str:
         """The arrow before the axis in a spec."""

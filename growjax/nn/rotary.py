@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import equinox as eqx
 import jax
@@ -180,6 +180,27 @@ class Rotary(eqx.Module):
             raise AxisError(
                 f"head_dim: rotary positions turn pairs, so it must be even, got {self.freqs.shape[-1]}"
             )
+
+    def stretched(self, by: Any) -> "Rotary":
+        """The record of frequencies that `gj.growth.context` has lowered.
+
+        Raises `AxisError` if they were scaled before: files know one scaling.
+        """
+        if self.scaling is not None:
+            raise AxisError(
+                f"these frequencies are scaled already, by {self.scaling}; stretch the model that it was "
+                "before"
+            )
+        theta, scaling = self.theta, None
+        if by.how == "ntk":
+            size = self.freqs.shape[-1] if self.turned is None else self.turned
+            theta *= float(by.factor) ** (size / max(size - 2, 1))
+        elif by.how == "yarn":
+            scaling = RotaryScaling(float(by.factor), float(by.low), float(by.high), by.length)
+        else:
+            scaling = RotaryScaling(float(by.factor))
+        stretched = Rotary(self.freqs.shape[-1], theta, scaling, self.turned)
+        return eqx.tree_at(lambda rotary: rotary.freqs, stretched, self.freqs)
 
     def __call__(self, positions: Int[Array, " T"]) -> tuple[Array, Array]:
         """Cosines and sines `[T, head_dim]`, in float32 at least."""

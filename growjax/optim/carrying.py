@@ -205,6 +205,7 @@ def _jitted(op, leaves: list, model, key, optimizer, arrays: tuple[_ProbedArray,
                 arrays, restarts = _probed_arrays(optimizer, initial, shapes), True
             hops.append(_Hop(move, model, after, keep, arrays))
             model = after
+        model = atom.completed(model)
     params = partition(eqx.filter_eval_shape(lambda m: m, model))[0]
     own = _initial(optimizer, params)
     names = [cell.name for cell, _ in arrays]

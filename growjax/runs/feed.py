@@ -71,11 +71,12 @@ class CorpusFeed:
     validation: Corpus
 
     def __post_init__(self):
-        words, rows = self.training.vocabulary.size, self.plan.spans[-1].sizes.get("vocab")
+        # The corpus has its words from the first stage on, where the vocabulary is smallest
+        words, rows = self.training.vocabulary.size, self.plan.spans[0].sizes.get("vocab")
         if rows is not None and words > rows:
             raise DataError(
                 f"vocab: the tokenizer has {words} words and the model {rows}; give the model at "
-                "least as many"
+                "least as many, from its first stage on"
             )
         # A model's own axis of words may have any name, and its own loss any outputs
         outputs = _outputs(self.plan) if self.plan.loss is cross_entropy else None
@@ -129,8 +130,8 @@ class CorpusFeed:
 
 
 def _outputs(plan: Plan) -> int:
-    """The number of words that the logits of a plan's last model have, from shapes alone."""
-    span = plan.spans[-1]
+    """The number of words that the logits of a plan's first model have, from shapes alone."""
+    span = plan.spans[0]
     shapes = batch_shapes(span.objective, 1)
     example = {key: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for key, x in shapes.items()}
     return eqx.filter_eval_shape(predictions, span.model, example).shape[1]

@@ -57,8 +57,7 @@ from growjax.values import from_dict, to_dict
 OPERATORS = {
     "msg": growth.msg,
     "stack": growth.stack,
-    # Random shares, since copies with equal shares get equal gradients and never differ
-    "copy": functools.partial(growth.copy, shares="random"),
+    "copy": growth.copy,
     "zeros": growth.zeros,
     "expand": functools.partial(growth.stack, order="interleave", branch="zero"),
 }

@@ -1,0 +1,58 @@
+"""Warm starts: old weights, made smaller, in the corner of a new model (shrink, pad and perturb).
+
+Ash & Adams, "On Warm-Starting Neural Network Training", NeurIPS 2020; Mallik et al., "Warmstarting for
+Scaling Language Models", 2024; Samragh et al., "When is warmstarting effective", 2026.
+"""
+
+from typing import Annotated, ClassVar
+
+import equinox as eqx
+import numpy as np
+
+from growjax import values
+from growjax.algebra import NONE, AxisMap
+from growjax.axes import Axes
+from growjax.growth.finishes import Blend
+from growjax.growth.operator import Exactness, Operator, frozen_sizes, resolve
+
+
+@values.register
+class Warm(Operator):
+    """Shrunk old weights in a new model; see `warm`."""
+
+    sizes: tuple[tuple[str, int], ...] = eqx.field(static=True)
+    shrink: Annotated[float, values.ranged(0, 1)] = eqx.field(static=True, default=0.4)
+    perturb: Annotated[float, values.at_least(0)] = eqx.field(static=True, default=1.0)
+    exactness: ClassVar[Exactness] = "approximate"
+
+    def maps(self, axes: Axes) -> list[AxisMap]:
+        """One map for every axis that grows, and one for some axis of every leaf that does not."""
+        wanted = resolve(axes, dict(self.sizes))
+        order = list(wanted)
+        for slot in axes.of_kind("param"):
+            named = [dim.axis for part in slot.parts for dim in part.dims if not dim.literal]
+            if slot.arrays() and slot.init == "normal" and not set(named) & set(order):
+                order.append(named[0])
+        moves = []
+        for axis in order:
+            old, index = axes.size(axis), np.arange(wanted.get(axis, axes.size(axis)))
+            source = np.where(index < old, index, NONE)
+            finish = Blend(self.shrink, self.perturb, tuple(order))
+            moves.append(AxisMap(axis, source, init="born", finish=finish))
+        return moves
+
+
+def warm(*, shrink: float = 0.4, perturb: float = 1.0, **sizes: int) -> Warm:
+    """Start a larger model from a smaller one: `shrink * old + perturb * new`, entry by entry.
+
+    Old matrices and tables stand in the corner of the new ones, multiplied by `shrink`, and a draw of a
+    new model (variance 1 / fan-in) is added to all entries. Gains and biases stay, and new ones are
+    those of a new model. The function is not kept; the warm start is meant for a new run (`gj.Plan` with
+    `start`, optimizer state anew), and helps most for a model twice the size. Without sizes the model
+    stays as large as it is: shrink and perturb.
+
+    **Example**
+
+        gj.warm(shrink=0.4, embed=512, heads=8, mlp=2048)     # from embed=256, heads=4, mlp=1024
+    """
+    return Warm(frozen_sizes(sizes), shrink, perturb)
