@@ -113,25 +113,40 @@ class Study:
 
     def report(self, results: Path) -> list[Row]:
         """Write summary, page and pictures next to a file of results; returns the summary."""
-        lines = read(results)
-        command = f"python -m experiments.{self.name}.run --size {results.stem}{self.flags(lines)}"
-        rows = [dataclasses.replace(row, command=command) for row in self.summarise(results, lines)]
-        write_summary(results.parent / "summary.json", rows)
-        page = self.page(results, lines, rows)
-        write_page(
-            results.parent / "report.html",
-            page.title,
-            page.plots,
-            answer=page.answer,
-            sections=page.sections,
-            notes=page.notes,
-        )
-        for name, figure in page.pictures.items():
-            # Where there is no page: on white, since the colours are those of a light page
-            with style():
-                path = results.parent / f"{name}.svg"
-                figure.savefig(path, facecolor="white", metadata={"Date": None})
-        return rows
+        flags = self.flags(read(results))
+        return write_report(self.name, results, self.summarise, self.page, flags)
+
+
+def write_report(
+    name: str,
+    results: Path,
+    summarise: Callable[[Path, Sequence[Line]], Sequence[Row]],
+    page: Callable[[Path, Sequence[Line], Sequence[Row]], Page],
+    flags: str = "",
+) -> list[Row]:
+    """Write summary, page and pictures of a study next to a file of results; returns the summary.
+
+    Arguments are as the fields of `Study`; `flags` are added to the command of every row.
+    """
+    lines = read(results)
+    command = f"python -m experiments.{name}.run --size {results.stem}{flags}"
+    rows = [dataclasses.replace(row, command=command) for row in summarise(results, lines)]
+    write_summary(results.parent / "summary.json", rows)
+    shown = page(results, lines, rows)
+    write_page(
+        results.parent / "report.html",
+        shown.title,
+        shown.plots,
+        answer=shown.answer,
+        sections=shown.sections,
+        notes=shown.notes,
+    )
+    for picture, figure in shown.pictures.items():
+        # Where there is no page: on white, since the colours are those of a light page
+        with style():
+            path = results.parent / f"{picture}.svg"
+            figure.savefig(path, facecolor="white", metadata={"Date": None})
+    return rows
 
 
 # Lines -------------------------------------------------------------------------------------------

@@ -107,9 +107,12 @@ class WindowFile:
 
     def add(self, key: Key, score: float, model: Any, windows: Mapping[str, np.ndarray]) -> None:
         """Judge a model by some windows and add its line. `score` is the score in its line of results."""
-        sums, counts = losses_by_window(model, windows).T
+        self.write(key, score, losses_by_window(model, windows), digest_of(windows))
+
+    def write(self, key: Key, score: float, pairs: np.ndarray, digest: str) -> None:
+        """Add a line of losses: `pairs` as `read` returns them, `digest` of their windows."""
+        sums, counts = pairs.T
         losses = np.divide(sums, counts, out=np.zeros(len(counts)), where=counts > 0)
-        digest = digest_of(windows)
         lines = []
         if all(line["windows"] != digest for line in self._lines()):
             lines.append(
