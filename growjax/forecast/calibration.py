@@ -72,7 +72,12 @@ def calibrate(
     for plan, feed in zip(plans, feeds or [None] * len(plans), strict=True):
         mesh = plan.layout.mesh(devices)
         programs = Programs(
-            plan.optimizer.build(), loss or plan.loss, mesh, plan.layout, plan.accumulate
+            plan.optimizer.build(),
+            loss or plan.loss,
+            mesh,
+            plan.layout,
+            plan.accumulate,
+            plan.transfer,
         )
         for op, step, span, i in _operations(plan, programs, timings):
             timing = _timed(step, warmup, steps, blocks)

@@ -273,7 +273,9 @@ def compile_for(
             if s.batch // plan.accumulate % ways
         ],
     )
-    programs = Programs(plan.optimizer.build(), plan.loss, mesh, layout, plan.accumulate)
+    programs = Programs(
+        plan.optimizer.build(), plan.loss, mesh, layout, plan.accumulate, plan.transfer
+    )
     device = DEVICES[target.partition(":")[0]]
     indices = range(len(plan.spans)) if stages is None else stages
     requested = [need for i in indices for need in needs(plan.spans[i], first=False)]

@@ -19,3 +19,4 @@ from growjax.optim.rules import rule as rule
 from growjax.optim.rules import schedule_free as schedule_free
 from growjax.optim.scale import scale_by_parameter as scale_by_parameter
 from growjax.optim.sophia import scale_by_sophia as scale_by_sophia
+from growjax.optim.transfer import Transfer as Transfer

@@ -26,12 +26,14 @@ from growjax.maps import fold_in_name
 from growjax.models.protocol import Config, kind_of
 from growjax.optim.divided import Division
 from growjax.optim.partwise import divided
+from growjax.optim.transfer import Transfer
 from growjax.parallel import Layout
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.plan.optimizer import Optimizer
 from growjax.plan.schedule import Rate, Warmup
 from growjax.plan.stages import Fork, Span, Stage, Start, Steps
 from growjax.plan.timeline import Era, timeline
+from growjax.plan.transfer import transfer_faults
 from growjax.subnet import PathSchedule
 from growjax.values import File, Name, Range, Size, check, positive, register, short
 
@@ -66,6 +68,7 @@ class Plan:
     - `start`: a trained model to start from, instead of a drawn one. Its shapes are compared with those
       of `model` before the first step; only the first stage's `grow` can make it larger.
     - `fork`: a run to go on from, with its whole state; the plan's first steps are those of that run.
+    - `transfer`: the model that the rate was tuned for, if it is to transfer over width and depth.
 
     Raises `PlanError` that lists every fault.
 
@@ -94,6 +97,7 @@ class Plan:
     start: Start | None = None
     loss: Loss = cross_entropy
     fork: Fork | None = None
+    transfer: Transfer | None = None
 
     def __post_init__(self):
         headline = f"plan {short(self.name)} cannot be run:"
@@ -211,6 +215,8 @@ def _warmup_cost(plan: Plan, warmup: Warmup) -> int:
 def birth(plan: Plan, seed: Any) -> Any:
     """The model before the first stage of a plan, drawn from this seed (a number or a tracer)."""
     model = plan.model.build(purpose_key(seed, "model"))
+    if plan.transfer is not None:
+        model = plan.transfer.born(model)
     # The growth of a trained model before this plan. Its parameters are read from `start.folder` later;
     # here it has the same shapes.
     for op in plan.start.operators if plan.start else ():
@@ -263,6 +269,8 @@ def _length_faults(plan: Plan) -> Iterator[str]:
             f"optimizer: {plan.optimizer.name} draws labels from the model's predictions, so it needs "
             "the loss cross_entropy, and not another"
         )
+    if plan.transfer is not None:
+        yield from transfer_faults(plan.transfer, plan.optimizer, plan.stages)
     if shares and (len(shares) < len(plan.stages) or abs(sum(shares) - 1) > 1e-6):
         yield f"stages: every one must have a share and all together 1, got {shares}"
 
@@ -314,6 +322,8 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
                 births, grown_at = births.grown(stage.grow, model), (*grown_at, start)
                 model = eqx.filter_eval_shape(stage.grow, model, key=plan.key("grow"))
             misfits = list(_shape_faults(plan, batch, objective, model))
+            if plan.transfer is not None:
+                misfits += [f"transfer: {fault}" for fault in plan.transfer.faults(model)]
             if not misfits and stage.objective is not None:
                 # Held-out losses are computed with the plan's own objective, at every stage
                 own = _shape_faults(plan, batch, plan.objective, model)

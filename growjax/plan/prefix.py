@@ -15,7 +15,7 @@ from growjax.values import to_dict
 # Fields of a plan that must not change at a fork: the state would not fit, or its costs not compare
 _STATE = ("model", "seed", "tokenizer", "objective", "clock")
 # Fields of a plan that may change at a fork
-_TRAINING = ("optimizer", "loss", "accumulate", "data")
+_TRAINING = ("optimizer", "transfer", "loss", "accumulate", "data")
 # Fields of a stage that do not change its steps: its name, its length, and those of the learning rate
 _LENGTHS = ("name", "tokens", "flops", "seconds", "share", "rewarm", "rewind")
 

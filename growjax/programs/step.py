@@ -31,6 +31,7 @@ from growjax.nn.place import Place, place_of, running_on
 from growjax.optim import Parts, carry, freeze
 from growjax.optim.divided import Division
 from growjax.optim.partwise import divided
+from growjax.optim.transfer import Transfer
 from growjax.parallel import (
     BATCH,
     Layout,
@@ -100,6 +101,7 @@ class Programs:
     - `optimizer`: the rule of one update, such as `Optimizer().build()`.
     - `loss`: (model, example) to losses and weights, such as `growjax.train.cross_entropy`.
     - `accumulate`: the number of parts in which a batch is computed, one after the other.
+    - `transfer`: the base of the learning rate, if it transfers over width and depth.
     """
 
     optimizer: Rule
@@ -107,6 +109,7 @@ class Programs:
     mesh: Mesh
     layout: Layout
     accumulate: int = 1
+    transfer: Transfer | None = None
 
     def state_of(self, model: Any) -> State:
         """The state that starts from a model: its two halves and a fresh optimizer."""
@@ -290,9 +293,14 @@ def _step(
         curvature = jax.lax.with_sharding_constraint(curvature, where)
     # The number of labels that `drawn_loss` draws: one at each position of weight 1
     labels = jnp.sum(batch["weights"])
-    update = programs.optimizer.update
+    rule = (
+        programs.optimizer
+        if programs.transfer is None
+        else programs.transfer.rule(programs.optimizer)
+    )
+    update = rule.update
     if work.parts is not None:
-        update = _parts_update(programs, work.parts, *growths, controls)
+        update = _parts_update(programs, rule, work.parts, *growths, controls)
     updates, optimizer = update(
         gradient,
         state.optimizer,
@@ -312,6 +320,7 @@ def _step(
 
 def _parts_update(
     programs: Programs,
+    rule: Rule,
     parts: Parts,
     births: Births | None,
     grown_at: tuple[int, ...],
@@ -323,9 +332,8 @@ def _parts_update(
     def time(slot: Slot, growth: int | None) -> Array:
         return controls.step - grown_at[-1 if growth is None else growth]
 
-    return functools.partial(
-        divided, programs.optimizer, programs.optimizer, Division(parts, births, time)
-    )
+    # Frozen entries are told by the optimizer itself, which `growjax.optim.probe` may have seen already
+    return functools.partial(divided, programs.optimizer, rule, Division(parts, births, time))
 
 
 def _chosen(

@@ -2,6 +2,7 @@
 
 from growjax.forecast.calibration import calibrate as calibrate
 from growjax.models.protocol import Model as Model
+from growjax.optim.transfer import Transfer as Transfer
 from growjax.parallel import Layout as Layout
 from growjax.plan.files import load_plan as load_plan
 from growjax.plan.files import save_plan as save_plan

@@ -85,7 +85,12 @@ def train(
         with contextlib.ExitStack() as stack:
             mesh = plan.layout.mesh(devices)
             programs = Programs(
-                plan.optimizer.build(), loss or plan.loss, mesh, plan.layout, plan.accumulate
+                plan.optimizer.build(),
+                loss or plan.loss,
+                mesh,
+                plan.layout,
+                plan.accumulate,
+                plan.transfer,
             )
             second = _second_model(plan, reference, programs)
             folder = None if run is None else Run(run)
