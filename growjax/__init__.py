@@ -78,6 +78,7 @@ from growjax.values import register as register
 
 
 if TYPE_CHECKING:
+    from growjax import advise as advise
     from growjax import budget as budget
     from growjax import cost as cost
     from growjax import data as data
@@ -100,7 +101,8 @@ __version__ = "0.1.0"
 
 # The names above that only a type checker has seen, and the module of each
 _ROOMS = (
-    "budget cost data evals forecast hf parallel plan programs report runs select testing train"
+    "advise budget cost data evals forecast hf parallel plan programs report runs select "
+    "testing train"
 )
 _LAZY = {name: f"growjax.{name}" for name in _ROOMS.split()}
 _PLANS = {"Plan": "growjax.plan", "Stage": "growjax.plan"}

@@ -341,10 +341,10 @@ TABLE = """
 @ seconds of training go back | train/stopwatch.py | faults | never_go_back
 - self.most = max(self.most, seconds)
 + self.most = seconds
-@ the rate of a transfer does not follow the depth | optim/transfer.py | transfer | multiples_of_a_decoder or with_multipliers
+@ a transfer's rate does not follow the depth | optim/transfer.py | transfer | multiples_of_a_decoder
 - return Multiples(init / depth, 1 / (width * depth))
 + return Multiples(init / depth, 1 / width)
-@ a transfer takes heads with a bias of positions for the stream | optim/transfer.py | transfer | own_depth
+@ a transfer takes heads with a bias for the stream | optim/transfer.py | transfer | own_depth
 - return table.is_stream(axis) and bool(table.normalised(axis))
 + return table.is_stream(axis)
 @ a transfer leaves the decay at the rate of the base | optim/transfer.py | transfer | with_multipliers
@@ -353,7 +353,16 @@ TABLE = """
 @ a plan's transfer is not used by its steps | programs/step.py | transfer | changes_no_bit
 - else programs.transfer.rule(programs.optimizer)
 + else programs.optimizer
-@ a plan's model is born without the multiples of its transfer | plan/plan.py | transfer | born_and_trained
+@ a model is born without the multiples of its transfer | plan/plan.py | transfer | born_and_trained
 - model = plan.transfer.born(model)
 + model = plan.transfer.born(model) if seed is None else model
+@ advice grows where it is not sure | advise.py | advise | kept_tokens_alone
+- return len(self.legs) > 1 and self.sure >= _SURE
++ return len(self.legs) > 1
+@ advice grows at any time | advise.py | advise | no_later
+- some = np.arange(_SHORTEST, int(latest * _PARTS) + 1, _SHORTEST)
++ some = np.arange(_SHORTEST, _PARTS + 1, _SHORTEST)
+@ retention is not counted from what a fresh model needs | advise.py | advise | retention_says
+- fresh + retention * (tokens - fresh)
++ fresh + retention * tokens
 """

@@ -30,7 +30,7 @@ LEVELS = [
     "certificate budget select state",
     "testing hf inference",
     "plan",
-    "programs",
+    "programs advise",
     "runs",
     "forecast",
     "train",
@@ -49,7 +49,7 @@ CORE = set(
 READERS = {"annotation", "trace"}
 
 # Rooms that only the rooms of this list import
-FRONT = set("hf plan programs runs forecast train evals report demo cli __main__".split())
+FRONT = set("hf plan advise programs runs forecast train evals report demo cli __main__".split())
 
 GLOSSARY = {
     "arm": "one way to train in a comparison: a plan, run with several seeds",

@@ -39,8 +39,9 @@ from experiments.text import Texts
 from experiments.windows import WindowFile
 from growjax.data import ByteTokenizer, Corpus
 from growjax.errors import DataError
-from growjax.report.rows import Answer, select
+from growjax.report.rows import Answer, read_summary, select
 from tests.runs import TEXT
+from tests.test_experiments_claims import claims_in, is_of
 
 
 SMALL = DESIGNS["small"]
@@ -383,3 +384,30 @@ def test_a_summary_of_no_lines_says_that_nothing_was_run():
     assert row.estimate is None and row.verdict == "not run yet"
     shown = page(Path("nowhere/small.jsonl"), [], rows)
     assert "trunks 0 of 66" in shown.answer[1] and "pilots 0 of 60" in shown.answer[1]
+
+
+# What is committed --------------------------------------------------------------------------------
+
+FOLDER = Path(__file__).parents[1] / "experiments" / "frontier"
+RESULTS = FOLDER / "results" / "small.jsonl"
+
+
+def test_the_committed_summary_is_that_of_the_committed_lines():
+    again = [dataclasses.replace(row, command="") for row in summarise(RESULTS, read(RESULTS))]
+    kept = read_summary(FOLDER / "results" / "summary.json")
+    assert [dataclasses.replace(row, command="") for row in kept] == again
+
+
+def test_the_readme_says_what_is_there():
+    lines, rows = read(RESULTS), read_summary(FOLDER / "results" / "summary.json")
+    text = " ".join((FOLDER / "README.md").read_text().split())
+    for sentence in page(RESULTS, lines, rows).answer:
+        assert sentence in text
+    # Each size of the ledger with its best setting so far, as a row of the table
+    for row in select(rows, Answer):
+        if row.question.startswith("setting of"):
+            setting, _, state = row.verdict.partition(": ")
+            size = row.question.removeprefix("setting of fixed-")
+            assert f"| {size} | {setting} | {row.estimate:.3f} | {state} |" in text
+    claims = claims_in(text.partition("## What was seen")[2])
+    assert not [claim for claim in claims if not is_of(claim, rows)]

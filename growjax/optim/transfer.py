@@ -128,7 +128,11 @@ class Transfer:
         return updated
 
     def rule(self, rule: Rule) -> Rule:
-        """The rule with every leaf at its own rate and decay; its state is the same."""
+        """The rule with every leaf at its own rate and decay; its state is the same.
+
+        Weights have to be decayed by `growjax.optim.decayed_weights`, as the optimizers of plans do: any
+        other decay stays that of the base.
+        """
         return rule._replace(update=self.updating(rule.update))
 
     def faults(self, model: Any) -> Iterator[str]:
