@@ -163,7 +163,7 @@ TABLE = """
 @ annotated dimensions are read anew | annotation/checked.py | inferred_sizes | grows_exactly
 - for leaf, d, at, dim, node in self.parts:
 + for leaf, d, at, dim, node in self._parts():
-@ constants of a fill follow the model | certificate.py | certify | double_precision
+@ constants of a fill follow the model | certificate/measured.py | certify | double_precision
 - normal = lambda: offset + spread * jax.random.normal(key, shape, jnp.float32)  # noqa: E731
 + normal = lambda: offset + spread * jax.random.normal(key, shape)  # noqa: E731
 @ gains of 1 + w are scaled from zero | maps.py | decoder | gemma-copy
