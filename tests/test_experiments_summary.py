@@ -281,7 +281,7 @@ def test_an_arm_with_fewer_seeds_is_compared_over_those():
     (row,) = summarise(NTNG, runs)
     assert row.seeds == 2 and row.estimate == pytest.approx(-1.0)
     assert row.verdict == "too few seeds"
-    assert [arm.name for arm in summary._whole(arms_of(runs), "AdamW")] == ["AdamW"]
+    assert [arm.name for arm in summary._with_every_seed(arms_of(runs), "AdamW")] == ["AdamW"]
 
 
 def test_runs_are_charged_by_the_clocks_of_the_study_and_by_those_in_its_folder(tmp_path):
