@@ -186,7 +186,9 @@ def test_every_model_has_the_loss_of_its_logits(name):
     """Through every kind of objective, with gates closed, halfway and open."""
     make, objective, op = MODELS[name]
     example = example_of(objective)
-    grown = gj.grow(op, make(jax.random.key(0)), key=jax.random.key(1))
+    # One program: eagerly, each draw and move of a leaf would compile its own
+    draw = lambda: gj.grow(op, make(jax.random.key(0)), key=jax.random.key(1))  # noqa: E731
+    grown = eqx.filter_jit(draw)()
 
     @eqx.filter_jit
     def gradients(model, level):
