@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from growjax import axes
@@ -274,7 +274,7 @@ class _Weights(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def expert_feed_forward(x, chosen, mix, weights, activation, body, placement):
     """The outputs of the chosen experts, added up with the weights `mix`: `[T, embed]`."""
-    dense = functools.partial(_dense, activation, placement)
+    dense = functools.partial(_dense, activation)
     ragged = functools.partial(_ragged, activation, placement)
     if body == "gathered":
         return _gathered(activation, x, chosen, mix, weights)
@@ -283,8 +283,11 @@ def expert_feed_forward(x, chosen, mix, weights, activation, body, placement):
     return jax.lax.platform_dependent(x, chosen, mix, weights, cpu=dense, default=ragged)
 
 
-def _dense(activation, placement, x, chosen, mix, weights):
-    """All experts on all tokens. Weights multiply the hidden units, so the sum is one product."""
+def _dense(activation, x, chosen, mix, weights):
+    """All experts on all tokens. Weights multiply the hidden units, so the sum is one product.
+
+    Where devices share the experts, the compiler chooses what they exchange.
+    """
     act, count = ACTIVATIONS[activation], weights.up.shape[0]
     # [T, experts]: the weight of every expert, 0 where it is not chosen
     spread = jnp.sum(jax.nn.one_hot(chosen, count, dtype=mix.dtype) * mix[..., None], axis=-2)
@@ -295,10 +298,6 @@ def _dense(activation, placement, x, chosen, mix, weights):
         h = act(h)
     else:
         h = act(jnp.einsum("te,xem->xtm", x, weights.glu)) * h
-    if placement is not None and placement.size("experts") > 1:
-        # Each device computes its own experts, for the tokens of all that share the experts
-        own = PartitionSpec("experts", PartitionSpec.UNCONSTRAINED, PartitionSpec.UNCONSTRAINED)
-        h = jax.lax.with_sharding_constraint(h, NamedSharding(placement.mesh, own))
     y = jnp.einsum("xtm,xme->te", h * spread.T[..., None], weights.down)
     if weights.down_bias is not None:
         y = y + jnp.einsum("tx,xe->te", spread, weights.down_bias)
