@@ -383,7 +383,7 @@ def test_a_summary_of_no_lines_says_that_nothing_was_run():
     (row,) = (row for row in rows if row.question == PRIMARY)
     assert row.estimate is None and row.verdict == "not run yet"
     shown = page(Path("nowhere/small.jsonl"), [], rows)
-    assert "trunks 0 of 66" in shown.answer[1] and "pilots 0 of 60" in shown.answer[1]
+    assert "trunks: 0 of 66" in shown.answer[1] and "pilots: 0 of 60" in shown.answer[1]
 
 
 # What is committed --------------------------------------------------------------------------------
