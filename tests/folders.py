@@ -43,7 +43,7 @@ def _llama(**changes: Any) -> LlamaConfig:
 
 
 GEMMA3 = DecoderConfig(
-    **LLAMA | dict(layers=3),
+    **{**LLAMA, "layers": 3},
     placement="both",
     plus_one=True,
     qk_norm="head",
@@ -54,7 +54,7 @@ GEMMA3 = DecoderConfig(
     tied=True,
 )
 NEOX = DecoderConfig(
-    **LLAMA | dict(heads=2, kv_heads=2),
+    **{**LLAMA, "heads": 2, "kv_heads": 2},
     norm="layer",
     parallel=True,
     bias=True,

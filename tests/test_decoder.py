@@ -195,13 +195,13 @@ def test_long_sequences_have_frequencies_of_their_own():
 
 
 def test_choices_that_do_not_fit_are_listed():
-    wrong = dict(turned=3, pattern=(Sight(),) * 5)
+    wrong: dict[str, Any] = dict(turned=3, pattern=(Sight(),) * 5)
     with pytest.raises(AxisError) as caught:
         DecoderConfig(**SIZES | wrong)
     for message in ("pattern: expected at most 4", "turned: expected an even number"):
         assert message in str(caught.value)
     with pytest.raises(AxisError, match="a divisor for each of the 1 pairs"):
-        DecoderConfig(**SIZES | dict(turned=2, pattern=(Sight(scaling=LONG),)))
+        DecoderConfig(**{**SIZES, "turned": 2, "pattern": (Sight(scaling=LONG),)})
     with pytest.raises(AxisError, match="expected equally many, got 1 and 2"):
         LongRotary((1.0,), (1.0, 2.0), length=8)
 
