@@ -13,6 +13,7 @@ import growjax as gj
 from growjax import growth, testing
 from growjax.axes import axes_of, partition
 from growjax.errors import GrowthError, StateError
+from growjax.growth.births import MIXED
 from growjax.nn import Attention
 from growjax.optim import carry
 from growjax.values import from_dict, to_dict
@@ -73,7 +74,7 @@ def test_queries_that_come_together_keep_their_births():
     after = births.grown(gj.growth.pool(kv_heads=2), wide)
     assert after.of["kv_heads"].tolist() == [0, 1] and after.of["group"].tolist() == [0, 0]
     merged = births.grown(gj.growth.pool(kv_heads=1), wide)
-    assert merged.of["kv_heads"].tolist() == [gj.growth.births.MIXED]
+    assert merged.of["kv_heads"].tolist() == [MIXED]
     after.check(eqx.filter_eval_shape(gj.growth.pool(kv_heads=2), wide))
 
 
