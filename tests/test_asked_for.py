@@ -133,7 +133,8 @@ def test_only_some_entries_of_an_array_train():
     tx = optim.parts(inner, old=0.0)
     op = gj.chain(gj.zeros(mlp=6), gj.stack(layers=3))
     state = gj.carry(op, tx.init(small), small, optimizer=tx, key=KEY)
-    start = big = op(small, key=KEY)
+    start = op(small, key=KEY)
+    big: Any = start
     new = gj.new(op, small)
     for _ in range(10):
         updates, state = tx.update(gradient(big), state, big)
@@ -264,7 +265,8 @@ def test_the_rate_warms_up_again_for_all_or_for_the_new_part():
 def test_one_transition_goes_deep_and_wide_and_keeps_all_else():
     """marin PR #7838, #7836: identity layers and width at once, with moments, average and data offset."""
     small, tx = tiny(), optax.adam(1e-2)
-    state = tx.update(gradient(small), tx.init(small), small)[1]
+    weights: Any = small
+    state: Any = tx.update(gradient(small), tx.init(weights), weights)[1]
     op = gj.chain(gj.stack(layers=(0, *[1] * 7), branch="zero"), gj.zeros(mlp=6))
     before = gj.State(small, state, average=small, cursor=17)
     after = gj.grow(op, before, optimizer=tx, key=KEY)

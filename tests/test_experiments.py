@@ -20,7 +20,7 @@ from experiments.summary import cost_on
 from experiments.text import BETWEEN, Texts, load_texts
 from experiments.training import Cell, Trainer
 from experiments.windows import WindowFile
-from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op, save_clock
+from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op, decayed, save_clock
 from growjax.data import MLM, ByteTokenizer, Corpus, SpanCorruption
 from growjax.errors import DataError
 from growjax.models import BERTConfig
@@ -254,7 +254,9 @@ def test_a_search_tries_the_next_growth_of_every_dimension_at_the_same_cost():
     step = max(max(span.costs) for plan in plans for span in plan.spans)
     assert max(p.cost for p in plans) - min(p.cost for p in plans) <= 3 * step
     assert [p.spans[-1].sizes["layers"] for p in plans] == [2, 1, 1]
-    assert [len(p.spans) for p in plans] == [3, 3, 2] and all(p.rate.decayed for p in plans)
+    assert [len(p.spans) for p in plans] == [3, 3, 2] and all(
+        decayed(p.learning_rate(p.cost), p.rate.peak) for p in plans
+    )
 
 
 def test_no_train_no_gain_charges_the_papers_clock():

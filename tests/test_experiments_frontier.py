@@ -360,7 +360,8 @@ def test_the_primary_question_is_answered_on_fresh_seeds(tmp_path, gain, said):
     assert picked is not None
     for forecast in picked if gain is not None else ():
         for seed in SMALL.fresh:
-            below = gain if forecast.growing is not None else 0.1 * (forecast.arm == "fixed-4x32")
+            below: float = gain or 0.0
+            below = below if forecast.growing is not None else 0.1 * (forecast.arm == "fixed-4x32")
             score = 1.5 - below + 0.01 * rng.normal()
             lines.append(
                 run_line(forecast.arm, 64, seed, score, 1.0, piece="held-out", stage_tokens=[0])

@@ -36,7 +36,7 @@ ENCODER = {
     "blocks.*.attention": "embed -> heads 3 head_dim",
     "blocks.*.mlp": "embed -> mlp -> embed",
 }
-LAYERS = {"stacks": {"blocks": "layers"}}
+LAYERS: dict[str, Any] = {"stacks": {"blocks": "layers"}}
 # The model, a batch, what a person would annotate, and an operator for it
 ZOO = {
     "tower": (

@@ -175,7 +175,9 @@ def test_a_certificate_holds_the_bound_against_the_users_own_loss():
     op = gj.vocabulary(OLD + 9)
     model = TIED.model()
     certificate = gj.certify(op, model, TIED.batch(), key=KEY, loss=loss)
-    assert 0 < certificate.forward[-1].loss <= op.bound(axes_of(model))
+    rise = certificate.forward[-1].loss
+    bound = op.bound(axes_of(model))
+    assert rise is not None and bound is not None and 0 < rise <= bound
     assert certificate.axes == {"vocab": (11, 20)} and certificate.dead["vocab"][0] == 0
 
 
@@ -188,7 +190,8 @@ def test_new_words_start_their_moments_anew_and_old_ones_keep_theirs():
     with jax.enable_x64(True):
         model = UNTIED.model()
         trained = partition(model)[0]
-        state: Any = tx.init(trained)._replace(trace=trained)
+        state: Any = tx.init(trained)
+        state = state._replace(trace=trained)
         moved = carry(gj.vocabulary(9, used=7), state, model, optimizer=tx).trace.head
     expected = np.asarray(model.head).copy()
     expected[:, 7:9] = 0

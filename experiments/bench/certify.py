@@ -104,7 +104,7 @@ def measure(name: str) -> dict:
     (model, batch), op = make(), operator()
     programs: list[str] = []
 
-    def listen(event: str, seconds: float, **_) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == COMPILED:
             programs.append(event)
 

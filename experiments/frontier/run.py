@@ -151,7 +151,7 @@ def run(
 
 def _runs(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, tuple[Piece, ...]]]:
     """Pieces in their order; those of trees together, since they share their runs."""
-    of_trees = tuple(p for p in pieces if p not in ("ledger", "held-out"))
+    of_trees: tuple[Piece, ...] = tuple(p for p in pieces if p not in ("ledger", "held-out"))
     if "ledger" in pieces:
         yield "ledger", ("ledger",)
     if of_trees:

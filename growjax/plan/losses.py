@@ -14,10 +14,7 @@ from growjax.values import register
 
 # The loss at each of T positions, in nats, and the weight of each; and where the model has one, the
 # auxiliary loss of the example: training adds it to the weighted mean, evaluation leaves it out
-Losses = (
-    tuple[Float[Array, " T"], Float[Array, " T"]]
-    | tuple[Float[Array, " T"], Float[Array, " T"], Float[Array, ""]]
-)
+Losses = tuple[Float[Array, "..."], ...]
 # (model, one example) -> its losses
 Loss = Callable[[Any, Mapping[str, Array]], Losses]
 
