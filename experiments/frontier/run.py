@@ -27,6 +27,7 @@ from growjax.report.rows import Row
 
 Piece = Literal["ledger", "trunks", "pilots", "family", "held-out"]
 PIECES: tuple[Piece, ...] = ("ledger", "trunks", "pilots", "family", "held-out")
+TREES: tuple[Piece, ...] = ("trunks", "pilots", "family")
 
 
 def ledger(shared: Shared, results: Path, console: Console, sizes: Sequence[str] = ()) -> None:
@@ -151,11 +152,11 @@ def run(
 
 def _runs(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, tuple[Piece, ...]]]:
     """Pieces in their order; those of trees together, since they share their runs."""
-    of_trees: tuple[Piece, ...] = tuple(p for p in pieces if p not in ("ledger", "held-out"))
+    of_trees: list[Piece] = [p for p in TREES if p in pieces]
     if "ledger" in pieces:
         yield "ledger", ("ledger",)
     if of_trees:
-        yield of_trees[0], of_trees
+        yield of_trees[0], tuple(of_trees)
     if "held-out" in pieces:
         yield "held-out", ("held-out",)
 
