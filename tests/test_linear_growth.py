@@ -351,7 +351,8 @@ class Heated(eqx.Module):
 def test_the_state_of_a_scalar_stays_as_it_is(tx):
     model = Heated(jnp.ones((3, 4)), jnp.ones((4, 2)), jnp.float32(2.0))
     state = jax.tree.map(lambda x: x + 3, tx.init(model))
-    before, after = state[0], carry(gj.copy(mlp=8), state, model, optimizer=tx, key=KEY)[0]
+    copy = gj.copy(mlp=8, shares="equal")
+    before, after = state[0], carry(copy, state, model, optimizer=tx, key=KEY)[0]
     assert float(after.mu.heat) == float(before.mu.heat) == 3
     np.testing.assert_array_equal(after.mu.up, np.full((3, 8), 1.5, np.float32))
     np.testing.assert_array_equal(after.mu.down, np.full((8, 2), 3.0, np.float32))
