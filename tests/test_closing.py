@@ -67,6 +67,20 @@ def last_state(block, x):
     return jax.lax.scan(step, jnp.zeros(x.shape[1]), x)[1] + block.branch(x)
 
 
+def old_states(block, x):
+    """The stream is replaced by the states alone, so no expression of the branch is beside them."""
+
+    def step(h, row):
+        return jnp.tanh(0.5 * h + row), h
+
+    return jax.lax.scan(step, jnp.zeros(x.shape[1]), x + block.branch(x))[1]
+
+
+def exchanged(block, image):
+    """Rows and columns of a square image change places."""
+    return image.swapaxes(0, 1) + jnp.tanh(image @ block.up) @ block.down
+
+
 CLOSED: dict[str, Callable] = {
     "residual": lambda b, x: x + b.branch(x),
     "difference": lambda b, x: x - b.branch(x),
@@ -96,6 +110,8 @@ OPEN: dict[str, Callable] = {
     "chosen": lambda b, x: jnp.where(x > 0, x + b.branch(x), b.branch(x)),
     "turned": lambda b, x: x[::-1] + b.branch(x),
     "states of a scan": last_state,
+    "states alone": old_states,
+    "exchanged": exchanged,
 }
 SPECS = {
     "into": "features -> embed",
@@ -106,6 +122,7 @@ SPECS = {
     "head": "embed -> out",
 }
 X = zoo.normal((2, 3, 3))
+IMAGES = zoo.normal((2, 3, 3, 3))
 
 
 class Listed(eqx.Module):
@@ -151,18 +168,19 @@ def annotated(kind: type, run: Callable, **options: Any) -> Any:
 DEEPER = gj.stack(layers=3, branch="zero")
 
 
-def keeps_the_function(model) -> bool:
+def keeps_the_function(model, batch=X) -> bool:
     """Whether a third layer without producers of the stream changes the outputs, as a number."""
     move = gj.AxisMap("layers", [0, 1, 1], share=np.array([1.0, 1.0, 0.0]))
     run = jax.jit(jax.vmap(lambda x: (model(x), maps.apply(move, model, None)(x))))
-    return bool(np.allclose(*run(X), rtol=1e-12, atol=1e-12))
+    return bool(np.allclose(*run(batch), rtol=1e-12, atol=1e-12))
 
 
 @pytest.mark.parametrize("kind", [Listed, Scanned])
 @pytest.mark.parametrize("name", [*CLOSED, *OPEN])
 def test_zeros_are_refused_wherever_they_would_change_the_function(kind, name):
-    model = annotated(kind, {**CLOSED, **OPEN}[name], example=X)
-    assert keeps_the_function(model) == (name in CLOSED)
+    batch = IMAGES if name == "exchanged" else X
+    model = annotated(kind, {**CLOSED, **OPEN}[name], example=batch)
+    assert keeps_the_function(model, batch) == (name in CLOSED)
     if name in CLOSED:
         assert axes_of(model).closings["layers", "embed"] == ""
         assert gj.sizes(eqx.filter_eval_shape(DEEPER, model))["layers"] == 3
@@ -170,7 +188,7 @@ def test_zeros_are_refused_wherever_they_would_change_the_function(kind, name):
     with pytest.raises(GrowthError, match="blocks of 'layers' are not the identity when their"):
         DEEPER(model)
     with pytest.raises(AxisError, match="gates: a block of 'layers' is not the identity"):
-        annotated(kind, OPEN[name], example=X, gates=["layers"])
+        annotated(kind, OPEN[name], example=batch, gates=["layers"])
 
 
 def test_what_stays_in_a_block_is_named():
