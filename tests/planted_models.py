@@ -85,7 +85,22 @@ TABLE = """
 + whole = number(("loop", inner), start)
 @ moved entries count as the stream | trace/expressions.py | closing | would_change
 - return op.ins[0].shape == op.outs[0].shape and moved == left and op.name != "update"
-+ return op.ins[0].shape == op.outs[0].shape
++ return op.ins[0].shape == op.outs[0].shape and op.name != "update"
+@ a row that is written over counts as the stream | trace/expressions.py | closing | are_read
+- return op.ins[0].shape == op.outs[0].shape and moved == left and op.name != "update"
++ return op.ins[0].shape == op.outs[0].shape and moved == left
+@ zeros stay zeros whatever is padded or written in | trace/expressions.py | closing | would_change
+- filled = beside[:1] not in ([], [ZERO])
++ filled = False
+@ indices are no zeros | trace/expressions.py | closing | are_read
+- filled = beside[:1] not in ([], [ZERO])
++ filled = any(beside)
+@ what is written in has no number | trace/expressions.py | closing | are_read
+- self.expressions.number(key, (*ins, *beside)) if same is None else same
++ self.expressions.number(key, (*ins,)) if same is None else same
+@ zeros of the program stay zeros when padded | trace/shapes.py | closing | would_change
+- out.zero = all(v.zero for v in (*ins, *filling))
++ out.zero = all(v.zero for v in ins)
 @ only the first case of a branch is read | trace/walk.py | closing | would_change
 - chosen += self._elementwise("add", cases, "cond")
 + chosen += cases[:1]

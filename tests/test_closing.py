@@ -48,6 +48,16 @@ def centred(x):
     return x - 0.5 * x.mean(0)
 
 
+def later(x, first):
+    """`x` a step later; `first` stands in front."""
+    return jnp.pad(x[:-1], ((1, 0), (0, 0)), constant_values=first)
+
+
+def second(x, row):
+    """`x` with another second row."""
+    return jax.lax.dynamic_update_slice(x, row, (1, 0))
+
+
 def recurrent(block, x):
     """The branch is a scan over time; its carry starts from zeros in every block."""
 
@@ -91,6 +101,7 @@ CLOSED: dict[str, Callable] = {
     "either branch": lambda b, x: jax.lax.cond(
         jnp.asarray(True), lambda: x + b.branch(x), lambda: x + 2 * b.branch(x)
     ),
+    "later": lambda b, x: x + later(b.branch(x), 0),
     "same shape": lambda b, x: x.reshape(x.shape).astype(x.dtype) + b.branch(x),
 }
 OPEN: dict[str, Callable] = {
@@ -112,6 +123,17 @@ OPEN: dict[str, Callable] = {
     "states of a scan": last_state,
     "states alone": old_states,
     "exchanged": exchanged,
+    "padded with ones": lambda b, x: x + later(b.branch(x), 1),
+    "zeros padded with ones": lambda b, x: x + later(jnp.zeros_like(x), 1) + b.branch(x),
+}
+# Without vmap, which writes slices by another operation
+WRITTEN: dict[str, Callable] = {
+    "branch": lambda b, x: x + second(b.branch(x), 2 * b.branch(x)[:1]),
+    "over the stream": lambda b, x: second(x, jnp.ones_like(x[:1])) + b.branch(x),
+    "stream into ones": lambda b, x: second(
+        jnp.ones_like(x), 2 * x[1:2] + jnp.tanh(x[1:2] @ b.up) @ b.down
+    ),
+    "stream into zeros": lambda b, x: x + second(jnp.zeros_like(x), x[:1]) + b.branch(x),
 }
 SPECS = {
     "into": "features -> embed",
@@ -189,6 +211,16 @@ def test_zeros_are_refused_wherever_they_would_change_the_function(kind, name):
         DEEPER(model)
     with pytest.raises(AxisError, match="gates: a block of 'layers' is not the identity"):
         annotated(kind, OPEN[name], example=batch, gates=["layers"])
+
+
+@pytest.mark.parametrize("kind", [Listed, Scanned])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_rows_that_a_block_writes_are_read(kind, name):
+    first = {"example": X, "forward": lambda model, batch: model(batch[0])}
+    model = annotated(kind, WRITTEN[name], **first)
+    closed = name == "branch"
+    assert keeps_the_function(model) == closed
+    assert (axes_of(model).closings["layers", "embed"] == "") == closed
 
 
 def test_what_stays_in_a_block_is_named():

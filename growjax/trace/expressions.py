@@ -147,8 +147,8 @@ class _Reading:
         return end + len(carries)
 
     def _read(self, op: Op) -> None:
-        ins = [self.of(value) for value in op.ins]
-        same = self._simplified(op, ins)
+        ins, beside = [[self.of(value) for value in values] for values in (op.ins, op.beside)]
+        same = self._simplified(op, ins, beside)
         groups = tuple(
             (self.of(k) if isinstance(k, Value) else k, _tuple(dims), _tuple(outs), shift)
             for k, dims, outs, shift in op.groups
@@ -162,12 +162,14 @@ class _Reading:
         for n, out in enumerate(op.outs):
             key = ("operation", n, out.shape, *how.values())
             self.numbers[id(out)] = (
-                self.expressions.number(key, tuple(ins)) if same is None else same
+                self.expressions.number(key, (*ins, *beside)) if same is None else same
             )
 
-    def _simplified(self, op: Op, ins: Sequence[int]) -> int | None:
+    def _simplified(self, op: Op, ins: Sequence[int], beside: Sequence[int]) -> int | None:
         """The number of a result that is zero, or that is one of the operands; None for any other."""
         zeros = [number == ZERO for number in ins]
+        # Zeros are none any more where others are padded or written in; behind those stand indices
+        filled = beside[:1] not in ([], [ZERO])
         if op.kind in ("mul", "dot") and any(zeros):
             return ZERO
         if op.kind == "div" and zeros[:1] == [True]:
@@ -175,7 +177,7 @@ class _Reading:
         power = isinstance(op.kind, tuple) and op.kind[1] > 0
         kept = op.kind == "bent" and op.name in _KEEP_ZERO
         linear = op.kind in ("shape", "add", "same", "sum", "extreme")
-        if ins and all(zeros) and (power or kept or linear):
+        if ins and all(zeros) and not filled and (power or kept or linear):
             return ZERO
         if not op.outs:
             return None

@@ -7,10 +7,13 @@ from growjax.trace.dims import Node, cut, factored, product, total, unify
 from growjax.trace.values import Op, Value
 
 
-def moved(walk, ins, out: Value, groups, name) -> list[Value]:
-    """Write an operation that moves the entries of `ins` to `out` by `groups`; its results."""
-    out.zero = all(v.zero for v in ins)
-    return walk.write(Op("shape", ins, [out], groups, name=name))
+def moved(walk, ins, out: Value, groups, name, filling=()) -> list[Value]:
+    """Write an operation that moves the entries of `ins` to `out` by `groups`; its results.
+
+    Where no entry of `ins` comes to stand, those of `filling` do.
+    """
+    out.zero = all(v.zero for v in (*ins, *filling))
+    return walk.write(Op("shape", ins, [out], groups, name=name, beside=filling))
 
 
 def _broadcast_in_dim(walk, params, ins, shapes):
@@ -144,7 +147,7 @@ def _pad(walk, params, ins, shapes):
             groups.append((0, [d], [d], low))
         else:
             out.append(other(node, shapes[0][d], "pads or crops it"))
-    return moved(walk, ins[:1], Value(out), groups, "pad")
+    return moved(walk, ins[:1], Value(out), groups, "pad", ins[1:])
 
 
 def _gather(walk, params, ins, shapes):
@@ -197,12 +200,8 @@ def _dynamic_update_slice(walk, params, ins, shapes):
             unify(a, b)
         else:
             other(a, 1, "writes a window of it")
-    return _elementwise_free(walk, x, new)
-
-
-def _elementwise_free(walk, x: Value, new: Value) -> list[Value]:
     walk.write(Op("equal", [x, new], [], name="update"))
-    return walk.write(Op("shape", [x], [Value(x.nodes)], _same(x), name="update"))
+    return walk.write(Op("shape", [x], [Value(x.nodes)], _same(x), name="update", beside=ins[1:]))
 
 
 def _scatter_add(walk, params, ins, shapes):
@@ -218,7 +217,7 @@ def _scatter_add(walk, params, ins, shapes):
     for d in how.inserted_window_dims:
         other(x.nodes[d], 1, "writes single entries of it")
     outs = [Value(x.nodes)]
-    return walk.write(Op("opaque", [x, new], outs, name="scatter"))
+    return walk.write(Op("opaque", [x, new], outs, name="scatter", beside=[ids]))
 
 
 def _same(value: Value) -> list[tuple[int, list[int], list[int], int]]:

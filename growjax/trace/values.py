@@ -34,8 +34,12 @@ class Op:
     - `"sum"`, `"extreme"`: reductions; `groups` as for shape, `pairs` of `(dimension, None)`;
     - `"equal"`: both values are one (a loop's carry);
     - `"opaque"`: nothing is known of the result but its dimensions.
+
+    `beside` are operands that decide on entries of the result and give it no dimensions: first the
+    entries that are padded or written in, then indices.
     """
 
-    def __init__(self, kind, ins, outs, groups=(), pairs=(), name=""):
+    def __init__(self, kind, ins, outs, groups=(), pairs=(), name="", beside=()):
         self.kind, self.ins, self.outs = kind, list(ins), list(outs)
         self.groups, self.pairs, self.name = list(groups), list(pairs), name
+        self.beside = list(beside)
