@@ -29,6 +29,9 @@ CACHE = pathlib.Path(__file__).parents[1] / ".cache" / f"jax-{version('jaxlib')}
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Of processes with several devices: each device waits in a collective on a thread of a shared pool. With
+# a thread a core, all threads may wait for a device that has none, until XLA ends the process.
+SEVERAL_DEVICES = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "32"}
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

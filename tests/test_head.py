@@ -27,6 +27,7 @@ from growjax.nn import Readout, cross_entropies, per_token
 from growjax.nn.head import CHUNK, LARGE, MOST, chunk_of
 from growjax.plan.losses import cross_entropy, drawn_loss
 from tests import own
+from tests.conftest import SEVERAL_DEVICES
 from tests.runs import SMALL, plan, steps
 
 
@@ -295,7 +296,7 @@ def layouts():
     """Losses under every layout, in a process that has eight devices."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.hosts", "heads"],
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, **SEVERAL_DEVICES, "JAX_NUM_CPU_DEVICES": "8"},
         cwd=Path(gj.__file__).parents[1],
         capture_output=True,
         text=True,

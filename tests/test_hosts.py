@@ -17,7 +17,7 @@ import growjax as gj
 
 
 ROOT = Path(gj.__file__).parents[1]
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = {**os.environ, **SEVERAL_DEVICES}
 # A program for CPUs of several processes, once it is loaded from the cache, ends them all (JAX 0.10)
 UNCACHED = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 

@@ -23,7 +23,7 @@ from growjax.models import GPTConfig
 from growjax.nn import Attention, Mask, RelativeBias, attend
 from growjax.nn.place import Place, current, place_of, running_on
 from growjax.parallel import Layout
-from tests.conftest import DEEP
+from tests.conftest import DEEP, SEVERAL_DEVICES
 from tests.runs import plan, steps
 
 
@@ -108,7 +108,7 @@ def test_kernels_are_split_over_devices():
     """Under every layout of eight devices: the same values, and no array is gathered for the kernel."""
     child = subprocess.run(
         [sys.executable, "-m", "tests.hosts", "kernels"],
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "8"},
+        env={**os.environ, **SEVERAL_DEVICES, "JAX_NUM_CPU_DEVICES": "8"},
         capture_output=True,
         text=True,
         check=False,

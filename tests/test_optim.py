@@ -278,7 +278,7 @@ NAMED = optax.named_chain(("ema", optax.trace(0.9)), ("mom", optax.scale_by_rms(
     ids=["adamax", "trace of rms", "rms", "ema of adam", "named trace", "named rms of it"],
 )
 def test_copies_of_a_producer_take_the_power_of_their_share_that_a_fresh_run_takes(tx, pick, power):
-    model, op = mlp(), gj.copy(mlp=8)
+    model, op = mlp(), gj.copy(mlp=8, shares="equal")
     _, state = updates(tx, tx.init(trained(model)), trained(model), 3)
     found = pick(gj.carry(op, state, model, optimizer=tx))
     old = np.asarray(pick(state).up)
@@ -364,7 +364,7 @@ def test_carried_moments_are_those_that_the_grown_model_would_have(tx):
 
 
 def test_copies_may_start_from_zero_and_young():
-    model, op, tx = mlp(), gj.copy(mlp=7), optim.scale_by_adam()
+    model, op, tx = mlp(), gj.copy(mlp=7, shares="equal"), optim.scale_by_adam()
     state = settled_in(tx, trained(model))
     dual, zero = (gj.carry(op, state, model, optimizer=tx, copies=how) for how in ("dual", "zero"))
     share = np.array([0.5, 0.5, 0.5, 1, 0.5, 0.5, 0.5], np.float32)

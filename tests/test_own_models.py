@@ -29,6 +29,7 @@ from growjax.runs.checkpoint import read_lineage
 from growjax.runs.lineage import load_model
 from growjax.train import Growth, Options, Step, read_journal
 from tests import own
+from tests.conftest import SEVERAL_DEVICES
 from tests.runs import feed, losses, plan, same, steps
 
 
@@ -351,7 +352,7 @@ def layouts():
     """The losses of every plan under its layouts, in a process that has eight devices."""
     told = subprocess.run(
         [sys.executable, "-m", "tests.hosts", "own"],
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, **SEVERAL_DEVICES, "JAX_NUM_CPU_DEVICES": "8"},
         cwd=ROOT,
         capture_output=True,
         text=True,

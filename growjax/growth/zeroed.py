@@ -57,10 +57,15 @@ class Zeros(Operator):
 def _biases(axes: Axes, axis: str) -> list[str]:
     """Biases of RMS norms over an axis."""
     rms = {slot.steps[:-1] for slot in axes.of_kind("buffer") if axis in slot.spec.means}
+    vectors = [
+        slot
+        for slot in axes.having(axis, "param")
+        if slot.arrays() and [d.axis for d in slot.dims if d.role != "stack"] == [axis]
+    ]
     return [
         slot.path
-        for slot in axes.having(axis, "param")
-        if slot.arrays() and slot.steps[:-1] in rms and not any(d.normalised for d in slot.dims)
+        for slot in vectors
+        if slot.steps[:-1] in rms and not any(d.normalised for d in slot.dims)
     ]
 
 
