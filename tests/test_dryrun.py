@@ -13,7 +13,7 @@ from rich.console import Console
 import growjax as gj
 from growjax.cost import parameters
 from growjax.data import MLM, UL2, Causal
-from growjax.errors import LayoutError, PlanError
+from growjax.errors import LayoutError, PlanError, StateError
 from growjax.forecast import dryrun as module
 from growjax.forecast.dryrun import amount, dry_run
 from growjax.forecast.memory import remedies, residual_bytes, usage
@@ -22,9 +22,9 @@ from growjax.forecast.xla import xla_training_flops
 from growjax.models import BERTConfig, LlamaConfig, T5Config
 from growjax.plan.stages import step_flops
 from growjax.programs.ahead import Need
-from growjax.train import Layout, Optimizer, Plan
+from growjax.train import Layout, Optimizer, Plan, train
 from growjax.train.commands import show_plan
-from tests.runs import SMALL, every_kind, plan, steps
+from tests.runs import SMALL, every_kind, feed, plan, steps
 
 
 BERT_SMALL = BERTConfig(layers=3, embed=16, heads=2, head_dim=8, mlp=32, vocab=384, positions=16)
@@ -247,3 +247,17 @@ def test_xla_counts_long_sequences_with_all_scores():
     model = eqx.filter_eval_shape(lambda: gj.models.GPT(config, key=jax.random.key(0)))
     counted = step_flops(model, Causal(256), 1)
     assert counted == pytest.approx(xla_training_flops(model, Causal(256)), rel=1e-4)
+
+
+def test_optimizer_state_that_cannot_follow_is_refused_before_the_run(tmp_path):
+    """And not by a run that gets to the growth, after all steps of the stages before."""
+
+    def grown(carry: Any) -> Plan:
+        return plan(steps(1), steps(1, "wide", grow=gj.copy(mlp=32, noise=0.1), carry=carry))
+
+    (refusal,) = dry_run(grown("dual")).refusals
+    assert refusal.startswith("stage 1 'wide': carry='dual': ") and "carry='reset'" in refusal
+    assert "copies are read with different noise" in refusal
+    with pytest.raises(StateError, match=r"cannot be trained to its end:\n.*stage 1 'wide'"):
+        next(iter(train(grown("dual"), feed(grown("dual")))))
+    assert not dry_run(grown("reset")).refusals

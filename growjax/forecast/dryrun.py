@@ -19,7 +19,7 @@ from growjax.optim import Parts
 from growjax.parallel import per_device_bytes, row_axes, row_parts, unsplit
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span, Work, step_flops
-from growjax.programs.step import Programs
+from growjax.programs.step import Programs, carry_faults
 from growjax.subnet import Coins
 
 
@@ -149,7 +149,7 @@ def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:
         refusals += _split_faults(plan, mesh)
     full = [_full_flops(plan, span) for span in plan.spans]
     stages = tuple(_facts(plan, span, n, mesh) for span, n in zip(plan.spans, full, strict=True))
-    refusals += _disagreements(stages)
+    refusals += [*_disagreements(stages), *carry_faults(plan)]
     if plan.start is not None:
         # Reading checkpoints imports Orbax, which takes a second
         from growjax.runs.start import start_faults

@@ -86,7 +86,8 @@ class Context(Operator):
         faults = []
         if self.how == "yarn" and self.length is None:
             faults.append("length: YaRN needs the context that the model was trained with")
-        if not self.low < self.high:
+        numbers = values.fits(float, self.low) and values.fits(float, self.high)
+        if numbers and not self.low < self.high:
             faults.append(f"low, high: expected a low below the high, got {self.low}, {self.high}")
         values.check(self, GrowthError, "this context cannot be reached:", faults)
 

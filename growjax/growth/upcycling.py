@@ -182,6 +182,7 @@ class Upcycle(Operator):
     z_loss_coef: Annotated[float, values.at_least(0)] = eqx.field(static=True, default=0.001)
 
     def __check_init__(self):
+        values.check(self, GrowthError)
         faults = []
         if self.per_token > self.number:
             faults.append(

@@ -11,7 +11,7 @@ Each is written for one global batch and one whole model.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -23,6 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from growjax.axes import Slot, partition
+from growjax.errors import StateError
 from growjax.gates import opened, ungated
 from growjax.growth import Births, Chain, Operator
 from growjax.maps import fold_in_name
@@ -45,7 +46,7 @@ from growjax.parallel import (
 )
 from growjax.plan.losses import Loss, drawn_loss, objective
 from growjax.plan.optimizer import Rule
-from growjax.plan.plan import purpose_key
+from growjax.plan.plan import Plan, purpose_key
 from growjax.plan.stages import Carry, Work
 from growjax.select import Selector
 from growjax.subnet import step_key
@@ -442,6 +443,35 @@ def _grow(
     )
     trained, rest = partition(grown)
     return State(trained, rest, optimizer)
+
+
+def carry_faults(plan: Plan) -> Iterator[str]:
+    """Growths of a plan that its optimizer's state cannot follow, found from shapes alone.
+
+    A run would meet the `StateError` of `gj.carry` only when it gets there, after all stages before.
+    """
+    rule = plan.optimizer.build()
+    before = [plan.origin, *(span.model for span in plan.spans)]
+    for model, span in zip(before, plan.spans, strict=False):
+        op, carried = span.stage.grow, span.stage.carry
+        if op is None or carried == "reset":
+            continue
+        model = ungated(model)
+        follow = functools.partial(_followed, op, rule, copies=carried)
+        try:
+            eqx.filter_eval_shape(follow, model, purpose_key(plan.seed, "grow"))
+        except StateError as error:
+            indented = str(error).replace("\n", "\n    ")
+            yield (
+                f"stage {span.index} {span.stage.name!r}: carry={carried!r}: {indented}\n"
+                "    In a plan, carry='reset' starts all of the optimizer state anew"
+            )
+
+
+def _followed(op: Operator, rule: Rule, model: Any, key: Any, *, copies: Carry) -> Any:
+    """A fresh optimizer state of a model, carried through an operator."""
+    state = rule.init(partition(model)[0])
+    return carry(op, state, model, optimizer=rule, key=key, copies=copies)
 
 
 def _evaluate(programs: Programs, state: State, batch: Mapping[str, Array], level: Array):

@@ -18,12 +18,13 @@ import jax
 import numpy as np
 
 from growjax.axes import sizes
+from growjax.errors import StateError, raise_all
 from growjax.gates import opened, ungated
 from growjax.parallel import from_host
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span
 from growjax.programs.ahead import Ahead, Need
-from growjax.programs.step import Controls, Programs, State
+from growjax.programs.step import Controls, Programs, State, carry_faults
 from growjax.runs import hosts
 from growjax.runs.doing import Doing
 from growjax.runs.feed import Feed
@@ -82,6 +83,10 @@ class Session:
             with self.doing("looking for a checkpoint" if last is None else f"restoring {last}"):
                 with self.stopwatch.apart("birth"):
                     resumed = self.saves.resume(self.programs, self.feed.digest)
+        if resumed is None:
+            # Before the first step, and not after all those of the stages before a growth
+            headline = f"plan {self.plan.name!r} cannot be trained to its end:"
+            raise_all(StateError, headline, list(carry_faults(self.plan)))
         if resumed is not None:
             self._continue(resumed)
         elif self.plan.fork is not None:

@@ -238,10 +238,12 @@ def fits(hint: Any, value: Any) -> bool:
 
 def _finite(number: Any) -> bool:
     try:
-        return math.isfinite(number)
+        finite = math.isfinite(number)
     except OverflowError:
         # An integer too large for a float
         return False
+    # A file holds integers of at most 64 bits, in the field of a float as well
+    return finite and not (isinstance(number, numbers.Integral) and abs(int(number)) >= _WHOLE)
 
 
 def _is_class(hint: Any) -> bool:
