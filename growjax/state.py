@@ -15,11 +15,10 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from growjax import growth, maps
-from growjax.algebra import WEIGHT
 from growjax.axes import Slot, axes_of, get, partition, put
 from growjax.errors import StateError, raise_all
 from growjax.growth import Births, Operator, atoms
-from growjax.optim.carrying import carry
+from growjax.optim.carrying import carry, finishes, moved_average
 from growjax.optim.cells import alike
 
 
@@ -202,12 +201,18 @@ def _averaged(op: Operator, model: Any, trained: Any, halves: list[Any], key: An
                     values[i] = {slot.steps: get(moved, slot.steps) for slot in _params(after)}
                 model = after
                 continue
-            for slot in _params(model):
-                if slot.positions(move.axis):
-                    fresh = get(after, slot.steps)
-                    for average in values:
-                        average[slot.steps] = maps.carry_array(
-                            move, table, slot, average[slot.steps], WEIGHT, fresh=fresh
+            for average in values:
+                # A finish (a shrink, a gain) changes old coordinates of the weights, and of an average
+                moved = maps.apply(move, put(model, average), key) if finishes(move) else None
+                for slot in _params(model):
+                    if slot.positions(move.axis):
+                        average[slot.steps] = moved_average(
+                            move,
+                            table,
+                            slot,
+                            average[slot.steps],
+                            fresh=get(after, slot.steps),
+                            moved=None if moved is None else get(moved, slot.steps),
                         )
             model = after
         model = atom.completed(model)

@@ -1,5 +1,6 @@
 """Births of coordinates, masks of what is new, and a whole training state that grows in one call."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -301,3 +302,19 @@ def test_a_state_that_cannot_grow_says_all_that_is_wrong():
     other = Births.original(gj.grow(op, model, key=KEY))
     with pytest.raises(StateError, match="mlp: 4 births, 3 coordinates"):
         gj.grow(op, gj.State(model, births=other), key=KEY)
+
+
+@pytest.mark.parametrize("op", [gj.warm(mlp=5, perturb=0.0), gj.copy(mlp=6, noise=0.1)])
+def test_averages_are_finished_as_weights_are(op):
+    """A shrink, a gain or noise is no part of the gather: without it an average is of another model."""
+    model = started(RULES["sgd"]).model
+    grown = gj.grow(op, gj.State(model, average=model), key=KEY)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, gj.partition(grown.average)[0], gj.partition(grown.model)[0])
+
+    def update(updates, state, params):
+        return updates, jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, state, params)
+
+    tx = optax.GradientTransformation(lambda params: params, update)
+    carried = gj.carry(op, gj.partition(model)[0], model, optimizer=tx, key=KEY)
+    jax.tree.map(close, carried, gj.partition(grown.model)[0])

@@ -292,6 +292,9 @@ def test_operators_of_experts_are_read_back_from_json_and_from_their_text(op):
             "(?s)5 experts are no whole groups.*3 experts a token are no whole groups",
         ),
         (lambda: gj.upcycle(experts=4, drop=1.5), "drop: "),
+        (lambda: gj.upcycle(experts=4, granularity="2"), "granularity: expected a positive"),  # type: ignore[arg-type]
+        (lambda: gj.growth.context(2.0, length=8, low="x"), "low: expected a positive number"),  # type: ignore[arg-type]
+        (lambda: gj.warm(perturb=10**30), "perturb: "),
         (lambda: gj.experts(4, per_token="scaled"), "behind a gate keep per_token"),
         (lambda: gj.experts(4, noise=0.1), "noise: is for copies without a gate"),
         (lambda: gj.experts(4, gated=False, init="normal"), "init: new experts without a gate"),

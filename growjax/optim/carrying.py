@@ -1,6 +1,7 @@
 """Growth of optimizer state: every array moves by the scaling law that a probe measures."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +13,7 @@ from jaxtyping import PRNGKeyArray
 
 from growjax import algebra, maps
 from growjax.algebra import WEIGHT, AxisMap, Law
-from growjax.axes import Axes, Slot, axes_of, partition
+from growjax.axes import Axes, Slot, axes_of, get, partition, put
 from growjax.errors import StateError, expect_one_of, raise_all
 from growjax.growth.births import dealt_births, moved_births
 from growjax.growth.operator import Chain, Operator, atoms
@@ -189,6 +190,7 @@ class _Hop(NamedTuple):
     after: Any
     keep: bool
     arrays: tuple[_ProbedArray, ...]
+    key: PRNGKeyArray | None
 
 
 @eqx.filter_jit
@@ -203,7 +205,7 @@ def _jitted(op, leaves: list, model, key, optimizer, arrays: tuple[_ProbedArray,
                 shapes = eqx.filter_eval_shape(lambda m: m, after)
                 initial = _initial(optimizer, partition(shapes)[0])
                 arrays, restarts = _probed_arrays(optimizer, initial, shapes), True
-            hops.append(_Hop(move, model, after, keep, arrays))
+            hops.append(_Hop(move, model, after, keep, arrays, key))
             model = after
         model = atom.completed(model)
     params = partition(eqx.filter_eval_shape(lambda m: m, model))[0]
@@ -372,17 +374,49 @@ def _carried(leaves: list, arrays: tuple[_ProbedArray, ...], hop: _Hop, optimize
             copies, fresh = hop.keep or average, traits.initial
             if fresh is None and _has_young(hop.move, slot, traits.law, copies):
                 fresh = _started(optimizer, hop.after)[i]
-            leaf = maps.carry_array(
-                hop.move,
-                table,
-                slot,
-                leaf,
-                traits.law,
-                fresh=0 if fresh is None else fresh,
-                copies=copies,
-            )
+            fresh = 0 if fresh is None else fresh
+            if average and finishes(hop.move):
+                moved = _finished(hop, slot, leaf)
+                leaf = moved_average(hop.move, table, slot, leaf, fresh=fresh, moved=moved)
+            else:
+                leaf = maps.carry_array(
+                    hop.move, table, slot, leaf, traits.law, fresh=fresh, copies=copies
+                )
         carried.append(leaf)
     return carried
+
+
+def finishes(move: AxisMap) -> bool:
+    """Whether a map does more to a parameter than to gather, multiply and fill it."""
+    return move.finish is not None or type(move).finished is not AxisMap.finished
+
+
+def moved_average(
+    move: AxisMap, table: Axes, slot: Slot, average: Any, *, fresh: Any, moved: Any = None
+) -> Any:
+    """An average of a parameter after a map: `fresh` where it starts anew, the map elsewhere.
+
+    `moved` is what the map makes of an average in the parameter's place. It is needed where the map
+    `finishes`: a shrink or a gain changes the old coordinates of the weights, and so of their average.
+    """
+    gather = functools.partial(maps.carry_array, move, table, slot, law=WEIGHT)
+    if moved is None:
+        return gather(average, fresh=fresh)
+    if not np.ndim(fresh):
+        return moved
+    started = gather(jnp.zeros_like(average), fresh=jnp.ones(fresh.shape, average.dtype))
+    return jnp.where(started == 1, fresh, moved)
+
+
+def _finished(hop: _Hop, slot: Slot, average: Any) -> Any:
+    """What the map of a hop makes of an average in its parameter's place."""
+
+    def concrete(x):
+        # Only this parameter is read, but a map is applied to a model of arrays
+        return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+    model = put(jax.tree.map(concrete, hop.before), {slot.steps: average})
+    return get(maps.apply(hop.move, model, hop.key), slot.steps)
 
 
 def _restarted(leaves: list, before: tuple[_ProbedArray, ...], hop: _Hop, optimizer: Any) -> list:
