@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import growjax as gj
+from tests.conftest import SEVERAL_DEVICES
 
 
 ROOT = Path(gj.__file__).parents[1]
