@@ -379,6 +379,15 @@ def advise(
         faults.append(f"retention: expected shares from 0 to 1, got {tuple(retention)}")
     if not 0 <= latest <= 1:
         faults.append(f"latest: expected a share of the cost, got {latest!r}")
+    if draws < 1:
+        faults.append(f"draws: expected one or more, got {draws!r}")
+    if not 0 < confidence < 1:
+        faults.append(f"confidence: expected a share between 0 and 1, got {confidence!r}")
+    faults += [
+        f"sizes: {size}: expected a positive number of parameters and cost of a token"
+        for size in sizes
+        if not all(math.isfinite(x) and x > 0 for x in (size.parameters, size.token_cost))
+    ]
     raise_all(BudgetError, "there is nothing to advise:", faults)
     law, rho = fit(endings), float(np.mean(retention))
     fixed = [(Leg(size, 1.0, budget / size.token_cost),) for size in sizes]

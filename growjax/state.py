@@ -134,6 +134,9 @@ def _grown_state(op, state: State, key, donate: bool, optimizer, copies) -> Any:
 
 
 def _faults(state: State, optimizer: Any) -> Iterator[str]:
+    if not isinstance(state.births, Births):
+        kind = type(state.births).__name__
+        yield f"births: expected gj.Births, got a {kind}; leave them out for a new model"
     if state.opt_state is not None and optimizer is None:
         yield "optimizer: expected the transformation that made opt_state, got None"
     if state.opt_state is None and optimizer is not None:

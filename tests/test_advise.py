@@ -157,6 +157,8 @@ def test_on_the_committed_runs_it_says_not_to_grow(budget, best):
 def test_faults_are_listed():
     with pytest.raises(BudgetError, match=r"(?s)sizes: two.*budget: .*retention: .*latest: "):
         advise(endings(), [SIZES[0]] * 2, -1.0, retention=(1.5,), latest=2.0)
+    with pytest.raises(BudgetError, match=r"(?s)draws: .*confidence: .*sizes: .*cost of a token"):
+        advise(endings(), [Size("free", 1000, 0.0)], 1.0, draws=0, confidence=1.5)
     with pytest.raises(BudgetError, match="two sizes or more"):
         fit(endings()[:12])
     with pytest.raises(BudgetError, match="positive, finite"):

@@ -318,3 +318,11 @@ def test_averages_are_finished_as_weights_are(op):
     tx = optax.GradientTransformation(lambda params: params, update)
     carried = gj.carry(op, gj.partition(model)[0], model, optimizer=tx, key=KEY)
     jax.tree.map(close, carried, gj.partition(grown.model)[0])
+
+
+@pytest.mark.parametrize("key", [0, "a", jax.random.split(jax.random.key(0), 2), jnp.zeros(2)])
+def test_what_is_no_key_is_refused(key):
+    with pytest.raises(GrowthError, match="key: expected one key"):
+        gj.grow(gj.msg(mlp=4), layers(), key=key)
+    with pytest.raises(StateError, match="births: expected gj.Births"):
+        gj.grow(gj.msg(mlp=4), gj.State(layers(), births=3), key=KEY)  # type: ignore[arg-type]

@@ -261,3 +261,9 @@ def test_optimizer_state_that_cannot_follow_is_refused_before_the_run(tmp_path):
     with pytest.raises(StateError, match=r"cannot be trained to its end:\n.*stage 1 'wide'"):
         next(iter(train(grown("dual"), feed(grown("dual")))))
     assert not dry_run(grown("reset")).refusals
+
+
+@pytest.mark.parametrize("devices", [0, -3])
+def test_a_number_of_devices_is_positive(devices):
+    with pytest.raises(LayoutError, match="devices: expected a positive number"):
+        dry_run(plan(steps(1)), devices=devices)

@@ -139,6 +139,8 @@ def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:
         print(dry_run(plan, devices=256).stages[-1].optimizer_bytes)
     """
     layout = plan.layout
+    if devices is not None and devices < 1:
+        raise LayoutError(f"devices: expected a positive number, got {devices}")
     devices = devices or max(layout.data, 1) * layout.fsdp * layout.tensor * layout.experts
     mesh, refusals = None, []
     try:

@@ -142,6 +142,18 @@ def _check_operator(op: Any) -> None:
         raise GrowthError(f"op: expected an operator such as gj.msg(mlp=2048), got {op!r}")
 
 
+def _check_key(key: Any) -> None:
+    """Refuse what is no single key, typed or raw; any JAX function would do so deep inside a map."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    raw = dtype is not None and dtype == jnp.uint32
+    if key is not None and not (typed and shape == () or raw and len(shape or ()) == 1):
+        raise GrowthError(
+            f"key: expected one key such as jax.random.key(0), got {values.short(key)}"
+            + (f" of shape {shape}; use jax.vmap for several" if typed else "")
+        )
+
+
 def atoms(op: Operator) -> tuple[Operator, ...]:
     """The single operators that a chain, or an operator, consists of."""
     return tuple(a for o in op.operators for a in atoms(o)) if isinstance(op, Chain) else (op,)
@@ -169,6 +181,7 @@ def grow(
         big = gj.grow(gj.msg(mlp=2048), small, key=jax.random.key(0))
     """
     _check_operator(op)
+    _check_key(key)
     abstract = Tracer | jax.ShapeDtypeStruct
     if any(isinstance(leaf, abstract) for leaf in jax.tree.leaves((model, key))):
         # Under a transformation no values can be checked, and no arrays shared or freed
