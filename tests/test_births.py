@@ -312,7 +312,7 @@ def test_averages_are_finished_as_weights_are(op):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, gj.partition(grown.average)[0], gj.partition(grown.model)[0])
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         return updates, jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, state, params)
 
     tx = optax.GradientTransformation(lambda params: params, update)

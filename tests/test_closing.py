@@ -250,6 +250,8 @@ def test_a_declared_residual_stack_is_closed_and_a_batch_checks_it():
         annotated(Listed, OPEN["factor"], residual=["layers"], example=X)
     with pytest.raises(AxisError, match="residual: expected the axis of a stack, got 'mlp'"):
         annotated(Listed, CLOSED["residual"], residual=["mlp"])
+    with pytest.raises(AxisError, match=r"residual: expected a list of axes, .*give \['layers'\]"):
+        annotated(Listed, CLOSED["residual"], residual="layers")
     with pytest.raises(GrowthError, match="produce 'mlp' are zero"):  # its stream is another one
         gj.stack(layers=3, branch="zero", stream="mlp")(model)
 

@@ -270,6 +270,10 @@ def annotate(
         for axis in gates
         if "stack" in table.roles(axis) and example is None and axis not in residual
     ]
+    if isinstance(residual, str):
+        # A string is a sequence too, of its letters
+        faults.append(f"residual: expected a list of axes, got {residual!r}; give [{residual!r}]")
+        residual = ()
     faults += [
         f"residual: expected the axis of a stack, got {axis!r}"
         for axis in residual

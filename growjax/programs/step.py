@@ -12,7 +12,7 @@ Each is written for one global batch and one whole model.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -468,7 +468,9 @@ def carry_faults(plan: Plan) -> Iterator[str]:
             )
 
 
-def _followed(op: Operator, rule: Rule, model: Any, key: Any, *, copies: Carry) -> Any:
+def _followed(
+    op: Operator, rule: Rule, model: Any, key: Any, *, copies: Literal["dual", "zero"]
+) -> Any:
     """A fresh optimizer state of a model, carried through an operator."""
     state = rule.init(partition(model)[0])
     return carry(op, state, model, optimizer=rule, key=key, copies=copies)
