@@ -334,12 +334,8 @@ TABLE = """
 - dataclasses.replace(t, law=WEIGHT) if i in inside else t
 + dataclasses.replace(t, law=FIRST) if i in inside else t
 @ averages of copies behind gates are blank | optim/carrying.py | optim | average_of_the_parameters
-- traits.law,
--                 fresh=0 if fresh is None else fresh,
--                 copies=copies,
-+ traits.law,
-+                 fresh=0 if fresh is None else fresh,
-+                 copies=hop.keep,
+- leaf, traits.law, fresh=fresh, copies=copies
++ leaf, traits.law, fresh=fresh, copies=hop.keep
 @ a wrong gradient passes | certificate/measured.py | certify | wrong_map
 - self.gradient <= 1e-10
 + self.gradient <= 1e10
@@ -444,8 +440,11 @@ TABLE = """
 - return xp.where(same, births.max(dim), xp.asarray(MIXED, births.dtype))
 + return births.max(dim)
 @ the average of a fresh coordinate is zero | state.py | births | own_weight
-- move, table, slot, average[slot.steps], WEIGHT, fresh=fresh
-+ move, table, slot, average[slot.steps], WEIGHT, fresh=0
+- fresh=get(after, slot.steps),
++ fresh=0 * get(after, slot.steps),
+@ averages miss what a finish does to old weights | optim/carrying.py | births | finished_as
+- return move.finish is not None or type(move)
++ return move is None or type(move)
 @ an average keeps its own buffers | state.py | births | own_weight
 - half if _is_half(node) else eqx.combine(half, rest)
 + half if _is_half(node) else eqx.combine(half, jax.tree.map(lambda x: 2 * x, rest))
