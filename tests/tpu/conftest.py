@@ -3,4 +3,6 @@
 import importlib.util
 
 
-collect_ignore = [] if importlib.util.find_spec("libtpu") else ["test_attention.py", "test_target.py"]
+collect_ignore = (
+    [] if importlib.util.find_spec("libtpu") else ["test_attention.py", "test_target.py"]
+)
