@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from growjax.trace.loops import scanned
+
 
 class Read(NamedTuple):
     """One read along one dimension of an array.
@@ -88,8 +90,8 @@ def _equation(eqn: Any, ins: list[_Lazy], made: list[Read]) -> list[_Lazy]:
         )
         return nothing
     if name == "scan":
-        fixed, first = ins[: params["num_consts"]], params["num_consts"] + params["num_carry"]
-        inner = [*fixed, *[_unknown] * params["num_carry"], *map(_row, ins[first:])]
+        fixed, starts, rows = scanned(params, ins)
+        inner = [*fixed, *[_unknown] * len(starts), *map(_row, rows)]
         _walk(params["jaxpr"].jaxpr, _constants(params["jaxpr"]), inner, made)
         return nothing
     if name == "cond":

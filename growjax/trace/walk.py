@@ -11,6 +11,7 @@ from jax.extend import core
 
 from growjax.trace import shapes
 from growjax.trace.dims import Node, factored, unify
+from growjax.trace.loops import scanned
 from growjax.trace.values import Op, Value
 
 
@@ -332,8 +333,8 @@ class Walk:
             self.write(Op("equal", [a, b], [], name="carry"))
 
     def _scan(self, params, ins, sizes):
-        consts, carries = params["num_consts"], params["num_carry"]
-        fixed, starts, rows = ins[:consts], ins[consts : consts + carries], ins[consts + carries :]
+        fixed, starts, rows = scanned(params, ins)
+        carries = len(starts)
         inner = self._carried(starts)
         lengths = [value.nodes[0] for value in rows]
         for node in lengths[1:]:
