@@ -341,9 +341,10 @@ def test_a_block_with_a_call_of_its_own_is_called():
         block = gj.nn.make_block(16, 2, 8, 8, experts=4, key=key)
         return Halved(**{f.name: getattr(block, f.name) for f in dataclasses.fields(block)})
 
-    blocks = gj.nn.Stacked(make, 1, key=jax.random.key(0))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16)), jnp.float32)
-    y, auxiliary = blocks.with_auxiliary(x)
-    one = jax.tree.map(lambda w: w[0] if eqx.is_array(w) else w, blocks.block)
-    assert auxiliary is None
-    np.testing.assert_allclose(y, one(x), rtol=1e-5, atol=1e-6)
+    with jax.enable_x64(True):
+        blocks = gj.nn.Stacked(make, 1, key=jax.random.key(0))
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16)))
+        y, auxiliary = blocks.with_auxiliary(x)
+        one = jax.tree.map(lambda w: w[0] if eqx.is_array(w) else w, blocks.block)
+        assert auxiliary is None and y.dtype == jnp.float64
+        np.testing.assert_allclose(y, one(x), rtol=1e-12, atol=1e-12)

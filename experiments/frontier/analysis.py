@@ -255,7 +255,7 @@ def forecasts(design: Design, index: Index) -> list[Forecast]:
     A fixed size goes on along its parabola. A grown arm keeps its distance, at the largest budget of the
     pilots, from the fixed size that it grows into.
     """
-    found: list[Forecast] = []
+    predicted: list[Forecast] = []
     goal = design.held_out * design.unit
     fixed: dict[Shape, tuple[float, ...]] = {}
     for shape in design.shapes:
@@ -263,7 +263,7 @@ def forecasts(design: Design, index: Index) -> list[Forecast]:
         values = tuple(fit.at(goal) for fit in fits if fit is not None)
         if len(values) == len(design.seeds) and _complete(design, index, shape):
             fixed[shape] = values
-            found.append(Forecast(fixed_name(shape), shape, None, 0.0, values))
+            predicted.append(Forecast(fixed_name(shape), shape, None, 0.0, values))
     last = design.pilots_at[-1]
     for growing in design.growings:
         for time in design.times:
@@ -276,8 +276,8 @@ def forecasts(design: Design, index: Index) -> list[Forecast]:
                 continue
             gaps = [a["score"] - b["score"] for a, b in pairs if a is not None and b is not None]
             values = tuple(f + gap for f, gap in zip(fixed[growing.large], gaps, strict=True))
-            found.append(Forecast(arm, growing.large, growing, time, values))
-    return found
+            predicted.append(Forecast(arm, growing.large, growing, time, values))
+    return predicted
 
 
 def _complete(design: Design, index: Index, shape: Shape) -> bool:
@@ -295,9 +295,9 @@ def chosen(design: Design, index: Index) -> list[Forecast] | None:
 
     None until every trunk and every pilot is there, so that nothing is chosen from a part of them.
     """
-    found = forecasts(design, index)
-    fixed = {f.shape: f for f in found if f.growing is None}
-    grown = [f for f in found if f.growing is not None]
+    predicted = forecasts(design, index)
+    fixed = {f.shape: f for f in predicted if f.growing is None}
+    grown = [f for f in predicted if f.growing is not None]
     if len(fixed) < len(design.shapes) or len(grown) < len(design.growings) * len(design.times):
         return None
     order = sorted(design.shapes, key=design.parameters)

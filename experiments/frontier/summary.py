@@ -156,15 +156,15 @@ def factor(design: Design, growing: Growing) -> str:
 def _retentions(design: Design, index: Index) -> Iterator[Answer]:
     values: dict[tuple[Growing, float, int], dict[int, Retention]] = {}
     for growing, time, budget in pilots(design):
-        found = {s: retention(design, index, growing, time, budget, s) for s in design.seeds}
-        there = {s: r for s, r in found.items() if r is not None}
-        if not there:
+        retained = {s: retention(design, index, growing, time, budget, s) for s in design.seeds}
+        measured = {s: r for s, r in retained.items() if r is not None}
+        if not measured:
             continue
-        known = {s: r for s, r in there.items() if r.kept is not None}
+        known = {s: r for s, r in measured.items() if r.kept is not None}
         values[growing, time, budget] = known
         arm, name = pilot_name(growing, time), budget_name(budget)
-        reasons = sorted({r.reason for r in there.values() if r.reason})
-        verdict = "; ".join([f"{len(known)} of {len(there)} seeds", *reasons])
+        reasons = sorted({r.reason for r in measured.values() if r.reason})
+        verdict = "; ".join([f"{len(known)} of {len(measured)} seeds", *reasons])
         for question, net in ((RHO, False), (NET, True)):
             each = [rho([r], net=net) for r in known.values()]
             yield _mean(question.format(arm), [x for x in each if x is not None], verdict, name)

@@ -69,5 +69,5 @@ def search(
 def settled(design: Design, lines: Iterable[Line]) -> Settings:
     """The tuned setting of each shape whose search is over."""
     losses = losses_of(lines)
-    found = {shape: search(design, shape, losses) for shape in design.shapes}
-    return {shape: best for shape, (best, missing) in found.items() if missing is None}
+    searches = {shape: search(design, shape, losses) for shape in design.shapes}
+    return {shape: best for shape, (best, missing) in searches.items() if missing is None}
