@@ -13,12 +13,14 @@ Sequences are split over `data`, `fsdp` and `experts`. `jax.pmap` is not used: J
 it has no such meshes.
 """
 
+import atexit
 import dataclasses
 import functools
 import itertools
 import math
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -372,7 +374,7 @@ def connect(
     `jax.distributed.initialize` (`coordinator_address`, `num_processes`, `process_id`), or set
     `GROWJAX_COORDINATOR`, `GROWJAX_PROCESSES` and `GROWJAX_PROCESS`. Call it before any other use of
     JAX. Raises `LayoutError` if a host is missing after `timeout` seconds or the sum is wrong. From then
-    on, all hosts end if one does not respond for `heartbeat` seconds.
+    on, all hosts end if one ends with an exception or does not respond, within `heartbeat` seconds.
     """
     arguments: dict[str, Any] = {}
     for name, variable, convert in (
@@ -392,6 +394,7 @@ def connect(
             f"host {socket.gethostname()} could not join the run within {timeout} s: {error}. Start "
             "every host within that time, with the same coordinator address and number of processes"
         ) from error
+    _end_after_errors()
     total = self_test()
     if not quiet:
         print(
@@ -399,6 +402,31 @@ def connect(
             f"{jax.local_device_count()} of {total} {jax.devices()[0].device_kind} devices",
             flush=True,
         )
+
+
+def _end_after_errors() -> None:
+    """Let this process end as soon as an exception has ended its script.
+
+    JAX's own exit waits for the other hosts (five minutes), which wait for this one in their next sum.
+    """
+    failed = False
+    show = sys.excepthook
+
+    def hook(*error: Any) -> None:
+        nonlocal failed
+        failed = True
+        show(*error)
+
+    def end() -> None:
+        if failed:
+            # `os._exit` does not flush
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+
+    sys.excepthook = hook
+    # Functions registered last run first: after all that the script registers, and before JAX's
+    atexit.register(end)
 
 
 def keep_programs(default: Path, requested: str = "") -> Path | None:

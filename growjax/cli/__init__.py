@@ -39,7 +39,8 @@ def main() -> None:
             description="Grow Transformers while they train. `growjax --version` prints the version.",
         )
     except GrowjaxError as error:
-        sys.exit(f"growjax: {error}")
+        print(f"growjax: {error}", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:
         print("growjax: interrupted; all that was saved remains", file=sys.stderr)
         status = 130
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def _leave(status: int) -> None:
-    """Exit at once, without waiting for threads, one of which may still compile a program."""
+    """Exit at once, without waiting for other hosts, or for threads that still compile a program."""
     # `os._exit` does not flush
     sys.stdout.flush()
     sys.stderr.flush()
