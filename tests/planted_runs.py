@@ -251,6 +251,17 @@ TABLE = """
 @ an import path evades a format number | values/names.py | wrong_files | model.is-growjax.models
 - if own is not None:
 + if own is not None and tag == own:
+@ integers of a float's field stay beyond 32 bits | values/checks.py | values | in_range
+- return float(value) if float in choices
++ return value if float in choices
+@ a carry takes any key | optim/carrying.py | births | no_key
+- check_key(key, StateError)
++ check_key(None, StateError)
+@ an unknown kind is refused after the table | train/commands.py | speed | roofline
+- if kind is not None:
+-         device_of(kind)
++ if kind in ():
++         device_of(kind)
 @ a file holds any number of values | values/codec.py | wrong_files | stages
 - if self.values > _VALUES:
 + if self.values > 100 * _VALUES:

@@ -324,5 +324,9 @@ def test_averages_are_finished_as_weights_are(op):
 def test_what_is_no_key_is_refused(key):
     with pytest.raises(GrowthError, match="key: expected one key"):
         gj.grow(gj.msg(mlp=4), layers(), key=key)
+    with pytest.raises(GrowthError, match="key: expected one key"):
+        gj.certify(gj.msg(mlp=4), layers(), jnp.zeros((1, 2)), key=key)
+    with pytest.raises(StateError, match=r"key: expected one key such as jax.random.key\(0\)"):
+        gj.carry(gj.msg(mlp=4), (), layers(), optimizer=optax.sgd(0.1), key=key)
     with pytest.raises(StateError, match="births: expected gj.Births"):
         gj.grow(gj.msg(mlp=4), gj.State(layers(), births=3), key=KEY)  # type: ignore[arg-type]

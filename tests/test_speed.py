@@ -120,6 +120,9 @@ def test_the_roofline_is_a_bound():
     console = Console(width=140, file=io.StringIO(), record=True)
     show_plan(of, kind="h100", devices=2, console=console)
     assert "at best, on 2 x h100 (by roofline)" in console.export_text()
+    with pytest.raises(LayoutError, match="kind: expected one of v5e, .*, got 'nope'"):
+        show_plan(of, kind="nope", console=console)
+    assert not console.export_text(), "an unknown kind is refused before anything is printed"
 
 
 @pytest.mark.parametrize("used", [2**20, 2**24], ids=["about right", "far too high"])

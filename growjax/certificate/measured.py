@@ -26,7 +26,7 @@ from growjax import draws
 from growjax.axes import axes_of, get, partition, put
 from growjax.certificate.coordinates import filled, new_coordinates, shapes, steps
 from growjax.gates import check_level
-from growjax.growth.operator import Chain, Exactness, Operator
+from growjax.growth.operator import Chain, Exactness, Operator, check_key
 from growjax.models.config import QUICK
 
 
@@ -150,6 +150,7 @@ def certify(
 
         print(gj.certify(gj.msg(mlp=2048), small, tokens, key=jax.random.key(0)))
     """
+    check_key(key)
     forward, big = forward or call, shapes(op, model)
     programs = _Programs(forward, loss, shown_outputs(forward, model, big, batch))
     permuted = _permuted(model)

@@ -17,7 +17,7 @@ from jaxtyping import PRNGKeyArray
 from growjax import maps, values
 from growjax.algebra import AxisMap
 from growjax.axes import Axes, axes_of, get, put
-from growjax.errors import AxisError, GrowthError, raise_all
+from growjax.errors import AxisError, GrowjaxError, GrowthError, raise_all
 from growjax.values import Size
 
 
@@ -142,13 +142,16 @@ def _check_operator(op: Any) -> None:
         raise GrowthError(f"op: expected an operator such as gj.msg(mlp=2048), got {op!r}")
 
 
-def _check_key(key: Any) -> None:
-    """Refuse what is no single key, typed or raw; any JAX function would do so deep inside a map."""
+def check_key(key: Any, error: type[GrowjaxError] = GrowthError) -> None:
+    """Raise `error` for what is no single key, typed or raw, and not None.
+
+    JAX would raise a `TypeError` deep inside a map.
+    """
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     raw = dtype is not None and dtype == jnp.uint32
     if key is not None and not (typed and shape == () or raw and len(shape or ()) == 1):
-        raise GrowthError(
+        raise error(
             f"key: expected one key such as jax.random.key(0), got {values.short(key)}"
             + (f" of shape {shape}; use jax.vmap for several" if typed else "")
         )
@@ -181,7 +184,7 @@ def grow(
         big = gj.grow(gj.msg(mlp=2048), small, key=jax.random.key(0))
     """
     _check_operator(op)
-    _check_key(key)
+    check_key(key)
     abstract = Tracer | jax.ShapeDtypeStruct
     if any(isinstance(leaf, abstract) for leaf in jax.tree.leaves((model, key))):
         # Under a transformation no values can be checked, and no arrays shared or freed

@@ -16,7 +16,7 @@ from growjax.algebra import WEIGHT, AxisMap, Law
 from growjax.axes import Axes, Slot, axes_of, get, partition, put
 from growjax.errors import StateError, expect_one_of, raise_all
 from growjax.growth.births import dealt_births, moved_births
-from growjax.growth.operator import Chain, Operator, atoms
+from growjax.growth.operator import Chain, Operator, atoms, check_key
 from growjax.optim.age import grown_age
 from growjax.optim.cells import Cell, cells
 from growjax.optim.probe import Traits, probe
@@ -67,6 +67,7 @@ def carry(
     """
     if not isinstance(op, Operator | Chain):
         raise StateError(f"op: expected an operator such as gj.msg(mlp=2048), got {op!r}")
+    check_key(key, StateError)
     expect_one_of(StateError, "copies", copies, ("dual", "zero"))
     if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
         raise StateError(

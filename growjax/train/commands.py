@@ -27,7 +27,7 @@ from growjax.errors import (
 from growjax.forecast.calibration import calibrate
 from growjax.forecast.dryrun import dry_run
 from growjax.forecast.pod import chips, compile_for
-from growjax.forecast.speed import pace_table, roofline
+from growjax.forecast.speed import device_of, pace_table, roofline
 from growjax.gates import is_gated, ungated
 from growjax.growth import Chain, Operator, chain
 from growjax.growth.masked import MSG
@@ -78,12 +78,15 @@ def show_plan(
     """Print a plan's dry run and, with a `target`, the programs compiled for that TPU slice.
 
     With a `kind` of device, such as "h100", it prints the least time that the plan can take there.
-    Raises `PlanError` that lists everything that forbids the run, after the table is printed.
+    Raises `LayoutError` for an unknown kind or target, and `PlanError` that lists everything that forbids
+    the run, after the table is printed.
 
     **Example**
 
         show_plan(plan, target="v5e:16x16", console=Console())
     """
+    if kind is not None:
+        device_of(kind)  # an unknown kind is refused before anything is printed
     forecast = dry_run(plan, devices=devices if target is None else chips(target))
     console.print(forecast)
     forecast.check()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import numbers
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,7 +24,8 @@ def check(
     Call it at the end of construction: from `__post_init__`, or an `eqx.Module`'s `__check_init__`.
     `also` are faults of several fields together, or a function that returns them; the function is
     called only if each field fits by itself, so it need not check types. In a dataclass, lists are
-    replaced by tuples and `Path`s by strings, as `from_dict` returns them.
+    replaced by tuples and `Path`s by strings, as `from_dict` returns them, and integers beyond 32 bits
+    in fields of floats by floats.
 
     **Example**
 
@@ -32,9 +34,9 @@ def check(
     """
     fields = ranges.field_names(type(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, eqx.Module):
-        for name in fields:
+        for name, hint in ranges.hints(type(value)).items():
             # `object.__setattr__`, because the dataclass is frozen
-            object.__setattr__(value, name, _plain(getattr(value, name)))
+            object.__setattr__(value, name, _plain(getattr(value, name), hint))
     for name in fields:
         if names.is_function(getattr(value, name, None)):
             # The function comes from code, or from a file that was allowed to name it. Either way it is
@@ -50,11 +52,18 @@ def check(
     raise_all(error, headline or f"this {type(value).__name__} cannot be used:", complaints)
 
 
-def _plain(value: Any) -> Any:
-    """The value with lists, at any depth, replaced by tuples, and paths by strings."""
+def _plain(value: Any, hint: Any) -> Any:
+    """The value as files return it: tuples for lists, at any depth, and strings for paths.
+
+    JAX takes Python's integers as int32, so larger ones become floats where the hint says a float.
+    """
     # `type(...) is tuple` leaves named tuples alone: they are values of their own
     if isinstance(value, list) or type(value) is tuple:
-        return tuple(map(_plain, value))
+        hints = ranges.member_hints(hint, len(value))
+        return tuple(_plain(member, inner) for member, inner in zip(value, hints, strict=True))
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, numbers.Integral) and 2**31 <= abs(int(value)) < 2**63:
+        choices = [*ranges.options(hint)]
+        return float(value) if float in choices and int not in choices else value
     return value
