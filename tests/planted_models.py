@@ -163,6 +163,9 @@ TABLE = """
 @ dropped units differ by matrix | growth/upcycling.py | upcycling | drop_upcycling
 - owner = path if self.per_matrix else path.rpartition(".")[0]
 + owner = path
+@ experts take any stream for embed | growth/upcycling.py | upcycling | asked_of_the_model
+- return next(streams, "embed")
++ return next(iter(()), "embed")
 @ noise of copies does not cancel | growth/upcycling.py | upcycling | sums_to_zero
 - draws = (draws - jnp.mean(draws, 0))
 + draws = draws

@@ -145,6 +145,21 @@ def test_drop_upcycling_redraws_units_with_the_statistics_that_they_had(per_matr
     assert not (changed["up"][0] == changed["up"][1]).all(-1).any()
 
 
+class Words(eqx.Module):
+    """A table and a norm over an axis of another name than `embed`."""
+
+    table: jax.Array = gj.param("[vocab] -> width")
+    router: jax.Array = gj.param("width -> experts")
+    statistics: None = gj.axes.norm("width")
+
+
+def test_the_axis_of_the_stream_is_asked_of_the_model():
+    table = axes_of(Words(jnp.zeros((5, 4)), jnp.zeros((4, 2))))
+    assert [move.via for move in gj.experts(4).maps(table)] == ["width"]
+    table = axes_of(Words(jnp.zeros((5, 4)), None))  # type: ignore[arg-type]
+    assert [move.via for move in gj.upcycle(experts=4).maps(table)] == ["width"]
+
+
 def test_copies_take_the_old_experts_in_turn():
     model = MIXED.model()
     before, after = mlp_of(model), mlp_of(grown(gj.experts(5), model))

@@ -55,7 +55,7 @@ def _compiled() -> dict[str, dict[str, int]]:
     """Bytes of temporaries, by target and program."""
     plan = _plan(ROWS)
     mesh = plan.layout.mesh(jax.devices()[:1])
-    programs = Programs(plan.optimizer.build(), plan.loss, mesh, plan.layout)
+    programs = Programs.of(plan, mesh)
     needs: dict[str, Need] = {"step": ("step", 0, Work()), "evaluation": ("evaluate", 0, None)}
     temporaries: dict[str, dict[str, int]] = {"cpu": {}}
     for name, need in needs.items():

@@ -71,14 +71,7 @@ def calibrate(
     timings: dict[Op, Timing] = {}
     for plan, feed in zip(plans, feeds or [None] * len(plans), strict=True):
         mesh = plan.layout.mesh(devices)
-        programs = Programs(
-            plan.optimizer.build(),
-            loss or plan.loss,
-            mesh,
-            plan.layout,
-            plan.accumulate,
-            plan.transfer,
-        )
+        programs = Programs.of(plan, mesh, loss)
         for op, step, span, i in _operations(plan, programs, timings):
             timing = _timed(step, warmup, steps, blocks)
             # The stream of a stage with a selector has more rows than this step takes

@@ -228,7 +228,7 @@ def _xla_flops(plan: Plan, span: Span) -> float:
 
 def _state_bytes(plan: Plan, model: Any, mesh: Any) -> tuple[int, int]:
     """Bytes on the fullest device: those of the model, and those of the optimizer state."""
-    programs = Programs(plan.optimizer.build(), plan.loss, mesh, plan.layout, 1, plan.transfer)
+    programs = Programs.of(plan, mesh)
     shapes = programs.shapes(model)
     where = programs.shardings(shapes)
     trained = per_device_bytes(shapes.trained, where.trained)

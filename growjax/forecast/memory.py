@@ -172,7 +172,7 @@ def usage(plan: Plan, index: int, part: Subnet | None, devices: int, *, training
     """
     span = plan.spans[index]
     mesh = plan.layout.outline(devices)
-    programs = Programs(plan.optimizer.build(), plan.loss, mesh, plan.layout, 1, plan.transfer)
+    programs = Programs.of(plan, mesh)
     shapes = programs.shapes(span.model)
     where = programs.shardings(shapes)
     state = per_device_bytes(shapes, where)

@@ -273,9 +273,7 @@ def compile_for(
             if s.batch // plan.accumulate % ways
         ],
     )
-    programs = Programs(
-        plan.optimizer.build(), plan.loss, mesh, layout, plan.accumulate, plan.transfer
-    )
+    programs = Programs.of(plan, mesh)
     device = DEVICES[target.partition(":")[0]]
     indices = range(len(plan.spans)) if stages is None else stages
     requested = [need for i in indices for need in needs(plan.spans[i], first=False)]
@@ -435,9 +433,7 @@ def _refusals(
 
     def measure(need: Need, changed: Plan) -> int | None:
         """The memory of a program of a changed plan, compiled; None if it does not fit."""
-        mesh, layout = changed.layout.mesh(topology(target)), changed.layout
-        parts = changed.accumulate
-        programs = Programs(changed.optimizer.build(), changed.loss, mesh, layout, parts)
+        programs = Programs.of(changed, changed.layout.mesh(topology(target)))
         with _uncached():
             program = _compile(changed, programs, device, need, reference=reference)
         return program.memory if program.fits else None

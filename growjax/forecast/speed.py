@@ -93,7 +93,7 @@ def roofline(plan: Plan, kind: str, devices: int) -> tuple[Pace, ...]:
         roofline(plan, "v5e", 16)[-1].hours
     """
     device, mesh = device_of(kind), plan.layout.outline(devices)
-    programs = Programs(plan.optimizer.build(), plan.loss, mesh, plan.layout, 1, plan.transfer)
+    programs = Programs.of(plan, mesh)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     paces = []
     for span in plan.spans:

@@ -22,7 +22,7 @@ from growjax.maps import fold_in_name
 from growjax.values import Size
 
 
-AXIS, STREAM = "experts", "embed"
+AXIS = "experts"  # as `growjax.nn.Experts` names it
 
 
 class ExpertMap(AxisMap):
@@ -31,6 +31,7 @@ class ExpertMap(AxisMap):
     No leaf consumes the experts of a model: the softmax over the chosen ones divides their outputs. So
     copies get equal parts of a gradient although no leaf takes a share.
 
+    - `via`: the axis of the residual stream.
     - `options`: those of the experts that are made of dense feed-forwards; None for experts that exist.
     - `factor`: multiplies the number of experts a token uses.
     - `alike`: the number of experts whose router columns are drawn as one; 0 copies the old columns.
@@ -64,7 +65,7 @@ class ExpertMap(AxisMap):
 
     def finished(self, slot: Slot, array: Array, *, key: PRNGKeyArray | None) -> Array:
         """A leaf after the gather, with its router columns, dropped units or noise drawn."""
-        routes = any(dim.axis == AXIS and dim.role == "produced" for dim in slot.dims)
+        routes = any(dim.axis == self.axis and dim.role == "produced" for dim in slot.dims)
         draws = self.alike if routes else self.drop or self.noise
         if routes and not self.alike and not (self.noise and self.factor == 1):
             return array
@@ -74,7 +75,7 @@ class ExpertMap(AxisMap):
             raise GrowthError("this operator draws new coordinates: pass key=jax.random.key(...)")
         if routes:
             return self._routed(slot, array, key)
-        if self.drop and _units(slot) is not None:
+        if self.drop and self._units(slot) is not None:
             array = self._dropped(slot, array, key)
         if self.noise and self.factor > 1:
             array = self._with_noise(slot, array, key)
@@ -82,8 +83,8 @@ class ExpertMap(AxisMap):
 
     def _routed(self, slot: Slot, array: Array, key: PRNGKeyArray) -> Array:
         """Router columns: fresh ones, equal within each group, or copies with noise."""
-        (dim,) = slot.positions(AXIS)
-        named = fold_in_name(key, f"{slot.path}:{AXIS}")
+        (dim,) = slot.positions(self.axis)
+        named = fold_in_name(key, f"{slot.path}:{self.axis}")
         shape = tuple(n for i, n in enumerate(array.shape) if i != dim)
 
         def draw(index):
@@ -100,9 +101,11 @@ class ExpertMap(AxisMap):
 
     def _dropped(self, slot: Slot, array: Array, key: PRNGKeyArray) -> Array:
         """Some hidden units of each expert redrawn with mean and deviation of what they replace."""
-        units, path = _units(slot), slot.path
+        units, path = self._units(slot), slot.path
         assert units is not None
-        lead = [i for i, dim in enumerate(slot.dims) if dim.role == "stack" or dim.axis == AXIS]
+        lead = [
+            i for i, dim in enumerate(slot.dims) if dim.role == "stack" or dim.axis == self.axis
+        ]
         # One set of units for all matrices of an expert, in every layer
         owner = path if self.per_matrix else path.rpartition(".")[0]
         scores = jax.random.uniform(
@@ -120,26 +123,31 @@ class ExpertMap(AxisMap):
 
     def _with_noise(self, slot: Slot, array: Array, key: PRNGKeyArray) -> Array:
         """Noise that sums to zero over the copies of an expert, in leaves that write the stream."""
-        if not any(dim.axis == STREAM and dim.role == "produced" for dim in slot.dims):
+        if not any(dim.axis == self.via and dim.role == "produced" for dim in slot.dims):
             return array
-        (dim,) = slot.positions(AXIS)
+        (dim,) = slot.positions(self.axis)
         draws = jax.random.normal(
-            fold_in_name(key, f"{slot.path}:{AXIS}"), array.shape, array.dtype
+            fold_in_name(key, f"{slot.path}:{self.axis}"), array.shape, array.dtype
         )
         # [copy, source]: copies follow one another, all sources in turn
         draws = jnp.moveaxis(draws, dim, 0).reshape(self.factor, -1, *np.delete(array.shape, dim))
         draws = (draws - jnp.mean(draws, 0)).reshape(-1, *draws.shape[2:])
         return array + self.noise * jnp.std(array) * jnp.moveaxis(draws, 0, dim)
 
+    def _units(self, slot: Slot) -> int | None:
+        """The dimension of an expert's array that holds its hidden units; None if it has none."""
+        inner = [
+            i
+            for i, dim in enumerate(slot.dims)
+            if dim.role in ("consumed", "produced") and dim.axis not in (self.axis, self.via)
+        ]
+        return inner[0] if inner else None
 
-def _units(slot: Slot) -> int | None:
-    """The dimension of an expert's array that holds its hidden units; None if it has none."""
-    inner = [
-        i
-        for i, dim in enumerate(slot.dims)
-        if dim.role in ("consumed", "produced") and dim.axis not in (AXIS, STREAM)
-    ]
-    return inner[0] if inner else None
+
+def _stream(axes: Axes) -> str:
+    """The axis of the residual stream, which tables produce and norms read; `embed` without one."""
+    streams = (axis for axis in axes.sizes if axes.is_stream(axis) and axes.normalised(axis))
+    return next(streams, "embed")
 
 
 def _with_experts(model: Any, options: dict[str, Any]) -> Any:
@@ -224,6 +232,7 @@ class Upcycle(Operator):
             ExpertMap(
                 AXIS,
                 np.arange(self.number) % groups,
+                via=_stream(axes),
                 options=tuple(options.items()),
                 alike=groups,
                 drop=self.drop,
@@ -340,7 +349,15 @@ class Experts(Operator):
         init: Init = "normal" if self.init == "copy" else self.init
         factor = self.number // old if self.per_token == "scaled" else 1
         return [
-            ExpertMap(AXIS, source, gated=self.gated, init=init, factor=factor, noise=self.noise)
+            ExpertMap(
+                AXIS,
+                source,
+                via=_stream(axes),
+                gated=self.gated,
+                init=init,
+                factor=factor,
+                noise=self.noise,
+            )
         ]
 
     def __repr__(self) -> str:

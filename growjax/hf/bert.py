@@ -3,7 +3,7 @@
 from typing import Any
 
 from growjax.axes import sizes
-from growjax.hf.family import ConfigFile, Family, activation_name, epsilon, is_tied
+from growjax.hf.family import ConfigFile, Family, activation_name, config_sizes, epsilon, is_tied
 from growjax.hf.gpt2 import head_dim_limits
 from growjax.hf.table import Row, linear, norm
 from growjax.models import BERT, BERTConfig
@@ -98,11 +98,7 @@ def _config_of(model: BERT) -> BERTConfig:
     assert first_norm is not None
     return BERTConfig(
         layers=n["layers"],
-        embed=n["embed"],
-        heads=n["kv_heads"] * n["group"],
-        head_dim=n["head_dim"],
-        mlp=n["mlp"],
-        vocab=n["vocab"],
+        **config_sizes(model),
         positions=n["positions"],
         token_types=n["token_types"],
         post_norm=block.post_norm,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from growjax.axes import put, sizes
-from growjax.hf.family import ConfigFile, Family, activation_name, epsilon, is_tied
+from growjax.hf.family import ConfigFile, Family, activation_name, config_sizes, epsilon, is_tied
 from growjax.hf.sights import Sights, shortest
 from growjax.hf.table import Row, linear, norm
 from growjax.models import Decoder, DecoderConfig, Sight
@@ -304,12 +304,8 @@ def config_of(model: Decoder) -> DecoderConfig:
     scale = attention.scale
     return DecoderConfig(
         layers=n["layers"],
-        embed=n["embed"],
-        heads=n["kv_heads"] * n["group"],
+        **config_sizes(model),
         kv_heads=n["kv_heads"],
-        head_dim=n["head_dim"],
-        mlp=n["mlp"],
-        vocab=n["vocab"],
         pattern=_pattern(model, n["layers"]),
         turned=next((r.turned for r in (model.rotary, *model.others) if r.turned != 0), None),
         norm="layer" if model.norm.centre else "rms",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from growjax.axes import sizes
 from growjax.errors import HuggingFaceError, raise_all
 from growjax.hf.keys import is_tolerated
 from growjax.hf.table import Row
@@ -229,6 +230,13 @@ def is_tied(
             "model has a head of its own, or remove that tensor"
         )
     return not by_content
+
+
+def config_sizes(model: Any) -> dict[str, int]:
+    """The sizes that all configurations have, from a model's arrays: a grown model has no config."""
+    n = sizes(model)
+    heads = n["kv_heads"] * n["group"]
+    return {"heads": heads, **{name: n[name] for name in ("embed", "head_dim", "mlp", "vocab")}}
 
 
 def epsilon(array: Any) -> float:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from growjax.axes import sizes
-from growjax.hf.family import ConfigFile, Family, activation_name, epsilon, is_tied
+from growjax.hf.family import ConfigFile, Family, activation_name, config_sizes, epsilon, is_tied
 from growjax.hf.table import Row, linear, norm
 from growjax.models import GPT, GPTConfig
 
@@ -65,16 +65,11 @@ def _write(config: GPTConfig) -> dict[str, Any]:
 
 
 def _config_of(model: GPT) -> GPTConfig:
-    # From sizes and arrays alone, since a grown model has no config
     n, block = sizes(model), model.blocks.block
     return GPTConfig(
         layers=n["layers"],
-        embed=n["embed"],
-        heads=n["kv_heads"] * n["group"],
+        **config_sizes(model),
         kv_heads=n["kv_heads"],
-        head_dim=n["head_dim"],
-        mlp=n["mlp"],
-        vocab=n["vocab"],
         positions=n.get("positions", 1),
         norm="layer" if model.norm.centre else "rms",
         post_norm=block.post_norm,

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from growjax.axes import put, sizes
-from growjax.hf.family import ConfigFile, Family, activation_name, epsilon, is_tied
+from growjax.hf.family import ConfigFile, Family, activation_name, config_sizes, epsilon, is_tied
 from growjax.hf.table import Row, linear, norm
 from growjax.models import T5, T5Config
 
@@ -134,11 +134,7 @@ def _config_of(model: T5) -> T5Config:
     return T5Config(
         encoder_layers=n["encoder_layers"],
         decoder_layers=n["decoder_layers"],
-        embed=n["embed"],
-        heads=n["kv_heads"] * n["group"],
-        head_dim=n["head_dim"],
-        mlp=n["mlp"],
-        vocab=n["vocab"],
+        **config_sizes(model),
         buckets=n["buckets"],
         max_distance=model.encoder_bias.max_distance,
         activation=block.mlp.activation,

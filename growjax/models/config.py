@@ -38,6 +38,12 @@ Activation = Annotated[str, values.one_of(ACTIVATIONS)]
 Dtype = Annotated[str, values.Range("a floating-point type such as 'bfloat16'", _floating)] | None
 
 
+# How many experts: 0 of them is a dense feed-forward
+Number = Annotated[int, values.at_least(0, "experts")]
+# The coefficient of an auxiliary loss
+Coefficient = Annotated[float, values.at_least(0)]
+
+
 def check_config(config: Any, also: Iterable[str] = ()) -> None:
     """Raise `AxisError` with every field of a configuration out of its range.
 

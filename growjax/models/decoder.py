@@ -1,50 +1,47 @@
 """A decoder as a table of choices: what the families of published language models differ in."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from growjax import axes, values
 from growjax.axes import buffer, param
 from growjax.errors import AxisError
 from growjax.gates import Gate, gated
+from growjax.models.causal import CausalModel
 from growjax.models.config import (
     Activation,
+    Coefficient,
     Depth,
     Dtype,
     Eps,
+    Number,
     Remat,
     born,
     check_config,
     expert_options,
     odd_rotary,
 )
-from growjax.models.protocol import READ
 from growjax.nn import (
     NO_WINDOW,
     Block,
     Body,
-    Cache,
     ExpertBody,
     LongRotary,
     Norm,
-    Readout,
     Rotary,
     Scaling,
     Stacked,
     Words,
-    causal,
-    check_sequence,
-    empty_cache,
     make_block,
     normal,
 )
-from growjax.values import Size, at_least, fits, positive, register
+from growjax.values import Size, fits, positive, register
 
 
 Positive = Annotated[float, positive()]
@@ -131,12 +128,12 @@ class DecoderConfig:
     dtype: Dtype = None
     attention: Body = "auto"
     remat: Remat = "dots"
-    experts: Annotated[int, at_least(0, "experts")] = 0
+    experts: Number = 0
     experts_per_token: Size = 2
-    shared_experts: Annotated[int, at_least(0, "experts")] = 0
+    shared_experts: Number = 0
     norm_topk_prob: bool = True
-    aux_loss_coef: Annotated[float, at_least(0)] = 0.01
-    z_loss_coef: Annotated[float, at_least(0)] = 0.001
+    aux_loss_coef: Coefficient = 0.01
+    z_loss_coef: Coefficient = 0.001
     expert_body: ExpertBody = "auto"
 
     def __post_init__(self):
@@ -175,7 +172,7 @@ class DecoderConfig:
         return born(Decoder, self, key=key)
 
 
-class Decoder(eqx.Module):
+class Decoder(CausalModel):
     """A decoder-only language model on one sequence: `model(tokens) -> logits [T, vocab]`.
 
     Rotary positions turn neighbouring coordinates (2i, 2i + 1), whatever the family does.
@@ -252,49 +249,9 @@ class Decoder(eqx.Module):
         dtype = self.embedding.table.dtype
         self.embed_scale = None if scale is None else jnp.asarray(scale, dtype)
 
-    def __call__(
-        self,
-        tokens: Int[Array, " T"],
-        *,
-        positions: Int[Array, " T"] | None = None,
-        mask: Bool[Array, " T"] | Bool[Array, "T T"] | None = None,
-        prefix: Bool[Array, " T"] | None = None,
-        documents: Int[Array, " T"] | None = None,
-    ) -> Float[Array, "T vocab"]:
-        """Next-token logits; `positions` count from 0 by default.
-
-        `mask` is True at real tokens, or `[T, T]` where one may see the other; tokens in the `prefix`
-        are seen by all; of `documents` packed into one sequence, tokens see only their own number.
-        Windows count places of the sequence, whatever its `positions`.
-
-        Raises `AxisError` for more than one sequence. Ids beyond the vocabulary are an error outside of
-        `jit` and `vmap` alone.
-        """
-        return self._read(tokens, positions, mask, prefix, documents).logits()
-
-    def predict(self, example: Mapping[str, Array]) -> Float[Array, "T vocab"]:
-        """The logits on one example of an objective, whose keys say what there is to read."""
-        return self(example["tokens"], **{name: example.get(key) for key, name in READ.items()})
-
-    def readout(self, example: Mapping[str, Array]) -> Readout:
-        """The same, with no logit computed yet."""
-        return self._read(example["tokens"], *(example.get(key) for key in READ))
-
-    def cache(self, size: int) -> Cache:
-        """An empty cache for `extend`, of `size` places."""
-        return empty_cache(self.blocks, size, self.dtype or self.embedding.table.dtype)
-
-    def extend(
-        self, tokens: Int[Array, " T"], cache: Cache, at: Int[Array, ""] | int
-    ) -> tuple[Float[Array, "T vocab"], Cache]:
-        """Logits of the tokens at the places from `at` on, and the cache with them in it.
-
-        `cache` holds the places before `at`; any others in it are not seen, and are written over.
-        """
-        check_sequence(tokens, cache.keys.shape[2], at=at)
-        x, turn = self._embed(tokens, at + jnp.arange(tokens.shape[0]))
-        x, cache = self.blocks.extend(x, cache, None, at, turn=turn)
-        return self._read_out(x).logits(), cache
+    @property
+    def _cap(self) -> float | None:
+        return self.logit_cap
 
     def _embed(
         self, tokens: Int[Array, " T"], positions: Int[Array, " T"]
@@ -308,36 +265,6 @@ class Decoder(eqx.Module):
             turns = [turn, *(rotary(positions) for rotary in self.others)]
             turn = jnp.stack([cos for cos, _ in turns]), jnp.stack([sin for _, sin in turns])
         return gated(x, self.gate), turn
-
-    def _read(
-        self,
-        tokens: Int[Array, " T"],
-        positions: Int[Array, " T"] | None,
-        mask: Bool[Array, " T"] | Bool[Array, "T T"] | None,
-        prefix: Bool[Array, " T"] | None,
-        documents: Int[Array, " T"] | None,
-    ) -> Readout:
-        check_sequence(tokens)
-        positions = jnp.arange(tokens.shape[0]) if positions is None else positions
-        x, turn = self._embed(tokens, positions)
-        x, auxiliary = self.blocks.with_auxiliary(
-            x, mask=causal(mask, prefix, documents), turn=turn
-        )
-        return self._read_out(x, auxiliary)
-
-    def _read_out(
-        self, x: Float[Array, "T embed"], auxiliary: Float[Array, ""] | None = None
-    ) -> Readout:
-        x, tied = self.norm(x), self.head is None
-        weight = self.embedding.table if self.head is None else self.head
-        return Readout(
-            x,
-            weight,
-            tied=tied,
-            auxiliary=auxiliary,
-            cap=self.logit_cap,
-            gate=self.embedding.gate,
-        )
 
 
 def sights(config: DecoderConfig) -> tuple[list[Rotary], list[int], list[int | None]]:

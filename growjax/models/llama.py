@@ -7,9 +7,11 @@ from jaxtyping import PRNGKeyArray
 
 from growjax.models.config import (
     Activation,
+    Coefficient,
     Depth,
     Dtype,
     Eps,
+    Number,
     Remat,
     born,
     check_config,
@@ -17,7 +19,7 @@ from growjax.models.config import (
 )
 from growjax.models.decoder import Decoder, DecoderConfig, Sight
 from growjax.nn import Body, ExpertBody, Scaling
-from growjax.values import Size, at_least, positive, register
+from growjax.values import Size, positive, register
 
 
 @register
@@ -49,12 +51,12 @@ class LlamaConfig:
     dtype: Dtype = None
     attention: Body = "auto"
     remat: Remat = "dots"
-    experts: Annotated[int, at_least(0, "experts")] = 0
+    experts: Number = 0
     experts_per_token: Size = 2
-    shared_experts: Annotated[int, at_least(0, "experts")] = 0
+    shared_experts: Number = 0
     norm_topk_prob: bool = True
-    aux_loss_coef: Annotated[float, at_least(0)] = 0.01
-    z_loss_coef: Annotated[float, at_least(0)] = 0.001
+    aux_loss_coef: Coefficient = 0.01
+    z_loss_coef: Coefficient = 0.001
     expert_body: ExpertBody = "auto"
 
     def __post_init__(self):

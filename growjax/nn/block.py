@@ -41,25 +41,10 @@ class Block(eqx.Module):
     parallel: bool = eqx.field(static=True, default=False)
 
     def __call__(
-        self,
-        x: Float[Array, "T embed"],
-        memory: Float[Array, "S embed"] | None = None,
-        *,
-        mask: Mask = ALL,
-        memory_mask: Mask = ALL,
-        bias: Array | Callable | None = None,
-        turn: tuple[Array, Array] | None = None,
-        branch: Array | None = None,
+        self, x: Float[Array, "T embed"], *args: Any, **options: Any
     ) -> Float[Array, "T embed"]:
-        return self.with_auxiliary(
-            x,
-            memory,
-            mask=mask,
-            memory_mask=memory_mask,
-            bias=bias,
-            turn=turn,
-            branch=branch,
-        )[0]
+        """The output alone, of the same arguments as `with_auxiliary`."""
+        return self.with_auxiliary(x, *args, **options)[0]
 
     def with_auxiliary(
         self,

@@ -112,6 +112,12 @@ class Programs:
     accumulate: int = 1
     transfer: Transfer | None = None
 
+    @classmethod
+    def of(cls, plan: Plan, mesh: Mesh, loss: Loss | None = None) -> "Programs":
+        """The programs of a plan on a mesh of its layout; `loss` replaces the plan's."""
+        rule, loss = plan.optimizer.build(), loss or plan.loss
+        return cls(rule, loss, mesh, plan.layout, plan.accumulate, plan.transfer)
+
     def state_of(self, model: Any) -> State:
         """The state that starts from a model: its two halves and a fresh optimizer."""
         trained, rest = partition(model)

@@ -84,14 +84,7 @@ def train(
     def records(doing: Doing) -> Iterator[Record]:
         with contextlib.ExitStack() as stack:
             mesh = plan.layout.mesh(devices)
-            programs = Programs(
-                plan.optimizer.build(),
-                loss or plan.loss,
-                mesh,
-                plan.layout,
-                plan.accumulate,
-                plan.transfer,
-            )
+            programs = Programs.of(plan, mesh, loss)
             second = _second_model(plan, reference, programs)
             folder = None if run is None else Run(run)
             lock, notes = (None, []) if folder is None else _locked(folder, stack)
