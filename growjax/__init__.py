@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from growjax import algebra as algebra
 from growjax import annotation as annotation
 from growjax import axes as axes
+from growjax import cards as cards
 from growjax import certificate as certificate
 from growjax import draws as draws
 from growjax import errors as errors
@@ -39,6 +40,9 @@ from growjax.axes import param as param
 from growjax.axes import partition as partition
 from growjax.axes import sizes as sizes
 from growjax.axes import stacked as stacked
+from growjax.cards import Card as Card
+from growjax.cards import Paper as Paper
+from growjax.cards import cite as cite
 from growjax.certificate import Certificate as Certificate
 from growjax.certificate import certify as certify
 from growjax.gates import Gate as Gate

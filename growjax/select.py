@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from growjax.cards import Card, Paper
 from growjax.errors import SelectError
 from growjax.maps import fold_in_name
 from growjax.values import base, check, fits, ranged, register
@@ -24,6 +25,25 @@ from growjax.values import base, check, fits, ranged, register
 
 # How many batches are offered to a selector; all of them are in memory at once
 Batches = Annotated[int, ranged(1, 1000, "a number of batches")]
+
+
+_RHO = Paper(
+    "Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet Learnt",
+    "Mindermann, Sören and Brauner, Jan and Razzak, Muhammed and Sharma, Mrinank and Kirsch, Andreas and "
+    "Xu, Winnie and Höltgen, Benedikt and Gomez, Aidan N. and Morisot, Adrien and Farquhar, "
+    "Sebastian and Gal, Yarin",
+    2022,
+    "International Conference on Machine Learning",
+    "2206.07137",
+)
+_SELECTIVE = Paper(
+    "Accelerating Deep Learning by Focusing on the Biggest Losers",
+    "Jiang, Angela H. and Wong, Daniel L.-K. and Zhou, Giulio and Andersen, David G. and Dean, "
+    "Jeffrey and Ganger, Gregory R. and Joshi, Gauri and Kaminsky, Michael and Kozuch, Michael and "
+    "Lipton, Zachary C. and Pillai, Padmanabhan",
+    2019,
+    arxiv="1910.00762",
+)
 
 
 @base("a selector such as RhoLoss()")
@@ -76,6 +96,7 @@ class RhoLoss(Selector):
 
     offers: Batches = eqx.field(static=True, default=2)
     compares: ClassVar[bool] = True
+    card: ClassVar[Card] = Card(papers=(_RHO,))
 
     def choose(self, losses, reference, keep, *, key):
         del key
@@ -109,6 +130,7 @@ class SelectiveBackprop(Selector):
     beta: Annotated[float, ranged(0, 1000)] = eqx.field(static=True, default=1.0)
     offers: Batches = eqx.field(static=True)
     compares: ClassVar[bool] = False
+    card: ClassVar[Card] = Card(papers=(_SELECTIVE,))
 
     def __init__(self, beta: float = 1.0, offers: int | None = None):
         self.beta = beta

@@ -107,4 +107,13 @@ TABLE = """
 @ every fill is a program | certificate/measured.py | certify | few_programs
 - _poisoned(op, model, np.float32(offset), np.float32(spread))
 + _poisoned(op, model, float(offset), float(spread))
+@ papers of every value are cited | cards.py | cards | exactly or choose
+- papers += cases.get(field, ())
++ papers += [paper for some in cases.values() for paper in some]
+@ what is inside an operator is not cited | cards.py | cards | exactly
+- for part in inside:
++ for part in inside[:0]:
+@ two papers share a key | cards.py | cards | told_apart or a_card
+- return f"{name}{self.year}{word}"
++ return f"{name}{self.year}a"
 """

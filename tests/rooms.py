@@ -16,7 +16,7 @@ PAGE = ROOT.parent / "docs" / "architecture.md"
 # Lowest first. A room may import from the lines above its own, and from itself.
 LEVELS = [
     "errors",
-    "values extras draws",
+    "cards values extras draws",
     "specs trees",
     "axes",
     "trace",
@@ -43,7 +43,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.spl
 
 # Operators work in a notebook without a trainer: these need jax and equinox alone
 CORE = set(
-    "errors values specs trees axes trace annotation gates algebra maps growth subnet".split()
+    "errors cards values specs trees axes trace annotation gates algebra maps growth subnet".split()
 )
 # Those of them that read models of others, and know the layers of `eqx.nn`
 READERS = {"annotation", "trace"}

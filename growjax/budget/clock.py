@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 import numpy as np
 
 from growjax import values
+from growjax.cards import Card, Paper
 from growjax.errors import BudgetError
 
 
@@ -26,6 +27,15 @@ OpKind = Literal["train", "forward", "curvature"]
 # Steps whose mean is more than this multiple of their median were timed on a machine that did other work
 _EVEN = 1.02
 _TABLE = values.Range("at least two positive numbers", lambda seconds: len(seconds) > 1)
+
+
+_REFERENCE = Paper(
+    "No Train No Gain: Revisiting Efficient Training Algorithms For Transformer-based Language Models",
+    "Kaddour, Jean and Key, Oscar and Nawrot, Piotr and Minervini, Pasquale and Kusner, Matt J.",
+    2023,
+    "Advances in Neural Information Processing Systems",
+    "2307.06440",
+)
 
 
 @values.register
@@ -136,6 +146,7 @@ class DepthClock(Clock):
 
     unit = "seconds"
     per_unit = 10**9
+    card: ClassVar[Card] = Card(papers=(_REFERENCE,))
 
     def __post_init__(self):
         values.check(self, BudgetError, f"clock {self.name!r} cannot be used:")
@@ -226,6 +237,7 @@ class MeasuredClock(Clock):
 
     unit = "seconds"
     per_unit = 10**9
+    card: ClassVar[Card] = Card(papers=(_REFERENCE,))
 
     def __post_init__(self):
         # The clocks of the first studies have plain lists for operations and timings. Values that are

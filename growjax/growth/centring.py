@@ -11,8 +11,19 @@ import numpy as np
 from growjax import values
 from growjax.algebra import AxisMap
 from growjax.axes import Axes, axes_of, get, put
+from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.operator import Exactness, Operator
+
+
+_SLICED = Paper(
+    "SliceGPT: Compress Large Language Models by Deleting Rows and Columns",
+    "Ashkboos, Saleh and Croci, Maximilian L. and Gennari do Nascimento, Marcelo and Hoefler, "
+    "Torsten and Hensman, James",
+    2024,
+    "International Conference on Learning Representations",
+    "2401.15024",
+)
 
 
 @runtime_checkable
@@ -30,6 +41,16 @@ class Centred(Operator):
 
     axis: str = eqx.field(static=True, default="embed")
     exactness: ClassVar[Exactness] = "exact-given-init"
+    card: ClassVar[Card] = Card(
+        use="Before an operator that fits RMSNorm alone, such as `gj.zeros(embed=...)`, on a model with "
+        "LayerNorm and a head of its own.",
+        traps=(
+            "The head must not be tied to the table: it would lose its mean too.",
+            "Later updates do not keep the stream centred, and need not: the norms no longer subtract.",
+        ),
+        example="centred()",
+        papers=(_SLICED,),
+    )
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """What produces the stream loses its mean, and nothing else changes."""

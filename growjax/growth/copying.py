@@ -13,6 +13,7 @@ import numpy as np
 from growjax import values
 from growjax.algebra import AxisMap
 from growjax.axes import Axes
+from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.finishes import Noise
 from growjax.growth.operator import (
@@ -22,6 +23,38 @@ from growjax.growth.operator import (
     SizesOrLists,
     frozen_sizes,
     split_lists,
+)
+
+
+_NET2NET = Paper(
+    "Net2Net: Accelerating Learning via Knowledge Transfer",
+    "Chen, Tianqi and Goodfellow, Ian and Shlens, Jonathon",
+    2016,
+    "International Conference on Learning Representations",
+    "1511.05641",
+)
+_BERT2BERT = Paper(
+    "bert2BERT: Towards Reusable Pretrained Language Models",
+    "Chen, Cheng and Yin, Yichun and Shang, Lifeng and Jiang, Xin and Qin, Yujia and Wang, Fengyu and "
+    "Wang, Zhi and Chen, Xiao and Liu, Zhiyuan and Liu, Qun",
+    2022,
+    "Annual Meeting of the Association for Computational Linguistics",
+    "2110.07143",
+)
+_HYPERCLONING = Paper(
+    "Scaling Smart: Accelerating Large Language Model Pre-training with Small Model Initialization",
+    "Samragh, Mohammad and Mirzadeh, Iman and Alizadeh Vahid, Keivan and Faghri, Fartash and Cho, Minsik "
+    "and Nabi, Moin and Naik, Devang and Farajtabar, Mehrdad",
+    2024,
+    arxiv="2409.12903",
+)
+_SPARKLING = Paper(
+    "SPARKLING: Balancing Signal Preservation and Symmetry Breaking for Width-Progressive Learning",
+    "Yu, Qifan and Ma, Xinyu and Zhuo, Zhijian and Wang, Minrui and Liu, Deyi and Zhan, Shiyi and Ma, "
+    "Yiyuan and Xiang, Liang and Bin, Xingyan and He, Di",
+    2026,
+    "International Conference on Machine Learning",
+    "2602.02472",
 )
 
 
@@ -35,6 +68,21 @@ class Copy(Operator):
     seed: Annotated[int, values.at_least(0)] = eqx.field(static=True, default=0)
     noise: Annotated[float, values.at_least(0)] = eqx.field(static=True, default=0.0)
     scale: Literal["share", "rms"] = eqx.field(static=True, default="share")
+    card: ClassVar[Card] = Card(
+        use="Width from a trained model at once, without gates or a ramp: above all whole multiples, or "
+        "any size of `mlp` and `heads`.",
+        traps=(
+            "Equal shares give equal gradients: such copies stay equal for ever unless `noise` or "
+            '`carry="zero"` tells them apart.',
+            "Uneven copies of the residual stream change what LayerNorm and RMSNorm divide by, and are "
+            'refused; `gj.lemon`, or `scale="rms"` with a jump, takes such sizes.',
+            "Keys and values tiled by hand under grouped queries belong to the wrong queries; here heads "
+            "are copied with their group.",
+        ),
+        example="copy(mlp=9)",
+        papers=(_NET2NET, _BERT2BERT),
+        by={"noise": (_HYPERCLONING,), "scale": {"rms": (_SPARKLING,)}},
+    )
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]
@@ -150,6 +198,16 @@ class AKI(Operator):
     order: Literal["cycle", "random"] = eqx.field(static=True, default="cycle")
     seed: Annotated[int, values.at_least(0)] = eqx.field(static=True, default=0)
     exactness: ClassVar[Exactness] = "approximate"
+    card: ClassVar[Card] = Card(
+        use="For comparison with the paper, which finds that new outputs from the layer above train "
+        "faster than plain copies.",
+        traps=(
+            "The function is not kept, and the jump grows with the difference between neighbours.",
+            "In the last layer new outputs are plain copies, and stay locked if their shares are equal.",
+        ),
+        example="aki(mlp=12)",
+        papers=(_BERT2BERT,),
+    )
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """As copies with equal shares, but for the new outputs of every layer but the last."""

@@ -15,6 +15,7 @@ import numpy as np
 from growjax import values
 from growjax.algebra import NONE, AxisMap, Init
 from growjax.axes import Axes
+from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, expect_one_of, raise_all
 from growjax.growth.finishes import Multiplied, matches
 from growjax.growth.operator import (
@@ -30,6 +31,80 @@ from growjax.specs import Dim
 
 
 Order = Literal["top", "repeat", "interleave", "interpolate", "middle", "centre", "insert"]
+
+
+_STACKBERT = Paper(
+    "Efficient Training of BERT by Progressively Stacking",
+    "Gong, Linyuan and He, Di and Li, Zhuohan and Qin, Tao and Wang, Liwei and Liu, Tieyan",
+    2019,
+    "International Conference on Machine Learning",
+)
+_GRADUAL = Paper(
+    "Efficient Training of Language Models using Few-Shot Learning",
+    "Reddi, Sashank J. and Miryoosefi, Sobhan and Karp, Stefani and Krishnan, Shankar and Kale, "
+    "Satyen and Kim, Seungyeon and Kumar, Sanjiv",
+    2023,
+    "International Conference on Machine Learning",
+)
+G_STACK = Paper(
+    "Stacking Your Transformers: A Closer Look at Model Growth for Efficient LLM Pre-Training",
+    "Du, Wenyu and Luo, Tongxu and Qiu, Zihan and Huang, Zeyu and Shen, Yikang and Cheng, Reynold "
+    "and Guo, Yike and Fu, Jie",
+    2024,
+    "Advances in Neural Information Processing Systems",
+    "2405.15319",
+)
+MASKED = Paper(
+    "Masked Structural Growth for 2x Faster Language Model Pre-training",
+    "Yao, Yiqun and Zhang, Zheng and Li, Jing and Wang, Yequan",
+    2024,
+    "International Conference on Learning Representations",
+    "2305.02869",
+)
+_INTERLEAVED = Paper(
+    "Multi-level Residual Networks from Dynamical Systems View",
+    "Chang, Bo and Meng, Lili and Haber, Eldad and Tung, Frederick and Begert, David",
+    2018,
+    "International Conference on Learning Representations",
+    "1710.10348",
+)
+MIDAS = Paper(
+    "On the Inductive Bias of Stacking Towards Improving Reasoning",
+    "Saunshi, Nikunj and Karp, Stefani and Krishnan, Shankar and Miryoosefi, Sobhan and Reddi, "
+    "Sashank J. and Kumar, Sanjiv",
+    2024,
+    "Advances in Neural Information Processing Systems",
+    "2409.19044",
+)
+_LIDAS = Paper(
+    "Do Depth-Grown Models Overcome the Curse of Depth? An In-Depth Analysis",
+    "Kapl, Ferdinand and Angelis, Emmanouil and Höppe, Tobias and Maile, Kaitlin and von Oswald, "
+    "Johannes and Scherrer, Nino and Bauer, Stefan",
+    2025,
+    arxiv="2512.08819",
+)
+_LLAMA_PRO = Paper(
+    "LLaMA Pro: Progressive LLaMA with Block Expansion",
+    "Wu, Chengyue and Gan, Yukang and Ge, Yixiao and Lu, Zeyu and Wang, Jiahao and Feng, Ye and "
+    "Shan, Ying and Luo, Ping",
+    2024,
+    "Annual Meeting of the Association for Computational Linguistics",
+    "2401.02415",
+)
+_SOLAR = Paper(
+    "SOLAR 10.7B: Scaling Large Language Models with Simple yet Effective Depth Up-Scaling",
+    "Kim, Dahyun and Park, Chanjun and Kim, Sanghoon and Lee, Wonsung and Song, Wonho and others",
+    2024,
+    "Conference of the North American Chapter of the Association for Computational Linguistics: Industry",
+    "2312.15166",
+)
+_FEW_LAYERS = Paper(
+    "Scaling Depth Capacity via Zero/One-layer Model Expansion",
+    "Bu, Zhiqi and others",
+    2026,
+    "International Conference on Machine Learning",
+    "2511.04981",
+)
 
 
 def sources(order: Order, old: int, new: int) -> np.ndarray:
@@ -114,11 +189,48 @@ class Stack(Operator):
     branch: Literal["copy", "zero", "split"] = eqx.field(static=True, default="copy")
     stream: str = eqx.field(static=True, default="embed")
     scale: Scales = eqx.field(static=True, default=())
+    card: ClassVar[Card] = Card(
+        use="Depth from a trained model: the whole stack once more early in training (G_stack), a few "
+        "layers at a time (gradual stacking, MIDAS), or closed copies in a finished model (block "
+        "expansion).",
+        traps=(
+            "The loss jumps, and says little about the end: compare after some hundred steps.",
+            'Layers from `branch="zero"` start as the identity; training all of the model with them is '
+            "reported to learn features more slowly than plain copies do.",
+            "Under a cosine schedule a late growth has little left to train: grow in the stable phase of "
+            '"wsd", or early.',
+        ),
+        example="stack(layers=4)",
+        by={
+            "pattern": {
+                "top": (_GRADUAL,),
+                "repeat": (_STACKBERT, G_STACK),
+                "interleave": (_INTERLEAVED,),
+                "interpolate": (MASKED,),
+                "middle": (MIDAS,),
+                "centre": (_LIDAS,),
+                "insert": (_LLAMA_PRO,),
+                "solar": (_SOLAR,),
+            },
+            "branch": {"zero": (_LLAMA_PRO,)},
+        },
+    )
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]
         """New layers with zeroed branches do nothing; others do."""
         return "exact-given-init" if self.branch == "zero" else "approximate"
+
+    @property
+    def pattern(self) -> str:
+        """The order; of a list of layers "solar", if it is two overlapping runs, or "list"."""
+        lists = [size for _, size in self.sizes if isinstance(size, tuple)]
+        if not lists:
+            return self.order
+        half = len(lists[0]) // 2
+        start = lists[0][half] if half else 0
+        overlaps = 0 < start < half and lists[0] == (*range(half), *range(start, start + half))
+        return "solar" if overlaps else "list"
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """Copies along the stack axes; the share closes or splits the residual branches."""
@@ -167,6 +279,18 @@ class Fresh(Operator):
     sizes: Sizes = eqx.field(static=True)
     init: Init = eqx.field(static=True, default="born")
     exactness: ClassVar[Exactness] = "approximate"
+    card: ClassVar[Card] = Card(
+        use="Training that starts with no layer or with one, and grows once in the stable phase of a "
+        '"wsd" schedule.',
+        traps=(
+            "Embeddings and head are paid for from the first step: of a small model with a large "
+            "vocabulary the saving is far from that of the blocks alone. The clock shows it.",
+            "The loss jumps more than with copies, and the rate has to suit fresh layers: without "
+            "`Transfer` or Muon it is that of the shallow model.",
+        ),
+        example="fresh(layers=3)",
+        papers=(_FEW_LAYERS,),
+    )
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """The old layers, and fresh ones on top of them."""

@@ -13,6 +13,7 @@ import numpy as np
 from growjax import values
 from growjax.algebra import NONE, AxisMap, Init
 from growjax.axes import Axes
+from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.finishes import Places, Rows
 from growjax.growth.operator import Exactness, Operator, resolve
@@ -20,6 +21,20 @@ from growjax.values import Size
 
 
 Words = Init | Literal["mean", "covariance"]
+
+
+_HEWITT = Paper(
+    "Initializing New Word Embeddings for Pretrained Language Models",
+    "Hewitt, John",
+    2021,
+    url="https://nlp.stanford.edu/~johnhew/vocab-expansion.html",
+)
+_LONGFORMER = Paper(
+    "Longformer: The Long-Document Transformer",
+    "Beltagy, Iz and Peters, Matthew E. and Cohan, Arman",
+    2020,
+    arxiv="2004.05150",
+)
 
 
 @values.register
@@ -34,6 +49,18 @@ class Wording(Operator):
     gate: bool = eqx.field(static=True, default=False)
     spread: Annotated[float, values.at_least(0)] = eqx.field(static=True, default=1e-9)
     axis: str = eqx.field(static=True, default="vocab")
+    card: ClassVar[Card] = Card(
+        use="New words for a trained model: special tokens, another language, a padded table that is "
+        "to be used.",
+        traps=(
+            "Random rows in the head take probability from every old word; the mean of the old rows "
+            "takes `log(1 + new / old)` nats at most.",
+            "Rows from the whole covariance break that bound; the 1e-9 of transformers matters.",
+            "Padding rows are no words: give `used`, or they count in the mean and are never filled.",
+        ),
+        example="vocabulary(14)",
+        by={"init": {"mean": (_HEWITT,), "covariance": (_HEWITT,)}},
+    )
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]
@@ -122,6 +149,15 @@ class Positions(Operator):
     how: Literal["continue", "tile", "interpolate"] = eqx.field(static=True, default="continue")
     init: Init = eqx.field(static=True, default="matched")
     axis: str = eqx.field(static=True, default="positions")
+    card: ClassVar[Card] = Card(
+        use="Longer sequences for a model with a table of learned positions.",
+        traps=(
+            "The new rows are untrained: a longer sequence is worse than a short one until they are.",
+            "Interpolation moves the old positions, so that short sequences change too.",
+        ),
+        example="positions(12)",
+        by={"how": {"tile": (_LONGFORMER,)}},
+    )
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]

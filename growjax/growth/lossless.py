@@ -11,9 +11,20 @@ import numpy as np
 from growjax import values
 from growjax.algebra import MEAN, NONE, AxisMap
 from growjax.axes import Axes
+from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.finishes import Noise
 from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
+
+
+_LEMON = Paper(
+    "LEMON: Lossless Model Expansion",
+    "Wang, Yite and Su, Jiahao and Lu, Hanlin and Xie, Cong and Liu, Tianyi and Yuan, Jianbo and Lin, "
+    "Haibin and Sun, Ruoyu and Yang, Hongxia",
+    2024,
+    "International Conference on Learning Representations",
+    "2310.07999",
+)
 
 
 @values.register
@@ -24,6 +35,17 @@ class Lemon(Operator):
     noise: Annotated[float, values.at_least(0)] = eqx.field(static=True, default=1.0)
     init: Literal["born", "normal"] = eqx.field(static=True, default="born")
     exactness: ClassVar[Exactness] = "exact-given-init"
+    card: ClassVar[Card] = Card(
+        use="Width to a size that is no multiple of the old one, exact also under LayerNorm, for a run "
+        "whose optimizer starts anew.",
+        traps=(
+            "Optimizer state cannot be carried: the random parts have no gradient in the old model.",
+            "The paper keeps the peak of the learning rate and decays it faster; the schedule of a "
+            "run from scratch loses most of the gain.",
+        ),
+        example="lemon(embed=12, mlp=10)",
+        papers=(_LEMON,),
+    )
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """Copies in turn; under norms whole turns alone, and a rest that the norms do not see."""

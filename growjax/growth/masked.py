@@ -12,9 +12,18 @@ import numpy as np
 from growjax import values
 from growjax.algebra import NONE, AxisMap, Init
 from growjax.axes import Axes
+from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
-from growjax.growth.depth import Order, sources
+from growjax.growth.depth import MASKED, Order, sources
 from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
+
+
+_PRORES = Paper(
+    "Progressive Residual Warmup for Language Model Pretraining",
+    "Chen, Tianhao and Xu, Xin and Yin, Lu and Chen, Hao and Wang, Yang and Diao, Shizhe and Yang, Can",
+    2026,
+    arxiv="2603.05369",
+)
 
 
 @values.register
@@ -26,6 +35,19 @@ class MSG(Operator):
     order: Order = eqx.field(static=True, default="repeat")
     opens: Literal["together", "in turn"] = eqx.field(static=True, default="together")
     exactness: ClassVar[Exactness] = "exact"
+    card: ClassVar[Card] = Card(
+        use="Any axis to any size in the middle of training, with a loss that does not jump whatever the "
+        "new weights hold; the ramp of the gates sets how fast they count.",
+        traps=(
+            "While gates are between 0 and 1 the model computes something that neither size does: keep "
+            "the ramp short, and evaluate at its end.",
+            'With `init="zeros"` both sides of new units are zero and never learn, at any level.',
+            "A gated model costs as much as the large one from its first step.",
+        ),
+        example="msg(mlp=10)",
+        papers=(MASKED,),
+        by={"opens": {"in turn": (_PRORES,)}},
+    )
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """Identity on the old coordinates; new ones are fresh or copied, and gated."""

@@ -5,7 +5,7 @@ Training", ICLR 2023) and of Mango (Pan et al. 2023), rotations of queries and k
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import equinox as eqx
 import numpy as np
@@ -13,8 +13,19 @@ import numpy as np
 from growjax import values
 from growjax.algebra import AxisMap, linear
 from growjax.axes import Axes
+from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.operator import Exactness, Operator
+
+
+_LIGO = Paper(
+    "Learning to Grow Pretrained Models for Efficient Transformer Training",
+    "Wang, Peihao and Panda, Rameswar and Hennigen, Lucas Torroba and Greengard, Philip and Karlinsky, "
+    "Leonid and Feris, Rogerio and Cox, David Daniel and Wang, Zhangyang and Kim, Yoon",
+    2023,
+    "International Conference on Learning Representations",
+    "2303.00980",
+)
 
 
 def _faults(matrices: Any) -> Iterator[str]:
@@ -46,6 +57,18 @@ class Dense(Operator):
     matrices: Matrices = eqx.field(static=True)
     dual: Matrices = eqx.field(static=True, default=())
     exact: bool = eqx.field(static=True, default=False)
+    card: ClassVar[Card] = Card(
+        use="A map that no other operator has: a rotation of the coordinates of heads, or matrices that "
+        "you have learned.",
+        traps=(
+            "A matrix on an axis with an activation between its two sides (`mlp`) does not keep the "
+            "function, whatever its dual.",
+            "Second moments follow only where every row has one source, and are refused otherwise.",
+        ),
+        example="dense(head_dim=((0, 1, 0, 0), (1, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 0, 1), "
+        "(1, 0, 0, 0)))",
+        papers=(_LIGO,),
+    )
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]

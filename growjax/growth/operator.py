@@ -17,6 +17,7 @@ from jaxtyping import PRNGKeyArray
 from growjax import maps, values
 from growjax.algebra import AxisMap
 from growjax.axes import Axes, axes_of, get, put
+from growjax.cards import Card
 from growjax.errors import AxisError, GrowjaxError, GrowthError, raise_all
 from growjax.values import Size
 
@@ -48,6 +49,8 @@ class Operator(eqx.Module):
     exactness: ClassVar[Exactness]
     # The function that makes it, where that is not the class's name in small letters
     written: ClassVar[str] = ""
+    # When to use it, its traps and its papers: for `gj.cite` and for the pages of the operators
+    card: ClassVar[Card] = Card()
 
     def __check_init__(self):
         values.check(self, GrowthError)

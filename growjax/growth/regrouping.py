@@ -12,8 +12,19 @@ import numpy as np
 from growjax import values
 from growjax.algebra import AxisMap
 from growjax.axes import Axes
+from growjax.cards import Card, Paper
 from growjax.errors import GrowthError
 from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
+
+
+_GROUPED = Paper(
+    "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints",
+    "Ainslie, Joshua and Lee-Thorp, James and de Jong, Michiel and Zemlyanskiy, Yury and Lebrón, "
+    "Federico and Sanghai, Sumit",
+    2023,
+    "Conference on Empirical Methods in Natural Language Processing",
+    "2305.13245",
+)
 
 
 @values.register
@@ -23,6 +34,17 @@ class Regroup(Operator):
     sizes: Sizes = eqx.field(static=True)
     over: str = eqx.field(static=True, default="group")
     exactness: ClassVar[Exactness] = "exact-given-init"
+    card: ClassVar[Card] = Card(
+        use="More keys and values for the queries there are: from multi-query or grouped queries towards "
+        "multi-head attention, with the function kept.",
+        traps=(
+            "Keys and values must be repeated in place and queries dealt out to them: tiling gives "
+            "queries another one's keys.",
+            "The cache of keys and values grows with them.",
+        ),
+        example="regroup(kv_heads=2)",
+        papers=(_GROUPED,),
+    )
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """Every coordinate repeated in place, on the product of the two axes."""
@@ -63,6 +85,12 @@ class Pool(Operator):
     sizes: Sizes = eqx.field(static=True)
     over: str = eqx.field(static=True, default="group")
     exactness: ClassVar[Exactness] = "approximate"
+    card: ClassVar[Card] = Card(
+        use="A smaller cache of keys and values for inference, before some more training.",
+        traps=("The loss jumps; the paper trains on for 5% of the steps.",),
+        example="pool(kv_heads=1)",
+        papers=(_GROUPED,),
+    )
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """A mean over each run of neighbours, whose queries become one group."""

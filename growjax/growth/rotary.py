@@ -15,6 +15,7 @@ import numpy as np
 from growjax import values
 from growjax.algebra import AxisMap
 from growjax.axes import Axes, axes_of, get, put
+from growjax.cards import Card, Paper
 from growjax.errors import GrowthError
 from growjax.growth.finishes import Finish
 from growjax.growth.operator import Exactness, Operator
@@ -22,6 +23,21 @@ from growjax.values import Size
 
 
 How = Literal["interpolate", "ntk", "yarn"]
+
+
+_INTERPOLATED = Paper(
+    "Extending Context Window of Large Language Models via Positional Interpolation",
+    "Chen, Shouyuan and Wong, Sherman and Chen, Liangjian and Tian, Yuandong",
+    2023,
+    arxiv="2306.15595",
+)
+_YARN = Paper(
+    "YaRN: Efficient Context Window Extension of Large Language Models",
+    "Peng, Bowen and Quesnelle, Jeffrey and Fan, Honglu and Shippole, Enrico",
+    2024,
+    "International Conference on Learning Representations",
+    "2309.00071",
+)
 
 
 @runtime_checkable
@@ -81,6 +97,16 @@ class Context(Operator):
     axis: str = eqx.field(static=True, default="head_dim")
     stream: str = eqx.field(static=True, default="embed")
     exactness: ClassVar[Exactness] = "approximate"
+    card: ClassVar[Card] = Card(
+        use="Longer sequences than a model with rotary positions was trained with, followed by some "
+        "training at the new length.",
+        traps=(
+            "Short sequences change as well: evaluate at the old length too.",
+            "Frequencies that are scaled already must not be scaled again, and are refused.",
+        ),
+        example="context(2, how='interpolate')",
+        by={"how": {"interpolate": (_INTERPOLATED,), "ntk": (_YARN,), "yarn": (_YARN,)}},
+    )
 
     def __check_init__(self):
         faults = []

@@ -5,7 +5,7 @@ Mixture of Experts", 2024 (fine-grained); Nakamura et al., "Drop-Upcycling", ICL
 Upcycling", arXiv:2604.19835, 2026.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Array, PRNGKeyArray
 from growjax import values
 from growjax.algebra import NONE, AxisMap, Init
 from growjax.axes import Axes, Role, Slot, put
+from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.operator import Exactness, Operator
 from growjax.maps import fold_in_name
@@ -23,6 +24,38 @@ from growjax.values import Size
 
 
 AXIS = "experts"  # as `growjax.nn.Experts` names it
+
+
+_UPCYCLED = Paper(
+    "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints",
+    "Komatsuzaki, Aran and Puigcerver, Joan and Lee-Thorp, James and Riquelme Ruiz, Carlos and Mustafa, "
+    "Basil and Ainslie, Joshua and Tay, Yi and Dehghani, Mostafa and Houlsby, Neil",
+    2023,
+    "International Conference on Learning Representations",
+    "2212.05055",
+)
+_FINE_GRAINED = Paper(
+    "Upcycling Large Language Models into Mixture of Experts",
+    "He, Ethan and Khattar, Abhinav and Prenger, Ryan and Korthikanti, Vijay and Yan, Zijie and Liu, "
+    "Tong and Fan, Shiqing and Aithal, Ashwath and Shoeybi, Mohammad and Catanzaro, Bryan",
+    2024,
+    arxiv="2410.07524",
+)
+_DROPPED = Paper(
+    "Drop-Upcycling: Training Sparse Mixture of Experts with Partial Re-initialization",
+    "Nakamura, Taishi and Akiba, Takuya and Fujii, Kazuki and Oda, Yusuke and Yokota, Rio and "
+    "Suzuki, Jun",
+    2025,
+    "International Conference on Learning Representations",
+    "2502.19261",
+)
+_MORE_EXPERTS = Paper(
+    "Expert Upcycling: Shifting the Compute-Efficient Frontier of Mixture-of-Experts",
+    "Dwivedi, Chaitanya and Huang, Binxuan and Gupta, Himanshu and Jayarao, Pratik and Varshney, "
+    "Neeraj and Yin, Bing",
+    2026,
+    arxiv="2604.19835",
+)
 
 
 class ExpertMap(AxisMap):
@@ -188,6 +221,19 @@ class Upcycle(Operator):
     norm_topk_prob: bool = eqx.field(static=True, default=True)
     aux_loss_coef: Annotated[float, values.at_least(0)] = eqx.field(static=True, default=0.01)
     z_loss_coef: Annotated[float, values.at_least(0)] = eqx.field(static=True, default=0.001)
+    card: ClassVar[Card] = Card(
+        use="A mixture of experts from a trained dense model.",
+        traps=(
+            "Where the softmax is taken before the choice (`norm_topk_prob=False`) the weights of the "
+            "chosen experts do not sum to one, and the loss jumps.",
+            "Fine-grained experts need the output weights alone multiplied by the granularity: "
+            "scaling all three matrices by its cube root is off under SiLU.",
+            "Experts are equal at first, and only the router's draw tells tokens apart.",
+        ),
+        example="upcycle(experts=4)",
+        papers=(_UPCYCLED,),
+        by={"fine": (_FINE_GRAINED,), "drop": (_DROPPED,)},
+    )
 
     def __check_init__(self):
         values.check(self, GrowthError)
@@ -213,6 +259,11 @@ class Upcycle(Operator):
         """Copies are exact if the weights of the chosen ones sum to one."""
         sums_to_one = self.norm_topk_prob or self.per_token == self.number
         return "approximate" if self.drop or not sums_to_one else "exact-given-init"
+
+    @property
+    def fine(self) -> bool:
+        """Whether experts are shards of the dense feed-forward."""
+        return self.granularity > 1
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """The axis is born with one expert for every shard of the hidden units, and copied."""
@@ -308,6 +359,16 @@ class Experts(Operator):
     per_token: PerToken = eqx.field(static=True, default="kept")
     noise: Annotated[float, values.at_least(0)] = eqx.field(static=True, default=0.0)
     init: Init | Literal["copy"] = eqx.field(static=True, default="copy")
+    card: ClassVar[Card] = Card(
+        use="More experts for a mixture in the middle of training, at the same number a token.",
+        traps=(
+            "Plain copies with the same number of experts a token are not exact: both copies of the "
+            "winner are chosen, and another expert's slot is lost.",
+            "The balancing losses depend on the number of experts; behind a gate they do not jump.",
+        ),
+        example="experts(5)",
+        by={"copied": (_MORE_EXPERTS,)},
+    )
 
     def __check_init__(self):
         faults = []
@@ -327,6 +388,11 @@ class Experts(Operator):
         if self.gated:
             return "exact"
         return "exact-given-init" if self.per_token == "scaled" else "approximate"
+
+    @property
+    def copied(self) -> bool:
+        """Whether new experts are copies that are chosen at once."""
+        return not self.gated
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """Copies in turn after the old experts, or fresh ones."""

@@ -1,7 +1,7 @@
 """Warm starts: old weights, made smaller, in the corner of a new model (shrink, pad and perturb).
 
 Ash & Adams, "On Warm-Starting Neural Network Training", NeurIPS 2020; Mallik et al., "Warmstarting for
-Scaling Language Models", 2024; Samragh et al., "When is warmstarting effective", 2026.
+Scaling Language Models", 2024, and "When is Warmstarting Effective for Scaling Language Models?", 2026.
 """
 
 from typing import Annotated, ClassVar
@@ -12,8 +12,32 @@ import numpy as np
 from growjax import values
 from growjax.algebra import NONE, AxisMap
 from growjax.axes import Axes
+from growjax.cards import Card, Paper
 from growjax.growth.finishes import Blend
 from growjax.growth.operator import Exactness, Operator, frozen_sizes, resolve
+
+
+_PERTURBED = Paper(
+    "On Warm-Starting Neural Network Training",
+    "Ash, Jordan T. and Adams, Ryan P.",
+    2020,
+    "Advances in Neural Information Processing Systems",
+    "1910.08475",
+)
+_WARMSTARTED = Paper(
+    "Warmstarting for Scaling Language Models",
+    "Mallik, Neeratyoy and Janowski, Maciej and Hog, Johannes and Rakotoarison, Herilalaina and Klein, "
+    "Aaron and Grabocka, Josif and Hutter, Frank",
+    2024,
+    arxiv="2411.07340",
+)
+_EFFECTIVE = Paper(
+    "When is Warmstarting Effective for Scaling Language Models?",
+    "Mallik, Neeratyoy and Janowski, Maciej and Hog, Johannes and Rakotoarison, Herilalaina and Klein, "
+    "Aaron and Grabocka, Josif and Hutter, Frank",
+    2026,
+    arxiv="2605.13405",
+)
 
 
 @values.register
@@ -24,6 +48,18 @@ class Warm(Operator):
     shrink: Annotated[float, values.ranged(0, 1)] = eqx.field(static=True, default=0.4)
     perturb: Annotated[float, values.at_least(0)] = eqx.field(static=True, default=1.0)
     exactness: ClassVar[Exactness] = "approximate"
+    card: ClassVar[Card] = Card(
+        use="A new run of a model about twice the size, when a small one is there already and its "
+        "optimizer state is not.",
+        traps=(
+            "The loss starts near that of a new model: compare at equal cost, the small model's training "
+            "included if it was made for this.",
+            "Beyond a few times the size, starting from scratch is as good (the paper finds twice most "
+            "reliable, under 20 tokens a parameter).",
+        ),
+        example="warm(mlp=12)",
+        papers=(_PERTURBED, _WARMSTARTED, _EFFECTIVE),
+    )
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """One map for every axis that grows, and one for some axis of every leaf that does not."""

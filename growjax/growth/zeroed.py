@@ -11,8 +11,17 @@ import numpy as np
 from growjax import values
 from growjax.algebra import NONE, AxisMap, Init
 from growjax.axes import Axes
+from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
+
+
+_COMPOSABLE = Paper(
+    "Composable Function-preserving Expansions for Transformer Architectures",
+    "Gesmundo, Andrea and Maile, Kaitlin",
+    2023,
+    arxiv="2308.06103",
+)
 
 
 @values.register
@@ -22,6 +31,19 @@ class Zeros(Operator):
     sizes: Sizes = eqx.field(static=True)
     init: Init = eqx.field(static=True, default="normal")
     exactness: ClassVar[Exactness] = "exact-given-init"
+    card: ClassVar[Card] = Card(
+        use="Width with fresh units that learn from the first step, without a ramp: hidden units and "
+        "heads of any model, the residual stream under RMSNorm.",
+        traps=(
+            "Under LayerNorm the residual stream is refused; `gj.growth.centred` turns it into RMSNorm "
+            "where the head is not tied.",
+            "The epsilon of a norm has to change with its size; with the old one outputs move by "
+            "more than rounding wherever activations are small.",
+            'With `init="zeros"` nothing ever gets a gradient.',
+        ),
+        example="zeros(mlp=10)",
+        papers=(_COMPOSABLE,),
+    )
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """Fresh coordinates whose share is zero: in consumers, or in the stream's producers."""

@@ -24,18 +24,37 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from growjax.axes import Axes, Slot, axes_of, find, put
+from growjax.cards import Card, Paper
 from growjax.errors import StateError
 from growjax.models.protocol import Config
 from growjax.optim.divided import Decays
 from growjax.optim.rules import Rule
 from growjax.values import check, register
+
+
+_MUP = Paper(
+    "Tuning Large Neural Networks via Zero-Shot Hyperparameter Transfer",
+    "Yang, Greg and Hu, Edward J. and Babuschkin, Igor and Sidor, Szymon and Liu, Xiaodong and "
+    "Farhi, David and Ryder, Nick and Pachocki, Jakub and Chen, Weizhu and Gao, Jianfeng",
+    2021,
+    "Advances in Neural Information Processing Systems",
+    "2203.03466",
+)
+_COMPLETEP = Paper(
+    "Don't be lazy: CompleteP enables compute-efficient deep transformers",
+    "Dey, Nolan and Zhang, Bin Claire and Noci, Lorenzo and Li, Mufan and Bordelon, Blake and "
+    "Bergsma, Shane and Pehlevan, Cengiz and Hanin, Boris and Hestness, Joel",
+    2025,
+    "Advances in Neural Information Processing Systems",
+    "2505.01618",
+)
 
 
 class Multiples(NamedTuple):
@@ -73,6 +92,7 @@ class Transfer:
 
     base: Config
     depth: bool = True
+    card: ClassVar[Card] = Card(papers=(_MUP,), by={"depth": (_COMPLETEP,)})
 
     def __post_init__(self):
         check(self, StateError)

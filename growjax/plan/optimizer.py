@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import optax
 
+from growjax.cards import Card, Paper
 from growjax.errors import PlanError
 from growjax.optim.age import matrices, not_biases, scale_by_adam, scale_by_ademamix
 from growjax.optim.divided import decayed_weights
@@ -22,6 +23,71 @@ Name = Literal["adamw", "nadamw", "ademamix", "lion", "sophia", "muon", "schedul
 Decayed = Literal["matrices", "weights", "all"]
 # The decay rate of an exponential moving average: the share of the average that stays at each step
 Forgetting = Annotated[float, ranged(0, 1, "a rate", below=True)]
+
+
+_ADAMW = Paper(
+    "Decoupled Weight Decay Regularization",
+    "Loshchilov, Ilya and Hutter, Frank",
+    2019,
+    "International Conference on Learning Representations",
+    "1711.05101",
+)
+_NADAM = Paper(
+    "Incorporating Nesterov Momentum into Adam",
+    "Dozat, Timothy",
+    2016,
+    "International Conference on Learning Representations, Workshop Track",
+)
+_ADEMAMIX = Paper(
+    "The AdEMAMix Optimizer: Better, Faster, Older",
+    "Pagliardini, Matteo and Ablin, Pierre and Grangier, David",
+    2025,
+    "International Conference on Learning Representations",
+    "2409.03137",
+)
+_LION = Paper(
+    "Symbolic Discovery of Optimization Algorithms",
+    "Chen, Xiangning and Liang, Chen and Huang, Da and Real, Esteban and Wang, Kaiyuan and Liu, Yao and "
+    "Pham, Hieu and Dong, Xuanyi and Luong, Thang and Hsieh, Cho-Jui and Lu, Yifeng and Le, Quoc V.",
+    2023,
+    "Advances in Neural Information Processing Systems",
+    "2302.06675",
+)
+_SOPHIA = Paper(
+    "Sophia: A Scalable Stochastic Second-order Optimizer for Language Model Pre-training",
+    "Liu, Hong and Li, Zhiyuan and Hall, David and Liang, Percy and Ma, Tengyu",
+    2024,
+    "International Conference on Learning Representations",
+    "2305.14342",
+)
+_MUON = Paper(
+    "Muon: An optimizer for hidden layers in neural networks",
+    "Jordan, Keller and Jin, Yuchen and Boza, Vlado and You, Jiacheng and Cesista, Franz and "
+    "Newhouse, Laker and Bernstein, Jeremy",
+    2024,
+    url="https://kellerjordan.github.io/posts/muon/",
+)
+_SCALABLE_MUON = Paper(
+    "Muon is Scalable for LLM Training",
+    "Liu, Jingyuan and Su, Jianlin and Yao, Xingcheng and Jiang, Zhejun and Lai, Guokun and others",
+    2025,
+    arxiv="2502.16982",
+)
+_SCHEDULE_FREE = Paper(
+    "The Road Less Scheduled",
+    "Defazio, Aaron and Yang, Xingyu Alice and Mehta, Harsh and Mishchenko, Konstantin and Khaled, "
+    "Ahmed and Cutkosky, Ashok",
+    2024,
+    "Advances in Neural Information Processing Systems",
+    "2405.15682",
+)
+_NANO_T5 = Paper(
+    "nanoT5: A PyTorch Framework for Pre-training and Fine-tuning T5-style Models with Limited Resources",
+    "Nawrot, Piotr",
+    2023,
+    "Workshop for Natural Language Processing Open Source Software",
+    "2309.02373",
+)
 
 
 @base("an optimizer such as Optimizer(b2=0.95)")
@@ -70,6 +136,20 @@ class Optimizer:
     rho: Annotated[float, positive()] = 0.04
     refresh_every: Annotated[int, at_least(1, "steps")] = 10
     momentum: Forgetting = 0.95
+    card: ClassVar[Card] = Card(
+        by={
+            "name": {
+                "adamw": (_ADAMW,),
+                "nadamw": (_NADAM, _ADAMW),
+                "ademamix": (_ADEMAMIX,),
+                "lion": (_LION,),
+                "sophia": (_SOPHIA,),
+                "muon": (_MUON, _SCALABLE_MUON),
+                "schedule_free": (_SCHEDULE_FREE,),
+            },
+            "scale_by_parameter": (_NANO_T5,),
+        }
+    )
 
     def __post_init__(self):
         check(self, PlanError, "this optimizer cannot be used:", self._faults)

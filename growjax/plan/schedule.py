@@ -9,10 +9,42 @@ import abc
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
+from growjax.cards import Card, Paper
 from growjax.errors import PlanError
 from growjax.values import Size, base, check, positive, ranged, register
+
+
+_BUDGETED = Paper(
+    "Budgeted Training: Rethinking Deep Neural Network Training Under Resource Constraints",
+    "Li, Mengtian and Yumer, Ersin and Ramanan, Deva",
+    2020,
+    "International Conference on Learning Representations",
+    "1905.04753",
+)
+_COSINE = Paper(
+    "SGDR: Stochastic Gradient Descent with Warm Restarts",
+    "Loshchilov, Ilya and Hutter, Frank",
+    2017,
+    "International Conference on Learning Representations",
+    "1608.03983",
+)
+_WSD = Paper(
+    "MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training Strategies",
+    "Hu, Shengding and Tu, Yuge and Han, Xu and He, Chaoqun and Cui, Ganqu and others",
+    2024,
+    "Conference on Language Modeling",
+    "2404.06395",
+)
+_INVERSE_SQRT = Paper(
+    "Attention Is All You Need",
+    "Vaswani, Ashish and Shazeer, Noam and Parmar, Niki and Uszkoreit, Jakob and Jones, Llion and Gomez, "
+    "Aidan N. and Kaiser, Lukasz and Polosukhin, Illia",
+    2017,
+    "Advances in Neural Information Processing Systems",
+    "1706.03762",
+)
 
 
 @register
@@ -102,6 +134,16 @@ class Schedule(Rate):
     decay: Annotated[float, ranged(0, 1, "a share", above=True)] = 0.2
     final: Annotated[float, ranged(0, 1, "a share of the peak")] = 0.0
     start: Annotated[float, ranged(0, 1, "a share of the peak")] = 0.0
+    card: ClassVar[Card] = Card(
+        by={
+            "shape": {
+                "linear": (_BUDGETED,),
+                "cosine": (_COSINE,),
+                "wsd": (_WSD,),
+                "inverse_sqrt": (_INVERSE_SQRT,),
+            }
+        }
+    )
 
     def __post_init__(self):
         check(self, PlanError, "this learning rate cannot be used:", self._faults)

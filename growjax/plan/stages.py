@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,11 +13,13 @@ import numpy as np
 
 from growjax.axes import axes_of, sizes
 from growjax.budget import Clock, Op, cost_of
+from growjax.cards import Card
 from growjax.cost import flops as count_flops
 from growjax.cost import parameters
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.errors import PlanError
 from growjax.growth import Births, Operator
+from growjax.growth.depth import MASKED
 from growjax.nn.place import SHAPES, running_on
 from growjax.optim import Parts
 from growjax.plan.losses import Loss, cross_entropy
@@ -135,6 +137,7 @@ class Stage:
     rewind: Rewind | None = None
     batch: Size | None = None
     objective: Objective | None = None
+    card: ClassVar[Card] = Card(by={"rewind": (MASKED,)})
 
     def __post_init__(self):
         check(self, PlanError, f"stage {self.name!r} cannot be run:", self._faults)

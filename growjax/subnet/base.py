@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import equinox as eqx
 import jax
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from growjax import maps
 from growjax.algebra import AxisMap
 from growjax.axes import Axes, axes_of
+from growjax.cards import Card
 from growjax.errors import SubnetError
 from growjax.maps import fold_in_name
 from growjax.values import base, check
@@ -27,6 +28,9 @@ class Subnet(eqx.Module):
 
     `SubnetError` lists every field whose value does not fit its annotation.
     """
+
+    # When to use it, its traps and its papers: for `gj.cite` and for its page
+    card: ClassVar[Card] = Card()
 
     def __check_init__(self):
         check(self, SubnetError)

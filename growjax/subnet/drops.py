@@ -1,7 +1,7 @@
 """Progressive layer dropping: Zhang & He, NeurIPS 2020."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -9,11 +9,21 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from growjax.algebra import AxisMap
 from growjax.axes import Axes
+from growjax.cards import Card, Paper
 from growjax.subnet.base import Coins
 from growjax.values import Range, positive, ranged, register
 
 
 _SOME = Range("a stack, or some that share their coins", lambda axes: len(axes) > 0)
+
+
+_DROPPING = Paper(
+    "Accelerating Training of Transformer-Based Language Models with Progressive Layer Dropping",
+    "Zhang, Minjia and He, Yuxiong",
+    2020,
+    "Advances in Neural Information Processing Systems",
+    "2010.13369",
+)
 
 
 @register
@@ -24,6 +34,16 @@ class ProgressiveLayerDrop(Coins):
     rate: Annotated[float, positive()] = eqx.field(static=True)
     inverse: bool = eqx.field(static=True, default=True)
     axis: str | Annotated[tuple[str, ...], _SOME] = eqx.field(static=True, default="layers")
+    card: ClassVar[Card] = Card(
+        use="Steps that become cheaper during training, deep layers first, under a rate that is larger "
+        "than without.",
+        traps=(
+            "The saving is at most about a quarter of the layers at `floor=0.5`, and comes late.",
+            "The published divisor of the branches and the code of No Train No Gain disagree: `inverse`.",
+        ),
+        example="progressive_layer_drop(floor=0.5, rate=0.001)",
+        papers=(_DROPPING,),
+    )
 
     @property
     def stacks(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ Reasoning: A Recurrent Depth Approach", 2025 (a prelude, a core that is repeated
 """
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import equinox as eqx
 import numpy as np
@@ -14,9 +14,33 @@ from jaxtyping import PRNGKeyArray
 
 from growjax.algebra import AxisMap
 from growjax.axes import Axes
+from growjax.cards import Card, Paper
 from growjax.errors import SubnetError, raise_all
 from growjax.subnet.base import Subnet, depth_of
 from growjax.values import at_least, register
+
+
+_UNIVERSAL = Paper(
+    "Universal Transformers",
+    "Dehghani, Mostafa and Gouws, Stephan and Vinyals, Oriol and Uszkoreit, Jakob and Kaiser, Lukasz",
+    2019,
+    "International Conference on Learning Representations",
+    "1807.03819",
+)
+_LOOPED = Paper(
+    "Reasoning with Latent Thoughts: On the Power of Looped Transformers",
+    "Saunshi, Nikunj and Dikkala, Nishanth and Li, Zhiyuan and Kumar, Sanjiv and Reddi, Sashank J.",
+    2025,
+    "International Conference on Learning Representations",
+    "2502.17416",
+)
+_RECURRENT = Paper(
+    "Scaling up Test-Time Compute with Latent Reasoning: A Recurrent Depth Approach",
+    "Geiping, Jonas and McLeish, Sean and Jain, Neel and Kirchenbauer, John and Singh, Siddharth and "
+    "Bartoldson, Brian R. and Kailkhura, Bhavya and Bhatele, Abhinav and Goldstein, Tom",
+    2025,
+    arxiv="2502.05171",
+)
 
 
 @register
@@ -27,6 +51,22 @@ class Loop(Subnet):
     first: int = eqx.field(static=True, default=0)
     last: int = eqx.field(static=True, default=-1)
     axis: str = eqx.field(static=True, default="layers")
+    card: ClassVar[Card] = Card(
+        use="A deeper computation with the parameters of a shallow model, in training or at inference "
+        "alone; its layers can be set free later by `gj.stack(layers=loop.layers(depth))`.",
+        traps=(
+            "A step costs as much as one of the deeper model.",
+            "The looped model is the trained one: a plan judges the model without the loop.",
+        ),
+        example="loop(2)",
+        papers=(_UNIVERSAL, _LOOPED),
+        by={"core": (_RECURRENT,)},
+    )
+
+    @property
+    def core(self) -> bool:
+        """Whether layers before or after the loop run once."""
+        return (self.first, self.last) != (0, -1)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """The layers in the order in which a model of this depth runs them.

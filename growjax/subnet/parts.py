@@ -1,6 +1,6 @@
 """Random heads and hidden units: RaPTr's width form (Panigrahi et al., ICLR 2025)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -10,9 +10,11 @@ from jaxtyping import PRNGKeyArray
 
 from growjax.algebra import AxisMap
 from growjax.axes import Axes
+from growjax.cards import Card
 from growjax.errors import SubnetError, raise_all
 from growjax.maps import fold_in_name
 from growjax.subnet.base import Subnet
+from growjax.subnet.paths import RAPTR
 from growjax.values import register
 
 
@@ -23,6 +25,15 @@ class RandomPart(Subnet):
     counts: tuple[tuple[str, int], ...] = eqx.field(static=True)
     scale: Literal["none", "sqrt", "linear"] = eqx.field(static=True, default="none")
     per_layer: bool = eqx.field(static=True, default=True)
+    card: ClassVar[Card] = Card(
+        use="Cheaper steps by some of the heads and hidden units of every layer, where layers are few.",
+        traps=(
+            "Sums over fewer units are smaller: the whole model computes something else than its parts "
+            "were trained for, unless `scale` makes up for it.",
+        ),
+        example="random_part(mlp=3)",
+        papers=(RAPTR,),
+    )
 
     def maps(self, axes: Axes, *, key: PRNGKeyArray, step) -> list[AxisMap]:
         """A selection along each axis, layer by layer."""

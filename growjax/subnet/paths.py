@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from growjax.algebra import AxisMap
 from growjax.axes import Axes
+from growjax.cards import Card, Paper
 from growjax.errors import SubnetError, raise_all
 from growjax.maps import fold_in_name
 from growjax.subnet.base import Coins, depth_of
@@ -26,6 +27,30 @@ from growjax.values import Size, at_least, check, positive, register
 
 
 Scale = Literal["none", "sqrt_gap", "linear_gap", "sqrt_global", "linear_global", "inverse_p"]
+
+
+RAPTR = Paper(
+    "Efficient Stagewise Pretraining via Progressive Subnetworks",
+    "Panigrahi, Abhishek and Saunshi, Nikunj and Lyu, Kaifeng and Miryoosefi, Sobhan and Reddi, "
+    "Sashank and Kale, Satyen and Kumar, Sanjiv",
+    2025,
+    "International Conference on Learning Representations",
+    "2402.05913",
+)
+_STOCHASTIC_DEPTH = Paper(
+    "Deep Networks with Stochastic Depth",
+    "Huang, Gao and Sun, Yu and Liu, Zhuang and Sedra, Daniel and Weinberger, Kilian Q.",
+    2016,
+    "European Conference on Computer Vision",
+    "1603.09382",
+)
+_LAYERDROP = Paper(
+    "Reducing Transformer Depth on Demand with Structured Dropout",
+    "Fan, Angela and Grave, Edouard and Joulin, Armand",
+    2020,
+    "International Conference on Learning Representations",
+    "1909.11556",
+)
 
 
 @register
@@ -37,6 +62,18 @@ class RandomPath(Coins):
     scale: Scale = eqx.field(static=True, default="none")
     mode: Literal["fixed", "bernoulli"] = eqx.field(static=True, default="fixed")
     axis: str = eqx.field(static=True, default="layers")
+    card: ClassVar[Card] = Card(
+        use="A model of the final size from the first step, at the cost of `length` of its layers a "
+        "step; most often in stages of growing length (`gj.path_schedule`).",
+        traps=(
+            "The whole model is what counts: evaluate it, not the path, and train all of it at the end.",
+            "First and last layer should stay on every path (`keep`).",
+            "With momentum and weight decay left-out layers move as well; `Stage(inactive='freeze')` "
+            "holds them.",
+        ),
+        example="random_path(2)",
+        by={"mode": {"fixed": (RAPTR,), "bernoulli": (_STOCHASTIC_DEPTH, _LAYERDROP)}},
+    )
 
     def at(self, step: int, *, seed: int = 0) -> "RandomPath":
         """The path of whole length for one step: a fractional length rounds up or down by chance.
@@ -188,6 +225,7 @@ class PathSchedule:
 
     layers: Size
     stages: tuple[PathStage, ...]
+    card: ClassVar[Card] = Card(papers=(RAPTR,))
 
     def __post_init__(self):
         check(self, SubnetError, "these stages are no schedule:", self._faults)
