@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from growjax.errors import BudgetError, raise_all
-from growjax.growth import Operator
+from growjax.growth import Chain, Operator
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Stage
 
@@ -29,6 +29,8 @@ from growjax.plan.stages import Stage
 _EXPONENTS, _HUBER = (0.05, 2.0), 0.02
 # The parts that a budget is spent in, and how many of them the shortest stage has
 _PARTS, _SHORTEST = 200, 10
+# Two sizes are alike if the larger one needs this share of the tokens for an equal loss
+_ALIKE = 0.999
 # A plan grows only where so many of the drawn laws say that it is better by the margin
 _SURE = 0.9
 # Where growths may be by default: as late, and by as much, as pilots usually are
@@ -128,7 +130,7 @@ def fit(endings: Sequence[Ending], start: Law | None = None) -> Law:
         least_squares(residuals, x, bounds=(low, high), loss="huber", f_scale=_HUBER)
         for x in inside
     ]
-    floor, a, alpha, b, beta = min(tries, key=lambda found: found.cost).x
+    floor, a, alpha, b, beta = min(tries, key=lambda result: result.cost).x
     scales = math.exp(a + alpha * n0), math.exp(b + beta * d0)
     return Law(math.exp(floor), scales[0], float(alpha), scales[1], float(beta))
 
@@ -182,6 +184,21 @@ def predicted(law: Law, legs: Sequence[Leg], retention: float) -> float:
     return float(law.loss(legs[-1].size.parameters, counted(law, legs, retention)))
 
 
+def retained(law: Law, legs: Sequence[Leg], loss: float) -> float | None:
+    """The token retention rho of a pilot of two legs that ended with a loss.
+
+    It is the rho at which `predicted` gives that loss, and may lie outside of 0 to 1. None where it
+    cannot be told: the law has no loss so low for the larger size, or knows next to no difference between
+    the sizes, so that there is nothing to retain.
+    """
+    small, large = legs
+    fresh = float(law.tokens(large.size.parameters, law.loss(small.size.parameters, small.tokens)))
+    end = float(law.tokens(large.size.parameters, loss))
+    if not math.isfinite(end) or fresh > _ALIKE * small.tokens:
+        return None
+    return (end - large.tokens - fresh) / (small.tokens - fresh)
+
+
 def _grown(law: Law, small: Size, large: Size, tokens: Any, retention: float) -> Any:
     """What a grown model counts, given what it counted before (which may be an array)."""
     with np.errstate(divide="ignore"):
@@ -197,10 +214,11 @@ def search(
     *,
     latest: float = LATEST,
     factor: float = FACTOR,
+    growable: Callable[[Size, Size], bool] | None = None,
 ) -> tuple[Leg, ...]:
     """The stages that end with the lowest loss for a budget, by dynamic programming.
 
-    `latest` and `factor` are as in `advise`.
+    `latest`, `factor` and `growable` are as in `advise`.
 
     `most[size][k]` are the most tokens that a size can count when `k` parts of the budget are spent: by
     training for one more part, or by growing there. More tokens are never worse, so nothing else of the
@@ -219,6 +237,8 @@ def search(
         source = np.zeros(_PARTS + 1, int)
         for i in range(j):
             if not 1 < size.parameters / order[i].parameters <= factor:
+                continue
+            if growable is not None and not growable(order[i], size):
                 continue
             some = np.arange(_SHORTEST, int(latest * _PARTS) + 1, _SHORTEST)
             values = _grown(law, order[i], size, most[i, some], retention)
@@ -289,50 +309,52 @@ class Advice:
         return f"Do not grow: {fixed}. The best plan that grows: {grown}, {wins}"
 
     def plans(
-        self,
-        template: Plan,
-        configs: Mapping[str, Any],
-        operator: Callable[[Any, Any], Operator],
+        self, fixed: Mapping[str, Plan], operator: Callable[[str, str], Operator | Chain]
     ) -> tuple[Plan, Plan]:
         """The plan that ends lowest and its control, to save and to train.
 
         **Arguments**
 
-        - `template`: what both have in common, such as batch, objective, rate and clock.
-        - `configs`: the model of each size by its name.
-        - `operator`: of two configurations, what grows the first into the second.
+        - `fixed`: a plan of one stage for each size, by its name. A plan that grows is that of its last
+          size, with the model of the first.
+        - `operator`: of the names of two sizes, what grows the first into the second.
 
-        Raises `BudgetError` for a size without a configuration.
+        Raises `BudgetError` for a size without a plan.
         """
-        missing = sorted({leg.size.name for leg in (*self.legs, *self.control)} - configs.keys())
-        raise_all(BudgetError, "configs: these sizes have none:", missing)
-        return tuple(
-            _plan(self.budget, legs, template, configs, operator, name)
-            for legs, name in ((self.legs, "advised"), (self.control, "control"))
-        )  # type: ignore[return-value]
+        missing = sorted({leg.size.name for leg in (*self.legs, *self.control)} - fixed.keys())
+        raise_all(BudgetError, "fixed: these sizes have no plan:", missing)
+        return (
+            staged(self.legs, self.budget, fixed, operator, name="advised"),
+            staged(self.control, self.budget, fixed, operator, name="control"),
+        )
 
 
-def _plan(
-    budget: float,
+def staged(
     legs: Sequence[Leg],
-    template: Plan,
-    configs: Mapping[str, Any],
-    operator: Callable[[Any, Any], Operator],
-    name: str,
+    budget: float,
+    fixed: Mapping[str, Plan],
+    operator: Callable[[str, str], Operator | Chain],
+    **changes: Any,
 ) -> Plan:
-    stages = []
-    for before, leg in zip([None, *legs], legs, strict=False):
-        grow = None
-        if before is not None:
-            grow = operator(configs[before.size.name], configs[leg.size.name])
-        stages.append(Stage(leg.size.name, share=leg.share, grow=grow))
-    return dataclasses.replace(
-        template,
-        name=name,
-        model=configs[legs[0].size.name],
-        stages=tuple(stages),
-        budget=budget,
-    )
+    """Legs as a plan, with some fields changed; `fixed` and `operator` are as in `Advice.plans`."""
+    last = fixed[legs[-1].size.name]
+    stages, before = list[Stage](), ""
+    for leg in legs:
+        name = leg.size.name
+        stages.append(
+            dataclasses.replace(
+                last.stages[0],
+                name=name,
+                tokens=None,
+                flops=None,
+                seconds=None,
+                share=leg.share,
+                grow=operator(before, name) if before else None,
+            )
+        )
+        before = name
+    model = fixed[legs[0].size.name].model
+    return dataclasses.replace(last, model=model, stages=tuple(stages), budget=budget, **changes)
 
 
 def advise(
@@ -343,6 +365,7 @@ def advise(
     retention: Sequence[float] = (0.0,),
     latest: float = LATEST,
     factor: float = FACTOR,
+    growable: Callable[[Size, Size], bool] | None = None,
     margin: float = MARGIN,
     draws: int = 200,
     confidence: float = 0.9,
@@ -358,6 +381,7 @@ def advise(
       every draw of the law. Without pilots it is 0: the loss is the state.
     - `latest`, `factor`: the last share of the cost at which a plan may grow, and the most times by which
       its parameters may: give those of the pilots that measured rho, which says nothing of others.
+    - `growable`: of two sizes, whether the first can grow into the second; all can by default.
     - `margin`: the gain, in nats, below which growing is not worth it.
     - `draws`, `confidence`: of the bootstrap, and of its intervals.
 
@@ -391,7 +415,7 @@ def advise(
     raise_all(BudgetError, "there is nothing to advise:", faults)
     law, rho = fit(endings), float(np.mean(retention))
     fixed = [(Leg(size, 1.0, budget / size.token_cost),) for size in sizes]
-    legs = search(law, sizes, budget, rho, latest=latest, factor=factor)
+    legs = search(law, sizes, budget, rho, latest=latest, factor=factor, growable=growable)
     control = min(fixed, key=lambda plan: predicted(law, plan, 0.0))
     rng = np.random.default_rng(1)
     ours, theirs, lowest = [], [], []

@@ -379,4 +379,22 @@ TABLE = """
 @ retention is not counted from what a fresh model needs | advise.py | advise | retention_says
 - fresh + retention * (tokens - fresh)
 + fresh + retention * tokens
+@ sizes that do not grow into each other are stages | advise.py | advise | no_stages
+- if growable is not None and not growable(order[i], size):
++ if growable is None and not growable(order[i], size):
+@ the retention of a pilot counts its own tokens | advise.py | advise | predicts_its_end
+- return (end - large.tokens - fresh) / (small.tokens - fresh)
++ return (end - fresh) / (small.tokens - fresh)
+@ a plan that grows is that of its first size | advise.py | advise | as_two_plans
+- last = fixed[legs[-1].size.name]
++ last = fixed[legs[0].size.name]
+@ steps that pilots share are charged twice | report/pilots.py | pilots | trained_and_answer
+- return run.last["spent"] - (shared[-1] if shared else 0.0)
++ return run.last["spent"]
+@ retention beyond all tokens is believed | report/pilots.py | pilots | ends_do
+- retention = tuple(min(max(rho, 0.0), 1.0) for rho in known)
++ retention = tuple(min(max(rho, 0.0), 9.0) for rho in known)
+@ pilots grow into any larger size | report/pilots.py | pilots | into_what
+- nearest.setdefault(small, (small, large))
++ nearest[small] = (small, large)
 """

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +20,12 @@ from growjax.advise import (
     drawn,
     fit,
     predicted,
+    retained,
     search,
 )
 from growjax.errors import BudgetError
 from growjax.plan.files import load_plan, save_plan
+from growjax.train import Schedule
 from tests.runs import SMALL, plan, steps
 
 
@@ -73,6 +74,15 @@ def test_a_grown_model_counts_what_retention_says():
     )
 
 
+@pytest.mark.parametrize("rho", [0.0, 0.4, 1.0])
+def test_the_retention_of_a_pilot_is_the_one_that_predicts_its_end(rho):
+    legs = (Leg(SIZES[0], 0.5, 4e6), Leg(SIZES[1], 0.5, 1e6))
+    assert retained(LAW, legs, predicted(LAW, legs, rho)) == pytest.approx(rho, abs=1e-9)
+    assert retained(LAW, legs, 0.9 * LAW.least(120_000)) is None
+    # Without a term of the size, all sizes are one
+    assert retained(dataclasses.replace(LAW, a=0.0), legs, 1.9) is None
+
+
 def every_plan(budget: float) -> list[tuple[Leg, ...]]:
     """Plans of one to three sizes with growths at twentieths of the cost, none after 0.6 of it."""
     found = []
@@ -109,6 +119,12 @@ def test_a_growth_is_no_later_and_no_larger_than_it_may_be():
     assert len(search(LAW, SIZES, 1e13, 1.0, latest=0.0)) == 1
 
 
+def test_sizes_that_do_not_grow_into_each_other_are_no_stages():
+    assert len(search(LAW, SIZES, 1e13, 1.0, growable=lambda small, large: False)) == 1
+    legs = search(LAW, SIZES, 1e13, 1.0, growable=lambda small, large: large is SIZES[1])
+    assert [leg.size for leg in legs] in ([SIZES[0], SIZES[1]], [SIZES[1]], [SIZES[2]])
+
+
 def test_growth_is_advised_for_kept_tokens_alone():
     some = endings(noise=0.002)
     stay = advise(some, SIZES, 1e13, draws=20)
@@ -122,23 +138,33 @@ def test_growth_is_advised_for_kept_tokens_alone():
 
 
 def test_advice_is_written_as_two_plans(tmp_path):
-    template = plan(steps(1), budget=None)
-    fields: dict[str, Any] = {"heads": 2, "mlp": 16}
-    models = [dataclasses.replace(SMALL, layers=n, **fields) for n in (1, 2, 3)]
-    configs = {size.name: model for size, model in zip(SIZES, models, strict=True)}
+    fixed = {
+        size.name: plan(
+            steps(1), model=dataclasses.replace(SMALL, layers=n), rate=Schedule(n * 1e-3)
+        )
+        for size, n in zip(SIZES, (1, 2, 3), strict=True)
+    }
+
+    def operator(small: str, large: str) -> gj.Operator:
+        return gj.stack(layers=fixed[large].model.layers)  # type: ignore[attr-defined]
+
     advice = advise(endings(), SIZES, 1e13, retention=(1.0,), draws=5)
     # Scaled down to what a tiny model does in some steps
     advice = dataclasses.replace(advice, budget=1e9)
     assert len(advice.legs) > 1
-    plans = advice.plans(template, configs, lambda small, large: gj.stack(layers=large.layers))
+    plans = advice.plans(fixed, operator)
     for number, each in enumerate(plans):
         save_plan(each, tmp_path / f"{number}.json")
         assert load_plan(tmp_path / f"{number}.json") == each
         assert each.cost == pytest.approx(1e9, rel=0.05)
     assert [s.name for s in plans[0].stages] == [leg.size.name for leg in advice.legs]
     assert len(plans[1].stages) == 1 and plans[1].stages[0].grow is None
-    with pytest.raises(BudgetError, match="these sizes have none"):
-        advice.plans(template, {}, lambda small, large: gj.stack(layers=2))
+    # Born as the first size, and trained as the last one
+    assert plans[0].model == dataclasses.replace(SMALL, layers=1)
+    assert plans[0].stages[1].grow == operator("", SIZES[1].name)
+    assert plans[0].rate == fixed[advice.legs[-1].size.name].rate
+    with pytest.raises(BudgetError, match="these sizes have no plan"):
+        advice.plans({}, operator)
 
 
 @pytest.mark.parametrize("budget, best", [(1, 40_032), (16, 178_752)])

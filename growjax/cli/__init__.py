@@ -15,7 +15,7 @@ require("the command line", "tyro", "rich")
 import tyro
 
 from growjax.cli.checkpoints import certify, evaluate, families, grow, inspect
-from growjax.cli.results import compare, report
+from growjax.cli.results import advise, compare, report
 from growjax.cli.training import calibrate, demo, plan, sweep, train
 
 
@@ -24,7 +24,7 @@ app = tyro.extras.SubcommandApp()
 for _command in (demo, train, plan, calibrate, grow, certify, inspect, families):
     app.command(_command)
 app.command(name="eval")(evaluate)
-for _command in (sweep, compare, report):
+for _command in (sweep, advise, compare, report):
     app.command(_command)
 
 

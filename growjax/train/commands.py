@@ -144,7 +144,11 @@ def train_tree(
     trackers: Sequence[str] = (),
     console: Console,
 ) -> int:
-    """Train the plans of a tree in order; returns the exit status of the first that did not finish."""
+    """Train the plans of a tree in order; returns the exit status of the first that did not finish.
+
+    They share compiled programs.
+    """
+    programs: dict[str, Any] = {}
     for branch in tree:
         if len(tree) > 1:
             console.print(f"plan {branch.plan.name}, into {branch.run}", markup=False)
@@ -160,6 +164,7 @@ def train_tree(
             reference=reference,
             trackers=trackers,
             console=console,
+            programs=programs,
         )
         if status:
             return status
@@ -180,15 +185,18 @@ def train_plan(
     reference: Any = None,
     trackers: Sequence[str] = (),
     console: Console,
+    programs: dict[str, Any] | None = None,
 ) -> int:
     """Run a plan in a folder, with its progress on a console; returns the exit status.
+
+    `programs` is a dict through which runs that follow each other share compiled programs.
 
     - 0: the end of the plan.
     - `STOPPED` (75, a temporary failure in `sysexits.h`): SIGTERM asked the run to stop. It is saved, and
       the same command goes on.
     - `INTERRUPTED` (130): Ctrl-C. It is saved too, but a script should not start it again.
     """
-    records = train(plan, run=run, options=options, reference=reference)
+    records = train(plan, run=run, options=options, reference=reference, cache=programs)
     end = None
     for record in watch(records, plan, run=run, console=console, trackers=trackers):
         if isinstance(record, End):
