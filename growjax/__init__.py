@@ -72,11 +72,14 @@ from growjax.optim import carry as carry
 from growjax.state import State as State
 from growjax.state import grow as grow
 from growjax.subnet import Subnet as Subnet
+from growjax.subnet import layer_skip as layer_skip
 from growjax.subnet import loop as loop
+from growjax.subnet import nested as nested
 from growjax.subnet import path_schedule as path_schedule
 from growjax.subnet import progressive_layer_drop as progressive_layer_drop
 from growjax.subnet import random_part as random_part
 from growjax.subnet import random_path as random_path
+from growjax.subnet import random_tokens as random_tokens
 from growjax.subnet import step_key as step_key
 from growjax.values import register as register
 

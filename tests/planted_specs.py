@@ -116,4 +116,28 @@ TABLE = """
 @ two papers share a key | cards.py | cards | told_apart or a_card
 - return f"{name}{self.year}{word}"
 + return f"{name}{self.year}a"
+@ tokens in the middle are out of order | nn/stacked.py | nested | in_the_middle
+- return jnp.sort(drawn)
++ return drawn
+@ positions stay behind their tokens | nn/block.py | nested | llamas
+- tuple(jnp.take(h, tokens, axis=-2) for h in turn)
++ tuple(h[..., : len(tokens), :] for h in turn)
+@ documents stay behind their tokens | nn/mask.py | nested | in_the_middle
+- documents=at(self.documents, 0),
++ documents=None if self.documents is None else self.documents[: len(places)],
+@ every layer draws the same tokens | nn/stacked.py | nested | in_the_middle or another_way
+- call = block if whole else _Thinned(block, _drawn(key, self.token_count, x.shape[0]))
++ call = block if whole else _Thinned(block, _drawn(0 * key, self.token_count, x.shape[0]))
+@ layers run after the exit | subnet/drops.py | nested | coins_fall
+- return runs & (jnp.arange(layers) < drawn)
++ return runs & (jnp.arange(layers) != drawn)
+@ the last exit has no weight of its own | subnet/drops.py | nested | by_their_weights
+- weights[-1] = layers - 1 + self.exits
++ weights[-1] = self.exits
+@ one size in all steps | subnet/nested.py | nested | each_as_often
+- default_rng([seed, step, 0x3E5])
++ default_rng([seed, 0x3E5])
+@ steps between two numbers of tokens are skipped | subnet/thinned.py | nested | rises_in_steps
+- now - (now - self.count) % self.by + self.by
++ now - (now - self.count) % self.by + 2 * self.by
 """

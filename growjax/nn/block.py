@@ -65,6 +65,37 @@ class Block(eqx.Module):
             x = self._add(x, y, self.cross_norm, branch)
         return self._feed_forward(x, start, branch)
 
+    def on_tokens(
+        self,
+        x: Float[Array, "T embed"],
+        tokens: Int[Array, " count"],
+        memory: Float[Array, "S embed"] | None = None,
+        *,
+        mask: Mask = ALL,
+        memory_mask: Mask = ALL,
+        bias: Array | Callable | None = None,
+        turn: tuple[Array, Array] | None = None,
+        branch: Array | None = None,
+    ) -> tuple[Float[Array, "T embed"], Float[Array, ""] | None]:
+        """`with_auxiliary` on some tokens in order, which see each other alone; the others stay.
+
+        Raises `AxisError` for a bias on scores and for windows, which count all tokens.
+        """
+        if bias is not None or self.attention.window is not None:
+            raise AxisError(
+                "biases of relative positions and windows count all tokens, and this layer reads some of "
+                "them alone"
+            )
+        y, auxiliary = self.with_auxiliary(
+            x[tokens],
+            memory,
+            mask=mask.of(tokens),
+            memory_mask=memory_mask,
+            turn=None if turn is None else tuple(jnp.take(h, tokens, axis=-2) for h in turn),
+            branch=branch,
+        )
+        return x.at[tokens].set(y), auxiliary
+
     def with_experts(self, **options: Any) -> "Block":
         """The block with one expert in place of the dense feed-forward; see `Experts.of`."""
         return axes.put(self, {("mlp",): Experts.of(self.mlp, **options)})

@@ -4,6 +4,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Int
 
+from growjax.errors import AxisError
+
 
 class Mask(eqx.Module):
     """Which of `S` keys each of `T` queries may see; every condition that is given must hold.
@@ -67,6 +69,24 @@ class Mask(eqx.Module):
         for condition in conditions[1:]:
             seen = seen & condition
         return seen
+
+    def of(self, places: Int[Array, " s"]) -> "Mask":
+        """The mask between some places of one sequence, in order; it must have no window."""
+        if self.window is not None:
+            raise AxisError("a window counts all tokens, and this layer reads some of them alone")
+
+        def at(values: Array | None, *dims: int) -> Array | None:
+            for dim in dims if values is not None else ():
+                values = values if values.shape[dim] == 1 else jnp.take(values, places, axis=dim)
+            return values
+
+        return Mask(
+            causal=self.causal,
+            prefix=at(self.prefix, 0),
+            keys=at(self.keys, 0),
+            documents=at(self.documents, 0),
+            pairs=at(self.pairs, 0, 1),
+        )
 
     def misfits(self, queries: int, keys: int) -> list[str]:
         """The fields that do not fit so many queries and keys: tiles would read them at wrong places."""

@@ -1,12 +1,14 @@
 """A stack of equal blocks, scanned: depth costs one compilation."""
 
-from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeVar
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from growjax import axes
 from growjax.errors import AxisError
@@ -46,6 +48,8 @@ class Stacked(eqx.Module, Generic[Block]):
     - `branch` (RaPTr, PLD): handed to the block, which multiplies its residual branches by it;
     - `active`: layers marked False are skipped by `lax.cond`, at no cost for their FLOPs.
 
+    A stack that is `thinned` gives some blocks a part of the tokens.
+
     `remat="dots"` keeps matrix products and recomputes the rest, the fastest form even on a CPU but for
     models of a few 100,000 weights, where "nothing" is, which recomputes everything; "everything" keeps
     everything, and "offload" keeps what "dots" does, the products in the host's memory. `unroll`
@@ -57,6 +61,9 @@ class Stacked(eqx.Module, Generic[Block]):
     gate: Gate | None = axes.gate("{axis}")
     branch: Float[Array, " layers"] | None = axes.branch("{axis}")
     active: Bool[Array, " layers"] | None = axes.active("{axis}")
+    token_keys: UInt32[Array, "layers 2"] | None = axes.buffer("{axis}: 2")
+    token_count: int = eqx.field(static=True, default=0)
+    token_keep: tuple[int, ...] = eqx.field(static=True, default=())
     axis: str = eqx.field(static=True, default="layers")
     remat: Remat = eqx.field(static=True, default="dots")
     unroll: int = eqx.field(static=True, default=1)
@@ -72,7 +79,8 @@ class Stacked(eqx.Module, Generic[Block]):
         key: PRNGKeyArray,
     ):
         self.block = eqx.filter_vmap(make)(jax.random.split(key, length))
-        self.gate = self.branch = self.active = None
+        self.gate = self.branch = self.active = self.token_keys = None
+        self.token_count, self.token_keep = 0, ()
         self.axis, self.remat, self.unroll, self.read = axis, remat, 1, None
 
     def __call__(self, x: Float[Array, "T embed"], *args: Any, **kwargs: Any) -> Array:
@@ -98,13 +106,17 @@ class Stacked(eqx.Module, Generic[Block]):
         layer is multiplied by its gate; a layer that does not run has none.
         """
         arrays, static = eqx.partition(self.block, eqx.is_array)
+        layers = (arrays, self.gate, self.branch, self.active, self.token_keys)
 
-        def run(x, layer):
-            weights, gate, scale, on = layer
+        def run(whole, x, layer):
+            weights, gate, scale, on, key = layer
             block = self._block(weights, static)
 
             def mixed(x):
-                y, auxiliary = _run(block, x, *args, branch=scale, **kwargs)
+                call = (
+                    block if whole else _Thinned(block, _drawn(key, self.token_count, x.shape[0]))
+                )
+                y, auxiliary = _run(call, x, *args, branch=scale, **kwargs)
                 if auxiliary is None:
                     return _mix(gate, y, x), None
                 if gate is not None:
@@ -120,11 +132,41 @@ class Stacked(eqx.Module, Generic[Block]):
 
             return mixed(x) if on is None else jax.lax.cond(on, mixed, skipped, x)
 
-        if self.remat != "everything":
-            run = jax.checkpoint(run, prevent_cse=False, policy=_POLICIES[self.remat])
-        layers = (arrays, self.gate, self.branch, self.active)
-        x, auxiliary = jax.lax.scan(run, x, layers, unroll=self.unroll)
-        return x, None if auxiliary is None else jnp.sum(auxiliary)
+        total = None
+        for whole, part in self._runs(x.shape[0], layers):
+            step = functools.partial(run, whole)
+            if self.remat != "everything":
+                step = jax.checkpoint(step, prevent_cse=False, policy=_POLICIES[self.remat])
+            x, auxiliary = jax.lax.scan(step, x, part, unroll=self.unroll)
+            if auxiliary is not None:
+                total = jnp.sum(auxiliary) if total is None else total + jnp.sum(auxiliary)
+        return x, total
+
+    def thinned(
+        self, keys: UInt32[Array, "layers 2"], count: int, keep: tuple[int, ...]
+    ) -> "Stacked[Block]":
+        """The stack whose blocks, but for those of `keep`, read `count` tokens each, drawn by keys.
+
+        Blocks need a method `on_tokens`, as `growjax.nn.Block` has.
+        """
+        changed = {
+            "token_keys": keys,
+            "token_count": count,
+            "token_keep": keep,
+        }
+        return axes.put(self, {(name,): value for name, value in changed.items()})
+
+    def _runs(self, tokens: int, layers: Any) -> Iterator[tuple[bool, Any]]:
+        """The layers in runs that read all tokens, or some of them; one run unless it is thinned."""
+        depth = 0 if self.token_keys is None else self.token_keys.shape[0]
+        if not depth or self.token_count >= tokens:
+            yield True, layers
+            return
+        kept = {i % depth for i in self.token_keep if -depth <= i < depth}
+        for whole, run in itertools.groupby(range(depth), kept.__contains__):
+            numbers = list(run)
+            part = slice(numbers[0], numbers[-1] + 1)
+            yield whole, jax.tree.map(lambda x, part=part: x[part], layers)
 
     def extend(
         self, x: Float[Array, "T embed"], cache: Any, memory: Any, *args: Any, **kwargs: Any
@@ -146,12 +188,32 @@ class Stacked(eqx.Module, Generic[Block]):
 
             return mixed(x) if on is None else jax.lax.cond(on, mixed, lambda x: (x, cache), x)
 
+        if self.token_keys is not None:
+            raise AxisError(
+                "a stack that reads some of the tokens has no cache; use the whole model"
+            )
         layers = (arrays, self.gate, self.branch, self.active, cache, memory)
         return jax.lax.scan(run, x, layers)
 
     def _block(self, weights: Any, static: Any) -> Any:
         block: Any = eqx.combine(weights, static)
         return block if self.read is None else self.read(block)
+
+
+class _Thinned(NamedTuple):
+    """A block on some of the tokens."""
+
+    block: Any
+    tokens: Int[Array, " count"]
+
+    def with_auxiliary(self, x: Array, *args: Any, **kwargs: Any) -> tuple[Array, Array | None]:
+        return self.block.on_tokens(x, self.tokens, *args, **kwargs)
+
+
+def _drawn(key: Array, count: int, tokens: int) -> Int[Array, " count"]:
+    """Some of the tokens, in order."""
+    drawn = jax.random.permutation(jax.random.wrap_key_data(key), tokens)[:count]
+    return jnp.sort(drawn)
 
 
 def _run(block: Any, x: Array, *args: Any, **kwargs: Any) -> tuple[Array, Array | None]:

@@ -24,7 +24,7 @@ from growjax.nn.place import SHAPES, running_on
 from growjax.optim import Parts
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.select import Selector
-from growjax.subnet import Coins, PathSchedule, RandomPath, Subnet, random_path
+from growjax.subnet import Coins, PathSchedule, Subnet, random_path
 from growjax.values import Folder, Name, Range, Size, check, positive, ranged, register
 
 
@@ -162,15 +162,11 @@ class Stage:
 
     def part(self, i: int, seed: int) -> Subnet | None:
         """The sub-network that the stage's step `i` trains; equal ones share one program."""
-        if isinstance(self.subnet, PathSchedule | RandomPath):
-            return self.subnet.at(i, seed=seed)
-        return self.subnet
+        return None if self.subnet is None else self.subnet.at(i, seed=seed)
 
     def steady(self, i: int) -> float:
         """The first step after `i` whose `part` may differ from that of step `i`; infinite if none."""
-        if isinstance(self.subnet, PathSchedule | RandomPath):
-            return self.subnet.steady(i)
-        return math.inf
+        return math.inf if self.subnet is None else self.subnet.steady(i)
 
     @property
     def parts(self) -> Parts | None:

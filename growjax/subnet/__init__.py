@@ -14,10 +14,14 @@ stochastic depth (Huang et al. 2016) or LayerDrop (Fan et al. 2020).
 from growjax.subnet.base import Coins as Coins
 from growjax.subnet.base import Subnet as Subnet
 from growjax.subnet.base import step_key as step_key
+from growjax.subnet.drops import LayerSkip as LayerSkip
 from growjax.subnet.drops import ProgressiveLayerDrop as ProgressiveLayerDrop
+from growjax.subnet.drops import layer_skip as layer_skip
 from growjax.subnet.drops import progressive_layer_drop as progressive_layer_drop
 from growjax.subnet.loops import Loop as Loop
 from growjax.subnet.loops import loop as loop
+from growjax.subnet.nested import Nested as Nested
+from growjax.subnet.nested import nested as nested
 from growjax.subnet.parts import RandomPart as RandomPart
 from growjax.subnet.parts import random_part as random_part
 from growjax.subnet.paths import PathSchedule as PathSchedule
@@ -26,3 +30,5 @@ from growjax.subnet.paths import RandomPath as RandomPath
 from growjax.subnet.paths import Scale as Scale
 from growjax.subnet.paths import path_schedule as path_schedule
 from growjax.subnet.paths import random_path as random_path
+from growjax.subnet.thinned import RandomTokens as RandomTokens
+from growjax.subnet.thinned import random_tokens as random_tokens

@@ -1,6 +1,7 @@
 """Sub-networks: values that select a part of a model's parameters for one step."""
 
 import abc
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -38,6 +39,19 @@ class Subnet(eqx.Module):
     @abc.abstractmethod
     def maps(self, axes: Axes, *, key: PRNGKeyArray, step) -> Sequence[AxisMap]:
         """The selections for one draw."""
+
+    def at(self, step: int, *, seed: int = 0) -> "Subnet":
+        """The sub-network of one step, whose sizes do not depend on the step; by default itself.
+
+        Runs on the host: each size has a compiled step of its own.
+        """
+        del step, seed
+        return self
+
+    def steady(self, step: int) -> float:
+        """The step up to which `at` surely gives what it gives at `step` (exclusive)."""
+        del step
+        return math.inf
 
     def __call__(self, model: Model, *, key: PRNGKeyArray, step: int | Int[Array, ""] = 0) -> Model:
         """The smaller model for this key (and, if the method has a schedule, this step)."""

@@ -37,25 +37,9 @@ class RandomPart(Subnet):
 
     def maps(self, axes: Axes, *, key: PRNGKeyArray, step) -> list[AxisMap]:
         """A selection along each axis, layer by layer."""
-        counts, complaints = dict(self.counts), []
-        if "heads" in counts and "heads" not in axes.sizes and "group" in axes.sizes:
-            heads, group = counts.pop("heads"), axes.size("group")
-            counts["kv_heads"] = heads // group
-            if heads % group:
-                complaints.append(f"heads: {heads} are not whole groups of {group} queries")
-        moves = []
-        for axis, count in counts.items():
-            size = axes.size(axis)
-            if not 0 < count <= size:
-                complaints.append(f"{axis}: expected between 1 and {size}, got {count}")
-            elif axes.normalised(axis) or axes.roles(axis) & {"stack", "lookup"}:
-                complaints.append(
-                    f"{axis}: only units that norms do not average over can be left out"
-                )
-            elif count < size:
-                moves.append(self._map(axes, axis, count, key))
+        counts, complaints = units(axes, dict(self.counts))
         raise_all(SubnetError, "this part does not fit the model:", complaints)
-        return moves
+        return [self._map(axes, axis, count, key) for axis, count in counts.items()]
 
     def _map(self, axes: Axes, axis: str, count: int, key: PRNGKeyArray) -> AxisMap:
         size, key = axes.size(axis), fold_in_name(key, f"part:{axis}")
@@ -71,6 +55,23 @@ class RandomPart(Subnet):
         factor = {"none": None, "sqrt": (size / count) ** 0.5, "linear": size / count}[self.scale]
         share = None if factor is None else np.full(count, factor)
         return AxisMap(axis, source, share=share)
+
+
+def units(axes: Axes, counts: dict[str, int]) -> tuple[dict[str, int], list[str]]:
+    """Of each axis that gets smaller, how many of its units stay; and the counts that do not fit."""
+    counts, complaints = dict(counts), []
+    if "heads" in counts and "heads" not in axes.sizes and "group" in axes.sizes:
+        heads, group = counts.pop("heads"), axes.size("group")
+        counts["kv_heads"] = heads // group
+        if heads % group:
+            complaints.append(f"heads: {heads} are not whole groups of {group} queries")
+    for axis, count in counts.items():
+        size = axes.size(axis)
+        if not 0 < count <= size:
+            complaints.append(f"{axis}: expected between 1 and {size}, got {count}")
+        elif axes.normalised(axis) or axes.roles(axis) & {"stack", "lookup"}:
+            complaints.append(f"{axis}: only units that norms do not average over can be left out")
+    return {axis: n for axis, n in counts.items() if n < axes.size(axis)}, complaints
 
 
 def random_part(
