@@ -17,7 +17,7 @@ class Paper:
 
     **Fields**
 
-    - `title`, `authors` (joined by " and "; "and others" for the rest), `year`.
+    - `title`, `authors` ("Last, First", joined by " and "; "and others" for the rest), `year`.
     - `venue`: the proceedings; a paper without one is cited by its `arxiv` number or `url`.
 
     **Example**
@@ -37,8 +37,13 @@ class Paper:
         """The first author, the year and the first long word of the title: `wang2024lemon`."""
         words = re.findall(r"[a-z0-9]+", _plain(self.title).lower())
         word = next((word for word in words if len(word) > 3), words[0])
-        name = re.sub(r"[^a-z]", "", _plain(self.authors.partition(",")[0]).lower())
+        name = re.sub(r"[^a-z]", "", _plain(self.first).lower())
         return f"{name}{self.year}{word}"
+
+    @property
+    def first(self) -> str:
+        """The last name of the first author."""
+        return self.authors.partition(" and ")[0].partition(",")[0].strip("{}")
 
     def bibtex(self) -> str:
         """The entry; braces keep the capitals of the title."""

@@ -89,6 +89,12 @@ class Architecture:
 
 @functools.cache
 def _skeleton(architecture: Architecture):
+    with jax.ensure_compile_time_eval():  # arrays, also if the first call is traced: they are kept
+        return drawn(architecture)
+
+
+def drawn(architecture: Architecture) -> Any:
+    """The architecture's model as it is born; under `jax.eval_shape`, its shapes."""
     depth = dict.fromkeys(architecture.stacks, 2)
     if architecture.family in ("GPT", "BERT"):
         depth["positions"] = LENGTH + 3
@@ -97,8 +103,7 @@ def _skeleton(architecture: Architecture):
     config = getattr(models, f"{architecture.family}Config")
     model = getattr(models, architecture.family)
     options = {**TOY, **depth, **dict(architecture.options)}
-    with jax.ensure_compile_time_eval():  # arrays, also if the first call is traced: they are kept
-        return model(config(remat="everything", **options), key=jax.random.key(0))
+    return model(config(remat="everything", **options), key=jax.random.key(0))
 
 
 def randomise(model, seed: int = 0):

@@ -1,5 +1,6 @@
 """Cards: every method has one that fits its class, and `gj.cite` cites exactly what a plan uses."""
 
+import json
 import re
 from typing import ClassVar, Literal
 
@@ -12,24 +13,20 @@ from growjax import values
 from growjax.budget.clock import RTX3090_BERT
 from growjax.cards import Card, Paper
 from growjax.data import Causal
-from growjax.growth import Chain, Operator, parse
+from growjax.growth import Operator, parse
 from growjax.growth.depth import Order
 from growjax.models import GPTConfig
 from growjax.optim.transfer import Transfer
 from growjax.plan import Optimizer, Plan, Schedule, Stage
 from growjax.select import RhoLoss, SelectiveBackprop
-from growjax.subnet import PathSchedule, Subnet
+from growjax.subnet import PathSchedule
+from tests import cards
 
 
-def subclasses(base: type) -> list[type]:
-    """The classes of growjax itself that extend a base, at any depth."""
-    below = [c for child in base.__subclasses__() for c in (child, *subclasses(child))]
-    return [c for c in below if c.__module__.startswith("growjax.") and c is not Chain]
-
-
-METHODS = [c for c in subclasses(Operator) + subclasses(Subnet) if not c.__abstractmethods__]
+METHODS = cards.methods()
 CITED = [*METHODS, PathSchedule, Optimizer, Schedule, RhoLoss, SelectiveBackprop, Transfer, Stage]
 CITED.append(type(RTX3090_BERT))
+API = (cards.DOCS / "api.md").read_text()
 PAPERS = list(dict.fromkeys(paper for c in CITED for paper in c.card.every()))
 CONFIG = GPTConfig(layers=2, embed=8, heads=2, head_dim=4, mlp=8, vocab=16, positions=8)
 
@@ -53,12 +50,33 @@ def test_every_method_has_a_card_of_its_own(method):
     assert "card" in vars(method), f"give {method.__name__} a `card`, as its neighbours have"
     card = method.card
     assert card.use.endswith(".") and card.traps and all(t.endswith(".") for t in card.traps)
+    example = cards.example_of(method)
+    assert type(example) is method
     if issubclass(method, Operator):
-        op = parse(card.example)
-        assert type(op) is method and parse(repr(op)) == op
-    else:
-        name = card.example.partition("(")[0]
-        assert type(eval(card.example, {name: getattr(gj, name)})) is method
+        assert parse(repr(example)) == example
+    # Its function is public, and the card leads to its entry
+    name, function = cards.function_of(method)
+    assert callable(function) and f"::: {name.replace('gj.', 'growjax.', 1)}\n" in API
+
+
+def test_the_cards_are_up_to_date():
+    """`python -m tests.cards` writes them."""
+    numbers = json.loads(cards.MEASURED.read_text())
+    assert list(numbers) == [method.__name__ for method in METHODS], "run python -m tests.cards"
+    for method in METHODS:
+        assert numbers[method.__name__]["example"] == method.card.example, (
+            "run python -m tests.cards"
+        )
+    written = cards.files(numbers)
+    for path, text in written.items():
+        assert path.read_text() == text, f"{path.name}: run python -m tests.cards"
+    assert {*cards.FIGURES.glob("*.svg")} == {*written} - {cards.PAGE}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS, ids=lambda c: c.__name__)
+def test_what_the_cards_have_measured_still_holds(method):
+    assert cards.measured(method) == json.loads(cards.MEASURED.read_text())[method.__name__]
 
 
 @pytest.mark.parametrize("cls", CITED, ids=lambda c: c.__name__)
@@ -81,7 +99,10 @@ def test_papers_can_be_told_apart_and_are_well_formed():
         assert re.fullmatch(r"[a-z]+\d{4}[a-z0-9]+", paper.key)
         assert paper.venue or paper.arxiv or paper.url
         assert re.fullmatch(r"(\d{4}\.\d{5})?", paper.arxiv), paper.title
-        assert all("," in author for author in paper.authors.split(" and ") if author != "others")
+        assert all(
+            "," in author or author in ("others", f"{{{paper.first}}}")
+            for author in paper.authors.split(" and ")
+        )
 
 
 def test_a_plan_cites_exactly_what_it_uses():
