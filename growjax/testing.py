@@ -306,7 +306,9 @@ class _Study:
 
     def __init__(self, op: Operator | Chain, model, batch: Batch, *, gradients: bool = True):
         self.op, self.model, self.batch, self._gradients = op, model, batch, gradients
-        self._shown = shown_outputs(call, model, shapes(op, model), batch)
+        with jax.enable_x64(True):
+            models = model, shapes(op, model)
+            self._shown = shown_outputs(*(eqx.filter_eval_shape(call, m, batch) for m in models))
         self._observations: dict[tuple, _Observation] = {}
 
     @property

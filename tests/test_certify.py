@@ -278,7 +278,7 @@ class Compiled(logging.Handler):
         self.logger.propagate = self.quiet
 
 
-@pytest.mark.parametrize("op, most", [(gj.msg(mlp=12), 8), (gj.copy(mlp=12), 7)], ids=str)
+@pytest.mark.parametrize("op, most", [(gj.msg(mlp=12), 7), (gj.copy(mlp=12), 7)], ids=str)
 def test_a_certificate_takes_few_programs_and_a_second_one_none(op, most):
     model, batch = transformer("GPT", layers=2), TOKENS
     with Compiled() as first:

@@ -10,7 +10,8 @@ import numpy as np
 from growjax import maps
 from growjax.algebra import NONE
 from growjax.axes import axes_of
-from growjax.growth.operator import atoms
+from growjax.growth.operator import Operator, atoms
+from growjax.optim.carrying import finishes
 
 
 def shapes(op, model):
@@ -39,6 +40,17 @@ def filled(op, model, key, fill: Callable):
             model = maps.apply(move, model, key)
         model = atom.completed(model)
     return model
+
+
+def only_fills(op, model) -> bool:
+    """Whether `filled` differs from the operator by the numbers of new coordinates alone.
+
+    A finish that has the last word, or a call of the operator's own, would see other numbers.
+    """
+    return all(
+        type(atom).__call__ is Operator.__call__ and not any(map(finishes, atom.maps(table)))
+        for atom, table in steps(op, model)
+    )
 
 
 def new_coordinates(op, model):

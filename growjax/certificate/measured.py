@@ -24,7 +24,13 @@ from jaxtyping import Array, PRNGKeyArray
 
 from growjax import draws
 from growjax.axes import axes_of, get, partition, put
-from growjax.certificate.coordinates import filled, new_coordinates, shapes, steps
+from growjax.certificate.coordinates import (
+    filled,
+    new_coordinates,
+    only_fills,
+    shapes,
+    steps,
+)
 from growjax.gates import check_level
 from growjax.growth.operator import Chain, Exactness, Operator, check_key
 from growjax.models.config import QUICK
@@ -151,42 +157,49 @@ def certify(
         print(gj.certify(gj.msg(mlp=2048), small, tokens, key=jax.random.key(0)))
     """
     check_key(key)
-    forward, big = forward or call, shapes(op, model)
-    programs = _Programs(forward, loss, shown_outputs(forward, model, big, batch))
-    permuted = _permuted(model)
     leaves = [x for x in jax.tree.leaves(model) if eqx.is_inexact_array(x)]
     double = all(x.dtype == jnp.float64 for x in leaves)
-    # Everything in float64, which tells a wrong operator from rounding
+    programs, big, permuted = _Programs(forward or call, loss), shapes(op, model), _permuted(model)
+    # In the model's own dtype first
+    with jax.enable_x64(double or jax.config.read("jax_enable_x64")):
+        poison, after = _poison(op, model, batch, programs)
+        if double:  # the measurement below is in the model's own dtype
+            native = None
+            outputs = lambda m: eqx.filter_eval_shape(programs.forward, m, batch)  # noqa: E731
+            shown = shown_outputs(outputs(model), outputs(big))
+        else:
+            if not (poison and all(poison.values()) and only_fills(op, model)):
+                # Otherwise no bit of the outputs depends on closed coordinates, whatever they hold
+                after = programs.outputs(_grown(op, model, key), batch)
+            before, floor = programs.outputs(model, batch), programs.outputs(permuted, batch)
+            shown = shown_outputs(before.outputs, after.outputs)
+            native = _difference(before, after, floor, shown)
+    # Then everything in float64, which tells a wrong operator from rounding
     with jax.enable_x64(True):
         small = _wide(model)
         # With float64 numbers a key draws others than with the model's own, so any key will do
         grown = _grown(op, small, key if key is None or double else draws.key(0))
         rows = jax.tree.map(_double, batch)
-        before, after = programs.observed(small, rows), programs.observed(grown, rows)
-        floor = programs.observed(_wide(permuted), rows)
+        before = programs.observed(small, rows, shown)
+        after = programs.observed(grown, rows, shown)
+        floor = programs.observed(_wide(permuted), rows, shown)
         if distance(before.outputs, floor.outputs)[1] > _SAME:
             # An axis that the outside sees (what the model is called with has it): no symmetry
-            permuted, floor = model, before
-        exact = _difference(before, after, floor)
+            floor = before
+            native = native and dataclasses.replace(native, floor=0.0)
+        exact = _difference(before, after, floor, shown)
         gradient = None
         if op.exactness != "approximate":
             gradient = _error(before.gradient, _pulled_back(op, small, key, after.gradient))
-        dead, locked = _liveness(op, model, grown, rows, programs, level)
-    # Outputs in the model's own dtype as well, unless that is float64
-    differences = (exact,)
-    with jax.enable_x64(double or jax.config.read("jax_enable_x64")):
-        poison = _poison(op, model, batch, programs)
-        if not double:
-            models = model, _grown(op, model, key), permuted
-            native = _difference(*(programs.outputs(each, batch) for each in models))
-            differences = (native, exact)
+        observe = lambda m: programs.observed(m, rows, shown)  # noqa: E731
+        dead, locked = _liveness(op, model, grown, after.gradient, observe, level)
     old, new = axes_of(model).sizes, axes_of(big).sizes
     return Certificate(
         operator=str(op),
         exactness=op.exactness,
         # An axis that the operator makes has one coordinate before
         axes={axis: (old.get(axis, 1), n) for axis, n in new.items() if old.get(axis, 1) != n},
-        forward=differences,
+        forward=(native, exact) if native else (exact,),
         poison=poison,
         gradient=gradient,
         dead=dead,
@@ -208,10 +221,10 @@ def _jit(function: _Function) -> _Function:
 
 
 class _Observation(NamedTuple):
-    """A model's outputs, loss and gradient on a batch."""
+    """A model's outputs, loss (None: that of `probe`) and gradient on a batch."""
 
     outputs: Any
-    loss: Array
+    loss: Array | None
     gradient: Any = None
 
 
@@ -220,24 +233,24 @@ class _Programs(eqx.Module):
 
     forward: Callable = eqx.field(static=True)
     loss: Callable | None = eqx.field(static=True)
-    shown: "Shown" = eqx.field(static=True)
 
     @_jit
     def outputs(self, model, batch) -> _Observation:
-        loss, outputs = self._loss(model, batch)
-        return _Observation(outputs, loss)
+        outputs = self.forward(model, batch)
+        return _Observation(outputs, None if self.loss is None else self.loss(model, batch))
 
     @_jit
-    def observed(self, model, batch) -> _Observation:
+    def observed(self, model, batch, shown: "Shown") -> _Observation:
         trained, rest = partition(model)
-        loss = lambda trained: self._loss(eqx.combine(trained, rest), batch)  # noqa: E731
+
+        def loss(trained):
+            model = eqx.combine(trained, rest)
+            outputs = self.forward(model, batch)
+            loss = probe(outputs, shown) if self.loss is None else self.loss(model, batch)
+            return loss, outputs
+
         (loss, outputs), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
         return _Observation(outputs, loss, gradient)
-
-    def _loss(self, model, batch):
-        outputs = self.forward(model, batch)
-        loss = probe(outputs, self.shown) if self.loss is None else self.loss(model, batch)
-        return loss, outputs
 
 
 @_jit
@@ -265,41 +278,45 @@ def call(model, batch):
 Shown = tuple[tuple[int, ...] | None, ...]
 
 
-def shown_outputs(forward: Callable, model, grown, batch) -> Shown:
-    """The shapes of the outputs that a loss uses: those that do not grow; shapes of models will do.
+def shown_outputs(before, after) -> Shown:
+    """The shapes of the outputs that a loss uses, those that do not grow; shapes of outputs will do.
 
     A grown output contains copies as separate entries, so a loss of it is not symmetric in the copies. If
     every output grows, the loss uses the old entries of all.
     """
-
-    def output_shapes(model):
-        with jax.enable_x64(True):
-            return [y.shape for y in jax.tree.leaves(eqx.filter_eval_shape(forward, model, batch))]
-
-    before, after = output_shapes(model), output_shapes(grown)
-    all_grow = not any(a == b for a, b in zip(before, after, strict=True))
-    return tuple(a if all_grow or a == b else None for a, b in zip(before, after, strict=True))
+    pairs = [
+        (a.shape, b.shape)
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    ]
+    all_grow = not any(a == b for a, b in pairs)
+    return tuple(a if all_grow or a == b else None for a, b in pairs)
 
 
-def probe(outputs, shown: Shown) -> Array:
-    """A fixed smooth function of the shown outputs, which serves as a loss."""
-    total = jnp.zeros(())
+def probe(outputs, shown: Shown) -> Any:
+    """A fixed smooth function of the shown outputs, which serves as a loss; by NumPy of its arrays."""
+    total: Any = 0.0
     for y, shape in zip(jax.tree.leaves(outputs), shown, strict=True):
         if shape is not None:
+            xp: Any = np if isinstance(y, np.ndarray) else jnp
             y = y[tuple(map(slice, shape))].astype(jnp.promote_types(y.dtype, jnp.float32))
             # A weight for each entry, and a nonlinear and a linear term, so that nothing cancels
-            ripple = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
-            total = total + jnp.mean(jnp.sin(y) * ripple + y * ripple**2)
+            ripple = xp.cos(xp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+            total = total + xp.mean(xp.sin(y) * ripple + y * ripple**2)
     return total
 
 
-def _difference(before, after, floor) -> Difference:
+def _difference(before, after, floor, shown: Shown) -> Difference:
     """The difference of two observations; `floor` differs from the first by rounding alone."""
+    before, after, floor = (jax.tree.map(np.asarray, each) for each in (before, after, floor))
     absolute, relative = distance(before.outputs, after.outputs)
-    leaves = [leaf for leaf in jax.tree.leaves(before.outputs) if eqx.is_inexact_array(leaf)]
-    loss = float(after.loss) - float(before.loss)
+    leaves = [y for y in jax.tree.leaves(before.outputs) if jnp.issubdtype(y.dtype, jnp.inexact)]
+    losses = [
+        float(probe(each.outputs, shown) if each.loss is None else each.loss)
+        for each in (before, after)
+    ]
     noise = distance(before.outputs, floor.outputs)[1]
-    return Difference(str(jnp.result_type(*leaves)), absolute, relative, loss, noise)
+    dtype = str(jnp.result_type(*leaves))
+    return Difference(dtype, absolute, relative, losses[1] - losses[0], noise)
 
 
 def distance(before, after) -> tuple[float, float]:
@@ -341,17 +358,21 @@ def _permuted(model):
     return put(model, {steps: jax.tree.map(flip(s), s.value) for steps, s in slots.items()})
 
 
-def _poison(op, model, batch, programs: _Programs) -> dict[str, bool]:
-    """For each fill of closed new coordinates, whether outputs are bitwise those of the first fill."""
+def _poison(op, model, batch, programs: _Programs) -> tuple[dict[str, bool], Any]:
+    """For each fill of closed new coordinates, whether outputs are bitwise those of the first fill.
+
+    Also what was observed with the first; None without closed coordinates.
+    """
     if not any(m.closed().any() for atom, before in steps(op, model) for m in atom.maps(before)):
-        return {}
+        return {}, None
     first, same = None, {}
     for name, (offset, spread) in FILLS.items():
         grown = _poisoned(op, model, np.float32(offset), np.float32(spread))
-        outputs = jax.tree.map(np.asarray, jax.tree.leaves(programs.outputs(grown, batch).outputs))
-        first = outputs if first is None else first
-        same[name] = all(np.array_equal(a, b) for a, b in zip(first, outputs, strict=True))
-    return same
+        observed = jax.tree.map(np.asarray, programs.outputs(grown, batch))
+        first = observed if first is None else first
+        pairs = [jax.tree.leaves(each.outputs) for each in (first, observed)]
+        same[name] = all(np.array_equal(a, b) for a, b in zip(*pairs, strict=True))
+    return same, first
 
 
 @_jit
@@ -376,8 +397,11 @@ def _largest(tree) -> float:
     return max(float(np.abs(g).max(initial=0)) for g in jax.tree.leaves(tree))
 
 
-def _liveness(op, model, grown, batch, programs: _Programs, level: float):
-    """The shares of dead entries and numbers of locked copies, by axis, over two steps of descent."""
+def _liveness(op, model, grown, gradient, observe: Callable, level: float):
+    """The shares of dead entries and numbers of locked copies, by axis, over two steps of descent.
+
+    `gradient` is that of the grown model, whose gates are still at their first level.
+    """
     new, homes = new_coordinates(op, model)
     check_level(level)
     gates = [slot for slot in axes_of(grown).of_kind("gate") if slot.value is not None]
@@ -386,9 +410,10 @@ def _liveness(op, model, grown, batch, programs: _Programs, level: float):
     trained, rest = partition(grown)
     start = trained = jax.tree.map(np.asarray, trained)
     zero = []
-    for _ in range(2):
-        moved = eqx.combine(trained, rest)
-        gradient = jax.tree.map(np.asarray, programs.observed(moved, batch).gradient)
+    for step in range(2):
+        if gates or step:
+            gradient = observe(eqx.combine(trained, rest)).gradient
+        gradient = jax.tree.map(np.asarray, gradient)
         zero.append(_dead(grown, gradient, new))
         scale = 1e-3 / _largest(gradient)  # the largest change of a parameter is 1e-3
         trained = jax.tree.map(lambda p, g: p - scale * g, trained, gradient)  # noqa: B023
