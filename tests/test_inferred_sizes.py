@@ -179,6 +179,9 @@ def test_norms_that_are_not_declared_are_named_without_a_batch():
     bare, specs = zoo.build(lambda: Bare(layer=True)), {"up": "4 -> up", "down": "up -> 5"}
     with pytest.raises(AxisError, match="norm: a LayerNorm averages over 'up'"):
         gj.annotate(bare, specs, statics={"norm.shape": ("up",)})
+    with pytest.raises(AxisError, match="norm: a LayerNorm without a gain .* as many as 'up'"):
+        gj.annotate(bare, specs)
+    assert gj.annotate(bare, specs, statics={"norm.shape": ("6",)})
     gj.annotate(bare, specs | {"norm.weight": "~up"}, statics={"norm.shape": ("up",)})
     gj.annotate(bare, {"up": "4 -> 6", "down": "6 -> 5"})
 

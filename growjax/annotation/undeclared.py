@@ -39,6 +39,16 @@ def _norm(node: Any, steps: tuple, path: str, table: Axes, statics) -> Iterator[
             text for name, text in statics.items() if fnmatch.fnmatchcase(f"{path}.shape", name)
         ]
         names = re.findall(r"[A-Za-z_]\w*", str(texts[0]) if texts else "")
+        if not (dims or texts):  # nothing shows its axis but its size
+            same = [axis for axis, size in table.sizes.items() if node.shape == (size,)]
+            if same:
+                yield (
+                    f"{path}: a {type(node).__name__} without a gain averages over {node.shape[0]} "
+                    f"entries, as many as {', '.join(map(repr, same))}; declare it, '{path}': "
+                    f"'~{same[0]}', or its size in statics, '{path}.shape': ('{node.shape[0]}',), if "
+                    "its axis is none of these"
+                )
+            return
     for axis in dict.fromkeys(names):
         yield (
             f"{path}: a {type(node).__name__} averages over {axis!r}, which uneven copies change; "
