@@ -15,9 +15,9 @@ TABLE = """
 + if is_matrix(produced)
 @ a square matrix grows along one of its two dimensions | maps.py | maps | every_leaf
 - for dim in where:
--             x = _gather(*_sources(move, slot, x, dim), dim, fresh)
+-             stack = slot.dims[dim].role == "stack"
 + for dim in where[:1]:
-+             x = _gather(*_sources(move, slot, x, dim), dim, fresh)
++             stack = slot.dims[dim].role == "stack"
 @ biases of copies start at zero | maps.py | maps | every_leaf
 - return jnp.take(x, source, axis=dim, mode="clip")
 + taken = jnp.take(x, source, axis=dim, mode="clip")

@@ -104,6 +104,27 @@ TABLE = """
 @ a batch is one sequence | nn/assembly.py | depth | forgotten_vmap
 - if len(shape) != 1:
 + if not shape:
+@ a fill stands for an operator that does more | certificate/coordinates.py | certify | beside_its_maps
+- type(atom).__call__ is Operator.__call__ and not any(map(finishes, atom.maps(table)))
++ True
+@ a finish is no more than a fill | certificate/coordinates.py | certify | beside_its_maps
+- type(atom).__call__ is Operator.__call__ and not any(map(finishes, atom.maps(table)))
++ type(atom).__call__ is Operator.__call__
+@ settings of operations are not compared | trace/expressions.py | closing | number_of_blocks
+- "options": op.options,
++ "options": None,
+@ loops of any length are one | trace/expressions.py | closing | number_of_blocks
+- number(("loop", inner, self.tape[first].options), (*start
++ number(("loop", inner), (*start
+@ conditions of loops are not compared | trace/expressions.py | closing | number_of_blocks
+- goes_on = [self.of(value) for value in self.tape[end].beside]
++ goes_on = []
+@ a norm without a gain needs no axis | annotation/undeclared.py | inferred_sizes | not_declared
+- same = [axis for axis, size in table.sizes.items() if node.shape == (size,)]
++ same = []
+@ half a turn of layers is a whole one | maps.py | depth | order_of_the_papers
+- if stack and np.array_equal(source, np.tile(np.arange(x.shape[dim]), times)):
++ if stack and times > 1:
 @ every fill is a program | certificate/measured.py | certify | few_programs
 - _poisoned(op, model, np.float32(offset), np.float32(spread))
 + _poisoned(op, model, float(offset), float(spread))

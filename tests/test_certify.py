@@ -1,5 +1,6 @@
 """Certificates: honest operators pass, and each way of being wrong is seen by its own line."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -16,6 +17,7 @@ import pytest
 import growjax as gj
 from growjax import models, testing
 from growjax.axes import put
+from growjax.growth import Finish
 
 
 KEY = jax.random.key(0)
@@ -203,6 +205,37 @@ class Ajar(gj.Operator):
         source = np.where(np.arange(8) < 4, np.arange(8), gj.NONE)
         share = np.where(np.arange(8) < 4, 1.0, 0.0)
         return [gj.AxisMap("hidden", source, share=share, side="produced", init="zeros")]
+
+
+class Beside(Ajar):
+    """Zeros into new units, and a call that also changes what was there."""
+
+    def __call__(self, model, *, key=None):
+        grown = super().__call__(model, key=key)
+        return put(grown, {("tree", "first", "bias"): grown.model.first.bias + 0.5})
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved(Finish):
+    """Half more than the map says."""
+
+    def applied(self, move, slot, old, new, *, key):
+        return 1.5 * new
+
+
+class Finished(Ajar):
+    """Zeros into new units, and a finish that also changes what was there."""
+
+    def maps(self, axes):
+        return [dataclasses.replace(move, finish=Moved()) for move in super().maps(axes)]
+
+
+@pytest.mark.parametrize("op", [Beside(), Finished()], ids=str)
+def test_what_an_operator_does_beside_its_maps_is_seen_in_every_dtype(op):
+    """Closed coordinates are filled without it, so outputs under their fills are not the operator's."""
+    found = certificate(op)
+    assert all(found.poison.values()) and all(d.relative > 0.01 for d in found.forward)
+    assert not found.passed
 
 
 @pytest.mark.parametrize("op", [Forgotten(), WrongSide()], ids=str)

@@ -163,6 +163,36 @@ class Listed(eqx.Module):
         return x @ self.head
 
 
+def repeated(n, x):
+    """As long as a condition on another number holds."""
+    step = lambda carry: (carry[0] + 1, jnp.tanh(carry[1]))  # noqa: E731
+    return jax.lax.while_loop(lambda carry: carry[0] < n, step, (0, x))[1]
+
+
+# What a model does after its blocks, by their number
+ENDS: dict[str, Callable] = {
+    "condition": repeated,
+    "length": lambda n, x: jax.lax.fori_loop(0, n, lambda _, y: jnp.tanh(y), x),
+    "direction": lambda n, x: jax.lax.cumsum(x, reverse=n % 2 == 0),
+    "order": lambda n, x: jax.lax.scan(lambda c, y: (c + y, c), x[0], x, reverse=n % 2 == 0)[1],
+    "filled": lambda n, x: jnp.take(x, jnp.array([2, 7]), axis=0, mode="fill", fill_value=float(n)),
+}
+
+
+class Ending(Listed):
+    end: Callable = eqx.field(static=True)
+
+    def __init__(self, end):
+        super().__init__(CLOSED["residual"])
+        self.end = end
+
+    def __call__(self, x):
+        x = x @ self.into
+        for block in self.blocks:
+            x = block(x)
+        return self.end(len(self.blocks), x) @ self.head
+
+
 class Scanned(eqx.Module):
     into: Array
     block: Block
@@ -221,6 +251,14 @@ def test_rows_that_a_block_writes_are_read(kind, name):
     closed = name == "branch"
     assert keeps_the_function(model) == closed
     assert (axes_of(model).closings["layers", "embed"] == "") == closed
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_follows_the_number_of_blocks_is_seen(name):
+    model = zoo.build(lambda: Ending(ENDS[name]))
+    model = gj.annotate(model, SPECS, stacks={"blocks": "layers"}, example=X)
+    assert not keeps_the_function(model)
+    assert axes_of(model).closings["layers", "embed"]
 
 
 def test_what_stays_in_a_block_is_named():

@@ -139,7 +139,8 @@ class _Reading:
         scanned = frozenset(self.expressions.parameters(self.of(x) for x in rows))
         self.loops.append(Loop(scanned, inner, after))
         # Now that the whole body is known, a carry is named after it: two loops from one start differ
-        whole = number(("loop", inner), (*start, *after))
+        goes_on = [self.of(value) for value in self.tape[end].beside]
+        whole = number(("loop", inner, self.tape[first].options), (*start, *after, *goes_on))
         for n, carry in enumerate(carries):
             same = inner[n] == after[n]
             self.numbers[id(carry)] = start[n] if same else number(("carried", n), (whole,))
@@ -158,6 +159,7 @@ class _Reading:
             "name": op.name,
             "groups": groups,
             "pairs": tuple(op.pairs),
+            "options": op.options,
         }
         for n, out in enumerate(op.outs):
             key = ("operation", n, out.shape, *how.values())

@@ -36,8 +36,11 @@ class Op:
     - `"opaque"`: nothing is known of the result but its dimensions.
 
     `beside` are operands that decide on entries of the result and give it no dimensions: first the
-    entries that are padded or written in, then indices.
+    entries that are padded or written in, then indices. At the end of a loop it is the condition.
+    `options` are the settings of its equation in the program (a direction, the length of a loop).
     """
+
+    options: tuple | None = None
 
     def __init__(self, kind, ins, outs, groups=(), pairs=(), name="", beside=()):
         self.kind, self.ins, self.outs = kind, list(ins), list(outs)

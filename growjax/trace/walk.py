@@ -1,6 +1,7 @@
 """The walk over a program: every operation unifies dimensions and leaves a line on a tape."""
 
-from collections.abc import Callable, Sequence
+import enum
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,6 +74,17 @@ _NUMBERS: dict[str, Callable] = {
 }
 
 
+def _options(params: Mapping[str, Any]) -> tuple:
+    """The parameters of an equation that are plain data, by name; others are programs or places."""
+    return tuple((name, repr(value)) for name, value in sorted(params.items()) if _plain(value))
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | enum.Enum | np.number)
+
+
 def _exponent(eqn) -> dict[str, Any]:
     return {"y": eqn.params["y"]} if eqn.primitive.name == "integer_pow" else {}
 
@@ -116,6 +128,14 @@ class Walk:
     # One equation ----------------------------------------------------------------------------
 
     def _equation(self, eqn, ins: list[Value]) -> list[Value]:
+        first = len(self.tape)
+        outs = self._results(eqn, ins)
+        for op in self.tape[first:]:
+            if op.options is None:  # those of an inner program have their own
+                op.options = _options(eqn.params)
+        return outs
+
+    def _results(self, eqn, ins: list[Value]) -> list[Value]:
         name, sizes = eqn.primitive.name, [v.aval.shape for v in eqn.outvars]
         if name in _NUMBERS and ins and all(value.number is not None for value in ins):
             with np.errstate(all="ignore"):
@@ -326,11 +346,13 @@ class Walk:
             inner.append(carry)
         return inner
 
-    def _closed_loop(self, inner: Sequence[Value], after: Sequence[Value]) -> None:
+    def _closed_loop(
+        self, inner: Sequence[Value], after: Sequence[Value], condition: Sequence[Value] = ()
+    ) -> None:
         for a, b in zip(inner, after, strict=True):
             for m, n in zip(a.nodes, b.nodes, strict=True):
                 unify(m, n)
-            self.write(Op("equal", [a, b], [], name="carry"))
+            self.write(Op("equal", [a, b], [], name="carry", beside=condition))
 
     def _scan(self, params, ins, sizes):
         fixed, starts, rows = scanned(params, ins)
@@ -356,8 +378,9 @@ class Walk:
     def _while(self, params, ins, sizes):
         a, b = params["cond_nconsts"], params["body_nconsts"]
         inner = self._carried(ins[a + b :])
-        self.run(params["cond_jaxpr"], [*ins[:a], *inner])
-        self._closed_loop(inner, self.run(params["body_jaxpr"], [*ins[a : a + b], *inner]))
+        condition = self.run(params["cond_jaxpr"], [*ins[:a], *inner])
+        after = self.run(params["body_jaxpr"], [*ins[a : a + b], *inner])
+        self._closed_loop(inner, after, condition)
         return inner
 
     def _cond(self, params, ins, sizes):
