@@ -419,8 +419,11 @@ TABLE = """
 - name = f"growjax:{thing.__name__}" if own else f"{thing.__module__}:{thing.__qualname__}"
 + name = f"growjax:{thing.__name__}"
 @ a reversed input is taken for noise | certificate/measured.py | own_models | layers_by_number
-- permuted, floor = model, before
+- floor = before
 + floor = floor
+@ a reversed input is noise in the model's dtype | certificate/measured.py | own_models | layers_by_number
+- native = native and dataclasses.replace(native, floor=0.0)
++ native = native
 @ dicts that cannot be rebuilt are annotated | annotation/packing.py | own_models | no_path
 - if not has_shape(leaf) or id(leaf) in seen:
 + if leaf is not None:

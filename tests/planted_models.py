@@ -81,8 +81,8 @@ TABLE = """
 - rest = list(dict.fromkeys(ins))  # a choice between equals
 + rest = rest[:1]
 @ loops from one start are one | trace/expressions.py | closing | would_change
-- whole = number(("loop", inner), (*start, *after))
-+ whole = number(("loop", inner), start)
+- (*start, *after, *goes_on))
++ (*start, *goes_on))
 @ moved entries count as the stream | trace/expressions.py | closing | would_change
 - return op.ins[0].shape == op.outs[0].shape and moved == left and op.name != "update"
 + return op.ins[0].shape == op.outs[0].shape and op.name != "update"
