@@ -22,6 +22,7 @@ import growjax as gj
 from growjax.errors import GrowjaxError
 from growjax.hf.convert import FAMILIES
 from growjax.hf.keys import is_tolerated
+from tests.conftest import DEEP
 from tests.hf.oracle import outputs, random_model
 from tests.hf.test_parity import CASES, ours
 
@@ -100,7 +101,8 @@ OLD_GEMMA = {
     "sliding_window_pattern": 2,
     "_sliding_window_pattern": ABSENT,
 }
-# Where tolerated keys, which are the same for all families, get every value; elsewhere they get two
+# Where tolerated keys get every value; elsewhere they get two, and so do the keys that Llama has as well
+# without the deep profile: they are the same for all families
 THOROUGH = ("bert", "gpt2", "llama", "t5")
 OLD_ROPE = {"rope_parameters": ABSENT, "rope_theta": 200.0, "rope_scaling": None}
 BASES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -250,10 +252,11 @@ def test_what_moves_transformers_moves_growjax_equally_or_is_refused(name: str, 
     base = Base(name, tmp_path / "model")
     spellings = set(base.cls.config_class.attribute_map)
     assert spellings <= set(FAMILIES[base.cls.config_class.model_type].aliases)
-    faults, shared = [], set()
+    faults, shared, of_llama = [], set(), set(keys_of(hf.LlamaForCausalLM))
     if name not in THOROUGH and base.pattern == ALL:
         # What every configuration has is swept with Llama: growjax refuses it here, or tolerates it
-        shared = set(keys_of(hf.LlamaForCausalLM)) - set(base.cls.config_class.__annotations__)
+        shared = of_llama - set(base.cls.config_class.__annotations__)
+    thorough = name == "llama" or (name in THOROUGH and DEEP)
     for key in keys_of(base.cls):
         if key in EXEMPT or key in shared or not re.search(base.pattern, key):
             continue
@@ -261,7 +264,8 @@ def test_what_moves_transformers_moves_growjax_equally_or_is_refused(name: str, 
         if re.search("softcap|base", key):
             # A tiny cap or base multiplies the rounding of both libraries
             values = [value for value in values if not (value and 0 < _number(value) < 0.1)]
-        if is_tolerated(key) and name not in THOROUGH:
+        alone = name in THOROUGH and key not in of_llama
+        if is_tolerated(key) and not (thorough or alone):
             values = [0, "gelu"]
         for value in values:
             if fault := base.fault(key, value):
