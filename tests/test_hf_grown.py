@@ -45,7 +45,14 @@ GROWN: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", GROWN)
+# One growth of each family, and of each operator, is in the rest
+DEEP_ALONE = ("gpt2 larger heads", "gemma3 deeper", "llama deeper", "t5 padded")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in DEEP_ALONE else []) for n in GROWN],
+)
 def test_a_grown_model_is_a_stock_one_with_the_function_of_the_small(name, tmp_path):
     family, op = GROWN[name]
     with jax.enable_x64(True):
