@@ -129,24 +129,24 @@ def parts(folder: Path) -> None:
 
 
 def own_models() -> None:
-    """The losses of models that growjax did not write: one under every layout, others under three.
+    """The losses of models that growjax did not write: one under every layout, others under two or three.
 
     Where their axes come from is all that is different about the others.
     """
     devices = jax.devices()
     ways = {
         "one": (Layout(), 1),
-        "two": (Layout(), 2),
         "replicas": (Layout(step="shard_map"), 8),
         "fsdp": (Layout(fsdp=8), 8),
         "both": (Layout(fsdp=2, tensor=2), 8),
     }
+    others = {"annotated": ("one", "replicas", "both"), "a dict": ("one", "both")}
     plans = {"declared": own.mixed, "annotated": own.annotated, "a dict": own.mapping}
     found = {
         name: {
             way: losses(make(layout=layout, batch=8), devices=devices[:n])
             for way, (layout, n) in ways.items()
-            if name == "declared" or way in ("one", "replicas", "both")
+            if way in others.get(name, ways)
         }
         for name, make in plans.items()
     }
@@ -168,10 +168,14 @@ def heads() -> None:
         "vocabulary": (Layout(tensor=2), 2),
         "both": (Layout(fsdp=2, tensor=2), 8),
     }
+    # What is split of a head of its own is split of a tied one in the same way, but for the vocabulary
+    untied = ("whole", "replicas", "vocabulary", "both")
     found: dict[str, dict[str, list[float]]] = {}
     for name, tied in (("tied", True), ("untied", False)):
         model = dataclasses.replace(SMALL, tied=tied)
         for way, (layout, n) in ways.items():
+            if not tied and way not in untied:
+                continue
             head.LARGE, head.CHUNK = (2**23, 256) if way == "whole" else (0, 3)
             of = plan(steps(3), model=model, layout=layout, batch=8)
             found.setdefault(name, {})[way] = losses(of, devices=devices[:n])
