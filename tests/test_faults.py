@@ -226,19 +226,28 @@ HARM = {
 }
 
 
-@pytest.mark.parametrize("harm", HARM)
-def test_data_that_are_harmed_end_in_an_error_that_loses_nothing(programs, harm, tmp_path):
-    """While they are read, and until they are thrown away; then the run goes on as if nothing was."""
-    (tmp_path / "text").mkdir()
+@pytest.fixture(scope="module")
+def undisturbed(programs, tmp_path_factory):
+    """A plan that reads text, and the records of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "text").mkdir()
     for n in range(20):
-        (tmp_path / "text" / f"{n}.txt").write_text(f"{n} times {n} is {n * n}. " * 9)
-    p = plan(steps(16), data=Text(str(tmp_path / "text")))
+        (folder / "text" / f"{n}.txt").write_text(f"{n} times {n} is {n * n}. " * 9)
+    p = plan(steps(16), data=Text(str(folder / "text")))
     options = Options(held_out=4, save_every=2)
+    return p, options, list(train(p, run=folder / "run", options=options, cache=programs))
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_data_that_are_harmed_end_in_an_error_that_loses_nothing(
+    programs, undisturbed, harm, tmp_path
+):
+    """While they are read, and until they are thrown away; then the run goes on as if nothing was."""
+    p, options, whole = undisturbed
 
     def running(name: str) -> Any:
         return train(p, run=tmp_path / name / "run", options=options, cache=programs)
 
-    whole = list(running("whole"))
     spoil, message = HARM[harm]
     seen = []
     with pytest.raises(DataError, match=f"tokens.bin: {message}"):
