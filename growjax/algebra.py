@@ -167,6 +167,10 @@ class AxisMap(eqx.Module):
         """A parameter with the axis after the map; a map may redraw some of its entries here."""
         return array
 
+    def limited(self, slot: Slot, before: Any, after: Any, start: float) -> Any:
+        """Any array after the map; a map may keep some entries of `before` here."""
+        return after
+
     @property
     def has_means(self) -> bool:
         """Whether some rows are means of the old ones."""
@@ -174,11 +178,7 @@ class AxisMap(eqx.Module):
 
     def by(self, role: Role) -> Any:
         """The factor of leaves' weights: multipliers `[new]`, a matrix `[new, old]`, or None."""
-        own = {
-            "produced": self.produced,
-            "consumed": self.consumed,
-            "elementwise": self.elementwise,
-        }.get(role)
+        own = getattr(self, role) if role in ("produced", "consumed", "elementwise") else None
         if own is None and role == self.side:
             return self.share
         if own is None and (role in ("lookup", "stack") or (role == "elementwise" and self.mixes)):

@@ -168,7 +168,7 @@ def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh:
     """
     if not slot.positions(move.axis):
         return array
-    x = slot.split(array, table.sizes)
+    x = before = slot.split(array, table.sizes)
     if is_regrouped(move, slot):
         return slot.join(_regrouped(move, table, slot, x))
     taken = []
@@ -199,7 +199,7 @@ def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh:
             )
         origin = slot.origin if law == WEIGHT else law.origin
         x = origin + step(x - origin) if origin else step(x)
-    return slot.join(x)
+    return slot.join(move.limited(slot, before, x, law.origin))
 
 
 def _sources(move: AxisMap, slot: Slot, x: Array, dim: int) -> tuple[np.ndarray, Array]:

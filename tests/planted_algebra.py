@@ -112,4 +112,13 @@ TABLE = """
 @ a pooled head keeps one of the keys | growth/regrouping.py | heads | become_means
 - mean = (run == np.arange(size)[:, None]) * (size / old)
 + mean = (np.arange(old) == np.arange(size)[:, None] * (old // size)) * 1.0
+@ layers that do not grow have copies too | maps.py | within | other_layers
+- return slot.join(move.limited(slot, before, x, law.origin))
++ return slot.join(x)
+@ noise reaches layers that do not grow | growth/limited.py | within | other_layers
+- return move.limited(slot, old, self.rule.applied(move, slot, old, new, key=key), 0.0)
++ return self.rule.applied(move, slot, old, new, key=key)
+@ limited layers are the others | growth/limited.py | within | other_layers
+- chosen = np.isin(np.arange(after.shape[dim]), self.layers)
++ chosen = ~np.isin(np.arange(after.shape[dim]), self.layers)
 """

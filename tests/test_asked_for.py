@@ -202,6 +202,15 @@ def test_repeated_layers_alone_are_scaled_and_exported(tmp_path):
         assert distance(call(big, inputs(big)), call(again, inputs(big)))[1] <= 1e-12
 
 
+def test_some_layers_of_a_stack_grow_and_the_others_stay_as_they_were():
+    """karpathy/llama2.c #406, Grow-Don't-Overwrite: one program still scans all of them."""
+    op = gj.growth.within(gj.copy(mlp=7), layers=(1,))
+    small = tiny()
+    np.testing.assert_allclose(op(small)(X), small(X), atol=1e-5)
+    np.testing.assert_array_equal(op(small).down[0, :4], small.down[0])
+    assert not np.asarray(op(small).down[0, 4:]).any() and np.asarray(op(small).down[1, 4:]).any()
+
+
 def test_some_layers_alone_grow():
     """karpathy/llama2.c #406, Gemma 3n: in a list of blocks each may have an axis of its own."""
     specs = {key: spec for key, spec in zoo.TOWER.items() if "*" not in key}

@@ -10,6 +10,7 @@ from growjax.growth.depth import solar as solar
 from growjax.growth.depth import sources as sources
 from growjax.growth.depth import stack as stack
 from growjax.growth.finishes import Finish as Finish
+from growjax.growth.limited import within as within
 from growjax.growth.lookups import positions as positions
 from growjax.growth.lookups import vocabulary as vocabulary
 from growjax.growth.lossless import lemon as lemon

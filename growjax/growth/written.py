@@ -9,6 +9,7 @@ from growjax.errors import GrowthError
 from growjax.growth.centring import centred
 from growjax.growth.copying import aki, copy
 from growjax.growth.depth import fresh, solar, stack
+from growjax.growth.limited import within
 from growjax.growth.lookups import positions, vocabulary
 from growjax.growth.lossless import lemon
 from growjax.growth.masked import msg
@@ -40,6 +41,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "upcycle": upcycle,
     "vocabulary": vocabulary,
     "warm": warm,
+    "within": within,
     "zeros": zeros,
 }
 
