@@ -21,6 +21,7 @@ Checked in float64 by `tests/test_maps.py` and `tests/test_algebra.py`: outputs,
 and the moments.
 """
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -64,6 +65,8 @@ def apply(move: AxisMap, model, key: PRNGKeyArray | None):
     _check_gates(move, table)
     _check_takers(move, table)
     _check_norms(move, table)
+    if move.finish is not None:
+        move = dataclasses.replace(move, finish=move.finish.prepared(move, table))
     values: dict[tuple, Any] = {}
     for slot in table.having(move.axis):
         values[slot.steps] = _transport_slot(move, table, slot, key)

@@ -232,7 +232,7 @@ TABLE = """
 - share = 1 / np.bincount(source, minlength=axes.size(axis))[source]
 + share = np.ones(len(source))
 @ zeroed branches under a closing norm | growth/depth.py | bad_input | post and LN
-- _closing_norms(axes, axis, self.stream),
+- _closing_norms(axes, axis, stream),
 + [],
 @ growth on an axis that is still ramping | maps.py | bad_input | ramping
 - [slot.path for slot in mine if slot.value is not None]

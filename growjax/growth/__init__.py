@@ -1,5 +1,6 @@
 """Growth operators: pure functions from parameters to larger parameters."""
 
+from growjax.growth.between import between as between
 from growjax.growth.births import Births as Births
 from growjax.growth.births import new as new
 from growjax.growth.centring import centred as centred

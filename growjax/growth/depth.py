@@ -235,7 +235,7 @@ class Stack(Operator):
     def maps(self, axes: Axes) -> list[AxisMap]:
         """Copies along the stack axes; the share closes or splits the residual branches."""
         axes.size(self.stream)
-        _require_stacks(axes, [axis for axis, _ in self.sizes])
+        require_stacks(axes, [axis for axis, _ in self.sizes])
         lists, wanted = split_lists(axes, self.sizes)
         arrays = [s.path for a, _ in self.sizes for s in axes.having(a, "param") if s.arrays()]
         raise_all(
@@ -259,13 +259,7 @@ class Stack(Operator):
         if self.branch == "copy":
             return move
         if self.branch == "zero":
-            raise_all(
-                GrowthError,
-                "a block that ends in a norm (post-LN) is not the identity when its branches are zero; "
-                "use gj.msg(layers=...) or gj.stack without branch='zero':",
-                _closing_norms(axes, axis, self.stream),
-            )
-            _require_residual(axes, axis, self.stream)
+            require_closable(axes, axis, self.stream)
             share = np.where(move.is_new(), 0.0, 1.0)
         else:
             share = 1 / np.bincount(source, minlength=axes.size(axis))[source]
@@ -295,7 +289,7 @@ class Fresh(Operator):
     def maps(self, axes: Axes) -> list[AxisMap]:
         """The old layers, and fresh ones on top of them."""
         wanted = resolve(axes, dict(self.sizes))
-        _require_stacks(axes, list(wanted))
+        require_stacks(axes, list(wanted))
         return [
             AxisMap(
                 axis, [*range(axes.size(axis)), *[NONE] * (n - axes.size(axis))], init=self.init
@@ -304,7 +298,8 @@ class Fresh(Operator):
         ]
 
 
-def _require_stacks(axes: Axes, names: list[str]) -> None:
+def require_stacks(axes: Axes, names: list[str]) -> None:
+    """Raise `GrowthError` that lists the axes which are no stacks of blocks."""
     raise_all(
         GrowthError,
         "only layers can be stacked; these axes are not stacks of blocks:",
@@ -312,12 +307,18 @@ def _require_stacks(axes: Axes, names: list[str]) -> None:
     )
 
 
-def _require_residual(axes: Axes, axis: str, stream: str) -> None:
+def require_closable(axes: Axes, axis: str, stream: str) -> None:
     """Raise `GrowthError` unless blocks are known to be the identity without their branches.
 
     That a block is `x + f(x)` cannot be read off its axes. A model says so by a multiplier of its
     branches (`gj.branch`), and a trace of somebody else's model shows it.
     """
+    raise_all(
+        GrowthError,
+        "a block that ends in a norm (post-LN) is not the identity when its branches are zero; "
+        "use gj.msg(layers=...) or gj.stack without branch='zero':",
+        _closing_norms(axes, axis, stream),
+    )
     why = axes.closings.get((axis, stream))
     if why:
         raise GrowthError(

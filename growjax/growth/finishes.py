@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from growjax.algebra import NONE, AxisMap
-from growjax.axes import Role, Slot
+from growjax.axes import Axes, Role, Slot
 from growjax.errors import GrowthError
 
 
@@ -26,6 +26,14 @@ class Finish(abc.ABC):
 
     Optimizer state does not see it: moments move by the rest of the map.
     """
+
+    def prepared(self, move: AxisMap, table: Axes) -> "Finish":
+        """The rule that is applied to the leaves of a model: one may look at several of them first.
+
+        `table` is that of the model before the map. By default it is the rule itself.
+        """
+        del move, table
+        return self
 
     @abc.abstractmethod
     def applied(

@@ -51,6 +51,10 @@ class Limited(Finish):
 
     rule: Finish
 
+    def prepared(self, move, table):
+        """The other rule, prepared."""
+        return Limited(self.rule.prepared(move, table))
+
     def applied(self, move, slot, old, new, *, key):
         """What the other rule makes of the leaf; nothing in layers that do not grow."""
         return move.limited(slot, old, self.rule.applied(move, slot, old, new, key=key), 0.0)

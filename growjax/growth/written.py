@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from growjax.errors import GrowthError
+from growjax.growth.between import between
 from growjax.growth.centring import centred
 from growjax.growth.copying import aki, copy
 from growjax.growth.depth import fresh, solar, stack
@@ -24,6 +25,7 @@ from growjax.growth.zeroed import zeros
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "aki": aki,
+    "between": between,
     "centred": centred,
     "chain": chain,
     "context": context,
