@@ -28,6 +28,7 @@ KEY = jax.random.key(0)
 GPT, UNTIED, RMS, GROUPED, POST, LLAMA = (testing.ARCHITECTURES[i] for i in (0, 1, 2, 3, 4, 7))
 
 OPERATORS = [
+    gj.copy(embed=16, mlp=12, shares="blocks"),
     gj.copy(mlp=9, shares="equal", noise=0.1),
     gj.copy(embed=12, scale="rms"),
     gj.aki(mlp=9, order="random", seed=2),
@@ -115,6 +116,54 @@ def test_cloning_with_noise_keeps_the_function_and_locks_no_copy(architecture):
         assert gj.certify(op, model, batch, key=KEY).locked == {"embed": 0, "kv_heads": 0, "mlp": 0}
         clean = gj.certify(gj.copy(shares="equal", **sizes), model, batch, key=KEY)
         assert clean.locked == {"embed": 8, "kv_heads": 2, "mlp": 6}
+
+
+BLOCKS = {GPT: dict(heads=4), RMS: dict(heads=4), GROUPED: dict(kv_heads=4)}
+
+
+@pytest.mark.parametrize("architecture", BLOCKS, ids=str)
+def test_blocks_keep_the_function(architecture):
+    sizes: dict[str, Any] = dict(embed=16, mlp=12) | BLOCKS[architecture]
+    op = gj.copy(shares="blocks", **sizes)
+    testing.assert_contract(op, architecture.model(), architecture.batch())
+
+
+def test_blocks_stand_on_the_diagonal_and_what_has_one_side_is_shared():
+    with jax.enable_x64(True):
+        small: Any = UNTIED.model()
+        big: Any = gj.copy(embed=16, mlp=12, shares="blocks")(small)
+    up, down, head = (
+        np.asarray(m) for m in (small.blocks.block.mlp.up, small.blocks.block.mlp.down, small.head)
+    )
+    zero = np.zeros_like
+    np.testing.assert_array_equal(
+        big.blocks.block.mlp.up, np.block([[up, zero(up)], [zero(up), up]])
+    )
+    np.testing.assert_array_equal(
+        big.blocks.block.mlp.down, np.block([[down, zero(down)], [zero(down), down]])
+    )
+    np.testing.assert_allclose(big.head, np.concatenate([head, head], 0) / 2, rtol=1e-15)
+
+
+def test_gradients_off_the_diagonal_are_halves_too():
+    """Staged training leaves these moments at zero; a real backward pass does not."""
+    op = gj.copy(embed=16, heads=4, mlp=12, shares="blocks")
+    testing.assert_carries(op, GPT.model(), GPT.batch(), optax.scale_by_adam())
+
+
+@pytest.mark.parametrize(
+    "op, message",
+    [
+        (gj.copy(embed=16, mlp=18, shares="blocks"), "the same multiple of every axis"),
+        (gj.copy(mlp=9, shares="blocks"), "blocks need a multiple of 6"),
+        (gj.copy(heads=4, head_dim=8, shares="blocks"), "kv_heads and head_dim produced"),
+        (gj.copy(mlp=12, shares="blocks", noise=0.1), "without noise or scale"),
+    ],
+    ids=["multiples", "uneven", "two axes", "noise"],
+)
+def test_what_makes_no_blocks_says_why(op, message):
+    with pytest.raises(GrowthError, match=message):
+        op.maps(axes_of(GPT.model()))
 
 
 def test_copies_are_told_apart_unless_that_is_refused():

@@ -1,13 +1,14 @@
 """Copying coordinates with shares that sum to one: exact with no gate at all.
 
 Net2Net (Chen et al. 2016), bert2BERT's FPI and AKI (Chen et al. 2022), HyperCloning (Samragh et al.
-2024), SPARKLING (Yu et al. 2026).
+2024), staged training (Shen et al. 2022), SPARKLING (Yu et al. 2026).
 """
 
 import dataclasses
 from typing import Annotated, ClassVar, Literal
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 
 from growjax import values
@@ -15,7 +16,7 @@ from growjax.algebra import AxisMap
 from growjax.axes import Axes
 from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
-from growjax.growth.finishes import Noise
+from growjax.growth.finishes import Finish, Noise, across
 from growjax.growth.operator import (
     Exactness,
     Operator,
@@ -64,7 +65,7 @@ class Copy(Operator):
 
     sizes: SizesOrLists = eqx.field(static=True)
     order: Literal["cycle", "random"] = eqx.field(static=True, default="cycle")
-    shares: Literal["equal", "random"] = eqx.field(static=True, default="random")
+    shares: Literal["equal", "random", "blocks"] = eqx.field(static=True, default="random")
     seed: Annotated[int, values.at_least(0)] = eqx.field(static=True, default=0)
     noise: Annotated[float, values.at_least(0)] = eqx.field(static=True, default=0.0)
     scale: Literal["share", "rms"] = eqx.field(static=True, default="share")
@@ -95,8 +96,35 @@ class Copy(Operator):
         lists = {axis for axis, size in self.sizes if isinstance(size, tuple)}
         torn = {move.axis for move in moves if move.axis in lists or self.order == "random"}
         faults = _refusals(axes, moves, torn, even=self.scale == "share")
+        if self.shares == "blocks":
+            faults += self._block_faults(axes, moves)
         raise_all(GrowthError, "these copies would change the function:", faults)
+        if self.shares == "blocks":
+            blocks = Blocks(tuple((move.axis, axes.size(move.axis)) for move in moves))
+            moves = [dataclasses.replace(move, finish=blocks) for move in moves]
         return moves
+
+    def _block_faults(self, axes: Axes, moves: list[AxisMap]) -> list[str]:
+        """Why matrices cannot be made block-diagonal."""
+        olds = {move.axis: axes.size(move.axis) for move in moves}
+        faults = []
+        if self.noise or self.scale != "share" or self.order != "cycle":
+            faults.append("shares='blocks' copies in turn, without noise or scale")
+        for move in moves:
+            old = olds[move.axis]
+            if move.length % old or np.any(move.source != np.arange(move.length) % old):
+                faults.append(f"{move.axis}: blocks need a multiple of {old}, copied in turn")
+        if len({move.length // olds[move.axis] for move in moves}) > 1:
+            faults.append("blocks need the same multiple of every axis")
+        for slot in axes.of_kind("param"):
+            for part in slot.parts:
+                for role in ("consumed", "produced"):
+                    names = [d.axis for d in part.dims if d.axis in olds and d.role == role]
+                    if len(names) > 1:
+                        faults.append(
+                            f"{part.path} has {' and '.join(names)} {role}: grow one of them"
+                        )
+        return faults
 
     def _copies(self, axes: Axes) -> list[AxisMap]:
         lists, wanted = split_lists(axes, self.sizes)
@@ -120,9 +148,36 @@ class Copy(Operator):
             counts = np.bincount(source, minlength=old)
             return np.full(len(source), (old / np.sum(counts**2)) ** 0.5)
         weight = (
-            np.ones(len(source)) if self.shares == "equal" else rng.uniform(0.5, 1.5, len(source))
+            rng.uniform(0.5, 1.5, len(source)) if self.shares == "random" else np.ones(len(source))
         )
         return weight / np.bincount(source, weight, minlength=old)[source]
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(Finish):
+    """Copies that read the copies of their own number alone: block-diagonal matrices.
+
+    `sizes` are the axes that grow with their old sizes, in the order of their maps: the last one that a
+    leaf has makes its blocks. What leaves sum to stays, and with it every gradient.
+    """
+
+    sizes: tuple[tuple[str, int], ...]
+
+    def applied(self, move, slot, old, new, *, key):
+        """Blocks on the diagonal, n times a share of 1/n; leaves with one side alone stay shared."""
+        del old, key
+        grown = dict(self.sizes)
+        if slot.kind != "param" or move.axis != [a for a in grown if slot.positions(a)][-1]:
+            return new
+        numbers = {
+            dim.role: across(np.arange(new.shape[i]) // grown[dim.axis], new.ndim, i)
+            for i, dim in enumerate(slot.dims)
+            if dim.axis in grown
+        }
+        if not {"consumed", "produced"} <= numbers.keys():
+            return new
+        copies = move.length // grown[move.axis]
+        return new * jnp.where(numbers["consumed"] == numbers["produced"], copies, 0)
 
 
 def _refusals(axes: Axes, moves: list[AxisMap], torn: set[str], *, even: bool) -> list[str]:
@@ -154,7 +209,7 @@ def _refusals(axes: Axes, moves: list[AxisMap], torn: set[str], *, even: bool) -
 def copy(
     *,
     order: Literal["cycle", "random"] = "cycle",
-    shares: Literal["equal", "random"] = "random",
+    shares: Literal["equal", "random", "blocks"] = "random",
     seed: int = 0,
     noise: float = 0.0,
     scale: Literal["share", "rms"] = "share",
@@ -173,6 +228,8 @@ def copy(
       and so are locked, unless something else tells them apart: `noise`, or moments that start anew in
       the copies alone (`gj.carry(copies="zero")`, `Stage(carry="zero")`). Under unequal shares gradients
       do not follow on an axis that norms average over, so optimizer state cannot be carried there.
+      `"blocks"` are equal ones of block-diagonal matrices, `[W 0; 0 W]` for twice the size (staged
+      training): a copy reads the copies of its own number. All axes grow to the same multiple.
     - `seed`: for the two random choices.
     - `noise`: noise on the weights that consume copies, added to one and subtracted from the next of each
       pair of copies, so that it cancels. Its deviation is this multiple of their root mean square: 0.1
