@@ -10,6 +10,7 @@ from growjax.growth.between import between
 from growjax.growth.centring import centred
 from growjax.growth.copying import aki, copy
 from growjax.growth.depth import fresh, solar, stack
+from growjax.growth.given import given
 from growjax.growth.limited import within
 from growjax.growth.lookups import positions, vocabulary
 from growjax.growth.lossless import lemon
@@ -33,6 +34,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "dense": dense,
     "experts": experts,
     "fresh": fresh,
+    "given": given,
     "lemon": lemon,
     "msg": msg,
     "pool": pool,
