@@ -29,6 +29,9 @@ from growjax.growth.operator import resolve as resolve
 from growjax.growth.regrouping import pool as pool
 from growjax.growth.regrouping import regroup as regroup
 from growjax.growth.rotary import context as context
+from growjax.growth.transplants import pieces as pieces
+from growjax.growth.transplants import pursuit as pursuit
+from growjax.growth.transplants import transplant as transplant
 from growjax.growth.upcycling import experts as experts
 from growjax.growth.upcycling import upcycle as upcycle
 from growjax.growth.warming import warm as warm

@@ -19,6 +19,7 @@ from growjax.growth.matrices import dense
 from growjax.growth.operator import Chain, Operator, chain
 from growjax.growth.regrouping import pool, regroup
 from growjax.growth.rotary import context
+from growjax.growth.transplants import transplant
 from growjax.growth.upcycling import experts, upcycle
 from growjax.growth.warming import warm
 from growjax.growth.zeroed import zeros
@@ -42,6 +43,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "regroup": regroup,
     "solar": solar,
     "stack": stack,
+    "transplant": transplant,
     "upcycle": upcycle,
     "vocabulary": vocabulary,
     "warm": warm,
