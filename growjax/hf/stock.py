@@ -65,9 +65,10 @@ def _folded(stack: Stacked, family: Family) -> Stacked:
         if attention is not None:
             scale = family.scale(attention)
             values |= {("block", *path): _rescaled(attention, scale)}
-    branch, stack = stack.branch, put(stack, values)
+    branch, stack = stack.branch, _without_multipliers(put(stack, values))
     if branch is None:
         return stack
+    block = stack.block
     last = [("attention", "o"), ("attention", "o_bias"), ("cross", "o"), ("cross", "o_bias")]
     last += [("mlp", "down"), ("mlp", "down_bias")]
     folded = {}
@@ -87,6 +88,23 @@ def _folded(stack: Stacked, family: Family) -> Stacked:
             per_layer = jnp.reshape(jnp.asarray(branch, array.dtype), (-1, *[1] * (array.ndim - 1)))
             folded[("block", *path)] = array * per_layer
     return put(stack, folded)
+
+
+def _without_multipliers(stack: Stacked) -> Stacked:
+    """The stack with the trained multipliers of its branches in the last product of each."""
+    block: Any = stack.block
+    values: dict[tuple, Any] = {}
+    for part, names in (("attention", ("o", "o_bias")), ("mlp", ("down", "down_bias"))):
+        multiplier = getattr(block, f"{part}_multiplier")
+        if multiplier is None:
+            continue
+        values |= {("block", f"{part}_multiplier"): None, ("block", part, "inner"): False}
+        for name in names:
+            array = get(block, (part, name))
+            if array is not None:
+                weight = multiplier.weight.reshape(-1, *[1] * (array.ndim - 1))
+                values[("block", part, name)] = array * weight.astype(array.dtype)
+    return put(stack, values)
 
 
 def _rescaled(attention: Attention, scale: float) -> Attention:

@@ -46,7 +46,8 @@ class GPTConfig:
 
     `dtype` is that of the activations (None: the parameters'); norms, softmax and logits stay in
     float32 at least. With `experts`, every feed-forward is a mixture of that many experts of `mlp` units
-    (`growjax.nn.Experts`, which explains the options); 0 is one dense MLP.
+    (`growjax.nn.Experts`, which explains the options); 0 is one dense MLP. With `multipliers`, both
+    branches of a layer have a trained number that multiplies them (`growjax.nn.Multiplier`).
     """
 
     layers: Depth
@@ -76,6 +77,7 @@ class GPTConfig:
     aux_loss_coef: Coefficient = 0.01
     z_loss_coef: Coefficient = 0.001
     expert_body: ExpertBody = "auto"
+    multipliers: bool = False
 
     def __post_init__(self):
         check_config(self, odd_rotary(self) if self.position == "rotary" else ())
@@ -132,6 +134,7 @@ class GPT(CausalModel):
                 eps=c.eps,
                 attention=c.attention,
                 **expert_options(c),
+                multipliers=c.multipliers,
                 key=key,
             )
 

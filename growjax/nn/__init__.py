@@ -9,6 +9,7 @@ from growjax.nn.attention import NO_WINDOW as NO_WINDOW
 from growjax.nn.attention import Attention as Attention
 from growjax.nn.attention import Cache as Cache
 from growjax.nn.block import Block as Block
+from growjax.nn.block import Multiplier as Multiplier
 from growjax.nn.bodies import Bias as Bias
 from growjax.nn.bodies import Body as Body
 from growjax.nn.bodies import attend as attend

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
 from growjax.errors import AxisError
 from growjax.nn.attention import Attention, Cache
-from growjax.nn.block import Block
+from growjax.nn.block import Block, Multiplier
 from growjax.nn.bodies import Body
 from growjax.nn.experts import ExpertBody, Experts
 from growjax.nn.mask import Mask
@@ -50,6 +50,7 @@ def make_block(
     aux_loss_coef: float = 0.01,
     z_loss_coef: float = 0.001,
     expert_body: ExpertBody = "auto",
+    multipliers: bool = False,
     key: PRNGKeyArray,
 ) -> Block:
     """A `Block` from sizes and choices.
@@ -57,7 +58,9 @@ def make_block(
     `bias` is that of all its parts, unless another is given for what attention and MLP put out
     (`o_bias`, `mlp_bias`) or for norms. `placement` is where the norms of its branches stand.
 
-    With `experts`, the feed-forward is a `growjax.nn.Experts`, whose experts have `mlp` units each.
+    With `experts`, the feed-forward is a `growjax.nn.Experts`, whose experts have `mlp` units each. With
+    `multipliers` both branches have a trained one (`growjax.nn.Multiplier`); the arrays before it then no
+    longer end them. They do not go with experts, nor with norms after the branches.
 
     **Example**
 
@@ -65,7 +68,12 @@ def make_block(
     """
     k_attention, k_cross, k_mlp = jax.random.split(key, 3)
     norm_bias = bias if norm_bias is None else norm_bias
-    inner = placement != "before"
+    after = placement != "before"
+    if multipliers and (experts or after or post_norm or cross):
+        raise AxisError(
+            "multipliers: expected plain pre-LN branches, without experts or norms after them"
+        )
+    inner = after or multipliers
 
     def make_attention(key):
         made = Attention(
@@ -116,14 +124,16 @@ def make_block(
     return Block(
         attention=make_attention(k_attention),
         attention_norm=None if placement == "after" else before(),
-        attention_after=make_norm("closing") if inner else None,
+        attention_after=make_norm("closing") if after else None,
         cross=make_attention(k_cross) if cross else None,
         cross_norm=before() if cross else None,
         mlp=make_feed_forward(k_mlp),
         mlp_norm=None if placement == "after" else before(),
-        mlp_after=make_norm("closing") if inner else None,
+        mlp_after=make_norm("closing") if after else None,
         post_norm=post_norm,
         parallel=parallel,
+        attention_multiplier=Multiplier(jnp.ones(())) if multipliers else None,
+        mlp_multiplier=Multiplier(jnp.ones(())) if multipliers else None,
     )
 
 

@@ -17,13 +17,28 @@ from growjax.nn.mlp import MLP
 from growjax.nn.norm import Norm
 
 
+class Multiplier(eqx.Module):
+    """A trained number that multiplies a residual branch, 1 in a new model.
+
+    A copied layer with a closed branch (`gj.stack(branch="zero")`) starts with 0 in it, and with all of
+    its weights: `x + a f(x)`, with `a` trained from 0.
+
+    Bachlechner et al., "ReZero is All You Need", UAI 2021; De & Smith, "Batch Normalization Biases
+    Residual Blocks Towards the Identity Function in Deep Networks" (SkipInit), NeurIPS 2020.
+    """
+
+    weight: Float[Array, ""] = axes.param("", init="ones", closes="closes")
+    closes: bool = eqx.field(static=True, default=True)
+
+
 class Block(eqx.Module):
     """Attention, optional cross-attention and feed-forward, each on a residual branch.
 
     Pre-LN: `x + f(norm(x))`. Post-LN: `norm(x + f(x))`. With norms `after` the branches,
     `x + after(f(norm(x)))`, where `norm` may be left out (Gemma 2, OLMo 2). In `parallel`, attention and
-    feed-forward read the same `x` (GPT-NeoX). `branch` multiplies what every branch adds. The gate on the
-    residual stream acts on the output of each branch (pre-LN) or through the norm (post-LN).
+    feed-forward read the same `x` (GPT-NeoX). `branch` multiplies what every branch adds, and so do
+    trained multipliers, if there are any. The gate on the residual stream acts on the output of each
+    branch (pre-LN) or through the norm (post-LN).
 
     The feed-forward is an `MLP`, or `Experts` with an auxiliary loss, which `with_auxiliary` returns too.
     """
@@ -39,6 +54,8 @@ class Block(eqx.Module):
     attention_after: Norm | None = None
     mlp_after: Norm | None = None
     parallel: bool = eqx.field(static=True, default=False)
+    attention_multiplier: Multiplier | None = None
+    mlp_multiplier: Multiplier | None = None
 
     def __call__(
         self, x: Float[Array, "T embed"], *args: Any, **options: Any
@@ -59,6 +76,7 @@ class Block(eqx.Module):
     ) -> tuple[Float[Array, "T embed"], Float[Array, ""] | None]:
         """The output, and the auxiliary loss of the experts (None where there is none)."""
         y = self.attention(self._input(x, self.attention_norm), mask=mask, bias=bias, turn=turn)
+        y = _multiplied(y, self.attention_multiplier)
         start, x = x, self._add(x, y, self.attention_norm, branch, self.attention_after)
         if self.cross is not None and self.cross_norm is not None:
             y = self.cross(self._input(x, self.cross_norm), memory, mask=memory_mask)
@@ -118,6 +136,7 @@ class Block(eqx.Module):
         """
         h = self._input(x, self.attention_norm)
         y, cache = self.attention.extend(h, cache, at, bias=bias, turn=turn)
+        y = _multiplied(y, self.attention_multiplier)
         start, x = x, self._add(x, y, self.attention_norm, branch, self.attention_after)
         if self.cross is not None and self.cross_norm is not None:
             if memory is None:
@@ -141,6 +160,7 @@ class Block(eqx.Module):
             y, auxiliary = self.mlp.with_auxiliary(h)
         else:
             y, auxiliary = self.mlp(h), None
+        y = _multiplied(y, self.mlp_multiplier)
         return self._add(x, y, self.mlp_norm, branch, self.mlp_after), auxiliary
 
     def _input(self, x: Array, norm: Norm | None) -> Array:
@@ -152,3 +172,7 @@ class Block(eqx.Module):
         y = y if after is None else after(y)
         y = y if branch is None else y * jnp.asarray(branch, y.dtype)
         return norm(x + y) if self.post_norm and norm is not None else x + gated(y, self.gate)
+
+
+def _multiplied(y: Array, multiplier: Multiplier | None) -> Array:
+    return y if multiplier is None else y * multiplier.weight.astype(y.dtype)
