@@ -90,6 +90,7 @@ if TYPE_CHECKING:
     from growjax import cost as cost
     from growjax import data as data
     from growjax import evals as evals
+    from growjax import fitting as fitting
     from growjax import forecast as forecast
     from growjax import hf as hf
     from growjax import parallel as parallel
@@ -108,7 +109,7 @@ __version__ = "0.1.0"
 
 # The names above that only a type checker has seen, and the module of each
 _ROOMS = (
-    "advise budget cost data evals forecast hf parallel plan programs report runs select "
+    "advise budget cost data evals fitting forecast hf parallel plan programs report runs select "
     "testing train"
 )
 _LAZY = {name: f"growjax.{name}" for name in _ROOMS.split()}

@@ -27,7 +27,7 @@ LEVELS = [
     "models",
     "growth subnet",
     "optim parallel cost data",
-    "certificate budget select state",
+    "certificate budget select state fitting",
     "testing hf inference",
     "plan",
     "programs advise",

@@ -13,6 +13,7 @@ from growjax.growth.depth import stack as stack
 from growjax.growth.finishes import Finish as Finish
 from growjax.growth.given import given as given
 from growjax.growth.given import gradmax as gradmax
+from growjax.growth.learned import learned as learned
 from growjax.growth.limited import within as within
 from growjax.growth.lookups import positions as positions
 from growjax.growth.lookups import vocabulary as vocabulary

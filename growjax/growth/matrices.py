@@ -18,7 +18,7 @@ from growjax.errors import GrowthError, raise_all
 from growjax.growth.operator import Exactness, Operator
 
 
-_LIGO = Paper(
+LIGO = Paper(
     "Learning to Grow Pretrained Models for Efficient Transformer Training",
     "Wang, Peihao and Panda, Rameswar and Hennigen, Lucas Torroba and Greengard, Philip and Karlinsky, "
     "Leonid and Feris, Rogerio and Cox, David Daniel and Wang, Zhangyang and Kim, Yoon",
@@ -28,8 +28,8 @@ _LIGO = Paper(
 )
 
 
-def _faults(matrices: Any) -> Iterator[str]:
-    """The errors in some matrices, by axis."""
+def matrix_faults(matrices: Any) -> Iterator[str]:
+    """The errors in some matrices, by axis or path."""
     for axis, rows in matrices:
         shape = _shape(rows)
         if len(shape) != 2 or 0 in shape:
@@ -46,7 +46,7 @@ def _shape(rows: Any) -> tuple[int, ...]:
 
 
 Matrices = Annotated[
-    tuple[tuple[str, Any], ...], values.Faults("a matrix [new, old] for an axis", _faults)
+    tuple[tuple[str, Any], ...], values.Faults("a matrix [new, old] for an axis", matrix_faults)
 ]
 
 
@@ -67,7 +67,7 @@ class Dense(Operator):
         ),
         example="dense(head_dim=((0, 1, 0, 0), (1, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 0, 1), "
         "(1, 0, 0, 0)))",
-        papers=(_LIGO,),
+        papers=(LIGO,),
     )
 
     @property
@@ -117,10 +117,10 @@ def dense(
         gj.dense(head_dim=rotation, exact=True)        # an orthogonal matrix
     """
     pairs: Any = dual.items() if isinstance(dual, Mapping) else dual
-    return Dense(_frozen(matrices.items()), _frozen(pairs), exact)
+    return Dense(frozen(matrices.items()), frozen(pairs), exact)
 
 
-def _frozen(matrices: Iterable[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:
+def frozen(matrices: Iterable[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:
     """Matrices as hashable fields: tuples of Python's floats."""
     return tuple((axis, _rows(matrix)) for axis, matrix in matrices)
 

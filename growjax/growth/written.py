@@ -11,6 +11,7 @@ from growjax.growth.centring import centred
 from growjax.growth.copying import aki, copy
 from growjax.growth.depth import fresh, solar, stack
 from growjax.growth.given import given
+from growjax.growth.learned import learned
 from growjax.growth.limited import within
 from growjax.growth.lookups import positions, vocabulary
 from growjax.growth.lossless import lemon
@@ -36,6 +37,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "experts": experts,
     "fresh": fresh,
     "given": given,
+    "learned": learned,
     "lemon": lemon,
     "msg": msg,
     "pool": pool,
