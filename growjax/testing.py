@@ -188,6 +188,29 @@ def operators_for(architecture: Architecture) -> tuple[Operator | Chain, ...]:
             growth.upcycle(experts=4, granularity=2),
             growth.upcycle(experts=3, drop=0.5),
         ]
+    sizes = dict(embed=2 * options["embed"], mlp=12, kv_heads=2 * kv_heads)
+    ops += [
+        growth.copy(mlp=9, kv_heads=2 * kv_heads, shares="equal", noise=0.3),
+        growth.copy(embed=12, mlp=9, scale="rms"),
+        growth.copy(shares="blocks", **sizes),
+        growth.aki(mlp=9),
+        growth.warm(mlp=9),
+        growth.vocabulary(VOCAB + 5),
+        growth.vocabulary(VOCAB + 5, gate=True),
+        growth.transplant([*([i] for i in range(VOCAB)), [1, 2]]),
+        growth.lemon(mlp=9) if post_norm else growth.lemon(embed=13, mlp=9),
+        growth.between(**deep(3), fill="transport", branch="open" if post_norm else "zero"),
+    ]
+    if len(architecture.stacks) == 1:
+        ops.append(growth.within(growth.zeros(mlp=10), layers=(1,)))
+    if rotary:
+        ops.append(growth.context(2, how="interpolate"))
+    elif architecture.family != "T5":
+        ops.append(growth.positions(LENGTH + 6))
+    if kv_heads > 1:
+        ops.append(growth.pool(kv_heads=1))
+    if architecture.family == "GPT" and not (rms or post_norm or options.get("tied", True)):
+        ops.append(growth.centred())
     if not qk_norm:
         ops.append(growth.zeros(head_dim=6))
     if rms:
