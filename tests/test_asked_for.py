@@ -4,7 +4,9 @@ Each docstring names the thread and what was asked there. Where another file hol
 cases, the case that was asked for stands here.
 """
 
+import contextlib
 import math
+import time
 from typing import Any
 
 import equinox as eqx
@@ -16,17 +18,18 @@ import pytest
 
 import growjax as gj
 from growjax import optim, testing
-from growjax.axes import axes_of
+from growjax.axes import axes_of, partition
 from growjax.certificate import call, distance
 from growjax.errors import CheckpointError, StateError
 from growjax.growth import sources
 from growjax.optim import Curve, Parts
+from growjax.programs.ahead import Ahead, needs
 from growjax.runs.checkpoint import load
-from growjax.train import Start, train
+from growjax.train import Options, Start, Step, train
 from tests import zoo
 from tests.folders import batch as inputs
 from tests.folders import build
-from tests.runs import feed, plan, programs_of, steps
+from tests.runs import every_kind, feed, losses, plan, programs_of, same, steps
 
 
 KEY = jax.random.key(0)
@@ -306,6 +309,53 @@ def test_a_resized_vocabulary_keeps_old_text_and_its_file(name, tmp_path):
         again = gj.hf.load(tmp_path / "big")
         assert distance(call(big, tokens), call(again, tokens))[1] <= 1e-12
     assert gj.sizes(again)["vocab"] == 16
+
+
+# 13, 14: runs --------------------------------------------------------------------------------------
+
+
+def test_a_growth_in_depth_waits_for_no_compiler(programs):
+    """openai/parameter-golf PR #1230, modded-nanogpt #19: bench/stall.py measures what is left."""
+    of = every_kind()
+    ahead = Ahead(of, programs_of(of), cache=programs)
+    with contextlib.closing(ahead):
+        ahead.start(1)  # the stage before the one that stacks layers
+        wanted = needs(of.spans[2], first=False)
+        assert {kind for kind, *_ in wanted} == {"grow", "before", "evaluate", "step"}
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not all(map(ahead.ready, wanted)):
+            time.sleep(0.01)
+        assert all(map(ahead.ready, wanted))
+        compiled = ahead.compiled
+        assert all(callable(ahead.get(need)) for need in wanted) and ahead.compiled == compiled
+
+
+def test_a_block_expanded_run_with_old_layers_frozen_goes_on_bit_by_bit(programs, tmp_path):
+    """mosaicml/llm-foundry #1231; tests/test_hosts.py has it sharded over two devices."""
+    of = plan(
+        steps(1),
+        steps(3, grow=gj.stack(layers=4, order="insert", branch="zero"), train="new"),
+    )
+    options = Options(save_every=1, keep_last=9)
+
+    def session(run=None):
+        return train(of, feed(of), run=run, options=options, cache=programs)
+
+    whole: list[Any] = list(session())
+    for record in session(tmp_path):
+        if isinstance(record, Step) and record.step == 2:
+            break
+    resumed: list[Any] = list(session(tmp_path))
+    assert losses(resumed) == {n: loss for n, loss in losses(whole).items() if n >= 2}
+    assert same(whole, resumed)
+    shapes = programs_of(of).shapes(of.spans[1].model)
+    grown = load(tmp_path / "checkpoints" / "00000001-01", shapes).trained
+    old = of.spans[1].births.masks(of.spans[1].model, "old")
+    end = partition(resumed[-1].model)[0]
+    for before, after, mask in zip(*map(jax.tree.leaves, (grown, end, old)), strict=True):
+        before, after = np.asarray(before), np.asarray(after)
+        np.testing.assert_array_equal(after[mask], before[mask])
+        assert mask.all() or not np.array_equal(after, before)
 
 
 # 15, 16: models of one's own -----------------------------------------------------------------------
