@@ -6,7 +6,7 @@ al., "Learnable LLM Layer Scaling-Up", ACL 2025.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -17,12 +17,27 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from growjax import values
 from growjax.algebra import NONE, AxisMap, factors
 from growjax.axes import Axes, Slot
+from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.depth import require_closable, require_stacks
 from growjax.growth.finishes import Finish, drawn
 from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
 from growjax.values import Size
 
+
+_OPT_DEUS = Paper(
+    "Progressive Depth Up-scaling via Optimal Transport",
+    "Cao, Mingzi and Wang, Xi and Aletras, Nikolaos",
+    2025,
+    arxiv="2508.08011",
+)
+_LESA = Paper(
+    "LESA: Learnable LLM Layer Scaling-Up",
+    "Yang, Yifei and Cao, Zouying and Ma, Xinbei and Yao, Yao and Qin, Libo and Chen, Zhi and Zhao, Hai",
+    2025,
+    "Annual Meeting of the Association for Computational Linguistics",
+    "2502.13794",
+)
 
 Fill = Literal["mean", "transport", "lesa"]
 
@@ -230,6 +245,16 @@ class Between(Operator):
     branch: Literal["zero", "open"] = eqx.field(static=True, default="zero")
     stream: str = eqx.field(static=True, default="embed")
     epochs: Size = eqx.field(static=True, default=10)
+    card: ClassVar[Card] = Card(
+        use="Depth for a model that goes on with other data: new layers that fit between their "
+        "neighbours, trained alone.",
+        traps=(
+            "The network of fill='lesa' is trained while the model grows, which no clock counts.",
+            "With branch='zero' the fill matters only from the second step on, when gradients reach it.",
+        ),
+        example="between(layers=3, fill='transport')",
+        by={"fill": {"transport": (_OPT_DEUS,), "lesa": (_LESA,)}},
+    )
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]

@@ -49,6 +49,13 @@ _HYPERCLONING = Paper(
     2024,
     arxiv="2409.12903",
 )
+_STAGED = Paper(
+    "Staged Training for Transformer Language Models",
+    "Shen, Sheng and Walsh, Pete and Keutzer, Kurt and Dodge, Jesse and Peters, Matthew and Beltagy, Iz",
+    2022,
+    "International Conference on Machine Learning",
+    "2203.06211",
+)
 _SPARKLING = Paper(
     "SPARKLING: Balancing Signal Preservation and Symmetry Breaking for Width-Progressive Learning",
     "Yu, Qifan and Ma, Xinyu and Zhuo, Zhijian and Wang, Minrui and Liu, Deyi and Zhan, Shiyi and Ma, "
@@ -82,7 +89,11 @@ class Copy(Operator):
         ),
         example="copy(mlp=9)",
         papers=(_NET2NET, _BERT2BERT),
-        by={"noise": (_HYPERCLONING,), "scale": {"rms": (_SPARKLING,)}},
+        by={
+            "noise": (_HYPERCLONING,),
+            "scale": {"rms": (_SPARKLING,)},
+            "shares": {"blocks": (_STAGED,)},
+        },
     )
 
     @property

@@ -5,7 +5,7 @@ Evci et al., "GradMax: Growing Neural Networks using Gradient Information", ICLR
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -16,11 +16,21 @@ from jaxtyping import Array, PRNGKeyArray
 from growjax import values
 from growjax.algebra import NONE, AxisMap
 from growjax.axes import Axes, Slot, axes_of, get, partition
+from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.finishes import Finish, rms
 from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
 from growjax.maps import fold_in_name
 
+
+_GRADMAX = Paper(
+    "GradMax: Growing Neural Networks using Gradient Information",
+    "Evci, Utku and van Merriënboer, Bart and Unterthiner, Thomas and Vladymyrov, Max and Pedregosa, "
+    "Fabian",
+    2022,
+    "International Conference on Learning Representations",
+    "2201.05125",
+)
 
 # How large the probing units of GradMax are: so small that an activation is its slope at 0
 _PROBE = 1e-4
@@ -62,6 +72,17 @@ class Given(Operator):
         tuple[tuple[str, Any], ...], values.Faults("pairs of a path and numbers", _entry_faults)
     ] = eqx.field(static=True)
     exact: bool = eqx.field(static=True, default=False)
+    method: Literal["", "gradmax"] = eqx.field(static=True, default="")
+    card: ClassVar[Card] = Card(
+        use="New coordinates whose numbers come from elsewhere: a gradient (gj.growth.gradmax), a model, "
+        "a file.",
+        traps=(
+            "It fits the model that its numbers were made for, and is saved with all of them.",
+            "GradMax leaves the weights into new units zero, which never learn under ReLU; it refuses.",
+        ),
+        example="given((), exact=True, mlp=7)",
+        by={"method": {"gradmax": (_GRADMAX,)}},
+    )
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]
@@ -99,7 +120,13 @@ class Given(Operator):
         return moves
 
 
-def given(entries: Mapping[str, Any] | Any, *, exact: bool = False, **sizes: int) -> Given:
+def given(
+    entries: Mapping[str, Any] | Any,
+    *,
+    exact: bool = False,
+    method: Literal["", "gradmax"] = "",
+    **sizes: int,
+) -> Given:
     """Grow one axis by coordinates whose numbers you give; what you do not give is zero.
 
     **Arguments**
@@ -107,6 +134,7 @@ def given(entries: Mapping[str, Any] | Any, *, exact: bool = False, **sizes: int
     - `entries`: path of a parameter to its entries at the new coordinates, shaped like the parameter with
       their number in place of the axis's size (`[new]` is last in `"blocks.block.mlp.up"`).
     - `exact`: promise that the function is kept; the certificate then tests it.
+    - `method`: what has found them, for `gj.cite`.
 
     Raises `GrowthError` for a path or a shape that does not fit.
 
@@ -115,7 +143,8 @@ def given(entries: Mapping[str, Any] | Any, *, exact: bool = False, **sizes: int
         gj.growth.given({"blocks.block.mlp.down": rows}, exact=True, mlp=1030)    # from 1024
     """
     pairs = entries.items() if isinstance(entries, Mapping) else entries
-    return Given(frozen_sizes(sizes), tuple((path, _frozen(x)) for path, x in pairs), exact)
+    frozen = tuple((path, _frozen(x)) for path, x in pairs)
+    return Given(frozen_sizes(sizes), frozen, exact, method)
 
 
 def _frozen(numbers: Any) -> Any:
@@ -195,7 +224,7 @@ def gradmax(
         directions = np.linalg.svd(products)[2][..., :new, :]
         size_of = np.asarray(rms(reader, jnp.asarray(reader.value))) * reader.value.shape[-1] ** 0.5
         entries[reader.path] = scale * size_of * directions
-    op = given(entries, exact=True, **sizes)
+    op = given(entries, exact=True, method="gradmax", **sizes)
     grown = _gradient(loss, op, model, batch)
     still = [
         maker.path

@@ -15,9 +15,10 @@ import numpy as np
 from growjax import values
 from growjax.algebra import NONE, AxisMap
 from growjax.axes import Axes
+from growjax.cards import Card
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.finishes import Finish
-from growjax.growth.matrices import Matrices, frozen, matrix_faults
+from growjax.growth.matrices import LIGO, Matrices, frozen, matrix_faults
 from growjax.growth.operator import Exactness, Operator
 
 
@@ -67,6 +68,16 @@ class Learned(Operator):
     ] = eqx.field(static=True, default=())
     stack: str = eqx.field(static=True, default="layers")
     exactness: ClassVar[Exactness] = "approximate"
+    card: ClassVar[Card] = Card(
+        use="Width and depth at once where some 100 steps of the large model may be spent before "
+        "training (gj.fitting.ligo).",
+        traps=(
+            "The fit costs as much as its steps of the large model, and a comparison has to charge it.",
+            "Optimizer state does not follow; start it anew.",
+        ),
+        example="learned(depth=(('blocks.block.mlp.up', ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5))),))",
+        papers=(LIGO,),
+    )
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """A dense map for every axis of the width, then one for the depth."""

@@ -6,7 +6,7 @@ of some layers.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -15,9 +15,18 @@ import numpy as np
 from growjax import values
 from growjax.algebra import AxisMap
 from growjax.axes import Axes, Slot
+from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.finishes import Finish, across
 from growjax.growth.operator import Chain, Exactness, Operator
+
+
+_GROW = Paper(
+    "Grow, Don't Overwrite: Fine-tuning Without Forgetting",
+    "Adila, Dyah and Mazzawi, Hanna and Dherin, Benoit and Gonzalvo, Xavier",
+    2026,
+    arxiv="2603.08647",
+)
 
 
 class LimitedMap(AxisMap):
@@ -80,6 +89,17 @@ class Within(Operator):
         static=True
     )
     axis: str = eqx.field(static=True, default="layers")
+    card: ClassVar[Card] = Card(
+        use="More capacity in some layers, as for fine-tuning that should not forget: train only the new "
+        "part.",
+        traps=(
+            "Layers that do not grow have the new coordinates as well, zero on both sides, which cost "
+            "memory and time.",
+            "They stay zero only where the activation is 0 at 0.",
+        ),
+        example="within(zeros(mlp=10), layers=(1,))",
+        papers=(_GROW,),
+    )
 
     def __check_init__(self):
         values.check(self, GrowthError)

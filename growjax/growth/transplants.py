@@ -16,10 +16,18 @@ import numpy as np
 from growjax import values
 from growjax.algebra import NONE, AxisMap
 from growjax.axes import Axes
+from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.finishes import Finish, across
 from growjax.growth.operator import Exactness, Operator
 
+
+_PURSUIT = Paper(
+    "Training-Free Tokenizer Transplantation via Orthogonal Matching Pursuit",
+    "Goddard, Charles and Fernandes Neto, Fernando",
+    2025,
+    arxiv="2506.06607",
+)
 
 Rows = tuple[tuple[int, ...], ...]
 Weights = tuple[tuple[float, ...], ...]
@@ -84,6 +92,16 @@ class Transplant(Operator):
     head: Literal["mean", "first"] = eqx.field(static=True, default="mean")
     axis: str = eqx.field(static=True, default="vocab")
     exactness: ClassVar[Exactness] = "approximate"
+    card: ClassVar[Card] = Card(
+        use="A model that should go on with another tokenizer: a new language, code, or the tokenizer of "
+        "a model that it drafts for.",
+        traps=(
+            "A plan has one tokenizer, so transplant before its first stage.",
+            "Tokenizers that cut numbers in other ways do not map onto each other well.",
+        ),
+        example="transplant(((0,), (1, 2)))",
+        by={"weights": (_PURSUIT,)},
+    )
 
     def __check_init__(self):
         values.check(self, GrowthError)

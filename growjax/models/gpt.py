@@ -1,7 +1,7 @@
 """GPT: a decoder with learned (or rotary) positions and a head tied to the embedding."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from growjax import axes
 from growjax.axes import param
+from growjax.cards import Card, Paper
 from growjax.gates import Gate, gated
 from growjax.models.causal import CausalModel
 from growjax.models.config import (
@@ -37,6 +38,23 @@ from growjax.nn import (
     normal,
 )
 from growjax.values import Size, register
+
+
+_REZERO = Paper(
+    "ReZero is All You Need: Fast Convergence at Large Depth",
+    "Bachlechner, Thomas and Majumder, Bodhisattwa Prasad and Mao, Henry and Cottrell, Gary and McAuley, "
+    "Julian",
+    2021,
+    "Conference on Uncertainty in Artificial Intelligence",
+    "2003.04887",
+)
+_SKIPINIT = Paper(
+    "Batch Normalization Biases Residual Blocks Towards the Identity Function in Deep Networks",
+    "De, Soham and Smith, Samuel L.",
+    2020,
+    "Advances in Neural Information Processing Systems",
+    "2002.10444",
+)
 
 
 @register
@@ -78,6 +96,7 @@ class GPTConfig:
     z_loss_coef: Coefficient = 0.001
     expert_body: ExpertBody = "auto"
     multipliers: bool = False
+    card: ClassVar[Card] = Card(by={"multipliers": (_REZERO, _SKIPINIT)})
 
     def __post_init__(self):
         check_config(self, odd_rotary(self) if self.position == "rotary" else ())
