@@ -19,7 +19,7 @@ from growjax.axes import axes_of
 from growjax.cost import flops
 from growjax.errors import GrowthError, raise_all
 from growjax.growth import Operator, learned, resolve
-from growjax.growth.learned import depth_map, width_map
+from growjax.growth.mixtures import depth_map, width_map
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -89,8 +89,8 @@ TABLE = """
 - if role in ("produced", "elementwise"):
 + if role == "nothing":
 @ copies are locked unless one asks | growth/copying.py | width | told_apart
-- shares: Literal["equal", "random"] = "random",
-+ shares: Literal["equal", "random"] = "equal",
+- shares: Literal["equal", "random", "diagonal"] = "random",
++ shares: Literal["equal", "random", "diagonal"] = "equal",
 @ old weights are shrunk for every axis | growth/finishes.py | width | shrunk_once
 - if move.axis != [axis for axis in self.order if slot.positions(axis)][-1]:
 + if not self.order:
@@ -112,34 +112,34 @@ TABLE = """
 @ a pooled head keeps one of the keys | growth/regrouping.py | heads | become_means
 - mean = (run == np.arange(size)[:, None]) * (size / old)
 + mean = (np.arange(old) == np.arange(size)[:, None] * (old // size)) * 1.0
-@ aligned units shrink to an n-th | growth/between.py | between | aligned_before
+@ aligned units shrink to an n-th | growth/neighbours.py | between | aligned_before
 - return jnp.exp(jax.lax.fori_loop(0, _ROUNDS, rounds, scores))
 + return jnp.exp(jax.lax.fori_loop(0, _ROUNDS, rounds, scores)) / len(lower)
-@ units are aligned the other way round | growth/between.py | between | aligned_before
+@ units are aligned the other way round | growth/neighbours.py | between | aligned_before
 - jnp.einsum("gij,gi...->gj...", self.plans[dim.axis], moved)
 + jnp.einsum("gji,gi...->gj...", self.plans[dim.axis], moved)
-@ fills open closed branches | growth/between.py | between | branch_is_closed
+@ fills open closed branches | growth/neighbours.py | between | branch_is_closed
 - if slot.path in self.closed:
 + if not slot.path:
-@ layers go into the lowest gaps | growth/between.py | between | highest_gaps
+@ layers go into the lowest gaps | growth/neighbours.py | between | highest_gaps
 - first = old - 1 - extra
 + first = 0
 @ blocks off the diagonal stay | growth/copying.py | width | on_the_diagonal
 - copies = move.length // grown[move.axis]
 + return new
-@ directions of the input in place of the output | growth/given.py | gradmax | fastest
+@ directions of the input in place of the output | growth/entries.py | gradmax | fastest
 - directions = np.linalg.svd(products)[2][..., :new, :]
 + directions = np.swapaxes(np.linalg.svd(products)[0], -1, -2)[..., :new, :]
-@ the last directions in place of the first | growth/given.py | gradmax | fastest
+@ the last directions in place of the first | growth/entries.py | gradmax | fastest
 - directions = np.linalg.svd(products)[2][..., :new, :]
 + directions = np.linalg.svd(products)[2][..., -new:, :]
 @ padding counts as a piece | growth/transplants.py | transplants | pieces
 - weights = np.asarray([[*w, *[0.0] * (longest - len(w))] for w in self.weights])
 + weights = np.asarray([[*w, *[w[0]] * (longest - len(w))] for w in self.weights])
-@ a multiplier is forgotten in a file | hf/stock.py | depth | multipliers
+@ a multiplier is forgotten in a file | hf/stock.py | multipliers | multipliers
 - values[("block", part, name)] = array * weight.astype(array.dtype)
 + values[("block", part, name)] = array
-@ closed layers keep their multiplier | nn/block.py | depth | multipliers
+@ closed layers keep their multiplier | nn/block.py | multipliers | multipliers
 - closes: bool = eqx.field(static=True, default=True)
 + closes: bool = eqx.field(static=True, default=False)
 @ a fit starts from undivided copies | fitting.py | fitting | starts_near

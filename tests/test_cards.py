@@ -142,7 +142,7 @@ def test_a_plan_cites_exactly_what_it_uses():
         (gj.copy(mlp=9), {"1511.05641", "2110.07143"}),
         (gj.copy(mlp=9, noise=0.1), {"1511.05641", "2110.07143", "2409.12903"}),
         (gj.copy(mlp=9, scale="rms"), {"1511.05641", "2110.07143", "2602.02472"}),
-        (gj.copy(mlp=12, shares="blocks"), {"1511.05641", "2110.07143", "2203.06211"}),
+        (gj.copy(mlp=12, shares="diagonal"), {"1511.05641", "2110.07143", "2203.06211"}),
         (gj.growth.between(layers=3), set()),
         (gj.growth.between(layers=3, fill="lesa"), {"2502.13794"}),
         (gj.growth.transplant(((0,),)), set()),

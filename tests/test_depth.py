@@ -488,26 +488,3 @@ def test_every_order_keeps_all_layers_and_their_first_appearances_in_order(order
         if order not in ("repeat", "interpolate"):  # which repeat the last layers more
             assert np.bincount(source).max() <= -(-new // old)
     assert reached >= len(PAIRS) // 3
-
-
-def test_trained_multipliers_start_new_layers_from_zero_with_all_their_weights(tmp_path):
-    """ReZero as growth: the numbers learn at the first step, the weights behind them at the second."""
-    architecture = testing.Architecture("GPT", (("multipliers", True),))
-    op = gj.stack(layers=4, order="insert", branch="zero")
-    with jax.enable_x64(True):
-        small, batch = architecture.model(), architecture.batch()
-        big = gj.grow(op, small)
-        block = big.blocks.block
-        for multiplier in (block.attention_multiplier, block.mlp_multiplier):
-            assert (np.asarray(multiplier.weight) == 0).tolist() == [False, True, False, True]
-        for array in (block.attention.o, block.mlp.down, block.mlp.down_bias):
-            np.testing.assert_array_equal(array[1::2], array[::2])
-        testing.assert_contract(op, small, batch)
-        gradient = jax.grad(lambda m: jnp.sum(jnp.sin(jax.vmap(m)(batch))))(big).blocks.block
-        assert np.asarray(gradient.mlp_multiplier.weight).all()
-        assert not np.asarray(gradient.mlp.down)[1::2].any()
-        gj.hf.save(big, tmp_path / "big")
-        again = gj.hf.load(tmp_path / "big")
-        np.testing.assert_allclose(jax.vmap(again)(batch), jax.vmap(big)(batch), rtol=1e-10)
-    with pytest.raises(AxisError, match="plain pre-LN branches"):
-        config("GPT", 2, multipliers=True, post_norm=True).build(KEY)

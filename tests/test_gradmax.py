@@ -17,7 +17,7 @@ from growjax.growth import given, gradmax
 from growjax.values import from_dict, to_dict
 
 
-KEY = jax.random.key(0)
+KEY, GATES = jax.random.key(0), ("glu",)
 GPT, RELU, GLU = (testing.ARCHITECTURES[i] for i in (0, 1, 2))
 
 
@@ -65,7 +65,7 @@ def test_new_units_have_the_directions_in_which_the_loss_falls_fastest(glu):
     """No other two rows of this norm give a larger gradient than the first singular vectors."""
     with jax.enable_x64(True):
         model = hidden(glu)
-        op = gradmax(model, BATCH, loss, key=KEY, mlp=7)
+        op = gradmax(model, BATCH, loss, gates=GATES, key=KEY, mlp=7)
         grown: Any = op(model)
         np.testing.assert_allclose(jax.vmap(grown)(BATCH), jax.vmap(model)(BATCH), rtol=1e-13)
         rows = np.asarray(grown.down)[:, 5:]
@@ -93,7 +93,7 @@ def test_a_transformer_grows_by_its_gradient():
 
     with jax.enable_x64(True):
         model, batch = GLU.model(), GLU.batch()
-        op = gradmax(model, batch, mean, key=KEY, mlp=8)
+        op = gradmax(model, batch, mean, gates=GATES, key=KEY, mlp=8)
     testing.assert_contract(op, model, batch)
     back = from_dict(json.loads(json.dumps(to_dict(op))))
     assert back == op and hash(back) == hash(op)
@@ -110,16 +110,20 @@ def test_units_that_would_never_learn_are_refused():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda m: gradmax(m, BATCH, loss, mlp=10), "at most 4 directions, got 5"),
+        (
+            lambda m: gradmax(m, BATCH, loss, gates=GATES, key=KEY, mlp=10),
+            "at most 4 directions, got 5",
+        ),
         (lambda m: gradmax(m, BATCH, loss, embed=6), "GradMax finds no hidden units along embed"),
         (lambda m: gradmax(m, BATCH, loss, mlp=6, embed=6), "expected one axis"),
-        (lambda m: gradmax(m, BATCH, loss, mlp=7), "glu is drawn: pass key"),
+        (lambda m: gradmax(m, BATCH, loss, gates=GATES, mlp=7), "glu is drawn: pass key"),
+        (lambda m: gradmax(m, BATCH, loss, mlp=7), "at most one in gates, got 2, 1 and 0"),
         (lambda m: given({"down": np.ones((2, 3, 4))}, mlp=7)(m), r"expected numbers \(2, 2, 4\)"),
         (lambda m: given({"downs": np.ones(2)}, mlp=7)(m), "no parameter with the axis mlp"),
         (lambda m: given({"down": [[np.nan]]}, mlp=7), "an array of finite numbers"),
         (lambda m: given({"down": np.ones(2)}, mlp=7, embed=6)(m), "chain several operators"),
     ],
-    ids=["directions", "stream", "two", "key", "shape", "path", "nan", "two given"],
+    ids=["directions", "stream", "two", "key", "gates", "shape", "path", "nan", "two given"],
 )
 def test_what_does_not_fit_says_why(make, message):
     with jax.enable_x64(True), pytest.raises(GrowthError, match=message):

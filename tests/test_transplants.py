@@ -38,7 +38,7 @@ def test_tokens_are_shared_or_fall_into_pieces():
 
 OPERATORS = [
     transplant(ROWS),
-    transplant(ROWS, head="first"),
+    transplant(ROWS, output="first"),
     transplant(((0,), (1, 2)), weights=((1.0,), (0.5, -2.0))),
 ]
 
@@ -54,11 +54,11 @@ def expected(table: np.ndarray, first: bool = False) -> np.ndarray:
     return np.stack([table[row[0]] if first else table[list(row)].mean(0) for row in ROWS])
 
 
-@pytest.mark.parametrize("head", ["mean", "first"])
-def test_rows_are_means_of_their_pieces_in_table_and_head(head):
+@pytest.mark.parametrize("output", ["mean", "first"])
+def test_rows_are_means_of_their_pieces_in_table_and_head(output):
     with jax.enable_x64(True):
         small: Any = UNTIED.model()
-        big: Any = transplant(ROWS, head=head)(small)
+        big: Any = transplant(ROWS, output=output)(small)
     assert gj.sizes(big)["vocab"] == 4
     old = {
         s.path: np.asarray(s.value) for s in axes_of(small).having("vocab", "param") if s.arrays()
@@ -69,7 +69,9 @@ def test_rows_are_means_of_their_pieces_in_table_and_head(head):
             (dim,) = slot.positions("vocab")
             table, first = np.moveaxis(old[slot.path], dim, 0), slot.dims[dim].role != "lookup"
             new = np.moveaxis(np.asarray(slot.value), dim, 0)
-            np.testing.assert_allclose(new, expected(table, first and head == "first"), rtol=1e-14)
+            np.testing.assert_allclose(
+                new, expected(table, first and output == "first"), rtol=1e-14
+            )
 
 
 @pytest.mark.parametrize("architecture", [GPT, BERT], ids=str)
@@ -79,7 +81,7 @@ def test_a_transplanted_model_reads_new_ids(architecture):
         small: Any = architecture.model()
         big: Any = transplant(ROWS)(small)
         new, old = big(np.asarray([2, 0, 2])), small(np.asarray([0, 2, 0]))
-    old, new = (x.mlm_logits if architecture is BERT else x for x in (old, new))
+    old, new = (np.asarray(x.mlm_logits if architecture is BERT else x) for x in (old, new))
     np.testing.assert_allclose(new[:, [0, 2]], old[:, [2, 0]], rtol=1e-12)
     np.testing.assert_allclose(new[:, 1], (old[:, 0] + old[:, 1]) / 2, rtol=1e-10)
 

@@ -28,7 +28,7 @@ KEY = jax.random.key(0)
 GPT, UNTIED, RMS, GROUPED, POST, LLAMA = (testing.ARCHITECTURES[i] for i in (0, 1, 2, 3, 4, 7))
 
 OPERATORS = [
-    gj.copy(embed=16, mlp=12, shares="blocks"),
+    gj.copy(embed=16, mlp=12, shares="diagonal"),
     gj.copy(mlp=9, shares="equal", noise=0.1),
     gj.copy(embed=12, scale="rms"),
     gj.aki(mlp=9, order="random", seed=2),
@@ -124,14 +124,14 @@ BLOCKS = {GPT: dict(heads=4), RMS: dict(heads=4), GROUPED: dict(kv_heads=4)}
 @pytest.mark.parametrize("architecture", BLOCKS, ids=str)
 def test_blocks_keep_the_function(architecture):
     sizes: dict[str, Any] = dict(embed=16, mlp=12) | BLOCKS[architecture]
-    op = gj.copy(shares="blocks", **sizes)
+    op = gj.copy(shares="diagonal", **sizes)
     testing.assert_contract(op, architecture.model(), architecture.batch())
 
 
 def test_blocks_stand_on_the_diagonal_and_what_has_one_side_is_shared():
     with jax.enable_x64(True):
         small: Any = UNTIED.model()
-        big: Any = gj.copy(embed=16, mlp=12, shares="blocks")(small)
+        big: Any = gj.copy(embed=16, mlp=12, shares="diagonal")(small)
     up, down, head = (
         np.asarray(m) for m in (small.blocks.block.mlp.up, small.blocks.block.mlp.down, small.head)
     )
@@ -147,17 +147,17 @@ def test_blocks_stand_on_the_diagonal_and_what_has_one_side_is_shared():
 
 def test_gradients_off_the_diagonal_are_halves_too():
     """Staged training leaves these moments at zero; a real backward pass does not."""
-    op = gj.copy(embed=16, heads=4, mlp=12, shares="blocks")
+    op = gj.copy(embed=16, heads=4, mlp=12, shares="diagonal")
     testing.assert_carries(op, GPT.model(), GPT.batch(), optax.scale_by_adam())
 
 
 @pytest.mark.parametrize(
     "op, message",
     [
-        (gj.copy(embed=16, mlp=18, shares="blocks"), "the same multiple of every axis"),
-        (gj.copy(mlp=9, shares="blocks"), "blocks need a multiple of 6"),
-        (gj.copy(heads=4, head_dim=8, shares="blocks"), "kv_heads and head_dim produced"),
-        (gj.copy(mlp=12, shares="blocks", noise=0.1), "without noise or scale"),
+        (gj.copy(embed=16, mlp=18, shares="diagonal"), "the same multiple of every axis"),
+        (gj.copy(mlp=9, shares="diagonal"), "blocks need a multiple of 6"),
+        (gj.copy(heads=4, head_dim=8, shares="diagonal"), "kv_heads and head_dim produced"),
+        (gj.copy(mlp=12, shares="diagonal", noise=0.1), "without noise or scale"),
     ],
     ids=["multiples", "uneven", "two axes", "noise"],
 )

@@ -1,6 +1,5 @@
 """Growth operators: pure functions from parameters to larger parameters."""
 
-from growjax.growth.between import between as between
 from growjax.growth.births import Births as Births
 from growjax.growth.births import new as new
 from growjax.growth.centring import centred as centred
@@ -10,16 +9,17 @@ from growjax.growth.depth import fresh as fresh
 from growjax.growth.depth import solar as solar
 from growjax.growth.depth import sources as sources
 from growjax.growth.depth import stack as stack
+from growjax.growth.entries import given as given
+from growjax.growth.entries import gradmax as gradmax
 from growjax.growth.finishes import Finish as Finish
-from growjax.growth.given import given as given
-from growjax.growth.given import gradmax as gradmax
-from growjax.growth.learned import learned as learned
 from growjax.growth.limited import within as within
 from growjax.growth.lookups import positions as positions
 from growjax.growth.lookups import vocabulary as vocabulary
 from growjax.growth.lossless import lemon as lemon
 from growjax.growth.masked import msg as msg
 from growjax.growth.matrices import dense as dense
+from growjax.growth.mixtures import learned as learned
+from growjax.growth.neighbours import between as between
 from growjax.growth.operator import Chain as Chain
 from growjax.growth.operator import Exactness as Exactness
 from growjax.growth.operator import Operator as Operator

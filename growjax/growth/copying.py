@@ -72,7 +72,7 @@ class Copy(Operator):
 
     sizes: SizesOrLists = eqx.field(static=True)
     order: Literal["cycle", "random"] = eqx.field(static=True, default="cycle")
-    shares: Literal["equal", "random", "blocks"] = eqx.field(static=True, default="random")
+    shares: Literal["equal", "random", "diagonal"] = eqx.field(static=True, default="random")
     seed: Annotated[int, values.at_least(0)] = eqx.field(static=True, default=0)
     noise: Annotated[float, values.at_least(0)] = eqx.field(static=True, default=0.0)
     scale: Literal["share", "rms"] = eqx.field(static=True, default="share")
@@ -92,7 +92,7 @@ class Copy(Operator):
         by={
             "noise": (_HYPERCLONING,),
             "scale": {"rms": (_SPARKLING,)},
-            "shares": {"blocks": (_STAGED,)},
+            "shares": {"diagonal": (_STAGED,)},
         },
     )
 
@@ -107,10 +107,10 @@ class Copy(Operator):
         lists = {axis for axis, size in self.sizes if isinstance(size, tuple)}
         torn = {move.axis for move in moves if move.axis in lists or self.order == "random"}
         faults = _refusals(axes, moves, torn, even=self.scale == "share")
-        if self.shares == "blocks":
+        if self.shares == "diagonal":
             faults += self._block_faults(axes, moves)
         raise_all(GrowthError, "these copies would change the function:", faults)
-        if self.shares == "blocks":
+        if self.shares == "diagonal":
             blocks = Blocks(tuple((move.axis, axes.size(move.axis)) for move in moves))
             moves = [dataclasses.replace(move, finish=blocks) for move in moves]
         return moves
@@ -120,7 +120,7 @@ class Copy(Operator):
         olds = {move.axis: axes.size(move.axis) for move in moves}
         faults = []
         if self.noise or self.scale != "share" or self.order != "cycle":
-            faults.append("shares='blocks' copies in turn, without noise or scale")
+            faults.append("shares='diagonal' copies in turn, without noise or scale")
         for move in moves:
             old = olds[move.axis]
             if move.length % old or np.any(move.source != np.arange(move.length) % old):
@@ -185,7 +185,7 @@ class Blocks(Finish):
             for i, dim in enumerate(slot.dims)
             if dim.axis in grown
         }
-        if not {"consumed", "produced"} <= numbers.keys():
+        if not {"consumed", "produced"} <= set(numbers):
             return new
         copies = move.length // grown[move.axis]
         return new * jnp.where(numbers["consumed"] == numbers["produced"], copies, 0)
@@ -220,7 +220,7 @@ def _refusals(axes: Axes, moves: list[AxisMap], torn: set[str], *, even: bool) -
 def copy(
     *,
     order: Literal["cycle", "random"] = "cycle",
-    shares: Literal["equal", "random", "blocks"] = "random",
+    shares: Literal["equal", "random", "diagonal"] = "random",
     seed: int = 0,
     noise: float = 0.0,
     scale: Literal["share", "rms"] = "share",
@@ -239,7 +239,7 @@ def copy(
       and so are locked, unless something else tells them apart: `noise`, or moments that start anew in
       the copies alone (`gj.carry(copies="zero")`, `Stage(carry="zero")`). Under unequal shares gradients
       do not follow on an axis that norms average over, so optimizer state cannot be carried there.
-      `"blocks"` are equal ones of block-diagonal matrices, `[W 0; 0 W]` for twice the size (staged
+      `"diagonal"` are equal ones of block-diagonal matrices, `[W 0; 0 W]` for twice the size (staged
       training): a copy reads the copies of its own number. All axes grow to the same multiple.
     - `seed`: for the two random choices.
     - `noise`: noise on the weights that consume copies, added to one and subtracted from the next of each

@@ -163,7 +163,7 @@ def gradmax(
     loss: Callable[[Any, Any], Array],
     *,
     scale: float = 1.0,
-    gates: tuple[str, ...] = ("glu",),
+    gates: tuple[str, ...] = (),
     key: PRNGKeyArray | None = None,
     **sizes: int,
 ) -> Given:
@@ -178,8 +178,8 @@ def gradmax(
 
     - `batch`, `loss`: `(model, batch) -> scalar`, of the data that is trained on.
     - `scale`: the norm of a new unit's weights, as a multiple of the root mean square of the old units'.
-    - `gates`: the names of arrays that multiply the others (of a GLU), which are drawn with `key`, one
-      column for all new units, instead of being zero.
+    - `gates`: the names of arrays whose activation multiplies the others (`("glu",)` in the models here),
+      which are drawn with `key`, one column for all new units, instead of being zero.
     - one axis and its size, such as `mlp=1030`.
 
     Returns an operator with these numbers in it, for this model: `gj.grow` it, or save it in a plan.
@@ -253,7 +253,7 @@ def _units(table: Axes, axis: str, gates: tuple[str, ...]) -> list[tuple[Slot, S
             reads = slot.dims[-2].axis == axis
             kind = "reader" if reads else "gate" if name in gates else "maker"
         elif roles == ["produced"]:
-            kind = "bias"
+            kind = "vector"
         else:
             faults.append(f"{slot.path}: {axis} is no plain hidden axis here")
             continue
@@ -264,8 +264,8 @@ def _units(table: Axes, axis: str, gates: tuple[str, ...]) -> list[tuple[Slot, S
         multiplying = slots.get("gate", [])
         if len(makers) != 1 or len(readers) != 1 or len(multiplying) > 1:
             faults.append(
-                f"{module}: expected one matrix into {axis}, one out of it and at most one gate, got "
-                f"{len(makers)}, {len(readers)} and {len(multiplying)}"
+                f"{module}: expected one matrix into {axis}, one out of it and at most one in gates, "
+                f"got {len(makers)}, {len(readers)} and {len(multiplying)}"
             )
             continue
         units.append((makers[0], readers[0], multiplying[0] if multiplying else None))

@@ -89,7 +89,7 @@ class Transplant(Operator):
     weights: Annotated[Weights, values.Faults("a weight for every id", _weight_faults)] = eqx.field(
         static=True, default=()
     )
-    head: Literal["mean", "first"] = eqx.field(static=True, default="mean")
+    output: Literal["mean", "first"] = eqx.field(static=True, default="mean")
     axis: str = eqx.field(static=True, default="vocab")
     exactness: ClassVar[Exactness] = "approximate"
     card: ClassVar[Card] = Card(
@@ -123,7 +123,7 @@ class Transplant(Operator):
         weights = self.weights or tuple((1 / len(row),) * len(row) for row in self.rows)
         pairs = zip(self.rows, weights, strict=True)
         source = [row[0] if len(row) == 1 and w[0] == 1 else NONE for row, w in pairs]
-        finish = Pieces(self.rows, weights, self.head == "first")
+        finish = Pieces(self.rows, weights, self.output == "first")
         return [AxisMap(self.axis, source, init="zeros", finish=finish)]
 
 
@@ -131,7 +131,7 @@ def transplant(
     rows: Sequence[Sequence[int]],
     *,
     weights: Sequence[Sequence[float]] = (),
-    head: Literal["mean", "first"] = "mean",
+    output: Literal["mean", "first"] = "mean",
     axis: str = "vocab",
 ) -> Transplant:
     """Give a model the vocabulary of another tokenizer, larger or smaller.
@@ -145,8 +145,8 @@ def transplant(
     - `rows`: the old ids of every new token, in the order of the new ids; `gj.growth.pieces` makes them
       from two tokenizers, `gj.growth.pursuit` from a model that has the new one.
     - `weights`: of the ids; by default their mean.
-    - `head`: `"first"` takes the row of the first id in a head of its own, since the first piece is what
-      the old model would have predicted.
+    - `output`: `"first"` takes the row of the first id in a head of its own, since the first piece is
+      what the old model would have predicted.
     - `axis`: the name of the axis of words.
 
     Raises `GrowthError` for ids that the model does not have.
@@ -154,10 +154,10 @@ def transplant(
     **Example**
 
         rows = gj.growth.pieces(old.get_vocab(), new.get_vocab(), old.encode)
-        op = gj.growth.transplant(rows, head="first")
+        op = gj.growth.transplant(rows, output="first")
     """
     whole = tuple(tuple(int(i) for i in row) for row in rows)
-    return Transplant(whole, tuple(tuple(float(w) for w in row) for row in weights), head, axis)
+    return Transplant(whole, tuple(tuple(float(w) for w in row) for row in weights), output, axis)
 
 
 def pieces(
@@ -212,7 +212,7 @@ def pursuit(donor: Any, shared: Mapping[int, int], *, pieces: int = 8) -> tuple[
         raise GrowthError("shared: expected some tokens that both vocabularies have")
     anchors = np.asarray(sorted(shared))
     atoms = table[anchors]
-    norms = np.maximum(np.linalg.norm(atoms, axis=1), np.finfo(float).tiny)
+    lengths = np.maximum(np.sqrt(np.sum(atoms**2, axis=1)), np.finfo(float).tiny)
     rows, weights = [], []
     for token in range(len(table)):
         if token in shared:
@@ -222,12 +222,12 @@ def pursuit(donor: Any, shared: Mapping[int, int], *, pieces: int = 8) -> tuple[
         chosen: list[int] = []
         residual, solution = table[token], np.zeros(0)
         for _ in range(min(pieces, len(atoms))):
-            fit = np.abs(atoms @ residual) / norms
+            fit = np.abs(atoms @ residual) / lengths
             fit[chosen] = -1.0
             chosen.append(int(fit.argmax()))
             solution = np.linalg.lstsq(atoms[chosen].T, table[token], rcond=None)[0]
             residual = table[token] - solution @ atoms[chosen]
-            if np.linalg.norm(residual) <= 1e-9 * np.linalg.norm(table[token]):
+            if np.sum(residual**2) <= 1e-18 * np.sum(table[token] ** 2):
                 break
         rows.append(tuple(int(shared[int(anchors[i])]) for i in chosen))
         weights.append(tuple(map(float, solution)))

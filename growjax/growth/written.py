@@ -6,17 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from growjax.errors import GrowthError
-from growjax.growth.between import between
 from growjax.growth.centring import centred
 from growjax.growth.copying import aki, copy
 from growjax.growth.depth import fresh, solar, stack
-from growjax.growth.given import given
-from growjax.growth.learned import learned
+from growjax.growth.entries import given
 from growjax.growth.limited import within
 from growjax.growth.lookups import positions, vocabulary
 from growjax.growth.lossless import lemon
 from growjax.growth.masked import msg
 from growjax.growth.matrices import dense
+from growjax.growth.mixtures import learned
+from growjax.growth.neighbours import between
 from growjax.growth.operator import Chain, Operator, chain
 from growjax.growth.regrouping import pool, regroup
 from growjax.growth.rotary import context
