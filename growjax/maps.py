@@ -17,8 +17,7 @@ residual stream: the leaves of the block that produce `via` take the share. Look
 if it subtracts that) has its gain and epsilon rescaled. Gates, sharding, cost and names read the same
 table.
 
-Checked in float64 by `tests/test_maps.py` and `tests/test_algebra.py`: outputs, the transposed gradient,
-and the moments.
+Checked in float64 by `tests/test_maps.py` and `tests/test_algebra.py`: outputs, gradients, moments.
 """
 
 import dataclasses
@@ -487,9 +486,12 @@ def _check_norms(move: AxisMap, table: Axes) -> None:
         if (move.axis in slot.spec.means and not means)
         or (move.axis in slot.spec.variances and (means or not pads))
     }
+    if means:  # a norm's output has another mean than its gain
+        roles = {n.steps[:-1]: {d.role for d in n.dims if d.axis == move.axis} for n in norms}
+        mends -= {place for place in mends if "produced" in roles.get(place, ())}
     kind = "means" if means else "zeros"
     needs = (
-        "and only a LayerNorm with its epsilon as a buffer (`<~axis>`) can be corrected"
+        "and only a LayerNorm before a branch, its epsilon a buffer (`<~axis>`), can be corrected"
         if means
         else "and only an RMS norm with a gain and its epsilon as a buffer can be corrected"
     )

@@ -148,6 +148,9 @@ TABLE = """
 @ only the last step of a fit is charged | fitting.py | fitting | every_step
 - cost += flops(jax.value_and_grad(value), weights, model, batch)
 + cost = flops(jax.value_and_grad(value), weights, model, batch)
+@ means of what a norm puts out are means of its gain | maps.py | width | puts_out
+- mends -= {place for place in mends if "produced" in roles.get(place, ())}
++ mends -= {place for place in mends if "none" in roles.get(place, ())}
 @ layers that do not grow have copies too | maps.py | within | other_layers
 - return slot.join(move.limited(slot, before, x, law.origin))
 + return slot.join(x)

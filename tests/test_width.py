@@ -233,6 +233,15 @@ def test_lemon_says_what_it_does_not_grow():
         gj.lemon(layers=4).maps(axes_of(shapes))
 
 
+@pytest.mark.parametrize("architecture", [POST, testing.ARCHITECTURES[6]], ids=str)
+def test_lemon_refuses_a_stream_that_a_layer_norm_puts_out(architecture):
+    """The rest would be the bias alone, and not the mean of what the gain has weighted."""
+    shapes = eqx.filter_eval_shape(architecture.model)
+    with pytest.raises(GrowthError, match="before a branch.*\n.*norm.weight"):
+        eqx.filter_eval_shape(lambda m: gj.lemon(embed=13)(m, key=KEY), shapes)
+    eqx.filter_eval_shape(lambda m: gj.lemon(embed=16, mlp=9)(m, key=KEY), shapes)
+
+
 # Scales per side -----------------------------------------------------------------------------------
 
 

@@ -116,6 +116,7 @@ def operators_for(architecture: Architecture) -> tuple[Operator | Chain, ...]:
     kv_heads = options.get("kv_heads", heads)
     post_norm = options.get("post_norm", architecture.family == "BERT")
     rms = options.get("norm", "layer") == "rms" or architecture.family in ("Llama", "T5")
+    normed = post_norm or options.get("embedding_norm", False)  # the stream is a norm's output
     qk_norm = options.get("qk_norm", False)
     rotary = options.get("position") == "rotary" or architecture.family == "Llama"
 
@@ -165,7 +166,7 @@ def operators_for(architecture: Architecture) -> tuple[Operator | Chain, ...]:
         growth.vocabulary(VOCAB + 5),
         growth.vocabulary(VOCAB + 5, gate=True),
         growth.transplant([*([i] for i in range(VOCAB)), [1, 2]]),
-        growth.lemon(mlp=9) if post_norm else growth.lemon(embed=13, mlp=9),
+        growth.lemon(mlp=9) if normed else growth.lemon(embed=13, mlp=9),
         growth.between(**deep(3), fill="transport", branch="open" if post_norm else "zero"),
     ]
     if len(architecture.stacks) == 1:
