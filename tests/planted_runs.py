@@ -397,4 +397,28 @@ TABLE = """
 @ pilots grow into any larger size | report/pilots.py | pilots | into_what
 - nearest.setdefault(small, (small, large))
 + nearest[small] = (small, large)
+@ trials of other candidates are free | plan/probe.py | probe | every_outcome or a_charge
+- charge=stage.charge + (total - cost) / unit
++ charge=stage.charge
+@ charges are not spent | plan/plan.py | probe | a_charge
+- spent += charged
++ spent += 0
+@ a run forgets what it was charged for | train/session.py | probe | goes_on_exactly
+- self.span, self.spent, self.moved = span, span.spent, True
++ self.span, self.moved = span, True
+@ a decision is for the worst | train/choosing.py | probe | keeps_the_best
+- chosen = losses.index(min(losses))
++ chosen = losses.index(max(losses))
+@ the loss before the end of a trial decides | train/choosing.py | probe | keeps_the_best
+- evaluate_at=(*options.evaluate_at, end),
++ evaluate_at=(*options.evaluate_at, end - 1),
+@ warm-ups are not charged | plan/plan.py | probe | a_charge
+- cost += span.charged
++ cost += 0
+@ the law of another exponent | plan/timing.py | probe | papers_number
+- 0.88 * math.log10(parameters)
++ 0.78 * math.log10(parameters)
+@ a plateau of one window | plan/timing.py | probe | a_plateau
+- old = (sums[end - window] - sums[end - 2 * window]) / window
++ old = (sums[end - 1] - sums[end - window - 1]) / window
 """

@@ -17,7 +17,7 @@ from growjax.growth import Operator, parse
 from growjax.growth.depth import Order
 from growjax.models import GPTConfig
 from growjax.optim.transfer import Transfer
-from growjax.plan import Optimizer, Plan, Schedule, Stage
+from growjax.plan import Optimizer, Plan, Probe, Schedule, Stage
 from growjax.select import RhoLoss, SelectiveBackprop
 from growjax.subnet import PathSchedule
 from tests import cards
@@ -25,7 +25,7 @@ from tests import cards
 
 METHODS = cards.methods()
 CITED = [*METHODS, PathSchedule, Optimizer, Schedule, RhoLoss, SelectiveBackprop, Transfer, Stage]
-CITED.append(type(RTX3090_BERT))
+CITED += [type(RTX3090_BERT), Probe]
 API = (cards.DOCS / "api.md").read_text()
 PAPERS = list(dict.fromkeys(paper for c in CITED for paper in c.card.every()))
 CONFIG = GPTConfig(layers=2, embed=8, heads=2, head_dim=4, mlp=8, vocab=16, positions=8)

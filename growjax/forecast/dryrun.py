@@ -193,7 +193,7 @@ def _facts(plan: Plan, span: Span, full: int, mesh: Any) -> StageFacts:
         steps=span.steps,
         tokens=tokens,
         flops=flops,
-        cost=sum(span.costs) / plan.clock.per_unit,
+        cost=(span.charged + sum(span.costs)) / plan.clock.per_unit,
         flops_per_token=flops / tokens,
         xla_flops_per_token=_xla_flops(plan, span) / tokens,
         saved=1 - flops / full,

@@ -46,7 +46,7 @@ _GRADUAL = Paper(
     2023,
     "International Conference on Machine Learning",
 )
-G_STACK = Paper(
+_G_STACK = Paper(
     "Stacking Your Transformers: A Closer Look at Model Growth for Efficient LLM Pre-Training",
     "Du, Wenyu and Luo, Tongxu and Qiu, Zihan and Huang, Zeyu and Shen, Yikang and Cheng, Reynold "
     "and Guo, Yike and Fu, Jie",
@@ -68,7 +68,7 @@ _INTERLEAVED = Paper(
     "International Conference on Learning Representations",
     "1710.10348",
 )
-MIDAS = Paper(
+_MIDAS = Paper(
     "On the Inductive Bias of Stacking Towards Improving Reasoning",
     "Saunshi, Nikunj and Karp, Stefani and Krishnan, Shankar and Miryoosefi, Sobhan and Reddi, "
     "Sashank J. and Kumar, Sanjiv",
@@ -204,10 +204,10 @@ class Stack(Operator):
         by={
             "pattern": {
                 "top": (_GRADUAL,),
-                "repeat": (_STACKBERT, G_STACK),
+                "repeat": (_STACKBERT, _G_STACK),
                 "interleave": (_INTERLEAVED,),
                 "interpolate": (MASKED,),
-                "middle": (MIDAS,),
+                "middle": (_MIDAS,),
                 "centre": (_LIDAS,),
                 "insert": (_LLAMA_PRO,),
                 "solar": (_SOLAR,),

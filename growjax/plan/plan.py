@@ -142,7 +142,7 @@ class Plan:
     @functools.cached_property
     def cost(self) -> int:
         """The cost of the whole run, in the clock's smallest unit (one FLOP, or one nanosecond)."""
-        return sum(sum(span.costs) for span in self.spans)
+        return sum(span.charged + sum(span.costs) for span in self.spans)
 
     @functools.cached_property
     def flops(self) -> int:
@@ -202,6 +202,7 @@ def _warmup_cost(plan: Plan, warmup: Warmup) -> int:
     """The cost of a warmup of steps or tokens; raises `PlanError` if it does not end before the plan."""
     steps, tokens, cost = 0, 0, 0
     for span in plan.spans:
+        cost += span.charged
         for step_cost in span.costs:
             over = tokens >= warmup.tokens if warmup.tokens is not None else steps == warmup.steps
             if over:
@@ -331,9 +332,15 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
             if misfits:
                 faults += [where + fault for fault in misfits]
                 continue
+            charged = round(stage.charge * plan.clock.per_unit)
+            spent += charged
             share += stage.share or 0.0
             # From the shares of all stages so far, so that a stage makes up for earlier rounding
             left = share * (plan.budget or 0.0) * plan.clock.per_unit - spent
+            if charged and stage.share is not None and left <= 0:
+                raise PlanError(
+                    f"charge: {stage.charge:g} leaves nothing of its share for its steps"
+                )
             steps = Steps(
                 stage,
                 model,
@@ -372,6 +379,7 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
             objective,
             births,
             grown_at,
+            charged,
         )
         spans.append(span)
         start, spent = start + len(costs), spent + sum(costs)

@@ -25,7 +25,7 @@ from growjax.optim import Parts
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.select import Selector
 from growjax.subnet import Coins, PathSchedule, Subnet, random_path
-from growjax.values import Folder, Name, Range, Size, check, positive, ranged, register
+from growjax.values import Folder, Name, Range, Size, at_least, check, positive, ranged, register
 
 
 # The most steps of a stage. Each is listed before the run: this many take a second or two, and 200 MB
@@ -119,6 +119,8 @@ class Stage:
       to the end of the schedule; with "slope" it falls as fast as before, as in the code of MSG, and
       ends higher.
     - `batch`, `objective`: for this stage, instead of the plan's.
+    - `charge`: what was spent on the stage besides its steps, in the clock's unit: the trials of other
+      operators (`Probe`), the fit of a map. The run pays it before the stage's first step.
     """
 
     name: Name = ""
@@ -137,6 +139,7 @@ class Stage:
     rewind: Rewind | None = None
     batch: Size | None = None
     objective: Objective | None = None
+    charge: Annotated[float, at_least(0)] = 0.0
     card: ClassVar[Card] = Card(by={"rewind": (MASKED,)})
 
     def __post_init__(self):
@@ -196,7 +199,8 @@ class Span(NamedTuple):
     """A stage with its steps worked out.
 
     - `start`: its first step, of the whole run.
-    - `tokens`, `spent`: the training tokens and the cost (in the clock's smallest unit) before it.
+    - `tokens`, `spent`: the training tokens and the cost (in the clock's smallest unit) before its first
+      step; `charged` of this cost was for the stage besides its steps.
     - `works`, `flops`, `costs`: of each step, its work, its training FLOPs and its cost.
     - `ops`: the different operations of the stage, and how often each runs.
     - `firsts`: of each of these operations, the first step (of the stage) that runs it.
@@ -220,6 +224,7 @@ class Span(NamedTuple):
     objective: Objective
     births: Births
     grown_at: tuple[int, ...]
+    charged: int = 0
 
     @property
     def steps(self) -> int:

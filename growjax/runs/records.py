@@ -121,6 +121,24 @@ class Growth:
 
 
 @dataclasses.dataclass(frozen=True)
+class Decided:
+    """The choice among the candidates of a probe, whose trials ended after `step`.
+
+    - `candidates`: the candidates by their names, or by what they grow.
+    - `losses`: the held-out loss after the trial of each, in nats per token.
+    - `costs`: the cost of each trial, in the clock's unit.
+    - `chosen`: the number of the candidate that this run is of.
+    """
+
+    stage: int
+    step: int
+    candidates: tuple[str, ...]
+    losses: tuple[float, ...]
+    costs: tuple[float, ...]
+    chosen: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Saved:
     """The beginning of the writing of a checkpoint, for the state before `step`."""
 
@@ -153,4 +171,4 @@ class End:
     signal: str | None = None
 
 
-Record = Begin | Step | Growth | Saved | End
+Record = Begin | Step | Growth | Decided | Saved | End

@@ -12,6 +12,8 @@ from growjax.plan.plan import Plan as Plan
 from growjax.plan.prefix import Branch as Branch
 from growjax.plan.prefix import branches as branches
 from growjax.plan.prefix import shared_steps as shared_steps
+from growjax.plan.probe import Decision as Decision
+from growjax.plan.probe import Probe as Probe
 from growjax.plan.schedule import Schedule as Schedule
 from growjax.plan.schedule import Warmup as Warmup
 from growjax.plan.stages import Fork as Fork
@@ -22,6 +24,7 @@ from growjax.runs.feed import CorpusFeed as CorpusFeed
 from growjax.runs.feed import Feed as Feed
 from growjax.runs.journal import read_journal as read_journal
 from growjax.runs.records import Begin as Begin
+from growjax.runs.records import Decided as Decided
 from growjax.runs.records import End as End
 from growjax.runs.records import Growth as Growth
 from growjax.runs.records import HeldOut as HeldOut
@@ -30,6 +33,7 @@ from growjax.runs.records import Saved as Saved
 from growjax.runs.records import Step as Step
 from growjax.runs.run import Run as Run
 from growjax.runs.watch import watch as watch
+from growjax.train.choosing import choose as choose
 from growjax.train.loop import Training as Training
 from growjax.train.loop import train as train
 from growjax.train.options import Options as Options

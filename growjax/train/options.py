@@ -16,6 +16,7 @@ class Options:
 
     - `evaluate_every`: the cost between two held-out evaluations, in the smallest unit of the plan's
       clock (`plan.cost / 20`, say). The last step is always followed by one.
+    - `evaluate_at`: numbers of steps after which there is a held-out evaluation besides.
     - `held_out`: the number of held-out windows in each of these evaluations, always the same ones.
     - `held_out_end`: the number of windows that the finished model is evaluated on (or all, if the text
       has fewer); the losses are in `End.held_out` and in the run's folder. 0 for none.
@@ -37,6 +38,7 @@ class Options:
     """
 
     evaluate_every: float = math.inf
+    evaluate_at: Sequence[int] = ()
     held_out: int = 256
     held_out_end: int = 4096
     hooks: Sequence[Hook] = ()
@@ -68,8 +70,9 @@ def _faults(options: Options) -> Iterator[str]:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             yield f"{name}: expected a whole number of {least} or more, got {value!r}"
-    for step in options.save_at:
-        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            yield f"save_at: expected whole numbers of 0 or more, got {step!r}"
+    for name in ("evaluate_at", "save_at"):
+        for step in getattr(options, name):
+            if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+                yield f"{name}: expected whole numbers of 0 or more, got {step!r}"
     if options.save_minutes is not None and not options.save_minutes > 0:
         yield f"save_minutes: expected a positive number or None, got {options.save_minutes!r}"

@@ -66,7 +66,7 @@ class Session:
         self.stop, self.doing = stop, doing
         self.judge = Judge(plan, feed, programs.mesh, options.hooks)
         self.span, self.step = plan.spans[0], 0
-        self.spent, self.flops = 0, 0
+        self.spent, self.flops = self.span.spent, 0
         self.moved = False  # whether the state has changed in this session
         self.profiling = False
         self.late: Late | None = None  # the last step, until its numbers are read
@@ -198,7 +198,7 @@ class Session:
         """Evaluate the model after the last step, or once the cost passed a mark."""
         every = self.options.evaluate_every
         passed = self.spent // every > (self.spent - cost) // every
-        if not passed and self.step != self.plan.steps:
+        if not passed and self.step not in (self.plan.steps, *self.options.evaluate_at):
             return
         held_out = self._held_out(level, self.options.held_out)
         for step in self.flush(held_out.loss):
@@ -227,7 +227,7 @@ class Session:
         if span.stage.grow is None:
             # Gates of the stage before are open by now, so the function is the same without them
             self.state = self.state._replace(rest=ungated(self.state.rest))
-            self.span = span
+            self.span, self.spent = span, span.spent
             self.ahead.start(span.index)
             return
         start, waited = self.stopwatch.now(), self.ahead.waited
@@ -235,7 +235,7 @@ class Session:
             self.state, crossing = cross(
                 self.plan, span, self.state, self._growing, self._probe_of(span)
             )
-        self.span, self.moved = span, True
+        self.span, self.spent, self.moved = span, span.spent, True
         saved = list(self.save(crossing))
         stopped = None
         # Wait for the first step's program here, so that the wait is part of the growth's stall
