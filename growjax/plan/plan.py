@@ -424,11 +424,16 @@ def _shape_faults(plan: Plan, batch: int, objective: Objective, model: Any) -> I
 def reference_faults(plan: Plan, reference: Any) -> Iterator[str]:
     """Faults of a second model that the selectors of a plan compare with, from shapes alone.
 
-    Nothing is checked for a plan with a loss of its own, which may read a batch in any way.
+    `reference` is None where there is none. The shapes are not checked for a plan with a loss of its own,
+    which may read a batch in any way.
     """
-    for span in plan.spans if plan.loss is cross_entropy else ():
-        if span.stage.select is None or not span.stage.select.compares:
-            continue
+    spans = [s for s in plan.spans if s.stage.select is not None and s.stage.select.compares]
+    if reference is None and spans:
+        yield (
+            "reference: a stage's selector compares with a second model; give it one (`--reference "
+            "FOLDER` on the command line)"
+        )
+    for span in spans if reference is not None and plan.loss is cross_entropy else ():
         where = f"stage {span.index} {span.stage.name!r}: reference: "
         for fault in _shape_faults(plan, span.batch, span.objective, reference):
             yield where + fault

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from growjax.data.objectives import batch_shapes
+from growjax.errors import PlanError, raise_all
 from growjax.parallel import replicated, split_rows
-from growjax.plan.plan import Plan, birth
+from growjax.plan.plan import Plan, birth, reference_faults
 from growjax.plan.stages import Span, Work
 from growjax.programs.step import SEED, Controls, Programs
 
@@ -35,7 +36,9 @@ class Ahead:
     - `cache`: compiled programs by a digest of their text, for runs that share some.
     - `background`: whether to compile in advance; if False, a program is compiled when it is requested.
     - `seal`: whether states will be saved, which needs a program for their checksums.
-    - `reference`: the second model that a selector compares with.
+    - `reference`: the second model that selectors compare with, which is put on the mesh.
+
+    Raises `PlanError` for a second model that is missing or does not fit the plan.
 
     `compiled` is the number of programs compiled so far, `waited` the seconds for which `get` blocked.
     """
@@ -50,6 +53,10 @@ class Ahead:
         seal: bool = False,
         reference: Any = None,
     ):
+        headline = f"plan {plan.name!r} cannot choose by this second model:"
+        raise_all(PlanError, headline, reference_faults(plan, reference))
+        if reference is not None:
+            reference = jax.device_put(reference, replicated(programs.mesh))
         self.plan, self.programs, self.seal, self.reference = plan, programs, seal, reference
         self.cache = {} if cache is None else cache
         self.background = background

@@ -1,10 +1,13 @@
 """Saving and resuming: the checkpoints that a plan writes into the folder of its run, with lineages."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import equinox as eqx
 
 from growjax import __version__
 from growjax.errors import CheckpointError, DamagedError, GrowjaxError, raise_all
@@ -14,9 +17,10 @@ from growjax.plan.stages import Span
 from growjax.programs.step import Programs, State
 from growjax.runs import hosts
 from growjax.runs.checkpoint import Checkpoints, load, numbered, read_lineage, set_aside
+from growjax.runs.lineage import digest_of
 from growjax.runs.lock import Lock
 from growjax.runs.records import Crossing
-from growjax.runs.run import Run
+from growjax.runs.run import Run, refuse_folder
 from growjax.values import from_dict, to_dict
 
 
@@ -37,7 +41,9 @@ class Saves:
     **Arguments**
 
     - `lock`: the lock on the folder, held by process 0.
-    - `reference`: the digest of the second model that a selector compares with.
+    - `reference`: the second model that a selector compares with.
+    - `keep_last`, `keep_every`, `keep`: how many of the latest checkpoints stay, and those before which
+      steps: multiples of a number, and certain ones.
     - `fall_back`: set a damaged checkpoint aside and go on from the one before it; by default it is an
       error that names the folder to remove.
 
@@ -54,11 +60,13 @@ class Saves:
         keep_last: int,
         keep_every: int | None,
         keep: Sequence[int] = (),
-        reference: str | None = None,
+        reference: Any = None,
         fall_back: bool = False,
     ):
         self.plan, self.run, self.lock = plan, run, lock
-        self.reference, self.fall_back = reference, fall_back
+        self.fall_back = fall_back
+        arrays = eqx.filter(reference, eqx.is_array)
+        self.reference = None if reference is None else digest_of(arrays)
         self.checkpoints = Checkpoints(
             run.checkpoints_folder, keep_last=keep_last, keep_every=keep_every, keep=keep
         )
@@ -239,6 +247,33 @@ class Saves:
             "seed": plan.seed,
             "tokenizer": plan.tokenizer,
         }
+
+
+@contextlib.contextmanager
+def locked(plan: Plan, run: Run, **options: Any) -> Iterator[Saves]:
+    """The `Saves` of a plan in a folder that is locked in a `with` block; `options` are those of `Saves`.
+
+    If the block raises an error of growjax, a checkpoint that is being written is waited for.
+    """
+    lock = run.lock()
+    with contextlib.ExitStack() as stack:
+
+        def take() -> list[str]:
+            refuse_folder(run.folder)
+            stack.enter_context(lock)
+            return [] if lock.note is None else [f"{run}: {lock.note}"]
+
+        # Process 0 holds the lock for all
+        notes = hosts.from_first(take)
+        saves = Saves(plan, run, lock, **options)
+        saves.notes += notes
+        try:
+            yield saves
+        except (GrowjaxError, GeneratorExit):
+            # `GeneratorExit`: the caller closed the iterator over the records
+            with contextlib.suppress(CheckpointError):
+                saves.wait()
+            raise
 
 
 def _movable(plan: Plan) -> Plan:

@@ -5,24 +5,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 
-from growjax.errors import CheckpointError, GrowjaxError, PlanError, TrainingError, raise_all
-from growjax.parallel import replicated
+from growjax.errors import TrainingError
 from growjax.plan.losses import Loss
-from growjax.plan.plan import Plan, reference_faults
+from growjax.plan.plan import Plan
 from growjax.programs.ahead import Ahead
 from growjax.programs.step import Programs
-from growjax.runs import hosts
 from growjax.runs.doing import Doing
 from growjax.runs.feed import CorpusFeed, Feed
 from growjax.runs.records import Record
-from growjax.runs.run import Run, refuse_folder
+from growjax.runs.run import Run
 from growjax.train.options import Options
 from growjax.train.session import Session
-from growjax.train.stop import Stop, Stopped
-from growjax.train.stopwatch import Stopwatch
+from growjax.train.stop import Stopped
 
 
 class Training(Iterator[Record]):
@@ -82,38 +78,44 @@ def train(
     options = Options() if options is None else options
 
     def records(doing: Doing) -> Iterator[Record]:
-        with contextlib.ExitStack() as stack:
-            mesh = plan.layout.mesh(devices)
-            programs = Programs.of(plan, mesh, loss)
-            second = _second_model(plan, reference, programs)
-            folder = None if run is None else Run(run)
-            lock, notes = (None, []) if folder is None else _locked(folder, stack)
-            with doing("reading the text, and tokenising it if it is new"):
-                data = feed or CorpusFeed.of(plan, Path(run or "runs/_").parent / "cache")
+        with _runtime_errors(plan), contextlib.ExitStack() as stack:
+            programs = Programs.of(plan, plan.layout.mesh(devices), loss)
             ahead = Ahead(
                 plan,
                 programs,
                 cache=cache,
                 background=options.background,
                 seal=run is not None,
-                reference=second,
+                reference=reference,
             )
             stack.enter_context(contextlib.closing(ahead))
             saves = None
-            if folder is not None:
-                saves = _saves(plan, folder, options, ahead.reference, lock)
-                saves.notes += notes
-            stop = Stop(enabled=run is not None)
-            session = Session(plan, data, saves, options, programs, ahead, Stopwatch(), stop, doing)
-            yield from _guarded(plan, session, stop)
+            if run is not None:
+                # Orbax takes a second to import, and a run that saves nothing does not need it
+                from growjax.runs.saves import locked
+
+                saves = stack.enter_context(
+                    locked(
+                        plan,
+                        Run(run),
+                        reference=ahead.reference,
+                        keep_last=options.keep_last,
+                        keep_every=options.keep_every,
+                        keep=options.save_at,
+                        fall_back=options.fall_back,
+                    )
+                )
+            with doing("reading the text, and tokenising it if it is new"):
+                data = feed or CorpusFeed.of(plan, Path(run or "runs/_").parent / "cache")
+            yield from _run(Session(ahead, data, saves, options, doing))
 
     return Training(records)
 
 
-def _run(session: Session, stop: Stop) -> Iterator[Record]:
+def _run(session: Session) -> Iterator[Record]:
     """A session from its beginning to its end, or until it is asked to stop."""
     yield session.begin()
-    plan, saves = session.plan, session.saves
+    plan, saves, stop = session.plan, session.saves, session.stop
     # Signals are caught from here on; before the first record, a stopped run loses nothing
     with stop:
         try:
@@ -146,69 +148,14 @@ def _run(session: Session, stop: Stop) -> Iterator[Record]:
     yield end
 
 
-def _guarded(plan: Plan, session: Session, stop: Stop) -> Iterator[Record]:
-    """The records of a session. On an error, a checkpoint that is being written is waited for.
-
-    An error of the JAX runtime becomes a `TrainingError` that names the run and the process.
-    """
+@contextlib.contextmanager
+def _runtime_errors(plan: Plan) -> Iterator[None]:
+    """Make an error of the JAX runtime a `TrainingError` that names the run and the process."""
     try:
-        yield from _run(session, stop)
-    except (GrowjaxError, GeneratorExit):
-        # `GeneratorExit`: the caller closed the iterator
-        if session.saves is not None:
-            with contextlib.suppress(CheckpointError):
-                session.saves.wait()
-        raise
+        yield
     except jax.errors.JaxRuntimeError as error:
         raise TrainingError(
             f"plan {plan.name!r}: process {jax.process_index()} of {jax.process_count()} cannot go "
             f"on: {str(error).splitlines()[0][:300]}. If another host is lost or out of memory, "
             "start all of them again with the same command"
         ) from error
-
-
-def _second_model(plan: Plan, reference: Any, programs: Programs) -> Any:
-    """Put the model that selectors compare with on the mesh; None if they need none.
-
-    Raises `PlanError` if it does not fit the plan, or is missing.
-    """
-    if reference is not None:
-        headline = f"plan {plan.name!r} cannot choose by this second model:"
-        raise_all(PlanError, headline, reference_faults(plan, reference))
-        return jax.device_put(reference, replicated(programs.mesh))
-    if any(s.stage.select is not None and s.stage.select.compares for s in plan.spans):
-        raise PlanError(
-            f"plan {plan.name!r}: reference: a stage's selector compares with a second model; give it "
-            "one (`--reference FOLDER` on the command line)"
-        )
-    return None
-
-
-def _locked(folder: Run, stack: contextlib.ExitStack) -> tuple[Any, list[str]]:
-    """Lock a run's folder until the session ends: the lock, which process 0 holds, and notes about it."""
-    lock = folder.lock()
-
-    def take() -> list[str]:
-        refuse_folder(folder.folder)
-        stack.enter_context(lock)
-        return [] if lock.note is None else [f"{folder}: {lock.note}"]
-
-    return lock, hosts.from_first(take)
-
-
-def _saves(plan: Plan, folder: Run, options: Options, reference: Any, lock: Any) -> Any:
-    """The checkpoints of a plan in the folder of its run."""
-    # Orbax takes a second to import, and a run that saves nothing does not need it
-    from growjax.runs.lineage import digest_of
-    from growjax.runs.saves import Saves
-
-    return Saves(
-        plan,
-        folder,
-        lock,
-        keep_last=options.keep_last,
-        keep_every=options.keep_every,
-        keep=options.save_at,
-        fall_back=options.fall_back,
-        reference=None if reference is None else digest_of(eqx.filter(reference, eqx.is_array)),
-    )

@@ -10,6 +10,7 @@ Open gates cost next to nothing, but dropping them changes the program; a new st
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,17 @@ import jax
 import numpy as np
 
 from growjax.axes import sizes
-from growjax.errors import StateError, raise_all
+from growjax.errors import StateError, TrainingError, raise_all
 from growjax.gates import opened, ungated
 from growjax.parallel import from_host
-from growjax.plan.plan import Plan
 from growjax.plan.stages import Span
 from growjax.programs.ahead import Ahead, Need
-from growjax.programs.step import Controls, Programs, State, carry_faults
+from growjax.programs.step import Controls, Report, State, carry_faults
 from growjax.runs import hosts
 from growjax.runs.doing import Doing
 from growjax.runs.feed import Feed
 from growjax.runs.records import Begin, Crossing, End, Growth, HeldOut, Saved, Step
 from growjax.train.judge import Judge
-from growjax.train.late import Late
 from growjax.train.options import Options
 from growjax.train.stop import Stop, Stopped
 from growjax.train.stopwatch import Stopwatch
@@ -38,40 +37,37 @@ from growjax.train.transition import cross
 from growjax.values import to_dict
 
 
+# The numbers of a step that are read later
+_UNREAD = dict.fromkeys(("seconds", "loss", "gradient_norm", "parameter_norm", "took"), math.nan)
+
+
 class Session:
     """One session of a run in one process, from a birth or a checkpoint to a stop or the end.
 
     **Arguments**
 
+    - `ahead`: the plan and its programs.
     - `saves`: the checkpoints of the run (`growjax.runs.saves.Saves`); None saves nothing.
 
     `span` and `step` are the stage of the state, and the next step. `spent` (in the smallest unit of the
     plan's clock) and `flops` are the totals of the run so far.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        feed: Feed,
-        saves: Any,
-        options: Options,
-        programs: Programs,
-        ahead: Ahead,
-        stopwatch: Stopwatch,
-        stop: Stop,
-        doing: Doing,
-    ):
-        self.plan, self.feed, self.saves, self.options = plan, feed, saves, options
-        self.programs, self.ahead, self.stopwatch = programs, ahead, stopwatch
-        self.stop, self.doing = stop, doing
-        self.judge = Judge(plan, feed, programs.mesh, options.hooks)
-        self.span, self.step = plan.spans[0], 0
+    def __init__(self, ahead: Ahead, feed: Feed, saves: Any, options: Options, doing: Doing):
+        self.ahead, self.feed, self.saves, self.options = ahead, feed, saves, options
+        self.plan, self.programs, self.doing = ahead.plan, ahead.programs, doing
+        # A run that saves nothing has nothing to finish
+        self.stopwatch, self.stop = Stopwatch(), Stop(enabled=saves is not None)
+        self.judge = Judge(self.plan, feed, self.programs.mesh, options.hooks)
+        self.span, self.step = self.plan.spans[0], 0
         self.spent, self.flops = self.span.spent, 0
         self.moved = False  # whether the state has changed in this session
         self.profiling = False
-        self.late: Late | None = None  # the last step, until its numbers are read
+        # The last step without its numbers, and these while they are still on the device
+        self.late: tuple[Step, Report] | None = None
+        self.resumed = False  # whether the state was a checkpoint, of this run or of its trunk
         self.forked: str | None = None  # the folder of the run that this one was forked from
-        self.timer = SaveTimer(options.save_minutes, stopwatch)
+        self.timer = SaveTimer(options.save_minutes, self.stopwatch)
 
     # The beginning ----------------------------------------------------------------------------
 
@@ -91,7 +87,7 @@ class Session:
             self._continue(resumed)
         elif self.plan.fork is not None:
             with self.doing(f"reading {self.plan.fork.run}"), self.stopwatch.apart("birth"):
-                resumed = self._fork(self.plan)
+                resumed = self._from_trunk()
             self._continue(resumed)
             self.forked = str(Path(resumed.path).parent.parent)
         elif self.plan.start is not None:
@@ -119,12 +115,12 @@ class Session:
         self.spent = self.span.spent + sum(self.span.costs[:done])
         self.flops, self.stopwatch.earlier = resumed.flops, resumed.seconds
 
-    def _fork(self, plan: Plan) -> Any:
+    def _from_trunk(self) -> Any:
         """The state of another run before a step, of which the plan is a fork."""
         # Imports Orbax, which takes a second
         from growjax.runs.fork import read_fork
 
-        resumed, trunk = read_fork(plan, self.programs, self.feed.digest)
+        resumed, trunk = read_fork(self.plan, self.programs, self.feed.digest)
         if self.saves is not None:
             self.saves.fork, self.saves.start = trunk.record, trunk.lineage["start"]
             for change in trunk.changes:
@@ -172,7 +168,18 @@ class Session:
         self.spent += cost
         self.flops += span.flops[i]
         waited = stream.waited - waited
-        self.late = Late(plan, span, i, self.spent, self.flops, rate, level, waited, report)
+        late = Step(
+            stage=span.index,
+            step=step,
+            tokens=span.tokens + (i + 1) * span.step_tokens,
+            flops=self.flops,
+            spent=self.spent / plan.clock.per_unit,
+            rate=rate,
+            level=level,
+            waited=waited,
+            **_UNREAD,
+        )
+        self.late = late, report
         yield from self._mark(level, cost)
         if self.profiling and options.profile and step == options.profile[1]:
             yield from self.flush()
@@ -185,14 +192,32 @@ class Session:
             yield from self.save()
 
     def flush(self, held_out: float | None = None) -> Iterator[Step]:
-        """Wait for the last step, if its numbers have not been read, and yield its record."""
-        if self.late is not None:
-            late, self.late = self.late, None
-            yield late.read(self.stopwatch, self._last, held_out)
+        """Wait for the last step, if its numbers have not been read, and yield its record.
 
-    def _last(self) -> Path | None:
-        """The last checkpoint, or None."""
-        return None if self.saves is None else self.saves.last()
+        Raises `TrainingError` unless they are finite.
+        """
+        if self.late is None:
+            return
+        (step, report), self.late = self.late, None
+        loss, gradient_norm, parameter_norm = (float(x) for x in jax.device_get(report))
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            last = None if self.saves is None else self.saves.last()
+            span = self.span
+            raise TrainingError(
+                f"plan {self.plan.name!r}: step {step.step} (stage {span.index} {span.stage.name!r}, "
+                f"learning rate {step.rate:.3g}) has a loss of {loss} and a gradient of norm "
+                f"{gradient_norm}; lower the peak, lengthen the warmup or look at the batch. Last good "
+                f"checkpoint: {last or 'none'}"
+            )
+        yield dataclasses.replace(
+            step,
+            loss=loss,
+            gradient_norm=gradient_norm,
+            parameter_norm=parameter_norm,
+            seconds=self.stopwatch.training(),
+            took=self.stopwatch.lap(),
+            held_out=held_out,
+        )
 
     def _mark(self, level: float, cost: int) -> Iterator[Step]:
         """Evaluate the model after the last step, or once the cost passed a mark."""
