@@ -199,7 +199,14 @@ def shapes() -> tuple[Any, Any]:
     return model, eqx.filter_eval_shape(lambda m: trained(EVERY_AXIS(m, key=KEY)), model)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# The others are carried, with their values, by `test_carry`
+QUICK = ("adam", "adamw, masked", "aged adamw", "accumulated", "hyper-parameters", "labels")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in OPTIMIZERS],
+)
 def test_carried_state_has_the_structure_of_the_grown_models_own(name):
     tx, op, (model, grown) = OPTIMIZERS[name], EVERY_AXIS, shapes()
     carried = eqx.filter_eval_shape(
