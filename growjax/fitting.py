@@ -114,7 +114,7 @@ def ligo(
 def _start(table, wanted: dict[str, int], stack: str, noise: float, key) -> tuple[dict, dict, dict]:
     """Copies in turn: `({axis: P}, {axis: C}, {path: W})`, each row of P and W with noise and sum 1."""
 
-    def rows(name: str, old: int, new: int) -> tuple[Array, np.ndarray]:
+    def rows(name: str, old: int, new: int) -> tuple[Any, np.ndarray]:
         source = np.arange(new) % old
         draws = jax.random.uniform(maps.fold_in_name(key, name), (new, old), maxval=noise or 1.0)
         matrix = np.eye(old)[source] + (draws if noise else 0)

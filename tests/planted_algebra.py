@@ -151,6 +151,9 @@ TABLE = """
 @ means of what a norm puts out are means of its gain | maps.py | width | puts_out
 - mends -= {place for place in mends if "produced" in roles.get(place, ())}
 + mends -= {place for place in mends if "none" in roles.get(place, ())}
+@ a certificate of fewer words compares none | certificate/measured.py | transplants | smaller_vocabulary
+- b, a = b[tuple(map(slice, a.shape))], a[tuple(map(slice, b.shape))]
++ b = b[tuple(map(slice, a.shape))]
 @ layers that do not grow have copies too | maps.py | within | other_layers
 - return slot.join(move.limited(slot, before, x, law.origin))
 + return slot.join(x)

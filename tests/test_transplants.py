@@ -18,6 +18,7 @@ from growjax.values import from_dict, to_dict
 from tests.test_lookups import Table
 
 
+KEY = jax.random.key(0)
 GPT, UNTIED, BERT = (testing.ARCHITECTURES[i] for i in (0, 1, 5))
 OLD = {token: i for i, token in enumerate("abcdefghijk")}
 NEW = {"c": 0, "ab": 1, "a": 2, "abc": 3}
@@ -84,6 +85,13 @@ def test_a_transplanted_model_reads_new_ids(architecture):
     old, new = (np.asarray(x.mlm_logits if architecture is BERT else x) for x in (old, new))
     np.testing.assert_allclose(new[:, [0, 2]], old[:, [2, 0]], rtol=1e-12)
     np.testing.assert_allclose(new[:, 1], (old[:, 0] + old[:, 1]) / 2, rtol=1e-10)
+
+
+def test_a_smaller_vocabulary_is_certified_on_the_words_that_both_have():
+    rows = [[i] for i in range(10)]
+    found = gj.certify(transplant(rows), GPT.model(), GPT.batch() % 10, key=KEY)
+    assert found.axes == {"vocab": (11, 10)}
+    assert all(d.relative <= d.limit for d in found.forward)
 
 
 def test_shared_tokens_keep_their_moments_and_others_start_anew():

@@ -322,12 +322,12 @@ def _difference(before, after, floor, shown: Shown) -> Difference:
 def distance(before, after) -> tuple[float, float]:
     """The largest absolute difference, and the largest relative to its array's largest entry.
 
-    Of an array that has grown, the old entries are compared.
+    Of an array that has another shape now, the entries that both have are compared.
     """
     absolute, relative = 0.0, 0.0
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        b = np.asarray(b[tuple(map(slice, a.shape))], np.float64)
-        a = np.asarray(a, np.float64)
+        b, a = b[tuple(map(slice, a.shape))], a[tuple(map(slice, b.shape))]
+        b, a = np.asarray(b, np.float64), np.asarray(a, np.float64)
         gap, size = float(np.abs(b - a).max()), float(np.abs(a).max())
         # NaN would be lost in max(); infinity is larger than any limit
         gap = gap if np.isfinite(gap) else np.inf

@@ -80,7 +80,7 @@ class Given(Operator):
             "It fits the model that its numbers were made for, and is saved with all of them.",
             "GradMax leaves the weights into new units zero, which never learn under ReLU; it refuses.",
         ),
-        example="given((), exact=True, mlp=7)",
+        example="given((('blocks.block.mlp.up_bias', ((0.5,), (0.5,))),), exact=True, mlp=7)",
         by={"method": {"gradmax": (_GRADMAX,)}},
     )
 

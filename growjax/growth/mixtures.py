@@ -142,4 +142,5 @@ def learned(
     pairs: list[Any] = [
         x.items() if isinstance(x, Mapping) else x for x in (produced, consumed, depth)
     ]
-    return Learned(*(frozen(pair) for pair in pairs), stack)
+    made, read, layers = (frozen(pair) for pair in pairs)
+    return Learned(made, read, layers, stack)

@@ -99,7 +99,7 @@ class Transplant(Operator):
             "A plan has one tokenizer, so transplant before its first stage.",
             "Tokenizers that cut numbers in other ways do not map onto each other well.",
         ),
-        example="transplant(((0,), (1, 2)))",
+        example="transplant(((0,), (1,), (2,), (3,), (4,), (5,), (6,), (7,), (8,), (9,), (10,), (1, 2)))",
         by={"weights": (_PURSUIT,)},
     )
 

@@ -156,7 +156,7 @@ def operators_for(architecture: Architecture) -> tuple[Operator | Chain, ...]:
             growth.upcycle(experts=4, granularity=2),
             growth.upcycle(experts=3, drop=0.5),
         ]
-    sizes = dict(embed=2 * options["embed"], mlp=12, kv_heads=2 * kv_heads)
+    sizes: dict[str, Any] = dict(embed=2 * options["embed"], mlp=12, kv_heads=2 * kv_heads)
     ops += [
         growth.copy(mlp=9, kv_heads=2 * kv_heads, shares="equal", noise=0.3),
         growth.copy(embed=12, mlp=9, scale="rms"),
