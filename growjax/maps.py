@@ -15,9 +15,7 @@ their moved gradients are those of back-propagation. On a stack axis (`layers`) 
 residual stream: the leaves of the block that produce `via` take the share. Lookup axes (`vocab`,
 `positions`) have none. A norm that averages over an axis whose new coordinates are zeros (or the mean,
 if it subtracts that) has its gain and epsilon rescaled. Gates, sharding, cost and names read the same
-table.
-
-Checked in float64 by `tests/test_maps.py` and `tests/test_algebra.py`: outputs, gradients, moments.
+table. `tests/test_maps.py` and `tests/test_algebra.py` check outputs, gradients and moments in float64.
 """
 
 import dataclasses
@@ -489,15 +487,12 @@ def _check_norms(move: AxisMap, table: Axes) -> None:
     if means:  # a norm's output has another mean than its gain
         roles = {n.steps[:-1]: {d.role for d in n.dims if d.axis == move.axis} for n in norms}
         mends -= {place for place in mends if "produced" in roles.get(place, ())}
-    kind = "means" if means else "zeros"
-    needs = (
-        "and only a LayerNorm before a branch, its epsilon a buffer (`<~axis>`), can be corrected"
-        if means
-        else "and only an RMS norm with a gain and its epsilon as a buffer can be corrected"
-    )
+    kind, norm = "zeros", "an RMS norm with a gain and its epsilon as a buffer"
+    if means:
+        kind, norm = "means", "a LayerNorm before a branch, its epsilon a buffer (`<~axis>`),"
     raise_all(
         GrowthError,
-        f"{kind} on {move.axis!r} change the statistics of these norms, {needs}; "
-        "use gj.msg or an even gj.copy instead:",
+        f"{kind} on {move.axis!r} change the statistics of these norms, and only {norm} can be "
+        "corrected; use gj.msg or an even gj.copy instead:",
         sorted(s.path for s in norms if s.steps[:-1] not in mends or s.value is None),
     )

@@ -147,15 +147,15 @@ TABLE = """
 - documents=at(self.documents, 0),
 + documents=None if self.documents is None else self.documents[: len(places)],
 @ every layer draws the same tokens | nn/stacked.py | nested | in_the_middle or another_way
-- call = block if whole else _Thinned(block, _drawn(key, self.token_count, x.shape[0]))
-+ call = block if whole else _Thinned(block, _drawn(0 * key, self.token_count, x.shape[0]))
+- block if whole else _Thinned(block, _drawn(key, self.token_count, x.shape[0]))
++ block if whole else _Thinned(block, _drawn(0 * key, self.token_count, x.shape[0]))
 @ layers run after the exit | subnet/drops.py | nested | coins_fall
 - return runs & (jnp.arange(layers) < drawn)
 + return runs & (jnp.arange(layers) != drawn)
 @ the last exit has no weight of its own | subnet/drops.py | nested | by_their_weights
 - weights[-1] = layers - 1 + self.exits
 + weights[-1] = self.exits
-@ one size in all steps | subnet/nested.py | nested | each_as_often
+@ one size in all steps | subnet/matformer.py | nested | each_as_often
 - default_rng([seed, step, 0x3E5])
 + default_rng([seed, 0x3E5])
 @ steps between two numbers of tokens are skipped | subnet/thinned.py | nested | rises_in_steps

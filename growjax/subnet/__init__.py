@@ -20,8 +20,8 @@ from growjax.subnet.drops import layer_skip as layer_skip
 from growjax.subnet.drops import progressive_layer_drop as progressive_layer_drop
 from growjax.subnet.loops import Loop as Loop
 from growjax.subnet.loops import loop as loop
-from growjax.subnet.nested import Nested as Nested
-from growjax.subnet.nested import nested as nested
+from growjax.subnet.matformer import Nested as Nested
+from growjax.subnet.matformer import nested as nested
 from growjax.subnet.parts import RandomPart as RandomPart
 from growjax.subnet.parts import random_part as random_part
 from growjax.subnet.paths import PathSchedule as PathSchedule
