@@ -254,6 +254,9 @@ TABLE = """
 @ integers of a float's field stay beyond 32 bits | values/checks.py | values | in_range
 - return float(value) if float in choices
 + return value if float in choices
+@ integers of an operator's float stay beyond 32 bits | values/checks.py | values | in_range
+- if not module or isinstance(stated, numbers.Integral):
++ if not module:
 @ a carry takes any key | optim/carrying.py | births | no_key
 - check_key(key, StateError)
 + check_key(None, StateError)

@@ -355,6 +355,7 @@ def test_what_is_in_range_is_taken_and_made_plain():
     large = Every(whole=2, many=[2**40, np.int64(2**31), 3], notes={"a": 2**40})  # type: ignore
     assert [type(x) for x in large.many] == [float, float, int], "JAX takes integers as int32"
     assert large.many == (2**40, 2**31, 3) and type(large.notes["a"]) is int
+    assert type(gj.copy(mlp=4, noise=2**40).noise) is float, "in operators as well"
     assert plan(tokenizer=pathlib.Path("a/b.json")).tokenizer == "a/b.json"  # type: ignore[arg-type]
     with pytest.raises(GrowthError, match="factor: expected an integer, got '2'"):
         own.Stack("2")  # type: ignore[arg-type]

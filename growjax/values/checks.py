@@ -23,9 +23,9 @@ def check(
 
     Call it at the end of construction: from `__post_init__`, or an `eqx.Module`'s `__check_init__`.
     `also` are faults of several fields together, or a function that returns them; the function is
-    called only if each field fits by itself, so it need not check types. In a dataclass, lists are
-    replaced by tuples and `Path`s by strings, as `from_dict` returns them, and integers beyond 32 bits
-    in fields of floats by floats.
+    called only if each field fits by itself, so it need not check types. Integers beyond 32 bits in
+    fields of floats are replaced by floats. In a dataclass that is no module, so are lists by tuples and
+    `Path`s by strings, as `from_dict` returns them.
 
     **Example**
 
@@ -33,10 +33,13 @@ def check(
             check(self, PlanError, "this schedule cannot be used:")
     """
     fields = ranges.field_names(type(value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, eqx.Module):
+    module = isinstance(value, eqx.Module)
+    if dataclasses.is_dataclass(value):
         for name, hint in ranges.hints(type(value)).items():
-            # `object.__setattr__`, because the dataclass is frozen
-            object.__setattr__(value, name, _plain(getattr(value, name), hint))
+            stated = getattr(value, name)
+            if not module or isinstance(stated, numbers.Integral):
+                # `object.__setattr__`, because dataclasses and modules are frozen
+                object.__setattr__(value, name, _plain(stated, hint))
     for name in fields:
         if names.is_function(getattr(value, name, None)):
             # The function comes from code, or from a file that was allowed to name it. Either way it is
