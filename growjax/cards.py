@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from growjax.errors import FormatError
+
 
 @dataclasses.dataclass(frozen=True)
 class Paper:
@@ -36,7 +38,8 @@ class Paper:
     def key(self) -> str:
         """The first author, the year and the first long word of the title: `wang2024lemon`."""
         words = re.findall(r"[a-z0-9]+", _plain(self.title).lower())
-        word = next((word for word in words if len(word) > 3), words[0])
+        # A title in another script has no such word
+        word = next((word for word in words if len(word) > 3), "".join(words[:1]))
         name = re.sub(r"[^a-z]", "", _plain(self.first).lower())
         return f"{name}{self.year}{word}"
 
@@ -80,7 +83,8 @@ class Card:
     - `by`: papers of some of its fields, by the name of the field (or property): `{value: papers}`, or
       papers that count wherever the field is neither 0, empty nor None.
 
-    A class of your own needs none, and is then not cited.
+    A class of your own needs none, and is then not cited. Raises `FormatError` for papers that are no
+    tuple of `Paper`.
 
     **Example**
 
@@ -95,6 +99,13 @@ class Card:
     by: Mapping[str, Mapping[Any, tuple[Paper, ...]] | tuple[Paper, ...]] = dataclasses.field(
         default_factory=dict
     )
+
+    def __post_init__(self):
+        of_fields = {f"by[{name!r}]": cases for name, cases in self.by.items()}
+        for name, cases in {"papers": self.papers, **of_fields}.items():
+            for papers in cases.values() if isinstance(cases, Mapping) else [cases]:
+                if not isinstance(papers, tuple) or not all(isinstance(p, Paper) for p in papers):
+                    raise FormatError(f"card: {name}: expected a tuple of gj.Paper, got {papers!r}")
 
     def of(self, value: Any) -> tuple[Paper, ...]:
         """The papers of one value, whose fields choose among those of `by`."""
@@ -124,11 +135,18 @@ def cite(value: Any) -> str:
 
     One entry for each paper, after a comment that names the classes whose method it is; an empty text
     if nothing has a paper. A run that a plan starts or forks from is not read: cite its plan as well.
+    Raises `FormatError` for what holds no such value: a folder, a function, a class.
 
     **Example**
 
         print(gj.cite(plan))
+        print(gj.cite(Run("runs/first").plan()))
     """
+    if _inside(value) is None:
+        raise FormatError(
+            f"value: expected a plan, an operator, a sub-network or a tuple of them, got {value!r}; of a "
+            "run's folder, cite growjax.train.Run(folder).plan()"
+        )
     users: dict[Paper, list[str]] = {}
     for part in _parts(value):
         for paper in type(part).card.of(part):
@@ -143,13 +161,16 @@ def _parts(value: Any) -> Iterator[Any]:
     """The value and all values in its fields that have a card."""
     if isinstance(getattr(type(value), "card", None), Card):
         yield value
-    if isinstance(value, Mapping):
-        inside = list(value.values())
-    elif isinstance(value, list | tuple):
-        inside = list(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        inside = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    else:
-        inside = []
-    for part in inside:
+    for part in _inside(value) or ():
         yield from _parts(part)
+
+
+def _inside(value: Any) -> list[Any] | None:
+    """What a value, a tuple or a mapping holds; None for anything else."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple):
+        return list(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return None

@@ -132,8 +132,14 @@ TABLE = """
 - papers += cases.get(field, ())
 + papers += [paper for some in cases.values() for paper in some]
 @ what is inside an operator is not cited | cards.py | cards | exactly
-- for part in inside:
-+ for part in inside[:0]:
+- for part in _inside(value) or ():
++ for part in ():
+@ a folder is cited by an empty text | cards.py | cards | only_values
+- if _inside(value) is None:
++ if value == ():
+@ a card takes one paper for a tuple of papers | cards.py | cards | are_a_tuple
+- if not isinstance(papers, tuple) or not all(isinstance(p, Paper) for p in papers):
++ if isinstance(papers, str):
 @ two papers share a key | cards.py | cards | told_apart or a_card
 - return f"{name}{self.year}{word}"
 + return f"{name}{self.year}a"

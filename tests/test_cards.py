@@ -13,6 +13,7 @@ from growjax import values
 from growjax.budget.clock import RTX3090_BERT
 from growjax.cards import Card, Paper
 from growjax.data import Causal
+from growjax.errors import FormatError
 from growjax.growth import Operator, parse
 from growjax.growth.depth import Order
 from growjax.models import GPTConfig
@@ -198,3 +199,25 @@ def test_an_operator_of_a_user_needs_no_card():
         two[0]: "factor, exactness='exact'",
         two[1]: "factor, exactness='exact'",
     }
+
+
+@pytest.mark.parametrize(
+    "papers", [Cited.card.papers[0], ("Wider",), "Wider"], ids=["paper", "title", "text"]
+)
+def test_papers_of_a_card_are_a_tuple(papers):
+    with pytest.raises(FormatError, match="papers: expected a tuple of gj.Paper"):
+        Card(papers=papers)
+    with pytest.raises(FormatError, match="'factor'.: expected a tuple of gj.Paper"):
+        Card(by={"factor": {2: papers}})
+
+
+@pytest.mark.parametrize(
+    "value", ["runs/first", gj.msg, Cited, None], ids=["run", "maker", "class", "none"]
+)
+def test_only_values_are_cited(value):
+    with pytest.raises(FormatError, match="value: expected a plan, an operator, .* got"):
+        gj.cite(value)
+
+
+def test_a_title_in_another_script_has_a_key():
+    assert Paper("模型生长", "Doe, Jane", 2026).key == "doe2026"
