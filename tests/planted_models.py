@@ -62,6 +62,18 @@ TABLE = """
 @ means are never balanced | trace/program.py | inference | a_person_would_annotate
 - result += power
 + result += 0
+@ a largest entry may be a new one | trace/walk.py | inferred_sizes | not_alone
+- if kind == "extreme":  # copies do not change it, but fresh coordinates could be it
++ if False:
+@ an order that is read is no fault of an annotation | annotation/checked.py | inferred_sizes | not_alone
+- if fixed := [reason for _, atom in node.atoms for reason in atom.fixed]:
++ if fixed := []:
+@ an empty slice is the whole | trace/shapes.py | inferred_sizes | size_0
+- elif start == stop:
++ elif False:
+@ a branch may follow the number of layers | annotation/closing.py | closing | number_of_layers
+- return "" if turns[0] == turns[1] else "what a block does follows their number"
++ return ""
 @ entries beside those of an axis are overlooked | trace/program.py | inferred_sizes | dilute
 - if len(known) < len(parts) or (node.structure == "sum" and len(set(known)) > 1):
 + if False:

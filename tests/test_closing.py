@@ -261,6 +261,25 @@ def test_what_follows_the_number_of_blocks_is_seen(name):
     assert axes_of(model).closings["layers", "embed"]
 
 
+class Divided(Scanned):
+    """Every branch is divided by the number of layers, which zeros in it hide."""
+
+    def __call__(self, x):
+        arrays, static = eqx.partition(self.block, eqx.is_array)
+
+        def step(x, layer):
+            return x + eqx.combine(layer, static).branch(x) / len(self.block.up), None
+
+        return jax.lax.scan(step, x @ self.into, arrays)[0] @ self.head
+
+
+def test_branches_that_follow_the_number_of_layers_are_not_closed():
+    model = annotated(Divided, CLOSED["residual"], example=X)
+    assert not keeps_the_function(model)
+    with pytest.raises(GrowthError, match="what a block does follows their number"):
+        DEEPER(model)
+
+
 def test_what_stays_in_a_block_is_named():
     model = annotated(Listed, OPEN["factor"], example=X)
     with pytest.raises(GrowthError, match=r"zero: blocks\.\*\.scale does not act through"):

@@ -246,3 +246,46 @@ def test_a_norm_over_equal_blocks_of_an_axis_is_a_norm_over_the_axis():
     wider: dict[str, Any] = {axis: 6}
     outputs = jax.jit(jax.vmap(lambda x: (small(x), gj.copy(**wider)(small)(x))))(batch)
     np.testing.assert_allclose(*outputs, rtol=1e-11, atol=1e-11)
+
+
+class Perceptron(eqx.Module):
+    """One hidden layer between which and the head a function of the hidden units stands."""
+
+    up: Array
+    down: Array
+    between: Any = eqx.field(static=True)
+
+    def __init__(self, between):
+        self.between = between
+        self.up, self.down = zoo.normal((3, 4)), zoo.normal((4, 2))
+
+    def __call__(self, x):
+        return self.between(x @ self.up) @ self.down
+
+
+BETWEEN = {
+    "reduce_max": lambda h: (
+        h - h.max()
+    ),  # copies keep it, but the zeros of a new unit or its gate do not
+    "reduce_min": lambda h: h / jnp.abs(h).min(),
+    "its largest entries": lambda h: jnp.where(h >= jax.lax.top_k(h, 2)[0][-1], h, 0),
+    "its order": lambda h: jnp.tanh(jnp.cumsum(h)),
+}
+
+
+@pytest.mark.parametrize("reason", BETWEEN)
+def test_hidden_units_that_are_not_alone_in_what_reads_them_are_refused(reason):
+    model, batch = Perceptron(BETWEEN[reason]), zoo.normal((2, 3))
+    small = gj.infer(model, batch)
+    assert list(gj.sizes(small).values()) == [
+        2
+    ] and f"4 in up, down does not grow: the program takes {reason}" in str(small)
+    specs = {"up": "-> 3 hidden", "down": "hidden -> out"}
+    with pytest.raises(AxisError, match=f"axis 'hidden' cannot grow: the program takes {reason}"):
+        gj.annotate(model, specs, example=batch)
+
+
+def test_a_block_of_size_0_is_no_block():
+    empty = Perceptron(lambda h: jnp.tanh(jnp.concatenate([jnp.roll(h, 0), h[:0]])))
+    small = gj.infer(empty, zoo.normal((2, 3)))
+    assert {str(said.spec) for _, said in small.specs} == {"-> 3 up", "up -> down_out"}

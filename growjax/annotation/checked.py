@@ -48,7 +48,7 @@ class Checked:
         for axis in dict.fromkeys((*self.annotated.gates, *self.annotated.residual)):
             if "stack" in self.table.roles(axis):
                 self._open_stack(axis)
-        return self.complaints
+        return list(dict.fromkeys(self.complaints))
 
     def _parts(self) -> Iterator[tuple[int, int, int, Dim, Node]]:
         """Every axis of every array: its number, dimension, offset, declaration and node."""
@@ -138,6 +138,9 @@ class Checked:
         if node is None or node.root.data or roles & {"stack", "lookup"} or self._is_output(axis):
             return
         if any(f"axis {axis!r}" in c or f"{axis!r} is" in c for c in self.complaints):
+            return
+        if fixed := [reason for _, atom in node.atoms for reason in atom.fixed]:
+            self._wrong_size(axis, fixed[0])
             return
         size = self.table.size(axis)
         double = AxisMap(axis, np.arange(2 * size) % size)

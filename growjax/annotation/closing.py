@@ -67,7 +67,8 @@ def closings(annotated: Any, traced: Traced) -> Closings:
             if axis in packed:
                 results[axis, stream] = _packed(annotated, traced, axis, makers)
             else:
-                results[axis, stream] = _scanned(traced, {n for n, _ in inside}, makers)
+                stacked = {n for n, _ in inside}
+                results[axis, stream] = _scanned(annotated, traced, axis, stacked, makers)
     return results
 
 
@@ -82,10 +83,8 @@ def _produces(slot: Slot, stream: str) -> bool:
 def _packed(annotated: Any, traced: Traced, axis: str, makers: set[int]) -> str:
     """Whether one more block, whose makers of the stream are zero, leaves the program as it is."""
     size = axes_of(annotated).size(axis)
-    more = AxisMap(axis, [*range(size), size - 1])
-    shapes = jax.tree.map(_shape, annotated)
     try:
-        grown = unpack(eqx.filter_eval_shape(lambda m: maps.apply(more, m, None), shapes).tree)
+        grown = _with_one_more(annotated, axis)
         places = list(stack_steps(annotated.tree))
         large = Traced(grown, traced.batch, traced.forward, places, read=False)
     except Exception as error:  # whatever the user's model raises with one more block
@@ -116,8 +115,11 @@ def _in_block(steps: tuple, places: Sequence[tuple], index: int) -> str:
     return ""
 
 
-def _scanned(traced: Traced, inside: set[int], makers: set[int]) -> str:
-    """Whether the body of the scan over a stack is the identity where the makers are zero."""
+def _scanned(annotated: Any, traced: Traced, axis: str, inside: set[int], makers: set[int]) -> str:
+    """Whether the body of the scan over a stack is the identity where the makers are zero.
+
+    It has to be the same with one more layer, too: a block may divide its branch by their number.
+    """
     expressions = Expressions()
     zeroed = {traced.paths[n] for n in makers}
     _, loops = expressions.of(traced.program, traced.paths, zeroed)
@@ -126,8 +128,27 @@ def _scanned(traced: Traced, inside: set[int], makers: set[int]) -> str:
     if not loops:
         return "the program does not scan over it, so what a block does cannot be seen"
     changed = [loop for loop in loops if loop.start != loop.end]
-    stays = {name for loop in changed for name in expressions.parameters(loop.end)} & rows
-    return _why([path for path in traced.paths if path in stays]) if changed else ""
+    if changed:
+        stays = {name for loop in changed for name in expressions.parameters(loop.end)} & rows
+        return _why([path for path in traced.paths if path in stays])
+    try:
+        large = _with_one_more(annotated, axis)
+        program = traced.traced(large, [get(large, steps) for steps in traced.steps])
+    except Exception as error:  # whatever the user's model raises with one more block
+        return f"the model does not run with more of them: {str(error).strip()[:200]}"
+    turns = [
+        [loop.end for loop in expressions.of(each, traced.paths)[1] if loop.scanned & rows]
+        for each in (traced.program, program)
+    ]
+    return "" if turns[0] == turns[1] else "what a block does follows their number"
+
+
+def _with_one_more(annotated: Any, axis: str) -> Any:
+    """The shapes of the user's model with one more block at the end."""
+    size = axes_of(annotated).size(axis)
+    more = AxisMap(axis, [*range(size), size - 1])
+    shapes = jax.tree.map(_shape, annotated)
+    return unpack(eqx.filter_eval_shape(lambda m: maps.apply(more, m, None), shapes).tree)
 
 
 def _why(stays: Iterable[str]) -> str:

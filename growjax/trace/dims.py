@@ -82,7 +82,8 @@ def product(parts: Sequence[Node]) -> Node:
 
 
 def total(parts: Sequence[Node]) -> Node:
-    """One dimension that holds several blocks one after the other."""
+    """One dimension that holds several blocks one after the other; empty ones are no blocks of it."""
+    parts = [part for part in parts if part.root.size] or parts[:1]
     if len(parts) == 1:
         return parts[0]
     node = Node(sum(part.root.size for part in parts))
@@ -125,6 +126,9 @@ def cut(node: Node, sizes: Sequence[int]) -> list[Node]:
     """Cut a dimension into blocks of these sizes, and give the blocks."""
     if len(sizes) == 1:
         return [node]
+    if 0 in sizes and any(sizes):  # else the block that is all of it would be a part of itself
+        blocks = iter(cut(node, [size for size in sizes if size]))
+        return [next(blocks) if size else Node(0) for size in sizes]
     if node.root.data or len(node.blocks()) + len(sizes) > MOST_BLOCKS:
         if not node.root.data:
             node.freeze("the program slides over it")

@@ -76,6 +76,9 @@ def _slice(walk, params, ins, shapes):
         if (start, stop, step) == (0, n, 1):
             out.append(x.nodes[d])
             groups.append((0, [d], [d], 0))
+        elif start == stop:
+            out.append(Node(0))
+            groups.append((0, [d], [d], -start))
         elif step == 1:
             sizes = [size for size in (start, stop - start, n - stop) if size]
             out.append(cut(x.nodes[d], sizes)[1 if start else 0])

@@ -213,6 +213,11 @@ class Walk:
 
     def _reduced(self, kind: str, axes, ins: list[Value], name: str) -> list[Value]:
         x = ins[0]
+        if kind == "extreme":  # copies do not change it, but fresh coordinates could be it
+            for d in axes:
+                x.nodes[d].freeze(
+                    f"the program takes {name} over it, where fresh coordinates count"
+                )
         left = [d for d in range(len(x.nodes)) if d not in axes]
         groups = [(0, [d], [i], 0) for i, d in enumerate(left)]
         pairs = [(d, None) for d in axes]
@@ -367,6 +372,8 @@ class Walk:
             groups = [(0, [d], [d - 1], 0) for d in range(1, len(value.nodes))]
             row += shapes.moved(self, [value], Value(value.nodes[1:]), groups, "scan")
             self.tape[-1].pairs = [(0, "stack")]
+            # Its length is the carry's, so that a turn of a longer loop is the same expression
+            self.tape[-1].options = (("reverse", repr(params["reverse"])),)
         outs = self.run(params["jaxpr"], [*fixed, *inner, *row])
         self._closed_loop(inner, outs[:carries])
         made = []
