@@ -136,8 +136,13 @@ def _scanned(annotated: Any, traced: Traced, axis: str, inside: set[int], makers
         program = traced.traced(large, [get(large, steps) for steps in traced.steps])
     except Exception as error:  # whatever the user's model raises with one more block
         return f"the model does not run with more of them: {str(error).strip()[:200]}"
+    mine = {traced.paths[n] for n in inside}  # loops inside scan over the stream, too
     turns = [
-        [loop.end for loop in expressions.of(each, traced.paths)[1] if loop.scanned & rows]
+        [
+            loop.end
+            for loop in expressions.of(each, traced.paths)[1]
+            if loop.scanned and loop.scanned <= mine
+        ]
         for each in (traced.program, program)
     ]
     return "" if turns[0] == turns[1] else "what a block does follows their number"
