@@ -74,6 +74,9 @@ TABLE = """
 @ a branch may follow the number of layers | annotation/closing.py | closing | number_of_layers
 - return "" if turns[0] == turns[1] else "what a block does follows their number"
 + return ""
+@ what stands before produced blocks is consumed | inference/spelling.py | inference | before_a_sum
+- if last == "produced" and 0 < first == len(pieces) - 1:
++ if False:
 @ entries beside those of an axis are overlooked | trace/program.py | inferred_sizes | dilute
 - if len(known) < len(parts) or (node.structure == "sum" and len(set(known)) > 1):
 + if False:

@@ -492,6 +492,11 @@ def test_every_product_and_sum_of_axes_is_spelled_so_that_it_is_read_again(dims,
     assert read == [[[(t.text, t.role) for t in term] for term in terms] for terms in spelled]
 
 
+def test_what_stands_before_a_sum_of_blocks_keeps_its_role():
+    made, read = Token("b", "produced"), Token("c", "consumed")
+    assert spell([[[Token("a", "produced")]], [[made], [read]]]) == "a (b <- + <- c)"
+
+
 def test_notes_are_comments_of_what_is_printed(found):
     text = str(found["vision transformer"])
     assert re.match(r"# axes: .*embed=8.*\n# 3 in blocks", text)

@@ -89,7 +89,9 @@ def _product(dims: Sequence[Term], where: int | None) -> tuple[str, str, str]:
         pieces.append(piece)
     if sided and not arrows:
         first = 0 if where is None else where
-        if last == "produced":
+        if last == "produced" and 0 < first == len(pieces) - 1:
+            pieces[first].append("<-")  # what stands before the sum is produced, too
+        elif last == "produced":
             pieces[first].insert(0, "->")
         elif where is None or where == len(pieces) - 1:
             pieces[-1].append("->")
