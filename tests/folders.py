@@ -122,7 +122,7 @@ def rewritten(folder: Path, change: Any = None, **config: Any) -> Path:
         tensors = load_file(folder / "model.safetensors")
         tensors = change(tensors) or tensors
         save_file(tensors, folder / "model.safetensors")
-    said = json.loads((folder / "config.json").read_text()) | config
-    said = {key: value for key, value in said.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(said))
+    config_json = json.loads((folder / "config.json").read_text()) | config
+    config_json = {key: value for key, value in config_json.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(config_json))
     return folder

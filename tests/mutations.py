@@ -45,7 +45,7 @@ class Mutation(NamedTuple):
 
 def mutations() -> list[Mutation]:
     """The rows of all tables, read."""
-    found = []
+    entries = []
     tables = (
         planted,
         planted_models,
@@ -59,8 +59,8 @@ def mutations() -> list[Mutation]:
         head, *lines = entry.split("\n")
         old, new = ("\n".join(x[2:] for x in lines if x.startswith(sign)) for sign in "-+")
         name, file, tests, keyword = map(str.strip, head.split("|"))
-        found.append(Mutation(name, file, tests, keyword, old, new))
-    return found
+        entries.append(Mutation(name, file, tests, keyword, old, new))
+    return entries
 
 
 def run(folder: Path, tests: str, keyword: str) -> int:

@@ -87,8 +87,8 @@ TABLE = """
 - if op.kind in ("mul", "dot") and any(zeros):
 + if op.kind in ("mul", "dot", "add") and any(zeros):
 @ every activation keeps zeros | trace/expressions.py | closing | would_change
-- kept = op.kind == "bent" and op.name in _KEEP_ZERO
-+ kept = op.kind == "bent"
+- bent = op.kind == "bent" and op.name in _KEEP_ZERO
++ bent = op.kind == "bent"
 @ a negated stream counts as the stream | trace/expressions.py | closing | would_change
 - elif op.kind == "add" and op.name == "sub" and zeros[0]:
 + elif False:

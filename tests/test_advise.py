@@ -46,9 +46,9 @@ def endings(law: Law = LAW, noise: float = 0.0, seeds: int = 3) -> list[Ending]:
 
 
 def test_a_law_is_found_again():
-    found = fit(endings())
+    fitted = fit(endings())
     for n, d in itertools.product((40_000, 360_000), (1e5, 3e7)):
-        assert found.loss(n, d) == pytest.approx(float(LAW.loss(n, d)), rel=1e-3)
+        assert fitted.loss(n, d) == pytest.approx(float(LAW.loss(n, d)), rel=1e-3)
     assert LAW.tokens(40_000, LAW.loss(40_000, 1e6)) == pytest.approx(1e6)
     assert LAW.tokens(40_000, LAW.least(40_000)) == np.inf
 
@@ -85,7 +85,7 @@ def test_the_retention_of_a_pilot_is_the_one_that_predicts_its_end(rho):
 
 def every_plan(budget: float) -> list[tuple[Leg, ...]]:
     """Plans of one to three sizes with growths at twentieths of the cost, none after 0.6 of it."""
-    found = []
+    plans = []
     for count in (1, 2, 3):
         for sizes in itertools.combinations(SIZES, count):
             if any(b.parameters > FACTOR * a.parameters for a, b in itertools.pairwise(sizes)):
@@ -93,13 +93,13 @@ def every_plan(budget: float) -> list[tuple[Leg, ...]]:
             for cuts in itertools.combinations(range(1, 13), count - 1):
                 ends = [0, *cuts, 20]
                 shares = [(b - a) / 20 for a, b in itertools.pairwise(ends)]
-                found.append(
+                plans.append(
                     tuple(
                         Leg(size, share, share * budget / size.token_cost)
                         for size, share in zip(sizes, shares, strict=True)
                     )
                 )
-    return found
+    return plans
 
 
 @pytest.mark.parametrize("retention", [0.0, 0.3, 1.0])

@@ -71,8 +71,8 @@ def carried(move: AxisMap, model, law, **options):
     )
 
 
-def same(found, expected, what: str = "") -> None:
-    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12, err_msg=what)
+def same(ours, expected, label: str = "") -> None:
+    np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-12, err_msg=label)
 
 
 def by_hand(model, p, c, e=None) -> dict[str, np.ndarray]:
@@ -148,7 +148,7 @@ def test_rows_with_one_entry_are_sources_and_multipliers():
 
 
 @pytest.mark.parametrize(
-    "matrix, dual, said",
+    "matrix, dual, message",
     [
         (np.ones((5, 4)), None, "has rank 1, so 4 old coordinates cannot be told apart"),
         (np.eye(4)[:3], None, "has rank 3, so 4"),
@@ -159,8 +159,8 @@ def test_rows_with_one_entry_are_sources_and_multipliers():
     ],
     ids=["low rank", "shrinks", "wrong dual", "dual's shape", "not finite", "no matrix"],
 )
-def test_a_matrix_without_a_dual_is_refused(matrix, dual, said):
-    with pytest.raises(AxisError, match=said):
+def test_a_matrix_without_a_dual_is_refused(matrix, dual, message):
+    with pytest.raises(AxisError, match=message):
         linear("mlp", matrix, dual)
 
 
@@ -305,10 +305,10 @@ def test_moments_of_what_feeds_a_norm_follow_where_they_can_and_say_so_where_not
     uneven = AxisMap("embed", np.arange(8) % 4, share=np.repeat([0.25, 0.75], 4))
     for name in ("makes", "weight", "reads"):
         assert undetermined(even, table, table[name]) == ""
-        said = undetermined(uneven, table, table[name])
-        assert ("norms over embed mix" in said) == (name == "makes")
-        said = undetermined(lemon("layer", 4, 6), table, table[name])
-        assert ("norms over embed mix" in said) == (name == "makes")
+        reason = undetermined(uneven, table, table[name])
+        assert ("norms over embed mix" in reason) == (name == "makes")
+        reason = undetermined(lemon("layer", 4, 6), table, table[name])
+        assert ("norms over embed mix" in reason) == (name == "makes")
     rms = axes_of(normed("rms"))
     assert undetermined(lemon("rms", 4, 10), rms, rms["makes"]) == ""
 
@@ -331,15 +331,15 @@ def test_the_gradient_before_an_rms_norm_is_what_the_dual_of_lemon_rows_says(new
 
 
 @pytest.mark.parametrize(
-    "kind, source, produced, said",
+    "kind, source, produced, message",
     [
         ("rms", [0, 1, 2, 3, MEAN], None, "means on 'embed' change the statistics"),
         ("layer", [0, 1, 2, 3, NONE], [1, 1, 1, 1, 0], "zeros on 'embed' change the statistics"),
         ("layer", [0, 1, 2, 3, 0, MEAN], None, "old coordinates count 1 to 2 times"),
     ],
 )
-def test_rows_that_a_norm_would_see_are_refused(kind, source, produced, said):
-    with jax.enable_x64(True), pytest.raises(GrowthError, match=said):
+def test_rows_that_a_norm_would_see_are_refused(kind, source, produced, message):
+    with jax.enable_x64(True), pytest.raises(GrowthError, match=message):
         apply(AxisMap("embed", source, produced=produced), normed(kind), KEY)
 
 
@@ -407,7 +407,7 @@ def test_an_axis_is_born_from_size_one():
 
 
 @pytest.mark.parametrize(
-    "fields, said",
+    "fields, message",
     [
         (dict(produced=np.ones(3)), r"produced has shape \(3,\), expected \(4,\) .* \(4, 4\)"),
         (dict(consumed=np.ones((4, 3))), r"consumed has shape \(4, 3\)"),
@@ -417,6 +417,6 @@ def test_an_axis_is_born_from_size_one():
     ],
     ids=["vector", "matrix", "elementwise", "twice", "gated"],
 )
-def test_sides_that_do_not_fit_say_why(fields, said):
-    with pytest.raises(AxisError, match=f"axis 'mlp': {said}"):
+def test_sides_that_do_not_fit_say_why(fields, message):
+    with pytest.raises(AxisError, match=f"axis 'mlp': {message}"):
         apply(AxisMap("mlp", range(4), **fields), leaves(), KEY)

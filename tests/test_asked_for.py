@@ -166,9 +166,9 @@ def test_one_can_ask_which_layers_are_new(order):
 
 def test_zero_projections_learn_and_what_is_behind_them_learns_one_step_later():
     """LLaMA-Pro #28: do o_proj and down_proj have gradients if they are zero?"""
-    found = gj.certify(gj.stack(layers=4, branch="zero"), GPT.model(), GPT.batch(), key=KEY)
-    one, two = found.dead["layers"]
-    assert found.passed and 0.3 < one < 0.9 and two < 0.05
+    certificate = gj.certify(gj.stack(layers=4, branch="zero"), GPT.model(), GPT.batch(), key=KEY)
+    one, two = certificate.dead["layers"]
+    assert certificate.passed and 0.3 < one < 0.9 and two < 0.05
 
 
 # 6: checkpoints ------------------------------------------------------------------------------------

@@ -74,13 +74,13 @@ def test_tiles_give_what_all_scores_give(shape, name):
     @eqx.filter_jit
     def both(body):
         def loss(q, k, v, bias):
-            found = attend(q, k, v, mask, bias, body=body)
-            return jnp.sum(out * found), found
+            values = attend(q, k, v, mask, bias, body=body)
+            return jnp.sum(out * values), values
 
         return jax.grad(loss, (0, 1, 2, 3), has_aux=True)(q, k, v, bias)
 
-    (expected, right), (gradient, found) = both("einsum"), both("blockwise")
-    np.testing.assert_allclose(found, right, rtol=0, atol=1e-12)
+    (expected, right), (gradient, tiled) = both("einsum"), both("blockwise")
+    np.testing.assert_allclose(tiled, right, rtol=0, atol=1e-12)
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10)
 

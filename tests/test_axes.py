@@ -82,7 +82,7 @@ def test_round_brackets_put_two_axes_into_one_dimension():
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ("a -> b -> c", "'b' lies between arrows that make it both consumed and produced"),
         ("a <- b <- c", "'b' lies between arrows that make it both"),
@@ -100,8 +100,8 @@ def test_round_brackets_put_two_axes_into_one_dimension():
         ("lay-ers: a", "cannot read 'lay-ers'"),
     ],
 )
-def test_a_spec_that_cannot_be_read_says_where(text, said):
-    with pytest.raises(AxisError, match=said) as caught:
+def test_a_spec_that_cannot_be_read_says_where(text, message):
+    with pytest.raises(AxisError, match=message) as caught:
         Spec.parse(text)
     assert repr(text) in str(caught.value)
 
@@ -176,8 +176,8 @@ class Loose(eqx.Module):
 def test_every_undeclared_array_is_named_in_one_error():
     with pytest.raises(AxisError, match="param/buffer") as caught:
         axes_of(Loose(ones(2), {"x": ones(3, 1)}, [1.0, ones(4)], ones(5)))
-    for said in ("a: shape (2,)", "b.x: shape (3, 1)", "c.1: shape (4,)"):
-        assert said in str(caught.value)
+    for line in ("a: shape (2,)", "b.x: shape (3, 1)", "c.1: shape (4,)"):
+        assert line in str(caught.value)
     assert "d:" not in str(caught.value)
 
 
@@ -194,13 +194,13 @@ def test_every_rank_and_size_that_disagrees_is_named_in_one_error():
     shape = [(2, 3), (4,), (12, 5), (2,), (3,), (2,)]
     with pytest.raises(AxisError) as caught:
         axes_of(Wrong(*[ones(*s) for s in shape]))
-    for said in (
+    for line in (
         "axis 'mlp' has several sizes: 3 at a, 4 at b",
         "axis 'embed' has several sizes: 2 at a, 5 at c",
         "f: declared with 2 dimensions (vocab embed), but its shape is (2,)",
         "c: (heads head_dim) makes 6, but the dimension is 12",
     ):
-        assert said in str(caught.value)
+        assert line in str(caught.value)
 
 
 class Folded(eqx.Module):
@@ -399,7 +399,7 @@ def test_everything_wrong_with_an_annotation_is_said_at_once():
     wrong = {k: v for k, v in SPECS.items() if not k.startswith("blocks.up")} | {"*.gone": "mlp"}
     with pytest.raises(AxisError) as caught:
         gj.annotate(annotated().model, wrong, ignore=["cold"], statics={"*.width": "mlp"})
-    for said in (
+    for line in (
         "'*.gone' matches no array",
         "'cold' matches no array",
         "'*.width' matches no field",
@@ -407,7 +407,7 @@ def test_everything_wrong_with_an_annotation_is_said_at_once():
         "blocks.up.bias: shape (2, 6) has no spec",
         "heat: shape (3,) has no spec",
     ):
-        assert said in str(caught.value)
+        assert line in str(caught.value)
 
 
 def test_growth_rewrites_the_integers_that_repeat_a_size():

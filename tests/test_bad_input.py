@@ -289,7 +289,7 @@ STATES = [
 ]
 
 TABLE = [
-    pytest.param(call, error, said, id=f"{error.__name__}: {name}")
+    pytest.param(call, error, message, id=f"{error.__name__}: {name}")
     for error, rows in [
         (GrowthError, GROWTH),
         (AxisError, AXES),
@@ -298,13 +298,13 @@ TABLE = [
         (StateError, STATES),
         (GrowjaxError, EITHER),
     ]
-    for name, call, said in rows
+    for name, call, message in rows
 ]
 
 
-@pytest.mark.parametrize("call, error, said", TABLE)
-def test_bad_input_is_refused_and_the_message_says_why(call, error, said):
-    with pytest.raises(error, match=said):
+@pytest.mark.parametrize("call, error, message", TABLE)
+def test_bad_input_is_refused_and_the_message_says_why(call, error, message):
+    with pytest.raises(error, match=message):
         call()
 
 

@@ -274,9 +274,9 @@ def test_averages_follow_and_a_fresh_coordinate_has_its_own_weight(name):
 def test_a_states_old_arrays_are_freed_if_asked_to():
     state = started(RULES["sgd"], layers(2.0))
     old = {id(x): x for x in jax.tree.leaves((state.model, state.opt_state, state.average))}
-    kept = state.model.table
+    table = state.model.table
     grown = gj.grow(gj.msg(mlp=4), state, optimizer=RULES["sgd"], key=KEY, donate=True)
-    assert grown.model.table is kept and not kept.is_deleted()
+    assert grown.model.table is table and not table.is_deleted()
     assert state.model.up.is_deleted() and state.average.up.is_deleted()
     assert not any(x.is_deleted() for x in jax.tree.leaves(grown))
     assert sum(x.is_deleted() for x in old.values()) >= 6

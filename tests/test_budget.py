@@ -180,10 +180,10 @@ def test_an_outcome_is_charged_by_another_clock_along_its_operations():
     curve = ((500.0, 4.0), (2500.0, 3.0), (4000.0, 2.0))
     run = Outcome("grown", 0, 1.0, "FLOPs", 4000.0, 2.0, True, curve)
     operations = [(small, 10), (large, 10)]
-    there = recharged(run, operations, clock, charged_on=FlopsClock())
-    assert there.curve == ((5.0, 4.0), (20.0, 3.0), (30.0, 2.0)) and there.spent == 30.0
-    assert there.clock == clock.identity and (there.score, there.budget) == (2.0, 1.0)
-    back = recharged(there, operations, FlopsClock(), charged_on=clock)
+    charged = recharged(run, operations, clock, charged_on=FlopsClock())
+    assert charged.curve == ((5.0, 4.0), (20.0, 3.0), (30.0, 2.0)) and charged.spent == 30.0
+    assert charged.clock == clock.identity and (charged.score, charged.budget) == (2.0, 1.0)
+    back = recharged(charged, operations, FlopsClock(), charged_on=clock)
     assert back == run
     # The same operation in two stages counts twice, and no sum is too large
     many = [(small._replace(flops=10**15), n) for n in (10_000, 20_000)]

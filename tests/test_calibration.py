@@ -92,8 +92,8 @@ def test_a_clock_and_a_plan_that_is_charged_by_it_survive_json(measured, tmp_pat
     assert again == clock and again.identity == clock.identity
     charged = dataclasses.replace(whole, clock=again)
     assert from_dict(json.loads(json.dumps(to_dict(charged)))) == charged
-    for said in ("4 steps in 2 blocks, after 1", "jaxlib", "XLA_FLAGS", "model.dtype: None"):
-        assert said in clock.provenance
+    for setting in ("4 steps in 2 blocks, after 1", "jaxlib", "XLA_FLAGS", "model.dtype: None"):
+        assert setting in clock.provenance
 
 
 def test_steps_are_timed_after_a_warmup_in_blocks_that_are_waited_for(monkeypatch):

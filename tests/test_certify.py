@@ -92,9 +92,9 @@ def test_an_exact_operator_passes_every_line(exact):
 
 
 def test_copies_pass_without_gates_and_leave_nothing_to_poison():
-    found = certificate(gj.copy(hidden=8))
-    assert found.passed and found.exactness == "exact-given-init"
-    assert found.poison == {} and found.gradient is not None and found.gradient <= 1e-14
+    record = certificate(gj.copy(hidden=8))
+    assert record.passed and record.exactness == "exact-given-init"
+    assert record.poison == {} and record.gradient is not None and record.gradient <= 1e-14
 
 
 def test_an_approximate_operator_reports_its_jump_and_promises_nothing(approximate):
@@ -105,35 +105,35 @@ def test_an_approximate_operator_reports_its_jump_and_promises_nothing(approxima
 
 @pytest.mark.parametrize("op", [gj.copy(hidden=7, shares="random"), gj.zeros(hidden=8)], ids=str)
 def test_half_precision_is_held_to_its_own_noise(op):
-    found = certificate(op, dtype=jnp.bfloat16)
-    half, double = found.forward
+    record = certificate(op, dtype=jnp.bfloat16)
+    half, double = record.forward
     assert half.dtype == "bfloat16" and double.dtype == "float64"
     assert double.relative <= 1e-12 and half.relative <= 2**-6
-    assert found.passed, str(found)
+    assert record.passed, str(record)
 
 
 def test_a_model_in_double_precision_has_one_forward_line():
     with jax.enable_x64(True):
-        found = gj.certify(gj.zeros(hidden=8), net(dtype=jnp.float64), POINTS, key=KEY)
-    (line,) = found.forward
-    assert found.passed and line.dtype == "float64" and all(found.poison.values())
-    assert len(found.poison) == 4
+        record = gj.certify(gj.zeros(hidden=8), net(dtype=jnp.float64), POINTS, key=KEY)
+    (line,) = record.forward
+    assert record.passed and line.dtype == "float64" and all(record.poison.values())
+    assert len(record.poison) == 4
 
 
 def test_a_floor_below_one_rounding_is_not_taken_for_exact_arithmetic():
     """Two units add up to the same in either order: the floor may be 0, yet rounding is allowed."""
-    found = gj.certify(gj.copy(hidden=3, shares="random"), net(hidden=2), POINTS, key=KEY)
-    assert found.forward[0].floor < 2**-24 and 0 < found.forward[0].relative < 1e-6
-    assert found.passed, str(found)
+    record = gj.certify(gj.copy(hidden=3, shares="random"), net(hidden=2), POINTS, key=KEY)
+    assert record.forward[0].floor < 2**-24 and 0 < record.forward[0].relative < 1e-6
+    assert record.passed, str(record)
 
 
 def test_a_certificate_goes_through_json(exact, approximate):
-    for found in (exact, approximate):
-        stored = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-        assert stored["operator"] == found.operator and stored["passed"] is found.passed
-        assert stored["gradient"] == found.gradient
-        assert stored["forward"][-1]["relative"] == found.forward[-1].relative
-        assert {axis: tuple(n) for axis, n in stored["axes"].items()} == found.axes
+    for record in (exact, approximate):
+        stored = json.loads(json.dumps(record.to_dict(), allow_nan=False))
+        assert stored["operator"] == record.operator and stored["passed"] is record.passed
+        assert stored["gradient"] == record.gradient
+        assert stored["forward"][-1]["relative"] == record.forward[-1].relative
+        assert {axis: tuple(n) for axis, n in stored["axes"].items()} == record.axes
 
 
 def test_a_certificate_prints_a_line_for_every_question(exact):
@@ -152,12 +152,12 @@ def test_the_loss_and_the_outputs_may_be_given():
         return jax.vmap(model)(batch)[:, :1]
 
     model = net()
-    found = gj.certify(Forgotten(), model, POINTS, loss=loss, forward=forward)
+    record = gj.certify(Forgotten(), model, POINTS, loss=loss, forward=forward)
     grown = gj.grow(Forgotten(), model)
     moved = forward(grown, POINTS) - forward(model, POINTS)
-    assert found.forward[0].absolute == pytest.approx(float(jnp.abs(moved).max()), rel=1e-5)
+    assert record.forward[0].absolute == pytest.approx(float(jnp.abs(moved).max()), rel=1e-5)
     change = loss(grown, POINTS) - loss(model, POINTS)
-    assert found.forward[0].loss == pytest.approx(float(change), rel=1e-4)
+    assert record.forward[0].loss == pytest.approx(float(change), rel=1e-4)
 
 
 # Wrong operators -----------------------------------------------------------------------------
@@ -240,26 +240,26 @@ def test_what_an_operator_does_beside_its_maps_is_seen_in_every_dtype(op):
 
 @pytest.mark.parametrize("op", [Forgotten(), WrongSide()], ids=str)
 def test_a_missing_or_misplaced_share_is_seen_by_the_forward_line(op):
-    found = certificate(op)
-    assert not found.passed
-    assert all(d.relative > 0.01 for d in found.forward)
-    assert "BREAKS ITS PROMISE" in str(found)
+    record = certificate(op)
+    assert not record.passed
+    assert all(d.relative > 0.01 for d in record.forward)
+    assert "BREAKS ITS PROMISE" in str(record)
 
 
 def test_a_wrong_map_behind_right_values_is_seen_by_the_gradient_line_alone():
-    found = certificate(Snapshot())
-    assert all(d.relative < 1e-6 for d in found.forward) and found.forward[-1].relative < 1e-14
-    assert found.gradient is not None and found.gradient > 0.01
-    assert not found.passed
+    record = certificate(Snapshot())
+    assert all(d.relative < 1e-6 for d in record.forward) and record.forward[-1].relative < 1e-14
+    assert record.gradient is not None and record.gradient > 0.01
+    assert not record.passed
 
 
 def test_an_open_new_coordinate_is_seen_by_the_poison_line_alone():
-    found = certificate(Ajar(), act=jax.nn.sigmoid)
-    assert all(d.relative < 1e-6 for d in found.forward)
-    assert found.gradient is not None and found.gradient < 1e-14
-    assert found.poison == {"0": True, "N(0, 1)": False, "42": False, "1000": False}
-    assert not found.passed
-    assert "bitwise equal under 0; CHANGED by N(0, 1), 42, 1000" in str(found)
+    record = certificate(Ajar(), act=jax.nn.sigmoid)
+    assert all(d.relative < 1e-6 for d in record.forward)
+    assert record.gradient is not None and record.gradient < 1e-14
+    assert record.poison == {"0": True, "N(0, 1)": False, "42": False, "1000": False}
+    assert not record.passed
+    assert "bitwise equal under 0; CHANGED by N(0, 1), 42, 1000" in str(record)
     assert certificate(Ajar()).passed  # tanh of zero is zero
 
 
@@ -267,15 +267,17 @@ def test_an_open_new_coordinate_is_seen_by_the_poison_line_alone():
 
 
 def test_zeros_are_half_dead_after_one_step_and_alive_after_two():
-    found = certificate(gj.zeros(hidden=8))
-    assert found.passed and all(found.poison.values())
-    assert found.dead == {"hidden": (pytest.approx(4 / 6), 0.0)}  # what produces, not what consumes
+    record = certificate(gj.zeros(hidden=8))
+    assert record.passed and all(record.poison.values())
+    assert record.dead == {
+        "hidden": (pytest.approx(4 / 6), 0.0)
+    }  # what produces, not what consumes
 
 
 def test_zeros_on_both_sides_are_dead_for_ever():
-    found = certificate(gj.zeros(hidden=8, init="zeros"))
-    assert found.passed and found.dead == {"hidden": (1.0, 1.0)}
-    assert "100% of new entries without gradient after one step, 100% after two" in str(found)
+    record = certificate(gj.zeros(hidden=8, init="zeros"))
+    assert record.passed and record.dead == {"hidden": (1.0, 1.0)}
+    assert "100% of new entries without gradient after one step, 100% after two" in str(record)
 
 
 def test_equal_copies_are_locked_to_their_source_and_unequal_ones_are_not():
@@ -295,8 +297,8 @@ class Compiled(logging.Handler):
         self.names: list[str] = []
 
     def emit(self, record):
-        said = re.match(r"Finished XLA compilation of (.*) in ", record.getMessage())
-        self.names += [said[1]] if said else []
+        compiled = re.match(r"Finished XLA compilation of (.*) in ", record.getMessage())
+        self.names += [compiled[1]] if compiled else []
 
     def __enter__(self):
         self.logger, self.logs = logging.getLogger("jax._src.dispatch"), jax.log_compiles()

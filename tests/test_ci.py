@@ -57,19 +57,19 @@ TARGETS = ("lint", "test", "test-tpu", "test-hf", "test-tpu PYTHON=", "test PYTH
 
 @pytest.mark.parametrize("fails", ["", *TARGETS])
 def test_ci_is_red_just_where_a_target_is(tmp_path, fails):
-    found = run(tmp_path, MAKE, FAIL=fails)
-    assert (found.returncode == 0) == (not fails), found.stderr
+    result = run(tmp_path, MAKE, FAIL=fails)
+    assert (result.returncode == 0) == (not fails), result.stderr
     for target in TARGETS:
-        assert f"true: {target}" in found.stdout
-    assert found.stdout.splitlines()[-1] == "said by test"
+        assert f"true: {target}" in result.stdout
+    assert result.stdout.splitlines()[-1] == "said by test"
     assert not list((tmp_path / "said").iterdir())
 
 
 def test_bytecode_is_kept_whatever_the_environment_says(tmp_path):
     """Or each of the dozens of processes that tests start makes it anew."""
     make = MAKE.replace("$CI: $*", "$PYTHONDONTWRITEBYTECODE, $PIP_FLAGS")
-    found = run(tmp_path, make, FAIL="", PYTHONDONTWRITEBYTECODE="1")
-    assert found.stdout.startswith(", --no-compile -c ")
+    result = run(tmp_path, make, FAIL="", PYTHONDONTWRITEBYTECODE="1")
+    assert result.stdout.startswith(", --no-compile -c ")
 
 
 def test_the_oldest_pair_is_the_lowest_that_is_allowed_and_the_newest_is_what_pip_gives(tmp_path):
@@ -78,26 +78,26 @@ def test_the_oldest_pair_is_the_lowest_that_is_allowed_and_the_newest_is_what_pi
     make = MAKE.replace(
         'echo "$CI: $*"', 'echo "$CI: $*"; cat ${PIP_FLAGS##* } 2>/dev/null || true'
     )
-    found = run(tmp_path, make, FAIL="").stdout.splitlines()
+    result = run(tmp_path, make, FAIL="").stdout.splitlines()
     assert all("==" in line for line in lowest)
-    assert found[1 : len(lowest) + 1] == lowest
-    newest = [line for line in found if "PYTHON=" in line]
+    assert result[1 : len(lowest) + 1] == lowest
+    newest = [line for line in result if "PYTHON=" in line]
     files = re.findall(r"tests/test_\w+\.py", newest[-1])
     assert len(files) > 9 and all((CI.parents[1] / name).exists() for name in files)
-    assert found[found.index(newest[0]) + 1] == "said by test-tpu", "bound to the lowest versions"
+    assert result[result.index(newest[0]) + 1] == "said by test-tpu", "bound to the lowest versions"
 
 
 def test_without_a_newer_python_ci_is_red(tmp_path):
     for version in ("3.12", "3.13"):
         (tmp_path / f"python{version}").write_text("#!/usr/bin/env bash\nexit 1\n")
         (tmp_path / f"python{version}").chmod(0o755)
-    found = run(tmp_path, MAKE, FAIL="", NEWEST="", PYENV_ROOT=str(tmp_path))
-    assert found.returncode != 0 and "no Python 3.12 or newer" in found.stderr
+    result = run(tmp_path, MAKE, FAIL="", NEWEST="", PYENV_ROOT=str(tmp_path))
+    assert result.returncode != 0 and "no Python 3.12 or newer" in result.stderr
 
 
 def test_what_cannot_be_installed_is_red(tmp_path):
-    found = run(tmp_path, MAKE, FAIL=".venv-ci/.installed-dev")
-    assert found.returncode != 0 and "said by test" not in found.stdout
+    result = run(tmp_path, MAKE, FAIL=".venv-ci/.installed-dev")
+    assert result.returncode != 0 and "said by test" not in result.stdout
 
 
 def test_targets_end_with_ci(tmp_path):

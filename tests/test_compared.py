@@ -72,16 +72,16 @@ def test_runs_that_grow_are_held_against_those_of_one_size(tmp_path):
     folders = [*six(tmp_path, GROWN, 2.2, 0.011), *six(tmp_path, SMALL, 2.0)]
     shown = io.StringIO()
     out = tmp_path / "page.html"
-    found = compare_runs(folders, out=out, console=Console(file=shown, width=220))
-    assert [(arm.name, arm.fixed, len(arm.outcomes)) for arm in found.arms] == [
+    comparison = compare_runs(folders, out=out, console=Console(file=shown, width=220))
+    assert [(arm.name, arm.fixed, len(arm.outcomes)) for arm in comparison.arms] == [
         ("grown", False, 6),
         ("small", True, 6),
     ]
-    (row,) = found.rows
+    (row,) = comparison.rows
     assert row.verdict == "worse" and row.over == "seeds and windows"
     assert row.estimate == pytest.approx(0.2025) and not row.undecayed
-    said = "Worse than the best fixed size at equal cost: grown by 0.20"
-    assert said in " ".join(shown.getvalue().split()) and str(out) in shown.getvalue()
+    sentence = "Worse than the best fixed size at equal cost: grown by 0.20"
+    assert sentence in " ".join(shown.getvalue().split()) and str(out) in shown.getvalue()
     page = out.read_text()
     assert page.index("Worse than the best") < page.index("<svg") < page.index("<table")
     # Another baseline is one arm that is named

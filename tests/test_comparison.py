@@ -45,10 +45,10 @@ def runs(arm: str, scores, budget: float = 1.0, **changes) -> list[Outcome]:
 @given(SEEDS, SIZES)
 def test_the_t_test_and_its_interval_are_those_of_scipy(seed, n):
     x = draws(seed, n)
-    found: Any = stats.ttest_1samp(x, 0.0)
-    assert spread(x).p() == pytest.approx(found.pvalue, rel=1e-10)
+    reference: Any = stats.ttest_1samp(x, 0.0)
+    assert spread(x).p() == pytest.approx(reference.pvalue, rel=1e-10)
     for level in (0.9, 0.95):
-        assert t_interval(x, level) == pytest.approx(tuple(found.confidence_interval(level)))
+        assert t_interval(x, level) == pytest.approx(tuple(reference.confidence_interval(level)))
 
 
 @given(SEEDS, SIZES)
@@ -62,8 +62,8 @@ def test_flipping_signs_is_the_exact_test(seed, n):
 
 def test_the_smallest_p_of_flipping_signs():
     """Three seeds can never reach 0.05, and five cannot either; six can."""
-    found = [sign_flip([1.0 + 0.1 * i for i in range(n)]) for n in (3, 5, 6)]
-    assert found == [0.25, 0.0625, 0.03125]
+    smallest = [sign_flip([1.0 + 0.1 * i for i in range(n)]) for n in (3, 5, 6)]
+    assert smallest == [0.25, 0.0625, 0.03125]
 
 
 def test_many_values_are_drawn():
@@ -95,8 +95,8 @@ def test_what_can_be_detected_is_found_in_four_cases_of_five():
     n, rng = 6, np.random.default_rng(0)
     # The mean over draws of the spread is what the formula is for
     size = np.mean([detectable(rng.normal(size=n).tolist()) for _ in range(400)])
-    found = np.mean([spread((rng.normal(size=n) + size).tolist()).p() < 0.05 for _ in range(400)])
-    assert found == pytest.approx(0.8, abs=0.07)
+    share = np.mean([spread((rng.normal(size=n) + size).tolist()).p() < 0.05 for _ in range(400)])
+    assert share == pytest.approx(0.8, abs=0.07)
 
 
 # Seeds and windows --------------------------------------------------------------------------------
@@ -126,9 +126,9 @@ def crossed_draws(rng, seeds: int, windows: int, of_seeds: float, of_windows: fl
 def test_without_windows_that_differ_the_error_is_that_of_the_seeds():
     x = np.array(draws(3, 6))
     sums = np.tile(x[:, None], (1, 40))
-    found, plain = crossed(sums, np.ones(40)), spread(x.tolist())
-    assert (found.mean, found.error) == pytest.approx((plain.mean, plain.error))
-    assert found.degrees == pytest.approx(5)
+    estimate, plain = crossed(sums, np.ones(40)), spread(x.tolist())
+    assert (estimate.mean, estimate.error) == pytest.approx((plain.mean, plain.error))
+    assert estimate.degrees == pytest.approx(5)
     assert resampled(sums, np.ones(40)) == pytest.approx(t_interval(x.tolist()), abs=0.15)
 
 
@@ -136,11 +136,11 @@ def test_without_seeds_that_differ_the_error_is_that_of_a_ratio_over_windows():
     rng = np.random.default_rng(0)
     weights = rng.integers(1, 9, 300).astype(float)
     each = rng.normal(size=300) * weights
-    found = crossed(np.tile(each, (6, 1)), weights)
+    estimate = crossed(np.tile(each, (6, 1)), weights)
     ratio = each.sum() / weights.sum()
     error = (300 * np.var(each - ratio * weights, ddof=1)) ** 0.5 / weights.sum()
-    assert (found.mean, found.error) == pytest.approx((ratio, error))
-    assert found.degrees == pytest.approx(299)
+    assert (estimate.mean, estimate.error) == pytest.approx((ratio, error))
+    assert estimate.degrees == pytest.approx(299)
     low, high = resampled(np.tile(each, (6, 1)), weights)
     assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.06)
 
@@ -150,12 +150,12 @@ def test_intervals_over_both_hold_the_truth_in_19_of_20_cases(of_seeds, of_windo
     """And those over seeds alone do not, once windows differ: all seeds are judged on the same ones."""
     rng = np.random.default_rng(1)
     cases, hits = 300, {"t": 0, "bootstrap": 0, "seeds": 0}
-    found = []
+    estimates = []
     for _ in range(cases):
         sums, weights = crossed_draws(rng, 6, 80, of_seeds, of_windows)
-        found.append(crossed(sums, weights))
+        estimates.append(crossed(sums, weights))
         for name, (low, high) in {
-            "t": found[-1].interval(),
+            "t": estimates[-1].interval(),
             "bootstrap": resampled(sums, weights, draws=400),
             "seeds": t_interval((sums.sum(1) / weights.sum()).tolist()),
         }.items():
@@ -163,15 +163,15 @@ def test_intervals_over_both_hold_the_truth_in_19_of_20_cases(of_seeds, of_windo
     assert hits["t"] / cases > 0.92 and hits["bootstrap"] / cases > 0.92
     assert (hits["seeds"] / cases < 0.85) == (of_windows > 0)
     # The error is what means are apart by, and a little more for what is counted twice
-    error = float(np.mean([spread.error**2 for spread in found]) ** 0.5)
-    assert 0.9 < error / np.std([spread.mean for spread in found]) < 1.3
+    error = float(np.mean([spread.error**2 for spread in estimates]) ** 0.5)
+    assert 0.9 < error / np.std([spread.mean for spread in estimates]) < 1.3
 
 
 def test_a_bootstrap_is_the_same_at_every_call_and_in_any_number_of_chunks(monkeypatch):
     sums, weights = crossed_draws(np.random.default_rng(2), 6, 50, 0.1, 0.3)
-    found = resampled(sums, weights)
+    whole = resampled(sums, weights)
     monkeypatch.setattr(statistics, "_CHUNK", 77)
-    assert resampled(sums, weights) == pytest.approx(found, rel=1e-12)
+    assert resampled(sums, weights) == pytest.approx(whole, rel=1e-12)
     assert resampled(2 * sums, weights) == pytest.approx(np.multiply(2, resampled(sums, weights)))
 
 
@@ -213,8 +213,8 @@ def test_windows_that_were_kept_are_in_the_interval_and_the_verdict():
     assert mixed.over == "seeds" and mixed.interval == pytest.approx(seeds.interval)
     # Spread over all windows the same gain is one
     even = base - 2.0 + 0.02 * rng.normal(size=(6, 20))
-    (found,) = compare([*outcomes[:6], *windowed("arm", even, weights)], "base")
-    assert (found.verdict, found.over) == ("better", "seeds and windows")
+    (comparison,) = compare([*outcomes[:6], *windowed("arm", even, weights)], "base")
+    assert (comparison.verdict, comparison.over) == ("better", "seeds and windows")
 
 
 def test_differences_are_of_the_windows_where_there_are_some():
@@ -224,8 +224,8 @@ def test_differences_are_of_the_windows_where_there_are_some():
     base = rng.normal(10, 1, size=(6, 30))
     both = [*windowed("base", base, weights), *windowed("arm", base - 1.0, weights)]
     noisy = [dataclasses.replace(o, score=o.score + 0.3 * rng.normal()) for o in both]
-    (found,) = compare(noisy, "base")
-    assert found.differences == pytest.approx([-0.2] * 6) and found.verdict == "better"
+    (comparison,) = compare(noisy, "base")
+    assert comparison.differences == pytest.approx([-0.2] * 6) and comparison.verdict == "better"
     (alone,) = compare([dataclasses.replace(o, windows=None) for o in noisy], "base")
     assert alone.mean != pytest.approx(-0.2, abs=1e-3)
 
@@ -233,12 +233,12 @@ def test_differences_are_of_the_windows_where_there_are_some():
 def test_windows_that_cannot_be():
     weights = np.ones(5)
     (good, other) = windowed("arm", np.ones((2, 5)), weights)
-    for windows, said in [
+    for windows, message in [
         (np.ones(5), r"array of shape \(5,\)"),
         (np.ones((1, 2)), "two or more pairs"),
         (np.full((5, 2), np.nan), "finite losses"),
     ]:
-        with pytest.raises(BudgetError, match=said):
+        with pytest.raises(BudgetError, match=message):
             dataclasses.replace(good, windows=windows)
     with pytest.raises(BudgetError, match="score: expected a finite number(.|\n)*spent: expected"):
         dataclasses.replace(good, score=float("nan"), spent=0.0, windows=None)
@@ -257,10 +257,10 @@ NOISE = np.array([0.010, -0.006, 0.004, -0.009, 0.002, 0.007])
 def verdict(shift: float, noise=NOISE, n: int = 6, **kwargs) -> str:
     scores = np.array(BASE) + shift + noise
     outcomes = [*runs("base", BASE[:n]), *runs("arm", scores[:n])]
-    (found,) = compare(outcomes, "base", **kwargs)
-    assert found.mean == pytest.approx(shift + noise[:n].mean())
-    assert found.differences == pytest.approx(tuple((shift + noise)[:n]))
-    return found.verdict
+    (comparison,) = compare(outcomes, "base", **kwargs)
+    assert comparison.mean == pytest.approx(shift + noise[:n].mean())
+    assert comparison.differences == pytest.approx(tuple((shift + noise)[:n]))
+    return comparison.verdict
 
 
 def test_verdicts():
@@ -272,8 +272,10 @@ def test_verdicts():
 
 def test_small_but_sure_is_said_to_be_small():
     outcomes = [*runs("base", BASE), *runs("arm", np.array(BASE) + 0.02 + NOISE)]
-    (found,) = compare(outcomes, "base", margin=0.1)
-    assert found.verdict == "worse" and found.reason == "but by less than the margin of 0.1"
+    (comparison,) = compare(outcomes, "base", margin=0.1)
+    assert (
+        comparison.verdict == "worse" and comparison.reason == "but by less than the margin of 0.1"
+    )
 
 
 def test_equivalence_is_adjusted_for_all_that_are_tested():
@@ -293,9 +295,9 @@ def test_equivalence_is_adjusted_for_all_that_are_tested():
 
 def test_verdicts_in_words():
     outcomes = [*runs("base", BASE), *runs("arm", np.array(BASE) - 0.3 + NOISE)]
-    (found,) = compare(outcomes, "base")
-    low, high = found.interval
-    assert str(found) == f"better by 0.299 ({-high:.3f} to {-low:.3f})"
+    (comparison,) = compare(outcomes, "base")
+    low, high = comparison.interval
+    assert str(comparison) == f"better by 0.299 ({-high:.3f} to {-low:.3f})"
     assert (
         words("no difference found", 0.01, (-0.02, 0.04)) == "no difference found (-0.020 to 0.040)"
     )
@@ -312,12 +314,12 @@ def test_the_two_tests_have_to_agree():
     """One seed that is far off: flipping signs sees six of one sign, t sees a wide spread."""
     noise = np.array([0.01, 0.02, 0.01, 0.03, 0.02, 2.0])
     outcomes = [*runs("base", BASE), *runs("arm", np.array(BASE) + noise)]
-    (found,) = compare(outcomes, "base", margin=0.001)
-    assert found.p <= 0.05 < found.p_t and found.verdict == "no difference found"
+    (comparison,) = compare(outcomes, "base", margin=0.001)
+    assert comparison.p <= 0.05 < comparison.p_t and comparison.verdict == "no difference found"
     # One seed that is level: t sees a gain, and signs could have fallen so
     noise = np.array([-0.30, -0.31, -0.29, -0.30, -0.31, 0.01])
-    (found,) = compare([*runs("base", BASE), *runs("arm", np.array(BASE) + noise)], "base")
-    assert found.p_holm <= 0.05 < found.p and found.verdict == "no difference found"
+    (comparison,) = compare([*runs("base", BASE), *runs("arm", np.array(BASE) + noise)], "base")
+    assert comparison.p_holm <= 0.05 < comparison.p and comparison.verdict == "no difference found"
 
 
 def test_more_arms_take_more_to_decide():
@@ -340,28 +342,28 @@ def test_more_arms_take_more_to_decide():
 
 def test_only_seeds_that_both_have_are_paired():
     outcomes = [*runs("base", BASE), *runs("arm", np.array(BASE) - 1)[2:5]]
-    (found,) = compare(outcomes, "base")
-    assert found.seeds == (2, 3, 4) and found.verdict == "too few seeds"
+    (comparison,) = compare(outcomes, "base")
+    assert comparison.seeds == (2, 3, 4) and comparison.verdict == "too few seeds"
 
 
 def test_what_may_not_be_compared():
     good = [*runs("base", BASE), *runs("arm", BASE)]
-    for change, said in [
+    for change, message in [
         ({"clock": "another"}, "clocks differ: 'another', 'clock'"),
         ({"budget": 2.0}, "budgets differ: 1, 2"),
         ({"seed": 1}, "'arm' has two runs of seed 1"),
         ({"arm": "third", "seed": 77}, "'third' shares no seed with 'base'"),
     ]:
         bad = [*good[:-1], dataclasses.replace(good[-1], **change)]
-        with pytest.raises(BudgetError, match=said):
+        with pytest.raises(BudgetError, match=message):
             compare(bad, "base")
     with pytest.raises(BudgetError, match="'bass' has no run; expected one of 'base', 'arm'"):
         compare(good, "bass")
     early = [*good[:-1], dataclasses.replace(good[-1], decayed=False)]
     with pytest.raises(UndecayedError, match="the learning rate of arm had not fallen"):
         compare(early, "base")
-    (found,) = compare(early, "base", allow_undecayed=True)
-    assert found.undecayed == ("arm",)
+    (comparison,) = compare(early, "base", allow_undecayed=True)
+    assert comparison.undecayed == ("arm",)
 
 
 # Cost to a loss ----------------------------------------------------------------------------------

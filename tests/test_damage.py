@@ -115,8 +115,8 @@ def flipped(path: Path) -> None:
 def test_damage_says_what_to_remove_and_where_the_run_goes_on(short, copied, programs):
     of, folder, path = copied
     flipped(path)
-    says = r"00000004-00 is not a whole .* Remove that folder, and the run goes on from step 2 \(00000002"
-    with pytest.raises(DamagedError, match=says):
+    text = r"00000004-00 is not a whole .* Remove that folder, and the run goes on from step 2 \(00000002"
+    with pytest.raises(DamagedError, match=text):
         list(train(of, feed(of), run=folder, cache=programs))
     shutil.rmtree(path.with_name("00000002-00"))
     with pytest.raises(DamagedError, match="Remove that folder, and the run begins anew"):
@@ -233,8 +233,8 @@ def test_a_host_with_another_lineage_than_that_of_process_0_is_refused(
     real = hosts.from_first
 
     def other(make: Any) -> Any:
-        found = real(make)
-        return found | {"tokens": 1} if isinstance(found, dict) else found
+        value = real(make)
+        return value | {"tokens": 1} if isinstance(value, dict) else value
 
     monkeypatch.setattr(hosts, "from_first", other)
     with pytest.raises(CheckpointError, match="is not the checkpoint that process 0 goes on from"):
@@ -258,9 +258,9 @@ def test_a_journal_that_was_cut_anywhere_is_mended_and_goes_on(tmp_path_factory,
     left = file.read_bytes().count(b"\n")
     with Journal(folder) as journal:
         journal.add({"kind": "begin", "step": left, "stage": 0})
-    found = list(lines_of(file))
-    assert found == [*rows[:left], {"kind": "begin", "step": left, "stage": 0}]
-    assert read_journal(folder) == found
+    lines = list(lines_of(file))
+    assert lines == [*rows[:left], {"kind": "begin", "step": left, "stage": 0}]
+    assert read_journal(folder) == lines
 
 
 def test_sessions_of_a_run_are_told_by_its_journal(short, copied, programs):
@@ -282,9 +282,9 @@ def test_sessions_of_a_run_are_told_by_its_journal(short, copied, programs):
 def test_the_losses_of_the_end_are_kept_and_a_damaged_file_is_said(short, copied, programs):
     of, folder, _ = copied
     end: Any = short[1][-1]
-    kept = Run(folder).held_out()
-    assert kept is not None and kept[1]["step"] == 4
-    assert np.array_equal(kept[0].sums, end.held_out.sums) and kept[0].loss == end.held_out.loss
+    saved = Run(folder).held_out()
+    assert saved is not None and saved[1]["step"] == 4
+    assert np.array_equal(saved[0].sums, end.held_out.sums) and saved[0].loss == end.held_out.loss
     file = folder / "held_out.npz"
     again = list(train(of, feed(of), run=folder, cache=programs))[-1]
     assert again.held_out_seconds == 0 and np.array_equal(again.held_out.sums, end.held_out.sums)

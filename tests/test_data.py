@@ -173,8 +173,8 @@ def test_a_file_is_cut_where_it_says(tmp_path_factory, parts, chunk):
     text = "|#|".join(parts)
     hypothesis.assume(text)
     folder = write(tmp_path_factory.mktemp("cut"), all_txt=text)
-    found = list(contents(Text(str(folder), split="|#|")).values()) if any(parts) else []
-    assert [piece.decode() for piece in found] == (parts if any(parts) else [])
+    pieces = list(contents(Text(str(folder), split="|#|")).values()) if any(parts) else []
+    assert [piece.decode() for piece in pieces] == (parts if any(parts) else [])
 
 
 def test_a_separator_may_stand_across_chunks(tmp_path):
@@ -240,8 +240,8 @@ def test_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     texts = [f"text {n}" for n in range(600)]  # more than one batch
     parquet.write_table(pa.table({"text": texts, "n": range(600)}), tmp_path / "a.parquet")
-    found = contents(Parquet(str(tmp_path)))
-    assert list(found.values()) == texts and list(found)[599] == "a.parquet:599"
+    documents = contents(Parquet(str(tmp_path)))
+    assert list(documents.values()) == texts and list(documents)[599] == "a.parquet:599"
     with pytest.raises(DataError, match="a.parquet: no column 'body'; its columns are text, n"):
         contents(Parquet(str(tmp_path), "body"))
     with pytest.raises(DataError, match="a.parquet, row 0: 'n' is a int, not text"):
@@ -258,8 +258,8 @@ def test_tokens(tmp_path):
     assert [c.tolist() for c in contents(Tokens(path)).values()] == [[5, 6, 0, 7, 0]]
     assert [c.tolist() for c in contents(Tokens(path, 0)).values()] == [[5, 6, 0], [7, 0]]
     np.save(tmp_path / "starts.npy", np.array([0, 4]))
-    found = [c.tolist() for c in contents(Tokens(str(tmp_path))).values()]
-    assert found == [[5, 6, 0, 7], [0]]
+    documents = [c.tolist() for c in contents(Tokens(str(tmp_path))).values()]
+    assert documents == [[5, 6, 0, 7], [0]]
     np.save(tmp_path / "starts.npy", np.array([0, 9]))
     with pytest.raises(DataError, match="offsets up to the 5 tokens of .*tokens.npy, got 9"):
         contents(Tokens(str(tmp_path)))
@@ -294,9 +294,9 @@ def test_hugging_face_folders(tmp_path):
 
 
 def test_the_standard_library_is_always_there():
-    found = contents(StandardLibrary())
-    assert {"json/decoder.py", "topics/if.txt"} <= set(found)
-    assert not any("test" in name.split("/") for name in found)
+    documents = contents(StandardLibrary())
+    assert {"json/decoder.py", "topics/if.txt"} <= set(documents)
+    assert not any("test" in name.split("/") for name in documents)
     assert StandardLibrary().fingerprint() == StandardLibrary().fingerprint()
 
 
@@ -326,14 +326,14 @@ def test_a_file_that_vanishes_while_reading_is_named(books):
 @hypothesis.given(st.lists(st.text(max_size=5), min_size=1, max_size=8))
 def test_a_corpus_is_its_documents_with_a_separator_after_each(texts):
     corpus = Corpus.of(texts, BYTES)
-    kept = [t for t in texts if t]
-    assert BYTES.decode(corpus.tokens) == "".join(f"{t}<eos>" for t in kept)
-    assert corpus.text_bytes == sum(len(t.encode()) for t in kept)
-    ends = [*corpus.starts[1:], len(corpus)] if kept else []
+    filled = [t for t in texts if t]
+    assert BYTES.decode(corpus.tokens) == "".join(f"{t}<eos>" for t in filled)
+    assert corpus.text_bytes == sum(len(t.encode()) for t in filled)
+    ends = [*corpus.starts[1:], len(corpus)] if filled else []
     cut = zip(corpus.starts, ends, strict=True)
-    assert [BYTES.decode(corpus.tokens[a : b - 1]) for a, b in cut] == kept
-    if kept:
-        whole = np.repeat(np.arange(len(kept)), np.diff([*corpus.starts, len(corpus)]))
+    assert [BYTES.decode(corpus.tokens[a : b - 1]) for a, b in cut] == filled
+    if filled:
+        whole = np.repeat(np.arange(len(filled)), np.diff([*corpus.starts, len(corpus)]))
         for start, stop in itertools.combinations(range(0, len(corpus) + 1, 3), 2):
             part = whole[start:stop]
             np.testing.assert_array_equal(corpus.documents(start, stop), part - part[0])
@@ -456,16 +456,16 @@ def test_a_changed_manifest_is_refused(books, tmp_path):
 
 
 def test_two_processes_may_prepare_the_same_corpus(books, tmp_path):
-    source, cache, found = Text(str(books)), tmp_path / "cache", []
+    source, cache, digests = Text(str(books)), tmp_path / "cache", []
     barrier = threading.Barrier(4)
 
     def work():
         barrier.wait()
-        found.append(prepare(source, BYTES, cache)[0].digest)
+        digests.append(prepare(source, BYTES, cache)[0].digest)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 4 and len(set(found)) == 1 and len(list(cache.iterdir())) == 1
+    assert len(digests) == 4 and len(set(digests)) == 1 and len(list(cache.iterdir())) == 1

@@ -92,9 +92,9 @@ def test_width_grows_exactly_at_any_depth(family, layers):
 
 def test_a_growth_from_nothing_is_certified():
     batch = jnp.asarray(tokens("GPT")[0])[None]
-    found = gj.certify(gj.fresh(layers=2), model("GPT", 0), batch, key=KEY)
-    assert found.axes == {"layers": (0, 2)} and found.forward[0].relative > 0.01
-    assert found.dead == {"layers": (pytest.approx(0, abs=0.05), pytest.approx(0, abs=0.05))}
+    certificate = gj.certify(gj.fresh(layers=2), model("GPT", 0), batch, key=KEY)
+    assert certificate.axes == {"layers": (0, 2)} and certificate.forward[0].relative > 0.01
+    assert certificate.dead == {"layers": (pytest.approx(0, abs=0.05), pytest.approx(0, abs=0.05))}
     masked = gj.certify(gj.msg(layers=2, init="born"), model("GPT", 0), batch, key=KEY)
     assert masked.passed and masked.forward[0].relative == 0
     wider = gj.certify(gj.copy(mlp=9, shares="random"), model("GPT", 0), batch)
@@ -102,7 +102,7 @@ def test_a_growth_from_nothing_is_certified():
 
 
 @pytest.mark.parametrize(
-    "op, said",
+    "op, message",
     [
         (gj.stack(layers=3), r"no layer to copy 3 times; gj\.fresh\(layers=3\)"),
         (gj.msg(layers=3), r"no layer to copy 3 times"),
@@ -111,8 +111,8 @@ def test_a_growth_from_nothing_is_certified():
     ],
     ids=str,
 )
-def test_what_cannot_grow_from_nothing_says_what_does(op, said):
-    with pytest.raises(GrowthError, match=said):
+def test_what_cannot_grow_from_nothing_says_what_does(op, message):
+    with pytest.raises(GrowthError, match=message):
         op(model("GPT", 0), key=KEY)
 
 
@@ -245,7 +245,7 @@ def test_a_loop_costs_what_it_runs():
 
 
 @pytest.mark.parametrize(
-    "loop, said",
+    "loop, message",
     [
         (lambda: gj.loop(2, first=2, last=1), "last: expected layer 2 or a later one, got 1"),
         (lambda: gj.loop(2, first=5), "first: 5 is not among them"),
@@ -254,8 +254,8 @@ def test_a_loop_costs_what_it_runs():
         (lambda: gj.loop(1.5), "times: expected .* got 1.5"),  # type: ignore[arg-type]
     ],
 )
-def test_a_loop_that_does_not_fit_says_so(loop, said):
-    with pytest.raises(SubnetError, match=said):
+def test_a_loop_that_does_not_fit_says_so(loop, message):
+    with pytest.raises(SubnetError, match=message):
         loop()(model("GPT", 3), key=KEY)
 
 

@@ -84,22 +84,22 @@ def test_counts_that_disagree_are_refused(monkeypatch):
 def test_bytes_of_a_device_are_those_of_hand_arithmetic():
     """Float32 on 4 devices: all that has a dimension that 4 divides is split, and the rest is whole."""
     fsdp = plan(steps(1), layout=Layout(fsdp=4), model=dataclasses.replace(SMALL, bias=True))
-    (found,) = dry_run(fsdp).stages
+    (stage,) = dry_run(fsdp).stages
     # [384, 16] words, [16, 16] positions; q, k, v, out [2, 16, 2, 8] and their biases; MLP; norms
     tables, attention, mlp = 384 * 16 + 16 * 16, 4 * 2 * 16 * 16, 2 * 2 * 16 * 16
     biases = 2 * (3 * 16 + 16) + 2 * (16 + 16)
     norms = 2 * 2 * 2 * 16 + 2 * 16
     numbers = tables + attention + mlp + biases + norms
-    assert numbers == found.parameters == parameters(fsdp.spans[0].model)
-    assert found.parameter_bytes is not None and found.optimizer_bytes is not None
+    assert numbers == stage.parameters == parameters(fsdp.spans[0].model)
+    assert stage.parameter_bytes is not None and stage.optimizer_bytes is not None
     rest = 4 * (2 * 2 + 1)  # the epsilons of five norms
-    assert found.parameter_bytes == numbers + rest
+    assert stage.parameter_bytes == numbers + rest
     # Two moments like the parameters, and an age for every coordinate of every axis
     ages = 4 * sum(fsdp.spans[0].sizes.values())
-    assert 2 * numbers <= found.optimizer_bytes <= 2 * numbers + ages + 64
+    assert 2 * numbers <= stage.optimizer_bytes <= 2 * numbers + ages + 64
     (alone,) = dry_run(dataclasses.replace(fsdp, layout=Layout())).stages
     assert alone.parameter_bytes == 4 * numbers + rest
-    assert found.unsplit == alone.unsplit == ()
+    assert stage.unsplit == alone.unsplit == ()
 
 
 @pytest.mark.usefixtures("ours")
@@ -111,8 +111,8 @@ def test_a_growth_holds_two_states():
 
 @pytest.mark.usefixtures("ours")
 def test_what_could_not_be_split_is_named():
-    (found,) = dry_run(plan(steps(1), batch=35, layout=Layout(fsdp=7))).stages
-    assert "embedding.table" in found.unsplit and "blocks.block.mlp.up" in found.unsplit
+    (stage,) = dry_run(plan(steps(1), batch=35, layout=Layout(fsdp=7))).stages
+    assert "embedding.table" in stage.unsplit and "blocks.block.mlp.up" in stage.unsplit
 
 
 # What it says ------------------------------------------------------------------------------------
@@ -121,18 +121,18 @@ def test_what_could_not_be_split_is_named():
 @pytest.mark.usefixtures("ours")
 def test_a_plan_is_worked_out_stage_by_stage():
     run = every_kind()
-    found = dry_run(run)
-    small, ramp, deep = found.stages
+    forecast = dry_run(run)
+    small, ramp, deep = forecast.stages
     assert (small.grows, small.exactness, small.parts) == (None, None, ())
     assert (ramp.grows, ramp.exactness) == ("msg(mlp=24, heads=4)", "exact")
     assert deep.exactness == "approximate" and deep.sizes["layers"] == 4
     assert deep.parts == ("RandomPath(length=3)", "RandomPath(length=4)")
-    assert found.flops == run.flops and sum(s.tokens for s in found.stages) == run.tokens
+    assert forecast.flops == run.flops and sum(s.tokens for s in forecast.stages) == run.tokens
     whole = run.spans[-1].flops[-1]
     assert small.saved == pytest.approx(1 - run.spans[0].flops[0] / whole)
-    assert found.saved == pytest.approx(1 - run.flops / (run.steps * whole))
+    assert forecast.saved == pytest.approx(1 - run.flops / (run.steps * whole))
     assert deep.rate[1] == run.learning_rate(run.flops - run.spans[-1].flops[-1] / 2)
-    json.dumps(found.to_dict())
+    json.dumps(forecast.to_dict())
 
 
 REFUSED = {
@@ -152,8 +152,8 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_laid_out_is_refused(message):
     changes, devices = REFUSED[message]
-    found = dry_run(plan(steps(1), **changes), devices=devices)
-    assert [message in reason for reason in found.refusals] == [True]
+    forecast = dry_run(plan(steps(1), **changes), devices=devices)
+    assert [message in reason for reason in forecast.refusals] == [True]
 
 
 @pytest.mark.usefixtures("ours")
@@ -171,13 +171,13 @@ def test_all_refusals_come_together_and_after_the_table():
 def test_no_array_is_made():
     before = len(jax.live_arrays())
     huge = dataclasses.replace(SMALL, layers=3, embed=8192, heads=64, head_dim=128, mlp=32768)
-    (found,) = dry_run(plan(steps(1), model=huge, layout=Layout(fsdp=4))).stages
-    assert found.parameters > 2**31 and len(jax.live_arrays()) <= before + 8
+    (stage,) = dry_run(plan(steps(1), model=huge, layout=Layout(fsdp=4))).stages
+    assert stage.parameters > 2**31 and len(jax.live_arrays()) <= before + 8
 
 
 def test_amounts_are_for_people():
-    said = [amount(n) for n in (None, 0, 1023, 1536, 3 << 20, 5 << 30)]
-    assert said == ["-", "0 B", "1023 B", "1.5 KiB", "3.0 MiB", "5.00 GiB"]
+    texts = [amount(n) for n in (None, 0, 1023, 1536, 3 << 20, 5 << 30)]
+    assert texts == ["-", "0 B", "1023 B", "1.5 KiB", "3.0 MiB", "5.00 GiB"]
 
 
 # Targets, as far as they go without a compiler ---------------------------------------------------
@@ -207,11 +207,11 @@ def large(**changes: Any) -> Plan:
 def test_what_a_step_holds_is_what_its_shapes_say():
     run = large()
     use = usage(run, 0, None, 16, training=True)
-    (found,) = dry_run(run, devices=16).stages
-    assert use.state == (found.parameter_bytes or 0) + (found.optimizer_bytes or 0)
+    (stage,) = dry_run(run, devices=16).stages
+    assert use.state == (stage.parameter_bytes or 0) + (stage.optimizer_bytes or 0)
     assert use.residuals == 4 * residual_bytes(run.spans[0], None) and use.sums == 0
     halves = usage(large(accumulate=2), 0, None, 16, training=True)
-    assert halves.residuals == use.residuals // 2 and halves.sums == 4 * found.parameters
+    assert halves.residuals == use.residuals // 2 and halves.sums == 4 * stage.parameters
     config: Any = run.model
     lean = large(model=dataclasses.replace(config, remat="nothing"))
     # Of a layer at length 8, only its input is left
@@ -224,17 +224,21 @@ def test_remedies_are_those_that_would_be_enough():
     use = usage(run, 0, None, 16, training=True)
     used = use.total + 2**16
     # Half of what is kept for the backward pass must go, and two parts sum gradients on top
-    said = remedies(run, need, 16, used, used - use.residuals // 2)
-    assert said.startswith("any of these would do: ") and "batch=1024" in said
-    assert "accumulate=4" in said and "model.remat=nothing" in said and "fsdp" not in said
+    sentence = remedies(run, need, 16, used, used - use.residuals // 2)
+    assert sentence.startswith("any of these would do: ") and "batch=1024" in sentence
+    assert (
+        "accumulate=4" in sentence and "model.remat=nothing" in sentence and "fsdp" not in sentence
+    )
     # More than half of the state must go (two devices each hold a little whole): only sharing helps
     few = usage(large(), 0, None, 16, training=True)
-    said = remedies(large(), need, 16, few.total, few.residuals + few.state // 2)
-    assert said.startswith("any of these would do: fsdp=4 (about ") and said.count("=") == 1
-    said = remedies(run, need, 16, used, few.state // 8)
-    assert said.startswith("no single change is enough; together fsdp=16 and accumulate=128")
-    said = remedies(run, need, 16, used, 2**16)
-    assert said.startswith("not even fsdp=16") and said.endswith("or chips with more memory")
+    sentence = remedies(large(), need, 16, few.total, few.residuals + few.state // 2)
+    assert sentence.startswith("any of these would do: fsdp=4 (about ") and sentence.count("=") == 1
+    sentence = remedies(run, need, 16, used, few.state // 8)
+    assert sentence.startswith("no single change is enough; together fsdp=16 and accumulate=128")
+    sentence = remedies(run, need, 16, used, 2**16)
+    assert sentence.startswith("not even fsdp=16") and sentence.endswith(
+        "or chips with more memory"
+    )
     growth: Need = ("grow", 0, None)
     assert remedies(run, growth, 16, use.state, use.state // 2).count("=") == 1
 

@@ -27,11 +27,11 @@ QUICK = Recipe(batch=16, rate=3e-3, epochs=8, length=16)
 
 def entailments(n: int, seed: int) -> list[Example]:
     """Whether the second text begins with an "x"."""
-    rng, found = np.random.default_rng(seed), []
+    rng, examples = np.random.default_rng(seed), []
     for i in range(n):
         first, label = "".join(rng.choice(list("abc"), 1 + i % 5)), int(rng.integers(2))
-        found.append(Example(((first, "xy"[label] + "z"),), RTE.labels[label]))
-    return found
+        examples.append(Example(((first, "xy"[label] + "z"),), RTE.labels[label]))
+    return examples
 
 
 # Inputs ------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_what_can_be_learnt_is_learnt():
     told = []
     before = jax.tree.map(np.asarray, eqx.filter(MODEL, eqx.is_array))
     with CountTraces() as traces:
-        found = fine_tune(
+        tuned = fine_tune(
             MODEL,
             TOKENIZER,
             RTE,
@@ -177,11 +177,11 @@ def test_what_can_be_learnt_is_learnt():
     # One width: a program to train and one to score, each traced once
     assert traces.count == 2
     assert eqx.tree_equal(before, jax.tree.map(np.asarray, eqx.filter(MODEL, eqx.is_array)))
-    assert min(found.last) == 1.0
+    assert min(tuned.last) == 1.0
     assert [(seed, epoch) for seed, epoch, _ in told] == [
         (s, e) for s in (0, 1) for e in range(1, 9)
     ]
-    assert told[-1][2] == found.runs[1][-1]
+    assert told[-1][2] == tuned.runs[1][-1]
 
 
 def test_choices_and_values_can_be_learnt():
@@ -209,8 +209,8 @@ def test_choices_and_values_can_be_learnt():
 
 def test_a_summary_is_of_the_last_epochs():
     runs = [[0.5, 0.9, 0.6], [0.1, 0.2, 0.8], [0.3, 0.7, 0.7]]
-    found = room.FineTuned("t", tuple(tuple({"f1": x, "accuracy": x} for x in run) for run in runs))
-    assert found.summary() == {
+    tuned = room.FineTuned("t", tuple(tuple({"f1": x, "accuracy": x} for x in run) for run in runs))
+    assert tuned.summary() == {
         "score": 0.7,
         "lowest": 0.6,
         "highest": 0.8,
@@ -229,8 +229,8 @@ def test_models_without_a_pooler_and_sets_with_names():
     train = entailments(16, 1)
     dev = {"matched": train, "mismatched": train[:4]}
     recipe = Recipe(batch=16, epochs=1, length=16)
-    found = fine_tune(bare, TOKENIZER, RTE, train, dev, recipe=recipe, seeds=[0])
-    assert {"matched_accuracy", "mismatched_accuracy"} <= set(found.summary())
+    tuned = fine_tune(bare, TOKENIZER, RTE, train, dev, recipe=recipe, seeds=[0])
+    assert {"matched_accuracy", "mismatched_accuracy"} <= set(tuned.summary())
 
 
 def test_the_last_epoch_alone_can_be_scored():

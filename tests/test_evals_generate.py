@@ -64,11 +64,11 @@ def in_parts(model, tokens, cuts, size=16):
         cache = model.cache(jnp.asarray(SOURCE), size, encoder_mask=jnp.asarray(SOURCE > 2))
     else:
         cache = model.cache(size)
-    found = []
+    parts = []
     for start, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
         logits, cache = extend(model, jnp.asarray(tokens[start:end]), cache, jnp.int32(start))
-        found.append(logits)
-    return np.concatenate(found)
+        parts.append(logits)
+    return np.concatenate(parts)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -102,8 +102,8 @@ def test_what_comes_later_in_a_cache_is_not_seen():
     """Padding leaves keys and values behind; the next tokens are put over them one by one."""
     model = build("llama, grouped")
     dirty = jax.tree.map(lambda x: jnp.full_like(x, 9.0), model.cache(16))
-    found = [extend(model, jnp.asarray(TOKENS), cache, 0)[0] for cache in (dirty, model.cache(16))]
-    assert np.array_equal(*found)
+    scores = [extend(model, jnp.asarray(TOKENS), cache, 0)[0] for cache in (dirty, model.cache(16))]
+    assert np.array_equal(*scores)
 
 
 def test_cross_attention_needs_something_to_read():
@@ -220,8 +220,8 @@ def test_short_prompts_go_along_with_long_ones(monkeypatch):
 
     monkeypatch.setitem(room.__globals__, "_batch", counted)
     prompts = ["x" * n + "abcdefgh"[n % 8] for n in (1, 40, 3, 20, 2)]
-    found = generate(looping("abcdefgh"), prompts, new=2)
-    assert found == ["cd", "bc", "ef", "fg", "de"]
+    answers = generate(looping("abcdefgh"), prompts, new=2)
+    assert answers == ["cd", "bc", "ef", "fg", "de"]
     assert widths == [(5, 48)]
     # 1,000 tokens hold 20 rows of 48 + 2, and three batches of 14 are as few; then 55 of 16 + 2
     language = looping("abcdefgh")

@@ -94,8 +94,8 @@ def test_greedy_is_what_the_model_would_say():
     tokens = [*b"abc"]
     for _ in range(3):
         tokens.append(int(run(GPT_32, tokens)[-1].argmax()))
-    (found,) = language.loglikelihoods_of_tokens([([*b"abc"], tokens[3:])])
-    assert found.greedy
+    (score,) = language.loglikelihoods_of_tokens([([*b"abc"], tokens[3:])])
+    assert score.greedy
     wrong = [*tokens[3:5], (tokens[5] + 1) % V]
     assert not language.loglikelihoods_of_tokens([([*b"abc"], wrong)])[0].greedy
 
@@ -128,11 +128,11 @@ def test_shapes_are_few():
     language = LanguageModel(GPT(GPTConfig(layers=1, positions=64, **SIZES), key=KEY), TOKENIZER)
     requests = [("a" * (1 + i % 40), "b" * (1 + i % 7)) for i in range(300)]
     with CountTraces() as traces:
-        found = language.loglikelihoods(requests)
+        scores = language.loglikelihoods(requests)
         assert traces.count == 4
         again = language.loglikelihoods(requests[::-1])
         assert traces.count == 4
-    assert again[::-1] == found
+    assert again[::-1] == scores
 
 
 def test_lengths_are_padded_by_half_at_most():
@@ -185,28 +185,28 @@ def test_bits_per_byte_by_hand():
     total = 0.0
     total += likelihood(run(GPT_32, tokens[:32]), tokens[1:33])[0]
     total += likelihood(run(GPT_32, tokens[-33:-1])[-12:], tokens[-12:])[0]
-    found = bits_per_byte(LanguageModel(GPT_32, TOKENIZER), [text])
-    assert found["bytes"] == found["tokens"] == len(text) + 1 == 44
-    assert found["bits_per_byte"] == pytest.approx(-total / 44 / math.log(2), rel=1e-5)
-    assert found["perplexity"] == pytest.approx(math.exp(-total / 44), rel=1e-5)
+    measured = bits_per_byte(LanguageModel(GPT_32, TOKENIZER), [text])
+    assert measured["bytes"] == measured["tokens"] == len(text) + 1 == 44
+    assert measured["bits_per_byte"] == pytest.approx(-total / 44 / math.log(2), rel=1e-5)
+    assert measured["perplexity"] == pytest.approx(math.exp(-total / 44), rel=1e-5)
 
 
 def test_a_model_of_nothing_needs_the_whole_alphabet():
     flat = eqx.tree_at(lambda m: m.embedding.table, LLAMA, jnp.zeros((V, 16)))
     flat = eqx.tree_at(lambda m: m.head, flat, jnp.zeros((16, V)))
-    found = bits_per_byte(LanguageModel(flat, TOKENIZER), ["any text", "at all"])
-    assert found["bits_per_byte"] == pytest.approx(math.log2(V), rel=1e-5)
-    assert found["perplexity"] == pytest.approx(V, rel=1e-4)
+    measured = bits_per_byte(LanguageModel(flat, TOKENIZER), ["any text", "at all"])
+    assert measured["bits_per_byte"] == pytest.approx(math.log2(V), rel=1e-5)
+    assert measured["perplexity"] == pytest.approx(V, rel=1e-4)
 
 
 def test_masked_bits():
     language = LanguageModel(BERT_32, TOKENIZER)
     text = "It was a bright cold day in April, and the clocks were striking thirteen."
-    found = masked_bits(language, [text], seed=1)
-    assert found == masked_bits(language, [text], seed=1)
-    assert found["masked_bits"] != masked_bits(language, [text], seed=2)["masked_bits"]
+    measured = masked_bits(language, [text], seed=1)
+    assert measured == masked_bits(language, [text], seed=1)
+    assert measured["masked_bits"] != masked_bits(language, [text], seed=2)["masked_bits"]
     # Windows of 30, 30 and 13 tokens and two special ones: round(.15 * 32) twice, round(.15 * 15)
-    assert found["tokens"] == 5 + 5 + 2
+    assert measured["tokens"] == 5 + 5 + 2
     silent = eqx.tree_at(lambda m: m.mlm.decoder_bias, BERT_32, jnp.zeros(V).at[32].set(1e4))
     sure = masked_bits(LanguageModel(silent, TOKENIZER), [" " * 70])
     assert sure["masked_bits"] == pytest.approx(0, abs=1e-3) and sure["accuracy"] == 1
@@ -273,8 +273,8 @@ def test_blimp(kind, packed, pairs, tmp_path):
         with tarfile.open(path, "w:xz") as archive:
             archive.add(pairs, "blimp/data")
     language = LanguageModel(model, TOKENIZER)
-    found = blimp(language, path)
-    assert found == {
+    measured = blimp(language, path)
+    assert measured == {
         "accuracy": (1 + 1 / 2 + 0) / 3,
         "phenomenon/argument_structure": 0.0,
         "phenomenon/islands": 0.75,

@@ -29,10 +29,10 @@ def test_metrics_by_hand():
     assert metrics.matthews(truth, guess)["matthews"] == pytest.approx(
         (2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2)
     )
-    found = metrics.correlations([1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 9.0])
+    scores = metrics.correlations([1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 9.0])
     # Covariances 11.5 / sqrt(5 * 38.75); ranks 1 3 2 4: 1 - 6 * 2 / (4 * 15)
-    assert found["pearson"] == pytest.approx(11.5 / math.sqrt(5 * 38.75))
-    assert found["spearman"] == pytest.approx(0.8)
+    assert scores["pearson"] == pytest.approx(11.5 / math.sqrt(5 * 38.75))
+    assert scores["spearman"] == pytest.approx(0.8)
 
 
 def test_metrics_of_a_model_that_says_one_thing():
@@ -48,8 +48,8 @@ def test_metrics_of_a_model_that_says_one_thing():
 def test_multirc_by_hand():
     groups = ["a", "a", "b", "b", "c"]
     truth, guess = ["1", "0", "1", "1", "0"], ["1", "0", "1", "0", "0"]
-    found = metrics.grouped_f1(groups, truth, guess)
-    assert found == {"f1": pytest.approx(2 * 2 / (2 * 2 + 1)), "exact_match": pytest.approx(2 / 3)}
+    scores = metrics.grouped_f1(groups, truth, guess)
+    assert scores == {"f1": pytest.approx(2 * 2 / (2 * 2 + 1)), "exact_match": pytest.approx(2 / 3)}
 
 
 @pytest.mark.parametrize(
@@ -70,17 +70,17 @@ def test_normalisers(text, squad, triviaqa):
 
 def test_answers_by_hand():
     gold = [["Eiffel Tower", "the tower"], ["4", "four"], ["a b b"]]
-    found = metrics.answers(["the tower of Eiffel", "Four.", "b b c"], gold)
+    scores = metrics.answers(["the tower of Eiffel", "Four.", "b b c"], gold)
     # 2 of the words "tower of eiffel" are right: P 2/3, R 1. "a" is an article: b b against b b c
-    assert found["exact_match"] == pytest.approx(1 / 3)
-    assert found["f1"] == pytest.approx((4 / 5 + 1 + 4 / 5) / 3)
+    assert scores["exact_match"] == pytest.approx(1 / 3)
+    assert scores["f1"] == pytest.approx((4 / 5 + 1 + 4 / 5) / 3)
 
 
 def test_questions_without_an_answer():
     gold = [["Paris"], [], [], ["a"]]
-    found = metrics.answers(["Paris", "", "Rome", ""], gold)
-    assert found["exact_match"] == found["f1"] == 0.75
-    assert (found["answerable_f1"], found["unanswerable_exact_match"]) == (1.0, 0.5)
+    scores = metrics.answers(["Paris", "", "Rome", ""], gold)
+    assert scores["exact_match"] == scores["f1"] == 0.75
+    assert (scores["answerable_f1"], scores["unanswerable_exact_match"]) == (1.0, 0.5)
     assert "answerable_f1" not in metrics.answers(["Paris"], [["Paris"]])
 
 
@@ -94,13 +94,13 @@ def test_metrics_do_not_depend_on_the_order_and_agree_with_sklearn(seed, n):
 
     def everything(order):
         t, p, g = ([x[i] for i in order] for x in (truth, guess, groups))
-        found = [metrics.f1(t, p), metrics.macro_f1(t, p), metrics.grouped_f1(g, t, p)]
+        all_scores = [metrics.f1(t, p), metrics.macro_f1(t, p), metrics.grouped_f1(g, t, p)]
         if len({*t, *p}) == 2:
-            found += [
+            all_scores += [
                 metrics.matthews(t, p),
                 metrics.correlations([*map(float, t)], [*map(float, p)]),
             ]
-        return [value for scores in found for value in scores.values()]
+        return [value for scores in all_scores for value in scores.values()]
 
     ours = everything(range(n))
     np.testing.assert_allclose(everything(order), ours, atol=1e-12)
@@ -220,8 +220,8 @@ def test_datasets_of_the_library():
     rows = Rows(
         [{"premise": "a", "hypothesis": "b", "label": i, "idx": 0} for i in (0, 1, 2, -1)], names
     )
-    found = read_task(GLUE["glue/mnli"], {"train": rows}, "train")
-    assert [example.label for example in found] == [*names, None]
+    examples = read_task(GLUE["glue/mnli"], {"train": rows}, "train")
+    assert [example.label for example in examples] == [*names, None]
     rows = Rows([{"sentence": "a", "label": 1, "idx": 0}], ["unacceptable", "acceptable"])
     assert read_task(GLUE["glue/cola"], {"train": rows}, "train") == [Example((("a",),), "1")]
     rows = Rows(
@@ -310,26 +310,26 @@ def test_multirc_and_record_are_grouped_by_question(tmp_path):
     for folder, record in (("MultiRC", MULTIRC), ("ReCoRD", RECORD)):
         write(tmp_path / folder / "val.jsonl", json.dumps(record))
     task = GLUE["superglue/multirc"]
-    found = read_task(task, tmp_path, "val")
-    assert [(e.group, e.choices[0][1], e.label) for e in found] == [
+    examples = read_task(task, tmp_path, "val")
+    assert [(e.group, e.choices[0][1], e.label) for e in examples] == [
         ("3-0", "Q? x", "1"),
         ("3-0", "Q? y", "0"),
         ("3-1", "R? z", "1"),
     ]
     # Right about the first question, wrong about the second
-    assert glue.score(task, found, np.array([[0, 1], [1, 0], [1, 0]])) == {
+    assert glue.score(task, examples, np.array([[0, 1], [1, 0], [1, 0]])) == {
         "f1": pytest.approx(2 / 3),
         "exact_match": 0.5,
     }
 
     task = GLUE["superglue/record"]
-    found = read_task(task, tmp_path, "val")
-    assert found[1] == Example(
+    examples = read_task(task, tmp_path, "val")
+    assert examples[1] == Example(
         (("Ann met Bob.\n- It rained.", "Bob was met."),), "1", "7", "Bob", ("Bob",)
     )
     # Neither entity looks right, and Bob less wrong than Ann
-    assert glue.score(task, found, np.array([[3.0, 1.0], [2.0, 1.0]]))["exact_match"] == 1
-    assert glue.score(task, found, np.array([[2.0, 1.0], [3.0, 1.0]]))["exact_match"] == 0
+    assert glue.score(task, examples, np.array([[3.0, 1.0], [2.0, 1.0]]))["exact_match"] == 1
+    assert glue.score(task, examples, np.array([[2.0, 1.0], [3.0, 1.0]]))["exact_match"] == 0
 
 
 def test_the_rows_of_the_library_are_the_same_examples(tmp_path):

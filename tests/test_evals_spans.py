@@ -18,8 +18,8 @@ SMALL = SpanRecipe(Recipe(length=16), stride=4, query=3)
 
 
 def ask(context: str, answer: str = "", question: str = "who?") -> Question:
-    found = (answer,) if answer else ()
-    return Question("q", question, found, context, tuple(context.index(a) for a in found))
+    answers = (answer,) if answer else ()
+    return Question("q", question, answers, context, tuple(context.index(a) for a in answers))
 
 
 # Places ------------------------------------------------------------------------------------------
@@ -42,21 +42,21 @@ def test_places_are_characters_and_not_bytes(tmp_path):
 def test_windows_by_hand():
     """10 tokens fit behind a question of 3; the next window begins 4 further."""
     text = "abcdefghijklmnop"
-    found = spans.windows(TOKENIZER, ask(text, "ijk"), 7, SMALL)
-    assert [w.tokens.tolist() for w in found] == [
+    windows = spans.windows(TOKENIZER, ask(text, "ijk"), 7, SMALL)
+    assert [w.tokens.tolist() for w in windows] == [
         [CLS, *b"who", SEP, *part, SEP] for part in (b"abcdefghij", b"efghijklmn", b"ijklmnop")
     ]
-    assert {w.question for w in found} == {7} and {w.first for w in found} == {5}
+    assert {w.question for w in windows} == {7} and {w.first for w in windows} == {5}
     # Whole only in the second and the third
-    assert [w.target for w in found] == [(0, 0), (9, 11), (5, 7)]
-    assert [text[w.places[0, 0] : w.places[-1, 1]] for w in found] == [
+    assert [w.target for w in windows] == [(0, 0), (9, 11), (5, 7)]
+    assert [text[w.places[0, 0] : w.places[-1, 1]] for w in windows] == [
         "abcdefghij",
         "efghijklmn",
         "ijklmnop",
     ]
     # "g" is sixth from the left of 10 and 3 from the end; in the second window third from the left
-    assert "".join(text[p] for w in found for p in w.places[w.best, 0]) == text
-    assert [text[w.places[w.best][0, 0]] for w in found] == ["a", "h", "l"]
+    assert "".join(text[p] for w in windows for p in w.places[w.best, 0]) == text
+    assert [text[w.places[w.best][0, 0]] for w in windows] == ["a", "h", "l"]
 
 
 def test_a_text_that_fits_has_one_window():
@@ -78,10 +78,10 @@ def test_an_answer_may_begin_within_a_token(tmp_path):
 
 def pointed(window: spans.Window, **ends: tuple[int, float]) -> np.ndarray:
     """Scores of a window: at a token of the text the start or the end has this score, else 0."""
-    found = np.zeros((len(window.tokens), 2))
+    scores = np.zeros((len(window.tokens), 2))
     for name, (token, score) in ends.items():
-        found[window.first + token if token >= 0 else 0, ["start", "end"].index(name[:-1])] = score
-    return found
+        scores[window.first + token if token >= 0 else 0, ["start", "end"].index(name[:-1])] = score
+    return scores
 
 
 def test_answers_by_hand():
@@ -128,24 +128,24 @@ def test_a_start_counts_where_it_has_the_most_context():
 
 def digits(n: int, seed: int) -> list[Question]:
     """From the 7 to the 9 in a text of letters. Every fourth text has none."""
-    rng, found = np.random.default_rng(seed), []
+    rng, questions = np.random.default_rng(seed), []
     for i in range(n):
         letters = list(rng.choice(list("abc"), int(rng.integers(6, 30))))
         answer = "" if i % 4 == 0 else f"7{'8' * int(rng.integers(0, 3))}9"
         place = int(rng.integers(0, len(letters)))
-        found.append(ask("".join(letters[:place]) + answer + "".join(letters[place:]), answer))
-    return found
+        questions.append(ask("".join(letters[:place]) + answer + "".join(letters[place:]), answer))
+    return questions
 
 
 def test_an_encoder_learns_to_point():
     model = BERT(BERTConfig(layers=1, positions=24, **SIZES), key=jax.random.key(0))
     training = Recipe(batch=16, rate=5e-3, epochs=10, length=24)
     recipe = SpanRecipe(training, stride=12, query=4, threshold=0.0)
-    found = fine_tune_spans(model, TOKENIZER, digits(96, 1), digits(40, 2), recipe=recipe)
-    first, last = found.runs[0][0], found.runs[0][-1]
+    tuned = fine_tune_spans(model, TOKENIZER, digits(96, 1), digits(40, 2), recipe=recipe)
+    first, last = tuned.runs[0][0], tuned.runs[0][-1]
     assert last["f1"] > 0.9 > first["answerable_exact_match"]
     assert last["unanswerable_exact_match"] > 0.9
-    assert found.summary()["score"] == pytest.approx((last["f1"] + last["exact_match"]) / 2)
+    assert tuned.summary()["score"] == pytest.approx((last["f1"] + last["exact_match"]) / 2)
 
 
 def test_what_does_not_fit_is_refused():

@@ -55,8 +55,8 @@ def solved(name: str, line: str) -> str:
     if name == "copy":
         words = line.split()
         return " " + words[words.index(words[-1]) + 1]
-    *said, asked = line.split(",")
-    values = dict(part.split("=") for part in said)
+    *given, asked = line.split(",")
+    values = dict(part.split("=") for part in given)
     value = values.get(asked[:-1], "")
     while value and not value.isdigit():
         if value in values:
@@ -69,8 +69,8 @@ def solved(name: str, line: str) -> str:
 
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_problems_have_the_answers_that_they_say(name):
-    found = problems(name, 60, shots=2, seed=4)
-    for problem in found:
+    drawn = problems(name, 60, shots=2, seed=4)
+    for problem in drawn:
         *shown, asked = problem.prompt.split("\n")
         assert solved(name, asked) == problem.answer
         assert len(shown) == 2
@@ -78,10 +78,10 @@ def test_problems_have_the_answers_that_they_say(name):
             cut = line.rindex(" " if name == "copy" else "=") + (name != "copy")
             assert solved(name, line[:cut]) == line[cut:]
         assert problem.options.count(problem.answer) == 1
-    assert len({p.prompt for p in found}) == 60
-    assert len({p.answer for p in found}) >= 5
-    assert problems(name, 3, shots=2, seed=4) == found[:3]
-    assert problems(name, 60, shots=2, seed=5) != found
+    assert len({p.prompt for p in drawn}) == 60
+    assert len({p.answer for p in drawn}) >= 5
+    assert problems(name, 3, shots=2, seed=4) == drawn[:3]
+    assert problems(name, 60, shots=2, seed=5) != drawn
 
 
 def test_depth_is_how_often_one_must_look_further():
@@ -102,22 +102,26 @@ def test_what_a_model_knows_is_counted(monkeypatch):
     def oracle(self, pairs):
         from growjax.evals import Scored
 
-        found = []
+        answers = []
         for context, continuation in pairs:
             assert continuation.endswith("\n")
             right = knows.get(context) == continuation[:-1]
-            found.append(
+            answers.append(
                 Scored(
                     -1.0 if right else -2.0 - ord(continuation[0]) / 100,
                     right and context != asked[0].prompt,
                 )
             )
-        return found
+        return answers
 
     monkeypatch.setattr(LanguageModel, "loglikelihoods", oracle)
-    found = primitives(LanguageModel(GPT_512, TOKENIZER), "arithmetic", count=5, shots=1, seed=2)
+    results = primitives(LanguageModel(GPT_512, TOKENIZER), "arithmetic", count=5, shots=1, seed=2)
     lucky = asked[4].answer == "0"
-    assert found == {"exact_match": 3 / 5, "choice": (4 + lucky) / 5, "chance": pytest.approx(0.1)}
+    assert results == {
+        "exact_match": 3 / 5,
+        "choice": (4 + lucky) / 5,
+        "chance": pytest.approx(0.1),
+    }
 
 
 def test_unknown_problems_are_refused():
@@ -144,8 +148,8 @@ def test_questions_are_asked_after_answered_ones(monkeypatch):
 
     monkeypatch.setitem(closed_book.__globals__, "generate", writes)
     language = LanguageModel(GPT_512, TOKENIZER)
-    found = closed_book(language, QUESTIONS, shots=2, new=9, limit=3, seed=1)
-    assert found["exact_match"] == pytest.approx(2 / 3)
+    results = closed_book(language, QUESTIONS, shots=2, new=9, limit=3, seed=1)
+    assert results["exact_match"] == pytest.approx(2 / 3)
     shape = r"(Question: what is (\d)\nAnswer: the \2\n\n){2}Question: what is (\d)\nAnswer:"
     for i, prompt in enumerate(prompts):
         assert re.fullmatch(shape, prompt)
@@ -199,14 +203,14 @@ def test_tasks_of_a_decoder(data):
     settings = Settings(data=data, texts=(data / "text.txt",), limit=2, shots=0)
     told = []
     names = ["bpb", "blimp", "primitives", "qa/trivia@1"]
-    found = evaluate(GPT_512, names, TOKENIZER, settings, done=lambda *args: told.append(args))
-    assert told == list(found.items())
-    assert [*found] == ["bpb", "blimp", *(f"primitives/{n}" for n in PRIMITIVES), *names[3:]]
+    results = evaluate(GPT_512, names, TOKENIZER, settings, done=lambda *args: told.append(args))
+    assert told == list(results.items())
+    assert [*results] == ["bpb", "blimp", *(f"primitives/{n}" for n in PRIMITIVES), *names[3:]]
     language = LanguageModel(GPT_512, TOKENIZER)
-    assert found["bpb"] == bits_per_byte(language, ["Some text, not in any corpus.\n"])
-    assert found["blimp"] == blimp(language, data / "blimp")
-    assert found["primitives/copy"] == primitives(language, "copy", count=2, shots=0)
-    assert set(found["qa/trivia@1"]) == {"exact_match", "f1"}
+    assert results["bpb"] == bits_per_byte(language, ["Some text, not in any corpus.\n"])
+    assert results["blimp"] == blimp(language, data / "blimp")
+    assert results["primitives/copy"] == primitives(language, "copy", count=2, shots=0)
+    assert set(results["qa/trivia@1"]) == {"exact_match", "f1"}
 
 
 def test_the_number_of_shots_of_a_name_comes_first(monkeypatch):
@@ -226,11 +230,11 @@ def test_tasks_of_an_encoder(data):
         data=data, texts=(data / "text.txt",), recipe=recipe, spans=points, seeds=(0, 1)
     )
     names = ["bpb", "blimp", "glue/rte", "squad/v1.1"]
-    found = evaluate(BERT_64, names, TOKENIZER, settings)
+    results = evaluate(BERT_64, names, TOKENIZER, settings)
     # The text is "a b c": some of it is always the answer, rightly or wrongly
-    assert found["squad/v1.1"]["seeds"] == 2 and "f1" in found["squad/v1.1"]
-    assert found["bpb"]["masked_bits"] > 0
-    assert found["glue/rte"]["seeds"] == 2 and 0 <= found["glue/rte"]["accuracy"] <= 1
+    assert results["squad/v1.1"]["seeds"] == 2 and "f1" in results["squad/v1.1"]
+    assert results["bpb"]["masked_bits"] > 0
+    assert results["glue/rte"]["seeds"] == 2 and 0 <= results["glue/rte"]["accuracy"] <= 1
 
 
 def test_tasks_of_a_pair_that_is_growing(data):
@@ -240,9 +244,11 @@ def test_tasks_of_a_pair_that_is_growing(data):
     settings = Settings(data=data, texts=(data / "text.txt",), limit=2, shots=1)
     names = ["bpb", "blimp", "primitives/variables-0"]
     opened = gj.ramp(model, 1.0)
-    found, settled = (evaluate(m, names, TOKENIZER, settings) for m in (opened, gj.settle(opened)))
-    assert [*found] == names
-    for task, scores in found.items():
+    results, settled = (
+        evaluate(m, names, TOKENIZER, settings) for m in (opened, gj.settle(opened))
+    )
+    assert [*results] == names
+    for task, scores in results.items():
         assert scores == pytest.approx(settled[task], rel=1e-5)
         assert all(type(x) is float and np.isfinite(x) for x in scores.values())
 
@@ -253,9 +259,9 @@ def test_everything_that_is_lacking_is_said_at_once(data):
     names = ["bpb", "glue/rte", *wrong]
     with pytest.raises(EvalError) as caught:
         evaluate(BERT_64, names, TOKENIZER, settings)
-    said = str(caught.value).splitlines()[1:]
-    assert [line.strip(" -").split(":")[0] for line in said] == ["bpb", *wrong]
-    assert "lost.txt" in said[0]
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.strip(" -").split(":")[0] for line in lines] == ["bpb", *wrong]
+    assert "lost.txt" in lines[0]
     with pytest.raises(EvalError, match="expected the folder of data, with blimp in it"):
         evaluate(GPT_512, ["blimp"], TOKENIZER)
     (data / "qa" / "trivia" / "other.dev.jsonl").write_text("{}")
@@ -303,8 +309,8 @@ def test_a_task_of_ones_own_is_one_line():
         return {"tokens": float(len(candidate.language.encode("abc")))}
 
     own = Task("letters", "tokens of three letters", "tokens", run, lambda s, name: s.limit)
-    found = evaluate(GPT_512, [own], TOKENIZER, Settings(limit=7, shots=3))
-    assert found == {"letters": {"tokens": 3.0}} and asked == [(GPT_512, 7, 3)]
+    results = evaluate(GPT_512, [own], TOKENIZER, Settings(limit=7, shots=3))
+    assert results == {"letters": {"tokens": 3.0}} and asked == [(GPT_512, 7, 3)]
     refused = dataclasses.replace(own, models=("encoder",))
     with pytest.raises(EvalError, match="letters: is for an encoder"):
         evaluate(GPT_512, [refused], TOKENIZER)
@@ -325,8 +331,8 @@ def test_the_harness_keeps_the_names_that_were_asked_for(monkeypatch):
     monkeypatch.setitem(
         sys.modules, "growjax.evals.harness", types.SimpleNamespace(run_harness=run_harness)
     )
-    found = evaluate(GPT_512, ["piqa@5", "group"], TOKENIZER)
-    assert found == {"piqa@5": {"acc": 1.0}, "group": {"acc": 0.5}, "group_a": {"acc": 0.25}}
+    results = evaluate(GPT_512, ["piqa@5", "group"], TOKENIZER)
+    assert results == {"piqa@5": {"acc": 1.0}, "group": {"acc": 0.5}, "group_a": {"acc": 0.25}}
     assert asked == [(["piqa"], 5), (["group"], None)]
 
 
@@ -411,9 +417,9 @@ def test_a_folder_of_hugging_face(tmp_path):
         open_model(tmp_path / "bert")
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words) + "\n")
     (tmp_path / "bert" / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    found, tokenizer, start = open_model(tmp_path / "bert")
+    loaded, tokenizer, start = open_model(tmp_path / "bert")
     assert tokenizer.encode("a A b").tolist() == [5, 7, 6] and start is None
     tokens = jnp.array([2, 5, 7, 3])
-    np.testing.assert_array_equal(found(tokens).hidden, model(tokens).hidden)
+    np.testing.assert_array_equal(loaded(tokens).hidden, model(tokens).hidden)
     with pytest.raises(EvalError, match="it is none"):
         open_model(tmp_path / "nowhere")

@@ -260,8 +260,8 @@ def test_a_model_of_experts_generates_what_it_reads(name):
 def test_options_of_experts_are_checked():
     with pytest.raises(AxisError) as caught:
         GPTConfig(**SIZES, mlp=8, positions=8, experts=2, experts_per_token=3, aux_loss_coef=-1.0)
-    for said in ("experts_per_token: 3 cannot be chosen from 2 experts", "aux_loss_coef: "):
-        assert said in str(caught.value)
+    for line in ("experts_per_token: 3 cannot be chosen from 2 experts", "aux_loss_coef: "):
+        assert line in str(caught.value)
 
 
 # Training ------------------------------------------------------------------------------------
@@ -278,8 +278,8 @@ def test_training_adds_auxiliary_losses_and_evaluation_does_not():
         "targets": jnp.asarray(np.random.default_rng(1).integers(0, 99, (3, 8))),
         "weights": jnp.asarray(np.random.default_rng(2).integers(0, 2, (3, 8)), jnp.float32),
     }
-    found = jax.vmap(lambda row: cross_entropy(model, row))(rows)
-    positions, weights, auxiliary = found  # type: ignore[misc]
+    by_row = jax.vmap(lambda row: cross_entropy(model, row))(rows)
+    positions, weights, auxiliary = by_row  # type: ignore[misc]
     silent = put(model, {})
     for name in ("aux_loss_coef", "z_loss_coef"):
         silent = put(silent, {("blocks", "block", "mlp", name): 0.0})
@@ -288,7 +288,7 @@ def test_training_adds_auxiliary_losses_and_evaluation_does_not():
     np.testing.assert_allclose(positions, plain[0], rtol=1e-6)
     per_row, total = np.asarray(weights).sum(-1), np.asarray(weights).sum()
     expected = np.sum(np.asarray(positions * weights)) + np.sum(np.asarray(auxiliary) * per_row)
-    np.testing.assert_allclose(objective(found, total), expected / total, rtol=1e-6)
+    np.testing.assert_allclose(objective(by_row, total), expected / total, rtol=1e-6)
 
 
 def test_a_mixture_trains_alike_in_parts_and_by_replica(programs):
@@ -307,9 +307,9 @@ def test_a_plan_of_experts_costs_what_xla_counts():
     of = plan(
         steps(1, "dense"), steps(2, "mixture", grow=gj.upcycle(experts=4)), layout=Layout(experts=2)
     )
-    found = dry_run(of, devices=2)
-    assert found.refusals == () and found.mesh == dict(data=1, fsdp=1, tensor=1, experts=2)
-    for stage in found.stages:
+    forecast = dry_run(of, devices=2)
+    assert forecast.refusals == () and forecast.mesh == dict(data=1, fsdp=1, tensor=1, experts=2)
+    for stage in forecast.stages:
         assert stage.xla_ratio == pytest.approx(1, abs=0.02)
 
 

@@ -64,8 +64,8 @@ def rows(tree: Any, layers: np.ndarray) -> list[np.ndarray]:
 
 def ages(state: Any) -> list[np.ndarray]:
     is_ages = lambda node: isinstance(node, Ages)  # noqa: E731
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_ages) if is_ages(x)]
-    return [np.asarray(x.of["layers"]) for x in found]
+    counts = [x for x in jax.tree.leaves(state, is_leaf=is_ages) if is_ages(x)]
+    return [np.asarray(x.of["layers"]) for x in counts]
 
 
 def equal(a: list[np.ndarray], b: list[np.ndarray]) -> bool:

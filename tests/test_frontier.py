@@ -199,12 +199,12 @@ def test_what_cannot_be_held_against_a_frontier():
 
 def test_a_speed_up_is_the_least_cost_that_any_run_shows():
     best = frontier([*LARGE, *SHORT])
-    (found,) = speed_up(runs("mine", 4.0, 2.15, noise=0.01), "mine", best)
+    (speedup,) = speed_up(runs("mine", 4.0, 2.15, noise=0.01), "mine", best)
     # The long run falls from 2.4 at 4 to 1.9 at 8 and passes 2.15 at 6, as does the short one's at 6.2
-    assert found.estimate == pytest.approx(6 / 4) and found.bound == "="
-    assert found.bracket == pytest.approx((4 / 4, 8 / 4))
-    assert found.values == pytest.approx([1.5] * 6) and found.over == "seeds"
-    assert found.verdict == "faster" and str(found).startswith("1.50 (1.50 to 1.50)")
+    assert speedup.estimate == pytest.approx(6 / 4) and speedup.bound == "="
+    assert speedup.bracket == pytest.approx((4 / 4, 8 / 4))
+    assert speedup.values == pytest.approx([1.5] * 6) and speedup.over == "seeds"
+    assert speedup.verdict == "faster" and str(speedup).startswith("1.50 (1.50 to 1.50)")
     # A frontier with another size in it needs less
     (less,) = speed_up(runs("mine", 4.0, 2.15, noise=0.01), "mine", frontier(FIXED))
     assert less.estimate == pytest.approx(2.5 / 4) and less.verdict == "slower"
@@ -213,15 +213,15 @@ def test_a_speed_up_is_the_least_cost_that_any_run_shows():
 
 def test_between_decayed_ends_it_is_a_line_in_the_logarithm():
     base = [o for b in (1.0, 2.0, 4.0, 8.0) for o in runs("base", b, 4.0 - math.log2(b))]
-    (found,) = speed_up([*base, *runs("arm", 2.0, 2.75)], "arm", "base")
-    assert found.estimate == pytest.approx(2**0.25)
-    assert found.bracket == pytest.approx((1.0, 2.0)) and found.verdict == "faster"
+    (speedup,) = speed_up([*base, *runs("arm", 2.0, 2.75)], "arm", "base")
+    assert speedup.estimate == pytest.approx(2**0.25)
+    assert speedup.bracket == pytest.approx((1.0, 2.0)) and speedup.verdict == "faster"
     # The baseline itself is as fast as itself
     assert [s.estimate for s in speed_up(base, "base", "base")] == pytest.approx([1.0] * 4)
     # Undecayed ends make no line: between them there is what was seen
     loose = [dataclasses.replace(o, decayed=False) for o in base]
-    (found,) = speed_up(runs("arm", 2.0, 2.75), "arm", frontier(loose))
-    assert found.estimate == pytest.approx(2.0)
+    (speedup,) = speed_up(runs("arm", 2.0, 2.75), "arm", frontier(loose))
+    assert speedup.estimate == pytest.approx(2.0)
 
 
 def test_the_naive_reading_is_a_frontier_as_well():
@@ -239,25 +239,25 @@ def test_the_naive_reading_is_a_frontier_as_well():
 def test_what_the_baseline_never_reached_is_a_bound():
     base = [*runs("base", 1.0, 3.0, [(0.5, 3.5)]), *runs("base", 8.0, 2.0, [(4.0, 2.5)])]
     arm = runs("arm", 2.0, 1.9)
-    (found,) = speed_up(arm, "arm", frontier(base))
-    assert (found.bound, found.estimate, found.verdict) == (">=", 4.0, "faster")
-    assert found.interval == (4.0, math.inf) and str(found) == ">= 4.00"
-    assert found.reason == "6 of 6 seeds have a loss that the baseline never reached"
+    (speedup,) = speed_up(arm, "arm", frontier(base))
+    assert (speedup.bound, speedup.estimate, speedup.verdict) == (">=", 4.0, "faster")
+    assert speedup.interval == (4.0, math.inf) and str(speedup) == ">= 4.00"
+    assert speedup.reason == "6 of 6 seeds have a loss that the baseline never reached"
     # Twice as much was not run of it as this arm had
-    (found,) = speed_up(runs("arm", 16.0, 1.9), "arm", frontier(base))
-    assert (found.bound, found.estimate, found.verdict) == (">=", 0.5, "open")
+    (speedup,) = speed_up(runs("arm", 16.0, 1.9), "arm", frontier(base))
+    assert (speedup.bound, speedup.estimate, speedup.verdict) == (">=", 0.5, "open")
     # Some seeds reach it: the mean is still a bound
     mixed = [dataclasses.replace(o, score=1.9 if o.seed < 3 else 2.25) for o in arm]
-    (found,) = speed_up(mixed, "arm", frontier(base))
-    assert found.values == pytest.approx([4.0] * 3 + [8**0.75 / 2] * 3) and found.bound == ">="
-    assert found.interval == (pytest.approx(t_interval(found.values)[0]), math.inf)
+    (speedup,) = speed_up(mixed, "arm", frontier(base))
+    assert speedup.values == pytest.approx([4.0] * 3 + [8**0.75 / 2] * 3) and speedup.bound == ">="
+    assert speedup.interval == (pytest.approx(t_interval(speedup.values)[0]), math.inf)
     # The first evaluation is as low: it may have been there earlier
-    (found,) = speed_up(runs("arm", 2.0, 3.6), "arm", frontier(base))
-    assert (found.bound, found.estimate, found.interval) == ("<=", 0.25, (0.0, 0.25))
-    assert found.verdict == "slower" and "worse than its first evaluation" in found.reason
+    (speedup,) = speed_up(runs("arm", 2.0, 3.6), "arm", frontier(base))
+    assert (speedup.bound, speedup.estimate, speedup.interval) == ("<=", 0.25, (0.0, 0.25))
+    assert speedup.verdict == "slower" and "worse than its first evaluation" in speedup.reason
     both = [dataclasses.replace(o, score=1.9 if o.seed else 3.6) for o in arm]
-    (found,) = speed_up(both, "arm", frontier(base))
-    assert found.bound == ">=" and found.values == (0.0, 4.0, 4.0, 4.0, 4.0, 4.0)
+    (speedup,) = speed_up(both, "arm", frontier(base))
+    assert speedup.bound == ">=" and speedup.values == (0.0, 4.0, 4.0, 4.0, 4.0, 4.0)
     (one,) = speed_up(arm[:1], "arm", frontier(base))
     assert (one.estimate, one.interval, one.verdict) == (4.0, (0.0, math.inf), "too few seeds")
 
@@ -265,28 +265,28 @@ def test_what_the_baseline_never_reached_is_a_bound():
 def test_a_loss_between_the_seeds_of_the_baseline_decides_nothing():
     base = runs("base", 4.0, 2.0, [(1.0, 3.0), (2.0, 2.5)])
     arm = [dataclasses.replace(o, score=2.5 + 0.2 * (o.seed % 2)) for o in runs("arm", 1.8, 0.0)]
-    (found,) = speed_up(arm, "arm", frontier(base))
-    assert found.verdict == "no difference found" and found.interval is not None
-    assert found.interval == pytest.approx(t_interval(found.values))
+    (speedup,) = speed_up(arm, "arm", frontier(base))
+    assert speedup.verdict == "no difference found" and speedup.interval is not None
+    assert speedup.interval == pytest.approx(t_interval(speedup.values))
     # Its interval is above 1, and evaluations leave open what is below
     near = runs("arm", 1.1, 2.95)
-    (found,) = speed_up(near, "arm", frontier(base))
-    assert found.estimate == pytest.approx(1.0) and found.verdict == "no difference found"
+    (speedup,) = speed_up(near, "arm", frontier(base))
+    assert speedup.estimate == pytest.approx(1.0) and speedup.verdict == "no difference found"
     sure = [dataclasses.replace(o, score=2.8, spent=1.2) for o in near]
-    (found,) = speed_up(sure, "arm", frontier(base))
-    assert found.interval is not None and found.interval[0] > 1 > found.bracket[0]
-    assert found.verdict == "no difference found"
+    (speedup,) = speed_up(sure, "arm", frontier(base))
+    assert speedup.interval is not None and speedup.interval[0] > 1 > speedup.bracket[0]
+    assert speedup.verdict == "no difference found"
 
 
 def test_an_arm_that_changes_nothing_takes_no_seeds_away():
     """A fixed size that was run with few seeds, and far from here."""
     base = runs("base", 4.0, 2.0, [(1.0, 3.0), (2.0, 2.5)])
     far = runs("far", 64.0, 1.0, [(32.0, 1.5)], seeds=range(3))
-    (found,) = speed_up(runs("arm", 2.0, 2.25), "arm", frontier([*base, *far]))
-    assert found.seeds == tuple(range(6)) and found.left_out == ()
+    (speedup,) = speed_up(runs("arm", 2.0, 2.25), "arm", frontier([*base, *far]))
+    assert speedup.seeds == tuple(range(6)) and speedup.left_out == ()
     near = runs("near", 1.0, 2.2, seeds=range(3))
-    (found,) = speed_up(runs("arm", 2.0, 2.25), "arm", frontier([*base, *near]))
-    assert found.seeds == (0, 1, 2) and found.values == (0.5, 0.5, 0.5)
+    (speedup,) = speed_up(runs("arm", 2.0, 2.25), "arm", frontier([*base, *near]))
+    assert speedup.seeds == (0, 1, 2) and speedup.values == (0.5, 0.5, 0.5)
 
 
 def test_what_has_no_speed_up():
@@ -295,8 +295,8 @@ def test_what_has_no_speed_up():
     loose = runs("loose", 4.0, 2.0, decayed=False)
     with pytest.raises(UndecayedError):
         speed_up(loose, "loose", frontier(FIXED))
-    (found,) = speed_up(loose, "loose", frontier(FIXED), allow_undecayed=True)
-    assert found.reason == "its learning rate had not fallen"
+    (speedup,) = speed_up(loose, "loose", frontier(FIXED), allow_undecayed=True)
+    assert speedup.reason == "its learning rate had not fallen"
 
 
 def test_windows_move_the_loss_that_is_to_be_reached():
@@ -305,7 +305,7 @@ def test_windows_move_the_loss_that_is_to_be_reached():
     weights = np.full(40, 10.0)
     text = rng.normal(20, 3, 40)
 
-    def kept(outcomes, each):
+    def windowed(outcomes, each):
         """With windows whose mean is the score, `each` of them off by what the arm is about."""
         rows = []
         for o in outcomes:
@@ -315,22 +315,22 @@ def test_windows_move_the_loss_that_is_to_be_reached():
         return rows
 
     curve = [(x, 4.0 - math.log2(x)) for x in (0.5, 1.0, 2.0, 3.0)]
-    base = kept(runs("base", 4.0, 2.0, curve, noise=0.01), 0.0)
-    arm = kept(runs("arm", 4.0, 2.2, noise=0.012), rng.normal(0, 3, 40))
-    (found,) = speed_up(arm, "arm", frontier(base))
+    base = windowed(runs("base", 4.0, 2.0, curve, noise=0.01), 0.0)
+    arm = windowed(runs("arm", 4.0, 2.2, noise=0.012), rng.normal(0, 3, 40))
+    (speedup,) = speed_up(arm, "arm", frontier(base))
     (alone,) = speed_up([dataclasses.replace(o, windows=None) for o in arm], "arm", frontier(base))
-    assert (found.over, alone.over) == ("seeds and windows", "seeds")
-    assert found.estimate == pytest.approx(alone.estimate) and found.interval and alone.interval
+    assert (speedup.over, alone.over) == ("seeds and windows", "seeds")
+    assert speedup.estimate == pytest.approx(alone.estimate) and speedup.interval and alone.interval
     # What one standard error of the difference is worth: 2.2 is passed at a slope of 1 by 1.415
     pairs = compare(arm, frontier(base))[0]
     assert pairs.over == "seeds and windows"
     half = (pairs.interval[1] - pairs.interval[0]) / 2
     at = [float(frontier(base).cost_of([2.2 + x], 0).cost[0]) / 4 for x in (half, -half)]
-    assert found.interval == pytest.approx(at, abs=0.03)
-    assert alone.interval[1] - alone.interval[0] < 0.3 * (found.interval[1] - found.interval[0])
+    assert speedup.interval == pytest.approx(at, abs=0.03)
+    assert alone.interval[1] - alone.interval[0] < 0.3 * (speedup.interval[1] - speedup.interval[0])
     # The loss to reach is what the windows say, and not the score of fewer of them
     off = [dataclasses.replace(o, score=o.score + 0.1) for o in arm]
-    assert speed_up(off, "arm", frontier(base))[0] == found
+    assert speed_up(off, "arm", frontier(base))[0] == speedup
     # Windows that are alike for both move nothing
-    (same,) = speed_up(kept(arm, 0.0), "arm", frontier(base))
+    (same,) = speed_up(windowed(arm, 0.0), "arm", frontier(base))
     assert same.interval == pytest.approx(alone.interval, abs=0.01)

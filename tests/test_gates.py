@@ -77,7 +77,7 @@ def test_a_norm_weights_its_statistics_and_its_output(kind, m):
 def test_the_laws_of_a_masked_norm(seed, m, kind):
     rng = np.random.default_rng(seed)
     c, x = np.where(rng.random(6) < 0.5, m, 1.0), rng.normal(size=(2, 6))
-    kept = np.sort(rng.permutation(6)[:4])
+    unmasked = np.sort(rng.permutation(6)[:4])
     with jax.enable_x64(True):
         plain = put(Norm(6, kind, bias=False), {("eps",): jnp.asarray(EPS)})
 
@@ -87,9 +87,11 @@ def test_the_laws_of_a_masked_norm(seed, m, kind):
             )
 
         close(norm(x, np.ones(6)), np.asarray(plain(jnp.asarray(x))))  # (a) all ones
-        hard = np.isin(np.arange(6), kept).astype(float)
-        part = np.asarray(Norm(len(kept), kind, eps=EPS, bias=False)(jnp.asarray(x[:, kept])))
-        close(norm(x, hard)[:, kept], part)  # (b) zeros and ones: the sub-vector
+        hard = np.isin(np.arange(6), unmasked).astype(float)
+        part = np.asarray(
+            Norm(len(unmasked), kind, eps=EPS, bias=False)(jnp.asarray(x[:, unmasked]))
+        )
+        close(norm(x, hard)[:, unmasked], part)  # (b) zeros and ones: the sub-vector
         order = rng.permutation(6)
         close(norm(x[:, order], c[order]), norm(x, c)[:, order])  # (c) permutations
         if kind == "layer":

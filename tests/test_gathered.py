@@ -75,8 +75,8 @@ def test_layers_are_gathered_by_the_scan_and_gradients_scattered(name):
     stacked = [s for s, _ in split if s.dims[0].role == "stack"]
     assert len(stacked) > 5
 
-    found = list(constraints(program(of, part), 2))
-    in_scan = [(shape, spec) for inside, shape, spec in found if inside]
+    constrained = list(constraints(program(of, part), 2))
+    in_scan = [(shape, spec) for inside, shape, spec in constrained if inside]
     gathers = [shape for shape, spec in in_scan if "fsdp" not in spec]
     scatters = [shape for shape, spec in in_scan if "fsdp" in spec]
     layer = [s.value.shape[1:] for s in stacked]
@@ -86,11 +86,13 @@ def test_layers_are_gathered_by_the_scan_and_gradients_scattered(name):
     assert len(gathers) >= 2 * len(layer) - 1
     # A stack as a whole is only ever asked for in parts
     whole = {s.value.shape for s in stacked} - {s.value.shape for s in params if s not in stacked}
-    assert all("fsdp" in spec for inside, shape, spec in found if shape in whole and not inside)
+    assert all(
+        "fsdp" in spec for inside, shape, spec in constrained if shape in whole and not inside
+    )
     # What is not in a stack is gathered where it is used, and its gradient scattered
     outside = [s.value.shape for s, _ in split if s not in stacked]
     for shape in outside:
-        specs = [spec for inside, found_shape, spec in found if found_shape == shape]
+        specs = [spec for inside, found_shape, spec in constrained if found_shape == shape]
         assert any("fsdp" not in spec for spec in specs)
 
 

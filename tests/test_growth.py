@@ -90,8 +90,8 @@ def test_requests_are_refused_all_at_once():
     shapes = eqx.filter_eval_shape(lambda key: Attention(8, 4, 2, 2, key=key), jax.random.key(0))
     with pytest.raises(GrowthError) as caught:
         resolve(axes_of(shapes), dict(heads=7, embed=4, head_dim=0))
-    for said in ("heads=7 cannot be shared evenly by 2", "embed=4 is smaller than", "head_dim: "):
-        assert said in str(caught.value)
+    for line in ("heads=7 cannot be shared evenly by 2", "embed=4 is smaller than", "head_dim: "):
+        assert line in str(caught.value)
 
 
 # Operators as data ---------------------------------------------------------------------------
@@ -211,9 +211,9 @@ def test_donated_arrays_are_freed_and_grown_ones_are_not(op):
     assert all(leaf.is_deleted() == (id(leaf) not in held) for leaf in jax.tree.leaves(model))
     assert len(held) == len(jax.tree.leaves(model))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
-    kept = tiny()
-    gj.grow(op, kept)
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept))
+    owned = tiny()
+    gj.grow(op, owned)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(owned))
 
 
 @pytest.mark.parametrize("order", ["repeat", "interleave"])
@@ -273,9 +273,9 @@ def test_trap_the_epsilon_of_a_norm_counts_where_activations_are_small(tied):
     model = read_out(tied, scale=0.05)  # deviation 0.02, epsilon 1e-5
     with jax.enable_x64(True):
         after = grown(gj.zeros(embed=12, init=sevens), model)
-        kept = put(after, {("norm", "eps"): model.norm.eps})
+        unscaled = put(after, {("norm", "eps"): model.norm.eps})
         assert change(model, after, TOKENS) < 1e-12
-        assert change(model, kept, TOKENS) > 1e-3
+        assert change(model, unscaled, TOKENS) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -380,14 +380,14 @@ def test_trap_tables_that_are_indexed_do_not_grow_by_width(operator, axis):
 def test_what_no_map_touches_is_not_copied(key):
     small = testing.ARCHITECTURES[0].model(dtype=jnp.float32)
     big = gj.grow(gj.copy(mlp=9), small, key=key)
-    kept = {
+    shared = {
         path
         for path, slot in gj.axes_of(small).items()
         if slot.arrays() and gj.axes_of(big)[path].value is slot.value
     }
     arrays = {path for path, slot in gj.axes_of(small).items() if slot.arrays()}
     moved = {slot.path for slot in gj.axes_of(small).having("mlp") if slot.arrays()}
-    assert moved and kept == arrays - moved
+    assert moved and shared == arrays - moved
 
 
 # As text -----------------------------------------------------------------------------------------

@@ -42,8 +42,8 @@ def test_what_is_written_is_read_back_to_the_bit(name, tmp_path):
 def test_parameters_keep_their_type_unless_another_is_asked_for(name, tmp_path):
     model = build(name, jnp.bfloat16)
     gj.hf.save(model, tmp_path / "half")
-    said = json.loads((tmp_path / "half" / "config.json").read_text())
-    assert said["dtype"] == said["torch_dtype"] == "bfloat16"
+    written = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
     assert_same(model, gj.hf.load(tmp_path / "half"))
     wide = gj.hf.load(tmp_path / "half", dtype="float32")
     assert_same(wide, jax.tree.map(lambda x: x.astype(jnp.float32), model))
@@ -78,9 +78,9 @@ def test_tokenizer_and_the_rest_of_the_config_travel(saved, tmp_path):
     (source / "notes.md").write_text("mine")
     wide = gj.grow(gj.copy(embed=16, heads=4), model)
     gj.hf.save(wide, tmp_path / "wide", source=source)
-    said = json.loads((tmp_path / "wide" / "config.json").read_text())
-    assert said["hidden_dropout_prob"] == 0.25 and said["pad_token_id"] == 3
-    assert said["hidden_size"] == 16 and said["num_attention_heads"] == 4
+    written = json.loads((tmp_path / "wide" / "config.json").read_text())
+    assert written["hidden_dropout_prob"] == 0.25 and written["pad_token_id"] == 3
+    assert written["hidden_size"] == 16 and written["num_attention_heads"] == 4
     names = {p.name for p in (tmp_path / "wide").iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer.json", "vocab.txt"}
     assert (tmp_path / "wide" / "vocab.txt").read_text() == "[PAD]\n"
@@ -181,13 +181,13 @@ LAYERS = {"gpt2": "transformer.h", "llama": "model.layers", "bert": "bert.encode
 
 @pytest.mark.parametrize("name", LAYER)
 def test_names_and_shapes_are_those_of_the_family(name, saved):
-    found = load_file(saved(name)[1] / "model.safetensors")
+    tensors = load_file(saved(name)[1] / "model.safetensors")
     layers = {f"{LAYERS[name]}.{i}.{k}": v for i in (0, 1) for k, v in LAYER[name].items()}
-    assert {k: list(x.shape) for k, x in found.items()} == WHOLE[name] | layers
+    assert {k: list(x.shape) for k, x in tensors.items()} == WHOLE[name] | layers
 
 
 def test_names_and_shapes_of_t5(saved):
-    found = load_file(saved("t5 v1.1")[1] / "model.safetensors")
+    tensors = load_file(saved("t5 v1.1")[1] / "model.safetensors")
     expected: dict[str, list[int]] = {"shared.weight": [11, 8], "lm_head.weight": [11, 8]}
     for stack, depth, mlp in (("encoder", 2, 1), ("decoder", 3, 2)):
         expected[f"{stack}.final_layer_norm.weight"] = [8]
@@ -202,23 +202,23 @@ def test_names_and_shapes_of_t5(saved):
             expected |= {f"{here}.DenseReluDense.wi_{w}.weight": [6, 8] for w in (0, 1)}
             expected[f"{here}.DenseReluDense.wo.weight"] = [8, 6]
             expected[f"{here}.layer_norm.weight"] = [8]
-    assert {k: list(x.shape) for k, x in found.items()} == expected
+    assert {k: list(x.shape) for k, x in tensors.items()} == expected
 
 
 def test_queries_keys_and_values_stand_one_after_the_other(saved):
     model, folder = saved("gpt2")
-    found = load_file(folder / "model.safetensors")["transformer.h.1.attn.c_attn.weight"]
+    stored = load_file(folder / "model.safetensors")["transformer.h.1.attn.c_attn.weight"]
     attention = model.blocks.block.attention
     for i, leaf in enumerate((attention.q, attention.k, attention.v)):
-        np.testing.assert_array_equal(found[:, 8 * i : 8 * i + 8], leaf[1].reshape(8, 8))
+        np.testing.assert_array_equal(stored[:, 8 * i : 8 * i + 8], leaf[1].reshape(8, 8))
 
 
 def test_rotary_pairs_are_the_halves_of_a_head(saved):
     model, folder = saved("llama")
-    found = load_file(folder / "model.safetensors")["model.layers.0.self_attn.k_proj.weight"]
+    stored = load_file(folder / "model.safetensors")["model.layers.0.self_attn.k_proj.weight"]
     k = model.blocks.block.attention.k[0]  # [embed, kv_heads, head_dim]
     order = [0, 2, 1, 3]
-    np.testing.assert_array_equal(found.reshape(2, 4, 8), np.transpose(k, (1, 2, 0))[:, order])
+    np.testing.assert_array_equal(stored.reshape(2, 4, 8), np.transpose(k, (1, 2, 0))[:, order])
 
 
 # Other spellings ---------------------------------------------------------------------------------

@@ -43,9 +43,9 @@ def test_a_length_that_is_missing_is_that_of_the_positions(saved):
 @pytest.mark.parametrize("name", ROPES)
 def test_rotary_positions_in_old_and_new_spelling(name, saved):
     model, folder = saved(name)
-    said = (folder / "config.json").read_text()
+    text = (folder / "config.json").read_text()
     for change in ROPES[name]:
-        (folder / "config.json").write_text(said)
+        (folder / "config.json").write_text(text)
         assert_same(model, gj.hf.load(rewritten(folder, **change)))
 
 
@@ -162,9 +162,9 @@ CONFIGS: dict[str, list[tuple[dict[str, Any], str]]] = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_that_cannot_be_read_says_why(name, saved):
     _, folder = saved(name)
-    said = (folder / "config.json").read_text()
+    text = (folder / "config.json").read_text()
     for change, message in CONFIGS[name]:
-        (folder / "config.json").write_text(said)
+        (folder / "config.json").write_text(text)
         with pytest.raises(HuggingFaceError) as caught:
             gj.hf.load(rewritten(folder, **change))
         assert message in str(caught.value)

@@ -46,9 +46,9 @@ def entries(folder: Path, change: Any) -> None:
     """Rewrite the header of a file, given as a dict."""
 
     def changed(text: str) -> str:
-        said = json.loads(text)
-        change(said)
-        return json.dumps(said)
+        fields = json.loads(text)
+        change(fields)
+        return json.dumps(fields)
 
     header(folder, changed)
 
@@ -64,8 +64,8 @@ def _huge(folder: Path) -> None:
 
 
 def _overlap(folder: Path) -> None:
-    def move(said: dict[str, Any]) -> None:
-        said["transformer.ln_f.bias"]["data_offsets"] = said["transformer.ln_f.weight"][
+    def move(fields: dict[str, Any]) -> None:
+        fields["transformer.ln_f.bias"]["data_offsets"] = fields["transformer.ln_f.weight"][
             "data_offsets"
         ]
 
@@ -79,11 +79,11 @@ def _twice(folder: Path) -> None:
 
 
 def _promise(folder: Path) -> None:
-    entries(folder, lambda said: said["transformer.wte.weight"].update(shape=[2**40, 2**40]))
+    entries(folder, lambda fields: fields["transformer.wte.weight"].update(shape=[2**40, 2**40]))
 
 
 def _negative(folder: Path) -> None:
-    entries(folder, lambda said: said["transformer.wte.weight"].update(shape=[-11, -8]))
+    entries(folder, lambda fields: fields["transformer.wte.weight"].update(shape=[-11, -8]))
 
 
 def _integers(folder: Path) -> None:
@@ -182,19 +182,19 @@ def test_shards_are_files_of_the_folder(name, shards):
     file = next(shards.glob("*.safetensors"))
     (shards.parent / "out.safetensors").write_bytes(file.read_bytes())
     index = shards / "model.safetensors.index.json"
-    said = json.loads(index.read_text())
-    said["weight_map"] = dict.fromkeys(said["weight_map"], name)
-    index.write_text(json.dumps(said))
+    mapping = json.loads(index.read_text())
+    mapping["weight_map"] = dict.fromkeys(mapping["weight_map"], name)
+    index.write_text(json.dumps(mapping))
     with pytest.raises(HuggingFaceError, match="is not the name of a file in it"):
         gj.hf.load(shards)
 
 
 def test_every_shard_is_there_and_holds_what_the_index_says(shards):
     index, files = shards / "model.safetensors.index.json", sorted(shards.glob("*.safetensors"))
-    text, said = index.read_text(), json.loads(index.read_text())
-    name = next(n for n, file in said["weight_map"].items() if file == files[0].name)
-    said["weight_map"][name] = files[1].name
-    index.write_text(json.dumps(said))
+    text, mapping = index.read_text(), json.loads(index.read_text())
+    name = next(n for n, file in mapping["weight_map"].items() if file == files[0].name)
+    mapping["weight_map"][name] = files[1].name
+    index.write_text(json.dumps(mapping))
     with pytest.raises(HuggingFaceError, match=f"{name}: not in {files[1].name}"):
         gj.hf.load(shards)
     index.write_text(text)
@@ -247,8 +247,8 @@ def sound_or_refused(path: Path) -> None:
 
 @given(st.integers(0, 2**32), st.sampled_from(["flip", "cut", "insert", "zero"]), st.booleans())
 def test_any_change_of_the_file_is_refused_or_harmless(bytes_of, seed, kind, early):
-    path, data, said = bytes_of
-    (path / "config.json").write_text(json.dumps(said))
+    path, data, config = bytes_of
+    (path / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(seed)
     at = int(rng.integers(0, 2000 if early else len(data)))
     byte = bytes([int(rng.integers(0, 256))])
@@ -287,11 +287,11 @@ VALUES = [
 
 @given(st.integers(0, 2**32), st.integers(1, 3))
 def test_any_change_of_the_config_is_refused_or_harmless(bytes_of, seed, changes):
-    path, data, said = bytes_of
+    path, data, config = bytes_of
     (path / WEIGHTS).write_bytes(data)
     rng = np.random.default_rng(seed)
-    keys = rng.choice(sorted(said), changes)
-    changed = said | {str(key): VALUES[rng.integers(len(VALUES))] for key in keys}
+    keys = rng.choice(sorted(config), changes)
+    changed = config | {str(key): VALUES[rng.integers(len(VALUES))] for key in keys}
     (path / "config.json").write_text(json.dumps(changed))
     sound_or_refused(path)
 

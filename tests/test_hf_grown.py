@@ -106,10 +106,10 @@ def test_branch_multipliers_and_open_gates_are_folded(tmp_path):
             model = gj.ramp(put(model, {(stack, "branch"): branch}), 1.0)
             gj.hf.save(model, tmp_path / name)
             again = gj.hf.load(tmp_path / name)
-            found = outputs(again, batch(model))
-            assert distance(outputs(model, batch(model)), found)[1] <= 1e-12
+            read = outputs(again, batch(model))
+            assert distance(outputs(model, batch(model)), read)[1] <= 1e-12
             unscaled = put(model, {(stack, "branch"): None})
-            assert distance(outputs(unscaled, batch(model)), found)[1] > 1e-3
+            assert distance(outputs(unscaled, batch(model)), read)[1] > 1e-3
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -118,8 +118,8 @@ def test_the_scale_of_a_head_is_written_so_that_every_reader_agrees(name, scaled
     with jax.enable_x64(True):
         model = build(name, jnp.float64, scale_output=scaled)
         gj.hf.save(model, tmp_path / "model")
-        said = json.loads((tmp_path / "model" / "config.json").read_text())
-        assert said["tie_word_embeddings"] == said["scale_decoder_outputs"] == (name == "t5")
+        written = json.loads((tmp_path / "model" / "config.json").read_text())
+        assert written["tie_word_embeddings"] == written["scale_decoder_outputs"] == (name == "t5")
         again = gj.hf.load(tmp_path / "model")
         assert distance(outputs(model, batch(model)), outputs(again, batch(model)))[1] <= 1e-12
 

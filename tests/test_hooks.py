@@ -41,10 +41,10 @@ def loss_of(data: Any, objective: Any):
     rows = data.held_out(objective, 4)
 
     def again(model: Any, step: Step) -> dict[str, float]:
-        found, counts = jax.vmap(lambda row: cross_entropy(model, row))(rows)
+        by_row, counts = jax.vmap(lambda row: cross_entropy(model, row))(rows)
         gates = [s.value.value for s in gj.axes_of(model).of_kind("gate") if s.arrays()]
         return {
-            "loss": float((found * counts).sum() / counts.sum()),
+            "loss": float((by_row * counts).sum() / counts.sum()),
             "said": step.held_out or math.nan,
             "gates": float(min((np.min(g) for g in gates), default=-1.0)),
         }
@@ -116,7 +116,9 @@ def test_a_resumed_run_gives_the_same_scores(run, asked, programs, tmp_path):
         again = list(
             train(run[0], feed(run[0]), run=tmp_path / name, options=options, cache=programs)
         )
-        expected = {n: said for n, said in scored(records).items() if n >= again[0].step}
+        expected = {
+            n: numbers_of for n, numbers_of in scored(records).items() if n >= again[0].step
+        }
         assert scored(again) == expected and expected
 
 
@@ -126,7 +128,7 @@ def test_scores_are_in_the_journal_the_trackers_and_the_report(asked, tmp_path):
     assert {n: row["scores"] for n, row in rows.items() if row["scores"]} == scored(records)
     sent = {n: numbers for n, numbers in told if "scores/loss" in numbers}
     assert {n: numbers["scores/loss"] for n, numbers in sent.items()} == {
-        n: said["loss"] for n, said in scored(records).items()
+        n: numbers_of["loss"] for n, numbers_of in scored(records).items()
     }
     page = write_report([folder], tmp_path / "page.html").read_text()
     last = scored(records)[17]

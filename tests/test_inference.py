@@ -160,32 +160,32 @@ def roles(table):
 
 
 @pytest.fixture(scope="module")
-def found():
+def inferred():
     """What is inferred of every model, once."""
     with jax.enable_x64(True):
         return {name: gj.infer(zoo.build(make), batch) for name, (make, batch, *_) in ZOO.items()}
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
-def test_what_is_inferred_is_what_a_person_would_annotate(name, found):
+def test_what_is_inferred_is_what_a_person_would_annotate(name, inferred):
     make, batch, specs, options, _ = ZOO[name]
     by_hand = gj.annotate(zoo.build(make), specs, **options, example=batch)
-    assert roles(axes_of(found[name])) == roles(axes_of(by_hand))
-    assert gj.sizes(found[name]) == gj.sizes(by_hand)
+    assert roles(axes_of(inferred[name])) == roles(axes_of(by_hand))
+    assert gj.sizes(inferred[name]) == gj.sizes(by_hand)
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
-def test_what_is_printed_makes_the_same_annotation(name, found):
-    printed = eval(str(found[name]), {"gj": gj, "model": zoo.build(ZOO[name][0])})
-    assert roles(axes_of(printed)) == roles(axes_of(found[name]))
-    assert printed.statics == found[name].statics
-    assert axes_of(printed).closings.items() <= axes_of(found[name]).closings.items()
+def test_what_is_printed_makes_the_same_annotation(name, inferred):
+    printed = eval(str(inferred[name]), {"gj": gj, "model": zoo.build(ZOO[name][0])})
+    assert roles(axes_of(printed)) == roles(axes_of(inferred[name]))
+    assert printed.statics == inferred[name].statics
+    assert axes_of(printed).closings.items() <= axes_of(inferred[name]).closings.items()
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
-def test_a_model_that_nobody_annotated_grows_exactly(name, found):
+def test_a_model_that_nobody_annotated_grows_exactly(name, inferred):
     *_, batch, _, options, sizes = (None, *ZOO[name])
-    small = found[name]
+    small = inferred[name]
     op = gj.copy(**sizes, shares="random")
     if "embed" in gj.sizes(small) and "embed" not in sizes:
         op = gj.chain(op, gj.copy(embed=2 * gj.sizes(small)["embed"]))
@@ -203,13 +203,13 @@ def test_a_model_that_nobody_annotated_grows_exactly(name, found):
         assert len(big.blocks) == 2 * len(small.model.blocks)
 
 
-def test_blocks_that_do_not_act_through_the_stream_are_said_to_stay_open(found):
+def test_blocks_that_do_not_act_through_the_stream_are_said_to_stay_open(inferred):
     """Mixing tokens ends in no array that produces the stream, so zeros there do not close it."""
-    (note,) = [note for note in found["mixer"].notes if "branch='zero'" in note]
+    (note,) = [note for note in inferred["mixer"].notes if "branch='zero'" in note]
     assert note.startswith("layers:") and "blocks.*.tokens.layers.1.weight" in note
     assert "channels" not in note and "blocks.*.norm2" not in note
-    others = [name for name in found if name != "mixer"]
-    assert not any("branch='zero'" in note for name in others for note in found[name].notes)
+    others = [name for name in inferred if name != "mixer"]
+    assert not any("branch='zero'" in note for name in others for note in inferred[name].notes)
 
 
 # More than one model ---------------------------------------------------------------------------
@@ -280,7 +280,7 @@ class Bare(eqx.Module):
 def test_a_norm_without_parameters_is_declared_where_its_gain_would_be():
     model, batch = zoo.build(lambda: Bare(layer=True)), zoo.normal((2, 4))
     small = gj.infer(model, batch)
-    assert ("norm.weight", "~up") in [(pattern, said.spec) for pattern, said in small.specs]
+    assert ("norm.weight", "~up") in [(pattern, spec.spec) for pattern, spec in small.specs]
     assert dict(small.statics) == {"norm.shape": ("up",)}
     assert any("norm.weight is taken to be a norm over it" in note for note in small.notes)
     big = gj.copy(up=12)(small)
@@ -381,12 +381,12 @@ def test_what_is_inferred_of_growjax_own_models_is_what_they_declare(name):
         if path == "rotary.freqs" or path.endswith("eps"):  # for each pair; not trained
             continue
         ours = sum(inferred[f"tree.{path}"], [])
-        for (axis, *mine), (other, *found) in zip(sum(terms, []), ours, strict=True):
+        for (axis, *mine), (other, *theirs) in zip(sum(terms, []), ours, strict=True):
             if axis == "head_dim":  # shapes in signatures tie the values' width to the queries'
                 assert other.isdigit()
                 continue
             names.setdefault(axis, set()).add(other)
-            assert mine == found, (path, axis)
+            assert mine == theirs, (path, axis)
     # A table and a head of its own have two axes of rows, which the declaration calls by one name
     several = {axis: len(others) for axis, others in names.items() if len(others) > 1}
     assert several == ({"vocab": 2} if name == "Llama" else {})
@@ -497,6 +497,6 @@ def test_what_stands_before_a_sum_of_blocks_keeps_its_role():
     assert spell([[[Token("a", "produced")]], [[made], [read]]]) == "a (b <- + <- c)"
 
 
-def test_notes_are_comments_of_what_is_printed(found):
-    text = str(found["vision transformer"])
+def test_notes_are_comments_of_what_is_printed(inferred):
+    text = str(inferred["vision transformer"])
     assert re.match(r"# axes: .*embed=8.*\n# 3 in blocks", text)

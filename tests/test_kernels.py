@@ -100,8 +100,8 @@ def test_splash_reads_another_sequence():
 def test_rows_that_see_nothing_are_finite():
     q, k, weights = draw(1, 1, 1, T, 4), draw(2, 1, T, 4), draw(3, 1, 1, T, 4)
     mask = Mask(causal=True, keys=jnp.arange(T) > 9)
-    found = both("splash", mask, q, k, k, weights)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+    results = both("splash", mask, q, k, k, weights)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(results))
 
 
 def test_kernels_are_split_over_devices():
@@ -114,9 +114,9 @@ def test_kernels_are_split_over_devices():
         check=False,
     )
     assert child.returncode == 0, child.stderr[-2000:]
-    found = json.loads(child.stdout.splitlines()[-1])
-    assert len(found) == 2
-    for layout, (error, gathers) in found.items():
+    results = json.loads(child.stdout.splitlines()[-1])
+    assert len(results) == 2
+    for layout, (error, gathers) in results.items():
         assert error < 1e-5 and gathers == 0, (layout, error, gathers)
 
 
@@ -178,13 +178,13 @@ def test_a_plan_of_kernels_that_are_not_there_can_be_counted():
     sizes: Any = {"layers": 1, "embed": 16, "heads": 2, "head_dim": 8, "mlp": 16, "vocab": 30}
     sizes |= {"positions": 24}
     bodies: list[Any] = ["cudnn", "splash", "auto"]
-    found = []
+    counts = []
     for body in bodies:
         model = GPTConfig(**sizes, dtype="bfloat16", attention=body)
         of = plan(steps(1), model=model, objective=Causal(24, packing="concat"))
-        found.append((of.flops, residual_bytes(of.spans[0], None)))
-    assert found[0][0] == found[1][0] == found[2][0] > 0
-    assert found[0][1] == found[1][1] > 0
+        counts.append((of.flops, residual_bytes(of.spans[0], None)))
+    assert counts[0][0] == counts[1][0] == counts[2][0] > 0
+    assert counts[0][1] == counts[1][1] > 0
 
 
 @pytest.mark.parametrize("mask", [Mask(), Mask(causal=True, window=9)], ids=["all", "window"])
@@ -213,11 +213,11 @@ def test_a_program_is_traced_anew_for_another_platform():
     """JAX keeps traced functions by the place as well, so that one is not taken for another's."""
     x = jax.ShapeDtypeStruct((1, 1, 256, 8), "float32")
     inner = jax.jit(lambda x: attend(x, x[0], x[0]))
-    found = []
+    uses_kernel = []
     for place in (TPU, None, TPU):
         with running_on(place):
-            found.append("splash_attention" in str(jax.make_jaxpr(inner)(x)))
-    assert found == [True, False, True]
+            uses_kernel.append("splash_attention" in str(jax.make_jaxpr(inner)(x)))
+    assert uses_kernel == [True, False, True]
 
 
 def test_what_was_asked_for_and_cannot_be_is_an_error():

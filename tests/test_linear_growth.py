@@ -114,7 +114,7 @@ def test_a_bias_of_all_heads_is_regrouped_too():
 
 
 @pytest.mark.parametrize(
-    "op, said",
+    "op, message",
     [
         (gj.regroup(kv_heads=3), "2 kv_heads of 2 group each cannot become 3"),
         (gj.regroup(kv_heads=8), "cannot become 8"),
@@ -124,9 +124,9 @@ def test_a_bias_of_all_heads_is_regrouped_too():
     ],
     ids=["uneven", "too many", "fewer", "two axes", "another axis"],
 )
-def test_what_cannot_be_regrouped_says_why(op, said):
+def test_what_cannot_be_regrouped_says_why(op, message):
     model = heads(4, 2)
-    with jax.enable_x64(True), pytest.raises(GrowthError, match=said):
+    with jax.enable_x64(True), pytest.raises(GrowthError, match=message):
         op(model)
 
 
@@ -221,7 +221,7 @@ def test_what_is_more_than_linear_in_an_axis_is_not_mixed():
 
 
 @pytest.mark.parametrize(
-    "make, said",
+    "make, message",
     [
         (lambda: gj.dense(head_dim=((1.0, 0.0), (0.0,))), "head_dim: expected a matrix"),
         (lambda: gj.dense(head_dim=3), "head_dim: expected a matrix"),
@@ -234,8 +234,8 @@ def test_what_is_more_than_linear_in_an_axis_is_not_mixed():
     ],
     ids=["ragged", "number", "infinite", "other size", "dual of another"],
 )
-def test_a_dense_operator_that_does_not_fit_says_why(make, said):
-    with jax.enable_x64(True), pytest.raises(GrowthError, match=said):
+def test_a_dense_operator_that_does_not_fit_says_why(make, message):
+    with jax.enable_x64(True), pytest.raises(GrowthError, match=message):
         make()(heads(2, 2))
 
 
@@ -293,7 +293,7 @@ def squares() -> optax.GradientTransformation:
 
 
 @pytest.mark.parametrize(
-    "op, architecture, tx, said",
+    "op, architecture, tx, message",
     [
         (
             gj.dense(head_dim=TALL, exact=True),
@@ -318,10 +318,10 @@ def squares() -> optax.GradientTransformation:
     ],
     ids=["dense squares", "regrouped", "unequal shares under norms", "next layer", "means"],
 )
-def test_moments_that_do_not_follow_are_refused(op, architecture, tx, said):
+def test_moments_that_do_not_follow_are_refused(op, architecture, tx, message):
     shapes = eqx.filter_eval_shape(architecture.model)
     state = eqx.filter_eval_shape(lambda m: tx.init(partition(m)[0]), shapes)
-    with pytest.raises(StateError, match=said):
+    with pytest.raises(StateError, match=message):
         carry(op, state, shapes, optimizer=tx, key=KEY)
 
 
@@ -366,6 +366,6 @@ def test_new_rows_from_the_next_layer_can_start_anew():
         empty: Any = tx.init(trained)
         before = empty._replace(trace=trained)
         state = carry(Aside(), before, model, optimizer=tx, copies="zero")
-    found, old = (t.blocks.block.mlp.up for t in (state.trace, trained))
-    assert not np.asarray(found)[..., 6:].any()
-    same(found[..., :6], np.asarray(old) * np.asarray([0.5, 0.5, 1, 1, 1, 1]))
+    trace, old = (t.blocks.block.mlp.up for t in (state.trace, trained))
+    assert not np.asarray(trace)[..., 6:].any()
+    same(trace[..., :6], np.asarray(old) * np.asarray([0.5, 0.5, 1, 1, 1, 1]))

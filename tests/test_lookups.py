@@ -311,8 +311,8 @@ def test_interpolated_places_are_turned_like_those_in_between():
     model, tokens = LLAMA.model(), LLAMA.batch()[0]
     with jax.enable_x64(True):
         stretched = gj.growth.context(2, how="interpolate")(model)
-        there = stretched(tokens, positions=2 * jnp.arange(len(tokens)))
-        np.testing.assert_allclose(there, model(tokens), rtol=1e-12)
+        outputs = stretched(tokens, positions=2 * jnp.arange(len(tokens)))
+        np.testing.assert_allclose(outputs, model(tokens), rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -81,17 +81,17 @@ def names(key, shape, dtype):
 
 def rule(x, roles, move: AxisMap, moment="weight"):
     """The definition: gather, fill what is new, and multiply by the share where it belongs."""
-    found: np.ndarray = np.asarray(x)
+    moved: np.ndarray = np.asarray(x)
     fresh, power = {"weight": (7, 1), "first": (0, 1), "second": (0, 2)}[moment]
     for dim in roles:
-        row = np.full_like(found.take([0], dim), fresh)
-        found = np.concatenate([found, row], dim).take(move.source, dim)
+        row = np.full_like(moved.take([0], dim), fresh)
+        moved = np.concatenate([moved, row], dim).take(move.source, dim)
     share = np.asarray(move.share)
     for dim, role in roles.items() if move.share is not None else ():
         takes = (role == move.side) == (moment == "weight")
         if takes and role != "lookup":
-            found *= np.expand_dims(share**power, [d for d in range(found.ndim) if d != dim])
-    return found
+            moved *= np.expand_dims(share**power, [d for d in range(moved.ndim) if d != dim])
+    return moved
 
 
 SHARES = [0.0, 0.25, 0.5, 1.0, 2.0]
@@ -347,15 +347,15 @@ def test_the_transpose_of_a_map_is_the_transposed_matrix():
 
 
 @pytest.mark.parametrize(
-    "fields, said",
+    "fields, message",
     [
         (dict(source=[0, 9, -3]), r"source \[-3, 9\] is not among the 4 old coordinates"),
         (dict(source=[0, 1], share=np.ones(3)), r"share has shape \(3,\), expected \(2,\)"),
         (dict(source=[0, NONE], init="bogus"), "init must be .* got 'bogus'"),
     ],
 )
-def test_a_map_that_does_not_fit_says_why(fields, said):
-    with pytest.raises(AxisError, match=f"axis 'mlp': {said}"):
+def test_a_map_that_does_not_fit_says_why(fields, message):
+    with pytest.raises(AxisError, match=f"axis 'mlp': {message}"):
         apply(AxisMap("mlp", **fields), leaves(), jax.random.key(0))
 
 
@@ -373,9 +373,9 @@ def test_a_fresh_coordinate_needs_a_key():
 def test_a_power_keeps_the_sign_if_it_is_odd_and_zero_at_zero(degree, odd):
     x = np.array([-2.0, -0.5, 0.0, 0.25, 3.0])
     with jax.enable_x64(True):
-        found = Power(degree, odd).of(jnp.asarray(x))
+        powers = Power(degree, odd).of(jnp.asarray(x))
     expected = np.where(x == 0, 0, np.abs(x) ** degree * (np.sign(x) if odd else 1))
-    np.testing.assert_allclose(found, expected, rtol=1e-15)
+    np.testing.assert_allclose(powers, expected, rtol=1e-15)
 
 
 def test_state_scales_from_its_origin_by_the_powers_of_both_sides():
@@ -402,11 +402,11 @@ def test_what_starts_anew_holds_what_it_starts_from(copies, fresh):
     table, old = axes_of(model), np.asarray(model.square)
     own = jnp.arange(36.0).reshape(6, 6) if fresh == "own" else fresh
     slot = table["square"]
-    found = carry_array(move, table, slot, model.square, FIRST, fresh=own, copies=copies)
+    moment = carry_array(move, table, slot, model.square, FIRST, fresh=own, copies=copies)
     anew = np.array([False] * 4 + [not copies, True])
     crossing = anew[:, None] | anew[None, :]
     follows = old[move.source][:, move.source] * np.asarray(move.share)
-    np.testing.assert_allclose(found, np.where(crossing, own, follows), rtol=1e-6)
+    np.testing.assert_allclose(moment, np.where(crossing, own, follows), rtol=1e-6)
 
 
 def test_what_a_map_multiplies_is_told_by_side_and_by_sign():

@@ -47,8 +47,8 @@ def test_a_step_trains_on_what_was_chosen_and_on_nothing_else(layout, programs):
     assert rows["tokens"].shape[0] == 3 * BATCH
 
     def mean(model):
-        found, counts = jax.vmap(lambda row: cross_entropy(model, row))(rows)
-        return (found * counts).sum(1) / counts.sum(1)
+        by_row, counts = jax.vmap(lambda row: cross_entropy(model, row))(rows)
+        return (by_row * counts).sum(1) / counts.sum(1)
 
     score = np.asarray(mean(made.build()) - mean(reference))
     best = np.sort(np.argsort(-score)[:BATCH])
@@ -246,8 +246,8 @@ def test_a_second_gradient_is_taken_when_a_rule_asks_for_it(programs):
     trained, rest = gj.partition(model)
 
     def loss(trained):
-        found, counts = jax.vmap(lambda row: drawn_loss(eqx.combine(trained, rest), row))(rows)
-        return (found * counts).sum() / counts.sum()
+        by_row, counts = jax.vmap(lambda row: drawn_loss(eqx.combine(trained, rest), row))(rows)
+        return (by_row * counts).sum() / counts.sum()
 
     labels = rows["weights"].sum()
     assert labels > BATCH
@@ -268,9 +268,9 @@ def test_drawn_labels_are_the_models_own():
     scores = jax.nn.log_softmax(gj.models.predictions(model, example))
     entropy = -(jnp.exp(scores) * scores).sum(-1)
     keys = jax.vmap(jax.random.key_data)(jax.random.split(jax.random.key(0), 4000))
-    found = jax.vmap(lambda k: drawn_loss(model, {**example, "key": k})[0])(keys)
-    error = found.std(0) / 4000**0.5
-    assert np.all(np.abs(found.mean(0) - entropy) < 5 * error)
+    drawn = jax.vmap(lambda k: drawn_loss(model, {**example, "key": k})[0])(keys)
+    error = drawn.std(0) / 4000**0.5
+    assert np.all(np.abs(drawn.mean(0) - entropy) < 5 * error)
 
 
 # Growth, schedules, seeds ------------------------------------------------------------------------
@@ -286,8 +286,8 @@ def test_what_becomes_of_the_optimizer(carried, programs):
     grown = ahead.get(("grow", 1, None))(ones, np.int32(0))
     adam = grown.optimizer[1]
     moment = np.asarray(adam.mu.blocks.block.mlp.up).mean((1, 2))
-    kept = {"dual": [1, 1, 1, 1], "zero": [1, 1, 0, 0], "reset": [0, 0, 0, 0]}[carried]
-    assert moment.tolist() == kept == adam.ages.of["layers"].tolist()
+    ages = {"dual": [1, 1, 1, 1], "zero": [1, 1, 0, 0], "reset": [0, 0, 0, 0]}[carried]
+    assert moment.tolist() == ages == adam.ages.of["layers"].tolist()
     embedding = float(np.mean(adam.mu.embedding.table))
     assert embedding == (0 if carried == "reset" else 1)
 

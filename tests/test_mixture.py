@@ -42,8 +42,8 @@ def test_every_example_has_the_same_shapes():
     assert set(shapes) == {"tokens", "targets", "weights", "segments", "positions", "prefix"}
     assert all(shape == (16,) for shape, _ in shapes.values())
     for seed in range(20):
-        found = {k: (x.shape, x.dtype) for k, x in draw(MIX, seed).items()}
-        assert found == shapes
+        drawn = {k: (x.shape, x.dtype) for k, x in draw(MIX, seed).items()}
+        assert drawn == shapes
 
 
 def kind(example) -> str:

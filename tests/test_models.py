@@ -178,12 +178,12 @@ def test_rotary_frequencies_are_lowered_where_they_turn_too_slowly():
     with jax.enable_x64(True):
         scaled = Rotary(16, 500.0, RotaryScaling(8.0, low=1.0, high=4.0, length=64)).freqs
         linear = Rotary(16, 500.0, RotaryScaling(8.0)).freqs
-    for found, freq in zip(np.asarray(scaled), plain, strict=True):
+    for lowered, freq in zip(np.asarray(scaled), plain, strict=True):
         wave = 2 * np.pi / freq
         mix = (64 / wave - 1.0) / (4.0 - 1.0)
         between = (1 - mix) * freq / 8 + mix * freq
         expected = freq / 8 if wave > 64 / 1.0 else freq if wave < 64 / 4.0 else between
-        assert abs(found - expected) <= 1e-15
+        assert abs(lowered - expected) <= 1e-15
     np.testing.assert_allclose(linear, plain / 8, rtol=1e-15)
     assert len(set((np.asarray(scaled) / plain).round(6))) == 3  # all, some and none of it
     for wrong in ((0.0,), (2.0, 4.0), (2.0, 1.0, 4.0, -1)):
@@ -362,28 +362,28 @@ def test_remat_changes_nothing():
         value, slope = eqx.filter_jit(eqx.filter_value_and_grad(loss))(model)
         return jax.tree.leaves((value, slope))
 
-    kept = outcome("everything")
+    whole = outcome("everything")
     for remat in ("dots", "nothing"):
-        for ours, reference in zip(outcome(remat), kept, strict=True):
-            np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-4 * np.abs(kept[0]))
+        for ours, reference in zip(outcome(remat), whole, strict=True):
+            np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-4 * np.abs(whole[0]))
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "bert", "t5 encoder"])
 def test_remat_keeps_less_and_computes_again(name):
     """Numbers that the forward scans keep for the backward pass, and what that costs in products."""
     stacks = ("encoder", "decoder") if name.startswith("t5") else ("blocks",)
-    kept, paid = {}, {}
+    stored, paid = {}, {}
     for remat in ("nothing", "dots", "everything"):
         model = put(built(name), {(stack, "remat"): remat for stack in stacks})
         trained, rest = partition(model)
         loss = lambda t, rest=rest: jnp.sum(run(name, eqx.combine(t, rest), TOKENS) ** 2)  # noqa: E731
         program = jax.make_jaxpr(jax.grad(loss))(trained).jaxpr
         scans = [e for e in program.eqns if e.primitive.name == "scan"]
-        kept[remat] = sum(
+        stored[remat] = sum(
             math.prod(x.aval.shape) for e in scans if not e.params["reverse"] for x in e.outvars
         )
         paid[remat] = flops(jax.grad(loss), trained)
-    assert kept["nothing"] < kept["dots"] < kept["everything"]
+    assert stored["nothing"] < stored["dots"] < stored["everything"]
     assert paid["nothing"] > paid["dots"] > paid["everything"]
 
 
@@ -451,9 +451,9 @@ def test_exact_gelu_and_its_derivatives_are_those_of_the_formula(dtype):
             whole = jax.shard_map(jax.vmap(f), mesh=mesh, in_specs=rows, out_specs=rows)
             return np.asarray(jax.jit(whole)(jnp.asarray(x, dtype)))
 
-        found = [derivative(order) for order in range(3)]
+        derivatives = [derivative(order) for order in range(3)]
     expected = [x * cdf, cdf + x * density, (2 - x * x) * density]
     tolerance = 1e-14 if dtype == "float64" else 2e-6
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(derivatives, expected, strict=True):
         assert one.dtype == dtype
         np.testing.assert_allclose(one, other, atol=tolerance)

@@ -350,16 +350,16 @@ def test_a_row_of_specials_is_left_as_it_is(mode, whole_word):
 
 def test_chosen_tokens_are_replaced_as_often_as_it_says():
     objective = MLM(512, 0.5, frame=False)
-    masked = kept = swapped = 0
+    masked = unchanged = swapped = 0
     for seed in range(20):
         given = window(512, seed)
         out = example(objective, seed, of=given)
         chosen = out["weights"] > 0
         new, old = out["tokens"][chosen], given.tokens[chosen]
         masked += np.sum(new == MASK)
-        kept += np.sum(new == old)
+        unchanged += np.sum(new == old)
         swapped += np.sum((new != old) & (new != MASK))
-    counts, n = [masked, swapped, kept], 20 * 256
+    counts, n = [masked, swapped, unchanged], 20 * 256
     chance = 0.1 / 256  # of drawing the same token again
     expected = [0.8 * n, (0.1 - chance) * n, (0.1 + chance) * n]
     assert stats.chisquare(counts, expected).pvalue > 1e-3

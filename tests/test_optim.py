@@ -244,12 +244,12 @@ def test_the_average_of_a_fresh_coordinate_is_its_own_weight(op):
     model, tx = mlp(), optax.chain(optax.scale_by_adam(), average())
     _, state = updates(tx, tx.init(trained(model)), like(trained(model), 3.0), 4)
     grown = trained(gj.grow(op, model, key=KEY))
-    found = gj.carry(op, state, model, optimizer=tx, key=KEY)[1].params
+    carried = gj.carry(op, state, model, optimizer=tx, key=KEY)[1].params
     old = np.asarray(state[1].params.up)
     assert not np.allclose(old, model.up, rtol=0.1)
-    np.testing.assert_array_equal(found.up[:, :4], old)
-    np.testing.assert_array_equal(found.up[:, 4:], grown.up[:, 4:])
-    np.testing.assert_array_equal(found.down[4:], grown.down[4:])
+    np.testing.assert_array_equal(carried.up[:, :4], old)
+    np.testing.assert_array_equal(carried.up[:, 4:], grown.up[:, 4:])
+    np.testing.assert_array_equal(carried.down[4:], grown.down[4:])
     shapes = eqx.filter_eval_shape(lambda m: m, model)
     with pytest.raises(StateError, match="give the model itself"):
         gj.carry(op, state, shapes, optimizer=tx, key=KEY)
@@ -264,9 +264,9 @@ def test_accumulators_of_fresh_coordinates_start_from_their_own_constant():
     ]:
         _, state = updates(tx, tx.init(trained(model)), trained(model), 3)
         carried = gj.carry(op, state, model, optimizer=tx, key=KEY)
-        found, old = (np.asarray(getattr(s[0], field).up) for s in (carried, state))
-        np.testing.assert_array_equal(found[:, :4], old)
-        np.testing.assert_allclose(found[:, 4:], constant, rtol=1e-6)
+        new, old = (np.asarray(getattr(s[0], field).up) for s in (carried, state))
+        np.testing.assert_array_equal(new[:, :4], old)
+        np.testing.assert_allclose(new[:, 4:], constant, rtol=1e-6)
 
 
 NAMED = optax.named_chain(("ema", optax.trace(0.9)), ("mom", optax.scale_by_rms()))
@@ -287,9 +287,9 @@ NAMED = optax.named_chain(("ema", optax.trace(0.9)), ("mom", optax.scale_by_rms(
 def test_copies_of_a_producer_take_the_power_of_their_share_that_a_fresh_run_takes(tx, pick, power):
     model, op = mlp(), gj.copy(mlp=8, shares="equal")
     _, state = updates(tx, tx.init(trained(model)), trained(model), 3)
-    found = pick(gj.carry(op, state, model, optimizer=tx))
+    moment = pick(gj.carry(op, state, model, optimizer=tx))
     old = np.asarray(pick(state).up)
-    np.testing.assert_allclose(found.up, np.tile(old, 2) * 0.5**power, rtol=1e-6)
+    np.testing.assert_allclose(moment.up, np.tile(old, 2) * 0.5**power, rtol=1e-6)
 
 
 def test_weights_added_to_gradients_are_refused_where_shares_tell_them_apart():
@@ -376,10 +376,10 @@ def test_copies_may_start_from_zero_and_young():
     dual, zero = (gj.carry(op, state, model, optimizer=tx, copies=how) for how in ("dual", "zero"))
     share = np.array([0.5, 0.5, 0.5, 1, 0.5, 0.5, 0.5], np.float32)
     for name, power in (("mu", 1), ("nu", 2)):
-        kept, blank = getattr(dual, name), getattr(zero, name)
-        np.testing.assert_allclose(kept.up_bias, share**power)
+        carried, blank = getattr(dual, name), getattr(zero, name)
+        np.testing.assert_allclose(carried.up_bias, share**power)
         np.testing.assert_allclose(blank.up_bias, share**power * (np.arange(7) < 4))
-        assert not np.asarray(blank.down)[4:].any() and np.asarray(kept.down).all()
+        assert not np.asarray(blank.down)[4:].any() and np.asarray(carried.down).all()
     assert dual.ages.of["mlp"].tolist() == [KEPT] * 7
     assert zero.ages.of["mlp"].tolist() == [KEPT] * 4 + [0] * 3
 
@@ -428,17 +428,17 @@ def corners(small, big):
     for slot in axes_of(small).of_kind("param"):
         old = get(small, slot.steps)
         if old is not None:
-            found = np.asarray(get(big, slot.steps))
-            yield np.asarray(old), found, tuple(map(slice, old.shape))
+            new = np.asarray(get(big, slot.steps))
+            yield np.asarray(old), new, tuple(map(slice, old.shape))
 
 
 def test_moments_of_new_coordinates_are_zero(hop):
     _, model, _, carried, _, _ = hop
     for moment in (carried[0].mu, carried[0].nu):
-        for _, found, corner in corners(trained(model), moment):
-            outside = np.ones(found.shape, bool)
+        for _, new, corner in corners(trained(model), moment):
+            outside = np.ones(new.shape, bool)
             outside[corner] = False
-            assert not found[outside].any()
+            assert not new[outside].any()
         assert np.asarray(moment.embedding.table)[:, :8].any()
     ages = carried[0].ages.of
     assert ages["embed"].tolist() == [1] * 8 + [0] * 4
@@ -447,8 +447,8 @@ def test_moments_of_new_coordinates_are_zero(hop):
 
 def test_a_step_commutes_with_growth_behind_gates(hop):
     _, _, two, _, grown, _ = hop
-    for expected, found, corner in corners(two, grown):
-        np.testing.assert_allclose(found[corner], expected, rtol=1e-9, atol=1e-9)
+    for expected, new, corner in corners(two, grown):
+        np.testing.assert_allclose(new[corner], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_carrying_through_a_chain_is_carrying_step_by_step_also_inside_jit():

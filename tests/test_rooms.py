@@ -29,15 +29,15 @@ def room(path: Path) -> str:
 
 def imports(path: Path) -> set[str]:
     """Every module that a file imports, anywhere in it, by its whole name."""
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative import"
             # `from growjax import maps` imports a room, not a name of the top level
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
 
 
 def rooms_of(path: Path) -> set[str]:
@@ -121,12 +121,12 @@ def field_names(classes, static: bool = True) -> set[str]:
 
 
 def model_modules() -> list[type]:
-    found = set()
+    classes = set()
     for path in SOURCES:
         if room(path) in ("nn", "models"):
             dotted = ".".join(["growjax", *path.relative_to(ROOT).with_suffix("").parts])
-            found |= members(importlib.import_module(dotted.removesuffix(".__init__")))
-    return [c for c in found if issubclass(c, eqx.Module) and c is not gates.Gate]
+            classes |= members(importlib.import_module(dotted.removesuffix(".__init__")))
+    return [c for c in classes if issubclass(c, eqx.Module) and c is not gates.Gate]
 
 
 def leaf_names() -> set[str]:
@@ -139,14 +139,14 @@ def leaf_names() -> set[str]:
 
 def spoken(path: Path) -> set[str]:
     """Every attribute, and every word of a string that is one dotted path."""
-    found = set()
+    words = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
-            found.add(node.attr)
+            words.add(node.attr)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if " " not in node.value and "\n" not in node.value:
-                found |= set(node.value.split("."))
-    return found
+                words |= set(node.value.split("."))
+    return words
 
 
 def test_the_names_that_growth_may_not_know_are_found():

@@ -48,15 +48,15 @@ def test_a_run_learns_and_goes_on_bitwise(name, programs, tmp_path):
 
     first = records("first")
     marks = [r.held_out for r in first if isinstance(r, Step) and r.held_out is not None]
-    found = losses(first)
-    assert marks[-1] < marks[0] - 0.1 and found[max(found)] < found[0] - 0.1
+    curve = losses(first)
+    assert marks[-1] < marks[0] - 0.1 and curve[max(curve)] < curve[0] - 0.1
     for saved in ["00000003-00", *(["00000009-01"] if name in GROWN else [])]:
         (tmp_path / saved / "checkpoints").mkdir(parents=True)
         checkpoint = tmp_path / "first" / "checkpoints" / saved
         checkpoint.rename(tmp_path / saved / "checkpoints" / saved)
         again = records(saved)
         assert again[0].resumed and same(again, first)
-        assert losses(again) == {n: x for n, x in found.items() if n >= int(saved[:8])}
+        assert losses(again) == {n: x for n, x in curve.items() if n >= int(saved[:8])}
 
 
 def test_what_is_handed_out_is_what_was_judged(programs, tmp_path):
@@ -73,16 +73,16 @@ def test_what_is_handed_out_is_what_was_judged(programs, tmp_path):
     rows = held_out_batch(data.validation, made.objective, 4)
 
     def loss(model: Any) -> float:
-        found, counts = jax.vmap(lambda row: cross_entropy(model, row))(rows)
-        return float((found * counts).sum() / counts.sum())
+        by_row, counts = jax.vmap(lambda row: cross_entropy(model, row))(rows)
+        return float((by_row * counts).sum() / counts.sum())
 
     saved = tmp_path / "checkpoints" / "00000004-00"
-    found, lineage = load_model(saved)
+    loaded, lineage = load_model(saved)
     shapes = programs_of(made).shapes(model_of(lineage))
     training = load(saved, shapes).model
     assert loss(end.model) == pytest.approx(last.held_out, rel=1e-5)
     assert abs(loss(training) - last.held_out) > 1e-3
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(end.model), strict=True):
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(end.model), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-7)
 
 

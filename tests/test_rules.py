@@ -103,8 +103,8 @@ def test_what_decays_is_said(decayed, moves):
     rule = plain("adamw", weight_decay=0.5, decayed=decayed)
     updates, _ = rule.update(like(params, 0.0), rule.init(params), params, rate=0.1)
     norm = updates.blocks.block.mlp_norm
-    found = [bool(np.any(u)) for u in (updates.blocks.block.mlp.up, norm.weight, norm.bias)]
-    assert found == moves
+    decays = [bool(np.any(u)) for u in (updates.blocks.block.mlp.up, norm.weight, norm.bias)]
+    assert decays == moves
 
 
 REFERENCES: dict[str, Callable[[], Any]] = {
@@ -300,9 +300,9 @@ def test_muons_steps_are_orthogonal_layer_by_layer_and_the_rest_is_adams(qk_norm
     params = trained(gpt(embed=8, heads=2, head_dim=8, qk_norm=qk_norm))
     gradient = drawn(params)
     muon, adam = plain("muon"), plain("adamw")
-    found, _ = eqx.filter_jit(lambda: muon.update(gradient, muon.init(params), params, rate=-1.0))()
+    moved, _ = eqx.filter_jit(lambda: muon.update(gradient, muon.init(params), params, rate=-1.0))()
     other, _ = adam.update(gradient, adam.init(params), params, rate=-1.0)
-    block = found.blocks.block
+    block = moved.blocks.block
     for leaf, rows in [
         (block.attention.q, 8),
         (block.attention.k, 8),
@@ -316,7 +316,7 @@ def test_muons_steps_are_orthogonal_layer_by_layer_and_the_rest_is_adams(qk_norm
             assert 0.6 < values.min() and values.max() < 1.3
             if max(matrix.shape) < 2 * min(matrix.shape):
                 assert 0.1 < np.sqrt(np.mean(matrix**2)) < 0.3
-    np.testing.assert_allclose(found.embedding.table, other.embedding.table, rtol=1e-6)
+    np.testing.assert_allclose(moved.embedding.table, other.embedding.table, rtol=1e-6)
     np.testing.assert_allclose(block.mlp.up_bias, other.blocks.block.mlp.up_bias, rtol=1e-6)
 
 
@@ -378,9 +378,9 @@ def test_what_is_judged_is_the_average_of_where_the_base_rule_went():
         base = optim.rule(optax.identity())
         rule = optim.schedule_free(base, b1)
         path, state = follow(rule, params, gradients, rates)
-        found = rule.evaluated(jax.tree.map(lambda x: x[-1], path), state)
+        judged = rule.evaluated(jax.tree.map(lambda x: x[-1], path), state)
         for x, y, start, *g in zip(
-            leaves(found), leaves(path), leaves(params), *map(leaves, gradients), strict=True
+            leaves(judged), leaves(path), leaves(params), *map(leaves, gradients), strict=True
         ):
             z = start - np.cumsum([r * gi for r, gi in zip(rates, g, strict=True)], axis=0)
             average = np.tensordot(rates**2, z, 1) / np.sum(rates**2)
@@ -490,8 +490,8 @@ def test_an_average_of_the_parameters_is_carried_with_them():
         judged = rule.evaluated(trained(model), state)
         op = gj.copy(mlp=9, shares="random")
         carried = gj.carry(op, state, model, optimizer=rule)
-        found = rule.evaluated(trained(gj.grow(op, model)), carried)
-        for a, b in zip(leaves(found), leaves(trained(gj.grow(op, judged))), strict=True):
+        average = rule.evaluated(trained(gj.grow(op, model)), carried)
+        for a, b in zip(leaves(average), leaves(trained(gj.grow(op, judged))), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10)
         assert np.array_equal(carried.total, state.total)
         np.testing.assert_allclose(carried.weights.of["mlp"], state.total)

@@ -53,7 +53,7 @@ def test_sizes_are_those_that_the_shapes_were_made_of(true):
 
 
 @pytest.mark.parametrize(
-    "arrays, known, said",
+    "arrays, known, message",
     [
         ([("a", "(x y)", (6,))], {}, r"a: cannot split a dimension of 6 into \(x y\)"),
         ([("a", "(x y)", (6,))], {"x": 4}, r"a: cannot split a dimension of 6 into \(x y\)"),
@@ -64,8 +64,8 @@ def test_sizes_are_those_that_the_shapes_were_made_of(true):
         ([("a", "x", (2, 3)), ("b", "x y", (5, 2, 3))], {}, "grows under eqx.filter_vmap"),
     ],
 )  # fmt: skip
-def test_sizes_that_do_not_fit_are_named(arrays, known, said):
-    with pytest.raises(AxisError, match=said):
+def test_sizes_that_do_not_fit_are_named(arrays, known, message):
+    with pytest.raises(AxisError, match=message):
         solve_sizes([(path, Spec.parse(text), shape) for path, text, shape in arrays], known)
 
 
@@ -88,7 +88,7 @@ def test_a_sum_is_the_specs_of_its_terms():
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ("(a + b) -> (c + d)", "only one dimension of an array may be a sum"),
         ("(a + )", r"cannot read '\)'"),
@@ -102,8 +102,8 @@ def test_a_sum_is_the_specs_of_its_terms():
         ("~3", "cannot read '~3'"),
     ],
 )
-def test_a_sum_or_number_that_cannot_be_read_says_where(text, said):
-    with pytest.raises(AxisError, match=said):
+def test_a_sum_or_number_that_cannot_be_read_says_where(text, message):
+    with pytest.raises(AxisError, match=message):
         Spec.parse(text)
 
 

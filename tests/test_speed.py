@@ -135,11 +135,11 @@ def test_the_cheapest_change_that_fits_is_looked_for(used):
         return 2**20 // changed.accumulate // (2 if changed.layout.fsdp > 1 else 1)
 
     need: Need = ("step", 0, Work())
-    found = cheapest(of, need, 4, used, 2**17, measure)
-    assert found == "accumulate=8 makes it 128.0 KiB, as was compiled"
+    change = cheapest(of, need, 4, used, 2**17, measure)
+    assert change == "accumulate=8 makes it 128.0 KiB, as was compiled"
     assert len(tried) == len(set(tried)) <= 4
-    found = cheapest(of, need, 4, used, 2**19, lambda p: None if p.accumulate > 1 else measure(p))
-    assert found == "fsdp=2 makes it 512.0 KiB, as was compiled"
+    change = cheapest(of, need, 4, used, 2**19, lambda p: None if p.accumulate > 1 else measure(p))
+    assert change == "fsdp=2 makes it 512.0 KiB, as was compiled"
     assert cheapest(of, need, 4, used, 2**9, lambda _: None) is None
 
 
@@ -154,10 +154,10 @@ def test_the_layout_says_what_is_kept():
     gradient: Any = eqx.filter_jit(eqx.filter_grad(lambda model: model(tokens).sum()))
     leaves = jax.tree.leaves(gradient(model))
     names: Any = (("none", "everything"), ("full", "nothing"), ("offload", "offload"))
-    for name, kept in names:
+    for name, remat in names:
         changed = remembering(model, Layout(remat=name, unroll=2))
         assert isinstance(changed.blocks, Stacked)
-        assert (changed.blocks.remat, changed.blocks.unroll) == (kept, 2)
+        assert (changed.blocks.remat, changed.blocks.unroll) == (remat, 2)
         for ours, theirs in zip(jax.tree.leaves(gradient(changed)), leaves, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     assert remembering(model, Layout(unroll=2)).blocks.remat == model.blocks.remat

@@ -119,13 +119,13 @@ def test_lineage_records_what_a_run_started_from(second, run, programs, tmp_path
     of, _, folder = second
     parent = read_lineage(at(run[2], "00000003-00"))
     for name in ("00000000-00", "00000004-01", "00000006-01"):
-        said = read_lineage(at(folder, name))
-        assert said["start"]["folder"] == at(run[2], "00000003-00")
-        assert said["start"]["is"] == "00000003-00"
-        assert said["start"]["tokens"] == parent["tokens"] > 0
-        assert said["start"]["flops"] == parent["flops"] > 0
+        lineage = read_lineage(at(folder, name))
+        assert lineage["start"]["folder"] == at(run[2], "00000003-00")
+        assert lineage["start"]["is"] == "00000003-00"
+        assert lineage["start"]["tokens"] == parent["tokens"] > 0
+        assert lineage["start"]["flops"] == parent["flops"] > 0
         sizes = gj.sizes(load_model(at(folder, name))[0])
-        assert sizes == gj.sizes(model_of(said)) == said["sizes"]
+        assert sizes == gj.sizes(model_of(lineage)) == lineage["sizes"]
     assert read_lineage(at(folder, "00000006-01"))["flops"] == of.flops  # its own budget
     # A third run says what all before it took, and what its model is made of
     third = plan(
@@ -133,18 +133,19 @@ def test_lineage_records_what_a_run_started_from(second, run, programs, tmp_path
         start=Start(str(folder), (of.stages[0].grow, of.stages[1].grow)),  # type: ignore[arg-type]
     )
     started(third, programs, run=tmp_path)
-    said = read_lineage(at(tmp_path, "00000001-00"))
-    assert said["start"]["is"] == "00000006-01"
-    assert said["start"]["flops"] == parent["flops"] + of.flops
-    assert [op["is"] for op in said["operators"]] == ["growjax:MSG", "growjax:Stack"]
-    assert said["births"] == read_lineage(at(folder, "00000006-01"))["births"]
-    assert said["births"]["mlp"][-1][0] == 1 and said["births"]["layers"][-1][0] == 2
+    lineage = read_lineage(at(tmp_path, "00000001-00"))
+    assert lineage["start"]["is"] == "00000006-01"
+    assert lineage["start"]["flops"] == parent["flops"] + of.flops
+    assert [op["is"] for op in lineage["operators"]] == ["growjax:MSG", "growjax:Stack"]
+    assert lineage["births"] == read_lineage(at(folder, "00000006-01"))["births"]
+    assert lineage["births"]["mlp"][-1][0] == 1 and lineage["births"]["layers"][-1][0] == 2
     shown = io.StringIO()
     describe(tmp_path, Console(file=shown, width=200))
     assert f"started from {folder} (00000006-01), which took" in shown.getvalue()
     other = read_lineage(at(folder, "00000006-01"))["start"]["digest"]
     assert (
-        re.fullmatch(r"[0-9a-f]{16}", said["start"]["digest"]) and said["start"]["digest"] != other
+        re.fullmatch(r"[0-9a-f]{16}", lineage["start"]["digest"])
+        and lineage["start"]["digest"] != other
     )
 
 
@@ -210,11 +211,11 @@ def test_plans_with_a_start_are_data(run):
     assert from_dict(json.loads(json.dumps(to_dict(of)))) == of
     assert of.spans[0].sizes["mlp"] == 64 and of.spans[0].sizes["layers"] == 4
     shown = io.StringIO()
-    found = dry_run(of)
-    found.check()
-    Console(file=shown, width=200).print(found)
+    forecast = dry_run(of)
+    forecast.check()
+    Console(file=shown, width=200).print(forecast)
     assert f"starts from the model in {run[2]}" in shown.getvalue()
-    assert found.stages[0].growing_bytes and found.stages[0].grows == "msg(mlp=64)"
+    assert forecast.stages[0].growing_bytes and forecast.stages[0].grows == "msg(mlp=64)"
 
 
 WRONG = {
@@ -247,18 +248,18 @@ def test_a_hugging_face_folder_is_a_start_as_well(programs, tmp_path):
     config = GPTConfig(**{**vars(SMALL), "bias": True})
     model = gj.models.GPT(config, key=jax.random.key(3))
     gj.hf.save(model, tmp_path / "stock")
-    found = gj.hf.config(tmp_path / "stock")
+    stock = gj.hf.config(tmp_path / "stock")
     of = plan(
         steps(2, grow=gj.stack(layers=4, order="top")),
-        model=found,
+        model=stock,
         start=Start(str(tmp_path / "stock")),
     )
     dry_run(of).check()
     records = started(of, programs, run=tmp_path / "run")
-    said = read_lineage(at(tmp_path / "run", "00000000-00"))
-    assert said["start"]["is"] == "Hugging Face" and said["start"]["flops"] is None
+    lineage = read_lineage(at(tmp_path / "run", "00000000-00"))
+    assert lineage["start"]["is"] == "Hugging Face" and lineage["start"]["flops"] is None
     grown, _ = load_model(at(tmp_path / "run", "00000000-00"))
     assert np.array_equal(grown.blocks.block.mlp.up[:2], model.blocks.block.mlp.up)
     assert gj.sizes(records[-1].model)["layers"] == 4
     with pytest.raises(CheckpointError, match="table: float32"):
-        next(train(dataclasses.replace(of, model=dataclasses.replace(found, vocab=400)), feed(of)))
+        next(train(dataclasses.replace(of, model=dataclasses.replace(stock, vocab=400)), feed(of)))

@@ -94,17 +94,17 @@ def paths(draw):
 @given(paths(), st.integers(0, 2**31 - 1))
 def test_a_path_ascends_through_distinct_layers_and_holds_the_fixed_ones(drawn, seed):
     layers, fixed, path = drawn
-    kept = np.asarray(path.sample(layers, key=jax.random.key(seed)))
-    assert len(kept) == path.length
-    assert (np.diff(kept) > 0).all()
-    assert 0 <= kept[0] <= kept[-1] < layers
-    assert fixed <= set(kept.tolist())
+    indices = np.asarray(path.sample(layers, key=jax.random.key(seed)))
+    assert len(indices) == path.length
+    assert (np.diff(indices) > 0).all()
+    assert 0 <= indices[0] <= indices[-1] < layers
+    assert fixed <= set(indices.tolist())
 
 
 def test_every_free_layer_is_drawn_equally_often():
     path, layers, p = gj.random_path(6), 12, 0.4
-    kept = np.asarray(jax.jit(jax.vmap(lambda key: path.sample(layers, key=key)))(KEYS))
-    counts = np.bincount(kept.ravel(), minlength=layers)
+    drawn = np.asarray(jax.jit(jax.vmap(lambda key: path.sample(layers, key=key)))(KEYS))
+    counts = np.bincount(drawn.ravel(), minlength=layers)
     free = counts[1:-1]
     assert counts[0] == counts[-1] == DRAWS
     assert np.abs(free - DRAWS * p).max() <= 5 * math.sqrt(DRAWS * p * (1 - p))
@@ -169,13 +169,13 @@ def test_multipliers_are_those_of_the_table_in_both_ways_of_drawing(mode):
     for seed in range(5):
         key = jax.random.key(seed)
         move = one_map(fixed, gpt(), key)
-        found = 1 if move.branch is None else move.branch
+        multipliers = 1 if move.branch is None else move.branch
         path = np.asarray(move.source)
-        np.testing.assert_allclose(found, table(mode, path, (0, 4), 0.5) * 1, rtol=1e-6)
+        np.testing.assert_allclose(multipliers, table(mode, path, (0, 4), 0.5) * 1, rtol=1e-6)
         move = one_map(coins, gpt(), key)
         on = np.flatnonzero(move.active)
-        found = np.ones(LAYERS) if move.branch is None else np.asarray(move.branch)
-        np.testing.assert_allclose(found[on], table(mode, on, (0, 4), 0.5), rtol=1e-6)
+        multipliers = np.ones(LAYERS) if move.branch is None else np.asarray(move.branch)
+        np.testing.assert_allclose(multipliers[on], table(mode, on, (0, 4), 0.5), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -231,8 +231,8 @@ def coins():
 @pytest.fixture(scope="module")
 def path(coins):
     """The same layers as a path of fixed length, with its outputs and gradient."""
-    kept = jnp.flatnonzero(coins.active)
-    move = gj.AxisMap("layers", kept, branch=coins.branch[kept])
+    layers = jnp.flatnonzero(coins.active)
+    move = gj.AxisMap("layers", layers, branch=coins.branch[layers])
     return move, *learn(Given(move), gpt())
 
 
@@ -246,21 +246,21 @@ def test_the_whole_path_is_the_model_bitwise(full):
 
 
 def test_a_path_runs_its_blocks_one_after_the_other(path, full):
-    move, found, _ = path
+    move, scores, _ = path
     run = jax.jit(jax.vmap(lambda t: composed(gpt(), move.source, move.branch, t)))
-    np.testing.assert_allclose(found, run(TOKENS), rtol=1e-5, atol=1e-5)
-    assert np.abs(np.asarray(found - full[0])).max() > 0.1
+    np.testing.assert_allclose(scores, run(TOKENS), rtol=1e-5, atol=1e-5)
+    assert np.abs(np.asarray(scores - full[0])).max() > 0.1
 
 
 def test_skipped_layers_get_a_gradient_of_exactly_zero_and_kept_ones_do_not(path):
     move, _, gradient = path
-    kept = np.asarray(move.source)
-    skipped = np.setdiff1d(np.arange(LAYERS), kept)
+    drawn = np.asarray(move.source)
+    skipped = np.setdiff1d(np.arange(LAYERS), drawn)
     block = gradient.blocks.block
     for leaf in jax.tree.leaves(block):
         assert not np.asarray(leaf)[skipped].any()
     for leaf in (block.attention.q, block.attention.o_bias, block.mlp.up, block.mlp.down):
-        assert all(np.asarray(leaf)[layer].any() for layer in kept)
+        assert all(np.asarray(leaf)[layer].any() for layer in drawn)
 
 
 def test_gathered_skipped_and_masked_layers_agree(path, coins):
@@ -269,8 +269,8 @@ def test_gathered_skipped_and_masked_layers_agree(path, coins):
     masked = eqx.tree_at(lambda m: m.blocks.branch, gpt(), multipliers, is_leaf=lambda x: x is None)
     y, gradient = learn(None, masked)
     gradient = eqx.tree_at(lambda m: m.blocks.branch, gradient, None)
-    for found in (path[1:], learn(Given(coins), gpt())):
-        for a, b in zip(*map(jax.tree.leaves, (found, (y, gradient))), strict=True):
+    for learnt in (path[1:], learn(Given(coins), gpt())):
+        for a, b in zip(*map(jax.tree.leaves, (learnt, (y, gradient))), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -281,8 +281,8 @@ def test_a_dropped_layer_is_not_run(coins):
         lambda x: jnp.asarray(np.where(on.reshape(-1, *[1] * (x.ndim - 1)), x, np.nan), x.dtype),
         gpt().blocks.block,
     )
-    found = learn(Given(coins), eqx.tree_at(lambda m: m.blocks.block, gpt(), sick))
-    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found))
+    learnt = learn(Given(coins), eqx.tree_at(lambda m: m.blocks.block, gpt(), sick))
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(learnt))
 
 
 def test_dropping_a_layer_that_adds_nothing_changes_nothing(path):
@@ -296,8 +296,8 @@ def test_dropping_a_layer_that_adds_nothing_changes_nothing(path):
     ]
     model = eqx.tree_at(ends, gpt(), replace_fn=lambda leaf: leaf.at[skipped].set(0.0))
     short = dataclasses.replace(move, branch=jnp.ones(move.length))
-    found, expected = learn(Given(short), model)[0], learn(None, model)[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    scores, expected = learn(Given(short), model)[0], learn(None, model)[0]
+    np.testing.assert_allclose(scores, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_many_paths_of_one_length_are_one_compilation():
@@ -313,8 +313,8 @@ def test_many_paths_of_one_length_are_one_compilation():
     assert len(drawn) > 2
 
 
-@pytest.mark.parametrize("kept", [3, 4])
-def test_a_step_at_k_of_l_layers_costs_k_of_l(kept):
+@pytest.mark.parametrize("length", [3, 4])
+def test_a_step_at_k_of_l_layers_costs_k_of_l(length):
     def step(path):
         def loss(model, key, tokens):
             return jnp.sum(outputs(path(model, key=key), tokens))
@@ -322,9 +322,9 @@ def test_a_step_at_k_of_l_layers_costs_k_of_l(kept):
         return lambda *args: eqx.filter_grad(loss)(*args)
 
     tokens = jax.ShapeDtypeStruct(TOKENS.shape, TOKENS.dtype)
-    cost = {k: flops(step(gj.random_path(k)), gpt(), KEYS[0], tokens) for k in (2, kept, LAYERS)}
+    cost = {k: flops(step(gj.random_path(k)), gpt(), KEYS[0], tokens) for k in (2, length, LAYERS)}
     head = 3 * 2 * TOKENS.size * testing.VOCAB * testing.TOY["embed"]
-    assert (cost[kept] - head) * LAYERS == (cost[LAYERS] - head) * kept
+    assert (cost[length] - head) * LAYERS == (cost[LAYERS] - head) * length
     assert cost[2] > 2 * head
 
 
@@ -433,8 +433,8 @@ def test_progressive_dropping_follows_its_formulas():
     np.testing.assert_allclose(p, 1 - np.arange(1, LAYERS + 1) / LAYERS * 0.5, rtol=1e-6)
     assert p.mean() == pytest.approx(1 - (LAYERS + 1) / (2 * LAYERS) * 0.5)
     draw = jax.jit(jax.vmap(lambda key: one_map(drop, gpt(), key, 100_000).active))
-    kept = np.asarray(draw(KEYS)).mean(0)
-    assert (np.abs(kept - p) <= 5 * np.sqrt(p * (1 - p) / DRAWS)).all()
+    shares = np.asarray(draw(KEYS)).mean(0)
+    assert (np.abs(shares - p) <= 5 * np.sqrt(p * (1 - p) / DRAWS)).all()
     move = one_map(drop, gpt(), KEYS[0], 100_000)
     np.testing.assert_allclose(move.branch, 1 / p, rtol=1e-6)
     plain = gj.progressive_layer_drop(floor=0.5, rate=1e-2, inverse=False)

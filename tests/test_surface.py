@@ -236,18 +236,18 @@ def test_a_model_comes_back_with_its_own_type(function):
 
 def public_functions() -> dict[str, Any]:
     """Functions and methods of all modules under their dotted names, private ones left out."""
-    found = {}
+    functions = {}
     for module in public_modules():
         for name, thing in vars(module).items():
             if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
                 continue
             if inspect.isfunction(thing):
-                found[f"{module.__name__}.{name}"] = thing
+                functions[f"{module.__name__}.{name}"] = thing
             elif inspect.isclass(thing):
                 for method, f in vars(thing).items():
                     if inspect.isfunction(f) and (method == "__call__" or method[0] != "_"):
-                        found[f"{module.__name__}.{name}.{method}"] = f
-    return found
+                        functions[f"{module.__name__}.{name}.{method}"] = f
+    return functions
 
 
 # A key is what these are about, or the order is that of JAX's initialisers: (key, shape, dtype)

@@ -134,12 +134,12 @@ def test_attention_weighs_in_float32_whatever_it_is_given():
     held[0, :, 0] = np.linspace(-1, 1, n)
     half = jnp.bfloat16
     seen = Cache(jnp.asarray(held, half), jnp.eye(n, dtype=half)[None])
-    found = np.asarray(attention.read(jnp.asarray(asked, half), seen), np.float64)
+    outputs = np.asarray(attention.read(jnp.asarray(asked, half), seen), np.float64)
     keys = np.asarray(seen.keys, np.float64)[0, :, 0]
     logits = np.asarray([[float(jnp.asarray(q * k, half)) for k in keys] for q in (1, 2, 4)])
     exact = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     rounded = np.asarray(jnp.asarray(exact, jnp.float32).astype(half), np.float64)
-    assert (found == rounded).mean() > 0.97
+    assert (outputs == rounded).mean() > 0.97
 
 
 class Heads(eqx.Module):
@@ -203,5 +203,5 @@ def test_liveness_is_measured_where_the_gates_stand(level, dead):
     up, down = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 4), (4, 2)))
     model = Gated(up, down)
     batch = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
-    found = gj.certify(gj.msg(mlp=6), model, batch, key=jax.random.key(0), level=level)
-    assert found.passed and found.dead == {"mlp": (dead, dead)}
+    certificate = gj.certify(gj.msg(mlp=6), model, batch, key=jax.random.key(0), level=level)
+    assert certificate.passed and certificate.dead == {"mlp": (dead, dead)}

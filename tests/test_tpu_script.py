@@ -38,7 +38,7 @@ def run(folder: Path, how: str) -> tuple[int, list[str], str]:
     fake.write_text(GCLOUD)
     fake.chmod(0o755)
     (folder / "plan.json").write_text("{}")
-    found = subprocess.run(
+    finished = subprocess.run(
         ["bash", SCRIPT, folder / "plan.json"],
         env={
             "PATH": f"{folder}:{os.environ['PATH']}",
@@ -55,7 +55,7 @@ def run(folder: Path, how: str) -> tuple[int, list[str], str]:
     calls = (folder / "calls").read_text().splitlines()
     words = ("create", "delete", "scp", "growjax train")
     asked = [word for call in calls for word in words if f"{word} " in call]
-    return found.returncode, asked, found.stderr
+    return finished.returncode, asked, finished.stderr
 
 
 needs_tools = pytest.mark.skipif(
@@ -67,23 +67,23 @@ needs_tools = pytest.mark.skipif(
 @pytest.mark.parametrize("how", ["cut", "asked"])
 def test_a_preempted_run_starts_over_and_everything_is_removed(how, tmp_path):
     """Whether the connection is cut, or the run is asked to stop and ends well, it is not finished."""
-    status, calls, said = run(tmp_path, how)
+    status, calls, output = run(tmp_path, how)
     once = ["create", "scp", "growjax train", "delete"]
-    assert (status, calls) == (0, once + once), said
-    assert "preempted" in said and "finished; its folder is gs://b/growjax" in said
+    assert (status, calls) == (0, once + once), output
+    assert "preempted" in output and "finished; its folder is gs://b/growjax" in output
 
 
 @needs_tools
 def test_a_run_that_stopped_and_saved_is_gone_on_with_where_it_is(tmp_path):
     """The machines are still well, and it is no fault."""
-    status, calls, said = run(tmp_path, "saved")
+    status, calls, output = run(tmp_path, "saved")
     once = ["scp", "growjax train"]
-    assert (status, calls) == (0, ["create", *once, *once, "delete"]), said
-    assert "stopped, and saved" in said and "finished" in said
+    assert (status, calls) == (0, ["create", *once, *once, "delete"]), output
+    assert "stopped, and saved" in output and "finished" in output
 
 
 @needs_tools
 def test_a_run_that_fails_on_its_own_is_not_tried_again(tmp_path):
-    status, calls, said = run(tmp_path, "fault")
-    assert (status, calls) == (1, ["create", "scp", "growjax train", "delete"]), said
-    assert "it failed on machines that are well" in said
+    status, calls, output = run(tmp_path, "fault")
+    assert (status, calls) == (1, ["create", "scp", "growjax train", "delete"]), output
+    assert "it failed on machines that are well" in output

@@ -70,8 +70,8 @@ def test_the_certificate_is_of_the_tokens_it_says(run):
     whole, records, folder = run
     model, _ = load_model(folder / "checkpoints" / "00000003-00")
     rows = feed(whole).held_out(whole.objective, whole.batch)
-    found = [trainer.cross_entropy(model, row(rows, i)) for i in range(4)]
-    mean = sum(jnp.sum(a * w) for a, w in found) / sum(jnp.sum(w) for _, w in found)
+    by_row = [trainer.cross_entropy(model, row(rows, i)) for i in range(4)]
+    mean = sum(jnp.sum(a * w) for a, w in by_row) / sum(jnp.sum(w) for _, w in by_row)
     first = next(r for r in records if isinstance(r, Growth))
     assert float(mean) == pytest.approx(first.crossing.before, rel=1e-5)
 
@@ -81,8 +81,8 @@ def test_held_out_losses_are_of_the_number_of_sequences_asked_for(run):
     whole, records, folder = run
     model, _ = load_model(folder / "checkpoints" / "00000018-02")
     rows = feed(whole).held_out(whole.objective, 6)
-    found = [trainer.cross_entropy(model, row(rows, i)) for i in range(6)]
-    mean = sum(jnp.sum(a * w) for a, w in found) / sum(jnp.sum(w) for _, w in found)
+    by_row = [trainer.cross_entropy(model, row(rows, i)) for i in range(6)]
+    mean = sum(jnp.sum(a * w) for a, w in by_row) / sum(jnp.sum(w) for _, w in by_row)
     assert float(mean) == pytest.approx(records[-3].held_out, rel=1e-5)
 
 
@@ -189,11 +189,11 @@ def test_data_go_on_where_the_stage_before_left_off():
     """Blocks are as long as the longest window, so a cursor means the same in every stage."""
     long = Causal(16, packing="concat")
     p = plan(steps(3), steps(4, batch=8), steps(8, objective=long), steps(2))
-    found = [feed(p).batches(span) for span in p.spans]
-    assert [b.block for b in found] == [16] * 4
+    batches = [feed(p).batches(span) for span in p.spans]
+    assert [b.block for b in batches] == [16] * 4
     # Two windows of 8 to a block: 3 x 4 windows, then 2 x 8, then 4 x 4 whole blocks
-    assert [b.start for b in found] == [0, 6, 14, 30]
-    assert [(b.batch, b.seed, b.rank, b.count) for b in found] == [
+    assert [b.start for b in batches] == [0, 6, 14, 30]
+    assert [(b.batch, b.seed, b.rank, b.count) for b in batches] == [
         (4, 0, 0, 1),
         (8, 0, 0, 1),
         (4, 0, 0, 1),
@@ -235,9 +235,9 @@ def test_compiling_in_the_background_changes_nothing(run, programs):
 
 def test_checkpoints_stand_on_both_sides_of_every_growth(run):
     _, records, folder = run
-    found = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert found == sorted(Path(r.path).name for r in records if isinstance(r, Saved))
-    assert {"00000003-00", "00000003-01", "00000009-01", "00000009-02", "00000018-02"} <= set(found)
+    saved = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert saved == sorted(Path(r.path).name for r in records if isinstance(r, Saved))
+    assert {"00000003-00", "00000003-01", "00000009-01", "00000009-02", "00000018-02"} <= set(saved)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_a_checkpoint_is_enough_to_rebuild_its_model(run):
 def test_moments_are_carried_through_a_growth(run):
     """Old coordinates keep what was averaged for them, new ones start from nothing."""
     whole, _, folder = run
-    found = []
+    moments = []
     for name, span in [("00000003-00", whole.spans[0]), ("00000003-01", whole.spans[1])]:
         trained = gj.partition(ungated(span.model))[0]
         state = jax.eval_shape(whole.optimizer.build().init, trained)
@@ -349,8 +349,8 @@ def test_moments_are_carried_through_a_growth(run):
             lambda x, s=where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state
         )
         path = folder / "checkpoints" / name
-        found.append(load(path, {"optimizer": shapes}, only=("optimizer",))["optimizer"][1])
-    before, after = found
+        moments.append(load(path, {"optimizer": shapes}, only=("optimizer",))["optimizer"][1])
+    before, after = moments
     for moment in ("mu", "nu"):
         old, new = (getattr(s, moment).blocks.block.mlp.down for s in (before, after))
         assert np.abs(old).max() > 0

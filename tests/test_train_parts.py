@@ -101,11 +101,11 @@ def test_old_layers_rest_on_devices_that_share_the_model_and_in_a_run_that_goes_
     process = start("parts", tmp_path, devices=2)
     out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
-    found = json.loads(out.splitlines()[-1])
-    assert found["old rests"] and found["new moves"]
-    whole, again = found["whole"], found["resumed"]
+    report = json.loads(out.splitlines()[-1])
+    assert report["old rests"] and report["new moves"]
+    whole, again = report["whole"], report["resumed"]
     assert len(whole) == 6 and again == {n: x for n, x in whole.items() if int(n) >= 4}
-    np.testing.assert_allclose([*whole.values()], [*found["one"].values()], rtol=1e-5)
+    np.testing.assert_allclose([*whole.values()], [*report["one"].values()], rtol=1e-5)
 
 
 def test_a_stage_says_in_files_and_on_screen_what_it_trains(trained, tmp_path):

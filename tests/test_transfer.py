@@ -37,15 +37,15 @@ def shapes(config: Any) -> Any:
 
 
 def multiples(config: Any, transfer: Transfer) -> dict[str, Multiples]:
-    found = transfer.multiples(shapes(config))
-    return {".".join(map(str, steps)): each for steps, each in found.items()}
+    by_steps = transfer.multiples(shapes(config))
+    return {".".join(map(str, steps)): each for steps, each in by_steps.items()}
 
 
 # Multiples ----------------------------------------------------------------------------------------
 
 
 def test_the_multiples_of_a_decoder():
-    found = multiples(LARGE, Transfer(BASE))
+    table = multiples(LARGE, Transfer(BASE))
     block = "blocks.block"
     matrices = {f"{block}.attention.{name}": Multiples(1, 1 / 2) for name in "qkv"}
     branches = {f"{block}.attention.o": Multiples(1 / 4, 1 / 8)}
@@ -56,15 +56,15 @@ def test_the_multiples_of_a_decoder():
     # The norm before the tied head has its multiplier
     head = {"norm.weight": Multiples(1 / 2, 1 / 2), "norm.bias": Multiples(1 / 2, 1 / 2)}
     up = {f"{block}.mlp.up": Multiples(1, 1 / 2)}
-    assert found == matrices | branches | biases | head | up
+    assert table == matrices | branches | biases | head | up
 
 
 def test_a_head_of_its_own_and_width_alone():
     untied = dataclasses.replace(LARGE, tied=False)
-    found = multiples(untied, Transfer(dataclasses.replace(BASE, tied=False), depth=False))
-    assert found["head"] == Multiples(2**-0.5, 1 / 2)
-    assert found["blocks.block.mlp.down"] == Multiples(1, 1 / 2)
-    assert "norm.weight" not in found and "blocks.block.mlp.down_bias" not in found
+    table = multiples(untied, Transfer(dataclasses.replace(BASE, tied=False), depth=False))
+    assert table["head"] == Multiples(2**-0.5, 1 / 2)
+    assert table["blocks.block.mlp.down"] == Multiples(1, 1 / 2)
+    assert "norm.weight" not in table and "blocks.block.mlp.down_bias" not in table
     assert multiples(untied, Transfer(untied)) == {}
 
 
@@ -72,12 +72,12 @@ def test_each_stack_has_its_own_depth():
     fields: dict[str, Any] = {"embed": 16, "heads": 2, "head_dim": 8, "mlp": 16, "vocab": 64}
     base = T5Config(encoder_layers=2, decoder_layers=2, **fields)
     deep = T5Config(encoder_layers=4, decoder_layers=16, **fields)
-    found = multiples(deep, Transfer(base))
-    outs = {path: each for path, each in found.items() if path.endswith((".o", ".down"))}
+    table = multiples(deep, Transfer(base))
+    outs = {path: each for path, each in table.items() if path.endswith((".o", ".down"))}
     assert len(outs) == 5
     for path, each in outs.items():
         assert each == (Multiples(1 / 2, 1 / 2) if "encoder" in path else Multiples(1 / 8, 1 / 8))
-    assert set(found) == set(outs)  # relative positions, which no width scales, are not among them
+    assert set(table) == set(outs)  # relative positions, which no width scales, are not among them
 
 
 # The same as multipliers --------------------------------------------------------------------------

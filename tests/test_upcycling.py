@@ -299,7 +299,7 @@ def test_operators_of_experts_are_read_back_from_json_and_from_their_text(op):
 
 
 @pytest.mark.parametrize(
-    "make, said",
+    "make, message",
     [
         (lambda: gj.upcycle(experts=2, per_token=3), "3 experts cannot be chosen from 2"),
         (
@@ -323,8 +323,8 @@ def test_operators_of_experts_are_read_back_from_json_and_from_their_text(op):
         (lambda: gj.upcycle(experts=4)(DENSE.model(dtype=jnp.float32)), "pass key="),
     ],
 )
-def test_what_does_not_fit_is_refused(make, said):
-    with pytest.raises(GrowthError, match=said):
+def test_what_does_not_fit_is_refused(make, message):
+    with pytest.raises(GrowthError, match=message):
         make()
 
 

@@ -169,8 +169,8 @@ def test_what_makes_no_blocks_says_why(op, message):
 def test_copies_are_told_apart_unless_that_is_refused():
     """Equal shares would lock copies for ever, so they are not what one gets."""
     model, batch = GPT.model(), GPT.batch()
-    found = gj.certify(gj.copy(embed=16, mlp=12, heads=4), model, batch, key=KEY)
-    assert found.passed and set(found.locked.values()) == {0}
+    certificate = gj.certify(gj.copy(embed=16, mlp=12, heads=4), model, batch, key=KEY)
+    assert certificate.passed and set(certificate.locked.values()) == {0}
 
 
 def test_state_is_not_carried_through_noise():
@@ -203,9 +203,9 @@ def test_lemon_keeps_the_function_at_any_size(architecture, sizes):
 
 
 def test_lemon_locks_no_copy():
-    found = gj.certify(gj.lemon(embed=18, mlp=13, heads=4), GPT.model(), GPT.batch(), key=KEY)
-    assert found.passed and set(found.locked.values()) == {0}
-    assert all(one < 0.5 for one, _ in found.dead.values())
+    certificate = gj.certify(gj.lemon(embed=18, mlp=13, heads=4), GPT.model(), GPT.batch(), key=KEY)
+    assert certificate.passed and set(certificate.locked.values()) == {0}
+    assert all(one < 0.5 for one, _ in certificate.dead.values())
 
 
 def test_uneven_copies_under_a_layer_norm_change_the_function():
@@ -333,8 +333,8 @@ def test_new_outputs_are_those_of_the_layer_above():
 def test_aki_takes_any_sizes(architecture):
     op = gj.aki(embed=13, mlp=9, heads=4)
     testing.assert_contract(op, architecture.model(), architecture.batch())
-    found = gj.certify(op, architecture.model(), architecture.batch(), key=KEY)
-    assert found.forward[0].relative > 0.01 and set(found.locked.values()) == {0}
+    certificate = gj.certify(op, architecture.model(), architecture.batch(), key=KEY)
+    assert certificate.forward[0].relative > 0.01 and set(certificate.locked.values()) == {0}
 
 
 # Warm starts ---------------------------------------------------------------------------------------

@@ -172,10 +172,10 @@ def retention(
 
 def rho(retentions: Sequence[Retention], *, net: bool = False) -> float | None:
     """Token retention of some pilots together; None if it is unknown of one of them."""
-    kept = [r.net if net else r.kept for r in retentions]
+    rates = [r.net if net else r.kept for r in retentions]
     spans = [r.span for r in retentions]
-    known = [k for k in kept if k is not None], [s for s in spans if s is not None]
-    if not kept or len(known[0]) < len(kept) or len(known[1]) < len(kept):
+    known = [k for k in rates if k is not None], [s for s in spans if s is not None]
+    if not rates or len(known[0]) < len(rates) or len(known[1]) < len(rates):
         return None
     return sum(known[0]) / sum(known[1])
 

@@ -67,8 +67,8 @@ def page(
 def _answer(rows: Sequence[Answer]) -> list[str]:
     """The primary question, and how much there is to answer it by."""
     (primary,) = (row for row in rows if row.question == PRIMARY)
-    there = [row for row in rows if row.question.startswith(PIECES[:8])]
-    counts = "; ".join(f"{row.question[8:-15]}: {row.verdict}" for row in there)
+    answers = [row for row in rows if row.question.startswith(PIECES[:8])]
+    counts = "; ".join(f"{row.question[8:-15]}: {row.verdict}" for row in answers)
     number = (
         ""
         if primary.estimate is None

@@ -88,9 +88,9 @@ def _pieces(design: Design, lines: Sequence[Line]) -> Iterator[Answer]:
         f"the search of {len(over)} of {len(design.shapes)} sizes is over",
     )
     for piece, count in wanted(design).items():
-        there = [line for line in lines if line.get("piece") == piece]
-        seeds = len({line["seed"] for line in there})
-        yield _answer(PIECES.format(piece), len(there), seeds, f"{len(there)} of {count}")
+        matching = [line for line in lines if line.get("piece") == piece]
+        seeds = len({line["seed"] for line in matching})
+        yield _answer(PIECES.format(piece), len(matching), seeds, f"{len(matching)} of {count}")
 
 
 def _ledger(design: Design, lines: Sequence[Line]) -> Iterator[Answer]:

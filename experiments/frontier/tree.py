@@ -301,7 +301,7 @@ def steps_of(folder: Path) -> set[int]:
 
 def members(design: Design, settings: Settings, seed: int) -> list[Member]:
     """The runs of all trees of a seed; a run comes after those that it forks from."""
-    found: list[Member] = []
+    every: list[Member] = []
     for shape in design.shapes:
         plans = tree(design, shape, settings, seed)
         names = [run_name(plan, budget) for _, budget, _, plan in plans]
@@ -311,8 +311,8 @@ def members(design: Design, settings: Settings, seed: int) -> list[Member]:
             shapes = shapes_of(design, branch.plan)
             tuned = tuple(settings[s] for s in shapes)
             own.append(Member(piece, budget, branch, shapes, tuned, tuple(own)))
-        found += own
-    return found
+        every += own
+    return every
 
 
 def shapes_of(design: Design, plan: Plan) -> tuple[Shape, ...]:

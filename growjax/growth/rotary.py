@@ -81,8 +81,8 @@ class Lowered(Finish):
             logs = jnp.log(jnp.where(turned, frequencies, 1))
             return frequencies * self.factor ** -(logs / jnp.minimum(jnp.min(logs), -1e-12))
         turns = self.length * frequencies / (2 * math.pi)
-        kept = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
-        return frequencies * (kept + (1 - kept) / self.factor)
+        weight = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return frequencies * (weight + (1 - weight) / self.factor)
 
 
 @values.register

@@ -177,9 +177,9 @@ class _Reading:
         if op.kind == "div" and zeros[:1] == [True]:
             return ZERO
         power = isinstance(op.kind, tuple) and op.kind[1] > 0
-        kept = op.kind == "bent" and op.name in _KEEP_ZERO
+        bent = op.kind == "bent" and op.name in _KEEP_ZERO
         linear = op.kind in ("shape", "add", "same", "sum", "extreme")
-        if ins and all(zeros) and not filled and (power or kept or linear):
+        if ins and all(zeros) and not filled and (power or bent or linear):
             return ZERO
         if not op.outs:
             return None

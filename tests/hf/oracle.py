@@ -49,7 +49,7 @@ def outputs(model: Any, mask: np.ndarray = MASK) -> dict[str, np.ndarray]:
     if kind == "t5":
         inputs["decoder_input_ids"] = torch_of(OTHERS)
     with torch.no_grad():
-        found = model(**inputs)
+        results = model(**inputs)
     names = {
         "logits": "logits",
         "prediction_logits": "logits",
@@ -60,9 +60,9 @@ def outputs(model: Any, mask: np.ndarray = MASK) -> dict[str, np.ndarray]:
     if type(model).__name__ == "BertForNextSentencePrediction":
         names["logits"] = "nsp_logits"
     got = {
-        ours: found[theirs].numpy()
+        ours: results[theirs].numpy()
         for theirs, ours in names.items()
-        if found.get(theirs) is not None
+        if results.get(theirs) is not None
     }
     real = lambda x: x[mask] if x.shape[:2] == mask.shape else x  # noqa: E731
     return {name: real(value) for name, value in got.items()}

@@ -80,20 +80,21 @@ def include(tmp_path):
 def test_all_types_of_requests(include):
     """What the harness makes of a model is what we make of it by hand."""
     ours = language()
-    found = run_harness(ours, [*TASKS], include=include, shots=0)
+    results = run_harness(ours, [*TASKS], include=include, shots=0)
     contexts = [f"The colour of {thing} is" for thing, _, _ in FACTS]
     pairs = [(c, f" {x}") for c, fact in zip(contexts, FACTS, strict=True) for x in fact[1:]]
     scores = np.reshape([s.logprob for s in ours.loglikelihoods(pairs)], (3, 2))
-    assert found["colours"]["acc"] == np.mean(scores[:, 0] > scores[:, 1])
+    assert results["colours"]["acc"] == np.mean(scores[:, 0] > scores[:, 1])
     lengths = [[len(x) for x in fact[1:]] for fact in FACTS]
     normed = scores / np.array(lengths)
-    assert found["colours"]["acc_norm"] == np.mean(normed[:, 0] > normed[:, 1])
+    assert results["colours"]["acc_norm"] == np.mean(normed[:, 0] > normed[:, 1])
 
     texts = [f"{t} {t} is {r} and is not {w} at all, at all" for t, r, w in FACTS]
     bits = -sum(ours.rolling(texts)) / sum(map(len, texts)) / np.log(2)
-    assert found["costs"]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert results["costs"]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
     assert (
-        found["says"] == {"exact_match": 0.0, "sample_len": 3} or found["says"]["exact_match"] == 0
+        results["says"] == {"exact_match": 0.0, "sample_len": 3}
+        or results["says"]["exact_match"] == 0
     )
 
 
@@ -107,9 +108,9 @@ def test_answers_come_in_the_order_of_the_questions():
     asked = [
         (p, options if i % 2 else {**options, "max_gen_toks": 3}) for i, p in enumerate("abcde")
     ]
-    found = HarnessModel(ours).generate_until(requests(*asked))
+    answers = HarnessModel(ours).generate_until(requests(*asked))
     long, short = (generate(ours, list("abcde"), new=n, until=["zz"]) for n in (7, 3))
-    assert found == [long[i] if i % 2 else short[i] for i in range(5)]
+    assert answers == [long[i] if i % 2 else short[i] for i in range(5)]
     pairs = [("the", " cat"), ("", "x"), ("a", " very long continuation"), ("b", "c")]
     scored = HarnessModel(ours).loglikelihood(requests(*pairs), disable_tqdm=True)
     np.testing.assert_allclose(
@@ -238,11 +239,11 @@ def test_the_numbers_are_those_of_the_harness_own_model(name, both, tokenizer_fi
         assert abs(a[0] - b[0]) < 1e-3 and a[1] == b[1]
     options = {"until": ["\n"], "max_gen_toks": 20, "do_sample": False}
     asked = requests(("The colour of snow is", options), ("grass", options))
-    found, expected = ours.generate_until(asked), theirs.generate_until(asked, disable_tqdm=True)
+    answers, expected = ours.generate_until(asked), theirs.generate_until(asked, disable_tqdm=True)
     if name == "t5":
         # Its T5 writes as many tokens more as the longest text has that is read
-        expected = [b[: len(a)] for a, b in zip(found, expected, strict=True)]
-    assert found == expected and all(found)
+        expected = [b[: len(a)] for a, b in zip(answers, expected, strict=True)]
+    assert answers == expected and all(answers)
     texts = ["The sky is blue and " * 9, "snow", "grass is not pink"]
     if name == "t5":
         # Its T5 counts the end of a text too, and in later windows reads a token of the one before
@@ -258,7 +259,7 @@ def test_the_numbers_are_those_of_the_harness_own_model(name, both, tokenizer_fi
 
 def test_whole_tasks_score_the_same_as_with_the_harness_own_model(both, include):
     ours, theirs = both("gpt")
-    found = run_harness(ours.language, [*TASKS], include=include, shots=1)
+    results = run_harness(ours.language, [*TASKS], include=include, shots=1)
     whole = importlib.import_module("lm_eval").simple_evaluate(
         model=theirs,
         tasks=[*TASKS],
@@ -270,7 +271,7 @@ def test_whole_tasks_score_the_same_as_with_the_harness_own_model(both, include)
         **dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"), 0),
         fewshot_random_seed=0,
     )
-    assert {*found} == {*TASKS}
-    for task, scores in found.items():
+    assert {*results} == {*TASKS}
+    for task, scores in results.items():
         expected = harness._scores(whole["results"][task])
         assert scores == pytest.approx(expected, rel=1e-3), task

@@ -213,15 +213,15 @@ class Base:
         """What is wrong when `key` has this value."""
         self.write(changed(self.json, {key: value}))
         shown = "absent" if value is ABSENT else json.dumps(value)
-        found = self.of_growjax()
-        if found is None and not is_tolerated(key):
+        mine = self.of_growjax()
+        if mine is None and not is_tolerated(key):
             return None
         theirs = self.of_transformers()
         if theirs is None:
             return None
-        if found is None:
+        if mine is None:
             return f"{key}: {shown} is refused, though tolerated"
-        gap = distance(found, theirs)
+        gap = distance(mine, theirs)
         return f"{key}: {shown} is off by {gap:.1e}" if gap > LIMIT else None
 
 

@@ -46,8 +46,8 @@ def test_a_real_encoder_is_read_and_grown_in_width_to_the_same_function(source, 
     assert np.abs(hidden(small) - theirs).max() <= 2e-5
     wide = gj.grow(WIDER, small)
     gj.hf.save(wide, tmp_path / "wide", source=source)
-    found = outputs(reloaded(tmp_path / "wide"))["hidden"]
-    assert np.abs(found - np.tile(theirs, 2)).max() <= 2e-5
+    states = outputs(reloaded(tmp_path / "wide"))["hidden"]
+    assert np.abs(states - np.tile(theirs, 2)).max() <= 2e-5
     pooling = json.loads((tmp_path / "wide" / "1_Pooling" / "config.json").read_text())
     assert pooling["word_embedding_dimension"] == 768
     assert "modules.json" in {path.name for path in (tmp_path / "wide").iterdir()}
@@ -88,7 +88,7 @@ def test_a_real_encoder_is_grown_in_every_dimension_and_read_by_transformers(
     gj.hf.save(opened, tmp_path / "big", source=source)
     again = reloaded(tmp_path / "big")
     assert (again.config.num_hidden_layers, again.config.hidden_size) == (8, 768)
-    found = outputs(again)["hidden"]
-    assert np.abs(found - hidden(opened)).max() <= 5e-5
+    states = outputs(again)["hidden"]
+    assert np.abs(states - hidden(opened)).max() <= 5e-5
     # Opening the gates is what changes the function, and it does
-    assert np.abs(found - np.tile(theirs, 2)).max() > 1e-2
+    assert np.abs(states - np.tile(theirs, 2)).max() > 1e-2

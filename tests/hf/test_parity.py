@@ -139,12 +139,12 @@ def ours(model: Any, real: np.ndarray = MASK) -> dict[str, np.ndarray]:
     tokens, mask = jnp.asarray(TOKENS), jnp.asarray(real)
     if isinstance(model, gj.models.BERT):
         run = jax.vmap(lambda t, m, y: model(t, mask=m, token_types=y))
-        found = run(tokens, mask, jnp.asarray(TYPES))
+        outputs_of_ours = run(tokens, mask, jnp.asarray(TYPES))
         names = {"mlm_logits": "logits", "nsp_logits": "nsp_logits"}
         names |= (
             {} if model.mlm or model.nsp is not None else {"hidden": "hidden", "pooled": "pooled"}
         )
-        got = {name: getattr(found, field) for field, name in names.items()}
+        got = {name: getattr(outputs_of_ours, field) for field, name in names.items()}
     elif isinstance(model, gj.models.T5):
         run = jax.vmap(lambda t, m, d: model(t, d, encoder_mask=m))
         got = {"logits": run(tokens, mask, jnp.asarray(OTHERS))}
@@ -154,9 +154,9 @@ def ours(model: Any, real: np.ndarray = MASK) -> dict[str, np.ndarray]:
     return {name: shown(np.asarray(x)) for name, x in got.items() if x is not None}
 
 
-def gap(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
-    assert found.keys() == expected.keys()
-    return max(float(np.abs(found[name] - expected[name]).max()) for name in found)
+def gap(given: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    assert given.keys() == expected.keys()
+    return max(float(np.abs(given[name] - expected[name]).max()) for name in given)
 
 
 def limit(name: str) -> float:
@@ -170,10 +170,10 @@ def test_parity_in_and_out(name: str, tmp_path: Path):
     expected = outputs(theirs)
     model = gj.hf.load(tmp_path / "theirs")
     # In float64, or their own rounding, which differs from CPU to CPU, would count as ours
-    exact, found = outputs(copy.deepcopy(theirs).double()), ours(model)
-    print(name, gap(found, exact), max(np.abs(x).max() for x in exact.values()))
+    exact, result = outputs(copy.deepcopy(theirs).double()), ours(model)
+    print(name, gap(result, exact), max(np.abs(x).max() for x in exact.values()))
     scale = max(1.0, *(np.abs(x).max() for x in expected.values()))
-    assert gap(found, exact) <= limit(name) * scale
+    assert gap(result, exact) <= limit(name) * scale
     # In float64 a row of transformers that sees nothing, as before the first token, is not a number
     assert gap(ours(model, LEFT), outputs(theirs, LEFT)) <= 2 * limit(name) * scale
     gj.hf.save(model, tmp_path / "ours", source=tmp_path / "theirs")

@@ -49,10 +49,10 @@ def compiled(
         stages=(Stage("only", tokens=1),),
         **fields,
     )
-    found = compile_for(of, target)
-    assert found.refusals == ()
-    (step,) = [p for p in found.programs if p.name == "step"]
-    return step, next(iter(found.paces), None)
+    forecast = compile_for(of, target)
+    assert forecast.refusals == ()
+    (step,) = [p for p in forecast.programs if p.name == "step"]
+    return step, next(iter(forecast.paces), None)
 
 
 QUICK = ("shared tensor in parts", "own paths")
@@ -124,16 +124,16 @@ def test_a_long_sequence_takes_little_memory():
 @deep
 def test_what_is_kept_for_the_backward_pass():
     """The names of `Layout.remat`, by the compiler: memory, and how often attention's kernel runs."""
-    found = {}
+    programs = {}
     for remat in ("none", "dots", "full", "offload"):
         model = dataclasses.replace(GPT, layers=4)
-        found[remat], _ = compiled(
+        programs[remat], _ = compiled(
             "v5e:2x2", model, Causal(512), batch=64, layout=Layout(remat=remat)
         )
-    memory = {name: step.temporaries or 0 for name, step in found.items()}
+    memory = {name: step.temporaries or 0 for name, step in programs.items()}
     assert memory["full"] < 0.9 * memory["dots"] < 0.8 * memory["none"], memory
     assert memory["offload"] < 0.9 * memory["dots"], memory
-    kernels = {name: step.cycles.kernels for name, step in found.items() if step.cycles}
+    kernels = {name: step.cycles.kernels for name, step in programs.items() if step.cycles}
     assert kernels["none"] == kernels["dots"] < kernels["full"]  # the forward kernel runs again
 
 

@@ -30,9 +30,9 @@ PRESETS = [
 def test_every_program_fits(study, workload, arm, slice_):
     cells = study.cells("paper", workload, 0)
     plan = next(cell.plan for cell in cells if cell.plan.name == arm)
-    found = compile_for(plan, slice_)
+    forecast = compile_for(plan, slice_)
     print(f"{study.STUDY.name} {workload} {arm} on {slice_}:")
-    for program in found.programs:
+    for program in forecast.programs:
         print(f"  stage {program.stage} {program.name}: {program.memory / 2**30:.2f} GiB")
-    assert found.refusals == ()
-    assert {p.stage for p in found.programs} == {span.index for span in plan.spans}
+    assert forecast.refusals == ()
+    assert {p.stage for p in forecast.programs} == {span.index for span in plan.spans}

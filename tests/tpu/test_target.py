@@ -75,8 +75,8 @@ def known(n: int | None) -> int:
     return n
 
 
-def by_name(found: Target) -> dict[tuple[int, str], Compiled]:
-    return {(p.stage, p.name): p for p in found.programs}
+def by_name(forecast: Target) -> dict[tuple[int, str], Compiled]:
+    return {(p.stage, p.name): p for p in forecast.programs}
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +124,12 @@ def test_memory_is_that_of_the_arithmetic(sixteen):
 
 def test_gradients_are_scattered_and_parameters_gathered_by_layer(sixteen):
     """The compiler scatters what it can cut along its tiles, and sums tiny matrices whole."""
-    found = {key: p.collectives for key, p in by_name(sixteen).items() if "step" in key[1]}
-    assert found[0, "step"]["reduce-scatter"] == MATRICES + 1, "those of a block, and the embedding"
-    assert all(counts["reduce-scatter"] >= MATRICES - 1 for counts in found.values())
-    assert all(counts["all-gather"] >= MATRICES for counts in found.values())
+    collectives = {key: p.collectives for key, p in by_name(sixteen).items() if "step" in key[1]}
+    assert collectives[0, "step"]["reduce-scatter"] == MATRICES + 1, (
+        "those of a block, and the embedding"
+    )
+    assert all(counts["reduce-scatter"] >= MATRICES - 1 for counts in collectives.values())
+    assert all(counts["all-gather"] >= MATRICES for counts in collectives.values())
 
 
 @sample
@@ -157,16 +159,16 @@ def test_what_is_compiled_is_not_kept(tmp_path):
 
 
 def test_replicas_add_up_and_do_nothing_else():
-    found = compile_for(plan(steps(4, "small"), layout=Layout(step="shard_map")), "v5e:4x4")
-    step = by_name(found)[0, "step"].collectives
+    forecast = compile_for(plan(steps(4, "small"), layout=Layout(step="shard_map")), "v5e:4x4")
+    step = by_name(forecast)[0, "step"].collectives
     assert step["all-reduce"] >= 1 and {k for k in COLLECTIVES if step[k]} == {"all-reduce"}
 
 
 @pytest.mark.skipif(not DEEP, reason="half a minute: the deep profile runs it")
 def test_a_second_model_takes_the_memory_of_its_parameters():
     def needed(**more: Any) -> int:
-        found = compile_for(plan(steps(4, "chosen", select=RhoLoss())), "v5e:4x4", **more)
-        return known(by_name(found)[0, "step"].arguments)
+        forecast = compile_for(plan(steps(4, "chosen", select=RhoLoss())), "v5e:4x4", **more)
+        return known(by_name(forecast)[0, "step"].arguments)
 
     whole = plan(steps(4, "small")).spans[0].model
     smaller = GPT(dataclasses.replace(SMALL, layers=1), key=jax.random.key(0))
@@ -176,9 +178,11 @@ def test_a_second_model_takes_the_memory_of_its_parameters():
 
 
 def test_a_growth_fits_256_chips():
-    found = compile_for(grown(layout=Layout(data=16, fsdp=16), batch=256), "v5e:16x16", stages=(1,))
-    assert found.chips == 256 and found.refusals == ()
-    programs = by_name(found)
+    forecast = compile_for(
+        grown(layout=Layout(data=16, fsdp=16), batch=256), "v5e:16x16", stages=(1,)
+    )
+    assert forecast.chips == 256 and forecast.refusals == ()
+    programs = by_name(forecast)
     assert programs[1, "step"].collectives["reduce-scatter"] >= 2, "those of the MLP"
     assert programs[1, "growth"].to_host == 0
 
@@ -254,9 +258,9 @@ def test_every_model_and_layout_compiles(model, layout):
     stage = Stage("only", tokens=1, subnet=part)
     loss = own.apply_loss if model == "a dict" else cross_entropy
     of = plan(stage, model=config, objective=objective, loss=loss, **LAYOUTS[layout])
-    found = compile_for(of, target)
-    assert found.refusals == () and len(found.programs) == 2
-    for program in found.programs:
+    forecast = compile_for(of, target)
+    assert forecast.refusals == () and len(forecast.programs) == 2
+    for program in forecast.programs:
         sent = {k: program.collectives[k] for k in ("all-to-all", "collective-permute")}
         assert program.flops and not any(sent.values()), (program.name, sent)
 
@@ -271,9 +275,9 @@ def test_a_mixture_of_experts_compiles_and_sorts_on_its_own_chips():
         objective=Causal(64, packing="concat"),
         layout=Layout(fsdp=2, experts=2),
     )
-    found = compile_for(of, "v5e:4x4")
-    assert found.refusals == ()
-    step = by_name(found)[1, "step"]
+    forecast = compile_for(of, "v5e:4x4")
+    assert forecast.refusals == ()
+    step = by_name(forecast)[1, "step"]
     # What the sort of a device needs is on it; the exchange is a gather and a scatter of tokens
     assert step.flops and step.collectives["all-to-all"] == 0, step.collectives
 
@@ -295,22 +299,22 @@ def test_all_logits_are_never_in_memory(layout):
         batch=rows,
         layout=layout,
     )
-    found = by_name(compile_for(of, "v5e:2x2"))
+    programs = by_name(compile_for(of, "v5e:2x2"))
     logits = 4 * rows * length * vocab // 4
     parameters = 4 * 128 * vocab
     for name in ("step", "evaluation"):
-        used = known(found[0, name].temporaries)
+        used = known(programs[0, name].temporaries)
         assert used < 0.6 * logits + 2 * parameters, (name, used / logits)
-    assert found[0, "step"].collectives["all-to-all"] == 0
+    assert programs[0, "step"].collectives["all-to-all"] == 0
 
 
 @pytest.mark.parametrize("make", [own.mixed, own.annotated, own.mapping])
 def test_plans_of_models_that_growjax_did_not_write_compile(make):
     """Every program of theirs: gates that open, layers on top, paths, and a dict of arrays."""
     of = make(layout=Layout(fsdp=4))
-    found = compile_for(of, "v5e:2x2")
-    assert found.refusals == () and all(p.fits and not p.to_host for p in found.programs)
-    names = {(p.stage, p.name.partition(",")[0]) for p in found.programs}
+    forecast = compile_for(of, "v5e:2x2")
+    assert forecast.refusals == () and all(p.fits and not p.to_host for p in forecast.programs)
+    names = {(p.stage, p.name.partition(",")[0]) for p in forecast.programs}
     for stage in range(len(of.stages)):
         assert {(stage, "step"), (stage, "evaluation")} <= names
         assert ((stage, "growth") in names) == (stage > 0)
@@ -320,10 +324,10 @@ def test_plans_of_models_that_growjax_did_not_write_compile(make):
 def refused() -> tuple[Plan, str]:
     """A plan of far too large a batch, and what is said of its step."""
     large = plan(steps(4, "small"), batch=16 * 11264, model=dataclasses.replace(SMALL, dtype=None))
-    found = compile_for(large, "v5e:4x4")
+    forecast = compile_for(large, "v5e:4x4")
     with pytest.raises(LayoutError, match=r"does not fit v5e:4x4:\n  - stage 0 'small'"):
-        found.check()
-    (reason,) = [r for r in found.refusals if "step" in r]
+        forecast.check()
+    (reason,) = [r for r in forecast.refusals if "step" in r]
     return large, reason
 
 
