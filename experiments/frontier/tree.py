@@ -26,7 +26,6 @@ from experiments.frontier.design import (
     Setting,
     Settings,
     Shape,
-    fixed_name,
 )
 from experiments.frontier.tuning import trial_name
 from experiments.study import Key, Line
@@ -341,9 +340,3 @@ def tidy(shared: Shared, done: Sequence[Member]) -> None:
 def machine() -> str:
     """The machine at hand, in words."""
     return f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}"
-
-
-def trials_of(lines: Sequence[Line], shape: Shape) -> list[Line]:
-    """The lines of a shape's ledger."""
-    name = f"{fixed_name(shape)} at "
-    return [x for x in lines if x["budget"] == "tuning" and x["arm"].startswith(name)]

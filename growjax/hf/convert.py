@@ -65,7 +65,7 @@ def load(folder: str | Path, *, dtype: str | None = None, ignore: Sequence[str] 
     """
     with open_folder(folder) as opened:
         family, names, same, config = _described(opened, ignore)
-        shapes = shapes_of(config, family)
+        shapes = shapes_of(config)
         table = axes_of(shapes)
         rows = _rows_of(family, config, table)
         _check_coverage(opened, names, rows, table, (*family.ignored, *ignore), dtype)
@@ -73,7 +73,7 @@ def load(folder: str | Path, *, dtype: str | None = None, ignore: Sequence[str] 
         for row in rows:
             for leaf, array in _leaves(opened, names, row, table, same, dtype).items():
                 values[table[leaf].steps] = jnp.asarray(array)
-    for path, value in buffers_of(config, family).items():
+    for path, value in buffers_of(config).items():
         if value is not None:
             values[table[path].steps] = value
     return put(shapes, values)

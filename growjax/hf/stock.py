@@ -48,7 +48,7 @@ def stock(model: Any, family: Family) -> tuple[Any, Any]:
     complaints += family.limits(config)
     headline = f"this model cannot be written as {family.model_type}:"
     raise_all(HuggingFaceError, headline, shortened(complaints))
-    raise_all(Inexpressible, headline, shortened(_differences(model, config, family)))
+    raise_all(Inexpressible, headline, shortened(_differences(model, config)))
     return model, config
 
 
@@ -134,7 +134,7 @@ def _with_biases(model: Any, family: Family) -> Any:
     config = dataclasses.replace(family.config_of(model), bias=True)
     table, dtype = axes_of(model), model.embedding.table.dtype
     zeros = {}
-    for slot in axes_of(shapes_of(config, family)).of_kind("param"):
+    for slot in axes_of(shapes_of(config)).of_kind("param"):
         if not slot.path.endswith("bias") or slot.value is None:
             continue
         if slot.path in table and table[slot.path].value is None:
@@ -142,12 +142,12 @@ def _with_biases(model: Any, family: Family) -> Any:
     return put(model, zeros)
 
 
-def shapes_of(config: Any, family: Family) -> Any:
+def shapes_of(config: Any) -> Any:
     """The model of a config, with shapes and dtypes in place of arrays."""
     return eqx.filter_eval_shape(lambda key: config.build(key), jax.random.key(0))
 
 
-def buffers_of(config: Any, family: Family) -> dict[str, Any]:
+def buffers_of(config: Any) -> dict[str, Any]:
     """The arrays of a model that its config determines: epsilons, frequencies, scales, by path."""
 
     @jax.jit
@@ -158,9 +158,9 @@ def buffers_of(config: Any, family: Family) -> dict[str, Any]:
     return make()
 
 
-def _differences(model: Any, config: Any, family: Family) -> list[str]:
+def _differences(model: Any, config: Any) -> list[str]:
     """The differences of a model from the one that its config builds."""
-    expected, table = shapes_of(config, family), axes_of(model)
+    expected, table = shapes_of(config), axes_of(model)
     complaints = []
     for slot in axes_of(expected).values():
         own = table[slot.path].value
@@ -170,7 +170,7 @@ def _differences(model: Any, config: Any, family: Family) -> list[str]:
             complaints.append(f"{slot.path}: expected the shape {expected_shape}, got {shape}")
     if complaints:
         return complaints
-    for path, value in buffers_of(config, family).items():
+    for path, value in buffers_of(config).items():
         own = table[path].value
         if own is not None and not np.array_equal(own, value.astype(own.dtype)):
             complaints.append(

@@ -87,7 +87,7 @@ def advise(
     )
     unit = next(iter(of.fixed.values())).clock.unit
     sentences = _answer(advised, unit, _save_plans(of, advised.advice, Path(run)))
-    tables = _tables(of, advised)
+    tables = _tables(advised)
     for sentence in sentences:
         console.print(sentence, markup=False, highlight=False)
     for table in tables:
@@ -148,7 +148,7 @@ def _answer(advised: Advised, unit: str, plan: Path) -> list[str]:
     ]
 
 
-def _tables(of: Family, advised: Advised) -> list[Table]:
+def _tables(advised: Advised) -> list[Table]:
     budget = advised.advice.budget
     cells = []
     for size in advised.sizes:
