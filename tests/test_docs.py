@@ -70,7 +70,7 @@ def entries() -> dict[str, Any]:
     A module, if there is one of that name, as for mkdocstrings.
     """
     modules = {m.name for m in pkgutil.walk_packages(gj.__path__, "growjax.")} | {"growjax"}
-    text, found = (ROOT / "docs" / "api.md").read_text(), {}
+    text, things = (ROOT / "docs" / "api.md").read_text(), {}
     for name in re.findall(r"^::: (growjax[\w.]+)$", text, re.MULTILINE):
         if name.startswith(NOT_INSTALLED):
             continue
@@ -78,10 +78,10 @@ def entries() -> dict[str, Any]:
         while module not in modules:
             module, _, last = module.rpartition(".")
             names.insert(0, last)
-        found[name] = importlib.import_module(module)
+        things[name] = importlib.import_module(module)
         for last in names:
-            found[name] = getattr(found[name], last)
-    return found
+            things[name] = getattr(things[name], last)
+    return things
 
 
 def test_every_public_name_has_an_entry():

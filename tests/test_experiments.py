@@ -55,8 +55,8 @@ def texts() -> Texts:
 @functools.cache
 def cells(name: str, size: str, workload: str, seed: int = 0) -> dict[str, Cell]:
     """The cells of the smallest budget: working out those of the others takes as long again."""
-    found = STUDIES[name][0].cells(size, workload, seed)
-    first = itertools.takewhile(lambda cell: cell.budget == "1x", found)
+    every = STUDIES[name][0].cells(size, workload, seed)
+    first = itertools.takewhile(lambda cell: cell.budget == "1x", every)
     return {cell.plan.name: cell for cell in first}
 
 
@@ -144,9 +144,9 @@ def test_a_study_runs_in_pieces_and_is_reported(name, workload, texts, tmp_path)
 @pytest.mark.parametrize("size", ["smoke", "small"])
 def test_arms_that_are_compared_cost_the_same(name, size):
     module, (workload, _) = STUDIES[name]
-    found = cells(name, size, workload)
-    base = found[module.QUESTION.baseline].plan
-    for key, cell in found.items():
+    arms = cells(name, size, workload)
+    base = arms[module.QUESTION.baseline].plan
+    for key, cell in arms.items():
         if key in (module.QUESTION.target, "raptr proportional", "raptr, full first"):
             continue
         step = max(max(span.costs) for span in cell.plan.spans)
@@ -225,8 +225,8 @@ def test_arms_of_msg_that_do_not_grow_have_the_rate_that_suits_them():
 
 
 def test_the_small_model_of_msg_trains_for_what_growing_costs():
-    found = {arm: cell.plan for arm, cell in cells("msg", "small", "gpt").items()}
-    small, grown = found["stays small"], found["msg"]
+    plans = {arm: cell.plan for arm, cell in cells("msg", "small", "gpt").items()}
+    small, grown = plans["stays small"], plans["msg"]
     assert small.spans[-1].sizes == grown.spans[0].sizes and len(small.spans) == 1
     assert small.steps > 2 * grown.steps
     assert abs(small.cost - grown.cost) <= small.spans[0].costs[0]
@@ -236,12 +236,12 @@ def test_the_small_model_of_msg_trains_for_what_growing_costs():
 @pytest.mark.parametrize("name, whole", [("msg", "scratch"), ("raptr", "full")])
 def test_a_longer_budget_takes_as_many_times_the_steps(name, whole, monkeypatch):
     monkeypatch.setitem(STUDIES[name][0].BUDGETS, "smoke", (1, 4))
-    found = {(c.budget, c.plan.name): c.plan for c in STUDIES[name][0].cells("smoke", "bert", 0)}
-    arms = {arm for _, arm in found}
-    assert found.keys() == {(budget, arm) for budget in ("1x", "4x") for arm in arms}
+    plans = {(c.budget, c.plan.name): c.plan for c in STUDIES[name][0].cells("smoke", "bert", 0)}
+    arms = {arm for _, arm in plans}
+    assert plans.keys() == {(budget, arm) for budget in ("1x", "4x") for arm in arms}
     for arm in (whole, name):
-        assert found["4x", arm].steps == 4 * found["1x", arm].steps
-        assert len(found["4x", arm].stages) == len(found["1x", arm].stages)
+        assert plans["4x", arm].steps == 4 * plans["1x", arm].steps
+        assert len(plans["4x", arm].stages) == len(plans["1x", arm].stages)
 
 
 def test_a_search_tries_the_next_growth_of_every_dimension_at_the_same_cost():
@@ -260,13 +260,13 @@ def test_a_search_tries_the_next_growth_of_every_dimension_at_the_same_cost():
 
 
 def test_no_train_no_gain_charges_the_papers_clock():
-    found = cells("no_train_no_gain", "small", "bert")
-    plan, stacking = found["AdamW"].plan, found["stacking"].plan
+    arms = cells("no_train_no_gain", "small", "bert")
+    plan, stacking = arms["AdamW"].plan, arms["stacking"].plan
     steps = ntng.SIZES["small"]["bert"].steps
     assert plan.clock == RTX3090_BERT and plan.steps == steps
     shares = [sum(span.costs) / stacking.cost for span in stacking.spans]
     assert shares == pytest.approx([0.125, 0.175, 0.7], abs=0.02)
-    free, paid = (found[n].plan for n in ("RHO, free", "RHO"))
+    free, paid = (arms[n].plan for n in ("RHO, free", "RHO"))
     assert free.steps == plan.steps and paid.steps == pytest.approx(plan.steps / 1.824, abs=1)
     for times in (2, 4):
         more = next(ntng.arms("small", "bert", 0, times, ntng.RATES["small"]["bert"]))
@@ -282,21 +282,21 @@ def test_no_train_no_gain_charges_the_papers_clock():
     "workload, gamma, clock", [("bert", 100, RTX3090_BERT), ("t5", 20, A100_T5)]
 )
 def test_the_methods_are_those_of_the_paper(workload, gamma, clock):
-    found: dict[str, Any] = dict(cells("no_train_no_gain", "small", workload))
+    arms: dict[str, Any] = dict(cells("no_train_no_gain", "small", workload))
     steps = ntng.SIZES["small"][workload].steps
     for name, carry in {"stacking": "zero", "stacking, moments copied": "dual"}.items():
-        assert [stage.carry for stage in found[name].plan.stages[1:]] == [carry, carry]
+        assert [stage.carry for stage in arms[name].plan.stages[1:]] == [carry, carry]
     for name, inverse in {"layer dropping": False, "layer dropping, 1/p": True}.items():
-        (drop,) = (stage.subnet for stage in found[name].plan.stages)
+        (drop,) = (stage.subnet for stage in arms[name].plan.stages)
         assert drop.inverse == inverse and drop.floor == 0.5
         # Over the steps that the budget buys at the plateau, where three layers of four run
         assert drop.rate * steps / 0.75 == pytest.approx(gamma)
-    sophia, lion, adamw = (found[n].plan.optimizer for n in ("sophia", "lion", "AdamW"))
+    sophia, lion, adamw = (arms[n].plan.optimizer for n in ("sophia", "lion", "AdamW"))
     assert (sophia.b1, sophia.b2, sophia.rho, sophia.weight_decay) == (0.965, 0.99, 0.01, 0.015)
     assert (lion.b1, lion.b2, lion.weight_decay) == (0.9, 0.99, 0.1)
     assert (adamw.b2, adamw.weight_decay, adamw.clip) == (0.98, 0.01, 0.5 if gamma == 100 else 1.0)
-    assert all(cell.plan.clock == clock for name, cell in found.items() if "free" not in name)
-    free = [found[f"{name}, free"] for name in ("RHO", "selective backprop", "sophia")]
+    assert all(cell.plan.clock == clock for name, cell in arms.items() if "free" not in name)
+    free = [arms[f"{name}, free"] for name in ("RHO", "selective backprop", "sophia")]
     assert all(cell.clock == clock for cell in free)
     assert [(c.plan.clock.forward, c.plan.clock.curvature) for c in free] == [
         (0.0, clock.curvature),
@@ -308,7 +308,7 @@ def test_the_methods_are_those_of_the_paper(workload, gamma, clock):
     assert rho.budget == "4x" and rho.reference and rho.reference.steps == steps
     (select,) = (stage.select for stage in rho.plan.stages)
     assert isinstance(select, RhoLoss) and select.offers == 2
-    rate = found["AdamW"].plan.rate
+    rate = arms["AdamW"].plan.rate
     if workload == "t5":
         assert (rate.shape, rate.start, rate.final) == ("cosine", 0.5, 1e-5)
         assert rate.warmup == pytest.approx(10_000 / 65_536, rel=1e-4)
@@ -387,7 +387,7 @@ def test_texts_share_no_document(tmp_path):
     for name in ("train", "valid"):
         articles = [f"{name} article {n}, " + "word " * (n % 7 + 3) for n in range(60)]
         (folder / f"{name}.txt").write_text(BETWEEN.join(articles))
-    found = load_texts(folder, tmp_path / "cache", {"more": folder / "valid.txt"})
+    loaded = load_texts(folder, tmp_path / "cache", {"more": folder / "valid.txt"})
     tokenizer = ByteTokenizer()
 
     def titles(corpus: Corpus) -> set[str]:
@@ -395,9 +395,9 @@ def test_texts_share_no_document(tmp_path):
         pairs = zip(corpus.starts.tolist(), ends, strict=True)
         return {tokenizer.decode(corpus.read(a, b)).split(",")[0] for a, b in pairs}
 
-    parts = [titles(c) for c in (found.training, found.proxy, found.valid)]
+    parts = [titles(c) for c in (loaded.training, loaded.proxy, loaded.valid)]
     assert all(parts) and not parts[0] & parts[1] and len(parts[2]) == 60
-    assert len(parts[0] | parts[1]) == 60 and len(found.others["more"]) == len(found.valid)
+    assert len(parts[0] | parts[1]) == 60 and len(loaded.others["more"]) == len(loaded.valid)
     with pytest.raises(DataError, match="expected valid.txt"):
         (folder / "valid.txt").unlink()
         load_texts(folder, tmp_path / "cache")

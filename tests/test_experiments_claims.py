@@ -59,12 +59,12 @@ def summary(study: str) -> list[Row]:
 
 def row(study: str, workload: str, budget: str, question: str) -> Any:
     """The one row of a committed summary that answers a question."""
-    (found,) = (
+    (only,) = (
         row
         for row in summary(study)
         if (row.workload, row.budget, row.question) == (workload, budget, question)
     )
-    return found
+    return only
 
 
 def written(row: Any) -> str:
@@ -101,8 +101,8 @@ def test_no_page_words_a_difference_that_was_not_found_as_an_equality():
 
 def test_stacking_is_the_only_method_of_no_train_no_gain_that_gains_on_bert():
     for budget in ("1x", "2x", "4x"):
-        found = row("no_train_no_gain", "bert", budget, EQUAL.format("stacking", "AdamW"))
-        assert found.verdict == "better"
+        stacking = row("no_train_no_gain", "bert", budget, EQUAL.format("stacking", "AdamW"))
+        assert stacking.verdict == "better"
     muon = [
         row("no_train_no_gain", "bert", budget, EQUAL.format("muon", "AdamW")).verdict
         for budget in ("1x", "2x", "4x")

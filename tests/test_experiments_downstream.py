@@ -31,8 +31,8 @@ def inputs(tmp_path_factory, made):
 
 
 def cells(seeds, tasks=TASKS):
-    found = [c for seed in seeds for task in tasks for c in run.cells("smoke", task, seed)]
-    return [cell for cell in found if not cell.optional]
+    every = [c for seed in seeds for task in tasks for c in run.cells("smoke", task, seed)]
+    return [cell for cell in every if not cell.optional]
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,8 @@ def test_lines_of_another_run_are_not_mixed_in(inputs, rows):
 def test_a_part_is_always_the_same_and_in_order():
     rows = [Example(((str(i),),), "0") for i in range(50)]
     assert run.part(rows, 10) == run.part(rows, 10)
-    found = [int(x.choices[0][0]) for x in run.part(rows, 10)]
-    assert len(set(found)) == 10 and found == sorted(found) and found != list(range(10))
+    numbers = [int(x.choices[0][0]) for x in run.part(rows, 10)]
+    assert len(set(numbers)) == 10 and numbers == sorted(numbers) and numbers != list(range(10))
     assert run.part(rows, None) == run.part(rows, 60) == rows
 
 

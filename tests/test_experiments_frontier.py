@@ -243,14 +243,14 @@ def fixed_lines(seeds=(0, 1, 2)) -> list[Line]:
 GROWING = SMALL.growings[0]  # stack 2x64 to 4x64
 
 
-def pilot_line(kept: float, seed: int = 0, budget: int = 8, time: float = 0.6) -> Line:
+def pilot_line(share: float, seed: int = 0, budget: int = 8, time: float = 0.6) -> Line:
     """A pilot that keeps a share of its tokens, and recovers in a twentieth of those after its growth."""
     small, large = GROWING.small, GROWING.large
     before = time * SMALL.tokens(small, budget)
     after = (1 - time) * SMALL.tokens(large, budget)
     loss = at_peak(small, before)
     fresh = 2 ** (-(loss - at_peak(large, 1e6)) / SLOPE) * 1e6
-    counted = fresh + kept * (before - fresh)
+    counted = fresh + share * (before - fresh)
     score = at_end(large, counted + 0.95 * after) + 0.01 * seed
     spent = budget * SMALL.unit
     start, rest = time * spent, (1 - time) * spent
@@ -271,16 +271,16 @@ def pilot_line(kept: float, seed: int = 0, budget: int = 8, time: float = 0.6) -
     return run_line(pilot_name(GROWING, time), budget, seed, score, before + after, **more)
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.4, 1.0])
-def test_token_retention_is_what_the_lines_were_made_with(kept):
-    index = Index([*fixed_lines((0,)), pilot_line(kept)])
-    found = retention(SMALL, index, GROWING, 0.6, 8, 0)
-    assert found is not None and not found.reason
-    assert rho([found]) == pytest.approx(kept, abs=1e-2)
-    net = rho([found], net=True)
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_token_retention_is_what_the_lines_were_made_with(share):
+    index = Index([*fixed_lines((0,)), pilot_line(share)])
+    measured = retention(SMALL, index, GROWING, 0.6, 8, 0)
+    assert measured is not None and not measured.reason
+    assert rho([measured]) == pytest.approx(share, abs=1e-2)
+    net = rho([measured], net=True)
     after = 0.4 * SMALL.tokens(GROWING.large, 8)
-    assert net is not None and found.span is not None
-    assert kept - net == pytest.approx(0.05 * after / found.span, abs=1e-2)
+    assert net is not None and measured.span is not None
+    assert share - net == pytest.approx(0.05 * after / measured.span, abs=1e-2)
 
 
 def test_there_is_no_retention_without_recovery_or_trunks():
@@ -351,8 +351,8 @@ def test_the_held_out_arms_are_the_best_forecasts_once_all_runs_are_there():
     assert len(forecasts(SMALL, Index(fixed))) == len(SMALL.shapes)
 
 
-@pytest.mark.parametrize("gain, said", [(0.3, "yes"), (-0.3, "no"), (None, "not run yet")])
-def test_the_primary_question_is_answered_on_fresh_seeds(tmp_path, gain, said):
+@pytest.mark.parametrize("gain, message", [(0.3, "yes"), (-0.3, "no"), (None, "not run yet")])
+def test_the_primary_question_is_answered_on_fresh_seeds(tmp_path, gain, message):
     lines = [*fixed_lines(), *pilot_lines(0.02)]
     rng = np.random.default_rng(0)
     file = WindowFile(tmp_path / "small.jsonl")
@@ -373,14 +373,14 @@ def test_the_primary_question_is_answered_on_fresh_seeds(tmp_path, gain, said):
             file.write((WORKLOAD, "64x", forecast.arm, seed), score, pairs, "same")
     rows = summarise(tmp_path / "small.jsonl", lines)
     (row,) = (row for row in select(rows, Answer) if row.question == PRIMARY)
-    assert row.verdict.startswith(said)
+    assert row.verdict.startswith(message)
     if gain is not None:
         # Against the fixed size that ends lowest, whatever was forecast
         assert "minus fixed-4x32" in row.verdict and row.seeds == 8
         assert row.estimate is not None
         assert abs(row.estimate - (0.1 - gain)) < 0.02
     shown = page(tmp_path / "small.jsonl", lines, rows)
-    assert said in shown.answer[0].lower() and "ends" in shown.pictures
+    assert message in shown.answer[0].lower() and "ends" in shown.pictures
 
 
 def test_a_summary_of_no_lines_says_that_nothing_was_run():
@@ -399,8 +399,8 @@ RESULTS = FOLDER / "results" / "small.jsonl"
 
 def test_the_committed_summary_is_that_of_the_committed_lines():
     again = [dataclasses.replace(row, command="") for row in summarise(RESULTS, read(RESULTS))]
-    kept = read_summary(FOLDER / "results" / "summary.json")
-    assert [dataclasses.replace(row, command="") for row in kept] == again
+    committed = read_summary(FOLDER / "results" / "summary.json")
+    assert [dataclasses.replace(row, command="") for row in committed] == again
 
 
 def test_the_readme_says_what_is_there():

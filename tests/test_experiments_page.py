@@ -52,7 +52,7 @@ def test_an_arm_looks_the_same_in_every_figure_and_like_no_other():
     (axes,) = plots[-1].figure.axes  # the ends of arms that have more than one
     names = [x.get_label() for x in axes.get_lines() if x.get_label() in arms]
     assert sorted(names) == sorted(arms[1::2])
-    assert {len(found) for found in looks.values()} == {1}
+    assert {len(each) for each in looks.values()} == {1}
     assert len(set.union(*looks.values())) == len(arms)
 
 

@@ -14,8 +14,8 @@ from growjax.errors import DataError
 class Square(study.Cell):
     """A cell that squares a number."""
 
-    def __init__(self, number, found, ran=None):
-        self.key, self.found = ("squares", "", "square", number), found
+    def __init__(self, number, result, ran=None):
+        self.key, self.found = ("squares", "", "square", number), result
         self.ran = [] if ran is None else ran
 
     def run(self, shared):
@@ -50,12 +50,12 @@ def test_intervals_are_those_of_student():
 
 
 def test_a_verdict_needs_the_whole_interval():
-    def said(low, high):
+    def verdict_of(low, high):
         return study.answer("w", "q", [1.0, 2.0, 3.0], low, high).verdict  # 2 plus or minus 2.484
 
-    assert said(-1, 5) == "yes"
-    assert said(0, 5) == said(-1, 4) == "undecided"
-    assert said(4.5, 9) == said(-9, -0.5) == "no"
+    assert verdict_of(-1, 5) == "yes"
+    assert verdict_of(0, 5) == verdict_of(-1, 4) == "undecided"
+    assert verdict_of(4.5, 9) == verdict_of(-9, -0.5) == "no"
 
 
 def test_networks_that_diverge_are_said_and_leave_valid_json(tmp_path):
@@ -64,8 +64,8 @@ def test_networks_that_diverge_are_said_and_leave_valid_json(tmp_path):
     (line,) = study.read(path)
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == line
     assert line["square"] == {"x": [1.0, None]}
-    said = study.answer("w", "does it?", [1.0, math.nan], verdict=True)
-    assert said.estimate is None and said.interval is None and said.verdict == "diverged"
+    answer = study.answer("w", "does it?", [1.0, math.nan], verdict=True)
+    assert answer.estimate is None and answer.interval is None and answer.verdict == "diverged"
     assert study.answer("w", "does it?", [1.0, 1.5], verdict=True).verdict == "yes"
 
 

@@ -102,13 +102,13 @@ def test_rows_at_equal_cost_are_what_compare_says_of_every_measure():
 
     group = [*runs("AdamW", 0.0), *runs("mine", -0.3), *runs("level", 0.02)]
     rows = summarise(NTNG, [*group, *runs("shallow", -1.0, depth=4)])
-    found = {(row.arm, row.measure): row for row in select(rows, EqualCost)}
+    by_arm = {(row.arm, row.measure): row for row in select(rows, EqualCost)}
     measures = {
         "held-out nats, lower is better": ("score", 1),
         "wiki, nats, lower is better": ("wiki", 1),
         "blimp, higher is better": ("blimp", -1),
     }
-    assert found.keys() == {(arm, m) for arm in ("mine", "level") for m in measures}
+    assert by_arm.keys() == {(arm, m) for arm in ("mine", "level") for m in measures}
     for measure, (name, sign) in measures.items():
         outcomes = [
             dataclasses.replace(o, score=sign * o.score)
@@ -117,7 +117,7 @@ def test_rows_at_equal_cost_are_what_compare_says_of_every_measure():
         ]
         values = {(o.arm, o.seed): sign * o.score for o in outcomes}
         for told in compare(outcomes, "AdamW"):
-            row = found[told.arm, measure]
+            row = by_arm[told.arm, measure]
             assert row.question == f"{told.arm} against AdamW at equal cost: {measure}"
             names = ("p", "p_t", "p_holm", "detectable", "margin", "verdict", "reason")
             assert {n: getattr(row, n) for n in names} == {n: getattr(told, n) for n in names}
@@ -127,7 +127,7 @@ def test_rows_at_equal_cost_are_what_compare_says_of_every_measure():
             assert row.interval == pytest.approx(t_interval(gaps))
             assert row.bootstrap == pytest.approx(bca_interval(gaps), rel=0.05)
             assert row.bootstrap != row.interval
-    better = [found["mine", m] for m in measures]
+    better = [by_arm["mine", m] for m in measures]
     assert [r.verdict for r in better] == ["better", "worse", "better"]
     assert [(r.estimate or 0) > 0 for r in better] == [False, True, True]
 
@@ -160,8 +160,8 @@ def test_an_arm_is_told_from_the_target_by_its_whole_interval(seeds):
     about = dataclasses.replace(NTNG, baseline="none", target="whole", clocks={})
     rows = {row.arm: row for row in select(summarise(about, runs), OwnCost)}
     told = {arm: row.verdict for arm, row in rows.items()}
-    said = ("lower", "higher", "no difference found") if seeds == 6 else ("too few seeds",) * 3
-    assert told == dict(zip(("below", "above", "level"), said, strict=True))
+    verdicts = ("lower", "higher", "no difference found") if seeds == 6 else ("too few seeds",) * 3
+    assert told == dict(zip(("below", "above", "level"), verdicts, strict=True))
     for row in rows.values():
         assert row.cost == row.flops == pytest.approx(2) and row.seconds == 0.25
 
@@ -238,8 +238,8 @@ def test_a_run_is_charged_by_another_clock_along_its_operations(tmp_path):
     grown = run("AdamW", [[*small, 10], [*large, 10]], [(500, 4.0), (2500, 3.0), (4000, 2.0)])
     whole = run("whole", [[*large, 20]], [(3000, 4.0), (6000, 3.0)])
     (arm,) = arms_of([grown])
-    (found,) = recharging([grown], clock)(arm).outcomes
-    assert found.curve == ((5.0, 4.0), (20.0, 3.0), (30.0, 2.0)) and found.spent == 30.0
+    (charged,) = recharging([grown], clock)(arm).outcomes
+    assert charged.curve == ((5.0, 4.0), (20.0, 3.0), (30.0, 2.0)) and charged.spent == 30.0
     about = dataclasses.replace(NTNG, target="whole", clocks={"here": clock})
     (row,) = select(summarise(about, [grown, whole]), OwnCost)
     assert row.cost == pytest.approx(4 / 6) and row.cost_to_reach == pytest.approx(2500 / 6000)

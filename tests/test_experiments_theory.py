@@ -54,9 +54,9 @@ def lines(stable):
 
 # Four seeds of 128 coordinates: the standard error of a slope is at most 0.04 here.
 def test_slopes_are_those_of_the_closed_forms(rows):
-    found = [row for row in rows if "closed form" in row.question]
-    assert len(found) == 4
-    assert {row.verdict for row in found} == {"yes"}, found
+    slopes = [row for row in rows if "closed form" in row.question]
+    assert len(slopes) == 4
+    assert {row.verdict for row in slopes} == {"yes"}, slopes
 
 
 def test_means_are_the_closed_forms(lines):
@@ -98,10 +98,10 @@ def test_the_bound_and_the_gap_by_hand():
 
 
 def test_few_removed_layers_add_up_as_orthogonal_errors(out):
-    found, _ = ran(out, "removed")
-    assert [row.verdict for row in found[:3]] == ["yes"] * 3, found
+    answers, _ = ran(out, "removed")
+    assert [row.verdict for row in answers[:3]] == ["yes"] * 3, answers
     # first order no longer: errors saturate once half of the layers are gone
-    assert (found[-1].estimate or 9) < 0.9
+    assert (answers[-1].estimate or 9) < 0.9
 
 
 def test_a_removed_layer_is_the_identity():
@@ -238,8 +238,8 @@ def test_coefficients_are_exact_on_any_sample():
     task, _ = toy()
     x = polynomials.points(jax.random.key(1), 50, 4)
     model = lambda x: 0.25 * x[:, 0] - 3 * x[:, 1]  # noqa: E731
-    found, loss = polynomials.measure(model, task, x)
-    np.testing.assert_allclose(found, [0.25, -3], atol=1e-5)
+    coefficients, loss = polynomials.measure(model, task, x)
+    np.testing.assert_allclose(coefficients, [0.25, -3], atol=1e-5)
     expected = np.mean(np.asarray(x[:, 0] * 0.75 + x[:, 1] * 4) ** 2)
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
@@ -303,9 +303,9 @@ def test_growing_paths_capture_high_degrees_that_falling_ones_do_not(learned):
 
 def test_low_degrees_come_first(learned):
     rows, lines = learned
-    found = [row for row in rows if "degree by degree" in row.question]
-    assert len(found) == 6
-    assert {row.verdict for row in found} == {"yes"}
+    orders = [row for row in rows if "degree by degree" in row.question]
+    assert len(orders) == 6
+    assert {row.verdict for row in orders} == {"yes"}
     assert all(len(line["captured"]) == len(line["steps"]) == 4 for line in lines)
     for line in lines:  # what is reported of the degrees is what is reported of their terms
         shares = np.reshape(line["terms"], (5, -1)).mean(axis=1)
@@ -396,15 +396,15 @@ def test_without_norms_a_block_reads_the_stream_as_it_is():
 def test_the_bound_is_for_text_that_its_constant_has_not_seen():
     model, windows = gpt()
     ratios, losses = trained.removals(model, windows, 4)
-    found = trained.probe(model, windows, 4)
+    probed = trained.probe(model, windows, 4)
     quotients = np.abs(losses[1:] - losses[0])[:, :3] / ratios[:, :3]
-    assert found["mu"] == pytest.approx(float(quotients.max()), rel=1e-4)
-    assert found["mean"] == pytest.approx(float(ratios[:, 3:].mean()), rel=1e-4)
-    assert found["bound"] == pytest.approx(found["mu"] * found["mean"])
-    assert found["loss"] == pytest.approx(float(losses[0, 3:].mean()), rel=1e-4)
+    assert probed["mu"] == pytest.approx(float(quotients.max()), rel=1e-4)
+    assert probed["mean"] == pytest.approx(float(ratios[:, 3:].mean()), rel=1e-4)
+    assert probed["bound"] == pytest.approx(probed["mu"] * probed["mean"])
+    assert probed["loss"] == pytest.approx(float(losses[0, 3:].mean()), rel=1e-4)
     gap = float(losses[1:, 3:].mean() - losses[0, 3:].mean())
-    assert found["gap"] == pytest.approx(gap, abs=1e-4)
-    np.testing.assert_allclose(found["ratios"], ratios[:, 3:].mean(axis=(1, 2)), atol=1e-4)
+    assert probed["gap"] == pytest.approx(gap, abs=1e-4)
+    np.testing.assert_allclose(probed["ratios"], ratios[:, 3:].mean(axis=(1, 2)), atol=1e-4)
 
 
 def test_one_document_in_ten_is_held_out(tmp_path):
@@ -424,9 +424,9 @@ def test_one_document_in_ten_is_held_out(tmp_path):
 
 def test_a_network_is_seen_at_birth_before_the_last_stage_and_at_the_end():
     text = jnp.asarray(np.tile(np.arange(97, 105, dtype=np.uint8), 40))
-    found = trained.trained_line(TINY, "LayerNorm", "full", 4, 0, (text, text))
-    assert list(found) == ["birth", "boundary", "end"]
-    losses = [found[time]["loss"] for time in found]
+    line = trained.trained_line(TINY, "LayerNorm", "full", 4, 0, (text, text))
+    assert list(line) == ["birth", "boundary", "end"]
+    losses = [line[time]["loss"] for time in line]
     assert losses[0] > losses[1] > losses[2]
     assert [phase.subnet and phase.subnet.length for phase in phases_of("RaPTr")] == [2, 3, None]
     assert [phase.subnet for phase in phases_of("full")] == [None] * 3
@@ -473,12 +473,12 @@ def test_trained_networks_are_lines_of_the_text_they_learned(tmp_path):
 
 @given(st.integers(2, 12), st.integers(2, 6))
 def test_the_share_of_neighbours_that_stacking_keeps(layers, factor):
-    def kept(order):
+    def share(order):
         steps = np.diff(sources(order, layers, factor * layers))
         return np.mean(steps == 1)
 
-    assert kept("repeat") == pytest.approx(factor * (layers - 1) / (factor * layers - 1))
-    assert kept("interleave") == pytest.approx((layers - 1) / (factor * layers - 1))
+    assert share("repeat") == pytest.approx(factor * (layers - 1) / (factor * layers - 1))
+    assert share("interleave") == pytest.approx((layers - 1) / (factor * layers - 1))
 
 
 @given(st.integers(1, 4), st.integers(2, 8))

@@ -60,23 +60,23 @@ def cell(name: str = "arm", budget: str = "1x", batch: int = 4) -> Cell:
 def test_fixed_sizes_differ_from_the_whole_model_in_depth_alone(
     module, workload, base, grown, layers
 ):
-    found = {}
+    plans = {}
     for c in module.cells("small", workload, 0):
         if c.budget != "1x":
             break
-        found[c.plan.name] = c.plan
-    whole = found[base].spans[-1].sizes
-    fixed = [plan for name, plan in found.items() if name.startswith("fixed")]
+        plans[c.plan.name] = c.plan
+    whole = plans[base].spans[-1].sizes
+    fixed = [plan for name, plan in plans.items() if name.startswith("fixed")]
     assert [plan.name for plan in fixed] == [f"fixed-{n}x64" for n in layers]
     for n, plan in zip(layers, fixed, strict=True):
         (span,) = plan.spans
         assert span.sizes == {
             axis: n if axis.endswith("layers") else size for axis, size in whole.items()
         }
-        assert abs(plan.cost - found[base].cost) <= span.costs[0] / 2 + plan.clock.per_unit * 1e-9
+        assert abs(plan.cost - plans[base].cost) <= span.costs[0] / 2 + plan.clock.per_unit * 1e-9
         # Whatever they are compared with has the same rate, text and rule of updates
         for field in ("rate", "batch", "objective", "optimizer", "clock", "seed"):
-            assert getattr(plan, field) == getattr(found[grown], field), field
+            assert getattr(plan, field) == getattr(plans[grown], field), field
 
 
 @pytest.mark.parametrize(
@@ -133,11 +133,11 @@ def test_a_file_of_windows_gives_back_what_was_judged(texts, tmp_path):
     with file.path.open("a") as lines:
         lines.write('{"workload": "cut of')  # killed while it wrote
     assert file.path.name == "small-windows.jsonl" and file.keys() == wanted.keys()
-    found = file.read()
-    assert found.keys() == wanted.keys()
+    read = file.read()
+    assert read.keys() == wanted.keys()
     for key, pairs in wanted.items():
-        np.testing.assert_array_equal(found[key][:, 1], pairs[:, 1])
-        np.testing.assert_allclose(found[key][:, 0], pairs[:, 0], rtol=2**-11)
+        np.testing.assert_array_equal(read[key][:, 1], pairs[:, 1])
+        np.testing.assert_allclose(read[key][:, 0], pairs[:, 0], rtol=2**-11)
     assert (wanted["bert", "1x", "arm", 1][:, 1] == 0).any()
     rows = [json.loads(line) for line in file.path.read_text().splitlines()[:-1]]
     assert ["counts" in row for row in rows] == [True, False, True, False, False]
@@ -165,18 +165,18 @@ def test_a_study_keeps_losses_by_window_and_adds_those_that_are_missing(texts, t
     assert file.path.read_text() == lines and out.read_text() == before
 
     scores = {study.key_of(row): row["score"] for row in study.read(out)}
-    kept = {study.key_of(r): r for r in map(json.loads, lines.splitlines()) if "losses" in r}
-    assert {key: row["score"] for key, row in kept.items()} == {
+    finished = {study.key_of(r): r for r in map(json.loads, lines.splitlines()) if "losses" in r}
+    assert {key: row["score"] for key, row in finished.items()} == {
         key: scores[key] for key in (first.key, other.key)
     }
     # The windows are those of the text, whatever the batch, and so is the mean
     study.run([cell("wide", batch=8)], shared, out)
-    found = file.read()
+    windows = file.read()
     assert len({row["windows"] for row in map(json.loads, file.path.read_text().splitlines())}) == 1
-    assert found.keys() == {first.key, other.key, ("gpt", "1x", "wide", 0)}
-    assert all(pairs[:, 1].tolist() == [16] * 30 for pairs in found.values())
+    assert windows.keys() == {first.key, other.key, ("gpt", "1x", "wide", 0)}
+    assert all(pairs[:, 1].tolist() == [16] * 30 for pairs in windows.values())
     for key, score in scores.items():
-        if key in found:
-            assert found[key][:, 0].sum() / (16 * 30) == pytest.approx(score, abs=0.05)
+        if key in windows:
+            assert windows[key][:, 0].sum() / (16 * 30) == pytest.approx(score, abs=0.05)
     # The same run but for its name
-    np.testing.assert_array_equal(found[first.key], found[other.key])
+    np.testing.assert_array_equal(windows[first.key], windows[other.key])

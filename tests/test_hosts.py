@@ -52,14 +52,14 @@ def layouts(tmp_path_factory):
 
 @pytest.mark.parametrize("way", ["replicas", "fsdp", "both"])
 def test_every_layout_gives_the_same_losses(layouts, way):
-    one, found = layouts["losses"]["one"], layouts["losses"][way]
-    assert len(one) == 4 + 2 and found == pytest.approx(one, abs=3e-5)
+    one, losses = layouts["losses"]["one"], layouts["losses"][way]
+    assert len(one) == 4 + 2 and losses == pytest.approx(one, abs=3e-5)
 
 
 def test_a_run_goes_on_with_fewer_devices(layouts):
     """Saved on eight devices, split two ways; gone on from step 1 on two."""
-    one, found = layouts["losses"]["one"], layouts["losses"]["resumed"]
-    assert found == pytest.approx(one[1:], abs=3e-5)
+    one, resumed = layouts["losses"]["one"], layouts["losses"]["resumed"]
+    assert resumed == pytest.approx(one[1:], abs=3e-5)
 
 
 def test_what_eight_devices_saved_is_read_and_grown_alike_on_fewer(layouts):
@@ -67,7 +67,7 @@ def test_what_eight_devices_saved_is_read_and_grown_alike_on_fewer(layouts):
     whole, *fewer = layouts["grown"].values()
     assert list(layouts["grown"]) == [f"{n} devices" for n in (8, 4, 2, 1)]
     assert {name.partition(".")[0] for name in whole} == {"trained", "rest", "optimizer"}
-    assert all(found == whole for found in fewer)
+    assert all(sums == whole for sums in fewer)
 
 
 def test_a_fork_on_eight_devices_is_the_run_itself(layouts):
@@ -91,13 +91,13 @@ def test_experts_are_split_grown_and_resumed_on_eight_devices(tmp_path):
     process = start("experts", tmp_path, devices=8)
     out, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
-    said = json.loads(out.splitlines()[-1])
-    one, split, resumed, dense, ragged = said["losses"].values()
+    report = json.loads(out.splitlines()[-1])
+    one, split, resumed, dense, ragged = report["losses"].values()
     assert list(split.values()) == pytest.approx(list(one.values()), abs=3e-5) and len(one) == 5
     assert resumed == {step: split[step] for step in resumed} and len(resumed) == 3
-    assert said["same end"]
+    assert report["same end"]
     assert list(ragged.values()) == pytest.approx(list(dense.values()), abs=3e-5)
-    by_name = {path.rpartition(".")[2]: spec for path, spec in said["specs"].items()}
+    by_name = {path.rpartition(".")[2]: spec for path, spec in report["specs"].items()}
     assert "'experts'" in by_name["up"] and "'experts'" in by_name["down"]
     assert "'experts'" not in by_name["router"]
 
@@ -131,8 +131,8 @@ def test_two_hosts_start_from_a_run_and_read_the_whole_model_in_hooks(two_hosts)
     assert alone.returncode == 0, errors
     one = json.loads(out.splitlines()[-1])
     assert first == second and len(first["losses"]) == len(first["sizes"]) == 2
-    for what in ("losses", "sizes"):
-        assert first[what] == pytest.approx(one[what], rel=1e-5)
+    for field in ("losses", "sizes"):
+        assert first[field] == pytest.approx(one[field], rel=1e-5)
     # From the model that was trained, and not from one that was just born
     assert one["losses"][0] < shown(outs[0])[0] - 0.01
 
@@ -157,7 +157,7 @@ def test_two_hosts_stop_before_the_same_step_and_go_on_even_if_one_dies(tmp_path
 
     def session(*whats: str) -> list[tuple[int, str, str]]:
         port = free_port()
-        ranks = [start("rank", tmp_path, i, port, what) for i, what in enumerate(whats)]
+        ranks = [start("rank", tmp_path, i, port, role) for i, role in enumerate(whats)]
         # A host that hangs is killed, so that what all of them printed is part of the failure
         watch = threading.Timer(300, lambda: [r.kill() for r in ranks])
         watch.start()
