@@ -77,8 +77,8 @@ class Saves:
         )
         self.notes: list[str] = []
         if run.plan_file.exists():
-            old = _movable(load_plan(run.plan_file))
-            faults = list(differences(to_dict(old), to_dict(_movable(plan))))
+            old = load_plan(run.plan_file)
+            faults = list(differences(_fixed(old), _fixed(plan)))
             hint = "choose another folder, or go on with that one"
             raise_all(CheckpointError, f"{run} holds the run of another plan; {hint}:", faults)
 
@@ -276,8 +276,14 @@ def locked(plan: Plan, run: Run, **options: Any) -> Iterator[Saves]:
             raise
 
 
-def _movable(plan: Plan) -> Plan:
-    """The plan with the fields that may change when a run is resumed set to fixed values."""
-    start = plan.start and dataclasses.replace(plan.start, folder="it was read at the start")
-    fork = plan.fork and dataclasses.replace(plan.fork, run="it was read at the start")
-    return dataclasses.replace(plan, layout=type(plan.layout)(), data=None, start=start, fork=fork)
+def _fixed(plan: Plan) -> dict[str, Any]:
+    """The fields of a plan, as they are saved, that may not change when a run is resumed.
+
+    A plan with the others set to fixed values would say the same, and work out all stages again.
+    """
+    fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    del fields["layout"], fields["data"]
+    for name, where in (("start", "folder"), ("fork", "run")):
+        if fields[name] is not None:
+            fields[name] = dataclasses.replace(fields[name], **{where: "it was read at the start"})
+    return to_dict(fields)
