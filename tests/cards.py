@@ -142,7 +142,7 @@ def _two(number: float) -> float:
 def _moments(op: Operator, model: Any, key: Any) -> dict[str, Any]:
     """The factors of Adam's moments, of old entries and of new ones; or why they are refused."""
     tx, params = optax.scale_by_adam(), gj.partition(model)[0]
-    state = tx.init(params)
+    state: Any = tx.init(params)
     ones = jax.tree.map(jnp.ones_like, params)
     state = state._replace(mu=ones, nu=ones)
     try:

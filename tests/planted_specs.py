@@ -147,8 +147,8 @@ TABLE = """
 - return jnp.sort(drawn)
 + return drawn
 @ positions stay behind their tokens | nn/block.py | nested | llamas
-- tuple(jnp.take(h, tokens, axis=-2) for h in turn)
-+ tuple(h[..., : len(tokens), :] for h in turn)
+- turn = jnp.take(turn[0], tokens, axis=-2), jnp.take(turn[1], tokens, axis=-2)
++ turn = turn[0][..., : len(tokens), :], turn[1][..., : len(tokens), :]
 @ documents stay behind their tokens | nn/mask.py | nested | in_the_middle
 - documents=at(self.documents, 0),
 + documents=None if self.documents is None else self.documents[: len(places)],

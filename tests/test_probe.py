@@ -58,7 +58,7 @@ def test_a_plateau_is_where_two_windows_have_the_same_mean():
     first = plateau(flat, window=3, least=0.01)
     assert first is not None
     means = [np.mean(flat[end - 3 : end]) for end in range(3, 31)]
-    falls = [new <= old * 0.99 for old, new in zip(means, means[3:], strict=False)]
+    falls = [bool(new <= old * 0.99) for old, new in zip(means, means[3:], strict=False)]
     assert first == 6 + falls.index(False)
     assert plateau(flat[: first - 1], window=3, least=0.01) is None
     with pytest.raises(PlanError, match="at least one step"):

@@ -104,12 +104,14 @@ class Block(eqx.Module):
                 "biases of relative positions and windows count all tokens, and this layer reads some of "
                 "them alone"
             )
+        if turn is not None:
+            turn = jnp.take(turn[0], tokens, axis=-2), jnp.take(turn[1], tokens, axis=-2)
         y, auxiliary = self.with_auxiliary(
             x[tokens],
             memory,
             mask=mask.of(tokens),
             memory_mask=memory_mask,
-            turn=None if turn is None else tuple(jnp.take(h, tokens, axis=-2) for h in turn),
+            turn=turn,
             branch=branch,
         )
         return x.at[tokens].set(y), auxiliary

@@ -76,7 +76,9 @@ class Mask(eqx.Module):
             raise AxisError("a window counts all tokens, and this layer reads some of them alone")
 
         def at(values: Array | None, *dims: int) -> Array | None:
-            for dim in dims if values is not None else ():
+            if values is None:
+                return None
+            for dim in dims:
                 values = values if values.shape[dim] == 1 else jnp.take(values, places, axis=dim)
             return values
 

@@ -17,7 +17,7 @@ from growjax.cards import Card, Paper
 from growjax.errors import SubnetError
 from growjax.maps import fold_in_name
 from growjax.subnet.base import Model, Subnet, depth_of
-from growjax.values import Size, at_least, check, fits, register
+from growjax.values import Size, at_least, check, register
 
 
 _RANDOM_LTD = Paper(
@@ -69,7 +69,7 @@ class RandomTokens(Subnet):
             complaints.append(
                 "stop, steps: the last number of tokens and when; give both or neither"
             )
-        elif fits(int, self.stop) and fits(int, self.count) and self.stop < self.count:
+        elif isinstance(self.stop, int) and isinstance(self.count, int) and self.stop < self.count:
             complaints.append(f"stop: expected {self.count} tokens or more, got {self.stop}")
         check(self, SubnetError, "this number of tokens cannot be used:", complaints)
 
