@@ -122,7 +122,7 @@ TABLE = """
 @ a norm without a gain needs no axis | annotation/undeclared.py | inferred_sizes | not_declared
 - same = [axis for axis, size in table.sizes.items() if node.shape == (size,)]
 + same = []
-@ half a turn of layers is a whole one | maps.py | depth | order_of_the_papers
+@ layers in any order are turns | maps.py | maps | any_other_order
 - if stack and np.array_equal(source, np.tile(np.arange(x.shape[dim]), times)):
 + if stack and times > 1:
 @ every fill is a program | certificate/measured.py | certify | few_programs

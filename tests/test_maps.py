@@ -233,6 +233,15 @@ def test_on_a_stack_axis_what_produces_the_stream_takes_the_share():
         np.testing.assert_array_equal(getattr(dual, name), moment, name)
 
 
+@pytest.mark.parametrize("source", [[0, 1, 0, 1], [0, 0, 1, 1], [0, 1, 1, 0], [0, 1, 0, 1, 0]])
+def test_layers_are_copied_in_turn_and_in_any_other_order(source):
+    model = deep()
+    after = apply(AxisMap("layers", source), model, None)
+    for name in ("out", "bias", "up", "gain"):
+        expected = np.asarray(getattr(model, name))[np.array(source)]
+        np.testing.assert_array_equal(getattr(after, name), expected, name)
+
+
 def test_a_gate_is_zero_on_what_is_not_the_first_home_of_an_old_coordinate():
     move = AxisMap("mlp", [0, 0, 1, NONE, 2, 3, 3], gated=True, init=sevens)
     new = [False, True, False, True, False, False, True]
