@@ -89,9 +89,10 @@ def test_a_transplanted_model_reads_new_ids(architecture):
 
 def test_a_smaller_vocabulary_is_certified_on_the_words_that_both_have():
     rows = [[i] for i in range(10)]
-    found = gj.certify(transplant(rows), GPT.model(), GPT.batch() % 10, key=KEY)
-    assert found.axes == {"vocab": (11, 10)}
-    assert all(d.relative <= d.limit for d in found.forward)
+    tokens = jnp.asarray(GPT.batch()) % 10
+    certificate = gj.certify(transplant(rows), GPT.model(), tokens, key=KEY)
+    assert certificate.axes == {"vocab": (11, 10)}
+    assert all(d.relative <= d.limit for d in certificate.forward)
 
 
 def test_shared_tokens_keep_their_moments_and_others_start_anew():

@@ -243,13 +243,13 @@ class _Programs(eqx.Module):
     def observed(self, model, batch, shown: "Shown") -> _Observation:
         trained, rest = partition(model)
 
-        def loss(trained):
+        def loss_of(trained):
             model = eqx.combine(trained, rest)
             outputs = self.forward(model, batch)
             loss = probe(outputs, shown) if self.loss is None else self.loss(model, batch)
             return loss, outputs
 
-        (loss, outputs), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
+        (loss, outputs), gradient = jax.value_and_grad(loss_of, has_aux=True)(trained)
         return _Observation(outputs, loss, gradient)
 
 

@@ -232,7 +232,7 @@ def is_tied(
     return not by_content
 
 
-def config_sizes(model: Any) -> dict[str, int]:
+def config_sizes(model: Any) -> dict[str, Any]:
     """The sizes that all configurations have, from a model's arrays: a grown model has no config."""
     n = sizes(model)
     heads = n["kv_heads"] * n["group"]
