@@ -187,8 +187,7 @@ def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh:
         x = jnp.where(_crosses(drawn, x.ndim), fresh.cells(x, where), x)
     else:
         for dim in where:
-            stack = slot.dims[dim].role == "stack"
-            x = _gather(*_sources(move, slot, x, dim), dim, fresh, stack=stack)
+            x = _gather(*_sources(move, slot, x, dim), dim, fresh)
     for dim, factor, power in taken:
         scale = power.of(jnp.asarray(factor, x.dtype))
         if dim in mixed and is_matrix(scale):
@@ -241,7 +240,7 @@ def _crosses(chosen: dict[int, np.ndarray], ndim: int) -> np.ndarray:
     return functools.reduce(np.logical_or, masks)
 
 
-def _gather(source: np.ndarray, x: Array, dim: int, fresh: Any, *, stack: bool = False) -> Array:
+def _gather(source: np.ndarray, x: Array, dim: int, fresh: Any) -> Array:
     """`x[source]` along `dim`: fresh coordinates where `source` is NONE, the mean where it is MEAN."""
     if np.any(source == MEAN):
         source = np.where(source == MEAN, x.shape[dim], source)
@@ -257,9 +256,6 @@ def _gather(source: np.ndarray, x: Array, dim: int, fresh: Any, *, stack: bool =
         x = jnp.concatenate([x, block], axis=dim)
     if np.array_equal(source, np.arange(x.shape[dim])):
         return x
-    times = len(source) // max(x.shape[dim], 1)
-    if stack and np.array_equal(source, np.tile(np.arange(x.shape[dim]), times)):
-        return jnp.tile(x, [times if i == dim else 1 for i in range(x.ndim)])  # faster than rows
     cuts = np.flatnonzero(np.diff(source) != 1) + 1
     if dim and len(cuts) < 4:
         # Along a late dimension a gather goes entry by entry once a product is fused with it

@@ -15,9 +15,9 @@ TABLE = """
 + if is_matrix(produced)
 @ a square matrix grows along one of its two dimensions | maps.py | maps | every_leaf
 - for dim in where:
--             stack = slot.dims[dim].role == "stack"
+-             x = _gather(*_sources(move, slot, x, dim), dim, fresh)
 + for dim in where[:1]:
-+             stack = slot.dims[dim].role == "stack"
++             x = _gather(*_sources(move, slot, x, dim), dim, fresh)
 @ biases of copies start at zero | maps.py | maps | every_leaf
 - return jnp.take(x, source, axis=dim, mode="clip")
 + taken = jnp.take(x, source, axis=dim, mode="clip")

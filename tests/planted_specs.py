@@ -122,9 +122,6 @@ TABLE = """
 @ a norm without a gain needs no axis | annotation/undeclared.py | inferred_sizes | not_declared
 - same = [axis for axis, size in table.sizes.items() if node.shape == (size,)]
 + same = []
-@ layers in any order are turns | maps.py | maps | any_other_order
-- if stack and np.array_equal(source, np.tile(np.arange(x.shape[dim]), times)):
-+ if stack and times > 1:
 @ every fill is a program | certificate/measured.py | certify | few_programs
 - _poisoned(op, model, np.float32(offset), np.float32(spread))
 + _poisoned(op, model, float(offset), float(spread))
