@@ -50,7 +50,7 @@ TABLE = """
 @ a constant may follow the size | inference/sizes.py | inference | follow_a_size_fix_it
 - faults = unbalanced(program, roles, atom, constants)
 + faults = []
-@ arrows stand outside of sums | inference/spelling.py | inference | read_again
+@ arrows stand outside of sums | inference/spelling.py | specs | read_again
 - leaves_sum = i - 1 == where and not piece
 + leaves_sum = False
 @ two consumers of one sum are taken | trace/roles.py | inference | says_wrongly

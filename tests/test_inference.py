@@ -7,14 +7,10 @@ import equinox as eqx
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import growjax as gj
 from growjax.axes import axes_of
 from growjax.errors import AxisError
-from growjax.inference.spelling import Token, spell
-from growjax.specs import Spec
 from tests import test_axes, zoo
 
 
@@ -472,29 +468,6 @@ def test_a_gate_on_blocks_that_it_does_not_close_is_refused():
 
 
 # Specs as text ----------------------------------------------------------------------------------
-
-sides = st.sampled_from(["consumed", "produced"])
-products = st.lists(sides, min_size=1, max_size=3)
-
-
-@given(
-    st.lists(products, min_size=1, max_size=3),
-    st.lists(products, min_size=0, max_size=2),
-    st.data(),
-)
-def test_every_product_and_sum_of_axes_is_spelled_so_that_it_is_read_again(dims, more, data):
-    where = data.draw(st.integers(0, len(dims) - 1))
-    names = iter("abcdefghijklmnopqrstuvwxyz")
-    spelled = [[[Token(next(names), role) for role in term]] for term in dims]
-    spelled[where] += [[Token(next(names), role) for role in term] for term in more]
-    spec = Spec.parse(spell(spelled))
-    read = [[[(d.axis, d.role) for d in term] for term in terms] for terms in spec.terms]
-    assert read == [[[(t.text, t.role) for t in term] for term in terms] for terms in spelled]
-
-
-def test_what_stands_before_a_sum_of_blocks_keeps_its_role():
-    made, read = Token("b", "produced"), Token("c", "consumed")
-    assert spell([[[Token("a", "produced")]], [[made], [read]]]) == "a (b <- + <- c)"
 
 
 def test_notes_are_comments_of_what_is_printed(inferred):

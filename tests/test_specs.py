@@ -19,6 +19,7 @@ from growjax import testing
 from growjax.axes import axes_of, partition, put, sizes
 from growjax.errors import AxisError, GrowthError
 from growjax.gates import Gate, gated
+from growjax.inference.spelling import Token, spell
 from growjax.maps import apply
 from growjax.optim import adamw
 from growjax.specs import Dim, Spec, solve_sizes
@@ -439,3 +440,29 @@ def test_fresh_state_starts_in_the_block_that_it_belongs_to():
         grown = partition(op(model, key=key))[0]
         state = gj.carry(op, tx.init(partition(model)[0]), model, optimizer=tx, key=key)
     np.testing.assert_array_equal(state.z.qkv, grown.qkv)
+
+
+# Written as text ---------------------------------------------------------------------------------
+
+sides = st.sampled_from(["consumed", "produced"])
+products = st.lists(sides, min_size=1, max_size=3)
+
+
+@given(
+    st.lists(products, min_size=1, max_size=3),
+    st.lists(products, min_size=0, max_size=2),
+    st.data(),
+)
+def test_every_product_and_sum_of_axes_is_spelled_so_that_it_is_read_again(dims, more, data):
+    where = data.draw(st.integers(0, len(dims) - 1))
+    names = iter("abcdefghijklmnopqrstuvwxyz")
+    spelled = [[[Token(next(names), role) for role in term]] for term in dims]
+    spelled[where] += [[Token(next(names), role) for role in term] for term in more]
+    spec = Spec.parse(spell(spelled))
+    read = [[[(d.axis, d.role) for d in term] for term in terms] for terms in spec.terms]
+    assert read == [[[(t.text, t.role) for t in term] for term in terms] for terms in spelled]
+
+
+def test_what_stands_before_a_sum_of_blocks_keeps_its_role():
+    made, read = Token("b", "produced"), Token("c", "consumed")
+    assert spell([[[Token("a", "produced")]], [[made], [read]]]) == "a (b <- + <- c)"
