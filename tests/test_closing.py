@@ -210,7 +210,7 @@ class Scanned(eqx.Module):
 
 def annotated(kind: type, run: Callable, **options: Any) -> Any:
     model = zoo.build(lambda: kind(run))
-    if kind is Listed:
+    if issubclass(kind, Listed):
         return gj.annotate(model, SPECS, stacks={"blocks": "layers"}, **options)
     specs = {k.replace("*", "block", 1): v for k, v in SPECS.items()}
     specs = {k: f"layers: {v}" if k.startswith("block") else v for k, v in specs.items()}
@@ -277,6 +277,23 @@ def test_branches_that_follow_the_number_of_layers_are_not_closed():
     model = annotated(Divided, CLOSED["residual"], example=X)
     assert not keeps_the_function(model)
     with pytest.raises(GrowthError, match="what a block does follows their number"):
+        DEEPER(model)
+
+
+class Fading(Listed):
+    """Every branch counts half as much as the one before it, so only one more at the end changes none."""
+
+    def __call__(self, x):
+        x = x @ self.into
+        for index, block in enumerate(self.blocks):
+            x = x + 0.5**index * block.branch(x)
+        return x @ self.head
+
+
+def test_branches_that_follow_their_place_are_not_closed():
+    model = annotated(Fading, CLOSED["residual"], example=X)
+    assert keeps_the_function(model)
+    with pytest.raises(GrowthError, match="what a block does follows its place in the list"):
         DEEPER(model)
 
 

@@ -81,7 +81,10 @@ def _produces(slot: Slot, stream: str) -> bool:
 
 
 def _packed(annotated: Any, traced: Traced, axis: str, makers: set[int]) -> str:
-    """Whether one more block, whose makers of the stream are zero, leaves the program as it is."""
+    """Whether one more block, whose makers of the stream are zero, leaves the program as it is.
+
+    Wherever it stands: at the end, and as the first of all, since what a block does may follow its index.
+    """
     size = axes_of(annotated).size(axis)
     try:
         grown = _with_one_more(annotated, axis)
@@ -90,29 +93,57 @@ def _packed(annotated: Any, traced: Traced, axis: str, makers: set[int]) -> str:
     except Exception as error:  # whatever the user's model raises with one more block
         return f"the model does not run with more of them: {str(error).strip()[:200]}"
     mine = [place for place, name in stack_steps(annotated.tree).items() if name == axis]
-    paths = {n: _in_block(steps, mine, size) for n, steps in enumerate(large.steps)}
-    last = {n: path for n, path in paths.items() if path}
     names = {traced.paths[n] for n in makers}
-    number = {path: n for n, path in enumerate(large.paths)}
     same = {n: group for group in large.groups for n in group}
-    closed = {m for name in names for m in same.get(number[name], ())} & set(last)
     expressions = Expressions()
     before, _ = expressions.of(traced.program, traced.paths)
-    after, _ = expressions.of(large.program, large.paths, {large.paths[n] for n in closed})
-    rest = iter(after)
-    if all(number in rest for number in before):  # a block may have outputs (or state) of its own
-        return ""
-    stays = expressions.parameters(after)
-    return _why([general for n, general in last.items() if large.paths[n] in stays])
+    for new in (size, 0):
+        # The new block has the name of the last one, and the others have the names of those in `traced`
+        paths = large.paths if new == size else _first_as_last(large, mine, size)
+        added = {
+            n: path for n, steps in enumerate(large.steps) if (path := _in_block(steps, mine, new))
+        }
+        number = {path: n for n, path in enumerate(paths)}
+        closed = {m for name in names for m in same.get(number[name], ())} & set(added)
+        after, _ = expressions.of(large.program, paths, {paths[n] for n in closed})
+        rest = iter(after)
+        if all(
+            number in rest for number in before
+        ):  # a block may have outputs (or state) of its own
+            continue
+        if new != size:
+            return "what a block does follows its place in the list"
+        stays = expressions.parameters(after)
+        return _why([general for n, general in added.items() if paths[n] in stays])
+    return ""
+
+
+def _first_as_last(large: Traced, places: Sequence[tuple], size: int) -> list[str]:
+    """The arrays' paths, with the first block of a list named as its last, and all others one earlier."""
+    path = dict(zip(large.steps, large.paths, strict=True))
+    named = []
+    for steps in large.steps:
+        for place in places:
+            if _inside(steps, place):
+                index = (steps[len(place)] - 1) % (size + 1)
+                steps = (*steps[: len(place)], index, *steps[len(place) + 1 :])
+                break
+        named.append(path[steps])
+    return named
 
 
 def _in_block(steps: tuple, places: Sequence[tuple], index: int) -> str:
     """The path of an array in the block of this index of a list, with `*` in its place; "" elsewhere."""
     for place in places:
-        within = all(a == b or b == "*" for a, b in zip(steps, place, strict=False))
-        if len(steps) > len(place) and steps[len(place)] == index and within:
+        if _inside(steps, place) and steps[len(place)] == index:
             return ".".join(map(str, (*steps[: len(place)], "*", *steps[len(place) + 1 :])))
     return ""
+
+
+def _inside(steps: tuple, place: tuple) -> bool:
+    """Whether an array is in a list; `"*"` in the list's own steps is any index."""
+    same = all(a == b or b == "*" for a, b in zip(steps, place, strict=False))
+    return len(steps) > len(place) and same
 
 
 def _scanned(annotated: Any, traced: Traced, axis: str, inside: set[int], makers: set[int]) -> str:
