@@ -71,13 +71,16 @@ TABLE = """
 @ an empty slice is the whole | trace/shapes.py | inferred_sizes | size_0
 - elif start == stop:
 + elif False:
+@ a stream that nothing reads at the end | annotation/undeclared.py | inferred_sizes | no_surprise
+- if inside and len(inside) == len(readers):
++ if not readers:
 @ a branch may follow its place in the list | annotation/closing.py | closing | follow_their_place
 - for new in (size, 0):
 + for new in (size,):
 @ a branch may follow the number of layers | annotation/closing.py | closing | number_of_layers
 - return "" if turns[0] == turns[1] else "what a block does follows their number"
 + return ""
-@ what stands before produced blocks is consumed | inference/spelling.py | inference | before_a_sum
+@ what stands before produced blocks is consumed | inference/spelling.py | specs | before_a_sum
 - if last == "produced" and 0 < first == len(pieces) - 1:
 + if False:
 @ entries beside those of an axis are overlooked | trace/program.py | inferred_sizes | dilute
@@ -123,7 +126,7 @@ TABLE = """
 - chosen += self._elementwise("add", cases, "cond")
 + chosen += cases[:1]
 @ all blocks are zero at once | annotation/closing.py | closing | would_change
-- closed = {m for name in names for m in same.get(number[name], ())} & set(last)
+- closed = {m for name in names for m in same.get(number[name], ())} & set(added)
 + closed = {m for name in names for m in same.get(number[name], ())}
 @ a body may change its carry | annotation/closing.py | closing | would_change
 - changed = [loop for loop in loops if loop.start != loop.end]

@@ -170,6 +170,45 @@ def test_a_norm_before_a_tied_head_has_to_take_the_share():
     np.testing.assert_allclose(*outputs, rtol=1e-11, atol=1e-11)
 
 
+class Written(eqx.Module):
+    """Blocks between a table and itself, or between a table and no head at all."""
+
+    table: Array
+    blocks: list[zoo.Block]
+    norm: eqx.nn.LayerNorm
+    tied: bool = eqx.field(static=True)
+
+    def __init__(self, tied):
+        self.table, self.tied = jnp.ones((11, 8)), tied
+        self.blocks = [zoo.Block(8, key=zoo.KEY) for _ in range(2)]
+        self.norm = eqx.nn.LayerNorm(8)
+
+    def __call__(self, tokens):
+        x = self.table[tokens]
+        for block in self.blocks:
+            x = block(x)
+        x = jax.vmap(self.norm)(x)
+        return x @ self.table.T if self.tied else x
+
+
+def test_a_head_that_is_written_as_a_product_with_the_table_is_no_surprise():
+    """Neither its spec nor its class shows it: only that nothing else reads the stream at the end."""
+    blocks = {name: spec for name, spec in zoo.TOWER.items() if name.startswith("blocks")}
+    specs = {"table": "[vocab] -> embed", **blocks}
+    message = "'embed': no array after the blocks consumes it.*declare it '~embed ->'"
+    for tied in (True, False):
+        model = zoo.build(lambda tied=tied: Written(tied))
+        with pytest.raises(AxisError, match=message):
+            gj.annotate(model, specs | {"norm": "~embed"}, **LAYERS)
+        assert gj.annotate(model, specs | {"norm": "~embed"}, **LAYERS, gates=["embed"]).gates
+    model = zoo.build(lambda: Written(True))
+    small = gj.annotate(model, specs | {"norm": "~embed ->"}, **LAYERS)
+    outputs = jax.jit(jax.vmap(lambda x: (small(x), gj.copy(embed=16)(small)(x))))(TOKENS)
+    np.testing.assert_allclose(*outputs, rtol=1e-11, atol=1e-11)
+    headless = zoo.build(lambda: Written(False))
+    assert gj.annotate(headless, specs | {"norm": "~embed"}, **LAYERS, example=TOKENS)
+
+
 def test_norms_that_are_not_declared_are_named_without_a_batch():
     fewer = {pattern: spec for pattern, spec in zoo.TOWER.items() if "norm" not in pattern}
     fewer |= {"blocks.*.norm.weight": "embed", "blocks.*.norm.bias": "embed"}

@@ -1,6 +1,6 @@
-"""Norms and tied heads that an annotation leaves out, as far as the layers of `eqx.nn` show them.
+"""Norms and tied heads that an annotation leaves out, as far as axes and layers of `eqx.nn` show.
 
-Norms and heads that a model writes out itself show in its program alone (`annotate(..., example=batch)`).
+Norms that a model writes out itself show in its program alone (`annotate(..., example=batch)`).
 """
 
 import fnmatch
@@ -22,11 +22,31 @@ def undeclared(
 
     An axis behind a gate may be read by a head that takes no share: `gj.msg` divides nothing.
     """
+    yield from _unread(table, gates)
     for steps, path, node in walk(tree):
         if isinstance(node, eqx.nn.LayerNorm | eqx.nn.RMSNorm):
             yield from _norm(node, steps, path, table, statics)
         if isinstance(node, eqx.nn.Shared):
             yield from _tied(node, steps, path, table, gates)
+
+
+def _unread(table: Axes, gates) -> Iterator[str]:
+    """A residual stream that blocks read and nothing after them: its head may be its own table."""
+    for axis in table.sizes:
+        if axis in gates or not table.is_stream(axis):
+            continue
+        readers = [s for s in table.having(axis, "param") if any(_reads(d, axis) for d in s.dims)]
+        inside = [s for s in readers if any(d.role == "stack" for d in s.dims)]
+        if inside and len(inside) == len(readers):
+            yield (
+                f"{axis!r}: no array after the blocks consumes it. If the head is the table that "
+                f"produces it, the gain of the norm before it takes the share: declare it '~{axis} ->'. "
+                "If there is no head, give example=batch, which shows that"
+            )
+
+
+def _reads(dim: Any, axis: str) -> bool:
+    return dim.axis == axis and dim.role == "consumed"
 
 
 def _norm(node: Any, steps: tuple, path: str, table: Axes, statics) -> Iterator[str]:
