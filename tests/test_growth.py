@@ -419,7 +419,7 @@ def test_words_need_no_quotes_and_solar_is_a_list():
         ("copy(mlp=9", "cannot be read"),
         ("copy", "expected an operator"),
         ("solar(4, 1)", "expected an operator"),
-        ("__import__('os')", "expected one of aki, centred, chain"),
+        ("__import__('os')", "expected one of aki, between, centred, chain"),
         ("copy.__init__(mlp=9)", "expected numbers, words, tuples and operators"),
         ("copy(mlp=open('x'))", "expected one of aki"),
         ("copy(9)", "copy: too many positional arguments"),
