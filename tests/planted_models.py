@@ -74,6 +74,15 @@ TABLE = """
 @ a stream that nothing reads at the end | annotation/undeclared.py | inferred_sizes | no_surprise
 - if inside and len(inside) == len(readers):
 + if not readers:
+@ pieces with other constants share a program | certificate/pieces.py | pieces | whole_does
+- return "literal", str(x.aval), getattr(x.val, "tobytes", lambda: x.val)()
++ return "literal", str(x.aval)
+@ the end of a program does not know what layers made | certificate/pieces.py | pieces | whole_does
+- needed = (needed - made.keys()) | used.keys()
++ needed = {*used}
+@ every layer is a program | certificate/pieces.py | pieces | no_more_programs
+- if _same(form, other):
++ if form is other:
 @ a branch may follow its place in the list | annotation/closing.py | closing | follow_their_place
 - for new in (size, 0):
 + for new in (size,):

@@ -31,6 +31,7 @@ from growjax.certificate.coordinates import (
     shapes,
     steps,
 )
+from growjax.certificate.pieces import TURNS, in_pieces, repeats
 from growjax.gates import check_level
 from growjax.growth.operator import Chain, Exactness, Operator, check_key
 from growjax.models.config import QUICK
@@ -159,13 +160,14 @@ def certify(
     check_key(key)
     leaves = [x for x in jax.tree.leaves(model) if eqx.is_inexact_array(x)]
     double = all(x.dtype == jnp.float64 for x in leaves)
-    programs, big, permuted = _Programs(forward or call, loss), shapes(op, model), _permuted(model)
+    forward, big, permuted = forward or call, shapes(op, model), _permuted(model)
+    programs = _programs(forward, loss, model, batch)
     # In the model's own dtype first
     with jax.enable_x64(double or jax.config.read("jax_enable_x64")):
         poison, after = _poison(op, model, batch, programs)
         if double:  # the measurement below is in the model's own dtype
             native = None
-            outputs = lambda m: eqx.filter_eval_shape(programs.forward, m, batch)  # noqa: E731
+            outputs = lambda m: eqx.filter_eval_shape(forward, m, batch)  # noqa: E731
             shown = shown_outputs(outputs(model), outputs(big))
         else:
             if not (poison and all(poison.values()) and only_fills(op, model)):
@@ -229,17 +231,15 @@ class _Observation(NamedTuple):
 
 
 class _Programs(eqx.Module):
-    """The programs of observations, each compiled once for a small and once for a grown model."""
+    """What is observed of a model, small or grown."""
 
     forward: Callable = eqx.field(static=True)
     loss: Callable | None = eqx.field(static=True)
 
-    @_jit
     def outputs(self, model, batch) -> _Observation:
         outputs = self.forward(model, batch)
         return _Observation(outputs, None if self.loss is None else self.loss(model, batch))
 
-    @_jit
     def observed(self, model, batch, shown: "Shown") -> _Observation:
         trained, rest = partition(model)
 
@@ -251,6 +251,22 @@ class _Programs(eqx.Module):
 
         (loss, outputs), gradient = jax.value_and_grad(loss_of, has_aux=True)(trained)
         return _Observation(outputs, loss, gradient)
+
+
+class _Whole(_Programs):
+    """The same, each as one program."""
+
+    outputs = _jit(_Programs.outputs)
+    observed = _jit(_Programs.observed)
+
+
+def _programs(forward: Callable, loss: Callable | None, model, batch) -> _Programs:
+    """Whole programs; or in pieces, where many layers are unrolled."""
+    table = axes_of(model)
+    stacks = [size for axis, size in table.sizes.items() if "stack" in table.roles(axis)]
+    if max(stacks, default=0) >= TURNS and repeats(forward, model, batch):
+        return _Programs(in_pieces(forward), None if loss is None else in_pieces(loss))
+    return _Whole(forward, loss)
 
 
 @_jit
