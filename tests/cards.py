@@ -55,8 +55,8 @@ def subclasses(base: type) -> list[type]:
 
 def methods() -> list[type]:
     """Every operator and every sub-network, by the name of its function."""
-    found = [*subclasses(Operator), *subclasses(Subnet)]
-    concrete = [c for c in found if not inspect.isabstract(c)]
+    classes = [*subclasses(Operator), *subclasses(Subnet)]
+    concrete = [c for c in classes if not inspect.isabstract(c)]
     return sorted(concrete, key=lambda c: (issubclass(c, Subnet), name_of(c)))
 
 

@@ -56,8 +56,8 @@ def short(layout: Layout, **changes: Any) -> Plan:
 def losses(of: Plan, **kwargs: Any) -> list[float]:
     options = Options(held_out=8, evaluate_every=of.flops / 2, save_every=1, keep_last=9)
     records: list[Any] = list(train(of, feed(of), options=options, **kwargs))
-    found = [r for r in records if isinstance(r, Step)]
-    return [r.loss for r in found] + [r.held_out for r in found if r.held_out is not None]
+    steps_done = [r for r in records if isinstance(r, Step)]
+    return [r.loss for r in steps_done] + [r.held_out for r in steps_done if r.held_out is not None]
 
 
 def layouts(folder: Path) -> None:
@@ -69,7 +69,7 @@ def layouts(folder: Path) -> None:
         "fsdp": (Layout(fsdp=8), 8),
         "both": (Layout(fsdp=2, tensor=2), 8),
     }
-    found = {
+    losses_of = {
         name: losses(
             short(layout), devices=devices[:n], run=folder / name if name == "both" else None
         )
@@ -81,16 +81,16 @@ def layouts(folder: Path) -> None:
     for path in halfway:
         if path.name > "00000001-00":
             shutil.rmtree(path)
-    found["resumed"] = losses(short(Layout(fsdp=2)), devices=devices[:2], run=folder / "both")
+    losses_of["resumed"] = losses(short(Layout(fsdp=2)), devices=devices[:2], run=folder / "both")
     own = short(Layout(step="shard_map", own_paths=True))
-    found["own paths"] = losses(own, devices=devices)
+    losses_of["own paths"] = losses(own, devices=devices)
 
     sharded = short(Layout(fsdp=8))
     mesh = sharded.layout.mesh(devices)
     born = parallel.model_shardings(sharded.build(), mesh)
     specs = {str(sharding.spec) for sharding in jax.tree.leaves(born)}
-    said = {"losses": found, "specs": sorted(specs), "grown": grown, "forks": forks}
-    print(json.dumps(said | {"devices": parallel.self_test()}))
+    report = {"losses": losses_of, "specs": sorted(specs), "grown": grown, "forks": forks}
+    print(json.dumps(report | {"devices": parallel.self_test()}))
 
 
 def parts(folder: Path) -> None:
@@ -108,7 +108,7 @@ def parts(folder: Path) -> None:
         records = train(of, feed(of), options=options, **kwargs)
         return {r.step: r.loss for r in records if isinstance(r, Step)}
 
-    found = {"whole": by_step(of, devices=devices, run=folder)}
+    by_layout = {"whole": by_step(of, devices=devices, run=folder)}
     mesh = of.layout.mesh(devices)
     shapes = Programs(of.optimizer.build(), cross_entropy, mesh, of.layout).shapes(
         of.spans[1].model
@@ -121,11 +121,11 @@ def parts(folder: Path) -> None:
     pairs = list(zip(*map(jax.tree.leaves, (same, old)), strict=True))
     for path in sorted((folder / "checkpoints").iterdir())[-2:]:
         shutil.rmtree(path)
-    found["resumed"] = by_step(of, devices=devices, run=folder)
-    found["one"] = by_step(dataclasses.replace(of, layout=Layout()), devices=devices[:1])
+    by_layout["resumed"] = by_step(of, devices=devices, run=folder)
+    by_layout["one"] = by_step(dataclasses.replace(of, layout=Layout()), devices=devices[:1])
     rests = all(bool(a[m].all()) for a, m in pairs)
     moves = all(not a[~m].any() for a, m in pairs if not m.all())
-    print(json.dumps(found | {"old rests": rests, "new moves": moves}))
+    print(json.dumps(by_layout | {"old rests": rests, "new moves": moves}))
 
 
 def own_models() -> None:
@@ -142,7 +142,7 @@ def own_models() -> None:
     }
     others = {"annotated": ("one", "replicas", "both"), "a dict": ("one", "both")}
     plans = {"declared": own.mixed, "annotated": own.annotated, "a dict": own.mapping}
-    found = {
+    results = {
         name: {
             way: losses(make(layout=layout, batch=8), devices=devices[:n])
             for way, (layout, n) in ways.items()
@@ -150,7 +150,7 @@ def own_models() -> None:
         }
         for name, make in plans.items()
     }
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 def heads() -> None:
@@ -200,19 +200,19 @@ def mixtures(folder: Path) -> None:
         return {r.step: r.loss for r in records if isinstance(r, Step)}
 
     split, run = grown(Layout(fsdp=2, experts=2)), folder / "run"
-    found = {"one": by_step(grown(Layout()), devices=devices[:1])}
-    found["split"] = by_step(split, devices=devices, run=run)
+    by_layout = {"one": by_step(grown(Layout()), devices=devices[:1])}
+    by_layout["split"] = by_step(split, devices=devices, run=run)
     checkpoints = sorted((run / "checkpoints").iterdir())
     ends = [read_lineage(checkpoints[-1])["checksums"]]
     for path in checkpoints[-4:]:  # back before the experts became more
         shutil.rmtree(path)
-    found["resumed"] = by_step(split, devices=devices, run=run)
+    by_layout["resumed"] = by_step(split, devices=devices, run=run)
     ends.append(read_lineage(sorted((run / "checkpoints").iterdir())[-1])["checksums"])
 
     mixture = dataclasses.replace(SMALL, experts=4, shared_experts=1, bias=True, aux_loss_coef=0.1)
     for body, layout, n in (("dense", Layout(), 1), ("ragged", Layout(tensor=2, experts=2), 8)):
         model = dataclasses.replace(mixture, expert_body=body)
-        found[body] = by_step(
+        by_layout[body] = by_step(
             plan(steps(4), model=model, layout=layout, batch=8), devices=devices[:n]
         )
     shardings = parallel.model_shardings(split.spans[-1].model, split.layout.mesh(devices))
@@ -221,7 +221,7 @@ def mixtures(folder: Path) -> None:
         for slot in gj.axes_of(split.spans[-1].model).of_kind("param")
         if slot.positions("experts") and slot.arrays()
     }
-    print(json.dumps({"losses": found, "same end": ends[0] == ends[1], "specs": specs}))
+    print(json.dumps({"losses": by_layout, "same end": ends[0] == ends[1], "specs": specs}))
 
 
 def kernels() -> None:
@@ -241,7 +241,7 @@ def kernels() -> None:
         return jax.grad(total, (0, 1), has_aux=True)(q, k)
 
     right = jax.jit(functools.partial(run, "einsum", None))(q, k, documents)
-    found = {}
+    results = {}
     for layout in (Layout(fsdp=2, tensor=2), Layout(data=1, tensor=8)):
         mesh = layout.mesh()
         heads = "tensor" if 2 % layout.tensor == 0 else None
@@ -253,21 +253,21 @@ def kernels() -> None:
             lambda a, b: float(abs(a - b).max() / abs(b).max()), program(*rows), right
         )
         gathers = str(program.as_text()).count(" all-gather(")
-        found[str(layout)] = max(jax.tree.leaves(errors)), gathers
-    print(json.dumps(found))
+        results[str(layout)] = max(jax.tree.leaves(errors)), gathers
+    print(json.dumps(results))
 
 
 def regrown(checkpoint: Path) -> dict[str, dict[str, int]]:
     """The checksums of what a checkpoint of eight devices grows into, read and grown on fewer."""
     ways = {8: Layout(fsdp=2, tensor=2), 4: Layout(fsdp=4), 2: Layout(tensor=2), 1: Layout()}
-    found = {}
+    results = {}
     for n, layout in ways.items():
         of, mesh = short(layout), layout.mesh(jax.devices()[:n])
         programs = Programs(of.optimizer.build(), cross_entropy, mesh, layout)
         state = load(checkpoint, programs.shapes(of.spans[0].model))
         grown = lower(of, programs, ("grow", 1, None)).compile()(state, np.int32(of.seed))
-        found[f"{n} devices"] = numbered(grown, jax.jit(checksums))
-    return found
+        results[f"{n} devices"] = numbered(grown, jax.jit(checksums))
+    return results
 
 
 def forked(trunk: Path, run: Path, step: int, devices: list[Any]) -> bool:
@@ -287,10 +287,10 @@ def started(folder: Path, layout: Layout) -> dict[str, list[float]]:
         return {"size": float(jax.jit(optax.tree.norm)(eqx.filter(model, eqx.is_array)))}
 
     options = Options(held_out=8, evaluate_every=of.flops / 2, hooks=(size,))
-    found = [r for r in train(of, feed(of), options=options) if isinstance(r, Step)]
+    steps_done = [r for r in train(of, feed(of), options=options) if isinstance(r, Step)]
     return {
-        "losses": [r.loss for r in found],
-        "sizes": [r.scores["size"] for r in found if r.scores],
+        "losses": [r.loss for r in steps_done],
+        "sizes": [r.scores["size"] for r in steps_done if r.scores],
     }
 
 

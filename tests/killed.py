@@ -147,18 +147,18 @@ def main() -> None:
     of_tree = dooms[:1] == ["--tree"]
     # What orbax's first import brings is shared, too
     assert saves.Saves
-    for said in ["whole", *dooms[of_tree:], "never"]:
+    for doom in ["whole", *dooms[of_tree:], "never"]:
         child = os.fork()
         if child == 0:
             try:
-                run = folder / ("whole" if said == "whole" else "killed")
-                status = session(run, said, tree(run) if of_tree else [Branch(short(), Path(), ())])
+                run = folder / ("whole" if doom == "whole" else "killed")
+                status = session(run, doom, tree(run) if of_tree else [Branch(short(), Path(), ())])
             except BaseException as error:
                 say(repr(error))
                 os._exit(1)
             os._exit(status)
         _, status = os.waitpid(child, 0)
-        say({"doom": said, "status": os.waitstatus_to_exitcode(status)})
+        say({"doom": doom, "status": os.waitstatus_to_exitcode(status)})
 
 
 if __name__ == "__main__":

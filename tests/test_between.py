@@ -135,8 +135,8 @@ def test_a_network_predicts_layers_from_their_neighbours():
 def test_closed_layers_keep_the_function_with_what_they_are_filled_with(fill, architecture):
     op = between(layers=3, fill=fill)
     model, batch = architecture.model(), architecture.batch()
-    found = gj.certify(op, model, batch, key=KEY)
-    assert found.passed and found.gradient is not None
+    certificate = gj.certify(op, model, batch, key=KEY)
+    assert certificate.passed and certificate.gradient is not None
     testing.assert_independent(op, model, batch)
 
 

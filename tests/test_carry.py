@@ -406,9 +406,9 @@ def test_carried_state_is_that_of_a_fresh_run_or_refused(name):
 
 
 def test_every_factory_of_optax_is_found_and_made():
-    found = factories()
-    assert len(found) > 110
-    assert {"optax.adam", "optax.contrib.prodigy", "optax.MultiSteps"} <= set(found)
+    every = factories()
+    assert len(every) > 110
+    assert {"optax.adam", "optax.contrib.prodigy", "optax.MultiSteps"} <= set(every)
     assert set(REFUSED) | set(CANNOT_RUN) <= set(optimizers())
     if KNOWN:
         assert not [name for name, make in optimizers().items() if make() is None]

@@ -233,9 +233,9 @@ class Finished(Ajar):
 @pytest.mark.parametrize("op", [Beside(), Finished()], ids=str)
 def test_what_an_operator_does_beside_its_maps_is_seen_in_every_dtype(op):
     """Closed coordinates are filled without it, so outputs under their fills are not the operator's."""
-    found = certificate(op)
-    assert all(found.poison.values()) and all(d.relative > 0.01 for d in found.forward)
-    assert not found.passed
+    record = certificate(op)
+    assert all(record.poison.values()) and all(d.relative > 0.01 for d in record.forward)
+    assert not record.passed
 
 
 @pytest.mark.parametrize("op", [Forgotten(), WrongSide()], ids=str)

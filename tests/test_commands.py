@@ -69,11 +69,11 @@ def test_a_journal_has_every_step_once_whatever_happened(run):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len([row for row in lines if row["kind"] == "step"]) > whole.steps  # gone over again
     rows = read_journal(folder)
-    found = [row for row in rows if row["kind"] == "step"]
-    assert [row["step"] for row in found] == list(range(whole.steps))
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert [row["step"] for row in steps] == list(range(whole.steps))
     assert [row["step"] for row in rows if row["kind"] == "growth"] == [3, 9]
     assert rows[-1]["kind"] == "end" and rows[-1]["finished"] and "model" not in rows[-1]
-    for row in found:
+    for row in steps:
         assert row["tokens_per_second"] > 0 and row["flops_per_second"] > 0
         assert "mfu" not in row  # nobody knows the peak of this machine
 
@@ -368,11 +368,11 @@ def test_rho_from_the_command_line_takes_its_second_model_from_a_run(tmp_path):
     first = growjax("train", tmp_path / "plain.json", "--run", tmp_path / "a", "--held-out", 4)
     done = growjax(*command, "--reference", tmp_path / "a")
     assert first.returncode == 0 and done.returncode == 0, first.stderr + done.stderr
-    found = [r["loss"] for r in read_journal(tmp_path / "b") if r["kind"] == "step"]
+    losses = [r["loss"] for r in read_journal(tmp_path / "b") if r["kind"] == "step"]
     reference = load_model(tmp_path / "a")[0]
     corpus = CorpusFeed.of(chosen, tmp_path / "cache")
     again = train(chosen, corpus, options=Options(held_out=4), reference=reference)
-    assert found == [r.loss for r in again if isinstance(r, Step)]
+    assert losses == [r.loss for r in again if isinstance(r, Step)]
 
 
 def test_every_command_explains_itself(capsys):

@@ -38,14 +38,14 @@ def fitted():
 
 
 def test_a_fit_learns_and_its_operator_makes_the_model_that_it_learned(fitted):
-    model, batch, found = fitted
-    assert found.losses.shape == (30,) and found.losses[-1] < 0.8 * found.losses[0]
+    model, batch, fit = fitted
+    assert fit.losses.shape == (30,) and fit.losses[-1] < 0.8 * fit.losses[0]
     with jax.enable_x64(True):
-        big = gj.grow(found.operator, model)
-        assert float(loss(big, batch)) < found.losses[-1] * 1.05
+        big = gj.grow(fit.operator, model)
+        assert float(loss(big, batch)) < fit.losses[-1] * 1.05
     after = gj.sizes(big)
     assert (after["embed"], after["mlp"], after["kv_heads"], after["layers"]) == (13, 9, 3, 3)
-    assert found.operator.exactness == "approximate"
+    assert fit.operator.exactness == "approximate"
 
 
 def test_a_learned_operator_survives_json_and_is_what_it_prints(fitted):
@@ -59,26 +59,26 @@ def test_a_fit_starts_near_the_small_model():
     """Even copies with their shares are the function itself, but for the noise."""
     with jax.enable_x64(True):
         model, batch = GPT.model(), GPT.batch()
-        found = ligo(model, [batch], loss, key=KEY, noise=0.0, embed=16, mlp=12)
-        assert found.losses[0] == pytest.approx(float(loss(model, batch)), rel=1e-12)
+        fit = ligo(model, [batch], loss, key=KEY, noise=0.0, embed=16, mlp=12)
+        assert fit.losses[0] == pytest.approx(float(loss(model, batch)), rel=1e-12)
 
 
 def test_every_step_is_charged(fitted):
     """At least three times the forward pass of the large model a step, and the same for each."""
-    model, batch, found = fitted
+    model, batch, fit = fitted
     with jax.enable_x64(True):
-        big = gj.grow(found.operator, model)
+        big = gj.grow(fit.operator, model)
         forward = flops(lambda m, b: jax.vmap(m)(b), big, batch)
-    assert found.flops % 30 == 0 and found.flops // 30 > 2.5 * forward
+    assert fit.flops % 30 == 0 and fit.flops // 30 > 2.5 * forward
 
 
 def test_state_does_not_follow_what_was_learned(fitted):
-    model, _, found = fitted
+    model, _, fit = fitted
     tx = optax.trace(0.9)
     with jax.enable_x64(True):
         state = tx.init(partition(model)[0])
         with pytest.raises(StateError, match="has no dual|are sums of old ones"):
-            gj.carry(found.operator, state, model, optimizer=tx)
+            gj.carry(fit.operator, state, model, optimizer=tx)
 
 
 @pytest.mark.parametrize(

@@ -81,14 +81,14 @@ def test_chunks_give_what_all_logits_give(shape, head):
                 return by_hand(readout.logits(), targets)
             return per_token(cross_entropies, readout, targets, chunk=chunk)
 
-        found = jax.vmap(one)(hidden, targets)
-        return jnp.sum(found * weights), found
+        entropies = jax.vmap(one)(hidden, targets)
+        return jnp.sum(entropies * weights), entropies
 
     run = jax.jit(jax.grad(losses, (0, 1, 2), has_aux=True), static_argnums=3)
     expected, right = run(hidden, weight, bias, None)
     for chunk in CHUNKS:
-        gradient, found = run(hidden, weight, bias, chunk)
-        np.testing.assert_allclose(found, right, rtol=0, atol=1e-12)
+        gradient, plain = run(hidden, weight, bias, chunk)
+        np.testing.assert_allclose(plain, right, rtol=0, atol=1e-12)
         for ours, theirs in zip(gradient, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10)
 
@@ -116,8 +116,8 @@ def test_it_is_differentiated_twice_forward_and_for_each_sequence_alone():
 
 def test_targets_that_are_no_words_are_as_loud_as_ever():
     readout = Readout(jnp.ones((3, 2)), jnp.ones((2, 5)))
-    found = per_token(cross_entropies, readout, jnp.asarray([1, 5, 99]), chunk=2)
-    assert np.isfinite(found[0]) and np.isnan(found[1:]).all()
+    losses = per_token(cross_entropies, readout, jnp.asarray([1, 5, 99]), chunk=2)
+    assert np.isfinite(losses[0]) and np.isnan(losses[1:]).all()
 
 
 def test_short_sequences_of_few_words_are_read_at_once():
@@ -243,13 +243,15 @@ def test_labels_are_drawn_alike_however_many_tokens_are_read(monkeypatch, key):
 def test_likelihoods_are_those_of_all_logits(monkeypatch, key):
     pairs = [("7 and 49 is", " 56"), ("", "7 and 49"), ("a", "zz")]
     model = GPT(SMALL, key=key)
-    found = LanguageModel(model, ByteTokenizer()).loglikelihoods(pairs)
+    likelihoods = LanguageModel(model, ByteTokenizer()).loglikelihoods(pairs)
     jax.clear_caches()
     monkeypatch.setattr("growjax.nn.head.LARGE", LARGE)
     whole = LanguageModel(model, ByteTokenizer()).loglikelihoods(pairs)
     jax.clear_caches()
-    np.testing.assert_allclose([s.logprob for s in found], [s.logprob for s in whole], rtol=1e-5)
-    assert [s.greedy for s in found] == [s.greedy for s in whole]
+    np.testing.assert_allclose(
+        [s.logprob for s in likelihoods], [s.logprob for s in whole], rtol=1e-5
+    )
+    assert [s.greedy for s in likelihoods] == [s.greedy for s in whole]
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -366,6 +368,6 @@ def test_a_run_is_charged_the_same_and_as_xla_counts(monkeypatch):
     chunked = plan(steps(2), objective=Causal(13), batch=4)
     assert [training_flops_per_token(chunked.build(), 13), chunked.flops] == before
     assert flops(cross_entropy, chunked.build(), rows) == count
-    found = dry_run(chunked)
-    found.check()
-    assert found.stages[0].xla_ratio == pytest.approx(1, rel=0.02)
+    forecast = dry_run(chunked)
+    forecast.check()
+    assert forecast.stages[0].xla_ratio == pytest.approx(1, rel=0.02)

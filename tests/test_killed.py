@@ -60,9 +60,9 @@ def killed(folder: Path, dooms: list[str]) -> list[int]:
     assert (name, status, others[-1][2]) == ("whole", 0, 0), done.stdout
     assert list(expected) == list(range(short().steps))
     seen: dict[int, float] = {}
-    for found, _, _ in others:
-        assert found == {n: expected[n] for n in found}
-        seen |= found
+    for end, _, _ in others:
+        assert end == {n: expected[n] for n in end}
+        seen |= end
     assert seen == expected
     lineages = [
         {path.name: read_lineage(path) for path in (folder / run / "checkpoints").iterdir()}
@@ -80,9 +80,9 @@ def killed(folder: Path, dooms: list[str]) -> list[int]:
 
 def test_a_run_that_is_killed_everywhere_ends_bitwise_the_same(tmp_path):
     dooms = [doom for doom in DOOMS if DEEP or doom not in REPEATED]
-    found = dict(zip(dooms, killed(tmp_path / "runs", dooms), strict=True))
+    ends = dict(zip(dooms, killed(tmp_path / "runs", dooms), strict=True))
     expected = {doom: ENDS.get(doom, ENDS.get(doom.split()[0], -9)) for doom in dooms}
-    assert found == expected
+    assert ends == expected
 
 
 @pytest.mark.slow

@@ -69,12 +69,12 @@ def scores(records):
 
 def test_it_trains_and_its_growth_is_certified(done):
     of, records, _, _ = done
-    found = [r for r in records if isinstance(r, Step)]
-    assert len(found) == of.steps and found[-1].flops == of.flops
-    assert found[-1].loss < found[0].loss
+    steps_done = [r for r in records if isinstance(r, Step)]
+    assert len(steps_done) == of.steps and steps_done[-1].flops == of.flops
+    assert steps_done[-1].loss < steps_done[0].loss
     first = next(r for r in records if isinstance(r, Growth))
     assert first.grew == {"hidden": (16, 24)} and first.crossing.limit is not None
-    assert first.crossing.change < 1e-5 < found[0].loss
+    assert first.crossing.change < 1e-5 < steps_done[0].loss
 
 
 def test_hooks_see_it_as_it_is_judged(done):
@@ -111,9 +111,9 @@ def is_shape(x):
 def test_its_dry_run_agrees_with_xla_and_counts_its_bytes(done):
     """The refusal of `check` is at 2%."""
     of, *_ = done
-    found = dry_run(of)
-    found.check()
-    for stage in found.stages:
+    forecast = dry_run(of)
+    forecast.check()
+    for stage in forecast.stages:
         assert stage.xla_ratio == pytest.approx(1, rel=0.02)
         arrays = jax.tree.leaves(eqx.filter(of.spans[stage.index].model, is_shape))
         assert stage.parameter_bytes == sum(x.size * x.dtype.itemsize for x in arrays)
@@ -171,8 +171,8 @@ def test_tasks_that_it_cannot_do_are_refused_before_any_is_run(done, tmp_path):
     if of.loss is own.apply_loss:
         assert "bpb: reads logits, and a dict cannot be called" in str(caught.value)
         return
-    found = evaluate(model, ["bpb", "primitives/copy"], ByteTokenizer(), settings)
-    assert 0 < found["bpb"]["bits_per_byte"] < 20 and "choice" in found["primitives/copy"]
+    scores = evaluate(model, ["bpb", "primitives/copy"], ByteTokenizer(), settings)
+    assert 0 < scores["bpb"]["bits_per_byte"] < 20 and "choice" in scores["primitives/copy"]
 
 
 # What a model does not read is never ignored -------------------------------------------------------
@@ -283,8 +283,12 @@ def test_a_dict_of_layers_by_number_keeps_its_state_and_a_certificate_sees_throu
         return x
 
     x = jnp.asarray(rng.normal(size=(3, 4)), "float32")
-    found = gj.certify(gj.copy(mlp=9), tree, x, forward=forward)
-    assert found.passed and found.forward[-1].floor < 1e-12 and found.forward[0].floor < 1e-5
+    certificate = gj.certify(gj.copy(mlp=9), tree, x, forward=forward)
+    assert (
+        certificate.passed
+        and certificate.forward[-1].floor < 1e-12
+        and certificate.forward[0].floor < 1e-5
+    )
     assert not gj.certify(Forgetful(), tree, x, forward=forward).passed
     with pytest.raises(AxisError, match="a dict cannot be called; say how it is applied"):
         gj.certify(gj.copy(mlp=9), tree, x)

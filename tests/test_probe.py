@@ -182,8 +182,8 @@ def test_a_probe_keeps_the_best_candidate_and_its_run_goes_on_exactly(decided, c
     assert len(set(decision.losses)) == 2
 
     # The kept run's journal has the decision with its numbers, and the clock has paid for the others
-    kept = decision.run
-    (logged,) = [row for row in read_journal(kept) if row["kind"] == "decided"]
+    winner = decision.run
+    (logged,) = [row for row in read_journal(winner) if row["kind"] == "decided"]
     assert logged["losses"] == list(decision.losses) and logged["chosen"] == decision.chosen
     assert logged["candidates"] == ["as it is", "wider"]
     assert logged["costs"] == [float(cost) for cost in probe.costs]
@@ -199,13 +199,13 @@ def test_a_probe_keeps_the_best_candidate_and_its_run_goes_on_exactly(decided, c
         choose(probe_of(steps=3), folder, nothing)
 
     # The rest of the run, which resumes at the end of the trial, is that of the plan by itself
-    records = train(decision.plan, feed(decision.plan), run=kept, options=OPTIONS, cache=cache)
-    tail = list(watch(records, decision.plan, run=kept))
+    records = train(decision.plan, feed(decision.plan), run=winner, options=OPTIONS, cache=cache)
+    tail = list(watch(records, decision.plan, run=winner))
     alone = probe.plans[decision.chosen]
     by_itself = list(train(alone, feed(alone), options=OPTIONS, cache=cache))
     assert losses(tail) == {n: x for n, x in losses(by_itself).items() if n >= 5}
     assert same(tail, by_itself)
-    assert [row["kind"] for row in read_journal(kept)].count("decided") == 1
+    assert [row["kind"] for row in read_journal(winner)].count("decided") == 1
 
 
 def test_a_trial_that_was_interrupted_goes_on_to_the_same_decision(tmp_path, decided, cache):

@@ -43,15 +43,15 @@ class LimitedMap(AxisMap):
         """An array after the map, in the chosen layers; in the others the old entries, and `start`."""
         if slot.kind == "gate":
             return after
-        kept = before
+        resting = before
         for dim in slot.positions(self.axis):
-            kept = jnp.take(kept, np.maximum(self.source, 0), axis=dim)
-            kept = jnp.where(
-                across(self.is_new(), kept.ndim, dim), jnp.asarray(start, kept.dtype), kept
+            resting = jnp.take(resting, np.maximum(self.source, 0), axis=dim)
+            resting = jnp.where(
+                across(self.is_new(), resting.ndim, dim), jnp.asarray(start, resting.dtype), resting
             )
         (dim,) = [i for i, d in enumerate(slot.dims) if d.axis == self.stack]
         chosen = np.isin(np.arange(after.shape[dim]), self.layers)
-        return jnp.where(across(chosen, after.ndim, dim), after, kept)
+        return jnp.where(across(chosen, after.ndim, dim), after, resting)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,8 +162,8 @@ class Stacked(eqx.Module, Generic[Block]):
         if not depth or self.token_count >= tokens:
             yield True, layers
             return
-        kept = {i % depth for i in self.token_keep if -depth <= i < depth}
-        for whole, run in itertools.groupby(range(depth), kept.__contains__):
+        reads_all = {i % depth for i in self.token_keep if -depth <= i < depth}
+        for whole, run in itertools.groupby(range(depth), reads_all.__contains__):
             numbers = list(run)
             part = slice(numbers[0], numbers[-1] + 1)
             yield whole, jax.tree.map(lambda x, part=part: x[part], layers)

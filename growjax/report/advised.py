@@ -131,18 +131,18 @@ def _answer(advised: Advised, unit: str, plan: Path) -> list[str]:
     every = [rho for growth in advised.growths for rho in growth.retentions]
     known = [rho for rho in every if rho is not None]
     if known:
-        kept = (
+        retained = (
             f"Pilots that grew kept {statistics.fmean(advised.retention):.2f} of the tokens of their "
             f"small days ({min(known):.2f} to {max(known):.2f} in {len(known)} of {len(every)} pilots)."
         )
     else:
-        kept = (
+        retained = (
             f"Token retention is unknown of all {len(every)} pilots that grew, and 0 was assumed."
         )
     share = advised.cost / advice.budget
     return [
         f"{advice}.",
-        kept,
+        retained,
         f"The pilots cost {advised.cost:.4g} {unit}, {share:.2f} of the budget of {advice.budget:.4g}.",
         f"To train it: growjax train {shlex.quote(str(plan))} --run RUN{allow_option()}",
     ]

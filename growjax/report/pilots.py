@@ -77,8 +77,8 @@ def family(path: str | Path, over: Sequence[str], by: str = "copy+stack") -> Fam
     counts = {name: parameters(plan.spans[0].model) for name, plan in made.items()}
     fixed = {name: made[name] for name in sorted(made, key=counts.__getitem__)}
     if len(set(counts.values())) < len(counts) or len(fixed) < 2:
-        said = ", ".join(f"{name} has {counts[name]:,} parameters" for name in fixed)
-        raise BudgetError(f"over: expected two sizes or more, each of its own: {said}")
+        named = ", ".join(f"{name} has {counts[name]:,} parameters" for name in fixed)
+        raise BudgetError(f"over: expected two sizes or more, each of its own: {named}")
     growths, reasons = {}, {}
     for small, large in itertools.combinations(fixed, 2):
         try:

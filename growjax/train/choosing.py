@@ -74,9 +74,9 @@ def choose(
             )
         losses.append(loss)
     chosen = losses.index(min(losses))
-    kept = Run(folder / str(chosen))
-    decision = Decision(probe, tuple(losses), options.held_out, chosen, str(kept))
-    hosts.from_first(lambda: _log(decision, kept, end, file))
+    winner = Run(folder / str(chosen))
+    decision = Decision(probe, tuple(losses), options.held_out, chosen, str(winner))
+    hosts.from_first(lambda: _log(decision, winner, end, file))
     return decision
 
 
