@@ -424,4 +424,7 @@ TABLE = """
 @ a plateau of one window | plan/timing.py | probe | a_plateau
 - old = (sums[end - window] - sums[end - 2 * window]) / window
 + old = (sums[end - 1] - sums[end - window - 1]) / window
+@ a command's error waits for the other hosts | cli/__init__.py | evals_tasks | lists_tasks
+- if not _has_other_hosts():
++ if True:
 """

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -404,6 +405,12 @@ def test_the_command_line_lists_tasks_and_asks_for_a_checkpoint(monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["growjax", "eval", "--tasks", "bpb"])
     with pytest.raises(SystemExit, match="growjax: eval: expected CHECKPOINT"):
         main()
+    # Python's own exit would wait for the other hosts of a pod
+    statuses = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    main()
+    assert statuses == [1] and "growjax: eval: expected CHECKPOINT" in capsys.readouterr().err
 
 
 def test_a_folder_of_hugging_face(tmp_path):

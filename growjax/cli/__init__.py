@@ -39,13 +39,22 @@ def main() -> None:
             description="Grow Transformers while they train. `growjax --version` prints the version.",
         )
     except GrowjaxError as error:
-        print(f"growjax: {error}", file=sys.stderr)
+        message = f"growjax: {error}"
+        if not _has_other_hosts():
+            sys.exit(message)
+        print(message, file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         print("growjax: interrupted; all that was saved remains", file=sys.stderr)
         status = 130
     if status:
         _leave(status)
+
+
+def _has_other_hosts() -> bool:
+    """Whether `growjax.parallel.connect` has joined a pod, which only a command that loads JAX does."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def _leave(status: int) -> None:
