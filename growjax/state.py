@@ -177,9 +177,11 @@ def _grown_average(op: Operator, state: State, grown: Any, key: PRNGKeyArray | N
     if not models:
         return state.average
     trained, rest = partition(grown)
+    # A model without buffers and gates is its own half; its average grows with the gates it gets
+    whole = bool(jax.tree.leaves(partition(state.model)[1]))
     halves = _averaged(op, state.model, trained, [partition(node)[0] for node in models], key)
     moved = iter(
-        half if _is_half(node) else eqx.combine(half, rest)
+        half if whole and _is_half(node) else eqx.combine(half, rest)
         for node, half in zip(models, halves, strict=True)
     )
     return structure.unflatten([next(moved) if like(node) else node for node in nodes])

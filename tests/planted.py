@@ -449,7 +449,7 @@ TABLE = """
 - return move.finish is not None or type(move)
 + return move is None or type(move)
 @ an average keeps its own buffers | state.py | births | own_weight
-- half if _is_half(node) else eqx.combine(half, rest)
+- half if whole and _is_half(node) else eqx.combine(half, rest)
 + half if _is_half(node) else eqx.combine(half, jax.tree.map(lambda x: 2 * x, rest))
 @ births of a state are forgotten | state.py | births | by_hand
 - grown = State(model, opt_state, average, cursor=state.cursor, births=births)

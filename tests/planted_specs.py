@@ -164,4 +164,10 @@ TABLE = """
 @ steps between two numbers of tokens are skipped | subnet/thinned.py | nested | rises_in_steps
 - now - (now - self.count) % self.by + self.by
 + now - (now - self.count) % self.by + 2 * self.by
+@ an epsilon is trained | annotation/annotated.py | annotation | follows_its_axis
+- return Declaration("buffer" if epsilon else "param", spec)
++ return Declaration("param" if epsilon else "param", spec)
+@ an average loses its gates | state.py | annotation | gets_its_gates
+- half if whole and _is_half(node) else eqx.combine(half, rest)
++ half if _is_half(node) else eqx.combine(half, rest)
 """

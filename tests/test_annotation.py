@@ -6,7 +6,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jaxtyping import Array
 
 import growjax as gj
 from growjax import maps, testing
@@ -253,6 +255,41 @@ def test_a_norm_without_parameters_is_declared_by_where_its_gain_would_be():
         with pytest.raises(GrowthError, match="tree.layer.norm.weight"):
             gj.copy(a=6)(small)
     assert axes_of(small).normalised("a")
+
+
+class Scaled(eqx.Module):
+    """A root mean square written by hand, with its epsilon as an array."""
+
+    table: Array
+    gain: Array
+    eps: Array
+    head: Array
+
+    def __call__(self, token):
+        x = self.table[token]
+        return x / jnp.sqrt((x * x).mean() + self.eps) * self.gain @ self.head
+
+
+def test_an_epsilon_is_a_buffer_that_follows_its_axis():
+    table, gain, head = map(jnp.asarray, map(zoo.normal, ((5, 4), (4,), (4, 2))))
+    model = Scaled(table, gain, jnp.asarray(0.1), head)
+    specs = {"table": "[vocab] -> a", "gain": "~a", "eps": "<a>", "head": "a -> 2"}
+    small = gj.annotate(model, specs)
+    (eps,) = axes_of(small).of_kind("buffer")
+    assert eps.path.endswith("eps")
+    grown, x = gj.zeros(a=6)(small, key=zoo.KEY), jnp.arange(5)
+    np.testing.assert_allclose(grown.model.eps, 0.1 * 4 / 6)
+    outputs = [jax.vmap(m)(x) for m in (small, grown)]
+    np.testing.assert_allclose(*outputs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_average_of_a_model_with_nothing_but_parameters_gets_its_gates():
+    """It is its own trained half, and was returned as one: without the gates that hide what is new."""
+    model = {"up": zoo.normal((3, 4)), "down": zoo.normal((4, 2))}
+    small = gj.annotate(model, {"up": "3 -> mlp", "down": "mlp -> 2"}, gates=["mlp"])
+    grown = gj.grow(gj.msg(mlp=6), gj.State(small, average=small), key=zoo.KEY)
+    assert eqx.tree_equal(grown.average, grown.model)
+    optax.incremental_update(grown.model, grown.average, 0.1)
 
 
 # Running statistics ---------------------------------------------------------------------------

@@ -334,7 +334,7 @@ def _declared(tree, specs) -> tuple[list[tuple[str, Declaration]], dict[str, Any
     statics: dict[str, Any] = {}
     complaints = []
     for pattern, text in specs.items():
-        declaration = text if isinstance(text, Declaration) else Declaration("param", text)
+        declaration = text if isinstance(text, Declaration) else _declaration(text)
         if fnmatch.filter(arrays, pattern):
             declared.append((pattern, declaration))
             continue
@@ -352,6 +352,15 @@ def _declared(tree, specs) -> tuple[list[tuple[str, Declaration]], dict[str, Any
             declared += _of_layer(path, declaration, written)
             statics |= {f"{path}.{name}": axis for name, axis in own.items()}
     return declared, statics, complaints
+
+
+def _declaration(spec: str) -> Declaration:
+    """What a string declares: a parameter, or the epsilon of a norm (`<embed>`), which is a buffer.
+
+    An epsilon is rescaled where its axis grows by zeros, and so is not trained.
+    """
+    epsilon = re.search(r"<~?[A-Za-z_]\w*>", spec)
+    return Declaration("buffer" if epsilon else "param", spec)
 
 
 def _of_layer(path: str, declaration: Declaration, written: Mapping[str, str]):
