@@ -381,6 +381,12 @@ def test_parts_out_of_range_are_refused_when_they_are_made(make, message):
         make()
 
 
+def test_parts_of_another_state_are_refused():
+    model = {"up": jnp.ones((2, 3))}
+    with pytest.raises(StateError, match=r"state: expected that of parts\(...\).init, got tuple"):
+        optim.parts(optax.sgd(0.1)).update(model, optax.sgd(0.1).init(model), model)
+
+
 def test_parts_need_the_parameters():
     tx = optim.parts(optax.sgd(1.0), old=0.0)
     trained = gj.partition(layers())[0]

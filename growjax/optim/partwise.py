@@ -78,9 +78,11 @@ def parts(
       birth), with curves over the steps since that growth.
 
     Returns an optimizer of the same type. Its state records the births of coordinates, which `gj.carry`
-    (and `gj.grow` of a `gj.State`) updates; before the first growth all entries train as usual. Raises
-    `StateError` for rules that mix frozen entries with others (Adafactor, Muon), for a `decay` that no
-    transformation in the chain accepts (see `decayed_weights`), and for rates of rules that average.
+    (and `gj.grow` of a `gj.State`) updates; before the first growth all entries train as usual. Use it
+    from the first step on; other settings later (to thaw a part) are another `parts` on the same state.
+    Raises `StateError` for a state of another optimizer, for rules that mix frozen entries with others
+    (Adafactor, Muon), for a `decay` that no transformation in the chain accepts (see `decayed_weights`),
+    and for rates of rules that average.
 
     **Example**
 
@@ -102,6 +104,11 @@ def parts(
         return PartsState(tx.init(params), births, Since(zeros, jnp.zeros((), jnp.int32)))
 
     def update(updates, state: PartsState, params=None, **more):
+        if not isinstance(state, PartsState):
+            raise StateError(
+                f"state: expected that of parts(...).init, got {type(state).__name__}; births count from "
+                "the first step, so use parts(optimizer), which changes nothing yet, before a growth"
+            )
         sizes = axes_of(updates).sizes
 
         def time(slot: Slot, growth: int | None):
