@@ -327,4 +327,4 @@ def test_hidden_units_that_are_not_alone_in_what_reads_them_are_refused(reason):
 def test_a_block_of_size_0_is_no_block():
     empty = Perceptron(lambda h: jnp.tanh(jnp.concatenate([jnp.roll(h, 0), h[:0]])))
     small = gj.infer(empty, zoo.normal((2, 3)))
-    assert {str(said.spec) for _, said in small.specs} == {"-> 3 up", "up -> down_out"}
+    assert {str(declared.spec) for _, declared in small.specs} == {"-> 3 up", "up -> down_out"}

@@ -35,8 +35,7 @@ def advise(
         plan: A JSON file, or a Python file that defines `plan`: one stage that trains one whole model.
         over: Fields and their values, each combination a size, such as model.layers=2,4,8.
         budget: What the plan to train may cost, in the unit of the plan's clock.
-        run: The folder of the pilots, of the page advice.html, and of the plans to train, control.json \
-            and (where a plan that grows is forecast to end lowest) grown.json.
+        run: The folder of the pilots and the page, and of the plans control.json and grown.json.
         budgets: Those of the pilots; by default a sixteenth, an eighth and a quarter of the budget.
         times: The shares of the cost at which pilots grow, from each size to the next.
         seeds: How many seeds the pilots have, from the plan's own on.
