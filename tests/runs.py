@@ -1,15 +1,26 @@
 """Runs for tests: a plan through every kind of stage that takes a second once it is compiled."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 import growjax as gj
-from growjax.data import ByteTokenizer, Causal, Corpus
+from growjax.data import ByteTokenizer, Causal, Corpus, Text
 from growjax.models import GPTConfig
 from growjax.programs.step import Programs
-from growjax.train import CorpusFeed, End, Plan, Schedule, Stage, Step, cross_entropy
+from growjax.train import (
+    CorpusFeed,
+    End,
+    Plan,
+    Schedule,
+    Stage,
+    Step,
+    Warmup,
+    cross_entropy,
+    save_plan,
+)
 
 
 # Without biases, which would double the arrays and so the time that every program takes to compile
@@ -33,6 +44,18 @@ def plan(*stages: Stage, **changes: Any) -> Plan:
         "rate": Schedule(1e-2),
     }
     return Plan("tiny", stages=stages, **fields | changes)
+
+
+def plan_file(folder: Path) -> Path:
+    """A plan of eight steps on a text of its own, both as files in a folder."""
+    (folder / "text.txt").write_text(TEXT)
+    short = plan(
+        steps(8),
+        rate=Schedule(1e-2, "wsd", warmup=Warmup(steps=2), decay=0.25),
+        data=Text(str(folder / "text.txt"), split=". "),
+    )
+    save_plan(short, folder / "plan.json")
+    return folder / "plan.json"
 
 
 def every_kind(**changes: Any) -> Plan:

@@ -13,14 +13,13 @@ import growjax as gj
 from growjax.advise import Law, Leg, predicted
 from growjax.axes import sizes
 from growjax.cost import parameters
-from growjax.data import Text
 from growjax.errors import BudgetError
 from growjax.plan.files import load_plan, save_plan
 from growjax.report import advised as page
 from growjax.report.pilots import Family, Pilot, family, pilots, read_advice
 from growjax.report.runs import read_run
-from growjax.train import Options, Schedule, Warmup
-from tests.runs import SMALL, TEXT, plan, steps
+from growjax.train import Options
+from tests.runs import SMALL, plan, plan_file, steps
 
 
 OVER = ["model.layers=1,2"]
@@ -29,16 +28,7 @@ ONE, TWO = "model.layers=1", "model.layers=2"
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plan of some steps on a small text, as a file."""
-    folder = tmp_path_factory.mktemp("advise")
-    (folder / "text.txt").write_text(TEXT)
-    made = plan(
-        steps(8),
-        rate=Schedule(1e-2, "wsd", warmup=Warmup(steps=2), decay=0.25),
-        data=Text(str(folder / "text.txt"), split=". "),
-    )
-    save_plan(made, folder / "plan.json")
-    return folder / "plan.json"
+    return plan_file(tmp_path_factory.mktemp("advise"))
 
 
 def spent(folder: Path) -> float:

@@ -8,26 +8,16 @@ import pytest
 from rich.console import Console
 
 import growjax as gj
-from growjax.data import Text
 from growjax.errors import PlanError
 from growjax.report.sweep import combinations, sweep
-from growjax.train import Options, Run, Schedule, Warmup, save_plan
+from growjax.train import Options, Run
 from growjax.values import to_dict
-from tests.runs import TEXT, plan, steps
+from tests.runs import plan_file
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plan of eight steps on a small text, as a file."""
-    folder = tmp_path_factory.mktemp("sweep")
-    (folder / "text.txt").write_text(TEXT)
-    made = plan(
-        steps(8),
-        rate=Schedule(1e-2, "wsd", warmup=Warmup(steps=2), decay=0.25),
-        data=Text(str(folder / "text.txt"), split=". "),
-    )
-    save_plan(made, folder / "plan.json")
-    return folder / "plan.json"
+    return plan_file(tmp_path_factory.mktemp("sweep"))
 
 
 def test_every_combination_has_a_plan_and_a_folder(file):
