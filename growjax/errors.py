@@ -4,7 +4,9 @@ A check collects all faults and raises once. Each fault is a line that names the
 expected and the actual value, and the remedy.
 """
 
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class GrowjaxError(ValueError):
@@ -102,3 +104,14 @@ def expect_one_of(
     if value not in allowed:
         choices = ", ".join(map(repr, allowed))
         raise error(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def raised(error: Exception) -> str:
+    """An exception of somebody's own code as one line: its type, what it says, and where it comes from.
+
+    That is the innermost line outside of installed packages, which is the user's where a package raised.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    where = [f" (in {f.name}, {Path(f.filename).name}:{f.lineno})" for f in (own or frames)[-1:]]
+    return f"{type(error).__name__}: {error}{''.join(where)}"

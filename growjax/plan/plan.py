@@ -18,7 +18,7 @@ from growjax.axes import axes_of, partition, sizes
 from growjax.budget import Clock, FlopsClock, clock_faults
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.data.sources import Source
-from growjax.errors import GrowjaxError, PlanError, StateError
+from growjax.errors import GrowjaxError, PlanError, StateError, raised
 from growjax.gates import is_gated, ungated
 from growjax.growth import Births
 from growjax.growth.births import grown_shapes
@@ -307,7 +307,7 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
         return spans
     except Exception as error:
         # The user's own function that builds a model may raise anything
-        faults.append(f"model: {plan.model!r} cannot be built: {type(error).__name__}: {error}")
+        faults.append(f"model: {plan.model!r} cannot be built: {raised(error)}")
         return spans
     # Steps, tokens and cost before the stage, and the share of the budget at its end
     start, tokens, spent, share = 0, 0, 0, 0.0
@@ -358,7 +358,7 @@ def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
             return spans
         except Exception as error:
             # The user's own model, loss, operator or objective may raise anything
-            faults.append(f"{where}{type(error).__name__}: {error}")
+            faults.append(where + raised(error))
             return spans
         faults += [where + fault for fault in _ramp_faults(stage, model, len(rows))]
         faults += [where + fault for fault in _parts_faults(plan, stage, model, births)]
