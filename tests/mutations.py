@@ -5,8 +5,8 @@
     python -m tests.mutations --changed main   those in files that differ from what main has
     python -m tests.mutations --list
 
-The package and the tests are copied to a temporary folder first; the working tree is never touched.
-A bug that survives, or whose text is no longer there exactly once, makes the exit status 1.
+The package, its tests and pages are copied to a temporary folder first; the working tree is never
+touched. A bug that survives, or whose text is no longer there exactly once, makes the exit status 1.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def main() -> int:
     faults = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in ("growjax", "tests"):
+        for part in ("growjax", "tests", "docs"):
             shutil.copytree(
                 ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__")
             )

@@ -300,7 +300,7 @@ TABLE = """
 @ sums count from zero | optim/probe.py | carry | optax.adagrad
 - dict.fromkeys((initial, 0.0))
 + dict.fromkeys((0.0,))
-@ small gradients alone decide a power | optim/probe.py | carry | momentum
+@ small gradients alone decide a power | optim/probe.py | optim | small_gradients_alone
 - if agreed is None and "unknown" in powers:
 + if agreed is not None and powers is None:
 @ weights added to gradients are not seen | optim/probe.py | optim | weights_added

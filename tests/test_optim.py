@@ -322,6 +322,16 @@ def test_factored_and_misshapen_moments_are_refused_by_name():
         gj.carry(gj.msg(mlp=8), adam.init(gpt()), gpt(), optimizer=adam, key=KEY)
 
 
+def test_a_moment_that_scales_as_small_gradients_alone_is_refused():
+    def halve_small(updates, params):
+        return jax.tree.map(lambda g: g * (1 - 0.5 * jnp.exp(-((10 * g) ** 2))), updates)
+
+    # Next to the largest entry, what is not linear here is less than the tolerance for an `eps`
+    tx = optax.chain(optax.stateless(halve_small), optax.trace(0.9))
+    with pytest.raises(StateError, match="trace.up: scales with no power of the gradients"):
+        gj.carry(gj.copy(mlp=7, shares="random"), tx.init(trained(mlp())), mlp(), optimizer=tx)
+
+
 def test_an_average_of_anything_is_refused_with_what_to_do():
     model, tx = mlp(), optax.ema(0.999)
     with pytest.raises(StateError, match=r"gradients or of the weights.*gj\.grow\(op, average"):
