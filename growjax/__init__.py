@@ -47,8 +47,6 @@ from growjax.certificate import Certificate as Certificate
 from growjax.certificate import certify as certify
 from growjax.gates import Gate as Gate
 from growjax.gates import gated as gated
-from growjax.gates import ramp as ramp
-from growjax.gates import settle as settle
 from growjax.growth import Births as Births
 from growjax.growth import Operator as Operator
 from growjax.growth import aki as aki
@@ -71,6 +69,8 @@ from growjax.inference import infer as infer
 from growjax.optim import carry as carry
 from growjax.state import State as State
 from growjax.state import grow as grow
+from growjax.state import ramp as ramp
+from growjax.state import settle as settle
 from growjax.subnet import Subnet as Subnet
 from growjax.subnet import layer_skip as layer_skip
 from growjax.subnet import loop as loop

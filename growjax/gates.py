@@ -75,18 +75,7 @@ def check_level(level) -> None:
 
 
 def ramp(model: Model, level: Any, *, axes: Sequence[str] | None = None) -> Model:
-    """Set every gate's new coordinates to `level`, from 0 (hidden) to 1 (ordinary).
-
-    `level` may be a traced scalar, so that a whole ramp is one program, or a vector with a level for
-    every coordinate of one axis (old ones stay at 1). `axes` limits the change to some axes, by the names
-    that growth takes (`heads` are query heads). Raises `GateError` for a concrete level outside [0, 1],
-    for a vector of another length than the axis, and for a model, or one of the axes, without gates.
-
-    **Example**
-
-        model = gj.ramp(model, jnp.minimum(step / 1000, 1.0))
-        model = gj.ramp(model, levels, axes=["layers"])           # levels [layers]
-    """
+    """Set every gate of a model to a level; `gj.ramp`, which also takes a `gj.State`, says more."""
     check_level(level)
     chosen, length = _gates(model, axes), np.shape(level)
     raise_all(
@@ -102,10 +91,7 @@ def ramp(model: Model, level: Any, *, axes: Sequence[str] | None = None) -> Mode
 
 
 def settle(model: Model, *, axes: Sequence[str] | None = None) -> Model:
-    """Drop gates that are fully open: the same function, and the ungated program from now on.
-
-    Raises `GateError` if one of them is not at 1 yet, or under `jit` (it changes the tree).
-    """
+    """Drop the gates of a model that are fully open; see `gj.settle`, which also takes a `gj.State`."""
     held = _gates(model, axes)
     if any(isinstance(slot.value.value, Tracer) for slot in held):
         raise GateError("settle changes the structure of the model: call it outside jit")

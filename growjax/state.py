@@ -2,10 +2,11 @@
 
 `gj.grow(op, State(...))` gives bit by bit what `gj.grow` of the model and `gj.carry` of its optimizer's
 state give. It also grows averages of the weights, leaves the data cursor unchanged, and records the
-growth in which every coordinate was born.
+growth in which every coordinate was born. `gj.ramp` and `gj.settle` change the gates of the model and of
+its averages.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import equinox as eqx
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from growjax import growth, maps
+from growjax import gates, growth, maps
 from growjax.axes import Slot, axes_of, get, partition, put
 from growjax.errors import StateError, raise_all
 from growjax.growth import Births, Operator, atoms
@@ -116,6 +117,51 @@ def grow(
     return _grown_state(op, model, key, donate, optimizer, copies)
 
 
+def ramp(model: Model, level: Any, *, axes: Sequence[str] | None = None) -> Model:
+    """Set every gate's new coordinates to `level`, from 0 (hidden) to 1 (ordinary).
+
+    `model` is a model, or a `gj.State`, whose averages get the gates of its model, too. `level` may be a
+    traced scalar, so that a whole ramp is one program, or a vector with a level for every coordinate of
+    one axis (old ones stay at 1). `axes` limits the change to some axes, by the names that growth takes
+    (`heads` are query heads). Raises `GateError` for a concrete level outside [0, 1], for a vector of
+    another length than the axis, and for a model, or one of the axes, without gates.
+
+    **Example**
+
+        model = gj.ramp(model, jnp.minimum(step / 1000, 1.0))
+        model = gj.ramp(model, levels, axes=["layers"])           # levels [layers]
+        state = gj.ramp(state, jnp.minimum(state.cursor / 1000, 1.0))
+    """
+    return _regated(model, lambda own: gates.ramp(own, level, axes=axes))
+
+
+def settle(model: Model, *, axes: Sequence[str] | None = None) -> Model:
+    """Drop gates that are fully open: the same function, and the ungated program from now on.
+
+    `model` is a model, or a `gj.State`, whose averages lose these gates, too. Raises `GateError` if a gate
+    of the model is not at 1 yet, or under `jit` (it changes the tree).
+
+    **Example**
+
+        state = gj.settle(gj.ramp(state, 1.0))
+    """
+    return _regated(model, lambda own: gates.settle(own, axes=axes))
+
+
+def _regated(model: Any, change: Callable[[Any], Any]) -> Any:
+    """A model after a change of its gates; in a state, averages that hold gates get the model's."""
+    if not isinstance(model, State):
+        return change(model)
+    changed = change(model.model)
+    values = {slot.steps: slot.value for slot in axes_of(changed).of_kind("gate")}
+    average = jax.tree.map(
+        lambda node: put(node, values) if _is_whole(node, model.model) else node,
+        model.average,
+        is_leaf=lambda node: alike(node, model.model),
+    )
+    return State(changed, model.opt_state, average, cursor=model.cursor, births=model.births)
+
+
 def _grown_state(op, state: State, key, donate: bool, optimizer, copies) -> Any:
     raise_all(StateError, "this state cannot grow:", list(_faults(state, optimizer)))
     births = state.births.grown(op, state.model)
@@ -185,6 +231,11 @@ def _grown_average(op: Operator, state: State, grown: Any, key: PRNGKeyArray | N
         for node, half in zip(models, halves, strict=True)
     )
     return structure.unflatten([next(moved) if like(node) else node for node in nodes])
+
+
+def _is_whole(node: Any, model: Any) -> bool:
+    """Whether a node of an average is a model with buffers or gates, not a trained half or a number."""
+    return alike(node, model) and not _is_half(node)
 
 
 def _is_half(node: Any) -> bool:

@@ -170,4 +170,10 @@ TABLE = """
 @ an average loses its gates | state.py | annotation | gets_its_gates
 - half if whole and _is_half(node) else eqx.combine(half, rest)
 + half if _is_half(node) else eqx.combine(half, rest)
+@ averages of a state are not ramped | state.py | births | whole_averages
+- lambda node: put(node, values) if _is_whole(node, model.model) else node,
++ lambda node: node,
+@ a trained half gets gates | state.py | births | whole_averages
+- return alike(node, model) and not _is_half(node)
++ return alike(node, model)
 """

@@ -17,7 +17,7 @@ from jaxtyping import Array
 import growjax as gj
 from growjax import optim
 from growjax.algebra import NONE, AxisMap
-from growjax.errors import GrowthError, StateError
+from growjax.errors import GateError, GrowthError, StateError
 from growjax.growth import Births, atoms, sources
 from growjax.growth.births import MIXED
 from growjax.train import Optimizer
@@ -318,6 +318,33 @@ def test_averages_are_finished_as_weights_are(op):
     tx = optax.GradientTransformation(lambda params: params, update)
     carried = gj.carry(op, gj.partition(model)[0], model, optimizer=tx, key=KEY)
     jax.tree.map(close, carried, gj.partition(grown.model)[0])
+
+
+@pytest.mark.parametrize("under_jit", [False, True])
+def test_the_gates_of_a_state_are_those_of_its_model_and_its_whole_averages(under_jit):
+    whole, half = layers(2.0), gj.partition(layers(3.0))[0]
+    state = started(RULES["sgd"], {"whole": whole, "half": half, "count": jnp.int32(3)})
+    grown = gj.grow(gj.msg(mlp=4), state, optimizer=RULES["sgd"], key=KEY)
+    ramp = eqx.filter_jit(gj.ramp) if under_jit else gj.ramp
+    ramped, opened = ramp(grown, 0.5), ramp(grown, 1.0)
+    settled = gj.settle(opened)
+    for before, after, change in (
+        (grown, ramped, lambda model: gj.ramp(model, 0.5)),
+        (opened, settled, gj.settle),
+    ):
+        assert type(after) is gj.State and eqx.tree_equal(after.model, change(before.model))
+        assert eqx.tree_equal(after.average["whole"], change(before.average["whole"]))
+        for name in ("half", "count"):
+            assert eqx.tree_equal(after.average[name], before.average[name])
+        for name in ("opt_state", "cursor", "births"):
+            assert eqx.tree_equal(getattr(after, name), getattr(before, name))
+        optax.incremental_update(after.model, after.average["whole"], 0.1)
+    with pytest.raises(GateError, match="only gates at 1 can be settled"):
+        gj.settle(ramped)
+    with pytest.raises(GateError, match="this model has no gate"):
+        gj.ramp(state, 0.5)
+    with pytest.raises(GateError, match="no gate on embed"):
+        gj.ramp(grown, 0.5, axes=["embed"])
 
 
 @pytest.mark.parametrize("key", [0, "a", jax.random.split(jax.random.key(0), 2), jnp.zeros(2)])
