@@ -93,7 +93,7 @@ class Design:
     growings: tuple[Growing, ...]
     family: tuple[Shape, Shape, Shape] | None
     family_at: tuple[int, int, int] = (8, 16, 32)
-    budgets: tuple[int, ...] = (2, 8, 16, 32)
+    budgets: tuple[float, ...] = (2, 8, 16, 32)
     times: tuple[float, ...] = (0.3, 0.6)
     pilots_at: tuple[int, ...] = (8, 32)
     held_out: int = 64
@@ -128,7 +128,7 @@ class Design:
         """The training tokens that a budget pays for."""
         return budget * self.unit / _facts(self.config(shape), self.length)[1]
 
-    def budgets_of(self, shape: Shape) -> tuple[int, ...]:
+    def budgets_of(self, shape: Shape) -> tuple[float, ...]:
         """The budgets that a shape is run at: those with enough tokens a parameter."""
         least = self.least * self.parameters(shape)
         return tuple(b for b in self.budgets if self.tokens(shape, b) >= least)
@@ -140,7 +140,7 @@ class Design:
     ) -> Plan:
         """One shape from the first step to the last."""
         stage = Stage(str(shape), share=1.0)
-        return self._plan(name or fixed_name(shape), budget, shape, setting, (stage,), seed)
+        return self.staged(name or fixed_name(shape), budget, shape, setting, (stage,), seed)
 
     def grown(
         self, growing: Growing, time: float, budget: float, settings: Settings, seed: int
@@ -150,7 +150,7 @@ class Design:
         setting = settings[growing.small]
         grow = self._grow(growing, 1 - time, setting, settings[growing.large])
         name = pilot_name(growing, time)
-        return self._plan(name, budget, growing.small, setting, (first, grow), seed)
+        return self.staged(name, budget, growing.small, setting, (first, grow), seed)
 
     def of_family(self, member: int, settings: Settings, seed: int) -> Plan:
         """The trunk of a family up to a member (1 or 2): each decays from four fifths of its budget."""
@@ -165,7 +165,7 @@ class Design:
             share = (ends[n] - ends[n - 1]) / budget
             stages.append(self._grow(growing, share, settings[first], settings[self.family[n]]))
         name = f"family, {'SML'[member]}"
-        return self._plan(name, budget, first, settings[first], tuple(stages), seed)
+        return self.staged(name, budget, first, settings[first], tuple(stages), seed)
 
     def _grow(self, growing: Growing, share: float, born: Setting, new: Setting) -> Stage:
         """The stage that grows; the rate and the batch of the large shape hold from here on."""
@@ -196,7 +196,7 @@ class Design:
             return gj.copy(shares="random", **sizes)
         return gj.msg(init="matched", **sizes)
 
-    def _plan(
+    def staged(
         self,
         name: str,
         budget: float,
@@ -205,6 +205,7 @@ class Design:
         stages: tuple[Stage, ...],
         seed: int,
     ) -> Plan:
+        """A plan of some stages that is born as a shape; they may grow it."""
         warm = setting.warmup * self.tokens(shape, self.budgets_of(shape)[0])
         return Plan(
             name,
