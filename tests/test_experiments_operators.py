@@ -1,6 +1,7 @@
 """The contest of operators: its plans, its runs, and what its lines are turned into."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from experiments.text import Texts
 from experiments.windows import WindowFile
 from growjax.cost import parameters
 from growjax.data import ByteTokenizer, Corpus
-from growjax.report.rows import AgainstFrontier, Answer, EqualCost, select
+from growjax.report.rows import AgainstFrontier, Answer, EqualCost, Row, select
 from tests.runs import TEXT
 
 
@@ -167,8 +168,13 @@ def line(workload: str, arm: str, seed: int, score: float, rng: Any, **more: Any
     }
 
 
+@functools.cache
+def rows_of_made_up() -> list[Row]:
+    return summarise(Path("nowhere/small.jsonl"), made_up())
+
+
 def test_arms_are_held_against_the_best_size_the_reference_and_the_large_one():
-    rows = summarise(Path("nowhere/small.jsonl"), made_up())
+    rows = rows_of_made_up()
     for direction in DIRECTIONS:
         entries = SMALL.entries(direction)
         against = [r for r in select(rows, AgainstFrontier) if r.workload == direction]
@@ -187,7 +193,7 @@ def test_arms_are_held_against_the_best_size_the_reference_and_the_large_one():
 
 
 def test_early_losses_predict_from_where_their_order_is_that_of_the_ends():
-    rows = summarise(Path("nowhere/small.jsonl"), made_up())
+    rows = rows_of_made_up()
     answers = {(row.workload, row.question): row for row in select(rows, Answer)}
     for direction in DIRECTIONS:
         for n, verdict in ((0, "no"), (30, "no"), (100, "yes"), (700, "yes")):
@@ -247,36 +253,7 @@ def test_nothing_is_compared_until_all_runs_are_there():
 
 
 def test_the_page_answers_first():
-    path, lines = Path("nowhere/small.jsonl"), made_up()
-    shown = page(path, lines, summarise(path, lines))
+    shown = page(Path("nowhere/small.jsonl"), made_up(), rows_of_made_up())
     assert "below the best fixed size (fixed-1x32)" in shown.answer[0]
     assert {*shown.pictures} == {"ends", "after", "prediction"}
     assert [section.title for section in shown.sections][-1] == "Fixed sizes"
-
-
-# What is committed --------------------------------------------------------------------------------
-
-
-def test_the_committed_summary_is_that_of_the_committed_lines():
-    again = [dataclasses.replace(row, command="") for row in summarise(RESULTS, read(RESULTS))]
-    committed = read_summary(FOLDER / "results" / "summary.json")
-    assert [dataclasses.replace(row, command="") for row in committed] == again
-
-
-def test_the_readme_says_what_was_seen():
-    rows = read_summary(FOLDER / "results" / "summary.json")
-    answers = {(row.workload, row.question): row for row in select(rows, Answer)}
-    text = " ".join((FOLDER / "README.md").read_text().split())
-    for sentence in sentences(SMALL, rows):
-        assert sentence in text
-    for direction in DIRECTIONS:
-        for table in (
-            *tables_of(SMALL, direction, rows),
-            prediction_table(SMALL, direction, answers),
-        ):
-            for name, *numbers in table.rows:
-                name = name if name.isdigit() else f"`{name}`"
-                assert f"| {' | '.join([name, *numbers])} |" in text
-            assert table.caption in text
-    claims = claims_in(text.partition("## What was seen")[2])
-    assert len(claims) >= 80 and not [claim for claim in claims if not is_of(claim, rows)]

@@ -100,8 +100,8 @@ def sentences(design: Contest, rows: Sequence[Row]) -> list[str]:
         )
         reference = versus(rows, direction, REFERENCE[direction])
         said.append(
-            f"{name}, against {REFERENCE[direction]}: better: {_names(reference, 'better')}; worse: "
-            f"{_names(reference, 'worse')}; no difference found: "
+            f"{name}, against {REFERENCE[direction]}. Better: {_names(reference, 'better')}. Worse: "
+            f"{_names(reference, 'worse')}. No difference found: "
             f"{_names(reference, 'no difference found')}."
         )
         large = fixed_name(design.large[direction])
@@ -154,7 +154,7 @@ def _names(rows: Sequence[EqualCost], verdict: str) -> str:
     group = [row for row in rows if row.verdict == verdict and row.estimate is not None]
     ordered = sorted(group, key=lambda row: row.estimate or 0.0)
     # Some arms have commas in their names
-    return " | ".join(row.arm for row in ordered) or "none"
+    return "; ".join(row.arm for row in ordered) or "none"
 
 
 # How far above the loss before the growth the figure shows losses, in nats
