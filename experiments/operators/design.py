@@ -95,8 +95,7 @@ class Contest:
 
     def entries(self, direction: Direction) -> list[Entry]:
         """The operators of a direction."""
-        sizes: Any = self.sizes(direction)
-        return self._depth() if direction == "depth" else self._width(**sizes)
+        return self._depth() if direction == "depth" else self._width(self.sizes(direction))
 
     def _depth(self) -> list[Entry]:
         old, new = self.small.layers, self.large["depth"].layers
@@ -156,7 +155,7 @@ class Contest:
             ),
         ]
 
-    def _width(self, **sizes: int) -> list[Entry]:
+    def _width(self, sizes: Any) -> list[Entry]:
         ramp = self.ramps[0]
         even = gj.copy(shares="equal", **sizes)
         return [

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -243,7 +244,7 @@ def tables_of(design: Contest, direction: Direction, rows: Sequence[Row]) -> lis
 
     One table of those whose growth left the loss where it was, and one of the others.
     """
-    answers = {(row.workload, row.question): row for row in select(rows, Answer)}
+    answers: Any = {(row.workload, row.question): row for row in select(rows, Answer)}
     reference, large = REFERENCE[direction], fixed_name(design.large[direction])
     columns = (
         "arm",
