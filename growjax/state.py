@@ -138,8 +138,8 @@ def ramp(model: Model, level: Any, *, axes: Sequence[str] | None = None) -> Mode
 def settle(model: Model, *, axes: Sequence[str] | None = None) -> Model:
     """Drop gates that are fully open: the same function, and the ungated program from now on.
 
-    `model` is a model, or a `gj.State`, whose averages lose these gates, too. Raises `GateError` if a gate
-    of the model is not at 1 yet, or under `jit` (it changes the tree).
+    `model` is a model, or a `gj.State`, whose averages lose these gates, too. Raises `GateError` if a
+    gate of the model is not at 1 yet, or under `jit` (it changes the tree).
 
     **Example**
 
