@@ -64,6 +64,10 @@ NEOX = DecoderConfig(
     activation="gelu",
     turned=2,
 )
+MIXTRAL = DecoderConfig(**LLAMA, experts=3, z_loss_coef=0.0, pattern=(Sight(window=3),))
+QWEN3_MOE = DecoderConfig(
+    **LLAMA, experts=3, z_loss_coef=0.0, norm_topk_prob=False, qk_norm="head", aux_loss_coef=0.0
+)
 MODELS: dict[str, tuple[type, Any]] = {
     "gpt2": (GPT, GPTConfig(**DEEP)),
     "gpt2 untied": (GPT, GPTConfig(**DEEP, tied=False, eps=1e-6, activation="gelu")),
@@ -84,6 +88,8 @@ MODELS: dict[str, tuple[type, Any]] = {
         DecoderConfig(**LLAMA, placement="after", qk_norm="width", bias=True, o_bias=True),
     ),
     "gpt_neox": (Decoder, NEOX),
+    "mixtral": (Decoder, MIXTRAL),
+    "qwen3_moe": (Decoder, QWEN3_MOE),
     "t5": (T5, T5Config(**PAIR)),
     "t5 v1.1": (T5, T5Config.v1_1(**PAIR, buckets=8, max_distance=9)),
     "ul2": (T5, T5Config.ul2(**PAIR)),

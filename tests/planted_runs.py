@@ -200,6 +200,15 @@ TABLE = """
 @ an encoder's second norm is not read off it | hf/bert.py | hf | norms_is_read
 - embedding_norm=not block.post_norm and model.embedding_norm is not None,
 + embedding_norm=False,
+@ all experts of a layer are its last one | hf/convert.py | hf | read_back_to_the_bit
+- arrays[leaf][place] = array
++ arrays[leaf][place[:1]] = array
+@ a mixture takes keys of the dense model over | hf/convert.py | hf_grown | became_a_mixture
+- k == _POSITIONS or is_tolerated(k)
++ k not in family.aliases
+@ shared experts are left out of a file | hf/decoder.py | hf_grown | cannot_be_said
+- if c.experts and c.shared_experts:
++ if False:
 @ windows are not in the error of a difference | budget/statistics.py | comparison | over_both
 - variance = of_seeds + of_windows
 + variance = of_seeds

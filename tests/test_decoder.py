@@ -46,6 +46,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "smol": dict(
         bias=True, pattern=(Sight(), Sight(window=2, rotary=False), Sight(rotary=False)), tied=True
     ),
+    "olmoe": dict(experts=3, qk_norm="width", norm_topk_prob=False, z_loss_coef=0.0),
     "mixed": dict(
         placement="both",
         plus_one=True,
@@ -65,6 +66,8 @@ OPERATORS: dict[str, Any] = {
     "zeros": gj.zeros(embed=12, mlp=9),
     "closed": gj.stack(layers=8, order="insert", branch="zero"),
     "regroup": gj.regroup(kv_heads=4),
+    "experts": gj.experts(5),
+    "upcycle": gj.upcycle(experts=4, granularity=2),
 }
 
 
@@ -84,7 +87,12 @@ TOKENS = jnp.asarray([[1, 2, 3, 4, 5], [7, 0, 10, 7, 7]])
 def fitting(name: str, op: str) -> bool:
     """Whether an operator keeps the function of a model, as far as it says."""
     layer_norm = CHOICES[name].get("norm") == "layer"
-    return not (op == "zeros" and layer_norm)
+    mixture = "experts" in CHOICES[name]
+    return not (
+        (op == "zeros" and layer_norm)
+        or (op == "experts" and not mixture)
+        or (op == "upcycle" and mixture)
+    )
 
 
 def pairs() -> list[Any]:
@@ -92,6 +100,7 @@ def pairs() -> list[Any]:
     quick = {"msg": ("gemma", "mixed"), "copy": ("olmo", "gemma"), "closed": ("gemma", "neox")}
     quick |= {"zeros": ("mixed",), "regroup": ("olmo",), "copy head_dim": ("smol",)}
     quick |= {"msg group": ("mixed",), "msg head_dim": ("phi",)}
+    quick |= {"experts": ("olmoe",), "upcycle": ("phi",)}
     return [
         pytest.param(name, op, marks=() if name in quick[op] else pytest.mark.slow)
         for name in CHOICES

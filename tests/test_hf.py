@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import growjax as gj
+from growjax.cli import app
 from growjax.errors import HuggingFaceError
 from growjax.hf.bert import BERT_
+from growjax.hf.convert import FAMILIES
 from tests.folders import MODELS, assert_same, build, rewritten
 
 
@@ -104,6 +108,15 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(saved, tmp_path, 
     monkeypatch.undo()
     gj.hf.save(model, tmp_path / "empty")
     assert_same(model, gj.hf.load(tmp_path / "empty"))
+
+
+def test_every_family_is_in_the_table_of_the_command_and_of_the_page(capsys):
+    app.cli(prog="growjax", args=["families"])
+    printed = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:1].strip()}
+    page = (Path(__file__).parents[1] / "docs/huggingface.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`([\w-]+)`", row)}
+    assert printed - {"model_type"} == set(FAMILIES) == listed & set(FAMILIES)
 
 
 # What the files are called -----------------------------------------------------------------------

@@ -20,7 +20,7 @@ from growjax.errors import (
     HuggingFaceError,
 )
 from growjax.values import from_dict
-from tests.folders import batch, build, outputs
+from tests.folders import batch, build, outputs, rewritten
 
 
 # Grown models ------------------------------------------------------------------------------------
@@ -36,6 +36,14 @@ GROWN: dict[str, tuple[str, Any]] = {
     "gemma3 deeper": ("gemma3", gj.stack(layers=6, order="insert", branch="zero")),
     "gpt_neox wider": ("gpt_neox", gj.copy(embed=16, heads=4)),
     "olmo2 wider": ("olmo2", gj.copy(embed=16, kv_heads=4, mlp=7)),
+    "mixtral wider": (
+        "mixtral",
+        gj.chain(gj.copy(embed=16, mlp=9), gj.experts(6, gated=False, per_token="scaled")),
+    ),
+    "qwen3_moe wider": (
+        "qwen3_moe",
+        gj.chain(gj.copy(mlp=9, heads=8), gj.stack(layers=4, branch="zero")),
+    ),
     "llama deeper": ("llama", gj.stack(layers=5, branch="zero")),
     "t5 wider": ("t5", gj.copy(embed=16, head_dim=6, heads=4)),
     "gpt2 lemon": ("gpt2", gj.lemon(embed=12, heads=3, mlp=7)),
@@ -209,6 +217,21 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         HuggingFaceError,
         "attention.q: expected the shape",
     ),
+    "experts that every token uses": (
+        lambda: build("mixtral", shared_experts=1),
+        HuggingFaceError,
+        "shared_experts: in this family there are none, got 1",
+    ),
+    "experts of a GPT": (
+        lambda: _grown("gpt2", gj.upcycle(experts=3)),
+        HuggingFaceError,
+        "this GPT has 3 experts, and no family here has mixtures of its class",
+    ),
+    "experts before a norm": (
+        lambda: _grown("olmo2", gj.upcycle(experts=3)),
+        HuggingFaceError,
+        "experts: their outputs have no norm behind them yet",
+    ),
     "another model": (
         lambda: gj.nn.MLP(4, 4, key=jax.random.key(0)),
         HuggingFaceError,
@@ -224,6 +247,37 @@ def test_what_cannot_be_said_there_is_refused(why, tmp_path):
         gj.hf.save(make(), tmp_path / "out")
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+# Mixtures ----------------------------------------------------------------------------------------
+
+
+def test_a_dense_model_that_became_a_mixture_is_of_another_family(saved, tmp_path):
+    model, source = saved("llama")
+    rewritten(source, pretraining_tp=2, max_position_embeddings=512, use_sliding_window=True)
+    op = gj.upcycle(experts=4)
+    gj.hf.save(gj.grow(op, model, key=jax.random.key(0)), tmp_path / "big", source=source)
+    again = gj.hf.load(tmp_path / "big")
+    assert distance(outputs(model, batch(model)), outputs(again, batch(again)))[1] <= 1e-6
+    written = json.loads((tmp_path / "big" / "config.json").read_text())
+    assert (written["model_type"], written["architectures"]) == ("mixtral", ["MixtralForCausalLM"])
+    assert written["num_local_experts"] == written["num_experts"] == 4
+    # What the source says of a Llama alone is not taken over
+    assert written["max_position_embeddings"] == 512 and written["pretraining_tp"] == 2
+    assert "use_sliding_window" not in written and "attention_bias" not in written
+    normed = gj.grow(op, build("llama", qk_norm=True), key=jax.random.key(0))
+    gj.hf.save(normed, tmp_path / "normed")
+    assert "qwen3_moe" in (tmp_path / "normed" / "config.json").read_text()
+
+
+def test_new_experts_behind_open_gates_are_experts_like_others(tmp_path):
+    with jax.enable_x64(True):
+        small = build("qwen3_moe", jnp.float64)
+        big = gj.ramp(gj.grow(gj.experts(5), small, key=jax.random.key(0)), 1.0)
+        gj.hf.save(big, tmp_path / "big")
+        again = gj.hf.load(tmp_path / "big")
+        assert gj.sizes(again)["experts"] == 5
+        assert distance(outputs(big, batch(big)), outputs(again, batch(big)))[1] <= 1e-12
 
 
 # From the command line ---------------------------------------------------------------------------

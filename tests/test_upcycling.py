@@ -1,6 +1,5 @@
 """Experts by growth: exact forms and their claimed failures, moments, births, gates, drops, and files."""
 
-import dataclasses
 import json
 from typing import Any
 
@@ -12,15 +11,14 @@ import optax
 import pytest
 
 import growjax as gj
-from growjax import hf, testing
+from growjax import testing
 from growjax.axes import axes_of, get, put
-from growjax.errors import AxisError, GrowthError, HuggingFaceError, StateError
+from growjax.errors import AxisError, GrowthError, StateError
 from growjax.growth import parse
 from growjax.models import BERTConfig
 from growjax.optim import adamw, parts
 from growjax.optim.muon import hidden_matrices, scale_by_muon
 from growjax.values import from_dict, to_dict
-from tests.runs import SMALL
 
 
 DENSE = testing.Architecture("Llama", (("heads", 2), ("kv_heads", 1)))
@@ -340,12 +338,6 @@ def test_a_model_that_would_lose_auxiliary_losses_is_refused():
         gj.upcycle(experts=3)(model, key=key)(jnp.arange(4))
     silent = gj.upcycle(experts=3, aux_loss_coef=0.0, z_loss_coef=0.0)(model, key=key)
     np.testing.assert_allclose(silent(jnp.arange(4)).hidden, model(jnp.arange(4)).hidden, atol=1e-5)
-
-
-def test_experts_are_not_written_for_hugging_face(tmp_path):
-    model = dataclasses.replace(SMALL, experts=2).build(jax.random.key(0))
-    with pytest.raises(HuggingFaceError, match="has 2 experts, and growjax writes dense models"):
-        hf.save(model, tmp_path / "mixture")
 
 
 def test_state_of_factored_moments_goes_on_or_is_refused():

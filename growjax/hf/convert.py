@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from growjax.axes import Axes, axes_of, put, sizes
-from growjax.errors import HuggingFaceError, raise_all
+from growjax.errors import AxisError, HuggingFaceError, raise_all
 from growjax.hf.bert import BERT_
 from growjax.hf.companions import copy_companions
 from growjax.hf.families import DECODERS
@@ -31,6 +31,7 @@ from growjax.hf.files import (
     written_whole,
 )
 from growjax.hf.gpt2 import GPT2
+from growjax.hf.keys import is_tolerated
 from growjax.hf.stock import Inexpressible, buffers_of, shapes_of, stock
 from growjax.hf.t5 import T5_
 from growjax.hf.table import Row
@@ -39,6 +40,7 @@ from growjax.hf.table import Row
 FAMILIES = {family.model_type: family for family in (BERT_, GPT2, *DECODERS, T5_)}
 # Keys of config.json that would change what a model of any family computes
 FIXED = {"quantization_config": None, "per_layer_config": None}
+_POSITIONS = "max_position_embeddings"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -162,22 +164,25 @@ def save(
     """
     source = None if source is None else located(source)
     source_keys = {} if source is None else read_json(inside(source, CONFIG))
-    family, model, config = _written_as(model, source_keys.get("model_type"))
+    origin = source_keys.get("model_type")
+    family, model, config = _written_as(model, origin)
     table = axes_of(model)
     # transformers' model without a head is not inside another, so its names have no prefix
     prefix = "" if family.architecture(config) == family.base else family.prefix
     tensors: dict[str, Tensor] = {}
     for row in _rows_of(family, config, table):
-        for layer in range(_layers(row, table)):
-            tensor = _tensor(row, layer, table)
-            for name in row.names(layer)[: None if row.all_names else 1]:
+        for place in row.places(table):
+            tensor = _tensor(row, place, table)
+            for name in row.names(place)[: None if row.all_names else 1]:
                 tensors[name if name.startswith(family.heads) else prefix + name] = tensor
     dtype = str(np.asarray(model.embedding.table).dtype)
     # transformers would prefer an alias to the key written here, and the code of auto_map to its own
     for stale in (*family.aliases, "auto_map"):
         source_keys.pop(stale, None)
-    if source is None:
-        source_keys = dict(family.defaults)
+    if origin != family.model_type:
+        # No source, or one of another family (of the dense model of a mixture), whose keys are others
+        taken = {k: v for k, v in source_keys.items() if k == _POSITIONS or is_tolerated(k)}
+        source_keys = {**family.defaults, **taken}
     own_keys = {**(keys or {}), **family.write(config)} | {
         "model_type": family.model_type,
         "architectures": [family.architecture(config)],
@@ -197,19 +202,22 @@ def _written_as(model: Any, preferred: str | None) -> tuple[Family, Any, Any]:
     """The first family that can express a model, the model as a stock one of that family, and its config.
 
     Several families may share a class. With a source, only its family, `preferred`, will do, since
-    tokenizers and further keys are taken from it. Raises `HuggingFaceError` with the reasons of the
-    family that comes closest if none can express the model.
+    tokenizers and further keys are taken from it; but a dense model that became a mixture is of another
+    family. Raises `HuggingFaceError` with the reasons of the family that comes closest if none can
+    express the model.
     """
-    if "experts" in axes_of(model).sizes:
-        raise HuggingFaceError(
-            f"model: this {type(model).__name__} has {axes_of(model).size('experts')} experts, and "
-            "growjax writes dense models alone: no family here names tensors of experts. Save a "
-            "checkpoint of the run, or of the model (eqx.tree_serialise_leaves)"
-        )
     matching = [f for f in FAMILIES.values() if isinstance(model, f.accepts or f.model)]
     if not matching:
         known = ", ".join(dict.fromkeys(family.model.__name__ for family in FAMILIES.values()))
         raise HuggingFaceError(f"model: expected one of {known}, got a {type(model).__name__}")
+    mixture = "experts" in axes_of(model).sizes
+    matching = [family for family in matching if family.mixture == mixture]
+    if not matching:
+        raise HuggingFaceError(
+            f"model: this {type(model).__name__} has {axes_of(model).size('experts')} experts, and no "
+            "family here has mixtures of its class; a Llama or Decoder of experts can be written. Save a "
+            "checkpoint of the run, or of the model (eqx.tree_serialise_leaves)"
+        )
     errors = []
     matching = [f for f in matching if f.model_type == preferred] or matching
     for family in matching:
@@ -217,6 +225,8 @@ def _written_as(model: Any, preferred: str | None) -> tuple[Family, Any, Any]:
             return family, *stock(model, family)
         except HuggingFaceError as error:
             errors.append(error)
+        except AxisError as error:  # no configuration of its class describes the model
+            errors.append(HuggingFaceError(str(error)))
     nearest = min(errors, key=lambda e: (not isinstance(e, Inexpressible), str(e).count("\n")))
     if len(errors) == 1:
         raise nearest
@@ -282,11 +292,6 @@ def _has(table: Axes, leaf: str) -> bool:
     return leaf in table and table[leaf].value is not None
 
 
-def _layers(row: Row, table: Axes) -> int:
-    """The number of tensors of a row: one for each layer, or 1. Layers are the first axis of a leaf."""
-    return table.size(table[row.leaves[0]].dims[0].axis) if row.layered else 1
-
-
 def _check_coverage(
     folder: Folder,
     names: Mapping[str, str],
@@ -303,8 +308,8 @@ def _check_coverage(
     complaints, used = [], set()
     for row in rows:
         shape, types = row.shape(table), set()
-        for layer in range(_layers(row, table)):
-            spellings = row.names(layer)
+        for place in row.places(table):
+            spellings = row.names(place)
             present = [name for name in spellings if name in names]
             used.update(present)
             if not present:
@@ -318,7 +323,7 @@ def _check_coverage(
                     complaints.append(
                         f"{name}: expected the shape {list(shape)}, got {list(entry.shape)}"
                     )
-        # The layers of a row become one stacked array, which has one type
+        # The tensors of a row become one stacked array, which has one type
         if dtype is None and len(types) > 1:
             complaints.append(
                 f"{row.name}: {', '.join(sorted(types))} in different layers; pass dtype="
@@ -361,11 +366,10 @@ def _leaves(
     same: Callable[[str, str], bool],
     dtype: str | None,
 ) -> dict[str, np.ndarray]:
-    """The arrays of a row's leaves, by path, with all layers stacked."""
+    """The arrays of a row's leaves, by path, with all layers and experts stacked."""
     arrays: dict[str, np.ndarray] = {}
-    layers = _layers(row, table)
-    for layer in range(layers):
-        present = [name for name in row.names(layer) if name in names]
+    for place in row.places(table):
+        present = [name for name in row.names(place) if name in names]
         differing = [] if row.all_names else [n for n in present[1:] if not same(present[0], n)]
         raise_all(
             HuggingFaceError,
@@ -375,23 +379,18 @@ def _leaves(
         tensor = folder.read(names[present[0]])
         tensor = tensor if dtype is None else tensor.astype(jnp.dtype(dtype))
         for leaf, array in zip(row.leaves, row.unpack(table, tensor), strict=True):
-            if not row.layered:
-                arrays[leaf] = array
-                continue
             if leaf not in arrays:
-                arrays[leaf] = np.empty((layers, *array.shape), array.dtype)
-            arrays[leaf][layer] = array
+                arrays[leaf] = np.empty(table[leaf].value.shape, array.dtype)
+            arrays[leaf][place] = array
     return arrays
 
 
-def _tensor(row: Row, layer: int, table: Axes) -> Tensor:
-    """The tensor of one layer, which is made when it is written: so one layer is in memory at a time."""
+def _tensor(row: Row, place: tuple[int, ...], table: Axes) -> Tensor:
+    """The tensor of one place, which is made when it is written: so one is in memory at a time."""
     leaves = [table[leaf].value for leaf in row.leaves]
-    size = sum(leaf.nbytes for leaf in leaves) // _layers(row, table)
+    size = sum(leaf.nbytes for leaf in leaves) // len(row.places(table))
 
     def make() -> np.ndarray:
-        arrays = [np.asarray(leaf) for leaf in leaves]
-        arrays = [array[layer] for array in arrays] if row.layered else arrays
-        return row.pack(table, arrays)
+        return row.pack(table, [np.asarray(leaf)[place] for leaf in leaves])
 
     return Tensor(size, make)

@@ -6,7 +6,7 @@ are called; `growjax.hf.families` has them. Reading, writing and the table of ro
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +32,7 @@ _LINEAR = {
     "mlp.up": ("embed", "mlp"),
     "mlp.glu|up": ("embed", "mlp"),
     "mlp.down": ("mlp", "embed"),
+    "mlp.router": ("embed", "experts"),
 }
 _NORMS = ("attention_norm", "attention_after", "mlp_norm", "mlp_after")
 
@@ -58,6 +59,56 @@ AROUND = {
     "mlp_norm": "layers.{}.pre_feedforward_layernorm",
     "mlp_after": "layers.{}.post_feedforward_layernorm",
 }
+# The parts of a mixture, with one tensor for each expert
+EXPERTS = {
+    "mlp.router": "layers.{}.mlp.gate",
+    "mlp.glu": "layers.{}.mlp.experts.{}.gate_proj",
+    "mlp.up": "layers.{}.mlp.experts.{}.up_proj",
+    "mlp.down": "layers.{}.mlp.experts.{}.down_proj",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """How a family says the numbers of its experts: the defaults of its keys.
+
+    `units` is the key of the hidden units of one expert. The loss that balances experts is computed by
+    transformers for all layers at once, and by growjax for each sequence and layer; its coefficient is
+    taken over as it stands. That of the router's z-loss has no key.
+    """
+
+    count: int
+    per_token: int
+    balance: float = 0.001
+    units: str = "intermediate_size"
+
+    # Old and new files have one of them each, and old and new readers as well
+    spellings: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
+
+    def read(self, file: ConfigFile) -> dict[str, Any]:
+        """The fields of the configuration."""
+        count = file.layers(*self.spellings, default=self.count, noun="experts")
+        per_token = file.size("num_experts_per_tok", default=self.per_token)
+        if per_token > count:
+            file.complaints.append(
+                f"num_experts_per_tok: {per_token} cannot be chosen from {count} experts"
+            )
+        file.get("intermediate_size")  # of layers without experts, and there are none
+        balance = file.number("router_aux_loss_coef", default=self.balance, zero=True)
+        return {
+            "experts": count,
+            "experts_per_token": per_token,
+            "aux_loss_coef": balance,
+            "z_loss_coef": 0.0,
+        }
+
+    def write(self, config: DecoderConfig) -> dict[str, Any]:
+        """The keys of config.json."""
+        return {
+            **dict.fromkeys(self.spellings, config.experts),
+            "num_experts_per_tok": config.experts_per_token,
+            "router_aux_loss_coef": config.aux_loss_coef,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +129,7 @@ class Spelling:
     - `parts`: whether transformers needs `hidden_size` to be a multiple of the heads.
     - `embed_scale`: whether embeddings are multiplied by `sqrt(embed)`.
     - `scale`: the key and the default of the number whose root divides scores; None: `head_dim`.
+    - `experts`: how the numbers of experts are said; None for a dense feed-forward.
     """
 
     choices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -96,6 +148,7 @@ class Spelling:
     parts: bool = False
     embed_scale: bool = False
     scale: tuple[str, float] | None = None
+    experts: Mixture | None = None
 
     def rows(self, config: Any) -> tuple[Row, ...]:
         """The table of tensors."""
@@ -165,12 +218,14 @@ class Spelling:
         names = {**NAMES, **self.names}
         words, head = f"{names['words']}.weight", f"{names['head']}.weight"
         fields |= {
-            "mlp": file.size("intermediate_size"),
+            "mlp": file.size(self.units),
             "vocab": file.size("vocab_size"),
             "eps": file.number(self.eps[0], default=self.eps[1]),
             "tied": is_tied(file, same, head=head, words=[words], default=self.tied),
             "activation": file.activation(*self.activation),
         }
+        if self.experts is not None:
+            fields |= self.experts.read(file)
         # DecoderConfig would refuse such values with a message that does not name the keys of the file
         file.check(str(file.get("model_type")))
         sized = dict(layers=layers, embed=embed, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
@@ -183,13 +238,15 @@ class Spelling:
             "num_hidden_layers": c.layers,
             "hidden_size": c.embed,
             "num_attention_heads": c.heads,
-            "intermediate_size": c.mlp,
+            self.units: c.mlp,
             "vocab_size": c.vocab,
             self.activation[0]: activation_name(c.activation),
             self.eps[0]: c.eps,
             **self.sights.write(c),
             "tie_word_embeddings": c.tied,
         }
+        if self.experts is not None:
+            keys |= self.experts.write(c)
         if self.kv_heads is not None:
             keys[self.kv_heads] = c.kv_heads
         if self.head_dim is not None:
@@ -216,6 +273,8 @@ class Spelling:
                 faults.append(
                     f"{field}: expected {getattr(plain, field)!r}, got {getattr(c, field)!r}"
                 )
+        if c.experts and c.shared_experts:
+            faults.append(f"shared_experts: in this family there are none, got {c.shared_experts}")
         if (c.embed_scale is not None) != self.embed_scale:
             faults.append(f"embed_scale: {'missing' if self.embed_scale else 'in the way'}")
         if self.kv_heads is None and c.kv_heads != c.heads:
@@ -231,6 +290,11 @@ class Spelling:
         if self.parts and c.embed % c.heads:
             faults.append(f"embed: transformers needs a multiple of heads={c.heads}, got {c.embed}")
         return faults
+
+    @property
+    def units(self) -> str:
+        """The key of the hidden units of a feed-forward, or of an expert."""
+        return "intermediate_size" if self.experts is None else self.experts.units
 
     def scale_of(self, attention: Any) -> float:
         """The factor that the family multiplies scores by."""
@@ -262,7 +326,6 @@ class Spelling:
 _CHOICES = (
     *("norm", "norm_bias", "placement", "plus_one", "parallel", "bias", "o_bias", "mlp_bias"),
     *("qk_norm", "glu", "scale", "embed_scale", "attention_cap", "logit_cap", "turned"),
-    "experts",
 )
 
 
@@ -379,7 +442,7 @@ def decoder_family(
         "max_position_embeddings": spelling.sights.positions,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
-    free = "embed, heads, kv_heads, mlp, layers"
+    free = "embed, heads, kv_heads, mlp, layers" + ", experts" * (spelling.experts is not None)
     common: dict[str, Any] = dict(
         growth=free if spelling.head_dim else "embed together with heads, mlp, layers",
         prefix="model.",
@@ -399,6 +462,7 @@ def decoder_family(
         limits=spelling.limits,
         only=only,
         scale=spelling.scale_of,
+        mixture=spelling.experts is not None,
         fold_scales=spelling.folded,
         **(common | fields),
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from growjax.hf.decoder import AROUND, Spelling, decoder_family
+from growjax.hf.decoder import AROUND, EXPERTS, Mixture, Spelling, decoder_family
 from growjax.hf.sights import OneWindow, Sights, SomeWithout, TwoRotations, TypedLayers
 from growjax.models import DecoderConfig, LlamaConfig
 
@@ -197,4 +197,58 @@ NEOX = decoder_family(
     aliases=_STALE,
     members="Pythia, GPT-NeoX 20B",
 )
-DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GEMMA3, PHI3, SMOLLM3, NEOX)
+MIXTRAL = decoder_family(
+    "mixtral",
+    "MixtralForCausalLM",
+    Spelling(
+        choices={"norm_topk_prob": True},
+        names={
+            "mlp.router": "layers.{}.block_sparse_moe.gate",
+            "mlp.glu": "layers.{}.block_sparse_moe.experts.{}.w1",
+            "mlp.up": "layers.{}.block_sparse_moe.experts.{}.w3",
+            "mlp.down": "layers.{}.block_sparse_moe.experts.{}.w2",
+        },
+        kv_default=8,
+        eps=("rms_norm_eps", 1e-5),
+        sights=OneWindow(theta=1e6, positions=131072),
+        experts=Mixture(count=8, per_token=2),
+    ),
+    fixed=_FIXED,
+    aliases=(*_STALE, *Mixture.spellings),
+    members="Mixtral 8x7B and 8x22B, an upcycled Llama",
+)
+OLMOE = decoder_family(
+    "olmoe",
+    "OlmoeForCausalLM",
+    Spelling(
+        choices={"qk_norm": "width"},
+        flags=_BIASES | {"norm_topk_prob": ("norm_topk_prob", False)},
+        names=EXPERTS,
+        head_dim=None,
+        eps=("rms_norm_eps", 1e-5),
+        sights=Sights(positions=4096),
+        experts=Mixture(count=64, per_token=8, balance=0.01),
+    ),
+    fixed=_FIXED | {"clip_qkv": None},
+    aliases=(*_STALE, *Mixture.spellings),
+    members="OLMoE 1B-7B",
+)
+QWEN3_MOE = decoder_family(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    Spelling(
+        choices={"qk_norm": "head"},
+        flags=_BIASES | {"norm_topk_prob": ("norm_topk_prob", False)},
+        names=EXPERTS,
+        kv_default=4,
+        sights=OneWindow(positions=32768, window=4096, switch=True),
+        experts=Mixture(count=128, per_token=8, units="moe_intermediate_size"),
+    ),
+    fixed=_FIXED | {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    aliases=(*_STALE, *Mixture.spellings),
+    members="Qwen 3 30B-A3B and 235B-A22B, an upcycled Qwen 3",
+)
+DECODERS = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GEMMA3, PHI3, SMOLLM3, NEOX),
+    *(MIXTRAL, OLMOE, QWEN3_MOE),
+)

@@ -63,13 +63,14 @@ class ConfigFile:
         self.complaints.append(f"{keys[0]}: expected an integer of at least 0, got {value!r}")
         return 0
 
-    def number(self, *keys: str, default: float) -> float:
-        """A positive number."""
+    def number(self, *keys: str, default: float, zero: bool = False) -> float:
+        """A positive number, or zero where it may be."""
         value = self.get(*keys, default=default)
         real = isinstance(value, int | float) and not isinstance(value, bool)
-        if real and 0 < value < math.inf:
+        if real and (0 < value < math.inf or (zero and value == 0)):
             return float(value)
-        self.complaints.append(f"{keys[0]}: expected a positive number, got {value!r}")
+        wanted = "a number of at least 0" if zero else "a positive number"
+        self.complaints.append(f"{keys[0]}: expected {wanted}, got {value!r}")
         return 1.0
 
     def flag(self, *keys: str, default: bool) -> bool:
@@ -99,11 +100,11 @@ class ConfigFile:
             self.complaints.append(f"{key}: {total} cannot be divided by {parts} heads")
         return max(total // parts, 1)
 
-    def layers(self, *keys: str, default: int | None = None) -> int:
+    def layers(self, *keys: str, default: int | None = None, noun: str = "layers") -> int:
         """A number of layers, at most that of tensors: so a hostile file cannot ask for a huge model."""
         value = self.size(*keys, default=default)
         if value > len(self.names):
-            self.complaints.append(f"{keys[0]}: {value} layers, in {len(self.names)} tensors")
+            self.complaints.append(f"{keys[0]}: {value} {noun}, in {len(self.names)} tensors")
             return 1
         return value
 
@@ -111,11 +112,11 @@ class ConfigFile:
         """Note a fault for each of these keys that is present with another value than this.
 
         They are keys that change what the model computes, and growjax computes one value alone. Null
-        stands for null or false only, since readers take it for false.
+        stands for null, false or an empty list only, since readers take it for these.
         """
         self.read.update(values)
         for key, value in values.items():
-            allowed = (value, None) if value in (None, False) else (value,)
+            allowed = (value, None) if value in (None, False, []) else (value,)
             if self.values.get(key, value) not in allowed:
                 self.complaints.append(
                     f"{key}: only {value!r} can be read, got {self.values[key]!r}"
@@ -167,6 +168,7 @@ class Family:
     - `members`: some published checkpoints of the family, for people.
     - `growth`: what of it can be grown so that transformers still reads it, for people.
     - `fold_scales`: a function that folds the scales of a model's embedding and head into its weights.
+    - `mixture`: whether its models are mixtures of experts.
     - `zero_biases`: whether biases that a model lacks are written as zeros.
     """
 
@@ -194,6 +196,7 @@ class Family:
     members: str = ""
     growth: str = "embed together with heads, mlp, layers"
     fold_scales: Callable[[Any], Any] = lambda model: model
+    mixture: bool = False
     zero_biases: bool = False
 
 

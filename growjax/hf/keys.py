@@ -13,6 +13,7 @@ TOLERATED: dict[str, tuple[str, ...]] = {
     "matter in training, or when weights are drawn": (
         *("*dropout*", "*_pdrop", "initializer_*", "init_std", "*_init_std", "z_loss*"),
         *("gradient_checkpointing", "use_gradient_checkpointing", "layerdrop", "*_layerdrop"),
+        *("router_jitter_noise", "output_router_logits"),
     ),
     "tell where a file came from": (
         *("model_type", "architectures", "transformers_version", "_name_or_path", "name_or_path"),

@@ -104,20 +104,27 @@ class Sights:
 
 @dataclasses.dataclass(frozen=True)
 class OneWindow(Sights):
-    """One window for all layers, or none (Mistral, Phi-3); `window` is the default."""
+    """One window for all layers, or none (Mistral, Phi-3).
+
+    `window` is the default; with `switch`, `use_sliding_window` turns it on (and is off by default).
+    """
 
     window: int | None = None
+    switch: bool = False
 
     def windows(self, file: ConfigFile, layers: int) -> list[int | None]:
         """The window of every layer."""
+        on = file.flag("use_sliding_window", default=False) if self.switch else True
         default = self.window if "sliding_window" not in file.values else None
         given = file.get("sliding_window", default=default)
-        window = None if given is None else file.size("sliding_window", default=default)
+        window = file.size("sliding_window", default=default) if on and given is not None else None
         return [window] * max(layers, 1)
 
     def write(self, config: DecoderConfig) -> dict[str, Any]:
         """The keys of the pattern."""
-        return super().write(config) | {"sliding_window": config.pattern[0].window}
+        window = config.pattern[0].window
+        switch = {"use_sliding_window": window is not None} if self.switch else {}
+        return super().write(config) | {"sliding_window": window} | switch
 
     def window_limits(self, config: DecoderConfig) -> list[str]:
         """What of the windows the family cannot say."""

@@ -2,12 +2,13 @@
 
     Row("h.{}.attn.c_proj.weight", "blocks.block.attention.o: (kv_heads group head_dim) embed")
 
-First comes the name of the tensor, with `{}` for the number of the layer. Then comes the leaf, and after
-the colon the dimensions of the tensor, by the names of the leaf's axes (`embed2` is the second one of a
-square). Brackets join several axes into one dimension. Axes that a leaf lacks are left out. Leaves
-that share a tensor (`q|k|v`) are concatenated along the dimension `joined` (the last one by default),
-or, where the layout has the word `each`, stand there next to each other: `(kv_heads each head_dim) embed`
-has the queries of the first group and their key and value before those of the second group.
+First comes the name of the tensor, with `{}` for the number of the layer, and a second one for that of
+the expert. Then comes the leaf, and after the colon the dimensions of the tensor, by the names of the
+leaf's axes (`embed2` is the second one of a square). Brackets join several axes into one dimension. Axes
+that a leaf lacks are left out. Leaves that share a tensor (`q|k|v`) are concatenated along the dimension
+`joined` (the last one by default), or, where the layout has the word `each`, stand there next to each
+other: `(kv_heads each head_dim) embed` has the queries of the first group and their key and value before
+those of the second group.
 
 `turned` is `head_dim` in transformers' order of rotary coordinates: the first ones of all pairs before
 the second ones, and then those that are not turned. In growjax the two coordinates of a pair are
@@ -27,11 +28,11 @@ from growjax.axes import Axes, Slot
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One tensor of a file, or one for each layer.
+    """One tensor of a file, or one for each layer, or for each expert of each layer.
 
     **Fields**
 
-    - `name`: the name of the tensor, with `{}` for the layer.
+    - `name`: the name of the tensor, with `{}` for the layer, and for the expert.
     - `holds`: the leaves in it, a colon, and its dimensions.
     - `others`: further names that the same tensor may have in a file.
     - `all_names`: whether it is written under all names, and read under the first whatever the others
@@ -54,17 +55,17 @@ class Row:
         parent, dot, last = path.rpartition(".")
         return tuple(f"{parent}{dot}{name}" for name in last.split("|"))
 
-    @property
-    def layered(self) -> bool:
-        """Whether the row stands for one tensor per layer."""
-        return "{}" in self.name
+    def places(self, table: Axes) -> list[tuple[int, ...]]:
+        """The indices of its tensors: layers, or layers and experts, or one empty index."""
+        leading = table[self.leaves[0]].dims[: self._leading]
+        return list(np.ndindex(*(table.size(dim.axis) for dim in leading)))
 
-    def names(self, layer: int = 0) -> list[str]:
-        """The names that the tensor of a layer may have; the first is the usual one."""
-        return [name.format(layer) for name in (self.name, *self.others)]
+    def names(self, place: tuple[int, ...] = ()) -> list[str]:
+        """The names that the tensor of a place may have; the first is the usual one."""
+        return [name.format(*place) for name in (self.name, *self.others)]
 
     def shape(self, table: Axes) -> tuple[int, ...]:
-        """The shape of the tensor (of one layer), given the axes of the model."""
+        """The shape of one tensor, given the axes of the model."""
         parts = self._parts(table)
         shape = list(parts[0].shape)
         dim = self._dimension(parts)
@@ -72,7 +73,7 @@ class Row:
         return tuple(shape)
 
     def pack(self, table: Axes, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """The tensor of one layer, from the leaves' arrays of that layer."""
+        """The tensor of one place, from the leaves' arrays of that place."""
         parts = self._parts(table)
         pieces = [part.packed(array) for array, part in zip(arrays, parts, strict=True)]
         if self._interleaved:
@@ -82,7 +83,7 @@ class Row:
         return pieces[0] if len(parts) == 1 else np.concatenate(pieces, axis=self.joined)
 
     def unpack(self, table: Axes, tensor: np.ndarray) -> list[np.ndarray]:
-        """The leaves' arrays of one layer, from its tensor."""
+        """The leaves' arrays of one place, from its tensor."""
         parts = self._parts(table)
         if self._interleaved:
             each, shape = parts[0].each, list(parts[0].open_shape)
@@ -93,6 +94,11 @@ class Row:
             cuts = np.cumsum([part.shape[self.joined] for part in parts])[:-1]
             pieces = np.split(tensor, cuts, axis=self.joined)
         return [part.unpacked(piece) for piece, part in zip(pieces, parts, strict=True)]
+
+    @property
+    def _leading(self) -> int:
+        """How many axes of a leaf have a tensor for each of their entries; they come first."""
+        return self.name.count("{}")
 
     @property
     def _interleaved(self) -> bool:
@@ -109,7 +115,7 @@ class Row:
         """The patterns of one leaf: of its own dimensions, and of those in the tensor."""
         layout = self.holds.partition(":")[2]
         slot: Slot = table[leaf]
-        axes = [dim.axis for dim in slot.dims if dim.role != "stack"]
+        axes = [dim.axis for dim in slot.dims[self._leading :]]
         # Einops needs distinct names: the second `embed` of a square is `embed2`
         dims = [f"{axis}2" if axis in axes[:i] else axis for i, axis in enumerate(axes)]
         sizes = {name: table.size(axis) for name, axis in zip(dims, axes, strict=True)}

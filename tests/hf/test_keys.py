@@ -129,6 +129,9 @@ BASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "phi3": ("phi3", {}, ALL),
     "phi3 long": ("phi3 long", {}, ROTARY),
     "smollm3": ("smollm3 window", {}, ALL),
+    "mixtral": ("mixtral", {}, ALL),
+    "olmoe": ("olmoe", {}, ALL),
+    "qwen3_moe": ("qwen3_moe window", {}, ALL),
     "gpt_neox": ("gpt_neox", {}, ALL),
     "gpt_neox old": (
         "gpt_neox",

@@ -90,6 +90,17 @@ CASES: dict[str, tuple[Any, str]] = {
     "smollm3 window": decoder(
         "SmolLM3", use_sliding_window=True, sliding_window=5, tie_word_embeddings=False
     ),
+    "mixtral": decoder("Mixtral", num_local_experts=3, sliding_window=7, head_dim=12),
+    "mixtral all": decoder("Mixtral", num_local_experts=4, num_experts_per_tok=4),
+    "olmoe": decoder("Olmoe", num_experts=5, num_experts_per_tok=2, attention_bias=True),
+    "qwen3_moe": decoder(
+        "Qwen3Moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=12
+    ),
+    "qwen3_moe window": decoder(
+        "Qwen3Moe",
+        **dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24),
+        **dict(norm_topk_prob=True, use_sliding_window=True, sliding_window=5, head_dim=12),
+    ),
     "gpt_neox": decoder("GPTNeoX"),
     "gpt_neox serial": decoder(
         "GPTNeoX", use_parallel_residual=False, rotary_pct=0.5, attention_bias=False
@@ -189,6 +200,7 @@ def test_parity_in_and_out(name: str, tmp_path: Path):
 
 # Of every family of decoders, one or two members; copies with random shares, so that all of them learn
 GROWN = ("qwen2", "qwen3", "mistral", "olmo2", "gemma2", "gemma3", "phi3", "smollm3", "gpt_neox")
+GROWN += ("mixtral", "olmoe", "qwen3_moe")
 
 
 @pytest.mark.parametrize("name", GROWN)
