@@ -29,12 +29,12 @@ from growjax.data.order import blocks_used as blocks_used
 from growjax.data.order import windows_per_block as windows_per_block
 from growjax.data.sources import JSONL as JSONL
 from growjax.data.sources import Document as Document
-from growjax.data.sources import HuggingFace as HuggingFace
-from growjax.data.sources import Parquet as Parquet
 from growjax.data.sources import Source as Source
 from growjax.data.sources import StandardLibrary as StandardLibrary
 from growjax.data.sources import Text as Text
 from growjax.data.sources import Tokens as Tokens
+from growjax.data.tables import HuggingFace as HuggingFace
+from growjax.data.tables import Parquet as Parquet
 from growjax.data.tokenizers import ByteTokenizer as ByteTokenizer
 from growjax.data.tokenizers import Tokenizer as Tokenizer
 from growjax.data.tokenizers import load_tokenizer as load_tokenizer

@@ -5,13 +5,11 @@ stop the reading at once: it goes on until it has the first few faults, and repo
 """
 
 import dataclasses
-import gzip
 import hashlib
 import importlib
 import json
 import sys
 import sysconfig
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -19,6 +17,16 @@ from typing import Annotated, Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Int
 
+from growjax.data.files import (
+    DataFile,
+    checksums,
+    compressed,
+    find,
+    is_url,
+    line_ends,
+    pieces,
+    stamps,
+)
 from growjax.errors import DataError, raise_all
 from growjax.values import File, Range, base, check, register
 
@@ -54,63 +62,103 @@ class Source(Protocol):
         ...
 
 
+class FileSource:
+    """The part that sources of files have in common; a subclass has `_files` and `_read`.
+
+    Besides the methods of `Source`, it has those that let a cache go by what the files hold.
+    """
+
+    def documents(self) -> Iterator[Document]:
+        return checked(self, self._read())
+
+    def fingerprint(self) -> str:
+        return digest(repr(self), *stamps(self.files()))
+
+    def content(self) -> str:
+        """A string that changes when the documents do, and not when their files are moved or touched.
+
+        All files are read, unless they are at a URL whose file system tells their checksums.
+        """
+        return digest(self._options(), *checksums(self.files()))
+
+    def files(self) -> list[DataFile]:
+        """The files of the source, in the order in which they are read."""
+        raise NotImplementedError
+
+    def _options(self) -> str:
+        """The source without the place of its files."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # pyright: ignore
+        return repr((type(self).__name__, {k: v for k, v in fields.items() if k != "path"}))
+
+    def _read(self) -> Iterator[Document | str]:
+        """The documents, and in place of a document that has a fault a text that describes it."""
+        raise NotImplementedError
+
+
 @register
 @dataclasses.dataclass(frozen=True)
-class Text:
-    """Text files in UTF-8, one document a file.
+class Text(FileSource):
+    """Text files in UTF-8, one document a file; `.gz`, `.bz2`, `.xz` and `.zst` are unpacked.
 
     **Arguments**
 
-    - `path`: a file, or a folder, which is searched with its subfolders. Hidden files are left out.
+    - `path`: a file; a folder, which is searched with its subfolders; or a pattern of either, such as
+      `books/*.txt`. On this machine, or at a URL that fsspec opens (`gs://`, `s3://`, `hf://`). Hidden
+      files are left out.
     - `glob`: the pattern of the files of a folder.
-    - `split`: the text that separates the documents of a file; None for one document a file.
+    - `split`: the text that separates the documents of a file; None for one document a file. The ends of
+      lines in it stand for those of Unix, Windows and old Macs.
 
     **Example**
 
         Text("books", glob="*.txt")
+        Text("gs://corpora/wiki-*.txt.zst", split="\\n\\n")
     """
 
     path: File
     glob: Annotated[str, Range("a pattern such as *.txt", _is_pattern)] = "*"
-    split: str | None = None
+    split: Annotated[str, Range("the text between two documents", bool)] | None = None
 
     def __post_init__(self):
         check(self, DataError)
 
-    def documents(self) -> Iterator[Document]:
-        return _checked(self, self._read())
-
-    def fingerprint(self) -> str:
-        return _stat(self, _files(self.path, self.glob))
+    def files(self) -> list[DataFile]:
+        return find(self.path, self.glob)
 
     def _read(self) -> Iterator[Document | str]:
-        if self.split == "":
-            raise DataError("split: expected the text between two documents, got an empty one")
-        for name, file in _files(self.path, self.glob):
-            line, pieces = 1, _pieces(file, self.split)
-            for n, piece in enumerate(pieces):
-                fault = _utf8_fault(piece)
-                if fault is not None:
-                    at = line + piece.count(b"\n", 0, fault)
-                    yield f"{file}, line {at}: byte 0x{piece[fault]:02x} is not UTF-8"
+        for file in self.files():
+            with file.opened() as stream:
+                if self.split is None:
+                    parts = iter([(stream.read(), b"")])
                 else:
-                    yield Document(name if self.split is None else f"{name}#{n}", piece)
-                line += piece.count(b"\n") + (self.split or "").count("\n")
+                    parts = pieces(stream, self.split)
+                line = 1
+                for n, (part, separator) in enumerate(parts):
+                    fault = _utf8_fault(part)
+                    if fault is not None:
+                        at = line + line_ends(part[:fault])
+                        yield f"{file.path}, line {at}: byte 0x{part[fault]:02x} is not UTF-8"
+                    else:
+                        yield Document(
+                            file.name if self.split is None else f"{file.name}#{n}", part
+                        )
+                    line += line_ends(part) + line_ends(separator)
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class JSONL:
-    """Files of one JSON object a line, one document each; `.gz` is unpacked while reading.
+class JSONL(FileSource):
+    """Files of one JSON object a line, one document each; compressed files are unpacked, as in `Text`.
 
     **Arguments**
 
-    - `path`: a file, or a folder with `*.jsonl`, `*.json` or either of them with `.gz`.
+    - `path`: a file; a folder with `*.jsonl` or `*.json`, which may be compressed; or a pattern of
+      either. On this machine or at a URL, as in `Text`.
     - `field`: the key of the text in the object.
 
     **Example**
 
-        JSONL("c4/train-00000.jsonl.gz")
+        JSONL("c4/train-*.jsonl.gz")
     """
 
     path: File
@@ -119,82 +167,24 @@ class JSONL:
     def __post_init__(self):
         check(self, DataError)
 
-    def documents(self) -> Iterator[Document]:
-        return _checked(self, self._read())
-
-    def fingerprint(self) -> str:
-        return _stat(self, self._files())
-
-    def _files(self) -> list[tuple[str, Path]]:
-        return _files(self.path, "*.jsonl", "*.json", "*.jsonl.gz", "*.json.gz")
+    def files(self) -> list[DataFile]:
+        return find(self.path, *compressed("*.jsonl", "*.json"))
 
     def _read(self) -> Iterator[Document | str]:
-        for name, file in self._files():
-            opened = gzip.open(file) if file.suffix == ".gz" else file.open("rb")
-            with opened as lines:
+        for file in self.files():
+            with file.opened() as lines:
                 for n, line in enumerate(lines, 1):
                     if not line.strip():
                         continue
                     try:
-                        yield Document(f"{name}:{n}", _field(line, self.field))
+                        yield Document(f"{file.name}:{n}", _field(line, self.field))
                     except _Fault as fault:
-                        yield f"{file}, line {n}: {fault}"
+                        yield f"{file.path}, line {n}: {fault}"
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Parquet:
-    """Parquet files, one document a row. Needs `pyarrow`: `pip install 'growjax[data]'`.
-
-    **Arguments**
-
-    - `path`: a file, or a folder with `*.parquet`.
-    - `field`: the column of the text.
-
-    **Example**
-
-        Parquet("fineweb/sample", field="text")
-    """
-
-    path: File
-    field: str = "text"
-
-    def __post_init__(self):
-        check(self, DataError)
-
-    def documents(self) -> Iterator[Document]:
-        return _checked(self, self._read())
-
-    def fingerprint(self) -> str:
-        return _stat(self, _files(self.path, "*.parquet"))
-
-    def _read(self) -> Iterator[Document | str]:
-        files = _files(self.path, "*.parquet")
-        parquet = _library("pyarrow.parquet", self)
-        for name, file in files:
-            try:
-                table = parquet.ParquetFile(file)
-            except Exception as error:  # pyarrow raises a dozen types
-                yield f"{file}: {error}"
-                continue
-            with table:
-                columns = table.schema_arrow.names
-                if self.field not in columns:
-                    yield f"{file}: no column {self.field!r}; its columns are {', '.join(columns)}"
-                    continue
-                row = 0
-                for batch in table.iter_batches(batch_size=256, columns=[self.field]):
-                    for value in batch.column(0).to_pylist():
-                        if isinstance(value, str):
-                            yield Document(f"{name}:{row}", value)
-                        else:
-                            yield f"{file}, row {row}: {self.field!r} is {_kind(value)}, not text"
-                        row += 1
-
-
-@register
-@dataclasses.dataclass(frozen=True)
-class Tokens:
+class Tokens(FileSource):
     """Text that is tokenised already; the tokens are used as they are, without added separators.
 
     **Arguments**
@@ -214,11 +204,15 @@ class Tokens:
     def __post_init__(self):
         check(self, DataError)
 
-    def documents(self) -> Iterator[Document]:
-        return _checked(self, self._read())
-
-    def fingerprint(self) -> str:
-        return _stat(self, [(f.name, f) for f in self._paths() if f.exists()])
+    def files(self) -> list[DataFile]:
+        if is_url(self.path):
+            raise DataError(
+                f"{self.path}: tokens are mapped into memory; copy the file to this machine"
+            )
+        files = [DataFile(path.name, str(path)) for path in self._paths() if path.exists()]
+        if not files:
+            raise DataError(f"{self._paths()[0]}: expected a NumPy file of integers, got none")
+        return files
 
     def _paths(self) -> tuple[Path, ...]:
         """The file of tokens, and for a folder that of offsets, which may not exist."""
@@ -226,6 +220,7 @@ class Tokens:
         return (path / "tokens.npy", path / "starts.npy") if path.is_dir() else (path,)
 
     def _read(self) -> Iterator[Document | str]:
+        self.files()  # refuses a URL
         path = self._paths()[0]
         tokens = _integers(path)
         starts = self._starts(tokens)
@@ -255,73 +250,7 @@ class Tokens:
 
 @register
 @dataclasses.dataclass(frozen=True)
-class HuggingFace:
-    """A split of a data set of the library `datasets`: `pip install 'growjax[data]'`.
-
-    **Arguments**
-
-    - `name`: the name of the data set; or a local folder of data files, or one saved by `save_to_disk`.
-    - `split`: such as `"train"` or `"train[:10%]"`. For a saved folder, the split in it, if any.
-    - `field`: the column of the text.
-    - `config`, `revision`: the variant of the data set, and its version.
-
-    **Example**
-
-        HuggingFace("roneneldan/TinyStories", split="train")
-    """
-
-    name: str
-    split: str = "train"
-    field: str = "text"
-    config: str | None = None
-    revision: str | None = None
-
-    def __post_init__(self):
-        check(self, DataError)
-
-    def documents(self) -> Iterator[Document]:
-        return _checked(self, self._read())
-
-    def fingerprint(self) -> str:
-        path = Path(self.name)
-        if path.exists():
-            return _stat(self, _files(self.name, "*"))
-        # The library's own fingerprint of a data set, which has no public name
-        rows = self._load()
-        return _digest(repr(self), getattr(rows, "_fingerprint", ""), str(len(rows)))
-
-    def _load(self) -> Any:
-        datasets, path = _library("datasets", self), Path(self.name)
-        try:
-            if (path / "state.json").exists():
-                return datasets.load_from_disk(self.name)
-            if (path / "dataset_dict.json").exists():
-                return datasets.load_from_disk(self.name)[self.split]
-            return datasets.load_dataset(
-                self.name, self.config, split=self.split, revision=self.revision
-            )
-        except Exception as error:  # the network, a cache or a builder may raise anything
-            raise DataError(
-                f"{self.name} (split {self.split!r}): the library datasets cannot load it: {error}"
-            ) from error
-
-    def _read(self) -> Iterator[Document | str]:
-        rows = self._load()
-        if self.field not in rows.column_names:
-            columns = ", ".join(rows.column_names)
-            yield f"{self.name}: no column {self.field!r}; its columns are {columns}"
-            return
-        for n, row in enumerate(rows.select_columns([self.field])):
-            value = row[self.field]
-            if isinstance(value, str):
-                yield Document(f"{self.split}:{n}", value)
-            else:
-                yield f"{self.name}, row {n}: {self.field!r} is {_kind(value)}, not text"
-
-
-@register
-@dataclasses.dataclass(frozen=True)
-class StandardLibrary:
+class StandardLibrary(FileSource):
     """The sources and help topics of this Python's standard library, which need no download.
 
     **Example**
@@ -329,15 +258,25 @@ class StandardLibrary:
         next(StandardLibrary().documents()).name     # '__future__.py'
     """
 
-    def documents(self) -> Iterator[Document]:
-        return _checked(self, self._read())
+    def files(self) -> list[DataFile]:
+        # Installed packages and tests differ from machine to machine, and tests are half of the bytes.
+        excluded = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = []
+        for path in root.rglob("*.py"):
+            name = path.relative_to(root)
+            if not excluded & set(name.parts) and name.parts[0] != "pydoc_data":
+                files.append(DataFile(name.as_posix(), str(path)))
+        return sorted(files, key=lambda file: file.name)
 
-    def fingerprint(self) -> str:
-        return _stat(self, _library_files(), sys.version)
+    def _options(self) -> str:
+        # For the help topics, which are in no file
+        return f"StandardLibrary {sys.version}"
 
     def _read(self) -> Iterator[Document | str]:
-        for name, file in _library_files():
-            yield Document(name, file.read_bytes())
+        for file in self.files():
+            with file.opened() as stream:
+                yield Document(file.name, stream.read())
         try:
             topics = importlib.import_module("pydoc_data.topics").topics
         except ImportError:
@@ -346,23 +285,10 @@ class StandardLibrary:
             yield Document(f"topics/{name}.txt", text)
 
 
-def _library_files() -> list[tuple[str, Path]]:
-    """The names and paths of the source files of the standard library."""
-    # Installed packages and tests differ from machine to machine, and tests are half of the bytes.
-    excluded = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = []
-    for file in root.rglob("*.py"):
-        name = file.relative_to(root)
-        if not excluded & set(name.parts) and name.parts[0] != "pydoc_data":
-            files.append((name.as_posix(), file))
-    return sorted(files)
+# Reading -----------------------------------------------------------------------------------------
 
 
-# Reading: a `_read` yields a string in place of a document that has a fault -----------------------
-
-
-def _checked(source: Source, items: Iterator[Document | str]) -> Iterator[Document]:
+def checked(source: Any, items: Iterator[Document | str]) -> Iterator[Document]:
     """Pass documents on until the first fault, which is a string; raise it with the next few."""
     faults: list[str] = []
     empty = True
@@ -375,46 +301,27 @@ def _checked(source: Source, items: Iterator[Document | str]) -> Iterator[Docume
                 yield item
             if len(faults) == _SHOWN_FAULTS:
                 break
-    except (OSError, EOFError, zlib.error) as error:  # the last two from a truncated .gz
-        file, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
-        faults.append(f"{file or 'a file'}: {reason or error}")
+    except OSError as error:
+        faults.append(f"{error.filename or 'a file'}: {error.strerror or error}")
     raise_all(DataError, f"{source} cannot be read:", faults)
     if empty:
         raise DataError(f"{source}: expected at least one document that is not empty, got none")
 
 
-def _files(path: str, *globs: str) -> list[tuple[str, Path]]:
-    """`(name, file)` of a file, or of the files of a folder that are not hidden, sorted by name.
-
-    Names are paths relative to the folder.
-    """
-    root = Path(path)
-    if root.is_file():
-        return [(root.name, root)]
-    if not root.is_dir():
-        raise DataError(f"{path}: expected a file or a folder, got neither")
-    files = {}
-    for glob in globs:
-        for file in root.rglob(glob):
-            name = file.relative_to(root)
-            if file.is_file() and not any(part.startswith(".") for part in name.parts):
-                files[name.as_posix()] = file
-    if not files:
-        raise DataError(f"{path}: expected files like {' or '.join(globs)}, got none")
-    return sorted(files.items())
+def text_fault(value: Any) -> str | None:
+    """Why a value is no text, or None: it may be of another type, or hold half of a character."""
+    if not isinstance(value, str):
+        return f"is {'null' if value is None else f'a {type(value).__name__}'}, not text"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        return f"has U+{code:04X} at character {error.start}: half of a surrogate pair is not text"
+    return None
 
 
-def _pieces(file: Path, split: str | None) -> Iterator[bytes]:
-    """A whole file, or its parts between separators, without holding all of them in memory."""
-    with file.open("rb") as opened:
-        if split is None:
-            yield opened.read()
-            return
-        rest = b""  # the beginning of a part that ends in a later chunk
-        while chunk := opened.read(1 << 20):
-            *complete, rest = (rest + chunk).split(split.encode())
-            yield from complete
-        yield rest
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
 def _utf8_fault(data: bytes) -> int | None:
@@ -438,12 +345,16 @@ def _field(line: bytes, field: str) -> str:
         raise _Fault(f"byte 0x{line[error.start]:02x} is not UTF-8") from error
     except json.JSONDecodeError as error:
         raise _Fault(f"{error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        # An integer of thousands of digits, or thousands of values in each other
+        raise _Fault(f"Python cannot read it: {error}") from error
     if not isinstance(record, dict):
-        raise _Fault(f"expected an object, got {_kind(record)}")
+        raise _Fault(f"expected an object, got a {type(record).__name__}")
     if field not in record:
         raise _Fault(f"no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}")
-    if not isinstance(record[field], str):
-        raise _Fault(f"{field!r} is {_kind(record[field])}, not text")
+    fault = text_fault(record[field])
+    if fault is not None:
+        raise _Fault(f"{field!r} {fault}")
     return record[field]
 
 
@@ -465,32 +376,3 @@ def _indices(tokens: np.ndarray, value: int) -> np.ndarray:
     size = 1 << 24
     parts = [np.flatnonzero(tokens[i : i + size] == value) + i for i in range(0, len(tokens), size)]
     return np.concatenate([np.zeros(0, np.int64), *parts])
-
-
-def _library(name: str, source: Source) -> Any:
-    """An optional module, or `DataError` that names the extra to install."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        library = name.partition(".")[0]
-        raise DataError(
-            f"{source}: reading it needs {library}; pip install 'growjax[data]'"
-        ) from error
-
-
-def _kind(value: Any) -> str:
-    """The type of a value, for messages."""
-    return "null" if value is None else f"a {type(value).__name__}"
-
-
-def _stat(source: Source, files: list[tuple[str, Path]], *more: str) -> str:
-    """The fingerprint of a source from the names, sizes and modification times of its files."""
-    lines = []
-    for name, file in files:
-        stat = file.stat()
-        lines.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
-    return _digest(repr(source), *more, *lines)
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
