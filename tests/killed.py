@@ -20,15 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import growjax as gj
+from growjax.data import Blended, ByteTokenizer, Corpus
 from growjax.runs import checkpoint, saves
 from growjax.train import (
     Begin,
     Branch,
+    CorpusFeed,
     End,
     Growth,
     Options,
     Plan,
     Schedule,
+    Stage,
     Step,
     Warmup,
     branches,
@@ -36,16 +39,29 @@ from growjax.train import (
 )
 from growjax.train import session as loop
 from growjax.train.commands import INTERRUPTED, STOPPED
-from tests.runs import feed, plan, steps
+from tests.runs import BATCH, TEXT, TOKENS, plan, steps
 
 
 def short() -> Plan:
-    """Growth behind gates that open over four steps, then layers on top: 3 + 6 + 3 steps."""
+    """Growth behind gates that open over four steps, then layers on top: 3 + 6 + 3 steps.
+
+    The batch of the last stage is half that of the others.
+    """
     return plan(
         steps(3, "small"),
         steps(6, "ramp", grow=gj.msg(mlp=24, heads=4), ramp=4),
-        steps(3, "deep", grow=gj.stack(layers=4, order="top")),
+        Stage(
+            "deep", tokens=3 * TOKENS // 2, batch=BATCH // 2, grow=gj.stack(layers=4, order="top")
+        ),
     )
+
+
+def blended(of: Plan) -> CorpusFeed:
+    """The text of `feed` in three parts that are mixed by weight."""
+    tokenizer, documents = ByteTokenizer(), TEXT.split(". ")
+    parts = [Corpus.of(documents[n::3], tokenizer) for n in range(3)]
+    mixed = Blended(tuple(parts), (0.5, 0.3, 0.2), ("a", "b", "c"))
+    return CorpusFeed(of, mixed, mixed)
 
 
 def tree(folder: Path) -> list[Branch]:
@@ -128,7 +144,7 @@ def trained(of: Plan, run: Path, save_at: tuple[int, ...], doom: Doom) -> int:
     """One session of one run."""
     status = 1
     options = Options(held_out=4, save_every=2, save_at=save_at)
-    for record in train(of, feed(of), run=run, options=options):
+    for record in train(of, blended(of), run=run, options=options):
         if isinstance(record, Begin):
             doom.begin()
         if isinstance(record, End):

@@ -51,6 +51,11 @@ def contents(source: Any) -> dict[str, Any]:
     return {name: content for name, content in source.documents()}
 
 
+def folders(cache: Path) -> list[Path]:
+    """The folders of corpora in a cache, without what is its own."""
+    return [path for path in cache.iterdir() if not path.name.startswith(".")]
+
+
 @pytest.fixture
 def books(tmp_path):
     """Forty documents, of which the CRC-32 holds some out."""
@@ -368,7 +373,8 @@ def test_a_cache_is_made_once_and_anew_for_anything_else(books, tmp_path, monkey
     assert (books / "1.txt").stat().st_size == before.st_size
     training, _ = prepare(source, BYTES, cache)
     assert "Changed " in BYTES.decode(training.tokens)
-    assert len(list(cache.iterdir())) == 4  # and nothing half-made is left
+    assert len(folders(cache)) == 4
+    assert not list(cache.glob(".making-*"))
 
 
 def test_something_is_always_held_out(tmp_path):
@@ -377,6 +383,7 @@ def test_something_is_always_held_out(tmp_path):
     assert BYTES.decode(training.tokens) == "one<eos>"
     assert BYTES.decode(held_out.tokens) == "two<eos>"
     (tmp_path / "a/1.txt").unlink()
+    (tmp_path / "a/0.txt").write_text("o")
     with pytest.raises(DataError, match="one to hold out, got 1 in all"):
         prepare(Text(str(tmp_path / "a")), BYTES, tmp_path / "c")
     with pytest.raises(DataError, match="held_out: expected 2 or more"):
@@ -387,7 +394,7 @@ def test_a_source_with_a_fault_leaves_no_cache(books, tmp_path):
     (books / "5.txt").write_bytes(b"\xff")
     with pytest.raises(DataError, match="5.txt, line 1"):
         prepare(Text(str(books)), BYTES, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert folders(tmp_path / "cache") == list((tmp_path / "cache").glob(".making-*")) == []
 
 
 def test_tokens_are_taken_as_they_are(tmp_path):
@@ -396,8 +403,8 @@ def test_tokens_are_taken_as_they_are(tmp_path):
     assert training.tokens.tolist() + held_out.tokens.tolist() == [5, 6, 0, 7, 0, 8, 9]
     with pytest.raises(DataError, match="was given as tokens"):
         training.bits_per_byte(1.0)
-    np.save(tmp_path / "t.npy", np.array([5, 384]))
-    with pytest.raises(DataError, match="expected tokens from 0 to 383, got 5 to 384"):
+    np.save(tmp_path / "t.npy", np.array([5, 384, 0, 7]))
+    with pytest.raises(DataError, match="t.npy:0: expected tokens from 0 to 383, got 0 to 384"):
         prepare(Tokens(str(tmp_path / "t.npy")), BYTES, tmp_path / "c")
 
 
@@ -424,7 +431,7 @@ def flip(path: Path):
 def test_a_damaged_cache_is_refused(books, tmp_path, part, name, damage, fault, sizes_tell):
     source, cache = Text(str(books)), tmp_path / "cache"
     prepare(source, BYTES, cache)
-    (folder,) = cache.iterdir()
+    (folder,) = folders(cache)
     damage(folder / part / name)
     with pytest.raises(DataError, match=f"{part}/{name}: .*{fault}"):
         prepare(source, BYTES, cache)
@@ -438,7 +445,7 @@ def test_a_damaged_cache_is_refused(books, tmp_path, part, name, damage, fault, 
 def test_a_changed_manifest_is_refused(books, tmp_path):
     source, cache = Text(str(books)), tmp_path / "cache"
     prepare(source, BYTES, cache)
-    (folder,) = cache.iterdir()
+    (folder,) = folders(cache)
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["parts"]["training"]["bytes"] += 1
@@ -468,4 +475,4 @@ def test_two_processes_may_prepare_the_same_corpus(books, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(digests) == 4 and len(set(digests)) == 1 and len(list(cache.iterdir())) == 1
+    assert len(digests) == 4 and len(set(digests)) == 1 and len(folders(cache)) == 1

@@ -120,6 +120,65 @@ def train(
     )
 
 
+def prepare(
+    data: tyro.conf.Positional[tuple[str, ...]] = (),
+    plan: Path | None = None,
+    cache: Path = Path("runs/cache"),
+    tokenizer: str = "bytes",
+    validation: str | None = None,
+    held_out: int = 20,
+    split: str | None = None,
+    field: str | None = None,
+    allow: Allow = (),
+) -> None:
+    """Tokenise text once, into a cache that runs share, and print how a plan names it.
+
+    `train` does the same when it starts, if it was not done before. With a cache that was prepared
+    elsewhere and copied, a run needs no text at all.
+
+    Args:
+        data: A file, a folder, a pattern in quotes such as "books/*.txt.gz", or a URL (gs://, s3://,
+            hf://). Text, JSONL or Parquet by the names of the files.
+        plan: A plan whose data, validation and tokenizer to prepare, instead of DATA.
+        cache: The folder to write to. `train --run runs/NAME` looks into runs/cache.
+        tokenizer: "bytes", or the path of a file of the library tokenizers.
+        validation: The text to hold out, given as DATA is; all of DATA is trained on then.
+        held_out: One document in so many is held out, unless there is --validation.
+        split: The text between two documents of a file; by default a file is one document.
+        field: The field or column of the text in JSONL and Parquet; by default text.
+    """
+    allow_packages(allow)
+    from growjax.errors import DataError
+
+    if len(data) + (plan is not None) != 1:
+        raise DataError(
+            "prepare: expected one of DATA and --plan; several files are a pattern in quotes, such as "
+            "'books/*.txt'"
+        )
+
+    from rich.console import Console
+
+    from growjax.train.planfile import read_plan
+    from growjax.train.preparing import prepare_paths, prepare_plan
+
+    console = Console()
+    if plan is not None:
+        prepare_plan(read_plan(plan), cache, console)
+        return
+    # The escapes of a shell's string, which "\\n" is easiest to write in
+    cut = None if split is None else split.replace("\\n", "\n").replace("\\t", "\t")
+    prepare_paths(
+        data[0],
+        cache,
+        tokenizer=tokenizer,
+        validation=validation,
+        held_out=held_out,
+        split=cut,
+        field=field,
+        console=console,
+    )
+
+
 def plan(
     plan: tyro.conf.Positional[Path],
     change: tuple[str, ...] = (),

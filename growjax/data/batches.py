@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from growjax.data.blend import Blended, corpora_of, shares_of
 from growjax.data.corpus import Corpus
 from growjax.data.objectives import Example, Objective, Window
 from growjax.data.order import blocks_of, blocks_used, windows_per_block
@@ -25,7 +26,8 @@ class Batches:
 
     **Arguments**
 
-    - `corpus`, `objective`: the tokens, and how examples are made from windows of them.
+    - `corpus`, `objective`: the tokens, and how examples are made from windows of them. `Blended` is
+      several corpora, each block from one of them.
     - `batch`: rows of a step, on all hosts together.
     - `block`: the number of tokens that are shuffled as one unit: the longest `raw_length` of all stages
       of a run (None is that of this stage). It must be the same in all stages; otherwise parts of the
@@ -44,7 +46,7 @@ class Batches:
         second.batch_at(0)["tokens"].shape     # (8, 1024)
     """
 
-    corpus: Corpus
+    corpus: Corpus | Blended
     objective: Objective
     batch: int
     block: int | None = None
@@ -178,12 +180,13 @@ def _end(batches: list[Any]) -> None:
     batches.pop().close()
 
 
-def held_out_batch(corpus: Corpus, objective: Objective, rows: int) -> Example:
+def held_out_batch(corpus: Corpus | Blended, objective: Objective, rows: int) -> Example:
     """A batch of evenly spaced windows with fixed draws: the same for every seed, stage and run.
 
     **Arguments**
 
-    - `corpus`: the held-out corpus.
+    - `corpus`: the held-out corpus. Of several that are mixed by weight, each has its share of the
+      windows, those of the first one before those of the next (`held_out_shares`).
     - `rows`: how many windows. They overlap if the corpus is small.
 
     Raises `DataError` if the corpus is shorter than a window, or if its vocabulary lacks tokens that the
@@ -197,18 +200,43 @@ def held_out_batch(corpus: Corpus, objective: Objective, rows: int) -> Example:
     faults = list(_fit_faults(corpus, objective))
     if rows < 1:
         faults.append(f"rows: expected 1 or more, got {rows}")
-    if len(corpus) < length:
-        faults.append(f"corpus: expected the {length} tokens of a window, got {len(corpus)}")
+    for part in corpora_of(corpus):
+        if len(part) < length:
+            faults.append(f"corpus: expected the {length} tokens of a window, got {len(part)}")
     raise_all(DataError, "no held-out batch can be made:", faults)
     examples = []
-    for row, start in enumerate(np.linspace(0, len(corpus) - length, rows).astype(int).tolist()):
-        stop = start + length
-        window = Window(corpus.read(start, stop), corpus.documents(start, stop))
-        examples.append(objective(window, corpus.vocabulary, np.random.default_rng([0, row])))
+    for part, count in zip(corpora_of(corpus), held_out_shares(corpus, rows), strict=True):
+        for start in np.linspace(0, len(part) - length, count).astype(int).tolist():
+            stop = start + length
+            window = Window(part.read(start, stop), part.documents(start, stop))
+            rng = np.random.default_rng([0, len(examples)])
+            examples.append(objective(window, part.vocabulary, rng))
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-def _fit_faults(corpus: Corpus, objective: Objective) -> Iterator[str]:
+def held_out_shares(corpus: Corpus | Blended, rows: int) -> list[int]:
+    """How many of some held-out windows are from each corpus: its share by weight, rounded.
+
+    **Example**
+
+        held_out_shares(Blended((books, web), (0.7, 0.3), ("books", "web")), 10)     # [7, 3]
+    """
+    shares = np.cumsum(shares_of(corpus))
+    # Rounded sums differ by whole numbers that sum to `rows`
+    return np.diff([0, *np.round(rows * shares / shares[-1]).astype(int)]).tolist()
+
+
+def disjoint_windows(corpus: Corpus | Blended, objective: Objective) -> int:
+    """The most windows of a held-out batch that do not overlap; at least 1."""
+    most = []
+    shares = shares_of(corpus)
+    for part, share in zip(corpora_of(corpus), shares, strict=True):
+        windows = (len(part) - objective.lookahead) // objective.raw_length
+        most.append(windows * sum(shares) // share)
+    return max(min(most), 1)
+
+
+def _fit_faults(corpus: Corpus | Blended, objective: Objective) -> Iterator[str]:
     """The special tokens and sentinels that the objective needs and the corpus lacks, as one fault."""
     try:
         name = type(objective).__name__
@@ -240,6 +268,8 @@ def _faults(batches: Batches) -> Iterator[str]:
             f"block: expected at least the {raw} tokens of a window, got {block}; take the longest "
             "raw_length of all stages"
         )
-    elif not blocks_of(len(b.corpus), block):
-        yield f"corpus: expected at least {block + 1} tokens, for one block, got {len(b.corpus)}"
+    else:
+        for part in corpora_of(b.corpus):
+            if not blocks_of(len(part), block):
+                yield f"corpus: expected at least {block + 1} tokens, for one block, got {len(part)}"
     yield from _fit_faults(b.corpus, b.objective)

@@ -3,8 +3,12 @@
 The tokens are cut into *blocks*, which are shuffled anew in every epoch. A batch takes the *windows* of
 blocks, one after the other. The position of a run in its corpus is one integer, the *cursor*: how many
 blocks it has used. It does not depend on the batch size and the sequence length, so both may change from
-stage to stage.
+stage to stage. With several corpora, the number of a block also says which corpus it is from.
 """
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
 
 from growjax.errors import DataError, raise_all
 
@@ -47,6 +51,43 @@ def blocks_used(steps: int, *, batch: int, block: int, raw_length: int) -> int:
     if steps < 0:
         raise DataError(f"steps: expected 0 or more, got {steps}")
     return -(-steps * batch // windows_per_block(block, raw_length))  # rounded up
+
+
+def proportions(weights: Sequence[float]) -> tuple[int, ...]:
+    """The smallest integers in the ratio of some weights, which are rounded to fractions of 10**6.
+
+    **Example**
+
+        proportions((0.5, 0.3, 0.2))     # (5, 3, 2)
+    """
+    total = math.fsum(weights)
+    parts = [Fraction(weight / total).limit_denominator(10**6) for weight in weights]
+    scale = math.lcm(*(part.denominator for part in parts))
+    # At least 1: a weight below 10**-6 of the sum
+    whole = [max(int(part * scale), 1) for part in parts]
+    factor = math.gcd(*whole)
+    return tuple(n // factor for n in whole)
+
+
+def corpus_of(index: int, shares: Sequence[int]) -> tuple[int, int]:
+    """The corpus that a block comes from, and its number among those of that corpus.
+
+    Of the first n blocks, corpus i has n * shares[i] / sum(shares), to within one for each corpus.
+
+    **Example**
+
+        [corpus_of(i, (2, 1))[0] for i in range(6)]     # [1, 0, 0, 1, 0, 0]
+    """
+    rest = sum(shares)
+    # Each corpus in turn takes its share of the blocks that those before it have left. The block is from
+    # the corpus that has one more of the first `after` blocks than of the first `before`.
+    before, after = index, index + 1
+    for n, share in enumerate(shares):
+        left_before, left_after = before * (rest - share) // rest, after * (rest - share) // rest
+        if before - left_before != after - left_after:
+            return n, before - left_before
+        rest, before, after = rest - share, left_before, left_after
+    raise AssertionError("the last corpus takes all that is left")
 
 
 def _positive(**sizes: int) -> None:

@@ -12,18 +12,27 @@ from typing import Any
 import grain
 import numpy as np
 
+from growjax.data.blend import Blended, corpora_of, shares_of
 from growjax.data.corpus import Corpus
 from growjax.data.objectives import Example, Objective, Window
-from growjax.data.order import blocks_of, windows_per_block
+from growjax.data.order import blocks_of, corpus_of, windows_per_block
 
 
-def examples(corpus: Corpus, objective: Objective, block: int, seed: int) -> grain.MapDataset:
+def examples(
+    corpus: Corpus | Blended, objective: Objective, block: int, seed: int
+) -> grain.MapDataset:
     """The infinite examples of a run; index i is window i % w of block i // w, with w in each block."""
     # Grain shuffles epoch e by seed + e: without mixing, seed 1 would begin with seed 0's second epoch
     order, draws = np.random.SeedSequence(seed).generate_state(2).tolist()
-    blocks = grain.MapDataset.range(blocks_of(len(corpus), block)).shuffle(seed=order).repeat()
+    orders = []
+    for n, part in enumerate(corpora_of(corpus)):
+        if n:
+            order = int(np.random.SeedSequence([seed, n]).generate_state(1)[0])
+        numbers = grain.MapDataset.range(blocks_of(len(part), block))
+        orders.append(numbers.shuffle(seed=order).repeat())
+    blocks = _Blocks(orders, shares_of(corpus))
     windows = _Windows(blocks, windows_per_block(block, objective.raw_length))
-    read = functools.partial(_read, corpus, objective, block)
+    read = functools.partial(_read, corpora_of(corpus), objective, block)
     return windows.map(read).random_map(functools.partial(_draw, corpus, objective), seed=draws)
 
 
@@ -41,6 +50,23 @@ def batches(parent: grain.MapDataset, batch: int, threads: int) -> grain.IterDat
 def ahead(batches: grain.IterDataset, buffer: int) -> Any:
     """An iterator over batches that its own thread prepares, at most `buffer` ahead."""
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=buffer))
+
+
+class _Blocks(grain.MapDataset):
+    """Pairs `(corpus, block)`: the blocks of each corpus in its order, mixed by their shares."""
+
+    def __init__(self, parents: list[grain.MapDataset], shares: tuple[int, ...]):
+        super().__init__(parents)
+        self._shares = shares
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        corpus, number = corpus_of(index, self._shares)
+        return corpus, self._parents[corpus][number]
 
 
 class _Windows(grain.MapDataset):
@@ -78,14 +104,18 @@ class _Rows(grain.MapDataset):
         return self._parent[self._first + n * self._batch + k]
 
 
-def _read(corpus: Corpus, objective: Objective, block: int, at: tuple[int, int]) -> Window:
-    """The window with the block number and window number `at`; blocks have `block` tokens."""
-    start = at[0] * block + at[1] * objective.raw_length
+def _read(
+    corpora: tuple[Corpus, ...], objective: Objective, block: int, at: tuple[tuple[int, int], int]
+) -> Window:
+    """The window `at` ((corpus, block), window); blocks have `block` tokens."""
+    (number, place), window = at
+    corpus = corpora[number]
+    start = place * block + window * objective.raw_length
     stop = start + objective.raw_length + objective.lookahead
     return Window(corpus.read(start, stop), corpus.documents(start, stop))
 
 
 def _draw(
-    corpus: Corpus, objective: Objective, window: Window, rng: np.random.Generator
+    corpus: Corpus | Blended, objective: Objective, window: Window, rng: np.random.Generator
 ) -> Example:
     return objective(window, corpus.vocabulary, rng)

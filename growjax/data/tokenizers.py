@@ -63,6 +63,7 @@ class ByteTokenizer:
 
     sentinels: int = 100
     multiple: int = 128
+    thread_safe = True
 
     def __post_init__(self):
         if self.sentinels < 0 or self.multiple < 1:
@@ -128,6 +129,8 @@ _UNUSED = re.compile(r"\[unused\d+\]|\[UNK\]|<unk>")
 
 class LibraryTokenizer:
     """A tokenizer of the library `tokenizers`; see `load_tokenizer`."""
+
+    thread_safe = True  # whether `encode` may be called by several threads at once
 
     def __init__(self, inner: Any, specials: Mapping[str, str] | None = None):
         # A file may have been saved with truncation and padding, which would alter documents

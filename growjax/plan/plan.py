@@ -16,6 +16,7 @@ from jaxtyping import PRNGKeyArray
 
 from growjax.axes import axes_of, partition, sizes
 from growjax.budget import Clock, FlopsClock, clock_faults
+from growjax.data.blend import Blend
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.data.sources import Source
 from growjax.errors import GrowjaxError, PlanError, StateError, raised
@@ -61,7 +62,8 @@ class Plan:
     - `budget`: in the clock's unit; required if stages are shares of it, and refused otherwise.
     - `accumulate`: the number of parts in which each batch is computed, one after the other.
     - `layout`: how the run is spread over devices.
-    - `data`: the source of the text; None if `train` is given a feed.
+    - `data`: the source of the text, or a `Blend` of several; None if `train` is given a feed.
+    - `validation`: the source of the held-out text; None holds out a part of `data`.
     - `tokenizer`: "bytes", or the path of a `tokenizers` file.
     - `seed`: the seed of the model, its growth, its sub-networks and the order of the data.
     - `loss`: the function that is minimised: (model, example) to losses and weights, as `cross_entropy`.
@@ -89,7 +91,7 @@ class Plan:
     budget: Annotated[float, positive()] | None = None
     accumulate: Size = 1
     layout: Layout = Layout()
-    data: Source | None = None
+    data: Source | Blend | None = None
     tokenizer: File = "bytes"
     seed: Annotated[
         int, Range("an integer of 0 or more, below 2**31", lambda n: 0 <= n < 2**31)
@@ -98,6 +100,7 @@ class Plan:
     loss: Loss = cross_entropy
     fork: Fork | None = None
     transfer: Transfer | None = None
+    validation: Source | Blend | None = None
 
     def __post_init__(self):
         headline = f"plan {short(self.name)} cannot be run:"
@@ -252,6 +255,8 @@ def _length_faults(plan: Plan) -> Iterator[str]:
         yield "stages: expected at least one"
     if len(plan.stages) > _STAGES:
         yield f"stages: expected at most {_STAGES:,}, got {len(plan.stages):,}"
+    if plan.validation is not None and plan.data is None:
+        yield "validation: the plan names no data to train on; give `train` a feed with both"
     if plan.layout.own_paths and any(stage.inactive == "freeze" for stage in plan.stages):
         yield "layout: own_paths: a layer that one replica leaves out runs on another; freeze none"
     shares = [stage.share for stage in plan.stages if stage.share is not None]

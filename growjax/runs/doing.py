@@ -19,6 +19,7 @@ class Doing:
 
     def __init__(self):
         self.listeners: list[Callable[[str], None]] = []
+        self.detail = ""  # how far the innermost activity is; read by displays when they draw
         self._words: list[str] = []  # the activities in progress, the innermost last
 
     @property
@@ -38,5 +39,6 @@ class Doing:
             self._tell()
 
     def _tell(self) -> None:
+        self.detail = ""
         for listener in self.listeners:
             listener(self.now)

@@ -1,8 +1,8 @@
-"""The data of a run: the batches of each stage from one corpus, and held-out examples."""
+"""The data of a run: the batches of each stage from its corpus, and held-out examples."""
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +12,10 @@ import numpy as np
 
 from growjax.data import (
     Batches,
+    Blended,
     Corpus,
     Objective,
+    Progress,
     Vocabulary,
     Window,
     batch_shapes,
@@ -21,6 +23,8 @@ from growjax.data import (
     load_tokenizer,
     prepare,
 )
+from growjax.data.batches import disjoint_windows, held_out_shares
+from growjax.data.corpus import digest_of
 from growjax.errors import DataError
 from growjax.models.protocol import predictions, reads_beyond
 from growjax.plan.losses import cross_entropy
@@ -48,7 +52,9 @@ class Feed(Protocol):
     def held_out(self, objective: Objective, rows: int) -> Mapping[str, np.ndarray]:
         """Up to `rows` examples that are never trained on, spread evenly over the held-out text.
 
-        They depend on the objective and the number alone: the same on every host and at every stage.
+        They depend on the objective and the number alone: the same on every host and at every stage. A
+        feed with a method `held_out_parts` of the same arguments, which returns slices of the rows by
+        names, has a held-out loss for each of them.
         """
         ...
 
@@ -57,8 +63,9 @@ class Feed(Protocol):
 class CorpusFeed:
     """The batches of a plan from one corpus (`training`), held-out examples from another (`validation`).
 
-    The corpus is read in blocks as long as the longest window of any stage, so that all stages share one
-    position in it. Raises `DataError` if the tokenizer has more words than the model.
+    Either may be several corpora that are mixed by weight (`growjax.data.Blended`). The corpus is read in
+    blocks as long as the longest window of any stage, so that all stages share one position in it. Raises
+    `DataError` if the tokenizer has more words than the model.
 
     **Example**
 
@@ -67,8 +74,8 @@ class CorpusFeed:
     """
 
     plan: Plan
-    training: Corpus
-    validation: Corpus
+    training: Corpus | Blended
+    validation: Corpus | Blended
 
     def __post_init__(self):
         # The corpus has its words from the first stage on, where the vocabulary is smallest
@@ -91,15 +98,28 @@ class CorpusFeed:
             )
 
     @classmethod
-    def of(cls, plan: Plan, cache: str | Path) -> "CorpusFeed":
-        """Tokenise the data that the plan names, once, into a cache that later runs share."""
+    def of(
+        cls,
+        plan: Plan,
+        cache: str | Path,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> "CorpusFeed":
+        """Tokenise the data that the plan names, once, into a cache that later runs share.
+
+        `progress` is called about twice a second while that is done.
+        """
         if plan.data is None:
             raise DataError("data: the plan names none, and `train` was given no feed")
-        return cls(plan, *prepare(plan.data, load_tokenizer(plan.tokenizer), cache))
+        tokenizer, validation = load_tokenizer(plan.tokenizer), plan.validation
+        corpora = prepare(plan.data, tokenizer, cache, validation=validation, progress=progress)
+        return cls(plan, *corpora)
 
     @property
     def digest(self) -> str:
-        return self.training.digest
+        if self.plan.validation is None:
+            # What is held out of the same text follows from it
+            return self.training.digest
+        return digest_of([self.training.digest, self.validation.digest])
 
     def batches(self, span: Span) -> Batches:
         """The batches of one stage, which begin where those of the stage before it end."""
@@ -124,9 +144,20 @@ class CorpusFeed:
         return self.batches(span).iterate(first)
 
     def held_out(self, objective: Objective, rows: int) -> Mapping[str, np.ndarray]:
+        return held_out_batch(self.validation, objective, self._windows(objective, rows))
+
+    def held_out_parts(self, objective: Objective, rows: int) -> Mapping[str, slice]:
+        """The rows of `held_out` that are from each of several corpora, by the names of these."""
+        if not isinstance(self.validation, Blended):
+            return {}
+        counts = held_out_shares(self.validation, self._windows(objective, rows))
+        stops = itertools.accumulate(counts)
+        rows_of = [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+        return dict(zip(self.validation.names, rows_of, strict=True))
+
+    def _windows(self, objective: Objective, rows: int) -> int:
         # At most the number of disjoint windows: overlapping ones would count some tokens twice
-        disjoint = (len(self.validation) - objective.lookahead) // objective.raw_length
-        return held_out_batch(self.validation, objective, max(min(rows, disjoint), 1))
+        return min(rows, disjoint_windows(self.validation, objective))
 
 
 def _outputs(plan: Plan) -> int:

@@ -176,7 +176,8 @@ class Progress:
             lines.append(Text(self.line))
         if self.activity:
             seconds = max(self.console.get_time() - self.since, 0.0)
-            text = f"{self.activity} ({seconds:.0f} s)" if seconds >= 1 else self.activity
+            words = self._words()
+            text = f"{words} ({seconds:.0f} s)" if seconds >= 1 else words
             lines.append(Spinner("dots", Text(text)))
         return Group(*lines)
 
@@ -192,9 +193,25 @@ class Progress:
             self._timer.cancel()
             self._timer = None
         if activity and self._live is None:
-            self._timer = threading.Timer(PATIENCE, self.say, [f"{activity} ..."])
-            self._timer.daemon = True
-            self._timer.start()
+            self._remind(activity, PATIENCE)
+
+    def _remind(self, activity: str, seconds: float) -> None:
+        """Print an activity if it still lasts after some seconds, and then every `EVERY` seconds."""
+
+        def remind() -> None:
+            if self.activity == activity:
+                self.say(f"{self._words()} ...")
+                # One that does not tell how far it is would print the same line again
+                if self.doing is not None and self.doing.detail:
+                    self._remind(activity, EVERY)
+
+        self._timer = threading.Timer(seconds, remind)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _words(self) -> str:
+        """The current activity, and how far it is."""
+        return (self.doing.detail if self.doing is not None else "") or self.activity
 
 
 def _remaining(terms: tuple[int, ...]) -> np.ndarray:

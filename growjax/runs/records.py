@@ -81,7 +81,8 @@ class Step:
       waiting for data.
     - `held_out`: the loss of the whole model, in nats per token, on the same windows at every evaluation
       (`Options.held_out`); None at steps without one. The losses on many windows are in `End`.
-    - `scores`: the numbers of the run's hooks, at the same steps; None without hooks.
+    - `scores`: at the same steps, the numbers of the run's hooks, and `held_out/NAME`, the loss on the
+      held-out text of each source of a `Blend`; None without either.
     """
 
     stage: int

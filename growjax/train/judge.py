@@ -45,6 +45,17 @@ class Judge:
             weights[index] = position_weights.sum(1)[: len(index)]
         return HeldOut(sums, weights)
 
+    def by_source(self, held_out: HeldOut, windows: int) -> dict[str, float]:
+        """The held-out loss on the text of each of several sources, by `held_out/` and its name."""
+        parts_of = getattr(self.feed, "held_out_parts", None)
+        parts = {} if parts_of is None else parts_of(self.plan.objective, windows)
+        losses = {}
+        for name, rows in parts.items():
+            weight = held_out.weights[rows].sum()
+            if weight > 0:
+                losses[f"held_out/{name}"] = float(held_out.sums[rows].sum() / weight)
+        return losses
+
     def probe(
         self, evaluate: Evaluate, state: Any, level: float, batch: int
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from growjax.data import Progress
 from growjax.errors import TrainingError
 from growjax.plan.losses import Loss
 from growjax.plan.plan import Plan
@@ -78,6 +79,9 @@ def train(
     options = Options() if options is None else options
 
     def records(doing: Doing) -> Iterator[Record]:
+        def detail(progress: Progress) -> None:
+            doing.detail = str(progress)
+
         with _runtime_errors(plan), contextlib.ExitStack() as stack:
             programs = Programs.of(plan, plan.layout.mesh(devices), loss)
             ahead = Ahead(
@@ -106,7 +110,7 @@ def train(
                     )
                 )
             with doing("reading the text, and tokenising it if it is new"):
-                data = feed or CorpusFeed.of(plan, Path(run or "runs/_").parent / "cache")
+                data = feed or CorpusFeed.of(plan, Path(run or "runs/_").parent / "cache", detail)
             yield from _run(Session(ahead, data, saves, options, doing))
 
     return Training(records)

@@ -226,11 +226,14 @@ class Session:
         if not passed and self.step not in (self.plan.steps, *self.options.evaluate_at):
             return
         held_out = self._held_out(level, self.options.held_out)
+        sources = self.judge.by_source(held_out, self.options.held_out)
         for step in self.flush(held_out.loss):
+            scores = None
             if self.options.hooks:
                 with self.stopwatch.apart("hooks", self.state), self.doing("running the hooks"):
                     scores = self.judge.scores(self._judged(level), step)
-                step = dataclasses.replace(step, scores=scores)
+            if sources or scores is not None:
+                step = dataclasses.replace(step, scores={**sources, **(scores or {})})
             yield step
 
     def _held_out(self, level: float, windows: int) -> HeldOut:
