@@ -22,6 +22,7 @@ from typing import NamedTuple
 from tests import (
     planted,
     planted_algebra,
+    planted_data,
     planted_kernels,
     planted_models,
     planted_runs,
@@ -53,6 +54,7 @@ def mutations() -> list[Mutation]:
         planted_specs,
         planted_algebra,
         planted_kernels,
+        planted_data,
     )
     table = "".join(module.TABLE for module in tables)
     for entry in table.strip().removeprefix("@ ").split("\n@ "):

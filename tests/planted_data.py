@@ -1,0 +1,92 @@
+"""Bugs of sources, caches and blends that `python -m tests.mutations` plants; see `tests/planted.py`."""
+
+TABLE = """
+@ two bytes of one line's end are two ends | data/files.py | files | one_end_of_a_line or any_form
+- rb"(?>\\r\\n|\\r|\\n)"
++ rb"(?:\\r\\n|\\r|\\n)"
+@ a separator that ends a chunk is taken at once | data/files.py | files | any_form
+- if last == len(rest) and not ended:
++ if False:
+@ a file without separators is searched from its beginning at every chunk | data/files.py | files | looked_at_once
+- searched = max(len(rest) - longest, 0)
++ searched = 0
+@ a separator across two chunks is missed | data/files.py | files | any_form
+- searched = max(len(rest) - longest, 0)
++ searched = len(rest)
+@ links in a circle are followed | data/files.py | files | not_in_circles
+- if real in around:
++ if len(around) > 30:
+@ hidden files at URLs are read | data/files.py | files | a_folder_a_file_or_a_pattern
+- return [file for file in files.values() if not _hidden(file.name)]
++ return list(files.values())
+@ stamps go by the time of modification alone | data/files.py | files | sets_its_time_back
+- times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
+-         return f"{self.name} {stat.st_size} {times} {stat.st_ino}"
++ return f"{self.name} {stat.st_size} {stat.st_mtime_ns}"
+@ contents are names without checksums | data/files.py | files | depend_on_the_place
+- return f"{file.name} {context.copy().run(file.checksum)}"
++ return file.name
+@ the split of a saved data set is only a name | data/tables.py | files | saved_data_set
+- splits[part.splitname].select(range(part.from_, part.to))
++ splits[part.splitname]
+@ half of a character is text | data/sources.py | files | half_of_a_character
+- value.encode()
+-     except UnicodeEncodeError
++ value.encode(errors="surrogatepass")
++     except UnicodeEncodeError
+@ checksums of files that changed just now are kept | data/preparation.py | prepare | changed_just_now
+- if changed < time.time() - _SETTLED:
++ if changed < time.time() + 3600:
+@ files that change while they are read are kept under their old checksum | data/preparation.py | prepare | change_while
+- if source.fingerprint() != stamp:
++ if source.fingerprint() == "":
+@ documents are written as they are done | data/preparation.py | prepare | in_their_order
+- done = waiting.popleft().result()
+-                 meter
++ done = waiting.pop().result()
++                 meter
+@ one thread tokenises | data/preparation.py | prepare | by_several_threads
+- workers = (os.cpu_count() or 1) if getattr(tokenizer, "thread_safe", False) else 1
++ workers = 1
+@ tokenizers that are not made for threads are called by several | data/preparation.py | prepare | by_several_threads
+- if getattr(tokenizer, "thread_safe", False) else 1
++ if True else 1
+@ a validation set is trained on as well | data/preparation.py | prepare | validation_set
+- return job.parts(source, None)["training"], job.parts(validation, None)["training"]
++ return job.parts(source, held_out)["training"], job.parts(validation, None)["training"]
+@ any state of a text that is gone will do | data/preparation.py | prepare | that_is_gone
+- if len(folders) > 1:
++ if False:
+@ what was prepared of another text will do | data/preparation.py | prepare | that_is_gone
+- same = manifest["source"] == repr(source) and manifest["held_out"] == held_out
++ same = manifest["held_out"] == held_out
+@ folders of living processes are removed | data/folders.py | prepare | killed_processes
+- if free or (free is None and old):
++ if free is not None or old:
+@ folders of killed processes stay | data/folders.py | prepare | killed
+- if free or (free is None and old):
++ if free is None and old:
+@ a folder that nobody else can read | data/folders.py | prepare | others_can_read
+- folder.mkdir()
+-     try:
++ folder.mkdir(mode=0o700)
++     try:
+@ every source has the order of the first | data/pipeline.py | blend | orders_of_their_own or other_versions
+- np.random.SeedSequence([seed, n])
++ np.random.SeedSequence([seed, 0])
+@ weights of a blend are ignored | data/blend.py | blend | of_one_source or held_out_windows
+- return proportions(corpus.weights) if isinstance(corpus, Blended) else (1,)
++ return (1,) * len(corpora_of(corpus))
+@ the shares of a blend are not part of its digest | data/blend.py | blend | digest_of_a_blend
+- shares = map(str, proportions(self.weights))
++ shares = map(str, [])
+@ a corpus skips its first block of a stage | data/order.py | blend | every_beginning
+- return n, before - left_before
++ return n, after - left_after
+@ the loss of a source is that of another | runs/feed.py | blend | each_source_has
+- slice(stop - count, stop)
++ slice(0, count)
+@ another validation set is the same data | runs/feed.py | blend | feed_reads
+- if self.plan.validation is None:
++ if True:
+"""
