@@ -159,7 +159,7 @@ def test_a_path_names_its_source(tmp_path):
 
 
 @hypothesis.given(st.text(min_size=2, max_size=30), st.sampled_from([2, 3, 20]))
-def test_a_single_document_is_cut_in_two(tmp_path_factory, document, held_out):
+def test_a_single_document_is_cut_in_two(document, held_out):
     hypothesis.assume(len(document.encode()) > 1)
     parts = list(preparation._with_parts([Document("0", document)], held_out))
     assert [part for part, _ in parts] == ["training", "held_out"]

@@ -156,6 +156,26 @@ def test_what_takes_long_is_named(monkeypatch):
     assert not doing.listeners
 
 
+def test_how_far_a_long_activity_is(monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", 0.05)
+    monkeypatch.setattr(progress, "EVERY", 0.05)
+    of, doing = plan(steps(2)), Doing()
+    to, shown = console()
+    with progress.Progress(of, to, None, doing) as view, doing("reading the text"):
+        for done in ("10%", "60%"):
+            doing.detail = f"tokenising books: {done}"
+            until = time.monotonic() + 20
+            while done not in shown.getvalue() and time.monotonic() < until:
+                time.sleep(0.01)
+        terminal, drawn = console(terminal=True)
+        terminal.print(view)
+    assert "tokenising books: 60%" in drawn.getvalue()
+    lines = list(dict.fromkeys(shown.getvalue().splitlines()))
+    assert lines == ["tokenising books: 10% ...", "tokenising books: 60% ..."]
+    # The next activity begins without
+    assert doing.detail == ""
+
+
 def test_a_run_says_what_it_does_between_its_records(programs, tmp_path):
     of = plan(steps(2), steps(2, grow=gj.stack(layers=4, order="top")))
     seen: list[str] = []

@@ -5,16 +5,14 @@ A path is that of a file, of a folder, or a pattern such as `books/*.txt.gz`, on
 fsspec, which is imported for the first URL. The last suffix of a name decides how a file is decompressed.
 """
 
-import bz2
 import contextlib
 import contextvars
 import dataclasses
 import fnmatch
 import glob as globbing
-import gzip
 import hashlib
+import importlib
 import io
-import lzma
 import os
 import re
 import zlib
@@ -67,12 +65,13 @@ class DataFile:
                 if decompress and suffix in COMPRESSED:
                     stream = stack.enter_context(_decompressed(stream, suffix))
                 yield stream
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        except Exception as error:
             # All but the first are of files that were cut short, or are not what their suffix says
+            reading = isinstance(error, OSError | EOFError | zlib.error)
+            if not reading and type(error).__name__ != "LZMAError":
+                raise
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise OSError(
-                error.errno if isinstance(error, OSError) else None, reason, self.path
-            ) from error
+            raise OSError(getattr(error, "errno", None), reason, self.path) from error
 
     def _raw(self) -> Any:
         """The bytes of the file as they are stored."""
@@ -150,15 +149,18 @@ class _Counted(io.RawIOBase):
 
 def _decompressed(stream: Any, suffix: str) -> Any:
     """The decompressed bytes of a stream; all but .zst by Python itself."""
+    name = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "pyarrow"}[suffix]
+    try:
+        module: Any = importlib.import_module(name)
+    except ImportError as error:
+        # Some builds of Python lack bz2 or lzma
+        install = "pip install 'growjax[data]'" if suffix == ".zst" else "this Python lacks it"
+        raise DataError(f"reading {suffix} needs the module {name}; {install}") from error
     if suffix == ".zst":
-        try:
-            import pyarrow
-        except ImportError as error:
-            raise DataError("reading .zst needs pyarrow; pip install 'growjax[data]'") from error
-        inner = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), "zstd")
-        return io.BufferedReader(inner, _CHUNK)
-    opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[suffix]
-    return io.BufferedReader(cast(Any, opener(stream)), _CHUNK)
+        unpacked: Any = module.CompressedInputStream(module.PythonFile(stream, "r"), "zstd")
+    else:
+        unpacked = module.open(stream)
+    return io.BufferedReader(unpacked, _CHUNK)
 
 
 def compressed(*globs: str) -> tuple[str, ...]:

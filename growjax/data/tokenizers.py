@@ -21,7 +21,10 @@ from growjax.errors import DataError
 
 
 class Tokenizer(Protocol):
-    """The interface of a tokenizer."""
+    """The interface of a tokenizer.
+
+    One with an attribute `thread_safe` that is True is called by several threads at once.
+    """
 
     @property
     def vocabulary(self) -> Vocabulary:
