@@ -21,6 +21,7 @@ EXTRAS = {
     "tyro": "train",
     "safetensors": "hf",
     "datasets": "data",
+    "fsspec": "data",
     "pyarrow": "data",
     "tokenizers": "data",
     "lm_eval": "eval",
