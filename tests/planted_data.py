@@ -4,13 +4,13 @@ TABLE = """
 @ two bytes of one line's end are two ends | data/files.py | files | one_end_of_a_line or any_form
 - rb"(?>\\r\\n|\\r|\\n)"
 + rb"(?:\\r\\n|\\r|\\n)"
-@ a separator that ends a chunk is taken at once | data/files.py | files | any_form
+@ a separator that ends a chunk is taken at once | data/files.py | files | in_the_next_chunk
 - if last == len(rest) and not ended:
 + if False:
 @ all that was read is searched again at every chunk | data/files.py | files | looked_at_once
 - searched = max(len(rest) - longest, 0)
 + searched = 0
-@ a separator across two chunks is missed | data/files.py | files | any_form
+@ a separator across two chunks is missed | data/files.py | files | in_the_next_chunk
 - searched = max(len(rest) - longest, 0)
 + searched = len(rest)
 @ links in a circle are followed | data/files.py | files | not_in_circles

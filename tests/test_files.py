@@ -231,6 +231,17 @@ def test_bytes_are_counted_as_they_lie_on_the_disk(tmp_path):
 ENDS = ["\n", "\r\n", "\r"]
 
 
+class Chunks(io.BytesIO):
+    """A stream that gives a few bytes at a time."""
+
+    def __init__(self, data: bytes, chunk: int):
+        super().__init__(data)
+        self.chunk = chunk
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(self.chunk)
+
+
 @hypothesis.given(
     st.lists(st.text("ab#", max_size=4), min_size=1, max_size=6),
     st.sampled_from(["\n\n", "\r\n\r\n", "\n#\n", "#"]),
@@ -245,11 +256,7 @@ def test_separators_in_any_form_of_line_ends(parts, split, ends, chunk):
     for part, end in zip(parts[1:], ends, strict=False):
         text += plain.replace("\n", end) + part
 
-    class Chunks(io.BytesIO):
-        def read(self, size: int | None = -1, /) -> bytes:
-            return super().read(chunk)
-
-    got = list(pieces(Chunks(text.encode()), split))
+    got = list(pieces(Chunks(text.encode(), chunk), split))
     assert b"".join(piece + separator for piece, separator in got) == text.encode()
     # Where parts are empty, an end of line of one separator may join that of the next
     if all(parts) or split == "#":
@@ -261,6 +268,12 @@ def test_one_end_of_a_line_is_not_two():
         assert [piece for piece, _ in pieces(io.BytesIO(text), "\n\n")] == [text]
     cut = [piece for piece, _ in pieces(io.BytesIO(b"a\r\n\r\nb\n\rc\n\r\nd"), "\n\n")]
     assert cut == [b"a", b"b", b"c", b"d"]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5])
+def test_a_line_may_end_in_the_next_chunk(chunk):
+    text = b"ab\r\n\r\ncd\r\n\r\nef"
+    assert [piece for piece, _ in pieces(Chunks(text, chunk), "\n\n")] == [b"ab", b"cd", b"ef"]
 
 
 def test_a_file_without_separators_is_looked_at_once(monkeypatch):
