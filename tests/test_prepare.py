@@ -242,6 +242,10 @@ def test_a_cache_goes_by_what_the_files_hold(books, tmp_path, settled, monkeypat
         os.utime(copied / "1.txt", (2, 2))
         with pytest.raises(AssertionError, match="the text was read"):
             prepare(Text(str(copied)), BYTES, cache)
+    # A note that lost its content, with the power of its machine, is none
+    for note in (cache / ".contents").iterdir():
+        note.write_bytes(b"")
+    assert prepare(Text(str(copied)), BYTES, cache)[0].path == first[0].path
     before = (copied / "1.txt").stat()
     (copied / "1.txt").write_text("Kook 1. Book 1. ")
     os.utime(copied / "1.txt", ns=(before.st_atime_ns, before.st_mtime_ns))

@@ -53,6 +53,7 @@ from growjax.errors import DataError
 
 _GROUP = 1 << 18  # bytes of text that one thread tokenises at once
 _EVERY = 0.5  # seconds between two reports of progress
+_DIGITS = 64  # of a SHA-256 in hexadecimal
 _SETTLED = 2.0  # seconds after which a change of a file shows in its time of change
 
 
@@ -241,11 +242,14 @@ class _Job:
             return stamp
         # Files are read once for as long as no stamp of theirs changes
         note = self.cache / ".contents" / hashlib.sha256(stamp.encode()).hexdigest()[:32]
-        with contextlib.suppress(OSError):
-            return note.read_text(encoding="utf-8")
+        with contextlib.suppress(OSError, ValueError):
+            known = note.read_text(encoding="utf-8")
+            # A machine that lost power may leave an empty file
+            if len(known) == _DIGITS:
+                return known
         source_files: Any = source
         with self._metered("reading", source):
-            content = source_files.content()
+            content = hashlib.sha256(source_files.content().encode()).hexdigest()
         changed = max((file.changed() for file in source_files.files()), default=0.0)
         if changed < time.time() - _SETTLED:
             # A cache that cannot be written to may still be read
