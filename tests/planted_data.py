@@ -26,9 +26,6 @@ TABLE = """
 @ contents are names without checksums | data/files.py | files | depend_on_the_place
 - return f"{file.name} {context.copy().run(file.checksum)}"
 + return file.name
-@ the split of a saved data set is only a name | data/tables.py | files | saved_data_set
-- splits[part.splitname].select(range(part.from_, part.to))
-+ splits[part.splitname]
 @ half of a character is text | data/sources.py | files | half_of_a_character
 - value.encode()
 -     except UnicodeEncodeError
