@@ -26,6 +26,8 @@ from growjax.models import (
     LlamaConfig,
     Sight,
     T5Config,
+    T5Encoder,
+    T5EncoderConfig,
 )
 from growjax.nn import RotaryScaling
 from growjax.testing import randomise
@@ -68,6 +70,8 @@ MIXTRAL = DecoderConfig(**LLAMA, experts=3, z_loss_coef=0.0, pattern=(Sight(wind
 QWEN3_MOE = DecoderConfig(
     **LLAMA, experts=3, z_loss_coef=0.0, norm_topk_prob=False, qk_norm="head", aux_loss_coef=0.0
 )
+GEMMA = DecoderConfig(**LLAMA, plus_one=True, embed_scale=8**0.5, activation="gelu_tanh", tied=True)
+_ENCODER = {name: size for name, size in PAIR.items() if name != "decoder_layers"}
 MODELS: dict[str, tuple[type, Any]] = {
     "gpt2": (GPT, GPTConfig(**DEEP)),
     "gpt2 untied": (GPT, GPTConfig(**DEEP, tied=False, eps=1e-6, activation="gelu")),
@@ -77,11 +81,18 @@ MODELS: dict[str, tuple[type, Any]] = {
     "bert next sentence": (BERT, BERTConfig(**DEEP, mlm_head=False)),
     "bert no head": (BERT, BERTConfig(**DEEP, mlm_head=False, nsp_head=False)),
     "bert no pooler": (BERT, BERTConfig(**DEEP, mlm_head=False, nsp_head=False, pooler=False)),
+    "bert classifier": (BERT, BERTConfig(**DEEP, mlm_head=False, nsp_head=False, labels=3)),
+    "roberta": (BERT, BERTConfig(**DEEP, nsp_head=False, pooler=False, padding=0)),
+    "roberta classifier": (
+        BERT,
+        BERTConfig(**DEEP, mlm_head=False, nsp_head=False, labels=2, padding=0),
+    ),
     "llama": (Llama, _llama()),
     "llama tied": (Llama, _llama(tied=True, bias=True, theta=500.0)),
     "llama scaled": (Llama, _llama(head_dim=6, scaling=LLAMA3)),
     "llama linear": (Llama, _llama(kv_heads=4, scaling=RotaryScaling(2.0))),
     "mistral": (Decoder, DecoderConfig(**LLAMA, pattern=(Sight(window=3),))),
+    "gemma": (Decoder, GEMMA),
     "gemma3": (Decoder, GEMMA3),
     "olmo2": (
         Decoder,
@@ -93,6 +104,7 @@ MODELS: dict[str, tuple[type, Any]] = {
     "t5": (T5, T5Config(**PAIR)),
     "t5 v1.1": (T5, T5Config.v1_1(**PAIR, buckets=8, max_distance=9)),
     "ul2": (T5, T5Config.ul2(**PAIR)),
+    "t5 encoder": (T5Encoder, T5EncoderConfig(**_ENCODER, glu=True)),
 }
 
 

@@ -200,6 +200,27 @@ TABLE = """
 @ an encoder's second norm is not read off it | hf/bert.py | hf | norms_is_read
 - embedding_norm=not block.post_norm and model.embedding_norm is not None,
 + embedding_norm=False,
+@ padding tokens of RoBERTa take a position of their own | models/bert.py | models | padding_tokens
+- places = jnp.cumsum(real) * real + self.padding
++ places = jnp.cumsum(real) + self.padding
+@ real tokens of RoBERTa begin at the position of padding | models/bert.py | models | padding_tokens
+- places = jnp.cumsum(real) * real + self.padding
++ places = (jnp.cumsum(real) - 1) * real + self.padding
+@ ignored heads are built all the same | hf/convert.py | hf | may_be_ignored
+- file = ConfigFile(folder.config, shown)
++ file = ConfigFile(folder.config, names)
+@ a classifier with other heads is written without them | hf/bert.py | hf_grown | cannot_be_said
+- if config.labels and (config.mlm_head or config.nsp_head):
++ if False:
+@ RoBERTa is written as BERT | hf/bert.py | hf | read_back_to_the_bit
+- if (config.padding is None) == (heads.stem != "Bert"):
++ if False:
+@ the head of mT5 is scaled | hf/t5.py | hf_config | head_of_mt5
+- scaled = file.flag("tie_word_embeddings", default=True) and flavour.scales
++ scaled = file.flag("tie_word_embeddings", default=True)
+@ an exact GELU is written as Gemma's | hf/decoder.py | hf_config | gelu_of_gemma
+- if self.tanh_gelu and c.activation == "gelu":
++ if False:
 @ all experts of a layer are its last one | hf/convert.py | hf | read_back_to_the_bit
 - arrays[leaf][place] = array
 + arrays[leaf][place[:1]] = array

@@ -286,10 +286,21 @@ def test_a_tied_head_may_be_there_once_more_if_it_is_the_same(name, saved):
 
 def test_what_may_be_left_over_is_said(saved):
     model, folder = saved("bert no head")
-    rewritten(folder, lambda t: t | {"classifier.weight": np.ones((3, 8), np.float32)})
-    with pytest.raises(HuggingFaceError, match="classifier.weight: is not a tensor of this model"):
+    rewritten(folder, lambda t: t | {"score.weight": np.ones((3, 8), np.float32)})
+    with pytest.raises(HuggingFaceError, match="score.weight: is not a tensor of this model"):
         gj.hf.load(folder)
-    assert_same(model, gj.hf.load(folder, ignore=["classifier.*"]))
+    assert_same(model, gj.hf.load(folder, ignore=["score.*"]))
+
+
+def test_a_classifier_may_be_ignored_as_well(saved):
+    model, folder = saved("bert classifier")
+    headless = gj.hf.load(folder, ignore=["classifier.*"])
+    assert headless.classifier is None and headless.pooler is not None
+    rewritten(folder, id2label={"0": "A", "1": "B"})
+    with pytest.raises(HuggingFaceError, match=r"expected the shape \[2, 8\], got \[3, 8\]"):
+        gj.hf.load(folder)
+    rewritten(folder, id2label={"0": "A", "1": "B", "2": "C"}, num_labels=...)
+    assert_same(model, gj.hf.load(folder))
 
 
 def test_other_names_of_the_embedding_of_t5(saved):

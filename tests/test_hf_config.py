@@ -7,7 +7,7 @@ import pytest
 
 import growjax as gj
 from growjax.errors import HuggingFaceError
-from tests.folders import assert_same, rewritten
+from tests.folders import assert_same, build, rewritten
 
 
 _DEFAULT = {"rope_type": "default"}
@@ -168,3 +168,46 @@ def test_a_config_that_cannot_be_read_says_why(name, saved):
         with pytest.raises(HuggingFaceError) as caught:
             gj.hf.load(rewritten(folder, **change))
         assert message in str(caught.value)
+
+
+def test_the_head_of_mt5_is_never_scaled_and_its_feed_forward_is_gated_by_default(saved):
+    _, folder = saved("t5")
+    rewritten(folder, model_type="mt5", scale_decoder_outputs=...)
+    config = gj.hf.config(folder)
+    assert config.tied and not config.scale_output and config.activation == "relu"
+    rewritten(folder, feed_forward_proj=..., dense_act_fn=..., is_gated_act=...)
+    config = gj.hf.config(folder)
+    assert config.glu and config.activation == "gelu_tanh"
+
+
+def test_the_gelu_of_gemma_is_the_tanh_form_by_all_its_names(saved, tmp_path):
+    _, folder = saved("gemma")
+    for keys in (
+        {"hidden_act": "gelu", "hidden_activation": None},
+        {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"},
+        {"hidden_act": ..., "hidden_activation": ...},
+    ):
+        assert gj.hf.config(rewritten(folder, **keys)).activation == "gelu_tanh"
+    with pytest.raises(HuggingFaceError, match="hidden_activation: expected that of hidden_act"):
+        gj.hf.config(rewritten(folder, hidden_act="gelu", hidden_activation="relu"))
+    with pytest.raises(HuggingFaceError, match="in this family a GELU is the tanh form"):
+        gj.hf.save(build("gemma", activation="gelu"), tmp_path / "exact")
+
+
+def test_positions_of_roberta_need_the_id_of_padding(saved):
+    _, folder = saved("roberta")
+    for value, message in ((None, "pad_token_id: positions are counted"), (6, "are no real token")):
+        with pytest.raises(HuggingFaceError, match=message):
+            gj.hf.config(rewritten(folder, pad_token_id=value))
+
+
+def test_experts_are_as_many_as_there_are_tensors_for_and_windows_of_all_layers_or_none(saved):
+    _, folder = saved("qwen3_moe")
+    with pytest.raises(HuggingFaceError, match="num_experts: 1000 experts, in"):
+        gj.hf.config(rewritten(folder, num_experts=1000, num_local_experts=1000))
+    with pytest.raises(HuggingFaceError, match="4 cannot be chosen from 3 experts"):
+        gj.hf.config(rewritten(folder, num_experts=3, num_local_experts=..., num_experts_per_tok=4))
+    rewritten(folder, num_experts_per_tok=2, max_window_layers=48, sliding_window=4)
+    assert gj.hf.config(folder).pattern[0].window is None
+    with pytest.raises(HuggingFaceError, match="max_window_layers: old readers leave"):
+        gj.hf.config(rewritten(folder, use_sliding_window=True))

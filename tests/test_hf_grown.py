@@ -30,6 +30,8 @@ GROWN: dict[str, tuple[str, Any]] = {
     "gpt2 larger heads": ("gpt2", gj.copy(embed=16, head_dim=8)),
     "gpt2 more units": ("gpt2", gj.chain(gj.zeros(mlp=10), gj.stack(layers=4, branch="zero"))),
     "bert wider": ("bert", gj.copy(embed=16, heads=4, mlp=12)),
+    "roberta classifier wider": ("roberta classifier", gj.copy(embed=16, heads=4, mlp=12)),
+    "t5 encoder wider": ("t5 encoder", gj.chain(gj.copy(heads=4), gj.zeros(embed=12, mlp=9))),
     "llama wider": ("llama", gj.zeros(embed=12, heads=4, mlp=9)),
     "llama copied": ("llama tied", gj.copy(embed=16, heads=8, kv_heads=4)),
     "gemma3 wider": ("gemma3", gj.copy(embed=16, heads=8, mlp=9)),
@@ -221,6 +223,11 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: build("mixtral", shared_experts=1),
         HuggingFaceError,
         "shared_experts: in this family there are none, got 1",
+    ),
+    "a classifier with another head": (
+        lambda: build("bert", labels=3),
+        HuggingFaceError,
+        "labels: a classifier has no other heads there",
     ),
     "experts of a GPT": (
         lambda: _grown("gpt2", gj.upcycle(experts=3)),

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from growjax.axes import param, partition, sizes
+from growjax.axes import param, partition, put, sizes
 from growjax.data import Tokenizer
 from growjax.errors import EvalError
 from growjax.evals.glue import Example, GlueTask, headline, score
@@ -101,9 +101,9 @@ class Classifier(eqx.Module):
 
 
 def without_heads(encoder: BERT) -> BERT:
-    """An encoder without pooler and pre-training heads, which would otherwise decay and take memory."""
-    heads = lambda m: (m.pooler, m.mlm, m.nsp, m.nsp_bias)  # noqa: E731
-    return eqx.tree_at(heads, encoder, (None,) * 4, is_leaf=lambda x: x is None)
+    """An encoder without pooler and heads, which would otherwise decay and take memory."""
+    heads = ("pooler", "mlm", "nsp", "nsp_bias", "classifier", "classifier_bias")
+    return put(encoder, {(head,): None for head in heads})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
-"""BERT: with or without heads, with a tied or a separate decoder, and with old names of norms."""
+"""BERT, RoBERTa and XLM-R: with or without heads, with a tied or a separate decoder, and old names."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from growjax.axes import sizes
@@ -12,26 +14,47 @@ from growjax.models import BERT, BERTConfig
 _HEADS = "(kv_heads group head_dim)"
 _BLOCK = "blocks.block"
 _WORDS = "embeddings.word_embeddings.weight"
-_DECODER = "cls.predictions.decoder"
 
 
-def _rows(config: BERTConfig) -> tuple[Row, ...]:
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """What a family calls the heads of its encoders.
+
+    **Fields**
+
+    - `stem`: how the names of its classes begin.
+    - `transform`, `norm`, `decoder`, `bias`: the parts of the masked-language head.
+    - `classifier`: the head of a sequence classifier; `pooled` is the layer before it, if that is its own
+      and not the pooler (the same function under another name).
+    - `pair`: whether it has the next-sentence head.
+    """
+
+    stem: str = "Bert"
+    transform: str = "cls.predictions.transform.dense"
+    norm: str = "cls.predictions.transform.LayerNorm"
+    decoder: str = "cls.predictions.decoder"
+    bias: str = "cls.predictions.bias"
+    classifier: str = "classifier"
+    pooled: str = "pooler.dense"
+    pair: bool = True
+
+
+def _rows(heads: Heads, config: BERTConfig) -> tuple[Row, ...]:
     # All heads and biases; `load` and `save` drop the rows of those that a model lacks
     def per_layer(name: str, leaf: str, into: str, out: str) -> list[Row]:
         return linear(f"encoder.layer.{{}}.{name}", f"{_BLOCK}.{leaf}", into, out)
 
     bias = "mlm.decoder_bias: vocab"
     if config.tied:
-        words = Row(_WORDS, "embedding.table: vocab embed", others=(f"{_DECODER}.weight",))
-        head = [Row("cls.predictions.bias", bias, others=(f"{_DECODER}.bias",))]
+        words = Row(_WORDS, "embedding.table: vocab embed", others=(f"{heads.decoder}.weight",))
+        head = [Row(heads.bias, bias, others=(f"{heads.decoder}.bias",))]
     else:
         words = Row(_WORDS, "embedding.table: vocab embed")
         # A separate decoder has its own bias. transformers still expects the tied head's in the file,
         # though it does not use it
-        unused = ("cls.predictions.bias",)
         head = [
-            Row(f"{_DECODER}.weight", "mlm.decoder: vocab embed"),
-            Row(f"{_DECODER}.bias", bias, others=unused, all_names=True),
+            Row(f"{heads.decoder}.weight", "mlm.decoder: vocab embed"),
+            Row(f"{heads.decoder}.bias", bias, others=(heads.bias,), all_names=True),
         ]
     return (
         words,
@@ -46,38 +69,62 @@ def _rows(config: BERTConfig) -> tuple[Row, ...]:
         *per_layer("intermediate.dense", "mlp.up", "embed", "mlp"),
         *per_layer("output.dense", "mlp.down", "mlp", "embed"),
         *norm("encoder.layer.{}.output.LayerNorm", f"{_BLOCK}.mlp_norm"),
-        *linear("pooler.dense", "pooler.weight", "embed", "embed2"),
-        *linear("cls.predictions.transform.dense", "mlm.weight", "embed", "embed2"),
-        *norm("cls.predictions.transform.LayerNorm", "mlm.norm"),
+        *linear(
+            heads.pooled if config.labels else "pooler.dense", "pooler.weight", "embed", "embed2"
+        ),
+        *linear(heads.transform, "mlm.weight", "embed", "embed2"),
+        *norm(heads.norm, "mlm.norm"),
         *head,
         *linear("cls.seq_relationship", "nsp", "embed", "nsp"),
+        *linear(heads.classifier, "classifier", "embed", "labels"),
     )
 
 
-def _read(file: ConfigFile, same: Any) -> BERTConfig:
-    embed, heads = file.size("hidden_size"), file.size("num_attention_heads")
+def _read(heads: Heads, file: ConfigFile, same: Any) -> BERTConfig:
+    embed, count = file.size("hidden_size"), file.size("num_attention_heads")
     has = file.names.__contains__
+    pair, labels = has("cls.seq_relationship.weight"), 0
+    if has(f"{heads.classifier}.weight"):
+        names = file.get("id2label")
+        given = isinstance(names, dict) and len(names) > 0
+        labels = len(names) if given else file.size("num_labels", default=2)
     return BERTConfig(
         layers=file.layers("num_hidden_layers"),
         embed=embed,
-        heads=heads,
-        head_dim=file.share("hidden_size", embed, heads),
+        heads=count,
+        head_dim=file.share("hidden_size", embed, count),
         mlp=file.size("intermediate_size"),
         vocab=file.size("vocab_size"),
         positions=file.size("max_position_embeddings"),
         token_types=file.size("type_vocab_size", default=2),
         activation=file.activation("hidden_act", "gelu"),
         eps=file.number("layer_norm_eps", default=1e-12),
-        tied=is_tied(file, same, head=f"{_DECODER}.weight", words=[_WORDS], default=True),
-        mlm_head=any(name.startswith("cls.predictions.") for name in file.names),
-        pooler=has("pooler.dense.weight") or has("cls.seq_relationship.weight"),
-        nsp_head=has("cls.seq_relationship.weight"),
+        tied=is_tied(file, same, head=f"{heads.decoder}.weight", words=[_WORDS], default=True),
+        mlm_head=any(name.startswith(_LANGUAGE) for name in file.names),
+        pooler=has("pooler.dense.weight") or pair or labels > 0,
+        nsp_head=pair,
+        labels=labels,
     )
+
+
+def _read_roberta(file: ConfigFile, same: Any) -> BERTConfig:
+    config = _read(ROBERTA_HEADS, file, same)
+    padding = file.count("pad_token_id", default=1)
+    if "pad_token_id" in file.values and file.values["pad_token_id"] is None:
+        file.complaints.append("pad_token_id: positions are counted from it, and it is null")
+    if padding + 1 >= config.positions:
+        file.complaints.append(
+            f"max_position_embeddings: those up to pad_token_id={padding} are no real token's, and "
+            f"there are {config.positions}"
+        )
+    file.check(str(file.get("model_type")))
+    return dataclasses.replace(config, padding=padding)
 
 
 def _write(config: BERTConfig) -> dict[str, Any]:
     c = config
     return {
+        **({"num_labels": c.labels} if c.labels else {}),
         "num_hidden_layers": c.layers,
         "hidden_size": c.embed,
         "num_attention_heads": c.heads,
@@ -115,35 +162,94 @@ def _config_of(model: BERT) -> BERTConfig:
         mlm_head=model.mlm is not None,
         nsp_head=model.nsp is not None,
         pooler=model.pooler is not None,
+        labels=n.get("labels", 0),
+        padding=model.padding,
     )
 
 
-def _architecture(config: BERTConfig) -> str:
-    if config.mlm_head:
-        return "BertForPreTraining" if config.nsp_head else "BertForMaskedLM"
-    return "BertForNextSentencePrediction" if config.nsp_head else "BertModel"
+def _architecture(heads: Heads, config: BERTConfig) -> str:
+    if config.labels:
+        last = "ForSequenceClassification"
+    elif config.mlm_head:
+        last = "ForPreTraining" if config.nsp_head else "ForMaskedLM"
+    else:
+        last = "ForNextSentencePrediction" if config.nsp_head else "Model"
+    return heads.stem + last
 
 
-BERT_ = Family(
-    model_type="bert",
-    members="BERT, MiniLM, BGE and other encoders made from it",
-    model=BERT,
-    architecture=_architecture,
-    base="BertModel",
-    prefix="bert.",
-    heads=("cls.",),
-    rows=_rows,
-    read=_read,
-    write=_write,
-    config_of=_config_of,
-    limits=head_dim_limits,
-    only={"norm": "layer", "post_norm": True, "bias": True, "qk_norm": False, "glu": False},
-    fixed={
-        "position_embedding_type": "absolute",
-        "is_decoder": False,
-        "add_cross_attention": False,
-    },
-    ignored=("embeddings.position_ids", "embeddings.token_type_ids"),
-    renamed={".gamma": ".weight", ".beta": ".bias"},
-    zero_biases=True,
+def _limits(heads: Heads, config: BERTConfig) -> list[str]:
+    faults = head_dim_limits(config)
+    if config.labels and (config.mlm_head or config.nsp_head):
+        faults.append("labels: a classifier has no other heads there; remove mlm and nsp")
+    if config.nsp_head and not heads.pair:
+        faults.append("nsp_head: this family has none")
+    if (config.padding is None) == (heads.stem != "Bert"):
+        faults.append(
+            f"padding: got {config.padding}; BERT counts all tokens from 0 (None), and RoBERTa real "
+            "ones from behind the id of padding"
+        )
+    return faults
+
+
+# The prefixes of masked-language heads
+_LANGUAGE = ("cls.predictions.", "lm_head.")
+ROBERTA_HEADS = Heads(
+    stem="Roberta",
+    transform="lm_head.dense",
+    norm="lm_head.layer_norm",
+    decoder="lm_head.decoder",
+    bias="lm_head.bias",
+    classifier="classifier.out_proj",
+    pooled="classifier.dense",
+    pair=False,
 )
+_ONLY = {"norm": "layer", "post_norm": True, "bias": True, "qk_norm": False, "glu": False}
+_FIXED: Mapping[str, Any] = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+}
+
+
+def _encoder(model_type: str, heads: Heads, **fields: Any) -> Family:
+    """The family with these names of heads."""
+    common: dict[str, Any] = dict(
+        only=_ONLY,
+        fixed=_FIXED,
+        prefix="bert.",
+        read=lambda file, same: _read(heads, file, same),
+        write=_write,
+    )
+    return Family(
+        model_type=model_type,
+        model=BERT,
+        architecture=lambda config: _architecture(heads, config),
+        base=f"{heads.stem}Model",
+        heads=("cls.", "lm_head.", "classifier."),
+        rows=lambda config: _rows(heads, config),
+        config_of=_config_of,
+        limits=lambda config: _limits(heads, config),
+        ignored=("embeddings.position_ids", "embeddings.token_type_ids"),
+        renamed={".gamma": ".weight", ".beta": ".bias"},
+        zero_biases=True,
+        **(common | fields),
+    )
+
+
+BERT_ = _encoder("bert", Heads(), members="BERT, MiniLM, BGE and other encoders made from it")
+# Its masked-language head has the exact GELU, whatever the other layers have
+_ROBERTA: Mapping[str, Any] = dict(
+    prefix="roberta.",
+    only=_ONLY | {"activation": "gelu"},
+    fixed={**_FIXED, "hidden_act": "gelu"},
+    read=_read_roberta,
+    write=lambda config: _write(config) | {"pad_token_id": config.padding},
+)
+ROBERTA = _encoder("roberta", ROBERTA_HEADS, members="RoBERTa, all-distilroberta", **_ROBERTA)
+XLM_ROBERTA = _encoder(
+    "xlm-roberta",
+    dataclasses.replace(ROBERTA_HEADS, stem="XLMRoberta"),
+    members="XLM-R, multilingual E5, BGE-M3",
+    **_ROBERTA,
+)
+ENCODERS = (BERT_, ROBERTA, XLM_ROBERTA)

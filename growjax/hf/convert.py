@@ -13,7 +13,7 @@ import numpy as np
 
 from growjax.axes import Axes, axes_of, put, sizes
 from growjax.errors import AxisError, HuggingFaceError, raise_all
-from growjax.hf.bert import BERT_
+from growjax.hf.bert import ENCODERS
 from growjax.hf.companions import copy_companions
 from growjax.hf.families import DECODERS
 from growjax.hf.family import ConfigFile, Family
@@ -33,11 +33,11 @@ from growjax.hf.files import (
 from growjax.hf.gpt2 import GPT2
 from growjax.hf.keys import is_tolerated
 from growjax.hf.stock import Inexpressible, buffers_of, shapes_of, stock
-from growjax.hf.t5 import T5_
+from growjax.hf.t5 import PAIRS
 from growjax.hf.table import Row
 
 
-FAMILIES = {family.model_type: family for family in (BERT_, GPT2, *DECODERS, T5_)}
+FAMILIES = {family.model_type: family for family in (*ENCODERS, GPT2, *DECODERS, *PAIRS)}
 # Keys of config.json that would change what a model of any family computes
 FIXED = {"quantization_config": None, "per_layer_config": None}
 _POSITIONS = "max_position_embeddings"
@@ -115,7 +115,9 @@ def _described(
     """
     family = _family_of(folder)
     names = _canonical(folder, family)
-    file = ConfigFile(folder.config, names)
+    # What the caller ignores is no sign of a head
+    shown = [n for n in names if not any(fnmatch.fnmatchcase(n, pattern) for pattern in ignore)]
+    file = ConfigFile(folder.config, shown)
 
     def same(one: str, other: str) -> bool:
         """Whether two tensors hold the same numbers; shapes come first, since they need no reading."""
@@ -335,10 +337,11 @@ def _check_coverage(
         for name in names
         if name not in used and not any(fnmatch.fnmatchcase(name, p) for p in ignored)
     ]
+    faults = sorted(complaints) + sorted(unused)
     raise_all(
         HuggingFaceError,
         f"{folder.path} does not hold the model that its config.json describes:",
-        [*shortened(sorted(complaints) + sorted(unused)), *_hints(folder, bool(complaints))],
+        [*shortened(faults), *(_hints(folder, bool(complaints)) if faults else [])],
     )
 
 

@@ -124,7 +124,8 @@ class Spelling:
     - `each`: whether queries, keys and values of a fused tensor stand head by head.
     - `sights`: how windows and rotary positions are said.
     - `kv_heads`, `head_dim`: the keys of these sizes; None if the family derives them.
-    - `activation`, `eps`: the key, and its default.
+    - `activation`, `eps`: the key, and its default. With `tanh_gelu`, "gelu" is the tanh form, whatever
+      readers of the other key say (Gemma 1).
     - `tied`: the default of `tie_word_embeddings`.
     - `parts`: whether transformers needs `hidden_size` to be a multiple of the heads.
     - `embed_scale`: whether embeddings are multiplied by `sqrt(embed)`.
@@ -143,6 +144,7 @@ class Spelling:
     head_dim: str | None = "head_dim"
     head_default: int | None = None
     activation: tuple[str, str] = ("hidden_act", "silu")
+    tanh_gelu: bool = False
     eps: tuple[str, float] = ("rms_norm_eps", 1e-6)
     tied: bool = False
     parts: bool = False
@@ -222,7 +224,7 @@ class Spelling:
             "vocab": file.size("vocab_size"),
             "eps": file.number(self.eps[0], default=self.eps[1]),
             "tied": is_tied(file, same, head=head, words=[words], default=self.tied),
-            "activation": file.activation(*self.activation),
+            "activation": self._activation(file),
         }
         if self.experts is not None:
             fields |= self.experts.read(file)
@@ -230,6 +232,18 @@ class Spelling:
         file.check(str(file.get("model_type")))
         sized = dict(layers=layers, embed=embed, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
         return DecoderConfig(**sized, pattern=pattern, turned=turned, **fields)
+
+    def _activation(self, file: ConfigFile) -> str:
+        """The activation, by its name in growjax."""
+        key, default = self.activation
+        own = file.activation(key, default)
+        if not self.tanh_gelu:
+            return own
+        known = {own, file.activation("hidden_activation", file.get(key, default=default))}
+        meant = {"gelu_tanh" if name == "gelu" else name for name in known}
+        if len(meant) > 1:
+            file.complaints.append(f"hidden_activation: expected that of {self.activation[0]}")
+        return meant.pop()
 
     def write(self, config: DecoderConfig) -> dict[str, Any]:
         """The keys of config.json."""
@@ -275,6 +289,8 @@ class Spelling:
                 )
         if c.experts and c.shared_experts:
             faults.append(f"shared_experts: in this family there are none, got {c.shared_experts}")
+        if self.tanh_gelu and c.activation == "gelu":
+            faults.append("activation: in this family a GELU is the tanh form, got the exact one")
         if (c.embed_scale is not None) != self.embed_scale:
             faults.append(f"embed_scale: {'missing' if self.embed_scale else 'in the way'}")
         if self.kv_heads is None and c.kv_heads != c.heads:

@@ -79,6 +79,25 @@ OLMO2 = decoder_family(
     aliases=_STALE,
     members="OLMo 2",
 )
+GEMMA = decoder_family(
+    "gemma",
+    "GemmaForCausalLM",
+    Spelling(
+        choices={"plus_one": True},
+        flags=_BIASES,
+        kv_default=16,
+        head_default=256,
+        activation=("hidden_act", "gelu_pytorch_tanh"),
+        tanh_gelu=True,
+        tied=True,
+        parts=True,
+        embed_scale=True,
+        sights=Sights(positions=8192),
+    ),
+    fixed=_FIXED | {"use_bidirectional_attention": False},
+    aliases=_STALE,
+    members="Gemma 1 and 1.1",
+)
 _GEMMA = Spelling(
     choices={"placement": "both", "plus_one": True},
     flags=_BIASES,
@@ -249,6 +268,6 @@ QWEN3_MOE = decoder_family(
     members="Qwen 3 30B-A3B and 235B-A22B, an upcycled Qwen 3",
 )
 DECODERS = (
-    *(LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GEMMA3, PHI3, SMOLLM3, NEOX),
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GEMMA2, GEMMA3, PHI3, SMOLLM3, NEOX),
     *(MIXTRAL, OLMOE, QWEN3_MOE),
 )

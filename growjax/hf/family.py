@@ -164,7 +164,7 @@ class Family:
     - `ignored`: patterns of names of tensors that are not needed.
     - `renamed`: old endings of names, and the new ones.
     - `scale`: a function from a model's attention to the factor that the family multiplies scores by.
-    - `accepts`: the class of models that may be written, if not `model` alone.
+    - `accepts`: the classes of models that may be written, if not `model` alone.
     - `members`: some published checkpoints of the family, for people.
     - `growth`: what of it can be grown so that transformers still reads it, for people.
     - `fold_scales`: a function that folds the scales of a model's embedding and head into its weights.
@@ -192,7 +192,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     scale: Callable[[Any], float] = lambda attention: attention.q.shape[-1] ** -0.5
-    accepts: type | None = None
+    accepts: type | tuple[type, ...] | None = None
     members: str = ""
     growth: str = "embed together with heads, mlp, layers"
     fold_scales: Callable[[Any], Any] = lambda model: model

@@ -52,6 +52,7 @@ TOLERATED: dict[str, tuple[str, ...]] = {
         *("id2label", "label2id", "num_labels", "_num_labels", "problem_type", "summary_*"),
         *("pooler_*", "directionality", "classifier_*", "n_special", "predict_special_tokens"),
         *("vocab_size_or_config_json_file", "nsp_*"),
+        *("sentence_transformers", "sbert_ce_default_activation_function"),
     ),
     "choose which outputs are returned, or which program computes them": (
         *("output_attentions", "output_hidden_states", "output_past", "return_dict"),

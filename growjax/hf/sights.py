@@ -115,6 +115,11 @@ class OneWindow(Sights):
     def windows(self, file: ConfigFile, layers: int) -> list[int | None]:
         """The window of every layer."""
         on = file.flag("use_sliding_window", default=False) if self.switch else True
+        if self.switch and file.count("max_window_layers", default=0) and on:
+            file.complaints.append(
+                "max_window_layers: old readers leave so many layers without a window, and new ones "
+                "none; remove it, or set use_sliding_window to false"
+            )
         default = self.window if "sliding_window" not in file.values else None
         given = file.get("sliding_window", default=default)
         window = file.size("sliding_window", default=default) if on and given is not None else None

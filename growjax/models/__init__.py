@@ -17,3 +17,5 @@ from growjax.models.protocol import read_tokens as read_tokens
 from growjax.models.protocol import read_with_auxiliary as read_with_auxiliary
 from growjax.models.t5 import T5 as T5
 from growjax.models.t5 import T5Config as T5Config
+from growjax.models.t5 import T5Encoder as T5Encoder
+from growjax.models.t5 import T5EncoderConfig as T5EncoderConfig

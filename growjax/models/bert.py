@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -31,7 +31,7 @@ from growjax.nn import (
     make_block,
     normal,
 )
-from growjax.values import Size, register
+from growjax.values import Size, at_least, fits, register
 
 
 @register
@@ -41,8 +41,10 @@ class BERTConfig:
 
     `post_norm=False` moves the norm of the embeddings behind the blocks, and each block's norms to
     the front of their branches; `embedding_norm` then keeps one on the embeddings all the same
-    (Geiping and Goldstein, "Cramming", 2023). `nsp_head` needs the `pooler`; `tied` is about the
-    masked-language head. `dtype` is that of the activations (None: the parameters'); norms, softmax
+    (Geiping and Goldstein, "Cramming", 2023). `nsp_head` and a classifier of sequences, into so many
+    `labels` (0: none), need the `pooler`; `tied` is about the masked-language head. With `padding`, the
+    id of padding tokens, these have the position of that number, and others are counted from the next on
+    (RoBERTa). `dtype` is that of the activations (None: the parameters'); norms, softmax
     and logits stay in float32 at least.
     """
 
@@ -69,10 +71,22 @@ class BERTConfig:
     mlm_head: bool = True
     nsp_head: bool = True
     pooler: bool = True
+    labels: Annotated[int, at_least(0, "labels")] = 0
+    padding: Annotated[int, at_least(0)] | None = None
 
     def __post_init__(self):
-        unread = self.nsp_head and not self.pooler
-        check_config(self, ["nsp_head: it reads the pooler, which is off"] if unread else ())
+        check_config(self, self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        for name in ("nsp_head", "labels"):
+            if getattr(self, name) and not self.pooler:
+                yield f"{name}: it reads the pooler, which is off"
+        if fits(tuple[Size, int], (self.positions, self.padding)):
+            if self.positions <= self.padding + 1:
+                yield (
+                    f"positions: those up to padding={self.padding} are no real token's, and there are "
+                    f"{self.positions}"
+                )
 
     def build(self, key: PRNGKeyArray) -> "BERT":
         """A `BERT` of this configuration, its parameters drawn with this key by one compiled program."""
@@ -86,6 +100,7 @@ class BERTOutput(NamedTuple):
     pooled: Float[Array, " embed"] | None
     mlm_logits: Float[Array, "T vocab"] | None
     nsp_logits: Float[Array, " nsp"] | None
+    label_logits: Float[Array, " labels"] | None = None
 
 
 class Pooler(eqx.Module):
@@ -162,8 +177,11 @@ class BERT(eqx.Module):
     mlm: MLMHead | None
     nsp: Float[Array, "embed nsp"] | None = param("embed -> nsp")
     nsp_bias: Float[Array, " nsp"] | None = param("-> nsp")
+    classifier: Float[Array, "embed labels"] | None = param("embed -> labels")
+    classifier_bias: Float[Array, " labels"] | None = param("-> labels")
     gate: Gate | None = axes.gate("embed")
     dtype: str | None = eqx.field(static=True, default=None)
+    padding: int | None = eqx.field(static=True, default=None)
     kind: ClassVar[str] = "encoder"
 
     def __init__(self, config: BERTConfig, *, key: PRNGKeyArray):
@@ -200,7 +218,10 @@ class BERT(eqx.Module):
         self.mlm = MLMHead(c, key=k_mlm) if c.mlm_head else None
         self.nsp = normal(k_nsp, (c.embed, 2), c.embed) if c.nsp_head else None
         self.nsp_bias = jnp.zeros(2) if c.nsp_head and c.bias else None
-        self.gate, self.dtype = None, c.dtype
+        k_labels = jax.random.fold_in(key, c.labels)
+        self.classifier = normal(k_labels, (c.embed, c.labels), c.embed) if c.labels else None
+        self.classifier_bias = jnp.zeros(c.labels) if c.labels and c.bias else None
+        self.gate, self.dtype, self.padding = None, c.dtype, c.padding
 
     def __call__(
         self,
@@ -216,12 +237,10 @@ class BERT(eqx.Module):
         """
         hidden = self._hidden(tokens, token_types, mask)
         pooled = None if self.pooler is None else self.pooler(hidden)
-        nsp_logits = None
-        if pooled is not None and self.nsp is not None:
-            nsp_logits = logits(pooled, self.nsp)
-            nsp_logits = nsp_logits if self.nsp_bias is None else nsp_logits + self.nsp_bias
+        nsp_logits = _scores(pooled, self.nsp, self.nsp_bias)
+        label_logits = _scores(pooled, self.classifier, self.classifier_bias)
         mlm_logits = None if self.mlm is None else self.mlm(hidden, self.embedding)
-        return BERTOutput(hidden, pooled, mlm_logits, nsp_logits)
+        return BERTOutput(hidden, pooled, mlm_logits, nsp_logits, label_logits)
 
     def predict(self, example: Mapping[str, Array]) -> Float[Array, "T vocab"]:
         """The masked-language logits on one example; raises `PlanError` if that head is off."""
@@ -243,12 +262,25 @@ class BERT(eqx.Module):
         token_types: Int[Array, " T"] | None,
         mask: Bool[Array, " T"] | None,
     ) -> Float[Array, "T embed"]:
-        check_sequence(tokens, self.position.table.shape[0])
+        unused = 0 if self.padding is None else self.padding + 1
+        check_sequence(tokens, self.position.table.shape[0] - unused)
+        places = jnp.arange(tokens.shape[0])
+        if self.padding is not None:
+            real = tokens != self.padding
+            places = jnp.cumsum(real) * real + self.padding
         token_types = jnp.zeros_like(tokens) if token_types is None else token_types
         x = self.embedding(tokens) + self.token_type(token_types)
-        x = x + self.position(jnp.arange(tokens.shape[0]))
+        x = x + self.position(places)
         x = x if self.dtype is None else x.astype(self.dtype)
         # The norm's own gate hides what it produces; without one the sum is gated here.
         x = gated(x, self.gate) if self.embedding_norm is None else self.embedding_norm(x)
         x = self.blocks(x, mask=Mask(keys=mask))
         return x if self.norm is None else self.norm(x)
+
+
+def _scores(pooled: Array | None, head: Array | None, bias: Array | None) -> Array | None:
+    """The logits of a head on the pooled token; None without either."""
+    if pooled is None or head is None:
+        return None
+    scores = logits(pooled, head)
+    return scores if bias is None else scores + bias

@@ -66,21 +66,7 @@ class T5Config:
     remat: Remat = "dots"
 
     def __post_init__(self):
-        check_config(self, self._distances())
-
-    def _distances(self) -> Iterator[str]:
-        if not fits(tuple[Size, Size], (self.buckets, self.max_distance)):
-            return
-        if self.buckets < 4 or self.buckets % 4:
-            yield (
-                "buckets: the encoder halves them by sign, then by near and far; expected a "
-                f"multiple of 4, got {self.buckets}"
-            )
-        if self.max_distance <= self.buckets // 2:
-            yield (
-                f"max_distance: expected more than {self.buckets // 2}, the distances that the "
-                f"decoder counts one by one with {self.buckets} buckets, got {self.max_distance}"
-            )
+        check_config(self, _distances(self.buckets, self.max_distance))
 
     def build(self, key: PRNGKeyArray) -> "T5":
         """A `T5` of this configuration, its parameters drawn with this key by one compiled program."""
@@ -95,6 +81,85 @@ class T5Config:
     def ul2(cls, **sizes: Any) -> "T5Config":
         """A gated SiLU and a head of its own, unscaled (Tay et al., "UL2", ICLR 2023)."""
         return cls(**{"activation": "silu", "glu": True, "tied": False} | sizes)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class T5EncoderConfig:
+    """Sizes and choices of a `T5Encoder`, as in `T5Config`.
+
+    **Example**
+
+        T5EncoderConfig(encoder_layers=8, embed=512, heads=6, head_dim=64, mlp=1024, vocab=384)
+    """
+
+    encoder_layers: Depth
+    embed: Size
+    heads: Size
+    head_dim: Size
+    mlp: Size
+    vocab: Size
+    buckets: Size = 32
+    max_distance: Size = 128
+    activation: Activation = "relu"
+    glu: bool = False
+    eps: Eps = 1e-6
+    dtype: Dtype = None
+    attention: Body = "auto"
+    remat: Remat = "dots"
+
+    def __post_init__(self):
+        check_config(self, _distances(self.buckets, self.max_distance))
+
+    def build(self, key: PRNGKeyArray) -> "T5Encoder":
+        """A `T5Encoder` of this configuration, its parameters drawn with this key by one program."""
+        return born(T5Encoder, self, key=key)
+
+
+def _distances(buckets: Any, max_distance: Any) -> Iterator[str]:
+    """What is wrong with the buckets of relative positions."""
+    if not fits(tuple[Size, Size], (buckets, max_distance)):
+        return
+    if buckets < 4 or buckets % 4:
+        yield (
+            "buckets: the encoder halves them by sign, then by near and far; expected a "
+            f"multiple of 4, got {buckets}"
+        )
+    if max_distance <= buckets // 2:
+        yield (
+            f"max_distance: expected more than {buckets // 2}, the distances that the "
+            f"decoder counts one by one with {buckets} buckets, got {max_distance}"
+        )
+
+
+def _stack(
+    config: T5Config | T5EncoderConfig, axis: str, *, cross: bool = False, key: PRNGKeyArray
+) -> tuple[RelativeBias, Stacked[Block]]:
+    """The layers of the encoder, or with `cross` of the decoder, and their relative positions."""
+    c = config
+
+    def block(key):
+        return make_block(
+            c.embed,
+            c.heads,
+            c.head_dim,
+            c.mlp,
+            norm="rms",
+            bias=False,
+            glu=c.glu,
+            activation=c.activation,
+            eps=c.eps,
+            scale=1.0,
+            cross=cross,
+            attention=c.attention,
+            key=key,
+        )
+
+    k_bias, k_blocks = jax.random.split(key)
+    bias = RelativeBias(
+        c.buckets, c.heads, 1, bidirectional=not cross, max_distance=c.max_distance, key=k_bias
+    )
+    return bias, Stacked(block, getattr(c, axis), axis=axis, remat=c.remat, key=k_blocks)
 
 
 class T5Cache(NamedTuple):
@@ -136,40 +201,9 @@ class T5(eqx.Module):
         c = config
         k_embed, k_encoder, k_decoder, k_head = jax.random.split(key, 4)
 
-        def stack(layers: int, axis: str, cross: bool, key):
-            def block(key):
-                return make_block(
-                    c.embed,
-                    c.heads,
-                    c.head_dim,
-                    c.mlp,
-                    norm="rms",
-                    bias=False,
-                    glu=c.glu,
-                    activation=c.activation,
-                    eps=c.eps,
-                    scale=1.0,
-                    cross=cross,
-                    attention=c.attention,
-                    key=key,
-                )
-
-            k_bias, k_blocks = jax.random.split(key)
-            bias = RelativeBias(
-                c.buckets,
-                c.heads,
-                1,
-                bidirectional=not cross,
-                max_distance=c.max_distance,
-                key=k_bias,
-            )
-            return bias, Stacked(block, layers, axis=axis, remat=c.remat, key=k_blocks)
-
         self.embedding = Words(c.vocab, c.embed, std=1.0, key=k_embed)
-        self.encoder_bias, self.encoder = stack(
-            c.encoder_layers, "encoder_layers", False, k_encoder
-        )
-        self.decoder_bias, self.decoder = stack(c.decoder_layers, "decoder_layers", True, k_decoder)
+        self.encoder_bias, self.encoder = _stack(c, "encoder_layers", key=k_encoder)
+        self.decoder_bias, self.decoder = _stack(c, "decoder_layers", cross=True, key=k_decoder)
         self.encoder_norm = Norm(c.embed, "rms", eps=c.eps)
         side = "consumed" if c.tied else "elementwise"
         self.decoder_norm = Norm(c.embed, "rms", eps=c.eps, side=side)
@@ -281,3 +315,44 @@ class T5(eqx.Module):
     def _embed(self, tokens: Int[Array, " n"]) -> Float[Array, "n embed"]:
         x = self.embedding(tokens)
         return gated(x if self.dtype is None else x.astype(self.dtype), self.gate)
+
+
+class T5Encoder(eqx.Module):
+    """The encoder of a T5 on one sequence: `model(tokens) -> hidden states [T, embed]`.
+
+    **Example**
+
+        model = T5Encoder(T5EncoderConfig(encoder_layers=4, embed=256, heads=4, head_dim=64, mlp=1024,
+                                          vocab=384), key=jax.random.key(0))
+        hidden = jax.vmap(lambda t, m: model(t, mask=m))(tokens, mask)      # [B, T], True at real tokens
+    """
+
+    embedding: Words
+    encoder_bias: RelativeBias
+    encoder: Stacked[Block]
+    encoder_norm: Norm
+    gate: Gate | None = axes.gate("embed")
+    dtype: str | None = eqx.field(static=True, default=None)
+    kind: ClassVar[str] = "encoder"
+
+    def __init__(self, config: T5EncoderConfig, *, key: PRNGKeyArray):
+        c = config
+        k_embed, k_encoder = jax.random.split(key)
+        self.embedding = Words(c.vocab, c.embed, std=1.0, key=k_embed)
+        self.encoder_bias, self.encoder = _stack(c, "encoder_layers", key=k_encoder)
+        self.encoder_norm = Norm(c.embed, "rms", eps=c.eps)
+        self.gate, self.dtype = None, c.dtype
+
+    def __call__(
+        self, tokens: Int[Array, " T"], *, mask: Bool[Array, " T"] | None = None
+    ) -> Float[Array, "T embed"]:
+        """Hidden states; `mask` is True at real tokens.
+
+        Raises `AxisError` for more than one sequence, which may be of any length. Ids beyond the
+        vocabulary are an error outside of `jit` and `vmap` alone.
+        """
+        check_sequence(tokens)
+        x = self.embedding(tokens)
+        x = gated(x if self.dtype is None else x.astype(self.dtype), self.gate)
+        bias = self.encoder_bias.among(tokens.shape[0])
+        return self.encoder_norm(self.encoder(x, mask=Mask(keys=mask), bias=bias))

@@ -26,7 +26,8 @@ def random_model(config: Any, architecture: str, seed: int = 0, *, own_head: boo
     model = getattr(transformers, architecture)(config).eval()
     if "experts" in str(vars(config).keys()):
         model.set_experts_implementation("eager")  # grouped products have no float64
-    if config.model_type == "t5" and not config.scale_decoder_outputs and own_head:
+    unscaled = not getattr(config, "scale_decoder_outputs", False)
+    if hasattr(model, "lm_head") and "t5" in config.model_type and unscaled and own_head:
         # transformers 5 ties what it makes, whatever it is told; it loads such files all the same
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     with torch.no_grad():
@@ -46,9 +47,9 @@ def outputs(model: Any, mask: np.ndarray = MASK) -> dict[str, np.ndarray]:
     torch_of = torch.from_numpy
     kind = model.config.model_type
     inputs = {"input_ids": torch_of(TOKENS), "attention_mask": torch_of(mask.astype(np.int64))}
-    if kind == "bert":
+    if kind in ("bert", "roberta", "xlm-roberta"):
         inputs["token_type_ids"] = torch_of(TYPES)
-    if kind == "t5":
+    if "t5" in kind and not type(model).__name__.endswith("EncoderModel"):
         inputs["decoder_input_ids"] = torch_of(OTHERS)
     with torch.no_grad():
         results = model(**inputs)
@@ -61,6 +62,8 @@ def outputs(model: Any, mask: np.ndarray = MASK) -> dict[str, np.ndarray]:
     }
     if type(model).__name__ == "BertForNextSentencePrediction":
         names["logits"] = "nsp_logits"
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        names["logits"] = "label_logits"
     got = {
         ours: results[theirs].numpy()
         for theirs, ours in names.items()

@@ -22,6 +22,11 @@ def bert(**changes: Any) -> Any:
     return hf.BertConfig(vocab_size=61, max_position_embeddings=40, **sizes | changes)
 
 
+def roberta(cls: Any = hf.RobertaConfig, **changes: Any) -> Any:
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=56)
+    return cls(vocab_size=61, max_position_embeddings=40, **sizes | changes)
+
+
 def gpt2(**changes: Any) -> Any:
     sizes = dict(n_embd=32, n_layer=3, n_head=4, n_positions=40, bos_token_id=0, eos_token_id=0)
     return hf.GPT2Config(vocab_size=61, **sizes | changes)
@@ -32,9 +37,9 @@ def llama(**changes: Any) -> Any:
     return hf.LlamaConfig(vocab_size=61, intermediate_size=56, **sizes | changes)
 
 
-def t5(**changes: Any) -> Any:
+def t5(cls: Any = hf.T5Config, **changes: Any) -> Any:
     sizes = dict(d_model=32, d_kv=12, d_ff=56, num_layers=2, num_decoder_layers=3, num_heads=4)
-    return hf.T5Config(vocab_size=61, decoder_start_token_id=0, **sizes | changes)
+    return cls(vocab_size=61, decoder_start_token_id=0, **sizes | changes)
 
 
 def decoder(kind: str, **changes: Any) -> tuple[Any, str]:
@@ -73,6 +78,7 @@ CASES: dict[str, tuple[Any, str]] = {
     "mistral": decoder("Mistral", sliding_window=7, head_dim=12),
     "mistral all": decoder("Mistral", sliding_window=None),
     "olmo2": decoder("Olmo2", attention_bias=True),
+    "gemma": decoder("Gemma", head_dim=12),
     "gemma2": decoder("Gemma2", head_dim=12, sliding_window=8, query_pre_attn_scalar=20),
     "gemma2 caps": decoder(
         "Gemma2", head_dim=8, attn_logit_softcapping=0.5, final_logit_softcapping=1.5
@@ -108,6 +114,11 @@ CASES: dict[str, tuple[Any, str]] = {
     "bert": (bert(), "BertForMaskedLM"),
     "bert both heads": (bert(layer_norm_eps=1e-5), "BertForPreTraining"),
     "bert no head": (bert(hidden_act="gelu_new"), "BertModel"),
+    "bert classifier": (bert(num_labels=3), "BertForSequenceClassification"),
+    "roberta": (roberta(), "RobertaForMaskedLM"),
+    "roberta untied": (roberta(tie_word_embeddings=False), "RobertaForMaskedLM"),
+    "roberta classifier": (roberta(pad_token_id=3), "RobertaForSequenceClassification"),
+    "xlm-roberta": (roberta(hf.XLMRobertaConfig), "XLMRobertaModel"),
     "bert next sentence": (bert(type_vocab_size=3), "BertForNextSentencePrediction"),
     "bert untied": (bert(tie_word_embeddings=False, hidden_act="relu"), "BertForMaskedLM"),
     "gpt2": (gpt2(), "GPT2LMHeadModel"),
@@ -135,14 +146,17 @@ CASES: dict[str, tuple[Any, str]] = {
     "t5 gelu": (t5(feed_forward_proj="gelu"), "T5ForConditionalGeneration"),
     "t5 v1.1": (t5(**V1_1), "T5ForConditionalGeneration"),
     "ul2": (t5(**V1_1 | {"feed_forward_proj": "gated-silu"}), "T5ForConditionalGeneration"),
+    "t5 encoder": (t5(feed_forward_proj="gated-silu", is_encoder_decoder=False), "T5EncoderModel"),
+    "mt5": (t5(hf.MT5Config), "MT5ForConditionalGeneration"),
+    "mt5 encoder": (t5(hf.MT5Config, tie_word_embeddings=False), "MT5EncoderModel"),
     "t5 tied, unscaled": (t5(scale_decoder_outputs=False), "T5ForConditionalGeneration"),
 }
 # A tied head without a scale is written with one, and the norm before it takes up the difference
 FOLDED = "t5 tied, unscaled"
 # The bias that counts is that of the decoder
-UNUSED = {("bert untied", "cls.predictions.bias")}
+UNUSED = {("bert untied", "cls.predictions.bias"), ("roberta untied", "lm_head.bias")}
 # Of the largest output, which is a few units; a wrong epsilon or activation is off by 1e-4 and more
-LIMIT = {"t5": 2e-5, "ul2": 2e-4}
+LIMIT = {"t5": 2e-5, "mt5": 2e-5, "ul2": 2e-4}
 
 
 def ours(model: Any, real: np.ndarray = MASK) -> dict[str, np.ndarray]:
@@ -151,11 +165,12 @@ def ours(model: Any, real: np.ndarray = MASK) -> dict[str, np.ndarray]:
     if isinstance(model, gj.models.BERT):
         run = jax.vmap(lambda t, m, y: model(t, mask=m, token_types=y))
         outputs_of_ours = run(tokens, mask, jnp.asarray(TYPES))
-        names = {"mlm_logits": "logits", "nsp_logits": "nsp_logits"}
-        names |= (
-            {} if model.mlm or model.nsp is not None else {"hidden": "hidden", "pooled": "pooled"}
-        )
+        names = {name: name for name in ("nsp_logits", "label_logits")} | {"mlm_logits": "logits"}
+        headless = not model.mlm and model.nsp is None and model.classifier is None
+        names |= {"hidden": "hidden", "pooled": "pooled"} if headless else {}
         got = {name: getattr(outputs_of_ours, field) for field, name in names.items()}
+    elif isinstance(model, gj.models.T5Encoder):
+        got = {"hidden": jax.vmap(lambda t, m: model(t, mask=m))(tokens, mask)}
     elif isinstance(model, gj.models.T5):
         run = jax.vmap(lambda t, m, d: model(t, d, encoder_mask=m))
         got = {"logits": run(tokens, mask, jnp.asarray(OTHERS))}
