@@ -191,7 +191,7 @@ def test_the_gelu_of_gemma_is_the_tanh_form_by_all_its_names(saved, tmp_path):
     with pytest.raises(HuggingFaceError, match="hidden_activation: expected that of hidden_act"):
         gj.hf.config(rewritten(folder, hidden_act="gelu", hidden_activation="relu"))
     with pytest.raises(HuggingFaceError, match="in this family a GELU is the tanh form"):
-        gj.hf.save(build("gemma", activation="gelu"), tmp_path / "exact")
+        gj.hf.save(build("gemma", activation="gelu"), tmp_path / "exact", source=folder)
 
 
 def test_positions_of_roberta_need_the_id_of_padding(saved):

@@ -81,10 +81,11 @@ class BERTConfig:
         for name in ("nsp_head", "labels"):
             if getattr(self, name) and not self.pooler:
                 yield f"{name}: it reads the pooler, which is off"
-        if fits(tuple[Size, int], (self.positions, self.padding)):
-            if self.positions <= self.padding + 1:
+        padding = self.padding
+        if fits(tuple[Size, int], (self.positions, padding)) and padding is not None:
+            if self.positions <= padding + 1:
                 yield (
-                    f"positions: those up to padding={self.padding} are no real token's, and there are "
+                    f"positions: those up to padding={padding} are no real token's, and there are "
                     f"{self.positions}"
                 )
 

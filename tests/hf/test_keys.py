@@ -101,8 +101,8 @@ OLD_GEMMA = {
     "sliding_window_pattern": 2,
     "_sliding_window_pattern": ABSENT,
 }
-# Where tolerated keys get every value; elsewhere they get two. Without the deep profile, keys that Llama's
-# configuration has as well get a quarter of their values there, and none if all configurations have them
+# Where tolerated keys get every value; elsewhere they get two. Without the deep profile, keys that Llama
+# has as well get a quarter of their values there, and none if all configurations have them
 THOROUGH = ("bert", "gpt2", "llama", "t5")
 OLD_ROPE = {"rope_parameters": ABSENT, "rope_theta": 200.0, "rope_scaling": None}
 BASES: dict[str, tuple[str, dict[str, Any], str]] = {
