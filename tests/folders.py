@@ -24,6 +24,8 @@ from growjax.models import (
     GPTConfig,
     Llama,
     LlamaConfig,
+    ModernBERT,
+    ModernBERTConfig,
     Sight,
     T5Config,
     T5Encoder,
@@ -71,6 +73,9 @@ QWEN3_MOE = DecoderConfig(
     **LLAMA, experts=3, z_loss_coef=0.0, norm_topk_prob=False, qk_norm="head", aux_loss_coef=0.0
 )
 GEMMA = DecoderConfig(**LLAMA, plus_one=True, embed_scale=8**0.5, activation="gelu_tanh", tied=True)
+MODERN = ModernBERTConfig(
+    **SIZES, layers=3, pattern=(Sight(theta=100.0), Sight(window=3), Sight(window=3))
+)
 _ENCODER = {name: size for name, size in PAIR.items() if name != "decoder_layers"}
 MODELS: dict[str, tuple[type, Any]] = {
     "gpt2": (GPT, GPTConfig(**DEEP)),
@@ -86,6 +91,11 @@ MODELS: dict[str, tuple[type, Any]] = {
     "roberta classifier": (
         BERT,
         BERTConfig(**DEEP, mlm_head=False, nsp_head=False, labels=2, padding=0),
+    ),
+    "modernbert": (ModernBERT, MODERN),
+    "modernbert classifier": (
+        ModernBERT,
+        dataclasses.replace(MODERN, mlm_head=False, labels=3, pooling="mean", bias=True),
     ),
     "llama": (Llama, _llama()),
     "llama tied": (Llama, _llama(tied=True, bias=True, theta=500.0)),

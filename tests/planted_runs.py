@@ -221,6 +221,18 @@ TABLE = """
 @ an exact GELU is written as Gemma's | hf/decoder.py | hf_config | gelu_of_gemma
 - if self.tanh_gelu and c.activation == "gelu":
 + if False:
+@ layers behind the first are counted from 0 in a file | hf/table.py | hf | read_back_to_the_bit
+- numbers = (place[0] + self.start, *place[1:]) if place else ()
++ numbers = place
+@ the first layer of ModernBERT has a norm | models/modernbert.py | modernbert | first_layer
+- of_first: dict[tuple, Any] = {("attention_norm",): None}
++ of_first: dict[tuple, Any] = {}
+@ a classifier takes the mean of padding too | models/modernbert.py | modernbert | first_layer
+- pooled = jnp.mean(hidden, 0, where=real[:, None], keepdims=True)
++ pooled = jnp.mean(hidden, 0, keepdims=True)
+@ windows of ModernBERT are one wider in a file | hf/modernbert.py | hf | read_back_to_the_bit
+- keys["local_attention"] = 2 * (keys.pop("sliding_window") - 1)
++ keys["local_attention"] = 2 * keys.pop("sliding_window")
 @ all experts of a layer are its last one | hf/convert.py | hf | read_back_to_the_bit
 - arrays[leaf][place] = array
 + arrays[leaf][place[:1]] = array

@@ -31,6 +31,8 @@ GROWN: dict[str, tuple[str, Any]] = {
     "gpt2 more units": ("gpt2", gj.chain(gj.zeros(mlp=10), gj.stack(layers=4, branch="zero"))),
     "bert wider": ("bert", gj.copy(embed=16, heads=4, mlp=12)),
     "roberta classifier wider": ("roberta classifier", gj.copy(embed=16, heads=4, mlp=12)),
+    "modernbert wider": ("modernbert", gj.chain(gj.copy(embed=16, heads=4), gj.zeros(mlp=9))),
+    "modernbert deeper": ("modernbert", gj.stack(layers=4, branch="zero")),
     "t5 encoder wider": ("t5 encoder", gj.chain(gj.copy(heads=4), gj.zeros(embed=12, mlp=9))),
     "llama wider": ("llama", gj.zeros(embed=12, heads=4, mlp=9)),
     "llama copied": ("llama tied", gj.copy(embed=16, heads=8, kv_heads=4)),
@@ -56,7 +58,13 @@ GROWN: dict[str, tuple[str, Any]] = {
 
 
 # One growth of each family, and of each operator, is in the rest
-DEEP_ALONE = ("gpt2 larger heads", "gemma3 deeper", "llama deeper", "t5 padded")
+DEEP_ALONE = (
+    "modernbert deeper",
+    "gpt2 larger heads",
+    "gemma3 deeper",
+    "llama deeper",
+    "t5 padded",
+)
 
 
 @pytest.mark.parametrize(

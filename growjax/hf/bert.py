@@ -83,11 +83,8 @@ def _rows(heads: Heads, config: BERTConfig) -> tuple[Row, ...]:
 def _read(heads: Heads, file: ConfigFile, same: Any) -> BERTConfig:
     embed, count = file.size("hidden_size"), file.size("num_attention_heads")
     has = file.names.__contains__
-    pair, labels = has("cls.seq_relationship.weight"), 0
-    if has(f"{heads.classifier}.weight"):
-        names = file.get("id2label")
-        given = isinstance(names, dict) and len(names) > 0
-        labels = len(names) if given else file.size("num_labels", default=2)
+    pair = has("cls.seq_relationship.weight")
+    labels = file.labels() if has(f"{heads.classifier}.weight") else 0
     return BERTConfig(
         layers=file.layers("num_hidden_layers"),
         embed=embed,

@@ -32,12 +32,15 @@ from growjax.hf.files import (
 )
 from growjax.hf.gpt2 import GPT2
 from growjax.hf.keys import is_tolerated
+from growjax.hf.modernbert import MODERNBERT
 from growjax.hf.stock import Inexpressible, buffers_of, shapes_of, stock
 from growjax.hf.t5 import PAIRS
 from growjax.hf.table import Row
 
 
-FAMILIES = {family.model_type: family for family in (*ENCODERS, GPT2, *DECODERS, *PAIRS)}
+FAMILIES = {
+    family.model_type: family for family in (*ENCODERS, MODERNBERT, GPT2, *DECODERS, *PAIRS)
+}
 # Keys of config.json that would change what a model of any family computes
 FIXED = {"quantization_config": None, "per_layer_config": None}
 _POSITIONS = "max_position_embeddings"

@@ -5,7 +5,7 @@ are called; `growjax.hf.families` has them. Reading, writing and the table of ro
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from growjax.hf.family import ConfigFile, Family, activation_name, config_sizes,
 from growjax.hf.sights import Sights, shortest
 from growjax.hf.table import Row, linear, norm
 from growjax.models import Decoder, DecoderConfig, Sight
-from growjax.nn import NO_WINDOW, Experts, Norm
+from growjax.nn import NO_WINDOW, Experts, Norm, Rotary
 
 
 _BLOCK = "blocks.block"
@@ -385,7 +385,7 @@ def config_of(model: Decoder) -> DecoderConfig:
         layers=n["layers"],
         **config_sizes(model),
         kv_heads=n["kv_heads"],
-        pattern=_pattern(model, n["layers"]),
+        pattern=pattern_of((model.rotary, *model.others), [attention]),
         turned=next((r.turned for r in (model.rotary, *model.others) if r.turned != 0), None),
         norm="layer" if model.norm.centre else "rms",
         norm_bias=model.norm.bias is not None or not model.norm.centre,
@@ -426,16 +426,16 @@ def _experts(mlp: Any, n: Mapping[str, int]) -> dict[str, Any]:
     )
 
 
-def _pattern(model: Decoder, layers: int) -> tuple[Sight, ...]:
-    """How the layers see, by the shortest list that repeats."""
-    attention = model.blocks.block.attention
-    rotaries = (model.rotary, *model.others)
-    turns = [0] * layers if attention.turn is None else np.asarray(attention.turn).tolist()
-    windows = [NO_WINDOW] * layers
-    if attention.window is not None:
-        windows = np.asarray(attention.window).tolist()
+def pattern_of(rotaries: Sequence[Rotary], attentions: Sequence[Any]) -> tuple[Sight, ...]:
+    """How layers see, by the shortest list that repeats; attentions are of one layer or of a stack."""
+    kinds: list[tuple[int, int]] = []
+    for attention in attentions:
+        count = attention.q.shape[0] if attention.q.ndim == 5 else 1
+        turns = np.broadcast_to(0 if attention.turn is None else attention.turn, count)
+        windows = NO_WINDOW if attention.window is None else attention.window
+        kinds += zip(turns.tolist(), np.broadcast_to(windows, count).tolist(), strict=True)
     every = []
-    for turn, window in zip(turns or [0], windows or [NO_WINDOW], strict=True):
+    for turn, window in kinds or [(0, NO_WINDOW)]:
         rotary, reach = rotaries[turn], None if window == NO_WINDOW else window
         if rotary.turned == 0:
             every.append(Sight(reach, rotary=False))

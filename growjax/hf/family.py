@@ -108,6 +108,13 @@ class ConfigFile:
             return 1
         return value
 
+    def labels(self) -> int:
+        """The number of labels of a classifier: of their names, if there are any."""
+        names = self.get("id2label")
+        if isinstance(names, dict) and names:
+            return len(names)
+        return self.size("num_labels", default=2)
+
     def fixed(self, values: Mapping[str, Any]) -> None:
         """Note a fault for each of these keys that is present with another value than this.
 

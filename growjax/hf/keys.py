@@ -59,6 +59,12 @@ TOLERATED: dict[str, tuple[str, ...]] = {
         *("tie_last_hidden_states", "torchscript", "chunk_size_feed_forward", "pretraining_tp"),
         *("*attn_implementation*", "*experts_implementation*", "reorder_and_upcast_attn"),
         *("use_return_dict", "use_flash_attention*", "use_sdpa"),
+        *(
+            "deterministic_flash_attn",
+            "reference_compile",
+            "repad_logits_with_grad",
+            "sparse_pred*",
+        ),
     ),
 }
 _PATTERNS = tuple(pattern for patterns in TOLERATED.values() for pattern in patterns)

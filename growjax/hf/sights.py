@@ -206,11 +206,17 @@ class TypedLayers(Sights):
 
 @dataclasses.dataclass(frozen=True)
 class TwoRotations(TypedLayers):
-    """Sliding layers with rotary positions of their own (Gemma 3)."""
+    """Sliding layers with rotary positions of their own (Gemma 3).
+
+    `bases` are the keys of the two thetas in old files. A `rope_scaling` is that of the other layers, or
+    of all of them (`everywhere`).
+    """
 
     theta: float = 1e6
     local: float = 1e4
     switch: bool = False
+    bases: tuple[str, str] = ("rope_theta", "rope_local_base_freq")
+    everywhere: bool = False
 
     def read(
         self, file: ConfigFile, layers: int, head_dim: int
@@ -228,12 +234,12 @@ class TwoRotations(TypedLayers):
             )
         rotations = {}
         for kind, theta, key in (
-            (FULL, self.theta, "rope_theta"),
-            (SLIDING, self.local, "rope_local_base_freq"),
+            (FULL, self.theta, self.bases[0]),
+            (SLIDING, self.local, self.bases[1]),
         ):
             base = file.number(key, default=theta)
             own = blocks.get(kind) or {}
-            given = (own | old) if kind == FULL else own
+            given = (own | old) if kind == FULL or self.everywhere else own
             block = ConfigFile(given if isinstance(given, dict) else {"rope_type": given}, ())
             rotations[kind] = read_block(block, file, base, self.positions, kinds=self.kinds)
             file.complaints.extend(f"rope_parameters.{kind}.{x}" for x in block.complaints)
@@ -254,18 +260,21 @@ class TwoRotations(TypedLayers):
             scaled = {} if sight.scaling is None else write_scaling(sight.scaling)
             blocks[kind] = {"rope_type": "default", "rope_theta": sight.theta} | scaled
         old = {key: x for key, x in blocks[FULL].items() if key != "rope_theta"}
-        return {
+        keys = {
             "rope_parameters": blocks,
-            "rope_theta": blocks[FULL]["rope_theta"],
-            "rope_local_base_freq": blocks[SLIDING]["rope_theta"],
-            "rope_scaling": None if old == {"rope_type": "default"} else old,
+            self.bases[0]: blocks[FULL]["rope_theta"],
+            self.bases[1]: blocks[SLIDING]["rope_theta"],
             **self.written_windows(config),
         }
+        if not self.everywhere:
+            keys["rope_scaling"] = None if old == {"rope_type": "default"} else old
+        return keys
 
     def limits(self, config: DecoderConfig) -> list[str]:
         """What of the pattern the family cannot say."""
         faults = self.window_limits(config)
-        if config.turned is not None or not all(sight.rotary for sight in config.pattern):
+        turned = getattr(config, "turned", None)
+        if turned is not None or not all(sight.rotary for sight in config.pattern):
             faults.append("pattern: in this family every layer turns whole heads")
         kinds = {(s.window is None, s.theta, s.scaling) for s in config.pattern}
         if len(kinds) != len({full for full, _, _ in kinds}):

@@ -39,6 +39,7 @@ class Row:
       hold.
     - `joined`: the dimension along which leaves are concatenated.
     - `rotated`: how many coordinates of a head are turned, if the layout has `turned` (None: all).
+    - `start`: the number of the first layer in the file.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Row:
     all_names: bool = False
     joined: int = -1
     rotated: int | None = None
+    start: int = 0
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -62,7 +64,8 @@ class Row:
 
     def names(self, place: tuple[int, ...] = ()) -> list[str]:
         """The names that the tensor of a place may have; the first is the usual one."""
-        return [name.format(*place) for name in (self.name, *self.others)]
+        numbers = (place[0] + self.start, *place[1:]) if place else ()
+        return [name.format(*numbers) for name in (self.name, *self.others)]
 
     def shape(self, table: Axes) -> tuple[int, ...]:
         """The shape of one tensor, given the axes of the model."""

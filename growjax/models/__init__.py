@@ -1,4 +1,4 @@
-"""GPT, Llama, BERT, T5 and a decoder of choices, each in a file that reads from top to bottom."""
+"""GPT, Llama, BERTs, T5 and a decoder of choices, each in a file that reads from top to bottom."""
 
 from growjax.models.bert import BERT as BERT
 from growjax.models.bert import BERTConfig as BERTConfig
@@ -10,6 +10,8 @@ from growjax.models.gpt import GPT as GPT
 from growjax.models.gpt import GPTConfig as GPTConfig
 from growjax.models.llama import Llama as Llama
 from growjax.models.llama import LlamaConfig as LlamaConfig
+from growjax.models.modernbert import ModernBERT as ModernBERT
+from growjax.models.modernbert import ModernBERTConfig as ModernBERTConfig
 from growjax.models.protocol import Config as Config
 from growjax.models.protocol import Model as Model
 from growjax.models.protocol import predictions as predictions

@@ -1,7 +1,7 @@
 """A decoder as a table of choices: what the families of published language models differ in."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import equinox as eqx
@@ -228,7 +228,10 @@ class Decoder(CausalModel):
             )
 
         blocks = Stacked(block, c.layers, remat=c.remat, key=k_blocks)
-        rotaries, turns, windows = sights(c)
+        # Without layers, the first ones will be of the first kind
+        every = [c.pattern[i % len(c.pattern)] for i in range(max(c.layers, 1))]
+        rotaries, turns, windows = sights(every, c.head_dim, c.turned)
+        turns, windows = turns[: c.layers], windows[: c.layers]
         own: dict[tuple, Any] = {}
         if len(rotaries) > 1:
             own[("block", "attention", "turn")] = jnp.asarray(turns, jnp.int32)
@@ -267,14 +270,11 @@ class Decoder(CausalModel):
         return gated(x, self.gate), turn
 
 
-def sights(config: DecoderConfig) -> tuple[list[Rotary], list[int], list[int | None]]:
-    """The distinct rotations of a decoder, and the rotation and the window of every layer."""
-    c = config
-    layers = [c.pattern[i % len(c.pattern)] for i in range(c.layers)]
-    kinds = [(s.theta, s.scaling, c.turned) if s.rotary else (1.0, None, 0) for s in layers]
-    if not layers:  # the first layers will be of the first kind
-        first = c.pattern[0]
-        kinds = [(first.theta, first.scaling, c.turned) if first.rotary else (1.0, None, 0)]
+def sights(
+    every: Sequence[Sight], head_dim: int, turned: int | None = None
+) -> tuple[list[Rotary], list[int], list[int | None]]:
+    """The distinct rotations of layers that see so, and the rotation and the window of each."""
+    kinds = [(s.theta, s.scaling, turned) if s.rotary else (1.0, None, 0) for s in every]
     distinct = list(dict.fromkeys(kinds))
-    rotaries = [Rotary(c.head_dim, *kind) for kind in distinct]
-    return rotaries, [distinct.index(kind) for kind in kinds], [s.window for s in layers]
+    rotaries = [Rotary(head_dim, *kind) for kind in distinct]
+    return rotaries, [distinct.index(kind) for kind in kinds], [s.window for s in every]

@@ -101,6 +101,13 @@ OLD_GEMMA = {
     "sliding_window_pattern": 2,
     "_sliding_window_pattern": ABSENT,
 }
+OLD_MODERN = {
+    "rope_parameters": ABSENT,
+    "layer_types": ABSENT,
+    "global_rope_theta": 2e4,
+    "local_rope_theta": 100.0,
+    "global_attn_every_n_layers": 2,
+}
 # Where tolerated keys get every value; elsewhere they get two. Without the deep profile, keys that Llama
 # has as well get a quarter of their values there, and none if all configurations have them
 THOROUGH = ("bert", "gpt2", "llama", "t5")
@@ -134,6 +141,9 @@ BASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "phi3": ("phi3", {}, ALL),
     "phi3 long": ("phi3 long", {}, ROTARY),
     "smollm3": ("smollm3 window", {}, ALL),
+    "modernbert": ("modernbert", {}, ALL),
+    "modernbert old": ("modernbert biases", OLD_MODERN, f"{ROTARY}|{WINDOW}"),
+    "modernbert classifier": ("modernbert classifier", {}, "classifier|label"),
     "mixtral": ("mixtral", {}, ALL),
     "olmoe": ("olmoe", {}, ALL),
     "qwen3_moe": ("qwen3_moe window", {}, ALL),

@@ -27,6 +27,12 @@ def roberta(cls: Any = hf.RobertaConfig, **changes: Any) -> Any:
     return cls(vocab_size=61, max_position_embeddings=40, **sizes | changes)
 
 
+def modernbert(**changes: Any) -> Any:
+    sizes = dict(hidden_size=32, num_hidden_layers=5, num_attention_heads=4, intermediate_size=56)
+    sizes |= dict(pad_token_id=0, bos_token_id=0, eos_token_id=0, local_attention=10)
+    return hf.ModernBertConfig(vocab_size=61, **sizes | changes)
+
+
 def gpt2(**changes: Any) -> Any:
     sizes = dict(n_embd=32, n_layer=3, n_head=4, n_positions=40, bos_token_id=0, eos_token_id=0)
     return hf.GPT2Config(vocab_size=61, **sizes | changes)
@@ -138,6 +144,19 @@ CASES: dict[str, tuple[Any, str]] = {
         "LlamaForCausalLM",
     ),
     "llama3": (llama(rope_parameters=LLAMA3), "LlamaForCausalLM"),
+    "modernbert": (modernbert(num_labels=2), "ModernBertForMaskedLM"),
+    "modernbert biases": (
+        modernbert(
+            **dict(norm_bias=True, attention_bias=True, classifier_bias=True, decoder_bias=False),
+            **dict(tie_word_embeddings=False, classifier_activation="relu", local_attention=4),
+        ),
+        "ModernBertForMaskedLM",
+    ),
+    "modernbert classifier": (
+        modernbert(num_labels=3, classifier_pooling="mean", classifier_bias=True),
+        "ModernBertForSequenceClassification",
+    ),
+    "modernbert no head": (modernbert(local_attention=6), "ModernBertModel"),
     "t5": (t5(), "T5ForConditionalGeneration"),
     "t5 buckets": (
         t5(relative_attention_num_buckets=8, relative_attention_max_distance=12, d_kv=8),
@@ -168,6 +187,11 @@ def ours(model: Any, real: np.ndarray = MASK) -> dict[str, np.ndarray]:
         names = {name: name for name in ("nsp_logits", "label_logits")} | {"mlm_logits": "logits"}
         headless = not model.mlm and model.nsp is None and model.classifier is None
         names |= {"hidden": "hidden", "pooled": "pooled"} if headless else {}
+        got = {name: getattr(outputs_of_ours, field) for field, name in names.items()}
+    elif isinstance(model, gj.models.ModernBERT):
+        outputs_of_ours = jax.vmap(lambda t, m: model(t, mask=m))(tokens, mask)
+        names = {"mlm_logits": "logits", "label_logits": "label_logits"}
+        names |= {} if model.transform else {"hidden": "hidden"}
         got = {name: getattr(outputs_of_ours, field) for field, name in names.items()}
     elif isinstance(model, gj.models.T5Encoder):
         got = {"hidden": jax.vmap(lambda t, m: model(t, mask=m))(tokens, mask)}
