@@ -15,7 +15,15 @@ from growjax.data import MLM, UL2, Causal
 from growjax.errors import LayoutError
 from growjax.forecast.dryrun import dry_run
 from growjax.forecast.pod import COLLECTIVES, Compiled, Target, compile_for
-from growjax.models import GPT, BERTConfig, GPTConfig, LlamaConfig, Model, T5Config
+from growjax.models import (
+    GPT,
+    BERTConfig,
+    GPTConfig,
+    LlamaConfig,
+    Model,
+    ModernBERTConfig,
+    T5Config,
+)
 from growjax.select import RhoLoss
 from growjax.train import Layout, Plan, Schedule, Stage, cross_entropy
 from growjax.train.commands import show_plan
@@ -207,6 +215,7 @@ MODELS = {
         UL2(64),
     ),
     "BERT": ("v6e:4x4", BERTConfig(**SIZES, positions=64), MLM(64)),
+    "ModernBERT": ("v6e:4x4", ModernBERTConfig(**SIZES | {"layers": 3}), MLM(64)),
     # Models that growjax did not write, and which read no documents
     "a declared module": (
         "v5e:4x4",
@@ -229,9 +238,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 # Without the deep profile, models of others, Llama (GPT to a layout) and T5 are compiled with the
-# layouts that have all of it, and the oldest JAX compiles each model and each layout once
+# layouts that have all of it, ModernBERT (BERT to a layout) with none, and the oldest JAX compiles each
+# other model and each layout once
 BOTH = ("shared tensor in parts", "own paths")
-QUICK = {"Llama": ("replicas", *BOTH), "T5": ("tensor", *BOTH)}
+QUICK = {"Llama": ("replicas", *BOTH), "T5": ("tensor", *BOTH), "ModernBERT": ()}
 ONCE = [
     ("GPT", "own paths"),
     ("Llama", "replicas"),
