@@ -215,6 +215,9 @@ TABLE = """
 @ RoBERTa is written as BERT | hf/bert.py | hf | read_back_to_the_bit
 - if (config.padding is None) == (heads.stem != "Bert"):
 + if False:
+@ a T5 that lost its decoder is read as an encoder | hf/t5.py | hf_companions | says_so
+- return alone and not any(
++ return not any(
 @ the head of mT5 is scaled | hf/t5.py | hf_config | head_of_mt5
 - scaled = file.flag("tie_word_embeddings", default=True) and flavour.scales
 + scaled = file.flag("tie_word_embeddings", default=True)

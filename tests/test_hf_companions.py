@@ -56,9 +56,9 @@ def test_prefixes_of_wrappers_are_stripped_with_a_warning(saved):
     "name, architecture, missing, message",
     [
         ("llama", "LlamaModel", "lm_head", "LlamaModel has no head, and growjax's model has one"),
-        ("t5", "T5EncoderModel", "decoder", "T5EncoderModel has no head"),
+        ("t5", "T5Model", "decoder", "T5Model has no head"),
         ("bert no head", "BertForSequenceClassification", "", "pass ignore=['classifier.*'"),
-        ("bert no head", 7, "", "classifier.weight: is not a tensor of this model"),
+        ("bert no head", 7, "", "classifier.bias: not in the file"),
     ],
 )
 def test_a_model_without_the_head_or_with_another_one_says_what_to_do(
@@ -73,6 +73,19 @@ def test_a_model_without_the_head_or_with_another_one_says_what_to_do(
     named = [architecture] if isinstance(architecture, str) else architecture
     with pytest.raises(HuggingFaceError, match=re.escape(message)):
         gj.hf.load(rewritten(folder, behead, architectures=named))
+
+
+@pytest.mark.parametrize(
+    "keys", [{"architectures": ["T5EncoderModel"]}, {"is_encoder_decoder": False}]
+)
+def test_a_t5_without_its_decoder_is_an_encoder_if_it_says_so(keys, saved):
+    model, folder = saved("t5")
+    rewritten(folder, lambda t: {k: x for k, x in t.items() if not k.startswith("decoder.")})
+    with pytest.raises(HuggingFaceError, match="decoder.block.0.layer.0.layer_norm.weight: not"):
+        gj.hf.load(folder)
+    encoder = gj.hf.load(rewritten(folder, **{"architectures": [], **keys}))
+    assert isinstance(encoder, gj.models.T5Encoder)
+    assert_same(encoder.encoder, model.encoder)
 
 
 def test_the_relative_bias_that_old_t5_files_have_and_nothing_reads(saved):

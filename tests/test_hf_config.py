@@ -111,7 +111,7 @@ CONFIGS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"scale_attn_by_inverse_layer_idx": True}, "only False can be read, got True"),
         ({"layer_norm_epsilon": 0}, "layer_norm_epsilon: expected a positive number"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: only None can be read"),
-        ({"model_type": "mamba"}, "model_type: expected one of bert, gpt2, llama, mistral, qwen2"),
+        ({"model_type": "mamba"}, "model_type: expected one of bert, roberta, xlm-roberta, modern"),
         ({"model_type": ["gpt2"]}, "model_type: expected one of bert"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false"),
         ({"tie_word_embeddings": False}, "lm_head.weight: not in the file"),

@@ -95,11 +95,10 @@ def _read(flavour: Flavour, file: ConfigFile, same: Any) -> T5Config | T5Encoder
         glu=glu,
         eps=file.number("layer_norm_epsilon", default=1e-6),
     )
-    if not any(name.startswith("decoder.") for name in file.names):
+    if _is_encoder(file):
         # Keys about the decoder may be there, and mean nothing
-        for key in ("is_encoder_decoder", "num_decoder_layers", "tie_word_embeddings"):
-            file.get(key)
-        file.get("scale_decoder_outputs")
+        file.read |= {"is_encoder_decoder", "num_decoder_layers"}
+        file.read |= {"tie_word_embeddings", "scale_decoder_outputs"}
         return T5EncoderConfig(**common)
     file.fixed({"is_encoder_decoder": True})
     tied = is_tied(file, same, head="lm_head.weight", words=_WORDS, default=True, by_content=True)
@@ -110,6 +109,13 @@ def _read(flavour: Flavour, file: ConfigFile, same: Any) -> T5Config | T5Encoder
         scaled = file.flag("scale_decoder_outputs", default=scaled)
     decoder_layers = file.layers("num_decoder_layers", default=layers)
     return T5Config(**common, decoder_layers=decoder_layers, tied=tied, scale_output=scaled)
+
+
+def _is_encoder(file: ConfigFile) -> bool:
+    """Whether it is an encoder alone: it has no tensor of a decoder, and does not name a pair."""
+    architectures = str(file.get("architectures", default=""))
+    alone = "EncoderModel" in architectures or file.get("is_encoder_decoder") is False
+    return alone and not any(name.startswith("decoder.") for name in file.names)
 
 
 def _feed_forward(file: ConfigFile, default: str) -> tuple[str, bool]:
