@@ -250,7 +250,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "another model": (
         lambda: gj.nn.MLP(4, 4, key=jax.random.key(0)),
         HuggingFaceError,
-        "expected one of BERT, GPT, Decoder, T5, got a MLP",
+        "expected one of BERT, ModernBERT, GPT, Decoder, T5, got a MLP",
     ),
 }
 
