@@ -142,7 +142,7 @@ BASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "phi3 long": ("phi3 long", {}, ROTARY),
     "smollm3": ("smollm3 window", {}, ALL),
     "modernbert": ("modernbert", {}, ALL),
-    "modernbert old": ("modernbert biases", OLD_MODERN, f"{ROTARY}|{WINDOW}"),
+    "modernbert old": ("modernbert biases", OLD_MODERN, "rope|theta|global|local"),
     "modernbert classifier": ("modernbert classifier", {}, "classifier|label"),
     "mixtral": ("mixtral", {}, ALL),
     "olmoe": ("olmoe", {}, ALL),
