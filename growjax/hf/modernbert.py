@@ -97,7 +97,7 @@ def _read(file: ConfigFile, same: Any) -> ModernBERTConfig:
     if pooling not in ("cls", "mean"):
         file.complaints.append(f"classifier_pooling: expected cls or mean, got {pooling!r}")
     file.get("layer_norm_eps")  # written by the first versions beside norm_eps, and read by none
-    config = dict(
+    config: dict[str, Any] = dict(
         layers=layers,
         embed=embed,
         heads=heads,
@@ -123,7 +123,7 @@ def _read(file: ConfigFile, same: Any) -> ModernBERTConfig:
 
 
 def _write(config: ModernBERTConfig) -> dict[str, Any]:
-    c = config
+    c: Any = config  # it says what layers see as a DecoderConfig does
     return {
         **({"num_labels": c.labels} if c.labels else {}),
         "num_hidden_layers": c.layers,
@@ -176,7 +176,7 @@ def _architecture(config: ModernBERTConfig) -> str:
     return "ModernBertForMaskedLM" if config.mlm_head else "ModernBertModel"
 
 
-def _limits(config: ModernBERTConfig) -> list[str]:
+def _limits(config: Any) -> list[str]:
     faults = head_dim_limits(config) + _SIGHTS.limits(config)
     if config.labels and config.mlm_head:
         faults.append("labels: a classifier has no other heads there")

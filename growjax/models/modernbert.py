@@ -134,7 +134,7 @@ class ModernBERT(eqx.Module):
     # Rotations of other kinds of layers; the blocks' `turn` counts them, and 0 is `rotary`
     others: tuple[Rotary, ...] = ()
     mlm: bool = eqx.field(static=True, default=True)
-    pooling: str = eqx.field(static=True, default="cls")
+    pooling: Literal["cls", "mean"] = eqx.field(static=True, default="cls")
     dtype: str | None = eqx.field(static=True, default=None)
     kind: ClassVar[str] = "encoder"
 
