@@ -53,8 +53,7 @@ from growjax.train import (
 def load_text(path: Path | None, cache: Path) -> tuple[Corpus, Corpus]:
     """The files under `path`, or the standard library's sources and help topics, as bytes.
 
-    Every twentieth file or so is held out. Raises `DataError` if there are fewer than two files or
-    less than 100 kB.
+    Every twentieth file or so is held out. Raises `DataError` if there are less than 100 kB.
     """
     source = StandardLibrary() if path is None else Text(str(path))
     hint = "name a folder of text files with --data"

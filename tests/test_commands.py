@@ -376,7 +376,7 @@ def test_rho_from_the_command_line_takes_its_second_model_from_a_run(tmp_path):
 
 
 def test_every_command_explains_itself(capsys):
-    for command in "demo plan train calibrate grow certify inspect families report".split():
+    for command in "demo prepare plan train calibrate grow certify inspect families report".split():
         with pytest.raises(SystemExit) as stop:
             app.cli(prog="growjax", args=[command, "--help"])
         assert stop.value.code == 0 and "usage: growjax" in capsys.readouterr().out
