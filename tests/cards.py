@@ -43,7 +43,8 @@ A card for every operator and sub-network. The map is that of the example: below
 above, the new ones, each in the colour and with the number of the one that it copies. A dashed one is
 drawn anew, a small bar is a closed gate, a pale one is left out. `python -m tests.cards --measure`
 measured cost, moments and behaviour, on a small model with random weights in float64: they show
-exactness and which entries learn, and say nothing of training. `gj.cite` prints the papers of a plan.
+exactness and which entries learn, and say nothing of training; [a contest](choosing.md) does. `gj.cite`
+prints the papers of a plan.
 """
 
 

@@ -247,9 +247,9 @@ def test_nothing_is_compared_until_all_runs_are_there():
         against = {row.workload for row in select(rows, AgainstFrontier)}
         assert against == ({"depth"} if lines else set())
         (runs,) = (row for row in select(rows, Answer) if row.question == RUNS)
-        assert runs.verdict == f"{len(lines)} of {6 * (4 + 14 + 13)}"
+        assert runs.verdict == f"{len(lines)} of {6 * (4 + 14 + 14)}"
     rows = summarise(Path("nowhere/small.jsonl"), [])
-    assert "0 of 186" in page(Path("nowhere/small.jsonl"), [], rows).answer[0]
+    assert "0 of 192" in page(Path("nowhere/small.jsonl"), [], rows).answer[0]
 
 
 def test_the_page_answers_first():

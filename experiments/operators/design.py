@@ -179,6 +179,8 @@ class Contest:
                 curve=_SPARKLING,
             ),
             Entry("gates, copies", "MSG", (gj.msg(init="copy", **sizes),), ramp=ramp),
+            # Added once the others were seen; the README says so
+            Entry("gates, small", "MSG, deviation 0.02", (gj.msg(**sizes),), ramp=ramp),
             Entry("gates, matched", "MSG", (gj.msg(init="matched", **sizes),), ramp=ramp),
             Entry("LiGO", "LiGO", None, "reset"),
             Entry("shrink and perturb", "warm starting", (gj.warm(**sizes),), "reset"),
