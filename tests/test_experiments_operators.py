@@ -15,7 +15,7 @@ from experiments.frontier.design import fixed_name
 from experiments.frontier.tuning import settled
 from experiments.operators.cells import Fixed, Grown, Shared, cells
 from experiments.operators.design import DESIGNS, DIRECTIONS, FIXED, REFERENCE, Direction
-from experiments.operators.report import page
+from experiments.operators.report import page, prediction_table, sentences, tables_of
 from experiments.operators.summary import (
     ALIVE,
     ALL,
@@ -32,8 +32,9 @@ from experiments.text import Texts
 from experiments.windows import WindowFile
 from growjax.cost import parameters
 from growjax.data import ByteTokenizer, Corpus
-from growjax.report.rows import AgainstFrontier, Answer, EqualCost, Row, select
+from growjax.report.rows import AgainstFrontier, Answer, EqualCost, Row, read_summary, select
 from tests.runs import TEXT
+from tests.test_experiments_claims import claims_in, is_of
 
 
 SMALL, SMOKE = DESIGNS["small"], DESIGNS["smoke"]
@@ -257,3 +258,57 @@ def test_the_page_answers_first():
     assert "below the best fixed size (fixed-1x32)" in shown.answer[0]
     assert {*shown.pictures} == {"ends", "after", "prediction"}
     assert [section.title for section in shown.sections][-1] == "Fixed sizes"
+
+
+# What is committed --------------------------------------------------------------------------------
+
+
+def without_commands(rows: list[Row]) -> list[Row]:
+    return [dataclasses.replace(row, command="") for row in rows]
+
+
+def test_the_committed_answers_are_those_of_the_committed_lines():
+    committed = select(read_summary(FOLDER / "results" / "summary.json"), Answer)
+    again = summarise(RESULTS, read(RESULTS), compared=False)
+    assert without_commands([*committed]) == again and len(again) > 200
+
+
+@pytest.mark.slow
+def test_the_committed_summary_is_that_of_the_committed_lines():
+    committed = read_summary(FOLDER / "results" / "summary.json")
+    assert without_commands(committed) == summarise(RESULTS, read(RESULTS))
+
+
+def test_the_committed_lines_are_all_of_them_and_each_has_its_windows():
+    keys = [study.key_of(line) for line in read(RESULTS)]
+    wanted = {cell.key for seed in SMALL.seeds for cell in cells(SMALL, seed)}  # type: ignore
+    assert len(keys) == len({*keys}) and {*keys} == wanted == WindowFile(RESULTS).keys()
+
+
+def test_the_page_on_choosing_says_what_was_seen():
+    rows = read_summary(FOLDER / "results" / "summary.json")
+    text = " ".join((FOLDER.parents[1] / "docs" / "choosing.md").read_text().split())
+    claims = claims_in(text)
+    assert len(claims) >= 20 and not [claim for claim in claims if not is_of(claim, rows)]
+    base = SMALL.base
+    for shape in (SMALL.small, *SMALL.large.values()):
+        assert f"{base.parameters(shape):,}" in text
+
+
+def test_the_readme_says_what_was_seen():
+    rows = read_summary(FOLDER / "results" / "summary.json")
+    answers = {(row.workload, row.question): row for row in select(rows, Answer)}
+    text = " ".join((FOLDER / "README.md").read_text().split())
+    for sentence in sentences(SMALL, rows):
+        assert sentence in text
+    for direction in DIRECTIONS:
+        for table in (
+            *tables_of(SMALL, direction, rows),
+            prediction_table(SMALL, direction, answers),
+        ):
+            for name, *numbers in table.rows:
+                name = name if name.isdigit() else f"`{name}`"
+                assert f"| {' | '.join([name, *numbers])} |" in text
+            assert table.caption in text
+    claims = claims_in(text.partition("## What was seen")[2])
+    assert len(claims) >= 80 and not [claim for claim in claims if not is_of(claim, rows)]

@@ -34,10 +34,16 @@ LEAST = 0.5
 TIE = 1e-3
 
 
-def summarise(results: Path, lines: Sequence[Line], design: Contest | None = None) -> list[Row]:
-    """Every row that the lines allow, direction after direction."""
+def summarise(
+    results: Path, lines: Sequence[Line], design: Contest | None = None, *, compared: bool = True
+) -> list[Row]:
+    """Every row that the lines allow, direction after direction.
+
+    Without `compared` no arm is compared with another: these intervals, over seeds and 4,096 windows,
+    take most of a minute.
+    """
     design = design or DESIGNS[results.stem]
-    arms = arms_of(lines, WindowFile(results).read())
+    arms = arms_of(lines, WindowFile(results).read() if compared else None)
     wanted = len(design.seeds) * (
         len(design.base.shapes) + sum(len(design.entries(d)) for d in DIRECTIONS)
     )
@@ -48,7 +54,7 @@ def summarise(results: Path, lines: Sequence[Line], design: Contest | None = Non
     for direction in DIRECTIONS:
         own = [line for line in lines if line["workload"] == direction]
         if own:
-            made = _comparisons(design, direction, arms)
+            made = _comparisons(design, direction, arms) if compared else []
             budget = design.budget_name
             rows += [dataclasses.replace(r, workload=direction, budget=budget) for r in made]
             rows += _on_the_way(design, direction, own)
