@@ -55,7 +55,11 @@ def page(
                 "ends",
                 "Against the best fixed size",
                 _ends_figure(against),
-                "Each end minus the lowest of the fixed sizes at this cost; a small dot is a seed.",
+                "Each end minus the lowest of the fixed sizes at this cost; a small dot is a seed. "
+                + "".join(
+                    f"{row.workload}, {row.arm} is beyond, at {row.estimate:+.2f}. "
+                    for row in _far(against)
+                ),
             ),
             (
                 "after",
@@ -158,6 +162,8 @@ def _names(rows: Sequence[EqualCost], verdict: str) -> str:
     return "; ".join(row.arm for row in ordered) or "none"
 
 
+# The figure of ends leaves out arms that are further above the best fixed size, in nats
+_BEYOND = 0.15
 # How far above the loss before the growth the figure shows losses, in nats
 _ABOVE = 0.35
 
@@ -165,9 +171,15 @@ _ABOVE = 0.35
 
 
 def _ends_figure(rows: Sequence[AgainstFrontier]) -> Figure:
-    """Differences from the frontier, without the controls' dots far to the right of everything."""
-    shown = [bar for d in DIRECTIONS for bar in bars(of_direction(rows, d), d)]
+    """Differences from the frontier; those far above would make one dot of all others."""
+    near = [row for row in rows if row not in _far(rows)]
+    shown = [bar for d in DIRECTIONS for bar in bars(of_direction(near, d), d)]
     return differences_figure(shown, f"the best fixed size ({size_of(rows)})")
+
+
+def _far(rows: Sequence[AgainstFrontier]) -> list[AgainstFrontier]:
+    """The arms that the figure of ends leaves out."""
+    return [row for row in rows if row.estimate is not None and row.estimate > _BEYOND]
 
 
 def _after_figure(design: Contest, answers: dict) -> Figure:
@@ -203,7 +215,7 @@ def _after_figure(design: Contest, answers: dict) -> Figure:
 def _prediction_figure(design: Contest, answers: dict) -> Figure:
     """Correlations and regrets over the steps after the growth."""
     with style():
-        figure, (left, right) = canvas(3.4, ncols=2)
+        figure, (left, right) = canvas(4.0, ncols=2)
         for n, direction in enumerate(DIRECTIONS):
             colour = COLOURS[f"series{n + 1}"][0]
             for words, dash, shift in ((ALL, ":", -0.06), (ALIVE, "-", 0.06)):
@@ -232,7 +244,7 @@ def _prediction_figure(design: Contest, answers: dict) -> Figure:
         for axes in (left, right):
             axes.set_xticks(range(len(design.after)), [*map(str, design.after)])
             axes.set_xlabel("steps after the growth")
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return figure
 
 
