@@ -276,3 +276,17 @@ def test_a_grown_decoder_is_read_by_transformers_and_learns_there(name: str, tmp
         if len(torch.unique(p.detach(), dim=0)) < len(p)
     ]
     assert not twins
+
+
+def test_an_upcycled_model_is_a_mixture_that_writes_the_same_text(tmp_path: Path):
+    theirs = random_model(*CASES["llama"])
+    theirs.save_pretrained(tmp_path / "theirs")
+    small = gj.hf.load(tmp_path / "theirs")
+    mixture = gj.grow(gj.upcycle(experts=4), small, key=jax.random.key(0))
+    gj.hf.save(mixture, tmp_path / "big", source=tmp_path / "theirs")
+    big = reloaded(tmp_path / "big")
+    assert type(big) is hf.MixtralForCausalLM
+    assert gap(outputs(big), outputs(theirs)) <= 1e-5
+    begun = torch.from_numpy(TOKENS[:, :4])
+    options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(big.generate(begun, **options), theirs.generate(begun, **options))
