@@ -243,6 +243,7 @@ def test_a_cache_goes_by_what_the_files_hold(books, tmp_path, settled, monkeypat
         with pytest.raises(AssertionError, match="the text was read"):
             prepare(Text(str(copied)), BYTES, cache)
     # A note that lost its content, with the power of its machine, is none
+    prepare(Text(str(copied)), BYTES, cache)
     for note in (cache / ".contents").iterdir():
         note.write_bytes(b"")
     assert prepare(Text(str(copied)), BYTES, cache)[0].path == first[0].path
