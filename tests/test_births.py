@@ -347,6 +347,13 @@ def test_the_gates_of_a_state_are_those_of_its_model_and_its_whole_averages(unde
         gj.ramp(grown, 0.5, axes=["embed"])
 
 
+def test_masks_of_a_growth_that_has_not_been_are_refused():
+    state = gj.grow(gj.msg(mlp=4), gj.State(layers()), key=KEY)
+    for number in (2, -1):
+        with pytest.raises(GrowthError, match=f"expected a growth from 0 to 1, .* got {number}"):
+            state.masks(number)
+
+
 @pytest.mark.parametrize("key", [0, "a", jax.random.split(jax.random.key(0), 2), jnp.zeros(2)])
 def test_what_is_no_key_is_refused(key):
     with pytest.raises(GrowthError, match="key: expected one key"):

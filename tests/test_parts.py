@@ -387,6 +387,13 @@ def test_parts_of_another_state_are_refused():
         optim.parts(optax.sgd(0.1)).update(model, optax.sgd(0.1).init(model), model)
 
 
+def test_parts_of_what_is_no_optimizer_are_refused():
+    with pytest.raises(StateError, match="optimizer: expected an optax transformation .* got None"):
+        optim.parts(None)
+    with pytest.raises(StateError, match=r"growths: expected a dict .* got \[1.0\]"):
+        optim.parts(optax.sgd(0.1), growths=[1.0])  # type: ignore[arg-type]
+
+
 def test_parts_need_the_parameters():
     tx = optim.parts(optax.sgd(1.0), old=0.0)
     trained = gj.partition(layers())[0]

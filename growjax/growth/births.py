@@ -115,7 +115,8 @@ class Births(eqx.Module):
 
         Boolean arrays. `part` is "new" (the last growth's; nothing before the first one), "old" (all
         others), or the number of a growth, 0 for the first model's. Raises `StateError` for
-        births of another model and for merged ones, and `GrowthError` for another part.
+        births of another model and for merged ones, and `GrowthError` for another part, or a growth
+        that has not been.
         """
         self.check(model)
         known = part in ("new", "old") or (isinstance(part, int) and not isinstance(part, bool))
@@ -123,6 +124,9 @@ class Births(eqx.Module):
             raise GrowthError(
                 f"part: expected 'new', 'old' or the number of a growth, got {part!r}"
             )
+        latest = None if isinstance(self.growths, Tracer) else int(np.max(self.growths))
+        if isinstance(part, int) and latest is not None and not 0 <= part <= latest:
+            raise GrowthError(f"part: expected a growth from 0 to {latest}, the latest, got {part}")
         params = partition(model)[0]
         table, masks = axes_of(params), {}
         for slot in table.of_kind("param"):

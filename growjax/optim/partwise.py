@@ -94,6 +94,15 @@ def parts(
     """
     import optax
 
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        raise StateError(
+            "optimizer: expected an optax transformation or a growjax.optim.Rule, got "
+            f"{optimizer!r}"
+        )
+    if not isinstance(growths or {}, Mapping):
+        raise StateError(
+            f"growths: expected a dict of a growth's number to its part, got {growths!r}"
+        )
     plan = Parts(new, old, tuple((growths or {}).items()))
     tx: Any = optimizer if isinstance(optimizer, Rule) else optax.with_extra_args_support(optimizer)
 
