@@ -119,9 +119,11 @@ def sources(order: Order, old: int, new: int) -> np.ndarray:
       do not divide into such blocks, it is the one with as many layers below it as above, or one fewer.
     - `"centre"`: the `new - old` layers around the exact middle duplicated after themselves (LIDAS), from
       `ceil(old / 2) - ceil((new - old) / 2)` on.
-    - `"insert"`: a copy after every `old / (new - old)` layers (LLaMA-Pro).
+    - `"insert"`: a copy after every `old / (new - old)` layers (LLaMA-Pro); `new - old` must divide
+      `old`.
 
-    Raises `GrowthError` where the order cannot reach `new`.
+    Raises `GrowthError` where the order cannot reach `new`: `"top"`, `"middle"` and `"centre"` go up to
+    twice the depth. A list of source layers, `gj.stack(layers=(0, 1, 1, 2))`, has no such limit.
 
     **Example**
 
@@ -155,7 +157,8 @@ def sources(order: Order, old: int, new: int) -> np.ndarray:
         return np.concatenate([layers[:end], layers[end - extra :]])
     _require(
         extra <= old and old % extra == 0,
-        f"'insert' puts one copy after every old/extra layers: {extra} does not divide {old}",
+        f"'insert' puts one copy after every old/extra layers: {extra} does not divide {old}; give "
+        "a list of source layers, such as gj.stack(layers=(0, 1, 1, 2))",
     )
     every = old // extra
     return np.concatenate([[*part, part[-1]] for part in layers.reshape(-1, every)])
