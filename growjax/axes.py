@@ -57,6 +57,12 @@ def _field(
     return eqx.field(metadata={_METADATA: declared}, **kwargs)
 
 
+def declaration_of(field: Any) -> Declaration | None:
+    """The declaration that `param`, `buffer` and the like made of a field; None of any other."""
+    declared = field.metadata.get(_METADATA) if isinstance(field, dataclasses.Field) else None
+    return declared if isinstance(declared, Declaration) else None
+
+
 def param(
     spec: str,
     *,
@@ -230,6 +236,12 @@ class Axes(Mapping[str, Slot]):
 
     def __init__(self, slots: Sequence[Slot], known: Mapping[str, int], closings: Mapping):
         self._slots, self.closings = {slot.path: slot for slot in slots}, closings
+        lost = {slot.path for slot in slots if self._slots[slot.path] is not slot}
+        raise_all(
+            AxisError,
+            "two arrays have one path, as by the keys 'a.b', and 'a' with 'b' inside; give other keys:",
+            sorted(lost),
+        )
         shaped = [(slot.path, slot.spec, np.shape(x)) for slot in slots for x in slot.arrays()]
         self.sizes = solve_sizes(shaped, known)
 
@@ -311,11 +323,22 @@ def _default_init(spec: Spec) -> Literal["normal", "zeros", "ones"]:
     return "zeros" if len(spec.groups) - stacks < 2 else "normal"
 
 
-def slot_of(steps, declaration: Declaration, value, *, prefix: str = "", owner=None) -> Slot:
-    """Make the slot of one leaf; `owner`'s attributes fill in the `{...}` of its spec."""
+def slot_of(
+    steps,
+    declaration: Declaration,
+    value,
+    path: str | None = None,
+    *,
+    prefix: str = "",
+    owner=None,
+) -> Slot:
+    """Make the slot of one leaf; `owner`'s attributes fill in the `{...}` of its spec.
+
+    `path` is what the leaf is called, by default its steps.
+    """
     text = _fill(declaration.spec, owner)
     spec = Spec.parse(f"{prefix} {text}" if ":" in text else f"{prefix}: {text}")
-    path = ".".join(map(str, steps))
+    path = ".".join(map(str, steps)) if path is None else path
     fan_in = None if declaration.fan_in is None else tuple(_fill(declaration.fan_in, owner).split())
     init = declaration.init or _default_init(spec)
     born = None if declaration.born is None else getattr(owner, declaration.born)
@@ -341,8 +364,8 @@ def _fill(text: str, owner) -> str:
 class DeclaredOutside(Protocol):
     """A module that lists its leaves' declarations itself (`growjax.annotate`)."""
 
-    def declarations(self, steps: tuple) -> Iterator[tuple[tuple, Declaration, Any]]:
-        """Yield `(steps, declaration, value)` for every array that is grown."""
+    def declarations(self, steps: tuple) -> Iterator[tuple[tuple, Declaration, Any, str]]:
+        """Yield `(steps, declaration, value, path)` for every array that is grown."""
         ...
 
     def known_sizes(self) -> Mapping[str, int]:

@@ -164,9 +164,9 @@ TABLE = """
 @ steps between two numbers of tokens are skipped | subnet/thinned.py | nested | rises_in_steps
 - now - (now - self.count) % self.by + self.by
 + now - (now - self.count) % self.by + 2 * self.by
-@ an epsilon is trained | annotation/annotated.py | annotation | follows_its_axis
-- return Declaration("buffer" if epsilon else "param", spec)
-+ return Declaration("param" if epsilon else "param", spec)
+@ an epsilon is trained | annotation/declared.py | annotation | follows_its_axis
+- return Declaration("buffer" if epsilon else "param", given)
++ return Declaration("param" if epsilon else "param", given)
 @ an average loses its gates | state.py | annotation | gets_its_gates
 - half if whole and _is_half(node) else eqx.combine(half, rest)
 + half if _is_half(node) else eqx.combine(half, rest)
@@ -176,4 +176,52 @@ TABLE = """
 @ a trained half gets gates | state.py | births | whole_averages
 - return alike(node, model) and not _is_half(node)
 + return alike(node, model)
+@ an epsilon that multiplies is one | inference/epsilons.py | epsilons | printed_as_one
+- if not (use.kind == "mul" if op.kind[1] < 0 else use.kind == "div" and i == 1):
++ if use.kind not in ("mul", "div"):
+@ an epsilon that is used elsewhere is one | inference/epsilons.py | epsilons | printed_as_one
+- if self._uses(number) == len(norms) and self._alone
++ if self._alone
+@ a variance is a mean square | inference/epsilons.py | epsilons | printed_as_one
+- return Epsilon(atom, True, numbers | centred)
++ return Epsilon(atom, False, numbers | centred)
+@ what is not centred is a LayerNorm | inference/epsilons.py | epsilons | printed_as_one
+- if norm and norm.centred and not all(
++ if norm and norm.centred and not any(
+@ one reason is two notes | inference/inferred.py | inferred_sizes | one_note
+- if alike and re.sub(
++ if not alike and re.sub(
+@ a buffer's field declares nothing | annotation/declared.py | annotation | declared_by_its_field
+- given if isinstance(given, Declaration) else declaration_of(given)
++ given if isinstance(given, Declaration) else None
+@ errors name the packed tree | axes.py | annotation | as_the_user_does
+- path = ".".join(map(str, steps)) if path is None else path
++ path = ".".join(map(str, steps))
+@ one of two arrays of a path is lost | axes.py | annotation | two_arrays
+- lost = {slot.path for slot in slots if self._slots[slot.path] is not slot}
++ lost = set()
+@ loops of any length are the same | trace/program.py | inferred_sizes | as_often_as
+- if a.kind == "carry" and lengths[0] != lengths[1]:
++ if a.kind == "carry" and not a.options:
+@ other draws are the same constant | trace/program.py | inferred_sizes | as_often_as
+- if a.name == "random" and grows and not any(
++ if a.name == "random" and not grows and not any(
+@ keys that are inputs are constants | trace/program.py | inferred_sizes | as_often_as or an_input
+- ids = {id(value) for value in (*program.inputs, *program.rows)}
++ ids = {id(value) for value in program.inputs}
+@ all random numbers are one expression | trace/expressions.py | closing | random_numbers
+- if op.name == "random" and any(id(key) in self.live for key in op.beside):
++ if op.name == "random":
+@ settings of operations may follow a size | trace/program.py | inferred_sizes | as_often_as
+- (a.kind, a.options) != (b.kind, b.options)
++ a.kind != a.kind
+@ conditions may follow a size | trace/walk.py | inferred_sizes | as_often_as
+- self.tape[-1].groups = [(ins[0], None, None, 0)]  # as of `select_n`
++ self.tape[-1].groups = []
+@ blocks of a decoder are no readers | annotation/undeclared.py | inferred_sizes | another_stack
+- inside = [s for s in readers if any(d.axis in stacks for d in s.dims)]
++ inside = [s for s in readers if any(d.role == "stack" for d in s.dims)]
+@ what is pasted of a model without a head is refused | annotation/annotated.py | inferred_sizes | no_surprise
+- lines.append("    example=batch,")  # without it this annotation is refused
++ pass
 """

@@ -13,9 +13,10 @@ from jaxtyping import Array
 import growjax as gj
 from growjax import maps, testing
 from growjax.axes import axes_of
-from growjax.errors import AxisError, GrowthError
+from growjax.errors import AxisError, GateError, GrowthError
 from growjax.maps import AxisMap
 from growjax.models.protocol import kind_of
+from growjax.optim.cells import cells
 from tests import zoo
 
 
@@ -109,7 +110,7 @@ def test_blocks_that_differ_are_refused(field, value, message):
     "stacks, message",
     [
         ({"bricks": "layers"}, "stacks pattern 'bricks' matches no list"),
-        ({"blocks": "lay ers"}, "'lay ers' is not the name of an axis"),
+        ({"blocks": "lay ers"}, "blocks: expected the name of an axis, got 'lay ers'"),
         ({"blocks.*.up": "layers"}, "matches no list"),
     ],
 )
@@ -252,7 +253,7 @@ def test_a_norm_without_parameters_is_declared_by_where_its_gain_would_be():
     specs = {"layer.up": "a -> b", "layer.down": "b -> a"}
     for declared in ({"layer.norm": "~a"}, {"layer.norm.weight": "~a"}):
         small = gj.annotate(model, specs | declared)
-        with pytest.raises(GrowthError, match="tree.layer.norm.weight"):
+        with pytest.raises(GrowthError, match="taken by layer.norm.weight would"):
             gj.copy(a=6)(small)
     assert axes_of(small).normalised("a")
 
@@ -281,6 +282,94 @@ def test_an_epsilon_is_a_buffer_that_follows_its_axis():
     np.testing.assert_allclose(grown.model.eps, 0.1 * 4 / 6)
     outputs = [jax.vmap(m)(x) for m in (small, grown)]
     np.testing.assert_allclose(*outputs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_buffer_is_declared_by_its_field_and_printed_as_it_is_written():
+    model = {"angles": jnp.arange(4.0), "bias": jnp.ones(4)}
+    model |= {"up": jnp.ones((3, 4)), "down": jnp.ones((4, 2))}
+    specs = {
+        "up": "3 -> mlp",
+        "down": "mlp -> 2",
+        "angles": gj.buffer("mlp"),
+        "bias": gj.param("-> mlp", init="ones"),
+    }
+    small = gj.annotate(model, specs)
+    assert [slot.path for slot in axes_of(small).of_kind("buffer")] == ["angles"]
+    assert gj.partition(small)[0].tree["angles"] is None
+    grown = gj.grow(gj.zeros(mlp=6), small, key=zoo.KEY).model
+    np.testing.assert_array_equal(grown["angles"], [0, 1, 2, 3, 0, 1])
+    np.testing.assert_array_equal(grown["bias"], 1)
+    again = eval(str(small), {"gj": gj, "model": model})
+    assert again.specs == small.specs
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"up": 3}, r"pattern 'up': expected a spec .* or gj.buffer\(.*got 3"),
+        ({"up": eqx.field(static=True)}, "pattern 'up': expected a spec"),
+        ({"up": gj.stacked("layers")}, "pattern 'up': expected a spec"),
+        ({"up": gj.gate("mlp")}, r"pattern 'up': a gate declares no array .*gates=\[...\]"),
+        ({"up": gj.buffer("3 mlp", born="start")}, "pattern 'up': born: it names an attribute"),
+        (["up"], r"specs: expected a dict of patterns, got \['up'\]"),
+    ],
+)
+def test_what_declares_no_array_is_refused(given, message):
+    with pytest.raises(AxisError, match=message) as error:
+        gj.annotate({"up": zoo.normal((3, 4))}, given)
+    assert len(str(error.value).splitlines()) == 2  # and no more of the same
+
+
+def test_errors_name_arrays_as_the_user_does():
+    """Not by where growjax packs them: `tree.blocks.block.down.weight`, nor in an optimizer's state."""
+    small = gj.annotate(zoo.build(zoo.Tower), zoo.TOWER, stacks={"blocks": "layers"}, gates=["mlp"])
+    assert {"into.weight", "blocks.0.down.weight", "gates[mlp]"} <= set(axes_of(small))
+    assert set(axes_of([small])) == {f"0.{path}" for path in axes_of(small)}
+    with pytest.raises(GrowthError, match=r"taken by blocks\.0\.norm\.weight would change"):
+        gj.grow(gj.copy(embed=9), small)
+    opened = gj.ramp(gj.grow(gj.msg(mlp=7), small, key=zoo.KEY), 0.5)
+    with pytest.raises(GateError, match=r"gates\[mlp\]: level 0.5"):
+        gj.settle(opened)
+    tx, trained = optax.adam(0.1), gj.partition(small)[0]
+    state = tx.init(trained)
+    names = {cell.name for cell in cells(state, trained)}
+    assert {"[0].count", "[0].mu.blocks.0.down.weight", "[0].nu.into.bias"} <= names
+
+
+def test_two_arrays_of_one_path_are_refused():
+    model = {"a.b": zoo.normal((3, 4)), "a": {"b": zoo.normal((3, 4))}}
+    with pytest.raises(AxisError, match=r"two arrays have one path(.|\n)*- a\.b$"):
+        gj.annotate(model, {"a.b": "3 -> mlp"})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"statics": {"up": 3}}, "statics: up: expected a size such as .* got 3"),
+        ({"statics": {"up": "mlp/2"}}, "statics: up: expected a size such as .* got 'mlp/2'"),
+        ({"stacks": {"up": 3}}, "stacks: up: expected the name of an axis, got 3"),
+        ({"stacks": ["up"]}, "stacks: expected a dict of patterns"),
+        ({"statics": {3: "mlp"}}, "statics: expected a pattern, got 3"),
+        ({"gates": None}, "gates: expected a list of names, got None"),
+        ({"residual": [3]}, r"residual: expected a list of names, got \[3\]"),
+        ({"stream": 3}, "stream: expected the name of an axis, got 3"),
+        ({"example": np.ones(())}, r"the batch: expected arrays .* got the shapes \[\(\)\]"),
+        ({"example": ()}, r"the batch: expected arrays .* got the shapes \[\]"),
+    ],
+)
+def test_arguments_of_another_type_are_named(options, message):
+    with pytest.raises(AxisError, match=message):
+        gj.annotate(Linear(3, 4, use_bias=False, key=zoo.KEY), {"weight": "mlp <- 3"}, **options)
+    with pytest.raises(
+        AxisError, match="model: expected a module or a dict of arrays, got a NoneType"
+    ):
+        gj.annotate(None, {})
+
+
+@pytest.mark.parametrize("name", ["ignore", "gates", "residual"])
+def test_a_string_in_place_of_a_list_is_refused(name):
+    with pytest.raises(AxisError, match=rf"{name}: expected a list, got 'mlp'; give \['mlp'\]"):
+        gj.annotate({"up": zoo.normal((3, 4))}, {"up": "3 -> mlp"}, **{name: "mlp"})
 
 
 def test_the_average_of_a_model_with_nothing_but_parameters_gets_its_gates():

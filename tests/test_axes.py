@@ -389,7 +389,7 @@ def test_an_annotated_model_has_the_same_kind_of_table():
     model = annotated()
     assert sizes(model) == dict(vocab=11, embed=8, layers=2, heads=2, head_dim=3, mlp=6, classes=5)
     table = axes_of(model)
-    out = table["tree.blocks.attention.output_proj.weight"]  # the first pattern that matches
+    out = table["blocks.attention.output_proj.weight"]  # the first pattern that matches
     assert [(d.axis, d.role) for d in out.dims[1:]] == [("embed", P), ("heads", C), ("head_dim", C)]
     trained, rest = gj.partition(model)
     assert trained.model.heat is None and rest.model.heat is not None
@@ -437,7 +437,7 @@ def test_an_annotated_model_without_gates_does_not_grow_by_msg():
 
 
 def test_zeros_are_refused_where_epsilon_is_not_data():
-    with pytest.raises(GrowthError, match=r"tree\.blocks\.norm1\.weight"):
+    with pytest.raises(GrowthError, match=r"- blocks\.norm1\.weight"):
         gj.zeros(embed=12)(annotated())
 
 

@@ -143,6 +143,7 @@ SPECS = {
     "*.scale": "embed",
     "head": "embed -> out",
 }
+KEY = jax.random.key(0)
 X = zoo.normal((2, 3, 3))
 IMAGES = zoo.normal((2, 3, 3, 3))
 
@@ -297,6 +298,26 @@ def test_branches_that_follow_their_place_are_not_closed():
         DEEPER(model)
 
 
+class Drawn(Listed):
+    """Every branch counts by a random number of its own."""
+
+    def __call__(self, x, key=KEY):
+        keys, x = jax.random.split(key, len(self.blocks)), x @ self.into
+        for each, block in zip(keys, self.blocks, strict=True):
+            x = x + jax.random.uniform(each) * block.branch(x)
+        return x @ self.head
+
+
+def test_branches_by_random_numbers_are_closed_only_if_their_key_is_an_input():
+    """By a constant key, a block between others would get the number of the one behind it."""
+    model = annotated(Drawn, CLOSED["residual"], example=X)
+    with pytest.raises(GrowthError, match="or numbers in it follow how many there are"):
+        DEEPER(model)
+    keys = jax.random.split(KEY, len(X))
+    model = annotated(Drawn, CLOSED["residual"], example=(X, keys))
+    assert axes_of(model).closings["layers", "embed"] == ""
+
+
 def test_what_stays_in_a_block_is_named():
     model = annotated(Listed, OPEN["factor"], example=X)
     with pytest.raises(GrowthError, match=r"zero: blocks\.\*\.scale does not act through"):
@@ -324,7 +345,7 @@ def test_a_declared_residual_stack_is_closed_and_a_batch_checks_it():
         annotated(Listed, OPEN["factor"], residual=["layers"], example=X)
     with pytest.raises(AxisError, match="residual: expected the axis of a stack, got 'mlp'"):
         annotated(Listed, CLOSED["residual"], residual=["mlp"])
-    with pytest.raises(AxisError, match=r"residual: expected a list of axes, .*give \['layers'\]"):
+    with pytest.raises(AxisError, match=r"residual: expected a list, .*give \['layers'\]"):
         annotated(Listed, CLOSED["residual"], residual="layers")
     with pytest.raises(GrowthError, match="produce 'mlp' are zero"):  # its stream is another one
         gj.stack(layers=3, branch="zero", stream="mlp")(model)

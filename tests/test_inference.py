@@ -221,7 +221,7 @@ def test_a_scanned_stack_is_an_axis_and_constants_that_follow_a_size_fix_it():
     by_hand |= {path: spec for path, spec in test_axes.SPECS.items() if path not in by_hand}
     by_hand = gj.annotate(model, by_hand, ignore=["heat"], statics={"*.num_heads": "heads"})
     mine = roles(axes_of(small))
-    del mine["tree.heat"]
+    del mine["heat"]
     assert mine == roles(axes_of(by_hand))
     (why,) = [note for note in small.notes if "query_proj" in note]
     assert why.startswith("3 in blocks.attention.query_proj.weight, blocks.attention.key_proj")
@@ -245,7 +245,7 @@ def test_running_statistics_are_found_with_their_channels():
 
     assert renamed(roles(axes_of(small))) == renamed(roles(axes_of(by_hand)))
     kinds = {slot.path: slot.kind for slot in axes_of(small).values()}
-    assert kinds["tree.into_norm.batch_state_index.init.0"] == "buffer"
+    assert kinds["into_norm.batch_state_index.init.0"] == "buffer"
     assert eqx.tree_equal(small.model, model)
 
 
@@ -376,7 +376,7 @@ def test_what_is_inferred_of_growjax_own_models_is_what_they_declare(name):
     for path, terms in declared.items():
         if path == "rotary.freqs" or path.endswith("eps"):  # for each pair; not trained
             continue
-        ours = sum(inferred[f"tree.{path}"], [])
+        ours = sum(inferred[path], [])
         for (axis, *mine), (other, *theirs) in zip(sum(terms, []), ours, strict=True):
             if axis == "head_dim":  # shapes in signatures tie the values' width to the queries'
                 assert other.isdigit()

@@ -207,6 +207,44 @@ def test_a_head_that_is_written_as_a_product_with_the_table_is_no_surprise():
     np.testing.assert_allclose(*outputs, rtol=1e-11, atol=1e-11)
     headless = zoo.build(lambda: Written(False))
     assert gj.annotate(headless, specs | {"norm": "~embed"}, **LAYERS, example=TOKENS)
+    small = gj.infer(headless, TOKENS)
+    assert "    example=batch,\n" in str(small) and "embed" in gj.sizes(small)
+    again = eval(str(small), {"gj": gj, "model": headless, "batch": TOKENS})
+    assert again.specs == small.specs and again.residual == small.residual == ("layers",)
+
+
+class Reader(eqx.Module):
+    """An encoder whose stream is read by the blocks of a decoder alone."""
+
+    tables: tuple[Array, Array]
+    encoder: list[zoo.Block]
+    decoder: list[tuple[eqx.nn.Linear]]
+    head: eqx.nn.Linear
+
+    def __init__(self):
+        self.tables = jnp.ones((11, 8)), jnp.ones((11, 6))
+        self.encoder = [zoo.Block(8, key=zoo.KEY) for _ in range(2)]
+        self.decoder = [(eqx.nn.Linear(8, 6, key=zoo.KEY),) for _ in range(2)]
+        self.head = eqx.nn.Linear(6, 3, key=zoo.KEY)
+
+    def __call__(self, tokens):
+        memory, x = (table[tokens] for table in self.tables)
+        for block in self.encoder:
+            memory = block(memory)
+        for (block,) in self.decoder:
+            x = x + jax.vmap(block)(memory)
+        return jax.vmap(self.head)(x)
+
+
+def test_a_stream_that_blocks_of_another_stack_read_needs_no_head():
+    model = zoo.build(Reader)
+    small = gj.infer(model, TOKENS)
+    assert "example=batch" not in str(small) and list(gj.sizes(small).values()).count(8) == 1
+    assert eval(str(small), {"gj": gj, "model": model}).specs == small.specs
+    (axis,) = [axis for axis, size in gj.sizes(small).items() if size == 8]
+    wider: dict[str, Any] = {axis: 16}
+    outputs = jax.jit(jax.vmap(lambda x: (small(x), gj.copy(**wider)(small)(x))))(TOKENS)
+    np.testing.assert_allclose(*outputs, rtol=1e-11, atol=1e-11)
 
 
 def test_norms_that_are_not_declared_are_named_without_a_batch():
@@ -301,6 +339,9 @@ class Perceptron(eqx.Module):
     def __call__(self, x):
         return self.between(x @ self.up) @ self.down
 
+    def noisily(self, x, key):
+        return self.between(x @ self.up, key) @ self.down
+
 
 BETWEEN = {
     "reduce_max": lambda h: (
@@ -324,7 +365,67 @@ def test_hidden_units_that_are_not_alone_in_what_reads_them_are_refused(reason):
         gj.annotate(model, specs, example=batch)
 
 
+def noisy(h, key):
+    return h * jax.random.normal(key, h.shape)
+
+
+REPEATED = {
+    "loop": (
+        lambda h: jax.lax.fori_loop(0, h.size, lambda _, h: jnp.sin(h), h),
+        "a loop of the program runs as often as its size",
+    ),
+    "scan": (
+        lambda h: jax.lax.scan(lambda h, _: (jnp.sin(h), None), h, None, length=2 * h.size)[0],
+        "a loop of the program runs as often as its size",
+    ),
+    "scan over it": (
+        lambda h: h * jax.lax.scan(lambda c, x: (jnp.sin(c + x), None), 0.0, h)[0],
+        "a loop of the program runs as often as its size",
+    ),
+    "power": (lambda h: h**h.size, "a setting of integer_pow follows its size"),
+    "choice": (
+        lambda h: jax.lax.cond(jnp.asarray(h.size) > 5, jnp.sin, jnp.cos, h),
+        "a constant that decides on cond follows its size",
+    ),
+    "key": (
+        lambda h: h * jax.random.uniform(jax.random.key(h.size)),
+        "a constant that decides on random numbers follows its size",
+    ),
+    "noise": (
+        lambda h: noisy(h, jax.random.key(0)),
+        "the program draws as many random numbers, by a key that is a constant",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_what_a_program_does_as_often_as_an_axis_is_long_fixes_it(name):
+    between, why = REPEATED[name]
+    model, batch = Perceptron(between), zoo.normal((2, 3))
+    small = gj.infer(model, batch)
+    assert f"4 in up, down does not grow: {why}" in str(small)
+    specs = {"up": "-> 3 hidden", "down": "hidden -> out"}
+    with pytest.raises(AxisError, match=f"axis 'hidden' cannot grow: {why}"):
+        gj.annotate(model, specs, example=batch)
+
+
+def test_noise_by_a_key_that_is_an_input_fixes_no_axis():
+    """Another draw of dropout is as good as this one: it is the function in distribution."""
+    model, keys = Perceptron(noisy), jax.random.split(zoo.KEY, 2)
+    small = gj.infer(
+        model, (zoo.normal((2, 3)), keys), forward=lambda m, b: jax.vmap(m.noisily)(*b)
+    )
+    assert list(gj.sizes(small).values()) == [4, 2]
+
+
 def test_a_block_of_size_0_is_no_block():
     empty = Perceptron(lambda h: jnp.tanh(jnp.concatenate([jnp.roll(h, 0), h[:0]])))
     small = gj.infer(empty, zoo.normal((2, 3)))
     assert {str(declared.spec) for _, declared in small.specs} == {"-> 3 up", "up -> down_out"}
+
+
+def test_two_axes_that_one_projection_holds_are_one_note():
+    """Halves of a fused projection fail for one reason: said once, with both sizes."""
+    small = gj.infer(zoo.build(zoo_more.MinGPT), TOKENS)
+    (note,) = [note for note in small.notes if "qkv" in note]
+    assert note.startswith("4 in h.*.attn.qkv.weight, h.*.attn.qkv.bias, h.*.attn.proj.weight does")

@@ -15,10 +15,12 @@ from equinox.nn import StateIndex
 
 from growjax.annotation import layers
 from growjax.annotation.checked import Checked
+from growjax.annotation.declared import declared_arrays, matches, unreadable, written
 from growjax.annotation.gating import faults as faults_of
 from growjax.annotation.gating import folded
 from growjax.annotation.packing import (
     Layers,
+    children,
     has_shape,
     hidden,
     indices,
@@ -28,7 +30,7 @@ from growjax.annotation.packing import (
     unpack,
     walk,
 )
-from growjax.annotation.undeclared import undeclared
+from growjax.annotation.undeclared import undeclared, unread
 from growjax.axes import Declaration, axes_of, get, put
 from growjax.errors import AxisError, raise_all
 from growjax.gates import Gate
@@ -93,7 +95,7 @@ class Annotated(eqx.Module):
         lines = [f"# axes: {sizes}", *(f"# {note}" for note in self.notes)]
         lines += ["gj.annotate(", "    model,", "    {"]
         lines += [
-            f"        {pattern!r}: {_written(declaration)}," for pattern, declaration in self.specs
+            f"        {pattern!r}: {written(declaration)}," for pattern, declaration in self.specs
         ]
         lines += ["    },"]
         if self.ignore:
@@ -108,25 +110,34 @@ class Annotated(eqx.Module):
                 lines.append(f"    {name}={list(axes)!r},")
         if self.stream != "embed":
             lines.append(f"    stream={self.stream!r},")
+        if self.traced and any(unread(axes_of(self), self.gates)):
+            lines.append("    example=batch,")  # without it this annotation is refused
         text = "\n".join([*lines, ")"])
         return text if '"' in text else text.replace("'", '"')
 
-    def declarations(self, steps: tuple) -> Iterator[tuple[tuple, Declaration, Any]]:
-        """Every annotated array, and norm without a gain, with the first declaration that matches it."""
+    def declarations(self, steps: tuple) -> Iterator[tuple[tuple, Declaration, Any, str]]:
+        """Every annotated array, and norm without a gain, with the first declaration that matches it.
+
+        Each with its path in the user's own model, where the first block of a list stands for all.
+        """
+        above = "".join(f"{step}." for step in steps)
         for inner, path, leaf in walk(self.tree):
             if not (has_shape(leaf) or leaf is None):
                 continue
-            if _matches(path, self.ignore):
+            if matches(path, self.ignore):
                 packed = self._packed_axes(inner)
                 if packed and leaf is not None:  # it is as long as its list, whatever it holds
                     rest = " ".join(map(str, leaf.shape[len(packed.split()) :]))
-                    yield (*steps, "tree", *inner), Declaration("buffer", f"{packed}: {rest}"), leaf
+                    declaration = Declaration("buffer", f"{packed}: {rest}")
+                    yield (*steps, "tree", *inner), declaration, leaf, above + path
                 continue
-            declaration = next((d for pattern, d in self.specs if _matches(path, [pattern])), None)
+            declaration = next((d for pattern, d in self.specs if matches(path, [pattern])), None)
             if declaration is not None and (leaf is not None or _is_norm(declaration)):
-                yield (*steps, "tree", *inner), self._stacked(declaration, inner), leaf
+                declaration = self._stacked(declaration, inner)
+                yield (*steps, "tree", *inner), declaration, leaf, above + path
         for axis, gate in self.gates.items():
-            yield (*steps, "gates", axis), Declaration("gate", axis), gate
+            # No path of a model has brackets, so it is no array's
+            yield (*steps, "gates", axis), Declaration("gate", axis), gate, f"{above}gates[{axis}]"
 
     def _packed_axes(self, steps: tuple) -> str:
         nodes = [get(self.tree, steps[:n]) for n in range(len(steps))]
@@ -172,7 +183,7 @@ class Annotated(eqx.Module):
 
 def annotate(
     model: Any,
-    specs: Mapping[str, str | Declaration],
+    specs: Mapping[str, str | Declaration | dataclasses.Field],
     *,
     ignore: Sequence[str] = (),
     statics: Mapping[str, str | tuple[str, ...]] | None = None,
@@ -189,9 +200,10 @@ def annotate(
     **Arguments**
 
     - `specs`: leaf-path pattern (`*` matches anything) to spec; the first match counts. A string
-      declares a trained array, a `Declaration` any other kind. A pattern may name a whole
-      layer of `eqx.nn` instead of arrays (`growjax.annotation.layers`), or a field that holds None:
-      `"norm.weight": "~embed"` declares a norm that has no gain.
+      declares a trained array (or a norm's epsilon, `"<embed>"`), `gj.buffer("head_dim")` one that grows
+      and is not trained, and `gj.param(spec, init="zeros")` how new entries are drawn. A pattern may
+      name a whole layer of `eqx.nn` instead of arrays (`growjax.annotation.layers`), or a field that
+      holds None: `"norm.weight": "~embed"` declares a norm that has no gain.
     - `ignore`: patterns of arrays that are neither grown nor trained.
     - `statics`: pattern of a static field that repeats a size, to that size: an axis, a product
       (`"heads head_dim"`, `"4 embed"`), or a tuple of such for a shape. They are read for sizes that no
@@ -222,25 +234,72 @@ def annotate(
                             stacks={"blocks": "layers"})
     """
     stacks = stacks or {}
+    mappings = {"specs": specs, "statics": statics or {}, "stacks": stacks}
+    names = {"ignore": ignore, "gates": gates, "residual": residual}
+    faults = list(unreadable(mappings, names, stream))
+    raise_all(AxisError, "the annotation does not fit the model:", faults)
+    annotated = annotated_by(model, specs, ignore, statics or {}, stacks, state)
+    table = axes_of(annotated)
+    faults = faults_of(annotated, table, gates, stream)
+    faults += [
+        f"gates: {axis!r}: only the program shows whether a block is the identity where its gate is 0: "
+        f"give an example=batch, or residual=[{axis!r}] if its blocks are x + f(x)"
+        for axis in gates
+        if "stack" in table.roles(axis) and example is None and axis not in residual
+    ]
+    faults += [
+        f"residual: expected the axis of a stack, got {axis!r}"
+        for axis in residual
+        if "stack" not in table.roles(axis)
+    ]
+    if example is None:  # the program shows more of the same
+        faults += unread(table, gates)
+        faults += undeclared(annotated.tree, table, dict(annotated.statics), gates)
+    raise_all(AxisError, "the annotation does not fit the model:", faults)
+    annotated = dataclasses.replace(
+        annotated, gates=dict.fromkeys(gates), stream=stream, residual=tuple(residual)
+    )
+    if example is not None:
+        checked = Checked(annotated, example, forward)
+        raise_all(AxisError, "the annotation does not match the model's program:", checked.faults())
+        annotated = dataclasses.replace(annotated, traced=tuple(checked.closings.items()))
+    return annotated
+
+
+def annotated_by(
+    model: Any,
+    specs: Mapping[str, Any],
+    ignore: Sequence[str],
+    statics: Mapping[str, Any],
+    stacks: Mapping[str, str],
+    state: eqx.nn.State | None,
+) -> Annotated:
+    """A model with these declarations, as far as they fit its arrays and fields; see `annotate`."""
     complaints = []
     places = lists(model, stacks)
     for pattern, axis in stacks.items():
         if axis not in places.values() or not lists(model, {pattern: axis}):
             complaints.append(f"stacks pattern {pattern!r} matches no list")
-        if not axis.isidentifier():
-            complaints.append(f"stacks: {axis!r} is not the name of an axis")
     tree, faults = pack(model, places)
     complaints += faults
     if state is not None:
         tree = with_state(tree, state)
-    declared, own, faults = _declared(tree, specs)
+    declared, own, faults = declared_arrays(tree, specs)
     complaints += faults
-    held = (*own.items(), *(statics or {}).items())
     annotated = Annotated(
-        tree, tuple(declared), tuple(ignore), held, tuple(stacks.items()), state is not None
+        tree,
+        tuple(declared),
+        tuple(ignore),
+        (*own.items(), *statics.items()),
+        tuple(stacks.items()),
+        state is not None,
     )
     arrays = [(path, leaf) for _, path, leaf in walk(tree) if has_shape(leaf)]
     paths = [path for path, _ in arrays]
+    if not arrays and not any(children(model)):
+        complaints.append(
+            f"model: expected a module or a dict of arrays, got a {type(model).__name__}"
+        )
     complaints += [
         f"pattern {pattern!r} matches no array"
         for pattern in ignore
@@ -248,7 +307,7 @@ def annotate(
     ]
     complaints += [
         f"statics pattern {pattern!r} matches no field"
-        for pattern in statics or {}
+        for pattern in statics
         if not _static_places(tree, pattern)
     ]
     complaints += [
@@ -259,41 +318,14 @@ def annotate(
     complaints += [
         f"{path}: shape {np.shape(leaf)} has no spec and is not ignored"
         for path, leaf in arrays
-        if not _matches(path, [*(pattern for pattern, _ in declared), *ignore])
+        if not matches(path, [*specs, *(pattern for pattern, _ in declared), *ignore])
     ]
     raise_all(AxisError, "the annotation does not fit the model:", complaints)
-    table = axes_of(annotated)
-    faults = faults_of(annotated, table, gates, stream)
-    faults += [
-        f"gates: {axis!r}: only the program shows whether a block is the identity where its gate is 0: "
-        f"give an example=batch, or residual=[{axis!r}] if its blocks are x + f(x)"
-        for axis in gates
-        if "stack" in table.roles(axis) and example is None and axis not in residual
-    ]
-    if isinstance(residual, str):
-        # A string is a sequence too, of its letters
-        faults.append(f"residual: expected a list of axes, got {residual!r}; give [{residual!r}]")
-        residual = ()
-    faults += [
-        f"residual: expected the axis of a stack, got {axis!r}"
-        for axis in residual
-        if "stack" not in table.roles(axis)
-    ]
-    if example is None:  # the program shows more of the same
-        faults += undeclared(tree, table, dict(held), gates)
-    raise_all(AxisError, "the annotation does not fit the model:", faults)
-    annotated = dataclasses.replace(
-        annotated, gates=dict.fromkeys(gates), stream=stream, residual=tuple(residual)
-    )
     raise_all(
         AxisError,
         "static fields do not have their declared sizes:",
-        _wrong_statics(annotated, table.sizes),
+        _wrong_statics(annotated, axes_of(annotated).sizes),
     )
-    if example is not None:
-        checked = Checked(annotated, example, forward)
-        raise_all(AxisError, "the annotation does not match the model's program:", checked.faults())
-        annotated = dataclasses.replace(annotated, traced=tuple(checked.closings.items()))
     return annotated
 
 
@@ -302,74 +334,8 @@ def _folded_tree(annotated: Annotated) -> Any:
     return folded(annotated, axes_of(annotated), annotated.gates, annotated.stream).tree
 
 
-def _written(declaration: Declaration) -> str:
-    """A declaration as it would be written in a call of `gj.annotate`."""
-    if declaration.kind == "param" and declaration.init is None:
-        return repr(declaration.spec)
-    init = "" if declaration.init is None else f", {declaration.init!r}"
-    return f"gj.axes.Declaration({declaration.kind!r}, {declaration.spec!r}{init})"
-
-
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-
-
 def _is_norm(declaration: Declaration) -> bool:
     return "~" in declaration.spec
-
-
-# Declarations ------------------------------------------------------------------------------
-
-
-def _declared(tree, specs) -> tuple[list[tuple[str, Declaration]], dict[str, Any], list[str]]:
-    """Every array pattern with its declaration, the static fields of whole layers, and the errors.
-
-    A pattern that names a layer is replaced by the paths of the layer's arrays.
-    """
-    places = list(walk(tree))
-    arrays = [path for _, path, leaf in places if has_shape(leaf)]
-    absent = [path for _, path, leaf in places if leaf is None]
-    modules = [(path, node) for _, path, node in places if isinstance(node, eqx.Module)]
-    declared: list[tuple[str, Declaration]] = []
-    statics: dict[str, Any] = {}
-    complaints = []
-    for pattern, text in specs.items():
-        declaration = text if isinstance(text, Declaration) else _declaration(text)
-        if fnmatch.filter(arrays, pattern):
-            declared.append((pattern, declaration))
-            continue
-        matched = [(path, node) for path, node in modules if _matches(path, [pattern])]
-        if not matched and fnmatch.filter(absent, pattern):
-            declared.append((pattern, declaration))
-        elif not matched:
-            complaints.append(f"pattern {pattern!r} matches no array")
-        for path, node in matched:
-            try:
-                written, own = layers.specs_of(node, declaration.spec)
-            except AxisError as error:
-                complaints.append(f"pattern {pattern!r}: {path}: {error}")
-                continue
-            declared += _of_layer(path, declaration, written)
-            statics |= {f"{path}.{name}": axis for name, axis in own.items()}
-    return declared, statics, complaints
-
-
-def _declaration(spec: str) -> Declaration:
-    """What a string declares: a parameter, or the epsilon of a norm (`<embed>`), which is a buffer.
-
-    An epsilon is rescaled where its axis grows by zeros, and so is not trained.
-    """
-    epsilon = re.search(r"<~?[A-Za-z_]\w*>", spec)
-    return Declaration("buffer" if epsilon else "param", spec)
-
-
-def _of_layer(path: str, declaration: Declaration, written: Mapping[str, str]):
-    """The declarations of a layer's arrays; running statistics are buffers, which are not trained."""
-    for name, spec in written.items():
-        kind = (
-            "buffer" if "_index.init" in name or name == "batch_counter.init" else declaration.kind
-        )
-        yield f"{path}.{name}", dataclasses.replace(declaration, kind=kind, spec=spec)
 
 
 # State ---------------------------------------------------------------------------------------

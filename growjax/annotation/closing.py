@@ -191,7 +191,10 @@ def _why(stays: Iterable[str]) -> str:
     names = ", ".join(stays)
     if names:
         return f"{names} does not act through arrays that produce the stream"
-    return "a block changes its input even then: it ends in a norm, or has no residual branch"
+    return (
+        "a block changes its input even then: it ends in a norm, or has no residual branch, or numbers "
+        "in it follow how many there are"
+    )
 
 
 def _shape(x: Any) -> Any:

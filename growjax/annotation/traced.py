@@ -7,16 +7,25 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from equinox.nn import StateIndex
 
 from growjax.annotation.packing import has_shape, walk
 from growjax.axes import put
+from growjax.errors import AxisError
 from growjax.trace import Place, Program, Roles, tie, trace
 
 
 def call(model: Any, batch: Any) -> Any:
     """The model under `vmap` on a batch, a tuple for several inputs; with its state, if it has one."""
     inputs = batch if isinstance(batch, tuple) else (batch,)
+    lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(inputs)}
+    if len(lengths) != 1 or () in lengths:
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(inputs)]
+        raise AxisError(
+            "the batch: expected arrays with one leading batch dimension (a tuple for several inputs), "
+            f"or forward=(model, batch) -> outputs, got the shapes {shapes}"
+        )
     nodes = jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, eqx.nn.BatchNorm | StateIndex))
     if not any(isinstance(node, StateIndex | eqx.nn.BatchNorm) for node in nodes):
         return jax.vmap(model)(*inputs)

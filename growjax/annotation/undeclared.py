@@ -22,7 +22,6 @@ def undeclared(
 
     An axis behind a gate may be read by a head that takes no share: `gj.msg` divides nothing.
     """
-    yield from _unread(table, gates)
     for steps, path, node in walk(tree):
         if isinstance(node, eqx.nn.LayerNorm | eqx.nn.RMSNorm):
             yield from _norm(node, steps, path, table, statics)
@@ -30,13 +29,18 @@ def undeclared(
             yield from _tied(node, steps, path, table, gates)
 
 
-def _unread(table: Axes, gates) -> Iterator[str]:
-    """A residual stream that blocks read and nothing after them: its head may be its own table."""
+def unread(table: Axes, gates: Collection[str]) -> Iterator[str]:
+    """A residual stream that its blocks read and nothing after them: its head may be its own table.
+
+    Blocks that do not add to the stream are after it, such as those of a decoder that read an encoder's.
+    """
     for axis in table.sizes:
         if axis in gates or not table.is_stream(axis):
             continue
         readers = [s for s in table.having(axis, "param") if any(_reads(d, axis) for d in s.dims)]
-        inside = [s for s in readers if any(d.role == "stack" for d in s.dims)]
+        adding = [s for s in table.having(axis, "param") if any(_makes(d, axis) for d in s.dims)]
+        stacks = {d.axis for s in adding for d in s.dims if d.role == "stack"}
+        inside = [s for s in readers if any(d.axis in stacks for d in s.dims)]
         if inside and len(inside) == len(readers):
             yield (
                 f"{axis!r}: no array after the blocks consumes it. If the head is the table that "
@@ -47,6 +51,10 @@ def _unread(table: Axes, gates) -> Iterator[str]:
 
 def _reads(dim: Any, axis: str) -> bool:
     return dim.axis == axis and dim.role == "consumed"
+
+
+def _makes(dim: Any, axis: str) -> bool:
+    return dim.axis == axis and dim.role == "produced"
 
 
 def _norm(node: Any, steps: tuple, path: str, table: Axes, statics) -> Iterator[str]:
@@ -95,7 +103,7 @@ def _tied(node: Any, steps: tuple, path: str, table: Axes, gates) -> Iterator[st
         # Where nothing consumes the axis, operators refuse it themselves
         if "consumed" in table.roles(axis) and not (takes or axis in gates):
             yield (
-                f"{path}: a Linear reads {axis!r} through {slot.path.removeprefix('tree.')}, which "
+                f"{path}: a Linear reads {axis!r} through {slot.path}, which "
                 f"produces it, and no norm before it takes the share: declare the norm's gain '~{axis} "
                 f"->', or write the size, {table.size(axis)}, in place of {axis!r}"
             )

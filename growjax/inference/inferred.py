@@ -8,14 +8,15 @@ from typing import Any
 
 import equinox as eqx
 
-from growjax.annotation import Annotated, annotate
-from growjax.annotation.annotated import with_state
+from growjax.annotation import Annotated
+from growjax.annotation.annotated import annotated_by, with_state
 from growjax.annotation.closing import Closings, closings
 from growjax.annotation.packing import unlike, unpack, walk
 from growjax.annotation.traced import Traced, call, stack_places
 from growjax.axes import Declaration, axes_of, get
 from growjax.certificate import certify
 from growjax.growth.copying import Copy
+from growjax.inference.epsilons import Epsilons
 from growjax.inference.naming import STREAMS, Names, name_axes
 from growjax.inference.sizes import Statics
 from growjax.inference.spelling import Token, spell, terms_of
@@ -121,6 +122,7 @@ class _Inference:
             if why:
                 self.refused[atom] = why
         self.norms = self._bare_norms()
+        self.epsilons = Epsilons(self.traced.program, self.roles, self.paths).of
         self.names = Names(self.paths, self.stacks.values())
         open_places = {atom: at for atom, at in self.places.items() if atom not in self.refused}
         name_axes(
@@ -244,18 +246,13 @@ class _Inference:
             if leaf in self.unused or not (names or self.traced.trained[leaf]):
                 ignore.append(pattern)
             else:
-                specs[pattern] = text if self.traced.trained[leaf] else Declaration("buffer", text)
+                trains = self.traced.trained[leaf] and not self._is_epsilon(leaf)
+                specs[pattern] = text if trains else Declaration("buffer", text)
         for path, atom in self.norms.items():
             if atom in self.names.given:
                 specs[self._pattern(path)] = f"~{self.names.given[atom]}"
-        made = annotate(
-            self.bare,
-            specs,
-            ignore=ignore,
-            statics=self._statics(),
-            stacks=self.stacks,
-            state=self.state,
-        )
+        # What only a program shows has been read from it
+        made = annotated_by(self.bare, specs, ignore, self._statics(), self.stacks, self.state)
         traced = closings(made, self.traced)
         streams = [name for name in STREAMS if name in self.names.given.values()]
         residual = [axis for (axis, name), why in traced.items() if name in streams[:1] and not why]
@@ -301,7 +298,18 @@ class _Inference:
             else:
                 dims.append(terms)
         text = spell(dims)
+        if self._is_epsilon(leaf):
+            atom, centred, _ = self.epsilons[leaf]
+            if name := self.names.given.get(atom):
+                names.add(name)
+                text = f"<{'~' * centred}{name}>"
         return (f"{' '.join(stacks)}: {text}" if stacks else text), names
+
+    def _is_epsilon(self, leaf: int) -> bool:
+        """Whether an array is the epsilon of a norm, the same in all blocks of its list."""
+        same = next((group for group in self.traced.groups if leaf in group), [leaf])
+        norms = {self.epsilons[n][:2] if n in self.epsilons else None for n in same}
+        return None not in norms and len(norms) == 1
 
     def _statics(self) -> dict[str, Any]:
         """Every static field that follows axes, as their product."""
@@ -316,10 +324,7 @@ class _Inference:
         return statics
 
     def _notes(self) -> Iterator[str]:
-        for atom, why in self.refused.items():
-            places = self._where(self.places.get(atom, ()))
-            if places and not atom.data and "kernel" not in why:
-                yield f"{atom.size} in {places} does not grow: {why}"
+        yield from self._refusals()
         for atom, name in self.names.given.items():
             free = [p for p in self.roles.choices.get(atom, ()) if p not in self.roles.direct]
             takers = self._where(p for p in free if self.roles.takes(p))
@@ -332,8 +337,35 @@ class _Inference:
                 name = self.names.given[atom]
                 yield f"{name}: {self._pattern(path)} is taken to be a norm over it, by its size alone"
 
+    def _refusals(self) -> Iterator[str]:
+        """Notes on axes that do not grow; those of the same arrays and for the same reason are one.
+
+        So are axes of one size in more and fewer arrays, the parts of a fused projection.
+        """
+        notes: list[tuple[list[int], list[str], str]] = []
+        for atom, why in self.refused.items():
+            arrays = self._arrays(self.places.get(atom, ()))
+            if not arrays or atom.data or "kernel" in why:
+                continue
+            for sizes, others, reason in notes:
+                nested = set(arrays) <= set(others) or set(others) <= set(arrays)
+                alike = set(arrays) == set(others) or (nested and sizes == [atom.size])
+                # The numbers in a message of JAX are those of one dimension
+                if alike and re.sub(r"\d+", "", why) == re.sub(r"\d+", "", reason):
+                    sizes += [atom.size] if atom.size not in sizes else []
+                    others += [array for array in arrays if array not in others]
+                    break
+            else:
+                notes.append(([atom.size], arrays, why))
+        for sizes, arrays, why in notes:
+            verb = "do" if len(sizes) > 1 else "does"
+            yield f"{' and '.join(map(str, sizes))} in {', '.join(arrays)} {verb} not grow: {why}"
+
+    def _arrays(self, places: Iterable[Place]) -> list[str]:
+        return list(dict.fromkeys(self._pattern(self.paths[place.leaf]) for place in places))
+
     def _where(self, places: Iterable[Place]) -> str:
-        return ", ".join(dict.fromkeys(self._pattern(self.paths[place.leaf]) for place in places))
+        return ", ".join(self._arrays(places))
 
 
 def _open_stacks(traced: Closings) -> Iterator[str]:

@@ -51,6 +51,9 @@ def cells(state: Any, params: Any) -> list[Cell]:
                 kind = jax.tree_util.keystr(path) + numberless(
                     jax.tree_util.keystr(inner), slots[own[0]]
                 )
+                # As the parameter is called: in an annotated model by its path in the user's own
+                rest = jax.tree_util.keystr(inner[len(own[0]) :])
+                name = f"{jax.tree_util.keystr(path)}.{slots[own[0]].path}{rest}"
                 arrays.append(Cell(name, kind, own[0], steps == own[0]))
             else:
                 arrays.append(Cell(name, name))

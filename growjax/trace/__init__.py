@@ -9,6 +9,7 @@ from growjax.trace.indices import reads as reads
 from growjax.trace.program import Differs as Differs
 from growjax.trace.program import Program as Program
 from growjax.trace.program import grown_shape as grown_shape
+from growjax.trace.program import live as live
 from growjax.trace.program import powers as powers
 from growjax.trace.program import tie as tie
 from growjax.trace.program import trace as trace

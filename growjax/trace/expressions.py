@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from growjax.trace.program import Program
+from growjax.trace.program import Program, live
 from growjax.trace.values import Op, Value
 
 
@@ -52,7 +52,7 @@ class Expressions:
 
         `names` are those of the program's parameters, in order.
         """
-        reading = _Reading(self, program.tape)
+        reading = _Reading(self, program)
         for name, value in zip(names, program.inputs, strict=True):
             reading.numbers[id(value)] = ZERO if name in zeroed else self.named(name)
         for n, value in enumerate(program.rows):
@@ -87,8 +87,8 @@ class Expressions:
 class _Reading:
     """The numbers of the values of one program, from a walk along its tape."""
 
-    def __init__(self, expressions: Expressions, tape: Sequence[Op]):
-        self.expressions, self.tape = expressions, tape
+    def __init__(self, expressions: Expressions, program: Program):
+        self.expressions, self.tape, self.live = expressions, program.tape, live(program)
         self.numbers: dict[int, int] = {}
         self.loops: list[Loop] = []
 
@@ -149,6 +149,8 @@ class _Reading:
 
     def _read(self, op: Op) -> None:
         ins, beside = [[self.of(value) for value in values] for values in (op.ins, op.beside)]
+        if op.name == "random" and any(id(key) in self.live for key in op.beside):
+            beside = []  # by a key that is an input, of which any other is as good
         same = self._simplified(op, ins, beside)
         groups = tuple(
             (self.of(k) if isinstance(k, Value) else k, _tuple(dims), _tuple(outs), shift)

@@ -48,6 +48,18 @@ def trace(run: Callable[[Sequence[Any], Any], Any], arrays: Sequence[Any], batch
     return Program(inputs, rows, outputs, walk.tape)
 
 
+def live(program: Program) -> set[int]:
+    """The ids of the values that depend on inputs; all others are constants of the program."""
+    ids = {id(value) for value in (*program.inputs, *program.rows)}
+    count = 0
+    while count < len(ids):  # again for loops, whose carry may start as a constant
+        count = len(ids)
+        for op in program.tape:
+            if any(id(value) in ids for value in (*op.ins, *op.beside, *_predicates(op))):
+                ids |= {id(value) for value in (op.ins[:1] if op.kind == "equal" else op.outs)}
+    return ids
+
+
 def tie(program: Program, groups: Sequence[Sequence[int]]) -> None:
     """Make the dimensions of parameters that are stacked, or repeat each other, one and the same."""
     for first, *rest in groups:
@@ -91,6 +103,7 @@ def powers(small: Program, large: Program, atom: Node, factor: int) -> dict[int,
     if len(small.tape) != len(large.tape):
         raise Differs("the program has other operations at another size")
     exponents: dict[int, Fraction] = {}
+    moving = live(small)
     for a, b in zip(small.tape, large.tape, strict=True):
         if (a.name, len(a.ins), len(a.outs)) != (b.name, len(b.ins), len(b.outs)):
             raise Differs("the program has other operations at another size")
@@ -99,7 +112,34 @@ def powers(small: Program, large: Program, atom: Node, factor: int) -> dict[int,
                 raise Differs(f"{a.name} gives {list(y.shape)} where {list(expected)} was expected")
             if power := _power(x, y, {atom: factor}):
                 exponents[id(x)] = power
+        _same_settings(a, b)
+        grows = [x.shape for x in a.outs] != [y.shape for y in b.outs]
+        if a.name == "random" and grows and not any(id(key) in moving for key in a.beside):
+            raise Differs("the program draws as many random numbers, by a key that is a constant")
     return exponents
+
+
+def _same_settings(a: Op, b: Op) -> None:
+    """Raise `Differs` where an operation has other settings at another size, or reads other constants."""
+    lengths = [dict(op.options or ()).get("length") for op in (a, b)]
+    if a.kind == "carry" and lengths[0] != lengths[1]:
+        raise Differs("a loop of the program runs as often as its size")
+    # The settings of others are shapes, which have been compared
+    if a.kind not in ("shape", "dot", "opaque", "carry", "equal") and (
+        (a.kind, a.options) != (b.kind, b.options)
+    ):
+        raise Differs(f"a setting of {a.name} follows its size")
+    keys = (a.beside, b.beside) if a.name == "random" else ((), ())
+    for x, y in zip([*keys[0], *_predicates(a)], [*keys[1], *_predicates(b)], strict=True):
+        if x.known is not None and y.known is not None and np.shape(x.known) == np.shape(y.known):
+            if not np.array_equal(x.known, y.known):
+                name = "random numbers" if a.name == "random" else a.name
+                raise Differs(f"a constant that decides on {name} follows its size")
+
+
+def _predicates(op: Op) -> list[Value]:
+    """The values by which an operation chooses between others."""
+    return [value for value, *_ in op.groups if isinstance(value, Value)]
 
 
 def _power(x: Value, y: Value, factors: Mapping[Node, int]) -> Fraction:

@@ -105,9 +105,12 @@ class Walk:
         shape = np.shape(array)
         known = None
         if isinstance(array, np.ndarray | jax.Array) and not isinstance(array, Tracer):
-            if not jnp.issubdtype(array.dtype, jax.dtypes.extended):
+            if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+                known = np.asarray(jax.random.key_data(array))
+            elif not jnp.issubdtype(array.dtype, jax.dtypes.extended):
                 known = np.asarray(array)
-        zero = known is not None and known.dtype.kind in "fiu" and not known.any()
+        drawn = known is not None and known.shape != shape  # a key, no number of the program
+        zero = known is not None and not drawn and known.dtype.kind in "fiu" and not known.any()
         number = known.item() if known is not None and known.ndim == 0 else None
         return Value([Node(n) for n in shape], number=number, zero=bool(zero), known=known)
 
@@ -260,15 +263,14 @@ class Walk:
         nodes[params["dimension"]].freeze("the program counts along it")
         return self.write(Op("opaque", [], [Value(nodes)], name="iota"))
 
-    def _random_bits(self, params, ins, sizes):
-        return self.write(Op("opaque", [], [Value([Node(n) for n in sizes[0]])], name="random"))
-
     def _noise(self, params, ins, sizes):
         """Keys and the numbers that are drawn with them, which follow no axis."""
         outs = [Value([Node(n) for n in shape]) for shape in sizes]
-        return self.write(Op("opaque", [], outs, name="random"))
+        return self.write(Op("opaque", [], outs, name="random", beside=ins))
 
-    _random_wrap = _random_unwrap = _random_split = _random_fold_in = _random_seed = _noise
+    _random_bits = _random_wrap = _random_unwrap = _random_split = _random_fold_in = (
+        _random_seed
+    ) = _noise
     _threefry2x32 = _noise
 
     # Sums of products ------------------------------------------------------------------------
@@ -395,4 +397,5 @@ class Walk:
         chosen = []
         for cases in zip(*branches, strict=True):
             chosen += self._elementwise("add", cases, "cond")
+            self.tape[-1].groups = [(ins[0], None, None, 0)]  # as of `select_n`
         return chosen
