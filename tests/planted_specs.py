@@ -221,7 +221,7 @@ TABLE = """
 @ blocks of a decoder are no readers | annotation/undeclared.py | inferred_sizes | another_stack
 - inside = [s for s in readers if any(d.axis in stacks for d in s.dims)]
 + inside = [s for s in readers if any(d.role == "stack" for d in s.dims)]
-@ what is pasted of a model without a head is refused | annotation/annotated.py | inferred_sizes | no_surprise
+@ what is pasted without a head is refused | annotation/annotated.py | inferred_sizes | no_surprise
 - lines.append("    example=batch,")  # without it this annotation is refused
 + pass
 """

@@ -1,0 +1,113 @@
+"""Optimizers that see whole matrices, on models of other people: carried as a fresh run, or refused."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import growjax as gj
+from growjax import optim
+from growjax.errors import StateError
+from growjax.plan.optimizer import Optimizer
+from tests import zoo
+from tests.conftest import DEEP
+from tests.test_inference import ZOO
+
+
+STEPS = 2
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def shampoo(both: bool) -> optax.GradientTransformation:
+    """The sums of `G G^T` of Shampoo (and of `G^T G`), which are matrices of other shapes than `G`."""
+
+    def squares(g):
+        g = g.reshape(len(g), -1) if g.ndim else g.reshape(1, 1)
+        return {"left": g @ g.T, "right": g.T @ g} if both else g @ g.T
+
+    def update(gradients, sums, params=None):
+        sums = jax.tree.map(jnp.add, sums, jax.tree.map(squares, gradients))
+        return gradients, sums
+
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(lambda x: squares(jnp.zeros_like(x)), params), update
+    )
+
+
+CARRIED = {
+    "growjax muon": lambda: Optimizer("muon", clip=None).build(),
+    "scale_by_muon": lambda: optax.chain(optim.scale_by_muon(), optax.scale(-0.01)),
+    "optax muon": lambda: optax.contrib.muon(1e-2),
+}
+REFUSED = {
+    "shampoo": lambda: shampoo(True),
+    "one side of shampoo": lambda: shampoo(False),
+    "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=2),
+    "sm3": lambda: optax.sm3(1e-2),
+}
+QUICK = ("optax muon", "shampoo")
+# Fused queries, keys and values; a list of blocks around eqx.nn's attention; MLPs over two dimensions
+MODELS = ["fused", "vision transformer", "mixer", "tower"]
+
+
+def run(tx, weights, gradients):
+    """The state after some updates."""
+    state = tx.init(weights[0])
+    for model, gradient in zip(weights, gradients, strict=True):
+        more = {"rate": 0.01} if isinstance(tx, optim.Rule) else {}
+        state = tx.update(gradient, state, model, **more)[1]
+    return state
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_state_of_matrices_is_that_of_a_fresh_run_or_refused(name):
+    """In the quick profile for one model and two rules: each takes some seconds to compile."""
+    if not DEEP and name != "tower":
+        pytest.skip("the deep profile has it")
+    make, batch, specs, options, sizes = ZOO[name]
+    small = gj.annotate(zoo.build(make), specs, **options)
+    op = gj.copy(**sizes, shares="random")
+    trained, rest = gj.partition(small)
+    rng = np.random.default_rng(0)
+    weights = [
+        jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), trained) for _ in range(STEPS)
+    ]
+    grown = [op(eqx.combine(w, rest), key=zoo.KEY) for w in weights]
+    grown_rest = gj.partition(grown[0])[1]
+
+    def loss(trained, rest):
+        """Large, so that the small constants of optimizers are small next to its gradients."""
+        out = jax.vmap(eqx.combine(trained, rest))(batch)
+        return 1e3 * jnp.sum(jnp.sin(out) * jnp.cos(jnp.arange(out.size)).reshape(out.shape))
+
+    @eqx.filter_jit
+    def gradients(weights, rest):
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *weights)
+        return jax.vmap(lambda w: jax.grad(loss)(w, rest))(stacked)
+
+    def by_step(weights, rest):
+        found = gradients(weights, rest)
+        return [jax.tree.map(lambda x, t=t: x[t], found) for t in range(STEPS)]
+
+    old, large = by_step(weights, rest), [gj.partition(model)[0] for model in grown]
+    new = by_step(large, grown_rest)
+    rules = CARRIED | REFUSED
+    for rule, factory in (rules if DEEP else {rule: rules[rule] for rule in QUICK}).items():
+        tx = factory()
+        state, last = run(tx, weights, old), eqx.combine(weights[-1], rest)
+        if rule in REFUSED:
+            with pytest.raises(StateError, match="cannot be carried through copy"):
+                gj.carry(op, state, last, optimizer=tx, key=zoo.KEY)
+            continue
+        carried = gj.carry(op, state, last, optimizer=tx, key=zoo.KEY)
+        close = lambda a, b: np.testing.assert_allclose(  # noqa: E731
+            a, b, rtol=1e-9, atol=1e-9 * np.abs(b).max(initial=0)
+        )
+        jax.tree.map(close, carried, run(tx, large, new))
