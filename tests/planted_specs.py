@@ -186,8 +186,8 @@ TABLE = """
 - return Epsilon(atom, True, numbers | centred)
 + return Epsilon(atom, False, numbers | centred)
 @ what is not centred is a LayerNorm | inference/epsilons.py | epsilons | printed_as_one
-- if norm and norm.centred and not all(
-+ if norm and norm.centred and not any(
+- if norm.centred and not all(self._centre(x, norm.atom) for x in divided):
++ if norm.centred and not divided:
 @ one reason is two notes | inference/inferred.py | inferred_sizes | one_note
 - if alike and re.sub(
 + if not alike and re.sub(

@@ -368,8 +368,9 @@ def test_arguments_of_another_type_are_named(options, message):
 
 @pytest.mark.parametrize("name", ["ignore", "gates", "residual"])
 def test_a_string_in_place_of_a_list_is_refused(name):
+    given: dict[str, Any] = {name: "mlp"}
     with pytest.raises(AxisError, match=rf"{name}: expected a list, got 'mlp'; give \['mlp'\]"):
-        gj.annotate({"up": zoo.normal((3, 4))}, {"up": "3 -> mlp"}, **{name: "mlp"})
+        gj.annotate({"up": zoo.normal((3, 4))}, {"up": "3 -> mlp"}, **given)
 
 
 def test_the_average_of_a_model_with_nothing_but_parameters_gets_its_gates():

@@ -32,9 +32,8 @@ def shampoo(both: bool) -> optax.GradientTransformation:
         g = g.reshape(len(g), -1) if g.ndim else g.reshape(1, 1)
         return {"left": g @ g.T, "right": g.T @ g} if both else g @ g.T
 
-    def update(gradients, sums, params=None):
-        sums = jax.tree.map(jnp.add, sums, jax.tree.map(squares, gradients))
-        return gradients, sums
+    def update(updates, state, params=None):
+        return updates, jax.tree.map(jnp.add, state, jax.tree.map(squares, updates))
 
     return optax.GradientTransformation(
         lambda params: jax.tree.map(lambda x: squares(jnp.zeros_like(x)), params), update

@@ -49,7 +49,7 @@ class OwnNormed(eqx.Module):
 
     def __call__(self, tokens):
         x = jax.vmap(self.table)(tokens)
-        return jax.vmap(lambda row: self.head(sum(norm(row) for norm in self.norms)))(x)
+        return jax.vmap(lambda row: self.head(self.norms[0](row) + self.norms[1](row)))(x)
 
 
 def centred(x):

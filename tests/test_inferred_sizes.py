@@ -379,7 +379,7 @@ REPEATED = {
         "a loop of the program runs as often as its size",
     ),
     "scan over it": (
-        lambda h: h * jax.lax.scan(lambda c, x: (jnp.sin(c + x), None), 0.0, h)[0],
+        lambda h: h * jax.lax.scan(lambda c, x: (jnp.sin(c + x), None), jnp.zeros(()), h)[0],
         "a loop of the program runs as often as its size",
     ),
     "power": (lambda h: h**h.size, "a setting of integer_pow follows its size"),

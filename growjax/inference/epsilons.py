@@ -49,12 +49,18 @@ class Epsilons:
         for value, other in (op.ins, op.ins[::-1]):
             number = self.numbers.get(id(self._source(value)))
             if number is not None and self._is_number(number):
-                divided = self._divided(op.outs[0])
-                norm = self._norm(other) if divided is not None else None
-                # What is divided by the deviation has to be centred, too: else it is no LayerNorm
-                if norm and norm.centred and not all(self._centre(x, norm.atom) for x in divided):
-                    norm = None
-                yield number, norm
+                yield number, self._divisor(op.outs[0], other)
+
+    def _divisor(self, total: Value, square: Value) -> Epsilon | None:
+        """The norm that divides by the root of `total`, the sum of an epsilon and a mean square."""
+        divided = self._divided(total)
+        norm = None if divided is None else self._norm(square)
+        if divided is None or norm is None:
+            return None
+        # What is divided by the deviation has to be centred, too: else it is no LayerNorm
+        if norm.centred and not all(self._centre(x, norm.atom) for x in divided):
+            return None
+        return norm
 
     def _is_number(self, leaf: int) -> bool:
         """Whether an array has one number, or one for every layer of a stack."""
