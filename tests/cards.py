@@ -7,6 +7,7 @@ small model, and with `--measure` all of them, into `docs/figures/cards/measured
 
 import functools
 import inspect
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -19,14 +20,15 @@ import numpy as np
 import optax
 
 import growjax as gj
-from growjax import growth, testing
+from growjax import fitting, growth, testing
 from growjax.algebra import MEAN, AxisMap, is_matrix
 from growjax.axes import axes_of, get
 from growjax.cost import parameters
 from growjax.data import Causal
 from growjax.errors import GrowjaxError, StateError
-from growjax.growth import Chain, Operator, parse
-from growjax.plan.stages import step_flops
+from growjax.growth import Chain, Fit, Operator, parse
+from growjax.growth.fits import Filled
+from growjax.plan.steps import step_flops
 from growjax.subnet import Coins, Subnet
 
 
@@ -57,7 +59,7 @@ def subclasses(base: type) -> list[type]:
 def methods() -> list[type]:
     """Every operator and every sub-network, by the name of its function."""
     classes = [*subclasses(Operator), *subclasses(Subnet)]
-    concrete = [c for c in classes if not inspect.isabstract(c)]
+    concrete = [c for c in classes if not inspect.isabstract(c) and c is not Filled]
     return sorted(concrete, key=lambda c: (issubclass(c, Subnet), name_of(c)))
 
 
@@ -115,6 +117,8 @@ def measured(method: type) -> dict[str, Any]:
     value, architecture, key = example_of(method), subject(method), jax.random.key(0)
     with jax.enable_x64(True):
         model = architecture.model()
+        if isinstance(value, Fit):
+            value = fitted(value, model, architecture.batch(), key)
         after = eqx.filter_eval_shape(lambda m: value(m, key=key), model)
         numbers: dict[str, Any] = {"example": method.card.example, "model": str(architecture)}
         objective = Causal(testing.LENGTH)
@@ -134,6 +138,15 @@ def measured(method: type) -> dict[str, Any]:
         numbers["locked"] = record.locked
         numbers["moments"] = _moments(value, model, key)
     return numbers
+
+
+def fitted(op: Fit, model: Any, batch: Any, key: Any) -> Operator:
+    """An operator with numbers, from one batch again and again."""
+
+    def loss(model, batch):
+        return jnp.mean(jnp.sin(jax.vmap(model)(batch)))
+
+    return fitting.fit(op, model, itertools.repeat(batch), loss, key=key).operator
 
 
 def _two(number: float) -> float:

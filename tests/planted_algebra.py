@@ -128,11 +128,21 @@ TABLE = """
 - copies = move.length // grown[move.axis]
 + return new
 @ directions of the input in place of the output | growth/entries.py | gradmax | fastest
-- directions = np.linalg.svd(products)[2][..., :new, :]
-+ directions = np.swapaxes(np.linalg.svd(products)[0], -1, -2)[..., :new, :]
+- directions = jnp.linalg.svd(numbers["products"][reader.path])[2][..., :new, :]
++ products = numbers["products"][reader.path]
++             directions = jnp.swapaxes(jnp.linalg.svd(products)[0], -1, -2)[..., :new, :]
 @ the last directions in place of the first | growth/entries.py | gradmax | fastest
-- directions = np.linalg.svd(products)[2][..., :new, :]
-+ directions = np.linalg.svd(products)[2][..., -new:, :]
+- numbers["products"][reader.path])[2][..., :new, :]
++ numbers["products"][reader.path])[2][..., -new:, :]
+@ the last batch of GradMax counts alone | growth/entries.py | gradmax | several_batches
+- path: total + gradient[path][..., old:, :].astype(total.dtype)
++ path: gradient[path][..., old:, :].astype(total.dtype)
+@ units that never learn grow | growth/entries.py | gradmax | never_learn
+- if not learns:
++ if learns is None:
+@ an operator grows before it is fitted | growth/operator.py | fitting | says_why
+- if not op.fitted:
++ if op is None:
 @ padding counts as a piece | growth/transplants.py | transplants | pieces
 - weights = np.asarray([[*w, *[0.0] * (longest - len(w))] for w in self.weights])
 + weights = np.asarray([[*w, *[w[0]] * (longest - len(w))] for w in self.weights])
@@ -142,12 +152,12 @@ TABLE = """
 @ closed layers keep their multiplier | nn/block.py | multipliers | multipliers
 - closes: bool = eqx.field(static=True, default=True)
 + closes: bool = eqx.field(static=True, default=False)
-@ a fit starts from undivided copies | fitting.py | fitting | starts_near
+@ a fit starts from undivided copies | growth/mixtures.py | fitting | starts_near
 - np.eye(old)[source] / counts[source][:, None]
 + np.eye(old)[source] / 1
 @ only the last step of a fit is charged | fitting.py | fitting | every_step
-- cost += flops(jax.value_and_grad(value), weights, model, batch)
-+ cost = flops(jax.value_and_grad(value), weights, model, batch)
+- cost += fit_flops(op, model, batch, loss)
++ cost = fit_flops(op, model, batch, loss)
 @ means of what a norm puts out are means of its gain | maps.py | width | puts_out
 - mends -= {place for place in mends if "produced" in roles.get(place, ())}
 + mends -= {place for place in mends if "none" in roles.get(place, ())}

@@ -20,7 +20,7 @@ from growjax.forecast.memory import remedies, residual_bytes, usage
 from growjax.forecast.pod import GENERATIONS, chips, compile_for
 from growjax.forecast.xla import xla_training_flops
 from growjax.models import BERTConfig, LlamaConfig, T5Config
-from growjax.plan.stages import step_flops
+from growjax.plan.steps import step_flops
 from growjax.programs.ahead import Need
 from growjax.train import Layout, Optimizer, Plan, train
 from growjax.train.commands import show_plan

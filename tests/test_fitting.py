@@ -14,8 +14,8 @@ from growjax import growth, testing
 from growjax.axes import partition
 from growjax.cost import flops
 from growjax.errors import GrowthError, StateError
-from growjax.fitting import ligo
-from growjax.growth import learned
+from growjax.fitting import Fitted, fit
+from growjax.growth import learned, ligo
 from growjax.values import from_dict, to_dict
 
 
@@ -30,22 +30,27 @@ def loss(model, batch):
     return jnp.mean((logits - jnp.cos(jnp.arange(logits.shape[-1], dtype=logits.dtype))) ** 2)
 
 
+def of(op: Any, model) -> Fitted:
+    return fit(op, model, [], loss, key=KEY)
+
+
 @pytest.fixture(scope="module")
 def fitted():
     with jax.enable_x64(True):
         model, batch = GPT.model(), GPT.batch()
-        return model, batch, ligo(model, [batch] * 30, loss, key=KEY, rate=1e-2, **SIZES)
+        op = ligo(batches=30, rate=1e-2, **SIZES)
+        return model, batch, fit(op, model, [batch] * 30, loss, key=KEY)
 
 
 def test_a_fit_learns_and_its_operator_makes_the_model_that_it_learned(fitted):
-    model, batch, fit = fitted
-    assert fit.losses.shape == (30,) and fit.losses[-1] < 0.8 * fit.losses[0]
+    model, batch, result = fitted
+    assert result.losses.shape == (30,) and result.losses[-1] < 0.8 * result.losses[0]
     with jax.enable_x64(True):
-        big = gj.grow(fit.operator, model)
-        assert float(loss(big, batch)) < fit.losses[-1] * 1.05
+        big = gj.grow(result.operator, model)
+        assert float(loss(big, batch)) < result.losses[-1] * 1.05
     after = gj.sizes(big)
     assert (after["embed"], after["mlp"], after["kv_heads"], after["layers"]) == (13, 9, 3, 3)
-    assert fit.operator.exactness == "approximate"
+    assert result.operator.exactness == "approximate"
 
 
 def test_a_learned_operator_survives_json_and_is_what_it_prints(fitted):
@@ -59,34 +64,42 @@ def test_a_fit_starts_near_the_small_model():
     """Even copies with their shares are the function itself, but for the noise."""
     with jax.enable_x64(True):
         model, batch = GPT.model(), GPT.batch()
-        fit = ligo(model, [batch], loss, key=KEY, noise=0.0, embed=16, mlp=12)
-        assert fit.losses[0] == pytest.approx(float(loss(model, batch)), rel=1e-12)
+        op = ligo(batches=1, noise=0.0, embed=16, mlp=12)
+        losses = fit(op, model, [batch], loss, key=KEY).losses
+        assert losses[0] == pytest.approx(float(loss(model, batch)), rel=1e-12)
 
 
 def test_every_step_is_charged(fitted):
     """At least three times the forward pass of the large model a step, and the same for each."""
-    model, batch, fit = fitted
+    model, batch, result = fitted
     with jax.enable_x64(True):
-        big = gj.grow(fit.operator, model)
+        big = gj.grow(result.operator, model)
         forward = flops(lambda m, b: jax.vmap(m)(b), big, batch)
-    assert fit.flops % 30 == 0 and fit.flops // 30 > 2.5 * forward
+    assert result.flops % 30 == 0 and result.flops // 30 > 3 * forward
 
 
 def test_state_does_not_follow_what_was_learned(fitted):
-    model, _, fit = fitted
+    model, _, result = fitted
     tx = optax.trace(0.9)
     with jax.enable_x64(True):
         state = tx.init(partition(model)[0])
         with pytest.raises(StateError, match="has no dual|are sums of old ones"):
-            gj.carry(fit.operator, state, model, optimizer=tx)
+            gj.carry(result.operator, state, model, optimizer=tx)
 
 
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda m: ligo(m, [], loss, key=KEY, mlp=9), "at least one batch"),
-        (lambda m: ligo(m, [], loss, key=KEY, vocab=20), "no matrix grows these axes"),
-        (lambda m: ligo(m, [], loss, key=KEY, mlp=4), "growth never shrinks"),
+        (lambda m: of(ligo(mlp=9), m), "fitted to 100 batches, got 0"),
+        (lambda m: of(ligo(vocab=20), m), "no matrix grows these axes"),
+        (lambda m: of(ligo(mlp=4), m), "growth never shrinks"),
+        (lambda m: of(gj.copy(mlp=12), m), "expected an operator that is fitted"),
+        (lambda m: ligo(mlp=9)(m), "is fitted to batches before it grows"),
+        (lambda m: gj.grow(ligo(mlp=9), m), "is fitted to batches before it grows"),
+        (lambda m: gj.certify(ligo(mlp=9), m, GPT.batch()), "is fitted to batches before it grows"),
+        (lambda m: growth.chain(gj.stack(layers=3), ligo(mlp=9)), "is fitted to batches before"),
+        (lambda m: growth.Chain((ligo(mlp=9),)), "is fitted to batches before"),
+        (lambda m: growth.within(ligo(mlp=9), layers=(0,)), "is fitted to batches before"),
         (lambda m: learned(produced={"mlp": np.eye(6)})(m), "for what consumes it too"),
         (lambda m: learned(consumed={"mlp": np.eye(6)})(m), "for what produces it too"),
         (lambda m: learned(depth={"nothing": np.eye(2)})(m), "no array of layers has this path"),
@@ -95,7 +108,19 @@ def test_state_does_not_follow_what_was_learned(fitted):
             r"expected a matrix \[new, 2\]",
         ),
     ],
-    ids=["no batch", "table", "shrinks", "one side", "other side", "path", "layers"],
+    ids=[
+        "no batch",
+        "table",
+        "shrinks",
+        "ready",
+        "call",
+        "grow",
+        "certify",
+        "chain",
+        "chained",
+        "within",
+    ]
+    + ["one side", "other side", "path", "layers"],
 )
 def test_what_does_not_fit_says_why(make, message):
     with jax.enable_x64(True), pytest.raises(GrowthError, match=message):
@@ -104,4 +129,4 @@ def test_what_does_not_fit_says_why(make, message):
 
 def test_rotary_pairs_are_not_mixed():
     with jax.enable_x64(True), pytest.raises(GrowthError, match="ties its coordinates together"):
-        ligo(ROTARY.model(), [ROTARY.batch()], loss, key=KEY, head_dim=6)
+        fit(ligo(batches=1, head_dim=6), ROTARY.model(), [ROTARY.batch()], loss, key=KEY)

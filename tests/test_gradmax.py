@@ -13,6 +13,7 @@ from jaxtyping import Array
 import growjax as gj
 from growjax import growth, testing
 from growjax.errors import GrowthError
+from growjax.fitting import fit
 from growjax.growth import given, gradmax
 from growjax.values import from_dict, to_dict
 
@@ -55,6 +56,11 @@ def loss(model, batch):
     return jnp.mean(jnp.sin(jax.vmap(model)(jnp.asarray(batch))))
 
 
+def measured(model, batch: Any = BATCH, loss=loss, **fields: Any) -> Any:
+    """The operator that GradMax makes of a batch."""
+    return fit(gradmax(**fields), model, [batch] * fields.get("batches", 1), loss, key=KEY).operator
+
+
 def new_gradient(model, op) -> np.ndarray:
     """`[2, 4, new]` the gradient of the weights into new units."""
     return np.asarray(jax.grad(loss)(op(model), BATCH).up)[..., 5:]
@@ -65,7 +71,7 @@ def test_new_units_have_the_directions_in_which_the_loss_falls_fastest(glu):
     """No other two rows of this norm give a larger gradient than the first singular vectors."""
     with jax.enable_x64(True):
         model = hidden(glu)
-        op = gradmax(model, BATCH, loss, gates=GATES, key=KEY, mlp=7)
+        op = measured(model, gates=GATES, mlp=7)
         grown: Any = op(model)
         np.testing.assert_allclose(jax.vmap(grown)(BATCH), jax.vmap(model)(BATCH), rtol=1e-13)
         rows = np.asarray(grown.down)[:, 5:]
@@ -87,13 +93,25 @@ def test_new_units_have_the_directions_in_which_the_loss_falls_fastest(glu):
             assert np.abs(inner[:, 0, 1]).max() < 1e-3 * inner[:, 0, 0].min()
 
 
+def test_several_batches_are_one_large_one():
+    """The products are summed over batches, and the directions are those of the sum."""
+    with jax.enable_x64(True):
+        model = hidden()
+        op = gradmax(batches=2, mlp=7)
+        parts: Any = fit(op, model, [BATCH[:3], BATCH[3:]], loss, key=KEY).operator
+        whole = measured(model, mlp=7)
+    for (_, a), (_, b) in zip(parts.entries, whole.entries, strict=True):
+        signs = np.sign(np.sum(np.multiply(a, b), -1, keepdims=True))
+        np.testing.assert_allclose(signs * a, b, rtol=1e-6, atol=1e-9)
+
+
 def test_a_transformer_grows_by_its_gradient():
     def mean(model, batch):
         return jnp.mean(jnp.sin(jax.vmap(model)(batch)))
 
     with jax.enable_x64(True):
         model, batch = GLU.model(), GLU.batch()
-        op = gradmax(model, batch, mean, gates=GATES, key=KEY, mlp=8)
+        op = measured(model, batch, mean, gates=GATES, mlp=8)
     testing.assert_contract(op, model, batch)
     back = from_dict(json.loads(json.dumps(to_dict(op))))
     assert back == op and hash(back) == hash(op)
@@ -104,26 +122,25 @@ def test_units_that_would_never_learn_are_refused():
     with jax.enable_x64(True):
         model, batch = RELU.model(), RELU.batch()
         with pytest.raises(GrowthError, match="would never learn"):
-            gradmax(model, batch, lambda m, b: jnp.mean(jax.vmap(m)(b) ** 2), mlp=8)
+            measured(model, batch, lambda m, b: jnp.mean(jax.vmap(m)(b) ** 2), mlp=8)
 
 
 @pytest.mark.parametrize(
     "make, message",
     [
         (
-            lambda m: gradmax(m, BATCH, loss, gates=GATES, key=KEY, mlp=10),
+            lambda m: measured(m, gates=GATES, mlp=10),
             "at most 4 directions, got 5",
         ),
-        (lambda m: gradmax(m, BATCH, loss, embed=6), "GradMax finds no hidden units along embed"),
-        (lambda m: gradmax(m, BATCH, loss, mlp=6, embed=6), "expected one axis"),
-        (lambda m: gradmax(m, BATCH, loss, gates=GATES, mlp=7), "glu is drawn: pass key"),
-        (lambda m: gradmax(m, BATCH, loss, mlp=7), "at most one in gates, got 2, 1 and 0"),
+        (lambda m: measured(m, embed=6), "GradMax finds no hidden units along embed"),
+        (lambda m: measured(m, mlp=6, embed=6), "expected one axis"),
+        (lambda m: measured(m, mlp=7), "at most one in gates, got 2, 1 and 0"),
         (lambda m: given({"down": np.ones((2, 3, 4))}, mlp=7)(m), r"expected numbers \(2, 2, 4\)"),
         (lambda m: given({"downs": np.ones(2)}, mlp=7)(m), "no parameter with the axis mlp"),
         (lambda m: given({"down": [[np.nan]]}, mlp=7), "an array of finite numbers"),
         (lambda m: given({"down": np.ones(2)}, mlp=7, embed=6)(m), "chain several operators"),
     ],
-    ids=["directions", "stream", "two", "key", "gates", "shape", "path", "nan", "two given"],
+    ids=["directions", "stream", "two", "gates", "shape", "path", "nan", "two given"],
 )
 def test_what_does_not_fit_says_why(make, message):
     with jax.enable_x64(True), pytest.raises(GrowthError, match=message):

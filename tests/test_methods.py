@@ -19,7 +19,8 @@ from growjax.errors import CheckpointError, PlanError
 from growjax.models import T5Config
 from growjax.plan.losses import drawn_loss
 from growjax.plan.optimizer import Optimizer, Rule
-from growjax.plan.stages import Work, step_flops
+from growjax.plan.stages import Work
+from growjax.plan.steps import step_flops
 from growjax.programs.ahead import Ahead
 from growjax.select import RhoLoss, SelectiveBackprop
 from growjax.train import Options, Schedule, Stage, cross_entropy, train

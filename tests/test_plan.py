@@ -21,7 +21,7 @@ from growjax.models import BERTConfig, LlamaConfig, T5Config
 from growjax.nn import RotaryScaling
 from growjax.plan.files import differences
 from growjax.plan.schedule import Schedule
-from growjax.plan.stages import Steps
+from growjax.plan.steps import Steps
 from growjax.train import Layout, Optimizer, Plan, Stage, load_plan, save_plan
 from growjax.values import from_dict, to_dict
 from tests.runs import SMALL, every_kind, plan, steps

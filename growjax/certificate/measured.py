@@ -33,7 +33,7 @@ from growjax.certificate.coordinates import (
 )
 from growjax.certificate.pieces import TURNS, in_pieces, repeats
 from growjax.gates import check_level
-from growjax.growth.operator import Chain, Exactness, Operator, check_key
+from growjax.growth.operator import Chain, Exactness, Operator, check_fitted, check_key
 from growjax.models.config import QUICK
 
 
@@ -157,6 +157,7 @@ def certify(
 
         print(gj.certify(gj.msg(mlp=2048), small, tokens, key=jax.random.key(0)))
     """
+    check_fitted(op)
     check_key(key)
     leaves = [x for x in jax.tree.leaves(model) if eqx.is_inexact_array(x)]
     double = all(x.dtype == jnp.float64 for x in leaves)

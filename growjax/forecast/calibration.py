@@ -23,6 +23,7 @@ from growjax.data import ByteTokenizer, Objective
 from growjax.data.objectives import Window
 from growjax.errors import BudgetError, raise_all
 from growjax.gates import ungated
+from growjax.growth import Fit
 from growjax.parallel import from_host
 from growjax.plan.losses import Loss
 from growjax.plan.plan import Plan
@@ -103,7 +104,13 @@ def _operations(
     state = lower(plan, programs, ("birth", 0, None)).compile()(seed)
     for span in plan.spans:
         if span.stage.grow is not None:
-            state = lower(plan, programs, ("grow", span.index, None)).compile()(state, seed)
+            more = ()
+            if isinstance(span.stage.grow, Fit):
+                # Prices do not depend on weights, so the numbers need not be fitted
+                more = (
+                    lower(plan, programs, ("numbers", span.index, None)).compile()(state, seed),
+                )
+            state = lower(plan, programs, ("grow", span.index, None)).compile()(state, seed, *more)
         else:
             state = state._replace(rest=ungated(state.rest))
         shapes = programs.shapes(span.model)

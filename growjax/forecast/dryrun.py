@@ -18,8 +18,10 @@ from growjax.forecast.xla import xla_training_flops
 from growjax.optim import Parts
 from growjax.parallel import per_device_bytes, row_axes, row_parts, unsplit
 from growjax.plan.plan import Plan
-from growjax.plan.stages import Span, Work, step_flops
-from growjax.programs.step import Programs, carry_faults
+from growjax.plan.stages import Span, Work
+from growjax.plan.steps import step_flops
+from growjax.programs.carried import carry_faults
+from growjax.programs.step import Programs
 from growjax.subnet import Coins
 
 
@@ -43,6 +45,9 @@ class StageFacts:
     - `parameter_bytes`, `optimizer_bytes`: bytes on the fullest device; None if the layout makes no mesh.
     - `growing_bytes`: bytes of the states before and after its growth, both in memory for a moment.
     - `unsplit`: the parameters that every device holds whole although the layout splits parameters.
+    - `fit_flops`, `fit_tokens`: those of the fit of its growth, which `cost` has as well, and `flops` and
+      `tokens` have not.
+    - `until`: the trigger that may end it earlier, or None; numbers are those of the longest stage.
     """
 
     index: int
@@ -66,6 +71,9 @@ class StageFacts:
     optimizer_bytes: int | None
     growing_bytes: int | None
     unsplit: tuple[str, ...]
+    fit_flops: int = 0
+    fit_tokens: int = 0
+    until: str | None = None
 
     @property
     def xla_ratio(self) -> float:
@@ -97,7 +105,7 @@ class DryRun:
     @property
     def flops(self) -> int:
         """Training FLOPs of the whole run."""
-        return sum(stage.flops for stage in self.stages)
+        return sum(stage.flops + stage.fit_flops for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as numbers, strings, lists and dicts, for JSON."""
@@ -119,6 +127,17 @@ class DryRun:
         for name, cells in _rows(self.stages, self.unit):
             table.add_row(*map(Text, [name, *cells]))
         notes = [] if self.start is None else [f"starts from the model in {self.start}"]
+        notes += [
+            f"stage {stage.index}: {stage.grows} is fitted first: {stage.fit_flops:.4g} FLOPs"
+            + (f", {stage.fit_tokens:,} tokens" if stage.fit_tokens else "")
+            for stage in self.stages
+            if stage.fit_flops
+        ]
+        notes += [
+            f"stage {stage.index}: at most this long: {stage.until} may end it, which changes the rest"
+            for stage in self.stages
+            if stage.until
+        ]
         notes += [
             f"stage {stage.index}: every device holds all of {', '.join(stage.unsplit)}"
             for stage in self.stages
@@ -202,6 +221,9 @@ def _facts(plan: Plan, span: Span, full: int, mesh: Any) -> StageFacts:
         optimizer_bytes=state and state[1],
         growing_bytes=growing,
         unsplit=() if mesh is None else tuple(unsplit(span.model, mesh)),
+        fit_flops=span.fit_flops,
+        fit_tokens=span.fit_tokens,
+        until=None if span.stage.until is None or span.stage.ended else str(span.stage.until),
     )
 
 

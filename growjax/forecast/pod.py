@@ -402,7 +402,8 @@ def _name(need: Need) -> str:
     """The name of a program in the table and in messages."""
     kind, _, work = need
     if kind != "step":
-        names = {"grow": "growth", "before": "evaluation before it", "evaluate": "evaluation"}
+        names = {"numbers": "start of its fit", "fit": "batch of its fit", "grow": "growth"}
+        names |= {"before": "evaluation before it", "evaluate": "evaluation"}
         return names[kind]
     if work is None or work == Work():
         return "step"

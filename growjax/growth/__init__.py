@@ -12,6 +12,8 @@ from growjax.growth.depth import stack as stack
 from growjax.growth.entries import given as given
 from growjax.growth.entries import gradmax as gradmax
 from growjax.growth.finishes import Finish as Finish
+from growjax.growth.fits import Fit as Fit
+from growjax.growth.fits import Measure as Measure
 from growjax.growth.limited import within as within
 from growjax.growth.lookups import positions as positions
 from growjax.growth.lookups import vocabulary as vocabulary
@@ -19,6 +21,7 @@ from growjax.growth.lossless import lemon as lemon
 from growjax.growth.masked import msg as msg
 from growjax.growth.matrices import dense as dense
 from growjax.growth.mixtures import learned as learned
+from growjax.growth.mixtures import ligo as ligo
 from growjax.growth.neighbours import between as between
 from growjax.growth.operator import Chain as Chain
 from growjax.growth.operator import Exactness as Exactness

@@ -98,7 +98,7 @@ _SOLAR = Paper(
     "Conference of the North American Chapter of the Association for Computational Linguistics: Industry",
     "2312.15166",
 )
-_FEW_LAYERS = Paper(
+FEW_LAYERS = Paper(
     "Scaling Depth Capacity via Zero/One-layer Model Expansion",
     "Bu, Zhiqi and others",
     2026,
@@ -286,7 +286,7 @@ class Fresh(Operator):
             "`Transfer` or Muon it is that of the shallow model.",
         ),
         example="fresh(layers=3)",
-        papers=(_FEW_LAYERS,),
+        papers=(FEW_LAYERS,),
     )
 
     def maps(self, axes: Axes) -> list[AxisMap]:

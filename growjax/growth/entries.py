@@ -4,23 +4,25 @@ Evci et al., "GradMax: Growing Neural Networks using Gradient Information", ICLR
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
-from growjax import values
+from growjax import maps, values
 from growjax.algebra import NONE, AxisMap
-from growjax.axes import Axes, Slot, axes_of, get, partition
+from growjax.axes import Axes, Slot, axes_of, get, put
 from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.finishes import Finish, rms
+from growjax.growth.fits import Fit, Measure
 from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
 from growjax.maps import fold_in_name
+from growjax.values import Size
 
 
 _GRADMAX = Paper(
@@ -50,7 +52,8 @@ class Entries(Finish):
             return new
         (dim,) = slot.positions(move.axis)
         index = (slice(None),) * dim + (np.flatnonzero(move.source == NONE),)
-        return new.at[index].set(jnp.asarray(np.asarray(numbers), new.dtype))
+        numbers = numbers if hasattr(numbers, "shape") else np.asarray(numbers)
+        return new.at[index].set(jnp.asarray(numbers, new.dtype))
 
 
 def _entry_faults(entries: Any) -> Iterator[str]:
@@ -74,12 +77,8 @@ class Given(Operator):
     exact: bool = eqx.field(static=True, default=False)
     method: Literal["", "gradmax"] = eqx.field(static=True, default="")
     card: ClassVar[Card] = Card(
-        use="New coordinates whose numbers come from elsewhere: a gradient (gj.growth.gradmax), a model, "
-        "a file.",
-        traps=(
-            "It fits the model that its numbers were made for, and is saved with all of them.",
-            "GradMax leaves the weights into new units zero, which never learn under ReLU; it refuses.",
-        ),
+        use="New coordinates whose numbers come from elsewhere: a gradient, a model, a file.",
+        traps=("It fits the model that its numbers were made for, and is saved with all of them.",),
         example="given((('blocks.block.mlp.up_bias', ((0.5,), (0.5,))),), exact=True, mlp=7)",
         by={"method": {"gradmax": (_GRADMAX,)}},
     )
@@ -114,8 +113,7 @@ class Given(Operator):
                     faults.append(
                         f"{path}: expected numbers {tuple(shape)}, got {np.shape(numbers)}"
                     )
-            source = [*range(old), *[NONE] * (size - old)]
-            moves.append(AxisMap(axis, source, init="zeros", finish=Entries(self.entries)))
+            moves.append(_entry_map(axis, old, size - old, dict(self.entries)))
         raise_all(GrowthError, "these entries do not fit the model:", faults)
         return moves
 
@@ -157,87 +155,153 @@ def _frozen(numbers: Any) -> Any:
 # GradMax ---------------------------------------------------------------------------------------------
 
 
+@values.register
+class GradMax(Fit):
+    """New hidden units whose numbers a gradient finds when they are due; see `gradmax`."""
+
+    sizes: Sizes = eqx.field(static=True)
+    batches: Size = eqx.field(static=True, default=1)
+    scale: Annotated[float, values.positive()] = eqx.field(static=True, default=1.0)
+    gates: tuple[str, ...] = eqx.field(static=True, default=())
+    exactness: ClassVar[Exactness] = "exact-given-init"
+    card: ClassVar[Card] = Card(
+        use="More hidden units for a model that still learns, in the directions that its data ask for.",
+        traps=(
+            "Weights into new units are zero, which never learn under ReLU; it refuses.",
+            "At most as many new units as the branch reads numbers.",
+        ),
+        example="gradmax(mlp=7)",
+        papers=(_GRADMAX,),
+    )
+
+    def start(self, model: Any, *, key: PRNGKeyArray) -> Any:
+        """No products yet, and the columns of gates."""
+        numbers: dict[str, Any] = {"products": {}, "columns": {}, "rows": {}, "learn": {}}
+        _, _, units = self._grown(axes_of(model))
+        for maker, reader, gate in units:
+            *stack, width, _ = maker.value.shape
+            shape = (*stack, width, reader.value.shape[-1])
+            numbers["products"][reader.path] = jnp.zeros(shape, reader.value.dtype)
+            numbers["learn"][maker.path] = jnp.zeros((), bool)
+            if gate is not None:
+                draws = jax.random.normal(fold_in_name(key, gate.path), (*stack, width, 1))
+                numbers["columns"][gate.path] = (draws * width**-0.5).astype(gate.value.dtype)
+        return self._with_rows(numbers, model)
+
+    def improved(self, numbers: Any, model: Any, measure: Measure) -> tuple[Any, Any]:
+        """The products of one more batch, by tiny probing units, and which new units they let learn."""
+        axis, new, units = self._grown(axes_of(model))
+        old, width = axes_of(model).size(axis), units[0][0].value.shape[-2]
+        probes = dict(numbers["columns"])
+        for maker, _, _ in units:
+            *stack, _, _ = maker.value.shape
+            eye = _PROBE * jnp.eye(width, dtype=maker.value.dtype)
+            probes[maker.path] = jnp.broadcast_to(eye, (*stack, width, width))
+        for path, column in numbers["columns"].items():
+            probes[path] = jnp.broadcast_to(column, (*column.shape[:-1], width))
+        _, gradient = _gradient(measure, model, axis, width, probes, [u[1] for u in units])
+        products = {
+            path: total + gradient[path][..., old:, :].astype(total.dtype)
+            for path, total in numbers["products"].items()
+        }
+        numbers = self._with_rows(numbers | {"products": products}, model)
+        entries = self._entries(numbers, new)
+        loss, gradient = _gradient(measure, model, axis, new, entries, [u[0] for u in units])
+        learn = {path: jnp.any(g[..., old:] != 0) for path, g in gradient.items()}
+        return numbers | {"learn": learn}, loss
+
+    def maps_of(self, axes: Axes, numbers: Any) -> list[AxisMap]:
+        """New coordinates at the end of the axis, with these numbers."""
+        axis, new, _ = self._grown(axes)
+        entries = {} if numbers is None else self._entries(numbers, new)
+        return [_entry_map(axis, axes.size(axis), new, entries)] if new else []
+
+    def frozen(self, numbers: Any) -> Given:
+        """`gj.growth.given` with the numbers."""
+        rows = next(iter(numbers["rows"].values()))
+        entries = jax.device_get(self._entries(numbers, rows.shape[-2]))
+        return given(entries, exact=True, method="gradmax", **dict(self.sizes))
+
+    def faults(self, numbers: Any) -> Iterator[str]:
+        """The matrices into new units that no gradient reaches."""
+        for path, learns in numbers["learn"].items():
+            if not learns:
+                yield (
+                    f"{path}: new units with zero weights have no gradient (does the activation have a "
+                    "slope at 0?), so they would never learn"
+                )
+
+    def _grown(self, axes: Axes) -> tuple[str, int, list[tuple[Slot, Slot, Slot | None]]]:
+        """The axis, how many units it gets, and its branches; raises `GrowthError`."""
+        if len(self.sizes) != 1:
+            raise GrowthError(
+                f"sizes: expected one axis and its size, such as mlp=1030, got {dict(self.sizes)}"
+            )
+        ((axis, _),) = self.sizes
+        new = resolve(axes, dict(self.sizes)).get(axis, axes.size(axis)) - axes.size(axis)
+        units = _units(axes, axis, self.gates)
+        widths = {maker.value.shape[-2] for maker, _, _ in units}
+        if len(widths) > 1:
+            raise GrowthError(
+                f"{axis}: its branches read {sorted(widths)} numbers; expected the same of all"
+            )
+        for maker, reader, _ in units:
+            width = min(maker.value.shape[-2], reader.value.shape[-1])
+            if new > width:
+                raise GrowthError(
+                    f"{axis}: a gradient has at most {width} directions, got {new} new units"
+                )
+        return axis, new, units
+
+    def _with_rows(self, numbers: Any, model: Any) -> Any:
+        """The numbers with the rows out of new units: the first singular vectors of the products."""
+        _, new, units = self._grown(axes_of(model))
+        rows = {}
+        for _, reader, _ in units:
+            directions = jnp.linalg.svd(numbers["products"][reader.path])[2][..., :new, :]
+            size_of = rms(reader, reader.value) * reader.value.shape[-1] ** 0.5
+            rows[reader.path] = (self.scale * size_of * directions).astype(reader.value.dtype)
+        return numbers | {"rows": rows}
+
+    def _entries(self, numbers: Any, new: int) -> dict[str, Any]:
+        """The entries of new units, by the path of the array."""
+        columns = {
+            path: jnp.broadcast_to(column, (*column.shape[:-1], new))
+            for path, column in numbers["columns"].items()
+        }
+        return columns | numbers["rows"]
+
+
 def gradmax(
-    model: Any,
-    batch: Any,
-    loss: Callable[[Any, Any], Array],
-    *,
-    scale: float = 1.0,
-    gates: tuple[str, ...] = (),
-    key: PRNGKeyArray | None = None,
-    **sizes: int,
-) -> Given:
-    """New hidden units for which the next gradient on a batch is largest (GradMax).
+    *, batches: int = 1, scale: float = 1.0, gates: tuple[str, ...] = (), **sizes: int
+) -> GradMax:
+    """New hidden units for which the next gradient on some batches is largest (GradMax).
 
     Weights into new units are zero, so the function is kept; those out of them are the directions in
     which the loss would fall fastest: the first singular vectors of the mean product of what a branch
-    reads with the gradient of what it writes. These products are measured by one backward pass
-    of the model with as many tiny probing units as the branch has inputs.
+    reads with the gradient of what it writes. These products are measured by one backward pass a batch
+    of the model with as many tiny probing units as the branch has inputs; a second one tells whether the
+    new units learn.
+
+    In a plan they are measured when the growth is due, on the stage's first batches (which the stage
+    trains on afterwards), and charged for; elsewhere `growjax.fitting.fit` measures them.
 
     **Arguments**
 
-    - `batch`, `loss`: `(model, batch) -> scalar`, of the data that is trained on.
+    - `batches`: the number of batches.
     - `scale`: the norm of a new unit's weights, as a multiple of the root mean square of the old units'.
     - `gates`: the names of arrays whose activation multiplies the others (`("glu",)` in the models here),
-      which are drawn with `key`, one column for all new units, instead of being zero.
+      which are drawn, one column for all new units, instead of being zero.
     - one axis and its size, such as `mlp=1030`.
 
-    Returns an operator with these numbers in it, for this model: `gj.grow` it, or save it in a plan.
     Raises `GrowthError` for an axis whose units are not an activation of a product each, and where the
     activation has no slope at 0 (`relu`): new units would never learn.
 
     **Example**
 
-        op = gj.growth.gradmax(model, batch, loss, mlp=1030)
+        Stage(share=0.5, grow=gj.growth.gradmax(mlp=1030))
     """
-    table = axes_of(model)
-    if len(sizes) != 1:
-        raise GrowthError(f"sizes: expected one axis and its size, such as mlp=1030, got {sizes}")
-    ((axis, size),) = sizes.items()
-    new = resolve(table, sizes).get(axis, table.size(axis)) - table.size(axis)
-    units = _units(table, axis, gates)
-    entries, probes = {}, {}
-    for maker, reader, gate in units:
-        width = maker.value.shape[-2]
-        if new > min(width, reader.value.shape[-1]):
-            raise GrowthError(
-                f"{axis}: a gradient has at most {width} directions, got {new} new units"
-            )
-        stack = maker.value.shape[:-2]
-        probes[maker.path] = np.broadcast_to(_PROBE * np.eye(width), (*stack, width, width))
-        if gate is not None:
-            if key is None:
-                raise GrowthError(f"{gate.path} is drawn: pass key=jax.random.key(...)")
-            column = jax.random.normal(fold_in_name(key, gate.path), (*stack, width, 1))
-            column = np.asarray(column * width**-0.5)
-            probes[gate.path] = np.broadcast_to(column, (*stack, width, width))
-            entries[gate.path] = np.broadcast_to(column, (*stack, width, new))
-    widths = {maker.value.shape[-2] for maker, _, _ in units}
-    if len(widths) > 1:
-        raise GrowthError(
-            f"{axis}: its branches read {sorted(widths)} numbers; expected the same of all"
-        )
-    probing = given(probes, **{axis: table.size(axis) + widths.pop()})
-    gradient = _gradient(loss, probing, model, batch)
-    for _, reader, _ in units:
-        products = np.asarray(get(gradient, reader.steps))[..., table.size(axis) :, :]
-        directions = np.linalg.svd(products)[2][..., :new, :]
-        size_of = np.asarray(rms(reader, jnp.asarray(reader.value))) * reader.value.shape[-1] ** 0.5
-        entries[reader.path] = scale * size_of * directions
-    op = given(entries, exact=True, method="gradmax", **sizes)
-    grown = _gradient(loss, op, model, batch)
-    still = [
-        maker.path
-        for maker, _, _ in units
-        if new and not np.any(np.asarray(get(grown, maker.steps))[..., table.size(axis) :])
-    ]
-    raise_all(
-        GrowthError,
-        "new units with zero weights have no gradient (does the activation have a slope at 0?), so they "
-        "would never learn:",
-        still,
-    )
-    return op
+    return GradMax(sizes=frozen_sizes(sizes), batches=batches, scale=scale, gates=tuple(gates))
 
 
 def _units(table: Axes, axis: str, gates: tuple[str, ...]) -> list[tuple[Slot, Slot, Slot | None]]:
@@ -275,12 +339,19 @@ def _units(table: Axes, axis: str, gates: tuple[str, ...]) -> list[tuple[Slot, S
     return units
 
 
-def _gradient(loss: Callable, op: Operator, model: Any, batch: Any) -> Any:
-    """The gradient of the loss of the grown model."""
+def _gradient(
+    measure: Measure, model: Any, axis: str, new: int, entries: dict[str, Any], of: list[Slot]
+) -> tuple[Any, dict[str, Any]]:
+    """The loss of the model with new units, and its gradient with respect to some grown arrays."""
+    grown = maps.apply(_entry_map(axis, axes_of(model).size(axis), new, entries), model, None)
+    arrays = {slot.path: get(grown, slot.steps) for slot in of}
 
-    @eqx.filter_jit
-    def gradient(model, batch):
-        trained, rest = partition(op(model))
-        return jax.grad(lambda t: loss(eqx.combine(t, rest), batch))(trained)
+    def make(arrays):
+        return put(grown, {slot.steps: arrays[slot.path] for slot in of})
 
-    return gradient(model, batch)
+    return measure(make, arrays)
+
+
+def _entry_map(axis: str, old: int, new: int, entries: dict[str, Any]) -> AxisMap:
+    source = [*range(old), *[NONE] * new]
+    return AxisMap(axis, source, init="zeros", finish=Entries(tuple(entries.items())))

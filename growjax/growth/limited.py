@@ -18,7 +18,7 @@ from growjax.axes import Axes, Slot
 from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.finishes import Finish, across
-from growjax.growth.operator import Chain, Exactness, Operator
+from growjax.growth.operator import Chain, Exactness, Operator, check_fitted
 
 
 _GROW = Paper(
@@ -107,6 +107,7 @@ class Within(Operator):
             raise GrowthError(
                 f"operator: expected one operator, got {self.operator}; chain those of its members"
             )
+        check_fitted(self.operator)
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]

@@ -1,7 +1,7 @@
 """Maps that were learned: a matrix for each side of an axis, and for the depth of each array (LiGO).
 
 Wang et al., "Learning to Grow Pretrained Models for Efficient Transformer Training", ICLR 2023.
-`growjax.fitting.ligo` learns them.
+`ligo` learns them in a plan, and by `growjax.fitting.fit`.
 """
 
 import dataclasses
@@ -9,17 +9,21 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
-from growjax import values
+from growjax import maps, values
 from growjax.algebra import NONE, AxisMap
-from growjax.axes import Axes
+from growjax.axes import Axes, axes_of
 from growjax.cards import Card
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.finishes import Finish
+from growjax.growth.fits import Fit, Measure, adam
 from growjax.growth.matrices import LIGO, Matrices, frozen, matrix_faults
-from growjax.growth.operator import Exactness, Operator
+from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
+from growjax.values import Size, at_least, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +73,9 @@ class Learned(Operator):
     stack: str = eqx.field(static=True, default="layers")
     exactness: ClassVar[Exactness] = "approximate"
     card: ClassVar[Card] = Card(
-        use="Width and depth at once where some 100 steps of the large model may be spent before "
-        "training (gj.fitting.ligo).",
+        use="Width and depth by matrices that were learned elsewhere (gj.growth.ligo learns them).",
         traps=(
-            "The fit costs as much as its steps of the large model, and a comparison has to charge it.",
+            "Its numbers have cost something, which a comparison has to charge.",
             "Optimizer state does not follow; start it anew.",
         ),
         example="learned(depth=(('blocks.block.mlp.up', ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5))),))",
@@ -113,10 +116,20 @@ class Learned(Operator):
         if len({len(rows) for _, rows in self.depth}) > 1:
             faults.append(f"depth: expected as many new {self.stack} in every matrix")
         raise_all(GrowthError, "these matrices do not fit the model:", faults)
-        moves = [width_map(axis, np.asarray(p), np.asarray(c)) for axis, p, c in pairs]
-        if self.depth:
-            moves.append(depth_map(self.stack, old, len(self.depth[0][1]), self.depth))
-        return moves
+        produced = {axis: np.asarray(rows) for axis, rows in self.produced}
+        other = {axis: np.asarray(rows) for axis, rows in self.consumed}
+        return _moves(axes, self.stack, produced, other, dict(self.depth))
+
+
+def _moves(
+    axes: Axes, stack: str, produced: Mapping[str, Any], consumed: Mapping[str, Any], depth: Any
+) -> list[AxisMap]:
+    """The maps of matrices for both sides of axes, and for the layers of arrays."""
+    moves = [width_map(axis, rows, consumed[axis]) for axis, rows in produced.items()]
+    if depth:
+        new = len(next(iter(depth.values())))
+        moves.append(depth_map(stack, axes.size(stack), new, tuple(depth.items())))
+    return moves
 
 
 def learned(
@@ -137,10 +150,138 @@ def learned(
     - `depth`: path of an array to the matrix that mixes its layers; others have zeros in new layers.
     - `stack`: the axis of the layers.
 
-    `growjax.fitting.ligo` learns such an operator. Raises `GrowthError` for matrices that do not fit.
+    `growjax.growth.ligo` learns such matrices. Raises `GrowthError` for matrices that do not fit.
     """
     pairs: list[Any] = [
         x.items() if isinstance(x, Mapping) else x for x in (produced, consumed, depth)
     ]
     made, read, layers = (frozen(pair) for pair in pairs)
     return Learned(made, read, layers, stack)
+
+
+# LiGO ------------------------------------------------------------------------------------------------
+
+
+@values.register
+class LiGO(Fit):
+    """Growth by matrices that are learned when it is due; see `ligo`."""
+
+    sizes: Sizes = eqx.field(static=True)
+    batches: Size = eqx.field(static=True, default=100)
+    rate: Annotated[float, positive("learning rate")] = eqx.field(static=True, default=2e-3)
+    noise: Annotated[float, at_least(0)] = eqx.field(static=True, default=0.03)
+    stack: str = eqx.field(static=True, default="layers")
+    exactness: ClassVar[Exactness] = "approximate"
+    card: ClassVar[Card] = Card(
+        use="Width and depth at once where some 100 steps of the large model may be spent before "
+        "training.",
+        traps=(
+            "The fit costs as much as its steps of the large model; a plan charges them.",
+            "Optimizer state does not follow; start it anew (carry='reset').",
+        ),
+        example="ligo(embed=12, mlp=9, layers=3, batches=20)",
+        papers=(LIGO,),
+    )
+
+    def start(self, model: Any, *, key: PRNGKeyArray) -> Any:
+        """Copies in turn, each row of P and W with noise and sum 1; and Adam's moments."""
+        table, produced, consumed, depth = axes_of(model), {}, {}, {}
+
+        def rows(name: str, old: int, new: int) -> tuple[Any, np.ndarray]:
+            source = np.arange(new) % old
+            matrix = jnp.asarray(np.eye(old)[source])
+            if self.noise:
+                named = maps.fold_in_name(key, name)
+                matrix += jax.random.uniform(named, (new, old), maxval=self.noise)
+            return matrix / jnp.sum(matrix, 1, keepdims=True), source
+
+        for axis, new in self._wanted(table).items():
+            old = table.size(axis)
+            if axis == self.stack:
+                for path in _stacked(table, axis):
+                    depth[path] = rows(path, old, new)[0]
+                continue
+            produced[axis], source = rows(axis, old, new)
+            counts = np.bincount(source, minlength=old)
+            consumed[axis] = jnp.asarray(np.eye(old)[source] / counts[source][:, None])
+        weights = produced, consumed, depth
+        zeros = jax.tree.map(jnp.zeros_like, weights)
+        return {"weights": weights, "moments": (zeros, zeros), "steps": jnp.int32(0)}
+
+    def improved(self, numbers: Any, model: Any, measure: Measure) -> tuple[Any, Any]:
+        """One step of Adam on the loss of the large model."""
+        loss, gradient = measure(lambda w: self.filled({"weights": w})(model), numbers["weights"])
+        steps = numbers["steps"]
+        weights, moments = adam(
+            numbers["weights"], gradient, numbers["moments"], steps, rate=self.rate
+        )
+        return {"weights": weights, "moments": moments, "steps": steps + 1}, loss
+
+    def maps_of(self, axes: Axes, numbers: Any) -> list[AxisMap]:
+        """A dense map for every axis of the width, then one for the depth."""
+        wanted = self._wanted(axes)
+        if numbers is not None:
+            return _moves(axes, self.stack, *numbers["weights"])
+        # Before they are learned, means of everything, which take no memory
+        means = {
+            axis: np.broadcast_to(np.float32(1 / axes.size(axis)), (new, axes.size(axis)))
+            for axis, new in wanted.items()
+        }
+        rows = means.pop(self.stack, None)
+        depth = {} if rows is None else dict.fromkeys(_stacked(axes, self.stack), rows)
+        return _moves(axes, self.stack, means, means, depth)
+
+    def frozen(self, numbers: Any) -> Learned:
+        """`gj.growth.learned` with the matrices."""
+        produced, consumed, depth = jax.device_get(numbers["weights"])
+        return learned(produced=produced, consumed=consumed, depth=depth, stack=self.stack)
+
+    def _wanted(self, axes: Axes) -> dict[str, int]:
+        wanted = resolve(axes, dict(self.sizes))
+        faults = [
+            axis
+            for axis in wanted
+            if axes.roles(axis) & {"lookup"} or ("stack" in axes.roles(axis) and axis != self.stack)
+        ]
+        raise_all(GrowthError, "no matrix grows these axes:", faults)
+        return wanted
+
+
+def _stacked(axes: Axes, stack: str) -> list[str]:
+    """The paths of the parameters of a stack."""
+    return [slot.path for slot in axes.having(stack, "param") if slot.arrays()]
+
+
+def ligo(
+    *,
+    batches: int = 100,
+    rate: float = 2e-3,
+    noise: float = 0.03,
+    stack: str = "layers",
+    **sizes: int,
+) -> LiGO:
+    """Grow by matrices that are learned right before: one for each side of an axis, and for depth (LiGO).
+
+    Only the matrices are trained, for one step of Adam a batch, on the loss of the large model that they
+    make of the small one, which stays as it is. They start from copies in turn, with what consumes copies
+    divided by their number: the paper's do not divide, and so begin with another function.
+
+    In a plan it is fitted when the growth is due, on the stage's first batches (which the stage trains on
+    afterwards), and charged for; elsewhere `growjax.fitting.fit` fits it. Optimizer state does not follow
+    (`carry="reset"`).
+
+    **Arguments**
+
+    - `batches`: the number of steps of the fit.
+    - `rate`: the learning rate.
+    - `noise`: the largest number that is added to a row before it is divided by its sum.
+    - `stack`: the axis whose growth is in depth.
+    - the sizes to reach, such as `embed=768, mlp=3072, layers=12`.
+
+    Raises `GrowthError` for axes that no matrix can grow: tables, `head_dim` under rotary positions.
+
+    **Example**
+
+        Stage(share=0.7, grow=gj.growth.ligo(embed=768, mlp=3072, layers=12), carry="reset")
+    """
+    return LiGO(sizes=frozen_sizes(sizes), batches=batches, rate=rate, noise=noise, stack=stack)

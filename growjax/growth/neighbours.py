@@ -21,6 +21,7 @@ from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.depth import require_closable, require_stacks
 from growjax.growth.finishes import Finish, drawn
+from growjax.growth.fits import adam
 from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
 from growjax.values import Size
 
@@ -216,21 +217,14 @@ def _fitted(x: Array, y: Array, epochs: int, key: PRNGKeyArray) -> list[tuple[Ar
         return (1 - _NORM) * jnp.mean((predicted - true) ** 2) + _NORM * norms**2
 
     def step(carried, now):
-        weights, first, second = carried
+        weights, moments = carried
         t, rows = now
         gradient = jax.grad(loss)(weights, rows)
-        first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, gradient)
-        second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, gradient)
-
-        def moved(w, m, v):
-            m, v = m / (1 - 0.9 ** (t + 1)), v / (1 - 0.999 ** (t + 1))
-            return w - _RATE * (m / (jnp.sqrt(v) + 1e-8) + _DECAY * w)
-
-        return (jax.tree.map(moved, weights, first, second), first, second), None
+        return adam(weights, gradient, moments, t, rate=_RATE, decay=_DECAY), None
 
     zeros = jax.tree.map(jnp.zeros_like, weights)
     batches = jnp.arange(epochs * steps), orders.reshape(-1, batch)
-    return jax.lax.scan(step, (weights, zeros, zeros), batches)[0][0]
+    return jax.lax.scan(step, (weights, (zeros, zeros)), batches)[0][0]
 
 
 # The operator ----------------------------------------------------------------------------------------
@@ -249,7 +243,7 @@ class Between(Operator):
         use="Depth for a model that goes on with other data: new layers that fit between their "
         "neighbours, trained alone.",
         traps=(
-            "The network of fill='lesa' is trained while the model grows, which no clock counts.",
+            "The network of fill='lesa' is trained while the model grows; a plan charges its FLOPs.",
             "With branch='zero' the fill matters only from the second step on, when gradients reach it.",
         ),
         example="between(layers=3, fill='transport')",
@@ -260,6 +254,11 @@ class Between(Operator):
     def exactness(self) -> Exactness:  # type: ignore[override]
         """New layers with zeroed branches do nothing; others do."""
         return "exact-given-init" if self.branch == "zero" else "approximate"
+
+    @property
+    def trains(self) -> bool:
+        """The network of LESA is trained whenever it grows a model."""
+        return self.fill == "lesa"
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """One fresh layer in each of the highest gaps."""
@@ -316,7 +315,7 @@ def between(
       entropic optimal transport (OpT-DeUS, but with whole heads, one plan for all arrays that produce an
       axis, and plans that keep the size of what they move). `"lesa"`: what a small network, which learns
       to predict each old layer from its neighbours, predicts of each matrix; vectors are means. It needs
-      three layers and a key, and its training is part of the growth, at no charge in a plan.
+      three layers and a key, and its training is part of the growth; a plan charges its FLOPs.
     - `branch`: `"zero"` closes the new layers' residual branches, so that the function is kept, as in
       OpT-DeUS; `"open"` leaves them as they are filled, as in LESA: a jump in loss is expected.
     - `stream`: the axis of the residual stream.

@@ -51,9 +51,16 @@ class Operator(eqx.Module):
     written: ClassVar[str] = ""
     # When to use it, its traps and its papers: for `gj.cite` and for the pages of the operators
     card: ClassVar[Card] = Card()
+    # Whether it has all of its numbers; one that has not is fitted before it grows (`growth.fits`)
+    fitted: ClassVar[bool] = True
 
     def __check_init__(self):
         values.check(self, GrowthError)
+
+    @property
+    def trains(self) -> bool:
+        """Whether growing itself trains something, which a plan charges."""
+        return False
 
     @abc.abstractmethod
     def maps(self, axes: Axes) -> Sequence[AxisMap]:
@@ -108,6 +115,13 @@ class Chain(Operator):
         number = len(atoms(self))
         if number > _ATOMS:
             raise GrowthError(f"operators: expected at most {_ATOMS} in a chain, got {number:,}")
+        for op in self.operators:
+            check_fitted(op)
+
+    @property
+    def trains(self) -> bool:
+        """Whether one of its members does."""
+        return any(op.trains for op in self.operators)
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]
@@ -136,13 +150,24 @@ def chain(*operators: Operator) -> Chain:
         gj.chain(gj.msg(mlp=2048), gj.stack(layers=12))
     """
     for op in operators:
-        _check_operator(op)
+        check_operator(op)
     return Chain(tuple(atom for op in operators for atom in atoms(op)))
 
 
-def _check_operator(op: Any) -> None:
+def check_operator(op: Any) -> None:
+    """Raise `GrowthError` for what is no operator, and for one that must be fitted first."""
     if not isinstance(op, Operator):
         raise GrowthError(f"op: expected an operator such as gj.msg(mlp=2048), got {op!r}")
+    check_fitted(op)
+
+
+def check_fitted(op: Operator) -> None:
+    """Raise `GrowthError` for an operator that must be fitted first."""
+    if not op.fitted:
+        raise GrowthError(
+            f"op: {op} is fitted to batches before it grows: use growjax.fitting.fit(op, model, batches, "
+            "loss, key=key), or give it to a stage of a plan, alone"
+        )
 
 
 def check_key(key: Any, error: type[GrowjaxError] = GrowthError) -> None:
@@ -186,7 +211,7 @@ def grow(
 
         big = gj.grow(gj.msg(mlp=2048), small, key=jax.random.key(0))
     """
-    _check_operator(op)
+    check_operator(op)
     check_key(key)
     abstract = Tracer | jax.ShapeDtypeStruct
     if any(isinstance(leaf, abstract) for leaf in jax.tree.leaves((model, key))):

@@ -9,13 +9,13 @@ from growjax.errors import GrowthError
 from growjax.growth.centring import centred
 from growjax.growth.copying import aki, copy
 from growjax.growth.depth import fresh, solar, stack
-from growjax.growth.entries import given
+from growjax.growth.entries import given, gradmax
 from growjax.growth.limited import within
 from growjax.growth.lookups import positions, vocabulary
 from growjax.growth.lossless import lemon
 from growjax.growth.masked import msg
 from growjax.growth.matrices import dense
-from growjax.growth.mixtures import learned
+from growjax.growth.mixtures import learned, ligo
 from growjax.growth.neighbours import between
 from growjax.growth.operator import Chain, Operator, chain
 from growjax.growth.regrouping import pool, regroup
@@ -37,8 +37,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "experts": experts,
     "fresh": fresh,
     "given": given,
+    "gradmax": gradmax,
     "learned": learned,
     "lemon": lemon,
+    "ligo": ligo,
     "msg": msg,
     "pool": pool,
     "positions": positions,

@@ -14,6 +14,9 @@ from growjax.plan.stages import Fork as Fork
 from growjax.plan.stages import Span as Span
 from growjax.plan.stages import Stage as Stage
 from growjax.plan.stages import Start as Start
+from growjax.plan.timing import Mixing as Mixing
+from growjax.plan.timing import Plateau as Plateau
+from growjax.plan.timing import Trigger as Trigger
 from growjax.plan.timing import mixing as mixing
 from growjax.plan.timing import plateau as plateau
 from growjax.plan.timing import proportional_shares as proportional_shares

@@ -7,35 +7,28 @@ evaluation, so that a fault in the last stage is reported before the first one s
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import equinox as eqx
 import jax
-import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from growjax.axes import axes_of, partition, sizes
+from growjax.axes import partition, sizes
 from growjax.budget import Clock, FlopsClock, clock_faults
 from growjax.data.blend import Blend
-from growjax.data.objectives import Objective, batch_shapes
+from growjax.data.objectives import Objective
 from growjax.data.sources import Source
-from growjax.errors import GrowjaxError, PlanError, StateError, raised
-from growjax.gates import is_gated, ungated
-from growjax.growth import Births
-from growjax.growth.births import grown_shapes
-from growjax.maps import fold_in_name
-from growjax.models.protocol import Config, kind_of
-from growjax.optim.divided import Division
-from growjax.optim.partwise import divided
+from growjax.errors import PlanError
+from growjax.models.protocol import Config
 from growjax.optim.transfer import Transfer
 from growjax.parallel import Layout
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.plan.optimizer import Optimizer
 from growjax.plan.schedule import Rate, Warmup
-from growjax.plan.stages import Fork, Span, Stage, Start, Steps
+from growjax.plan.stages import Fork, Span, Stage, Start
 from growjax.plan.timeline import Era, timeline
 from growjax.plan.transfer import transfer_faults
-from growjax.subnet import PathSchedule
+from growjax.plan.worked import birth, purpose_key, shape_faults, work_out
 from growjax.values import File, Name, Range, Size, check, positive, register, short
 
 
@@ -133,7 +126,7 @@ class Plan:
     @functools.cached_property
     def spans(self) -> tuple[Span, ...]:
         """The stages with their steps, FLOPs and costs worked out."""
-        return tuple(_work_out(self))
+        return tuple(work_out(self))
 
     def timeline(self, *, paths: bool = False) -> tuple[Era, ...]:
         """The stages by name, with the step, FLOPs and cost at the start and the end of each.
@@ -149,8 +142,8 @@ class Plan:
 
     @functools.cached_property
     def flops(self) -> int:
-        """Training FLOPs of the whole run."""
-        return sum(sum(span.flops) for span in self.spans)
+        """Training FLOPs of the whole run, with those of fits."""
+        return sum(span.fit_flops + sum(span.flops) for span in self.spans)
 
     @functools.cached_property
     def steps(self) -> int:
@@ -159,8 +152,8 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Training tokens of the whole run."""
-        return sum(span.steps * span.step_tokens for span in self.spans)
+        """Training tokens of the whole run, with those of fits."""
+        return sum(span.fit_tokens + span.steps * span.step_tokens for span in self.spans)
 
     def learning_rate(self, spent: float) -> float:
         """The learning rate at a cost spent so far, in the clock's smallest unit.
@@ -168,14 +161,16 @@ class Plan:
         The rate follows cost and not steps: a stage of cheap steps must not use up the schedule of the
         expensive ones, and every run ends at the end of its schedule.
         """
+        if self._before is not None and spent <= self._fired:
+            return self._before.learning_rate(spent)
         rate, warm = self._rate
         # `done`: the position in the schedule, a share of the whole cost; `climb`: the factor of a rewarm
-        done, warmup, climb = spent / self.cost, rate.warmup, 1.0
+        done, warmup, climb = self._position(spent), rate.warmup, 1.0
         for span, cost in zip(self.spans, self._span_costs, strict=True):
-            start = span.spent / self.cost
+            start = self._position(span.spent)
             # A stage that began already and rewinds starts at the end of the warmup; the last one counts
             if span.stage.rewind and span.spent <= spent and start > warmup:
-                since = spent / self.cost - start
+                since = self._position(spent) - start
                 if span.stage.rewind == "stretch":
                     # The rest of the run covers all of the schedule after its warmup
                     since *= (1 - warmup) / (1 - start)
@@ -185,6 +180,69 @@ class Plan:
         # The warmup divides costs and not shares, so that plans of other budgets warm up by the same bits
         return climb * (rate.rising(spent / warm) if spent < warm else rate.at(done))
 
+    def ended(self, stage: int, steps: int) -> "Plan":
+        """The plan once a trigger has ended a stage after some steps.
+
+        It is an ordinary plan: by itself it trains the same run, without looking at a loss.
+        """
+        return self._with(stage, dataclasses.replace(self.stages[stage], ended=steps))
+
+    @property
+    def ends(self) -> tuple[tuple[int, int], ...]:
+        """The stages that triggers have ended, each with its number of steps."""
+        return tuple((n, s.ended) for n, s in enumerate(self.stages) if s.ended is not None)
+
+    def following(self, other: "Plan", step: int | None = None) -> "Plan":
+        """The plan with the ends that triggers have given to stages of the same place in another plan.
+
+        With a `step`, only of stages that were over before it.
+        """
+        plan = self
+        for n, steps in other.ends:
+            mine = self.stages[n] if n < len(self.stages) else None
+            if mine is None or mine.ended is not None or mine.until != other.stages[n].until:
+                continue
+            if step is None or other.spans[n].start + steps <= step:
+                plan = plan.ended(n, steps)
+        return plan
+
+    def _with(self, index: int, stage: Stage) -> "Plan":
+        stages = (*self.stages[:index], stage, *self.stages[index + 1 :])
+        return dataclasses.replace(self, stages=stages)
+
+    @functools.cached_property
+    def _before(self) -> "Plan | None":
+        """The plan before its last trigger has fired, whose learning rates count until then."""
+        last = self._last_ended
+        return (
+            None
+            if last is None
+            else self._with(last, dataclasses.replace(self.stages[last], ended=None))
+        )
+
+    @functools.cached_property
+    def _last_ended(self) -> int | None:
+        """The last stage that a trigger has ended."""
+        return self.ends[-1][0] if self.ends else None
+
+    @functools.cached_property
+    def _fired(self) -> int:
+        """The cost spent when the last trigger fired."""
+        assert self._last_ended is not None
+        return self.spans[self._last_ended].spent + self._span_costs[self._last_ended]
+
+    def _position(self, spent: float) -> float:
+        """The position in the schedule, from 0 to 1: the share of the cost that is spent.
+
+        A trigger changes the cost of the run. The rest of the run then covers the rest of the schedule.
+        """
+        if self._before is None:
+            return spent / self.cost
+        if spent <= self._fired:
+            return self._before._position(spent)
+        done = self._before._position(self._fired)
+        return done + (1 - done) * (spent - self._fired) / (self.cost - self._fired)
+
     @functools.cached_property
     def _span_costs(self) -> tuple[int, ...]:
         """The cost of each stage; cached, since `learning_rate` is called at every step."""
@@ -193,6 +251,8 @@ class Plan:
     @functools.cached_property
     def _rate(self) -> tuple[Any, int]:
         """The rate, its warmup as a share, and the cost at which a `Warmup` ends (0 without one)."""
+        if self._before is not None:
+            return self._before._rate
         warmup: Any = self.rate.warmup
         if not isinstance(warmup, Warmup):
             return self.rate, 0
@@ -205,7 +265,7 @@ def _warmup_cost(plan: Plan, warmup: Warmup) -> int:
     """The cost of a warmup of steps or tokens; raises `PlanError` if it does not end before the plan."""
     steps, tokens, cost = 0, 0, 0
     for span in plan.spans:
-        cost += span.charged
+        cost, tokens = cost + span.charged, tokens + span.fit_tokens
         for step_cost in span.costs:
             over = tokens >= warmup.tokens if warmup.tokens is not None else steps == warmup.steps
             if over:
@@ -214,34 +274,6 @@ def _warmup_cost(plan: Plan, warmup: Warmup) -> int:
     raise PlanError(
         f"rate: {warmup} does not end before the plan: {steps} steps, {tokens:,} tokens"
     )
-
-
-def birth(plan: Plan, seed: Any) -> Any:
-    """The model before the first stage of a plan, drawn from this seed (a number or a tracer)."""
-    model = plan.model.build(purpose_key(seed, "model"))
-    if plan.transfer is not None:
-        model = plan.transfer.born(model)
-    # The growth of a trained model before this plan. Its parameters are read from `start.folder` later;
-    # here it has the same shapes.
-    for op in plan.start.operators if plan.start else ():
-        model = ungated(op(model, key=purpose_key(seed, "grow")))
-    return model
-
-
-def births_at_start(plan: Plan) -> Births:
-    """The births of the coordinates of the model before the first stage."""
-    if plan.start is None or not plan.start.operators:
-        return Births.original(plan.origin)
-    model = eqx.filter_eval_shape(plan.model.build, plan.key("model"))
-    births = Births.original(model)
-    for op in plan.start.operators:
-        births, model = births.grown(op, model), ungated(grown_shapes(op, model))
-    return births
-
-
-def purpose_key(seed: int, name: str) -> PRNGKeyArray:
-    """The key for one purpose of a run: "model" or "grow"."""
-    return fold_in_name(jax.random.key(seed), name)
 
 
 # Faults ------------------------------------------------------------------------------------------
@@ -284,7 +316,7 @@ def _length_faults(plan: Plan) -> Iterator[str]:
 def _fit_faults(plan: Plan) -> list[str]:
     """Faults of the stages once they are worked out, up to the first stage that cannot be."""
     faults: list[str] = []
-    spans = _work_out(plan, faults)
+    spans = work_out(plan, faults)
     # Fills the cached property, which would work everything out again
     plan.__dict__["spans"] = tuple(spans)
     if not faults and plan.cost == 0:
@@ -298,132 +330,6 @@ def _fit_faults(plan: Plan) -> list[str]:
         except PlanError as error:
             faults.append(str(error))
     return faults
-
-
-def _work_out(plan: Plan, faults: list[str] | None = None) -> list[Span]:
-    """Work out every stage from shapes alone; faults are added to `faults`."""
-    faults = [] if faults is None else faults
-    spans: list[Span] = []
-    try:
-        model, births = plan.origin, births_at_start(plan)
-    except GrowjaxError as error:
-        where = "model" if plan.start is None else "start"
-        faults.append(f"{where}: " + str(error).replace("\n", "\n    "))
-        return spans
-    except Exception as error:
-        # The user's own function that builds a model may raise anything
-        faults.append(f"model: {plan.model!r} cannot be built: {raised(error)}")
-        return spans
-    # Steps, tokens and cost before the stage, and the share of the budget at its end
-    start, tokens, spent, share = 0, 0, 0, 0.0
-    # The step before which each growth happens; 0 for the birth, and for growths before the plan
-    grown_at = (0,) * (int(births.growths) + 1)
-    for n, stage in enumerate(plan.stages):
-        where = f"stage {n} {stage.name!r}: "
-        # Gates of the stage before are open by its end, and dropped here
-        model = ungated(model)
-        batch, objective = stage.batch or plan.batch, stage.objective or plan.objective
-        try:
-            if stage.grow is not None:
-                births, grown_at = births.grown(stage.grow, model), (*grown_at, start)
-                model = eqx.filter_eval_shape(stage.grow, model, key=plan.key("grow"))
-            misfits = list(_shape_faults(plan, batch, objective, model))
-            if plan.transfer is not None:
-                misfits += [f"transfer: {fault}" for fault in plan.transfer.faults(model)]
-            if not misfits and stage.objective is not None:
-                # Held-out losses are computed with the plan's own objective, at every stage
-                own = _shape_faults(plan, batch, plan.objective, model)
-                misfits = [f"the plan's own, for held-out losses: {fault}" for fault in own]
-            if misfits:
-                faults += [where + fault for fault in misfits]
-                continue
-            charged = round(stage.charge * plan.clock.per_unit)
-            spent += charged
-            share += stage.share or 0.0
-            # From the shares of all stages so far, so that a stage makes up for earlier rounding
-            left = share * (plan.budget or 0.0) * plan.clock.per_unit - spent
-            if charged and stage.share is not None and left <= 0:
-                raise PlanError(
-                    f"charge: {stage.charge:g} leaves nothing of its share for its steps"
-                )
-            steps = Steps(
-                stage,
-                model,
-                batch,
-                objective,
-                start=start,
-                seed=plan.seed,
-                clock=plan.clock,
-                curvature_every=plan.optimizer.curvature_every,
-                loss=plan.loss,
-            )
-            rows = list(steps.until(*_limit(plan, stage, batch * objective.raw_length, left)))
-        except GrowjaxError as error:
-            faults.append(where + str(error).replace("\n", "\n    "))
-            return spans
-        except Exception as error:
-            # The user's own model, loss, operator or objective may raise anything
-            faults.append(where + raised(error))
-            return spans
-        faults += [where + fault for fault in _ramp_faults(stage, model, len(rows))]
-        faults += [where + fault for fault in _parts_faults(plan, stage, model, births)]
-        works, flops, costs = (tuple(column) for column in zip(*rows, strict=True))
-        span = Span(
-            n,
-            stage,
-            start,
-            tokens,
-            spent,
-            works,
-            flops,
-            costs,
-            steps.ops(),
-            steps.firsts(),
-            model,
-            batch,
-            objective,
-            births,
-            grown_at,
-            charged,
-        )
-        spans.append(span)
-        start, spent = start + len(costs), spent + sum(costs)
-        tokens += len(costs) * span.step_tokens
-    return spans
-
-
-def _limit(
-    plan: Plan, stage: Stage, step_tokens: int, left: float
-) -> tuple[Literal["steps", "flops", "cost"], float]:
-    """The length of a stage: its unit, and the number of steps, FLOPs or units of the clock.
-
-    `left` is the cost that the stage's share of the budget leaves, in the clock's smallest unit.
-    """
-    if isinstance(stage.subnet, PathSchedule):
-        return "steps", stage.subnet.stages[-1].stop
-    if stage.tokens is not None:
-        return "steps", max(round(stage.tokens / step_tokens), 1)
-    if stage.flops is not None:
-        return "flops", stage.flops
-    return "cost", left if stage.seconds is None else stage.seconds * plan.clock.per_unit
-
-
-def _shape_faults(plan: Plan, batch: int, objective: Objective, model: Any) -> Iterator[str]:
-    """Faults of a batch and an objective with the shapes of a model."""
-    model_sizes = sizes(model)
-    if batch % plan.accumulate:
-        yield f"batch: {batch} sequences cannot be computed in {plan.accumulate} equal parts"
-    shapes = batch_shapes(objective, 1)
-    longest = max(x.shape[1] for x in shapes.values())
-    # A model without an axis of positions (rotary, say) reads any length
-    positions = model_sizes.get("positions", longest)
-    if longest > positions:
-        yield f"objective: {longest} tokens are more than the model's {positions} positions"
-    seq2seq = "encoder_tokens" in shapes
-    if seq2seq != (kind_of(model) == "seq2seq"):
-        kind = "an encoder and a decoder" if seq2seq else "one sequence"
-        name = type(model).__name__
-        yield f"objective: {objective} makes examples for {kind}, which {name} does not read"
 
 
 def reference_faults(plan: Plan, reference: Any) -> Iterator[str]:
@@ -440,60 +346,8 @@ def reference_faults(plan: Plan, reference: Any) -> Iterator[str]:
         )
     for span in spans if reference is not None and plan.loss is cross_entropy else ():
         where = f"stage {span.index} {span.stage.name!r}: reference: "
-        for fault in _shape_faults(plan, span.batch, span.objective, reference):
+        for fault in shape_faults(plan, span.batch, span.objective, reference):
             yield where + fault
         mine, theirs = span.sizes.get("vocab"), sizes(reference).get("vocab")
         if mine != theirs:
             yield f"{where}its vocabulary has {theirs} words, and that of the trained model {mine}"
-
-
-def _parts_faults(plan: Plan, stage: Stage, model: Any, births: Births) -> Iterator[str]:
-    """Why the parts of a model cannot be trained as a stage says."""
-    parts, growths = stage.parts, int(births.growths)
-    if parts is None:
-        return
-    if not growths:
-        yield (
-            "train: parts are what growth added and all else, and the model has not grown; let a stage "
-            "grow it first, or give Start the operators that it grew by"
-        )
-        return
-    missing = [number for number, _ in parts.growths if number > growths]
-    if missing:
-        yield f"train: growths: there are {growths} up to here, and no {missing}"
-    decays = any(part.decay != 1 for part in parts.named().values())
-    if decays and getattr(plan.optimizer, "weight_decay", None) == 0:
-        yield "train: decay: the optimizer has no weight_decay to multiply"
-    trained = partition(model)[0]
-    division = Division(parts, births, lambda slot, growth: np.int32(0))
-    try:
-        frozen = division.frozen(trained)
-    except StateError as error:
-        yield f"train: {error}"
-        return
-    if all(mask.all() for mask in frozen.values()):
-        yield "train: nothing is trained: all coordinates are of parts at rate 0"
-        return
-    rule = plan.optimizer.build()
-    second = {} if plan.optimizer.curvature_every is None else {"curvature": trained}
-
-    def update(gradient, state, params, more):
-        return divided(rule, rule, division, gradient, state, params, rate=1.0, **more)
-
-    try:
-        state = jax.eval_shape(rule.init, trained)
-        jax.eval_shape(update, trained, state, trained, second)
-    except StateError as error:
-        yield "train: " + str(error).replace("\n", "\n    ")
-
-
-def _ramp_faults(stage: Stage, model: Any, steps: int) -> Iterator[str]:
-    """Faults of a stage's ramp: gates need one that fits into the stage, and only gates do."""
-    gated = is_gated(model)
-    if stage.ramp > steps:
-        yield f"the ramp of {stage.ramp} steps is longer than its {steps} steps"
-    if stage.ramp and not gated:
-        yield "ramp: it grows nothing behind gates, so no gate can open; leave the ramp out"
-    if gated and not stage.ramp:
-        axes = sorted({s.own_axis for s in axes_of(model).of_kind("gate") if s.arrays()})
-        yield f"ramp: it grows {', '.join(axes)} behind gates; say over how many steps they open"

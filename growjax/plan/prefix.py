@@ -17,7 +17,7 @@ _STATE = ("model", "seed", "tokenizer", "objective", "clock")
 # Fields of a plan that may change at a fork
 _TRAINING = ("optimizer", "transfer", "loss", "accumulate", "data")
 # Fields of a stage that do not change its steps: its name, its length, and those of the learning rate
-_LENGTHS = ("name", "tokens", "flops", "seconds", "share", "rewarm", "rewind")
+_LENGTHS = ("name", "tokens", "flops", "seconds", "share", "rewarm", "rewind", "ended")
 
 
 class Branch(NamedTuple):
@@ -47,6 +47,9 @@ def shared_steps(first: Plan, second: Plan) -> tuple[int, int]:
     steps, stage = 0, 0
     for a, b in zip(first.spans, second.spans, strict=False):
         if list(differences(_settings(a), _settings(b))):
+            break
+        if a.stage.until is not None and None in (a.stage.ended, b.stage.ended):
+            # Nobody knows yet where it ends
             break
         stage = a.index
         common = min(a.steps, b.steps)

@@ -67,6 +67,10 @@ class Probe:
         if len(set(self.candidates)) < 2:
             yield "candidates: expected at least two different stages"
             return
+        stages = (*self.plan.stages[: self.stage], *self.candidates)
+        if any(stage.until is not None and stage.ended is None for stage in stages):
+            yield "plan, candidates: a trigger may end a stage before the choice; fix its length"
+            return
         for n, plan in enumerate(self.plans):
             steps = plan.spans[self.stage].steps
             if steps < self.steps:
@@ -74,9 +78,9 @@ class Probe:
 
     @functools.cached_property
     def costs(self) -> tuple[int, ...]:
-        """The cost of each candidate's trial, in the clock's smallest unit."""
+        """The cost of each candidate's trial and of its fit, in the clock's smallest unit."""
         trials = (self._with(stage).spans[self.stage] for stage in self.candidates)
-        return tuple(sum(span.costs[: self.steps]) for span in trials)
+        return tuple(span.fit_cost + sum(span.costs[: self.steps]) for span in trials)
 
     @functools.cached_property
     def plans(self) -> tuple[Plan, ...]:

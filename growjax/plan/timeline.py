@@ -25,7 +25,7 @@ def timeline(spans: tuple[Span, ...], *, paths: bool = False) -> Iterator[Era]:
     """The stages in their order; with `paths`, each length of a path schedule by itself."""
     flops = spent = 0
     for span in spans:
-        first, spent = 0, spent + span.charged
+        first, flops, spent = 0, flops + span.fit_flops, spent + span.charged
         for label, stop in _parts(span, paths):
             flops_before, spent_before = flops, spent
             flops += sum(span.flops[first:stop])

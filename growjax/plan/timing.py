@@ -1,11 +1,17 @@
 """When to grow and by how much: published laws, and triggers that read the losses of a run."""
 
+import abc
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, ClassVar
 
 import numpy as np
 
+from growjax.cards import Card
 from growjax.errors import PlanError, raise_all
+from growjax.growth.depth import FEW_LAYERS
+from growjax.values import Size, at_least, base, check, ranged, register
 
 
 def stacking_tokens(parameters: float, flops: float) -> float:
@@ -48,27 +54,129 @@ def proportional_shares(stages: int, alpha: float = 1.0) -> tuple[float, ...]:
     return tuple((weights / weights.sum()).tolist())
 
 
-def plateau(losses: Sequence[float], *, window: int, least: float) -> int | None:
-    """The first step at which a loss has stopped to fall; None if it has not.
+@base("a trigger such as Plateau(window=200, least=0.005)")
+class Trigger(abc.ABC):
+    """A rule that ends a stage by its losses, for `Stage(until=...)`: subclass it, write `fires`.
 
-    The mean over the last `window` losses is less than `least` (a share, such as 0.01) below that of the
-    window before. Losses are those of every step, oldest first: a trigger for the growth of a model that
-    goes on training, and a fork of its run then.
+    A subclass is a frozen dataclass with hashable fields. It may depend on nothing but its arguments, so
+    that a run that resumes ends the stage at the same step.
+
+    **Example**
+
+        @dataclasses.dataclass(frozen=True)
+        class Below(Trigger):
+            loss: float
+            reads = 1
+
+            def fires(self, losses, done):
+                return {"loss": losses[-1]} if losses[-1] < self.loss else None
+    """
+
+    # The number of latest losses that it reads
+    reads: int
+
+    @abc.abstractmethod
+    def fires(self, losses: Sequence[float], done: int) -> Mapping[str, float] | None:
+        """The numbers by which the stage ends, or None to go on.
+
+        `losses` are those of the latest steps (`reads` of them, or all if there are fewer), oldest first;
+        `done` counts the steps of the stage up to the last of them.
+        """
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Plateau(Trigger):
+    """The loss has stopped to fall: its mean over a window is hardly below that over the window before.
+
+    **Fields**
+
+    - `window`: the number of steps of each window.
+    - `least`: the least fall, as a share of the earlier mean.
+
+    **Example**
+
+        Stage(share=0.5, until=Plateau(window=200, least=0.005))
+    """
+
+    window: Size
+    least: Annotated[float, ranged(0, 1, "a share", below=True)]
+
+    def __post_init__(self):
+        check(self, PlanError, "this trigger cannot be used:")
+
+    @property
+    def reads(self) -> int:  # type: ignore[override]
+        """Two windows."""
+        return 2 * self.window
+
+    def fires(self, losses: Sequence[float], done: int) -> Mapping[str, float] | None:
+        """The means of both windows, if the later one is not much lower."""
+        del done
+        if len(losses) < self.reads:
+            return None
+        before, after = np.asarray(losses[-self.reads :], float).reshape(2, -1).mean(1).tolist()
+        return {"before": before, "after": after} if after > before * (1 - self.least) else None
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Mixing(Trigger):
+    """A grown model is as good as one that was never small: its mean loss has come close to the other's.
+
+    **Fields**
+
+    - `whole`: the losses of the other run, from the step of the growth on.
+    - `window`: the number of steps of each mean.
+    - `close`: how far above the other's it may be, as a share.
+
+    It never fires after the last of these losses.
+
+    Bu et al., "Scaling Depth Capacity via Zero/One-layer Model Expansion", 2026.
+
+    **Example**
+
+        Stage(share=0.5, grow=gj.stack(layers=12), until=Mixing(whole, window=50, close=0.005))
+    """
+
+    whole: tuple[float, ...]
+    window: Size
+    close: Annotated[float, at_least(0)]
+    card: ClassVar[Card] = Card(papers=(FEW_LAYERS,))
+
+    def __post_init__(self):
+        check(self, PlanError, "this trigger cannot be used:", self._faults)
+
+    def _faults(self) -> Iterator[str]:
+        if len(self.whole) < self.window:
+            yield f"whole: expected at least the {self.window} losses of a window, got {len(self.whole)}"
+
+    @property
+    def reads(self) -> int:  # type: ignore[override]
+        """One window."""
+        return self.window
+
+    def fires(self, losses: Sequence[float], done: int) -> Mapping[str, float] | None:
+        """The mean losses of both models over the same steps, if they are close."""
+        if len(losses) < self.window or done > len(self.whole):
+            return None
+        grown = float(np.mean(losses[-self.window :]))
+        whole = float(np.mean(self.whole[done - self.window : done]))
+        return {"grown": grown, "whole": whole} if grown <= whole * (1 + self.close) else None
+
+
+def plateau(losses: Sequence[float], *, window: int, least: float) -> int | None:
+    """The first step at which a loss has stopped to fall (`Plateau`); None if it has not.
+
+    Losses are those of every step, oldest first. It shows on a run that is over where a stage with this
+    trigger would have ended.
 
     **Example**
 
         losses = [row["loss"] for row in read_journal(run) if row["kind"] == "step"]
         plateau(losses, window=200, least=0.005)
     """
-    _check_window(window)
-    values = np.asarray(losses, float)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    for end in range(2 * window, len(values) + 1):
-        new = (sums[end] - sums[end - window]) / window
-        old = (sums[end - window] - sums[end - 2 * window]) / window
-        if new > old * (1 - least):
-            return end
-    return None
+    return _first(Plateau(window, least), losses)
 
 
 def mixing(
@@ -76,30 +184,24 @@ def mixing(
 ) -> int | None:
     """The number of steps after a growth until a grown model is as good as one that was never small.
 
-    Both losses are of the same steps, from the growth on, at a constant rate: the first step after which
-    the mean over `window` of the grown model's is less than `close` (a share) above the other's. None if
-    it stays above. A pilot's mixing time t, which depends on the data more than on the size, says when to
-    grow a long run: at its end minus t and the decay.
-
-    Bu et al., "Scaling Depth Capacity via Zero/One-layer Model Expansion", 2026.
+    Both losses are of the same steps, from the growth on, at a constant rate (`Mixing`). None if the
+    grown model's stays above. A pilot's mixing time t, which depends on the data more than on the size,
+    says when to grow a long run: at its end minus t and the decay.
 
     **Example**
 
         mixing(losses_of("runs/grown")[start:], losses_of("runs/whole")[start:], window=50, close=0.005)
     """
-    _check_window(window)
     if len(grown) != len(whole):
         raise PlanError(
             f"grown, whole: expected losses of the same steps, got {len(grown)} and {len(whole)}"
         )
-    small, large = (np.concatenate([[0.0], np.cumsum(each)]) for each in (grown, whole))
-    for end in range(window, len(small)):
-        ours, theirs = small[end] - small[end - window], large[end] - large[end - window]
-        if ours <= theirs * (1 + close):
-            return end
+    return _first(Mixing(tuple(map(float, whole)), window, close), grown)
+
+
+def _first(trigger: Trigger, losses: Sequence[float]) -> int | None:
+    """The number of losses after which a trigger fires first."""
+    for done in range(1, len(losses) + 1):
+        if trigger.fires(losses[max(done - trigger.reads, 0) : done], done) is not None:
+            return done
     return None
-
-
-def _check_window(window: int) -> None:
-    if window < 1:
-        raise PlanError(f"window: expected at least one step, got {window}")

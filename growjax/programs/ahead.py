@@ -17,13 +17,16 @@ import jax.numpy as jnp
 
 from growjax.data.objectives import batch_shapes
 from growjax.errors import PlanError, raise_all
+from growjax.growth import Fit
 from growjax.parallel import replicated, split_rows
-from growjax.plan.plan import Plan, birth, reference_faults
+from growjax.plan.plan import Plan, reference_faults
 from growjax.plan.stages import Span, Work
+from growjax.plan.worked import birth
+from growjax.programs import fits
 from growjax.programs.step import SEED, Controls, Programs
 
 
-ProgramKind = Literal["birth", "grow", "before", "evaluate", "step", "seal"]
+ProgramKind = Literal["birth", "numbers", "fit", "grow", "before", "evaluate", "step", "seal"]
 # One program of a run: its kind, the number of the stage, and for a "step" the step's work
 Need = tuple[ProgramKind, int, Work | None]
 
@@ -75,6 +78,12 @@ class Ahead:
                 for need in needs(span, first=span.index == index, seal=self.seal):
                     self._submit(need)
 
+    def change(self, plan: Plan, index: int) -> None:
+        """Go on with another plan, of the same stages up to `index`; later programs are lowered again."""
+        with self._lock:
+            self.plan = plan
+            self._futures = {n: f for n, f in self._futures.items() if n[1] <= index}
+
     def get(self, need: Need, meanwhile: Callable[[], None] | None = None) -> Any:
         """Wait for a compiled program and return it; meanwhile `meanwhile` is called every 0.2 s."""
         start = time.perf_counter()
@@ -117,7 +126,10 @@ def needs(span: Span, *, first: bool, seal: bool = False) -> list[Need]:
     `first` says that the run starts in this stage, whose model is read or born: it does not grow.
     """
     grows = span.stage.grow is not None and not first
-    growth: list[Need] = [("grow", span.index, None), ("before", span.index, None)] if grows else []
+    kinds: list[ProgramKind] = ["numbers", "fit"] if isinstance(span.stage.grow, Fit) else []
+    growth: list[Need] = (
+        [(kind, span.index, None) for kind in (*kinds, "grow", "before")] if grows else []
+    )
     steps: list[Need] = [("step", span.index, work) for _, work in span.programs]
     saves: list[Need] = [("seal", span.index, None)] if seal else []
     return [*growth, ("evaluate", span.index, None), *saves, *steps]
@@ -127,6 +139,7 @@ def lower(plan: Plan, programs: Programs, need: Need, reference: Any = None) -> 
     """Lower one program of a plan for the shapes and shardings of its arguments.
 
     "before" evaluates the model that is about to grow, in batches of the stage that it grows into.
+    "numbers" and "fit" are the programs of its fit.
     """
     kind, index, work = need
     span = plan.spans[index]
@@ -136,19 +149,29 @@ def lower(plan: Plan, programs: Programs, need: Need, reference: Any = None) -> 
     if kind == "birth":
         return programs.birth(functools.partial(birth, plan)).lower(seed)
     # Programs that run before or at the growth take the state of the stage before
-    shapes = programs.shapes(plan.model_before(index) if kind in ("grow", "before") else span.model)
+    early = kind in ("numbers", "fit", "grow", "before")
+    shapes = programs.shapes(plan.model_before(index) if early else span.model)
+    op = span.stage.grow
+    numbers = fits.numbers_of(programs, op, shapes) if early and isinstance(op, Fit) else None
+    if kind == "numbers":
+        assert isinstance(op, Fit)
+        return fits.start(programs, op, shapes).lower(shapes, seed)
     if kind == "grow":
-        assert span.stage.grow is not None
-        return programs.growth(shapes, span.stage.grow, span.stage.carry).lower(shapes, seed)
+        assert op is not None
+        more = () if numbers is None else (numbers,)
+        return programs.growth(shapes, op, span.stage.carry, numbers).lower(shapes, seed, *more)
     if kind == "seal":
         return programs.seal(shapes).lower(shapes)
-    if kind == "step":
+    if kind in ("step", "fit"):
         rows = batch_shapes(span.objective, span.offered)
     else:
         # Held-out losses are computed with the plan's objective, whatever the stage trains on
         rows = batch_shapes(plan.objective, span.batch)
     sharding = split_rows(programs.mesh)
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), rows)
+    if kind == "fit":
+        assert isinstance(op, Fit)
+        return fits.improve(programs, op, shapes).lower(numbers, shapes, rows)
     if kind != "step":
         return programs.evaluate(shapes).lower(shapes, rows, scalar(jnp.float32))
     assert work is not None

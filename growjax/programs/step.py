@@ -11,8 +11,8 @@ Each is written for one global batch and one whole model.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -23,9 +23,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from growjax.axes import Slot, partition
-from growjax.errors import StateError
 from growjax.gates import opened, ungated
-from growjax.growth import Births, Chain, Operator
+from growjax.growth import Births, Chain, Fit, Operator
 from growjax.maps import fold_in_name
 from growjax.nn.bodies import KERNELS
 from growjax.nn.place import Place, place_of, running_on
@@ -46,8 +45,9 @@ from growjax.parallel import (
 )
 from growjax.plan.losses import Loss, drawn_loss, objective
 from growjax.plan.optimizer import Rule
-from growjax.plan.plan import Plan, purpose_key
+from growjax.plan.plan import Plan
 from growjax.plan.stages import Carry, Work
+from growjax.plan.worked import purpose_key
 from growjax.select import Selector
 from growjax.subnet import step_key
 
@@ -191,17 +191,22 @@ class Programs:
             out_shardings=(where, everywhere),
         )
 
-    def growth(self, shapes: State, op: Operator | Chain, carried: Carry = "dual") -> Any:
+    def growth(
+        self, shapes: State, op: Operator | Chain, carried: Carry = "dual", numbers: Any = None
+    ) -> Any:
         """The program (State, seed) -> the grown State, in its own shardings.
+
+        Of an operator that is fitted, it takes the numbers as well, whose shapes are `numbers`.
 
         Gates of an earlier growth are dropped first; they must be at 1, where that changes nothing. The
         old state is not donated: both states are in memory until the caller drops the old one.
         """
         grow = functools.partial(_grow, self, op, carried)
+        more = () if numbers is None else (numbers,)
         return jax.jit(
             grow,
-            in_shardings=(self.shardings(shapes), replicated(self.mesh)),
-            out_shardings=self.shardings(jax.eval_shape(grow, shapes, SEED)),
+            in_shardings=(self.shardings(shapes), *[replicated(self.mesh)] * (1 + len(more))),
+            out_shardings=self.shardings(jax.eval_shape(grow, shapes, SEED, *more)),
         )
 
     def seal(self, shapes: State) -> Any:
@@ -229,7 +234,7 @@ def _has_kernels(programs: Programs) -> bool:
     return place is not None and place.platform in KERNELS
 
 
-def _each_row(
+def each_row(
     programs: Programs, loss: Callable[[Any], Any], rows: Any, *, replica: bool = False
 ) -> Any:
     """The losses and weights of each row, [rows, T] each, traced for the platform that will run them.
@@ -356,7 +361,7 @@ def _chosen(
     def mean_losses(model):
         """The mean loss of each row of the batch, [rows]."""
         model = gathered(model, programs.mesh)
-        losses, weights, *_ = _each_row(programs, lambda row: programs.loss(model, row), batch)
+        losses, weights, *_ = each_row(programs, lambda row: programs.loss(model, row), batch)
         # A row without targets has no weight; its mean is 0 and not NaN
         return jnp.sum(losses * weights, 1) / jnp.maximum(jnp.sum(weights, 1), 1e-9)
 
@@ -387,10 +392,10 @@ def _loss_and_gradient(
             model = model if part is None else part(model, key=key, step=controls.step)
             model = gathered(remembering(model, programs.layout), programs.mesh)
             alone = programs.layout.step == "shard_map"
-            losses = _each_row(programs, lambda row: loss(model, row), rows, replica=alone)
+            losses = each_row(programs, lambda row: loss(model, row), rows, replica=alone)
             return objective(losses, total_weight)
 
-        return _accumulated(jax.value_and_grad(loss_of), programs.accumulate, trained, rows)
+        return accumulated(jax.value_and_grad(loss_of), programs.accumulate, trained, rows)
 
     if programs.layout.step == "auto":
         return of_rows(state.trained, state.rest, batch, controls, total_weight)
@@ -416,7 +421,7 @@ def _loss_and_gradient(
     )(state.trained, state.rest, batch, controls, total_weight)
 
 
-def _accumulated(loss_and_gradient: Callable, parts: int, trained: Any, rows: Any):
+def accumulated(loss_and_gradient: Callable, parts: int, trained: Any, rows: Any):
     """The sums of a loss and its gradient over the parts of a batch, computed one after the other."""
     if parts == 1:
         return loss_and_gradient(trained, rows)
@@ -436,11 +441,18 @@ def _accumulated(loss_and_gradient: Callable, parts: int, trained: Any, rows: An
 
 
 def _grow(
-    programs: Programs, op: Operator | Chain, carried: Carry, state: State, seed: Any
+    programs: Programs,
+    op: Operator | Chain,
+    carried: Carry,
+    state: State,
+    seed: Any,
+    numbers: Any = None,
 ) -> State:
     """The grown model, and the optimizer state carried through the same operator with the same key."""
     key = purpose_key(seed, "grow")
     model = ungated(state.model)
+    if isinstance(op, Fit):
+        op = op.filled(numbers)
     grown = op(model, key=key)
     if carried == "reset":
         return programs.state_of(grown)
@@ -451,39 +463,8 @@ def _grow(
     return State(trained, rest, optimizer)
 
 
-def carry_faults(plan: Plan) -> Iterator[str]:
-    """Growths of a plan that its optimizer's state cannot follow, found from shapes alone.
-
-    A run would meet the `StateError` of `gj.carry` only when it gets there, after all stages before.
-    """
-    rule = plan.optimizer.build()
-    before = [plan.origin, *(span.model for span in plan.spans)]
-    for model, span in zip(before, plan.spans, strict=False):
-        op, carried = span.stage.grow, span.stage.carry
-        if op is None or carried == "reset":
-            continue
-        model = ungated(model)
-        follow = functools.partial(_followed, op, rule, copies=carried)
-        try:
-            eqx.filter_eval_shape(follow, model, purpose_key(plan.seed, "grow"))
-        except StateError as error:
-            indented = str(error).replace("\n", "\n    ")
-            yield (
-                f"stage {span.index} {span.stage.name!r}: carry={carried!r}: {indented}\n"
-                "    In a plan, carry='reset' starts all of the optimizer state anew"
-            )
-
-
-def _followed(
-    op: Operator, rule: Rule, model: Any, key: Any, *, copies: Literal["dual", "zero"]
-) -> Any:
-    """A fresh optimizer state of a model, carried through an operator."""
-    state = rule.init(partition(model)[0])
-    return carry(op, state, model, optimizer=rule, key=key, copies=copies)
-
-
 def _evaluate(programs: Programs, state: State, batch: Mapping[str, Array], level: Array):
     """The losses and weights of each position, [B, T] both."""
     model = gathered(opened(programs.judged(state), level), programs.mesh)
-    losses, weights, *_ = _each_row(programs, lambda row: programs.loss(model, row), batch)
+    losses, weights, *_ = each_row(programs, lambda row: programs.loss(model, row), batch)
     return losses, weights

@@ -347,6 +347,18 @@ _FIELDS: dict[str, tuple[str, _Check]] = {
     "checksums": ("whole numbers by leaf", _counts),
     "certificate": ("a saved certificate or nothing", _is(dict, type(None))),
 }
+# Fields that lineages have had only lately, or of some stages only
+_LATER: dict[str, tuple[str, _Check]] = {
+    "losses": ("the latest losses", lambda x: isinstance(x, list) and all(map(_is(float), x))),
+    "ended": (
+        "pairs of a stage and its steps",
+        lambda x: isinstance(x, list) and all(map(_pair, x)),
+    ),
+}
+
+
+def _pair(x: Any) -> bool:
+    return isinstance(x, list) and len(x) == 2 and all(map(_count, x))
 
 
 def lineage_faults(lineage: Mapping[str, Any]) -> Iterator[str]:
@@ -355,6 +367,9 @@ def lineage_faults(lineage: Mapping[str, Any]) -> Iterator[str]:
         if name not in lineage:
             yield f"{name}: expected {expected}, and it is missing"
         elif not check(lineage[name]):
+            yield f"{name}: expected {expected}, got {repr(lineage[name])[:80]}"
+    for name, (expected, check) in _LATER.items():
+        if name in lineage and not check(lineage[name]):
             yield f"{name}: expected {expected}, got {repr(lineage[name])[:80]}"
 
 

@@ -52,6 +52,8 @@ def find_trunk(plan: Plan) -> Trunk:
     if not run.plan_file.exists():
         raise CheckpointError(f"{run}: expected the folder of a run, but it has no plan.json")
     trunk = run.plan()
+    plan = plan.following(trunk, step)
+    assert plan.fork is not None
     paths = [path for path in run.checkpoints() if step is None or step_of(path)[0] == step]
     if not paths:
         steps = sorted({step_of(path)[0] for path in run.checkpoints()})
@@ -105,6 +107,12 @@ def read_fork(plan: Plan, programs: Programs, data: str) -> tuple[Resumed, Trunk
             "its latest; try again, or fork from a step that it keeps (`--save-at STEP`)"
         ) from error
     resumed = Resumed(
-        str(trunk.path), span.index, lineage["step"], lineage["flops"], lineage["seconds"], state
+        str(trunk.path),
+        span.index,
+        lineage["step"],
+        lineage["flops"],
+        lineage["seconds"],
+        state,
+        tuple(lineage.get("losses", ())),
     )
     return resumed, trunk

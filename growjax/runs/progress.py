@@ -19,7 +19,7 @@ from rich.text import Text
 
 from growjax.plan.plan import Plan
 from growjax.runs.doing import Doing
-from growjax.runs.records import Begin, End, Growth, Record, Saved, Step
+from growjax.runs.records import Begin, End, Ended, Growth, Record, Saved, Step
 from growjax.values import allow_option
 
 
@@ -38,11 +38,9 @@ class Progress:
     """
 
     def __init__(self, plan: Plan, console: Console, run: str | Path | None, doing: Doing | None):
-        self.plan, self.console, self.run = plan, console, run
-        self.doing = doing
+        self.console, self.run, self.doing = console, run, doing
         self.done = [0] * len(plan.spans)  # steps of each stage
-        # Of each stage, the FLOPs that are left after 0, 1, ... of its steps
-        self.flops_left = [_remaining(span.flops) for span in plan.spans]
+        self.follow(plan)
         self.stage = 0
         self.line = ""  # the numbers of the last step
         self.held_out = ""
@@ -53,6 +51,12 @@ class Progress:
         self._printed = console.get_time()  # the time of the last line of loss
         self._timer: threading.Timer | None = None
         self._live: Live | None = None  # only on a terminal
+
+    def follow(self, plan: Plan) -> None:
+        """Show this plan from now on, in which a trigger has ended a stage."""
+        self.plan = plan
+        # Of each stage, the FLOPs that are left after 0, 1, ... of its steps
+        self.flops_left = [_remaining(span.flops) for span in plan.spans]
 
     def __enter__(self) -> "Progress":
         if self.doing is not None:
@@ -83,11 +87,17 @@ class Progress:
         elif isinstance(record, Growth):
             grew = ", ".join(f"{axis} {a} to {b}" for axis, (a, b) in record.grew.items())
             c = record.crossing
+            if c.fit is not None and c.fit.batches:
+                first, last = c.fit.losses[0], c.fit.losses[-1]
+                self.say(f"fitted to {c.fit.batches} batches: loss {first:.4f} to {last:.4f}")
             self.say(
                 f"before step {record.step}: {grew} by {c.operator} ({c.exactness}); loss {c.before:.5f} "
                 f"to {c.after:.5f}; stood still for {record.stall:.2f} s, {record.compile_wait:.2f} of "
                 "them compiling"
             )
+        elif isinstance(record, Ended):
+            numbers = ", ".join(f"{name} {number:.5f}" for name, number in record.numbers.items())
+            self.say(f"after step {record.step}: {record.trigger} ended the stage ({numbers})")
         elif isinstance(record, Saved):
             self.saved = record.path
         elif isinstance(record, End):

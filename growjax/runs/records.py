@@ -7,11 +7,28 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
+class Fitting:
+    """The fit of a growth, before it, or the training that is part of it (`batches` is 0 then).
+
+    - `losses`: the loss on each batch, in nats per token.
+    - `flops`, `tokens`, `cost`: its model FLOPs, training tokens and cost (in the clock's unit). The
+      totals of the run have them from its stage on.
+    """
+
+    batches: int
+    losses: tuple[float, ...]
+    flops: int
+    tokens: int
+    cost: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Crossing:
     """The effect of a growth: the loss on the same tokens before and after, and the seconds it took.
 
     - `change`: the mean absolute change of a token's loss, in nats.
     - `limit`: the largest change that rounding explains; None if the operator promises nothing.
+    - `fit`: the fit of the operator, or None.
     """
 
     operator: str
@@ -22,6 +39,7 @@ class Crossing:
     limit: float | None
     grow_seconds: float
     certify_seconds: float
+    fit: Fitting | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,6 +74,7 @@ class Begin:
     - `held_out`: the number of windows of each evaluation during the run; losses are comparable only
       over the same windows.
     - `forked`: the folder of the run whose state this one begins with, or None.
+    - `ended`: the stages that triggers have ended so far, each with its number of steps.
     """
 
     stage: int
@@ -65,6 +84,7 @@ class Begin:
     notes: tuple[str, ...] = ()
     held_out: int | None = dataclasses.field(default=None, compare=False)
     forked: str | None = None
+    ended: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +160,22 @@ class Decided:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ended:
+    """The end of a stage by its trigger, after `step`.
+
+    - `steps`: the number of steps of the stage.
+    - `trigger`: the trigger, as it prints itself.
+    - `numbers`: the numbers by which it fired.
+    """
+
+    stage: int
+    step: int
+    steps: int
+    trigger: str
+    numbers: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
 class Saved:
     """The beginning of the writing of a checkpoint, for the state before `step`."""
 
@@ -172,4 +208,4 @@ class End:
     signal: str | None = None
 
 
-Record = Begin | Step | Growth | Decided | Saved | End
+Record = Begin | Step | Growth | Decided | Ended | Saved | End

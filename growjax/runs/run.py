@@ -22,7 +22,7 @@ import numpy as np
 from growjax.errors import CheckpointError
 from growjax.plan.files import load_plan
 from growjax.plan.plan import Plan
-from growjax.runs import journal
+from growjax.runs import hosts, journal
 from growjax.runs.lock import Lock
 from growjax.runs.records import HeldOut
 
@@ -242,3 +242,20 @@ def _with_parents(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     yield folder
     yield from folder.parents
+
+
+def settled(plan: Plan, run: Run | None) -> Plan:
+    """A plan with the ends that triggers gave to stages of a run, or of the one that it forks from."""
+    if not any(stage.until for stage in plan.stages):
+        return plan
+
+    def known() -> list[Any]:
+        if run is not None and run.plan_file.exists():
+            return list(plan.following(run.plan()).ends)
+        if plan.fork is not None and Run(plan.fork.run).plan_file.exists():
+            return list(plan.following(Run(plan.fork.run).plan(), plan.fork.step).ends)
+        return list(plan.ends)
+
+    for stage, steps in hosts.from_first(known):
+        plan = plan.ended(stage, steps)
+    return plan

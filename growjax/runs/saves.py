@@ -33,6 +33,7 @@ class Resumed(NamedTuple):
     flops: int
     seconds: float
     state: State
+    losses: tuple[float, ...] = ()
 
 
 class Saves:
@@ -166,6 +167,14 @@ class Saves:
                 raise CheckpointError(f"{path} is not the checkpoint that process 0 goes on from")
 
         hosts.together(compare)
+        # The plan may know the end of the checkpoint's own stage already, and must know all before it
+        ended, stage = [list(pair) for pair in self.plan.ends], lineage["stage"]
+        if lineage.get("ended", []) not in (ended, [pair for pair in ended if pair[0] < stage]):
+            raise CheckpointError(
+                f"{path}: triggers have ended stages of its run, each after so many steps: "
+                f"{lineage.get('ended', [])}, and {self.run.plan_file} says {ended}; write the former "
+                "into the plan (Stage(ended=...))"
+            )
         if lineage["data"] != data:
             raise CheckpointError(
                 f"{path}: it was trained on other data (digest {lineage['data']}, now {data}); a run "
@@ -185,7 +194,13 @@ class Saves:
         state = load(path, programs.shapes(span.model), together=hosts.together)
         self.parent, self.start, self.fork = path.name, lineage["start"], lineage.get("fork")
         return Resumed(
-            str(path), span.index, lineage["step"], lineage["flops"], lineage["seconds"], state
+            str(path),
+            span.index,
+            lineage["step"],
+            lineage["flops"],
+            lineage["seconds"],
+            state,
+            tuple(lineage.get("losses", ())),
         )
 
     def save(
@@ -200,11 +215,12 @@ class Saves:
         seconds: float,
         data: str,
         crossing: Crossing | None,
+        losses: Sequence[float] = (),
     ) -> Path | None:
         """Start to write the state before `step`, with its lineage; returns its path.
 
         Returns None if the checkpoint exists already: a resumed run repeats steps, with the same numbers.
-        `seal` is the compiled program of `checksums`.
+        `seal` is the compiled program of `checksums`, `losses` those that the stage's trigger reads.
         """
         # The checkpoint that is still being written may be this one; it gets its name at the end
         self.checkpoints.wait()
@@ -229,10 +245,17 @@ class Saves:
             "fork": self.fork,
             "checksums": numbered(state, seal),
             "certificate": None if crossing is None else dataclasses.asdict(crossing),
+            "losses": list(losses),
+            "ended": [list(pair) for pair in self.plan.ends],
         }
         path = self.checkpoints.save(step, span.index, state, lineage)
         self.parent = path.name
         return path
+
+    def change(self, plan: Plan) -> None:
+        """Go on with a plan of which a trigger has ended a stage, and write it."""
+        self.plan = plan
+        hosts.from_first(lambda: save_plan(plan, self.run.plan_file))
 
     def _identity(self, stage: int) -> dict[str, Any]:
         """The fields of a lineage that identify the plan, up to a stage."""

@@ -13,7 +13,7 @@ from growjax.errors import TrainingError
 from growjax.plan.plan import Plan
 from growjax.runs.journal import Journal, Rates, as_row
 from growjax.runs.progress import Progress
-from growjax.runs.records import Begin, Record, Step
+from growjax.runs.records import Begin, Ended, Record, Step
 from growjax.values import to_dict
 
 
@@ -110,6 +110,12 @@ def watch(
                     stack.callback(opened[-1].close)
             if isinstance(record, Begin):
                 devices = record.devices
+                for stage, steps in record.ended:
+                    plan = plan.ended(stage, steps)
+                    _follow(plan, rates, progress)
+            if isinstance(record, Ended):
+                plan = plan.ended(record.stage, record.steps)
+                _follow(plan, rates, progress)
             if isinstance(record, Step):
                 rates.add(record)
             row = as_row(record, rates.of(devices))
@@ -123,6 +129,13 @@ def watch(
             if progress is not None:
                 progress.show(record, row)
             yield record
+
+
+def _follow(plan: Plan, rates: Rates, progress: Progress | None) -> None:
+    """Show a plan of which a trigger has ended a stage."""
+    rates.plan = plan
+    if progress is not None:
+        progress.follow(plan)
 
 
 def _doing(records: Any) -> Any:

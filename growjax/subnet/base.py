@@ -85,6 +85,14 @@ class Coins(Subnet):
         return True
 
     @property
+    def besides(self) -> "Subnet | None":
+        """A sub-network that runs every layer and does what this one does besides; None for nothing.
+
+        A step is charged for it in full, whatever the coins say.
+        """
+        return None
+
+    @property
     @abc.abstractmethod
     def stacks(self) -> tuple[str, ...]:
         """The stacks of layers that share the coins."""

@@ -26,6 +26,8 @@ from growjax.runs.journal import read_journal as read_journal
 from growjax.runs.records import Begin as Begin
 from growjax.runs.records import Decided as Decided
 from growjax.runs.records import End as End
+from growjax.runs.records import Ended as Ended
+from growjax.runs.records import Fitting as Fitting
 from growjax.runs.records import Growth as Growth
 from growjax.runs.records import HeldOut as HeldOut
 from growjax.runs.records import Record as Record

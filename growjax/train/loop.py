@@ -1,6 +1,7 @@
 """One training run, from top to bottom: stages, steps, growth, checkpoints, and how it all resumes."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from growjax.programs.step import Programs
 from growjax.runs.doing import Doing
 from growjax.runs.feed import CorpusFeed, Feed
 from growjax.runs.records import Record
-from growjax.runs.run import Run
+from growjax.runs.run import Run, settled
 from growjax.train.options import Options
 from growjax.train.session import Session
 from growjax.train.stop import Stopped
@@ -51,7 +52,7 @@ def train(
     cache: dict[str, Any] | None = None,
     devices: list[Any] | None = None,
 ) -> Training:
-    """Run a plan, or resume it: yields `Begin`; `Step`, `Growth` and `Saved` as they happen; and `End`.
+    """Run a plan, or resume it: yields `Begin`; `Step`, `Growth`, `Ended`, `Saved` as they happen; `End`.
 
     **Arguments**
 
@@ -84,8 +85,9 @@ def train(
 
         with _runtime_errors(plan), contextlib.ExitStack() as stack:
             programs = Programs.of(plan, plan.layout.mesh(devices), loss)
+            current = settled(plan, None if run is None else Run(run))
             ahead = Ahead(
-                plan,
+                current,
                 programs,
                 cache=cache,
                 background=options.background,
@@ -100,7 +102,7 @@ def train(
 
                 saves = stack.enter_context(
                     locked(
-                        plan,
+                        current,
                         Run(run),
                         reference=ahead.reference,
                         keep_last=options.keep_last,
@@ -110,7 +112,10 @@ def train(
                     )
                 )
             with doing("reading the text, and tokenising it if it is new"):
-                data = feed or CorpusFeed.of(plan, Path(run or "runs/_").parent / "cache", detail)
+                folder = Path(run or "runs/_").parent / "cache"
+                data = feed or CorpusFeed.of(current, folder, detail)
+            if current.ends and isinstance(data, CorpusFeed):
+                data = dataclasses.replace(data, plan=current)
             yield from _run(Session(ahead, data, saves, options, doing))
 
     return Training(records)
@@ -130,20 +135,27 @@ def _run(session: Session) -> Iterator[Record]:
             if born and plan.start is not None and plan.stages[0].grow is None:
                 # The trained model, as the run's first checkpoint. A stage that grows saves after it.
                 yield from session.save()
-            for span in plan.spans[session.span.index :]:
-                entered = span is session.span
+            # A trigger may change the plan on the way
+            for index in range(session.span.index, len(plan.stages)):
+                span = session.plan.spans[index]
+                entered = index == session.span.index
                 # The first stage of a new run may grow as well
                 if not entered or (born and span.index == 0 and span.stage.grow is not None):
                     yield from session.enter(span)
                 first = session.step - span.start
                 with session.feed.stream(span, first) as stream:
                     for i in range(first, span.steps):
+                        if session.over(i):
+                            yield from session.end_stage(i)
+                            break
                         if stop.before(span.start + i):
                             raise Stopped
                         if saves is not None:
                             saves.check()
                         yield from session.train(i, stream)
                 yield from session.flush()
+                if first < span.steps:
+                    yield from session.ended()
                 yield from session.save()
             end = session.finished()
         except Stopped:

@@ -21,19 +21,21 @@ import numpy as np
 from growjax.axes import sizes
 from growjax.errors import StateError, TrainingError, raise_all
 from growjax.gates import opened, ungated
+from growjax.growth import Fit
 from growjax.parallel import from_host
 from growjax.plan.stages import Span
 from growjax.programs.ahead import Ahead, Need
-from growjax.programs.step import Controls, Report, State, carry_faults
+from growjax.programs.carried import carry_faults
+from growjax.programs.step import Controls, Report, State
 from growjax.runs import hosts
 from growjax.runs.doing import Doing
-from growjax.runs.feed import Feed
-from growjax.runs.records import Begin, Crossing, End, Growth, HeldOut, Saved, Step
+from growjax.runs.feed import CorpusFeed, Feed
+from growjax.runs.records import Begin, Crossing, End, Ended, Growth, HeldOut, Saved, Step
 from growjax.train.judge import Judge
 from growjax.train.options import Options
 from growjax.train.stop import Stop, Stopped
-from growjax.train.stopwatch import Stopwatch
-from growjax.train.transition import cross
+from growjax.train.stopwatch import SaveTimer, Stopwatch
+from growjax.train.transition import cross, fit_operator
 from growjax.values import to_dict
 
 
@@ -68,6 +70,7 @@ class Session:
         self.resumed = False  # whether the state was a checkpoint, of this run or of its trunk
         self.forked: str | None = None  # the folder of the run that this one was forked from
         self.timer = SaveTimer(options.save_minutes, self.stopwatch)
+        self.losses: list[float] = []  # the latest losses of the stage, if its trigger reads them
 
     # The beginning ----------------------------------------------------------------------------
 
@@ -104,7 +107,16 @@ class Session:
         path = None if resumed is None else resumed.path
         windows = self.options.held_out
         devices = self.programs.mesh.size
-        return Begin(self.span.index, self.step, path, devices, notes, windows, self.forked)
+        return Begin(
+            self.span.index,
+            self.step,
+            path,
+            devices,
+            notes,
+            windows,
+            self.forked,
+            self.plan.ends,
+        )
 
     def _continue(self, resumed: Any) -> None:
         """Take the state of a checkpoint, of this run or of the one that it forks from."""
@@ -114,6 +126,7 @@ class Session:
         # The cost follows from the plan; FLOPs and seconds are in the lineage
         self.spent = self.span.spent + sum(self.span.costs[:done])
         self.flops, self.stopwatch.earlier = resumed.flops, resumed.seconds
+        self.losses = list(resumed.losses) if done else []
 
     def _from_trunk(self) -> Any:
         """The state of another run before a step, of which the plan is a fork."""
@@ -209,6 +222,7 @@ class Session:
                 f"{gradient_norm}; lower the peak, lengthen the warmup or look at the batch. Last good "
                 f"checkpoint: {last or 'none'}"
             )
+        self._remember(loss)
         yield dataclasses.replace(
             step,
             loss=loss,
@@ -248,6 +262,52 @@ class Session:
         """The model to evaluate (the average, if the optimizer averages), with its gates at a level."""
         return opened(self.programs.judged(self.state), level)
 
+    # Triggers ---------------------------------------------------------------------------------
+
+    def _remember(self, loss: float) -> None:
+        """Keep the losses that the stage's trigger reads, and the one that it will not have read yet."""
+        until = self.span.stage.until
+        if until is not None:
+            self.losses = [*self.losses, loss][-until.reads - 1 :]
+
+    def over(self, i: int) -> bool:
+        """Whether the trigger ends the stage before its step `i`.
+
+        The loss of step i - 1 is never read, whether it is known already or not.
+        """
+        stage = self.span.stage
+        if stage.until is None or stage.ended is not None or i < max(stage.ramp, 2):
+            return False
+        known = self.losses if self.late is not None else self.losses[:-1]
+        return stage.until.fires(known[-stage.until.reads :], i - 1) is not None
+
+    def end_stage(self, i: int) -> Iterator[Step]:
+        """End the stage after `i` steps: from here on, the plan is one whose stage has this length."""
+        index = self.span.index
+        self.plan = self.plan.ended(index, i)
+        self.span = self.plan.spans[index]
+        self.ahead.change(self.plan, index)
+        self.ahead.start(index)
+        self.judge.plan = self.plan
+        if isinstance(self.feed, CorpusFeed):
+            self.feed = dataclasses.replace(self.feed, plan=self.plan)
+            self.judge.feed = self.feed
+        if self.saves is not None:
+            self.saves.change(self.plan)
+        if self.late is not None and self.step == self.plan.steps:
+            # The run ends here, and its last step is evaluated
+            yield from self._mark(self.span.stage.level(i - 1), self.span.costs[-1])
+
+    def ended(self) -> Iterator[Ended]:
+        """The record of the end of a stage that its trigger has ended, after all of its steps."""
+        index, stage = self.span.index, self.span.stage
+        if stage.until is None or stage.ended is None:
+            return
+        numbers = stage.until.fires(self.losses[:-1][-stage.until.reads :], stage.ended - 1)
+        # Whoever states the length of a stage need not have taken it from its trigger
+        if numbers is not None:
+            yield Ended(index, self.step - 1, stage.ended, str(stage.until), dict(numbers))
+
     # Between stages ---------------------------------------------------------------------------
 
     def enter(self, span: Span) -> Iterator[Growth | Saved]:
@@ -255,15 +315,17 @@ class Session:
         if span.stage.grow is None:
             # Gates of the stage before are open by now, so the function is the same without them
             self.state = self.state._replace(rest=ungated(self.state.rest))
-            self.span, self.spent = span, span.spent
+            self.span, self.spent, self.losses = span, span.spent, []
             self.ahead.start(span.index)
             return
+        fit = self._fitted(span) if isinstance(span.stage.grow, Fit) else None
         start, waited = self.stopwatch.now(), self.ahead.waited
         with self.stopwatch.apart("grow"):
             self.state, crossing = cross(
-                self.plan, span, self.state, self._growing, self._probe_of(span)
+                self.plan, span, self.state, self._growing, self._probe_of(span), fit
             )
         self.span, self.spent, self.moved = span, span.spent, True
+        self.flops, self.losses = self.flops + span.fit_flops, []
         saved = list(self.save(crossing))
         stopped = None
         # Wait for the first step's program here, so that the wait is part of the growth's stall
@@ -282,6 +344,17 @@ class Session:
         yield from saved
         if stopped is not None:
             raise stopped
+
+    def _fitted(self, span: Span) -> tuple[Any, tuple[float, ...]]:
+        """The numbers of the operator of a stage, and the losses of its fit, which is training time."""
+
+        def get(need: Need) -> Any:
+            with self.stopwatch.apart("compile"):
+                return self._growing(need)
+
+        with self.doing(f"fitting {span.stage.grow}"), self.feed.stream(span, 0) as stream:
+            batches = (from_host(rows, self.programs.mesh) for _, rows in stream)
+            return fit_operator(self.plan, span, self.state, get, batches, self.stop.check)
 
     def _growing(self, need: Need) -> Any:
         """A compiled program of a growth."""
@@ -332,6 +405,7 @@ class Session:
                 seconds=self.stopwatch.training(),
                 data=self.feed.digest,
                 crossing=crossing,
+                losses=self.losses,
             )
         if path is not None:
             yield Saved(span.index, self.step, str(path))
@@ -406,50 +480,3 @@ class Session:
         if saved is None or saved[1] != about:
             return None
         return [saved[0].sums.tolist(), saved[0].weights.tolist()]
-
-
-class SaveTimer:
-    """Decides when a checkpoint by time is due, before the same step on all hosts.
-
-    Hosts' clocks differ, so process 0 decides and sends its answer to the others. To make this cheap,
-    they communicate at few steps: each answer is the number of steps until the next one, and 0 to save.
-    """
-
-    def __init__(self, minutes: float | None, stopwatch: Stopwatch):
-        self.seconds = None if minutes is None else 60 * minutes
-        self.stopwatch = stopwatch
-        # The time and the step of the last checkpoint, and the next step at which hosts communicate
-        self.start, self.first, self.meeting = stopwatch.now(), 0, 0
-
-    def restart(self, step: int) -> None:
-        """Begin to count the time, at the beginning of the run or after a checkpoint before `step`."""
-        # After 8 steps, the speed is known well enough
-        self.start, self.first, self.meeting = self.stopwatch.now(), step, step + 8
-
-    def due(self, step: int) -> bool:
-        """Whether to save before `step`."""
-        if self.seconds is None:
-            return False
-        if jax.process_count() == 1:
-            return self._left() <= 0
-        if step < self.meeting:
-            return False
-        wait = hosts.number_of_first(self._steps_left(step))
-        self.meeting = step + wait
-        return wait == 0
-
-    def _left(self) -> float:
-        """Seconds until a checkpoint is due; not positive if it is."""
-        assert self.seconds is not None
-        return self.seconds - (self.stopwatch.now() - self.start)
-
-    def _steps_left(self, step: int) -> int:
-        """Half of the steps until a checkpoint is due, at the current speed; 0 if it is due.
-
-        Half, since later steps may be slower: a sequence of halves does not miss the time.
-        """
-        left = self._left()
-        if left <= 0:
-            return 0
-        step_seconds = max(self.stopwatch.now() - self.start, 1e-3) / max(step - self.first, 1)
-        return int(min(max(left / step_seconds / 2, 1), 4096))

@@ -1,4 +1,4 @@
-"""The seconds of a run: those spent training, and those spent on other activities."""
+"""The seconds of a run: those spent training, those spent on other activities, and when to save."""
 
 import contextlib
 import math
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+
+from growjax.runs import hosts
 
 
 class Stopwatch:
@@ -56,3 +58,50 @@ class Stopwatch:
             yield
         finally:
             self.spent[activity] += self.now() - start
+
+
+class SaveTimer:
+    """Decides when a checkpoint by time is due, before the same step on all hosts.
+
+    Hosts' clocks differ, so process 0 decides and sends its answer to the others. To make this cheap,
+    they communicate at few steps: each answer is the number of steps until the next one, and 0 to save.
+    """
+
+    def __init__(self, minutes: float | None, stopwatch: Stopwatch):
+        self.seconds = None if minutes is None else 60 * minutes
+        self.stopwatch = stopwatch
+        # The time and the step of the last checkpoint, and the next step at which hosts communicate
+        self.start, self.first, self.meeting = stopwatch.now(), 0, 0
+
+    def restart(self, step: int) -> None:
+        """Begin to count the time, at the beginning of the run or after a checkpoint before `step`."""
+        # After 8 steps, the speed is known well enough
+        self.start, self.first, self.meeting = self.stopwatch.now(), step, step + 8
+
+    def due(self, step: int) -> bool:
+        """Whether to save before `step`."""
+        if self.seconds is None:
+            return False
+        if jax.process_count() == 1:
+            return self._left() <= 0
+        if step < self.meeting:
+            return False
+        wait = hosts.number_of_first(self._steps_left(step))
+        self.meeting = step + wait
+        return wait == 0
+
+    def _left(self) -> float:
+        """Seconds until a checkpoint is due; not positive if it is."""
+        assert self.seconds is not None
+        return self.seconds - (self.stopwatch.now() - self.start)
+
+    def _steps_left(self, step: int) -> int:
+        """Half of the steps until a checkpoint is due, at the current speed; 0 if it is due.
+
+        Half, since later steps may be slower: a sequence of halves does not miss the time.
+        """
+        left = self._left()
+        if left <= 0:
+            return 0
+        step_seconds = max(self.stopwatch.now() - self.start, 1e-3) / max(step - self.first, 1)
+        return int(min(max(left / step_seconds / 2, 1), 4096))

@@ -1,25 +1,66 @@
-"""The transition into a stage that grows: grow, certify, and only then give up the old state.
+"""The transition into a stage that grows: fit, grow, certify, and only then give up the old state.
 
-`cross` is a transaction: it returns a certified new state, or raises and leaves the old one unchanged.
+`fit_operator` finds the numbers of an operator that has none yet, and changes no state. `cross` is a
+transaction: it returns a certified new state, or raises and leaves the old one unchanged.
 """
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from growjax.errors import TrainingError
+from growjax.errors import TrainingError, raise_all
+from growjax.growth import Fit
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span
 from growjax.programs.ahead import Need
 from growjax.programs.step import State
-from growjax.runs.records import Crossing
+from growjax.runs.records import Crossing, Fitting
 
 
 # The largest mean change of a loss (nats) that rounding explains, by the dtype of the activations
 _ROUNDING = {"float64": 1e-9, "float32": 2e-4, "float16": 1e-2, "bfloat16": 4e-2}
+
+
+def fit_operator(
+    plan: Plan,
+    span: Span,
+    state: State,
+    get: Callable[[Need], Any],
+    batches: Iterator[Any],
+    check: Callable[[], None],
+) -> tuple[Any, tuple[float, ...]]:
+    """Fit the operator of a stage: its numbers, and the loss on each batch.
+
+    - `get`: returns a compiled program.
+    - `batches`: the batches of the stage, on the mesh.
+    - `check`: called before each batch; raises to stop.
+
+    Raises `TrainingError` for a loss that is not finite, and for numbers that the operator refuses.
+    """
+    op = span.stage.grow
+    assert isinstance(op, Fit)
+    begin, improve = get(("numbers", span.index, None)), get(("fit", span.index, None))
+    numbers, losses = begin(state, np.int32(plan.seed)), []
+    for _ in range(op.batches):
+        check()
+        numbers, loss = improve(numbers, state, next(batches))
+        losses.append(loss)
+    # Read at the end, so that the host does not wait for each
+    losses = tuple(float(loss) for loss in jax.device_get(losses))
+    bad = next((n for n, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    where = f"plan {plan.name!r}: stage {span.index} {span.stage.name!r}: {op}"
+    if bad is not None:
+        raise TrainingError(
+            f"{where}: its fit has a loss of {losses[bad]} on batch {bad}; lower its rate. The state "
+            "before the growth is in the last checkpoint"
+        )
+    faults = op.faults(jax.device_get(numbers))
+    raise_all(TrainingError, f"{where} must not grow this model:", list(faults))
+    return numbers, losses
 
 
 def cross(
@@ -28,12 +69,14 @@ def cross(
     state: State,
     get: Callable[[Need], Any],
     probe: Callable[[Any, State, float], tuple[np.ndarray, np.ndarray]],
+    fit: tuple[Any, tuple[float, ...]] | None = None,
 ) -> tuple[State, Crossing]:
     """Grow a state into the stage `span`, certify the growth, and free the old state.
 
     - `get`: returns a compiled program.
     - `probe`: (evaluation program, state, level of the gates) to losses and weights `[batch, T]`, on the
       same tokens at every call.
+    - `fit`: the numbers of an operator that was fitted, and the losses of its fit.
 
     Raises `TrainingError` if an operator that promises to change nothing changed the loss.
     """
@@ -53,7 +96,8 @@ def cross(
     # Gates of the stage before are open by now, and new ones are still closed
     old_losses, weights = probe(evaluate_before, state, 1.0)
     certify_seconds = lap()
-    grown = jax.block_until_ready(grow(state, np.int32(plan.seed)))
+    numbers = () if fit is None else fit[:1]
+    grown = jax.block_until_ready(grow(state, np.int32(plan.seed), *numbers))
     grow_seconds = lap()
     new_losses, new_weights = probe(evaluate_after, grown, 0.0)
     certify_seconds += lap()
@@ -64,8 +108,21 @@ def cross(
     change = float((np.abs(new_losses - old_losses) * weights).sum() / total)
     dtype = plan.activations
     limit = None if op.exactness == "approximate" else _ROUNDING[dtype]
+    record = None
+    if span.fit_flops:
+        losses = () if fit is None else fit[1]
+        cost = span.fit_cost / plan.clock.per_unit
+        record = Fitting(len(losses), losses, span.fit_flops, span.fit_tokens, cost)
     crossing = Crossing(
-        str(op), op.exactness, before, after, change, limit, grow_seconds, certify_seconds
+        str(op),
+        op.exactness,
+        before,
+        after,
+        change,
+        limit,
+        grow_seconds,
+        certify_seconds,
+        record,
     )
     # Not `change > limit`, which is False for NaN
     if limit is not None and not change <= limit:
