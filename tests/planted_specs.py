@@ -152,10 +152,31 @@ TABLE = """
 @ every layer draws the same tokens | nn/stacked.py | nested | in_the_middle or another_way
 - block if whole else _Thinned(block, _drawn(key, self.token_count, x.shape[0]))
 + block if whole else _Thinned(block, _drawn(0 * key, self.token_count, x.shape[0]))
-@ layers run after the exit | subnet/drops.py | nested | coins_fall
+@ layers run after the exit | subnet/exits.py | nested | coins_fall
 - return runs & (jnp.arange(layers) < drawn)
 + return runs & (jnp.arange(layers) != drawn)
-@ the last exit has no weight of its own | subnet/drops.py | nested | by_their_weights
+@ exits weigh alike | nn/head.py | exits | weighted_sum
+- weights = jnp.asarray(readout.weights, x.dtype).reshape(count, *[1] * x.ndim)
++ weights = jnp.full((count, *[1] * x.ndim), 1 / count, x.dtype)
+@ exits read what comes before their layer | nn/stacked.py | exits | weighted_sum
+- return x, (auxiliary, x)
++ return x, (auxiliary, 0 * x)
+@ exits share no norm | models/causal.py | exits | weighted_sum
+- exits=jax.vmap(self.norm)(exits)
++ exits=exits
+@ exits do not rotate | subnet/exits.py | exits | rotate_the_exits
+- (depths - 1 + phase) % self.every
++ (depths - 1) % self.every
+@ exits come all at once | subnet/exits.py | exits | rotate_the_exits
+- depths = depths[depths >= layers - phase]
++ depths = depths[depths >= 0]
+@ logits of exits are free | plan/steps.py | exits | is_charged
+- if part.besides is not None:
++ if part is None:
+@ exits are forgotten by a loss of its own | nn/head.py | exits | chunks
+- if self.exits is not None:
++ if self.exits is None and self.weights:
+@ the last exit has no weight of its own | subnet/exits.py | nested | by_their_weights
 - weights[-1] = layers - 1 + self.exits
 + weights[-1] = self.exits
 @ one size in all steps | subnet/matformer.py | nested | each_as_often

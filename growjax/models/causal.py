@@ -1,9 +1,11 @@
 """How decoder-only models read: calls, examples, caches and logits, which GPT and `Decoder` share."""
 
 import abc
+import dataclasses
 from collections.abc import Mapping
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -103,10 +105,14 @@ class CausalModel(eqx.Module):
         check_sequence(tokens, None if positions is not None else self._places)
         positions = jnp.arange(tokens.shape[0]) if positions is None else positions
         x, turn = self._embed(tokens, positions)
-        x, auxiliary = self.blocks.with_auxiliary(
+        x, auxiliary, exits = self.blocks.with_exits(
             x, mask=causal(mask, prefix, documents), turn=turn
         )
-        return self._read_out(x, auxiliary)
+        readout = self._read_out(x, auxiliary)
+        if exits is None:
+            return readout
+        weights = tuple(weight for _, weight in self.blocks.exits)
+        return dataclasses.replace(readout, exits=jax.vmap(self.norm)(exits), weights=weights)
 
     def _read_out(
         self, x: Float[Array, "T embed"], auxiliary: Float[Array, ""] | None = None

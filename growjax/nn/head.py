@@ -39,6 +39,8 @@ class Readout(eqx.Module):
     - `auxiliary`: the auxiliary loss of the sequence, which training adds to its mean loss; None
       without any.
     - `cap`: if not None, logits are `cap * tanh(logits / cap)` (Gemma 2).
+    - `exits`, `weights`: the head's input after some layers, and the weight of each: what is read token
+      by token is then their sum. None, and (), of a whole model.
     - `gate`: the gate of the words, or None. Level l multiplies the probability of a new word by l,
       before all are normalised; at 0 the others are what they were, and such a target has no finite loss.
 
@@ -56,6 +58,8 @@ class Readout(eqx.Module):
     auxiliary: Float[Array, ""] | None = None
     cap: float | None = eqx.field(static=True, default=None)
     gate: Gate | None = None
+    exits: Float[Array, "exits T embed"] | None = None
+    weights: tuple[float, ...] = eqx.field(static=True, default=())
 
     def __check_init__(self):
         shapes = {"hidden": (self.hidden, 2), "weight": (self.weight, 2), "bias": (self.bias, 1)}
@@ -80,7 +84,12 @@ class Readout(eqx.Module):
         return self.weight.shape[0 if self.tied else 1]
 
     def logits(self) -> Float[Array, "T vocab"]:
-        """All logits, in float32 at least."""
+        """All logits, in float32 at least; raises `AxisError` with exits, of which each has its own."""
+        if self.exits is not None:
+            raise AxisError(
+                "this model has early exits, whose losses are added: read it by growjax.nn.per_token, as "
+                "the loss cross_entropy does"
+            )
         x = self.hidden
         equation = "te,ve->tv" if self.tied else "te,ev->tv"
         wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -121,6 +130,8 @@ def per_token(
 
         losses = per_token(cross_entropies, readout, targets)     # [T]
     """
+    if readout.exits is not None:
+        return _per_exit(function, readout, *rows, chunk=chunk)
     tokens = readout.hidden.shape[0]
     chunk = chunk_of(tokens, readout.vocab) if chunk is None else chunk
 
@@ -146,6 +157,24 @@ def per_token(
     # The remaining tokens are a chunk of their own: padding would be charged as work
     rest = jax.checkpoint(of, policy=policy)(*jax.tree.map(lambda x: x[whole:], arrays))
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), results, rest)
+
+
+def _per_exit(function: Callable[..., Any], readout: Readout, *rows: Any, chunk: int | None) -> Any:
+    """The weighted sum over exits, whose tokens are read as those of one long sequence."""
+    assert readout.exits is not None
+    count, tokens, _ = readout.exits.shape
+    hidden = readout.exits.reshape(count * tokens, -1)
+    long = dataclasses.replace(readout, hidden=hidden, exits=None, weights=())
+    tiled = jax.tree.map(lambda x: jnp.concatenate([x] * count), rows)
+    results = per_token(function, long, *tiled, chunk=chunk)
+
+    def total(x: Array) -> Array:
+        # Not a product of matrices, which would be counted
+        each = x.reshape(count, tokens, *x.shape[1:])
+        weights = jnp.asarray(readout.weights, x.dtype).reshape(count, *[1] * x.ndim)
+        return jnp.sum(weights * each, axis=0)
+
+    return jax.tree.map(total, results)
 
 
 @jax.custom_jvp

@@ -8,6 +8,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from growjax import axes
@@ -48,7 +49,8 @@ class Stacked(eqx.Module, Generic[Block]):
     - `branch` (RaPTr, PLD): handed to the block, which multiplies its residual branches by it;
     - `active`: layers marked False are skipped by `lax.cond`, at no cost for their FLOPs.
 
-    A stack that is `thinned` gives some blocks a part of the tokens.
+    A stack that is `thinned` gives some blocks a part of the tokens, and one with `exits` has the outputs
+    of some blocks besides, each with a weight in the loss (`LayerSkip`).
 
     `remat="dots"` keeps matrix products and recomputes the rest, the fastest form even on a CPU but for
     models of a few 100,000 weights, where "nothing" is, which recomputes everything; "everything" keeps
@@ -64,6 +66,7 @@ class Stacked(eqx.Module, Generic[Block]):
     token_keys: UInt32[Array, "layers 2"] | None = axes.buffer("{axis}: 2")
     token_count: int = eqx.field(static=True, default=0)
     token_keep: tuple[int, ...] = eqx.field(static=True, default=())
+    exits: tuple[tuple[int, float], ...] = eqx.field(static=True, default=())
     axis: str = eqx.field(static=True, default="layers")
     remat: Remat = eqx.field(static=True, default="dots")
     unroll: int = eqx.field(static=True, default=1)
@@ -80,7 +83,7 @@ class Stacked(eqx.Module, Generic[Block]):
     ):
         self.block = eqx.filter_vmap(make)(jax.random.split(key, length))
         self.gate = self.branch = self.active = self.token_keys = None
-        self.token_count, self.token_keep = 0, ()
+        self.token_count, self.token_keep, self.exits = 0, (), ()
         self.axis, self.remat, self.unroll, self.read = axis, remat, 1, None
 
     def __call__(self, x: Float[Array, "T embed"], *args: Any, **kwargs: Any) -> Array:
@@ -105,6 +108,18 @@ class Stacked(eqx.Module, Generic[Block]):
         A block has them if it has a method `with_auxiliary`, as `growjax.nn.Block` does. The loss of a
         layer is multiplied by its gate; a layer that does not run has none.
         """
+        if self.exits:
+            raise AxisError(
+                "this stack has early exits, and the model around it reads only the output; let it call "
+                "`with_exits` and give the outputs to its Readout, as GPT and Llama do"
+            )
+        x, auxiliary, _ = self.with_exits(x, *args, **kwargs)
+        return x, auxiliary
+
+    def with_exits(
+        self, x: Float[Array, "T embed"], *args: Any, **kwargs: Any
+    ) -> tuple[Array, Float[Array, ""] | None, Float[Array, "exits T embed"] | None]:
+        """The same, and the outputs of the blocks in `exits`; None without any."""
         arrays, static = eqx.partition(self.block, eqx.is_array)
         layers = (arrays, self.gate, self.branch, self.active, self.token_keys)
 
@@ -132,15 +147,23 @@ class Stacked(eqx.Module, Generic[Block]):
 
             return mixed(x) if on is None else jax.lax.cond(on, mixed, skipped, x)
 
-        total = None
+        total, outputs = None, []
         for whole, part in self._runs(x.shape[0], layers):
-            step = functools.partial(run, whole)
+            step: Any = functools.partial(run, whole)
+            if self.exits:
+                step = functools.partial(_with_output, step)
             if self.remat != "everything":
                 step = jax.checkpoint(step, prevent_cse=False, policy=_POLICIES[self.remat])
             x, auxiliary = jax.lax.scan(step, x, part, unroll=self.unroll)
+            if self.exits:
+                auxiliary, after = auxiliary
+                outputs.append(after)
             if auxiliary is not None:
                 total = jnp.sum(auxiliary) if total is None else total + jnp.sum(auxiliary)
-        return x, total
+        if not self.exits:
+            return x, total, None
+        chosen = np.array([layer for layer, _ in self.exits])
+        return x, total, jnp.concatenate(outputs)[chosen]
 
     def thinned(
         self, keys: UInt32[Array, "layers 2"], count: int, keep: tuple[int, ...]
@@ -155,6 +178,10 @@ class Stacked(eqx.Module, Generic[Block]):
             "token_keep": keep,
         }
         return axes.put(self, {(name,): value for name, value in changed.items()})
+
+    def exiting(self, exits: tuple[tuple[int, float], ...]) -> "Stacked[Block]":
+        """The stack with these exits: pairs of a block's number and its weight in the loss."""
+        return axes.put(self, {("exits",): exits})
 
     def _runs(self, tokens: int, layers: Any) -> Iterator[tuple[bool, Any]]:
         """The layers in runs that read all tokens, or some of them; one run unless it is thinned."""
@@ -198,6 +225,12 @@ class Stacked(eqx.Module, Generic[Block]):
     def _block(self, weights: Any, static: Any) -> Any:
         block: Any = eqx.combine(weights, static)
         return block if self.read is None else self.read(block)
+
+
+def _with_output(step: Callable[[Any, Any], Any], x: Any, layer: Any) -> Any:
+    """A step of the scan that hands out the block's output as well."""
+    x, auxiliary = step(x, layer)
+    return x, (auxiliary, x)
 
 
 class _Thinned(NamedTuple):

@@ -14,10 +14,10 @@ stochastic depth (Huang et al. 2016) or LayerDrop (Fan et al. 2020).
 from growjax.subnet.base import Coins as Coins
 from growjax.subnet.base import Subnet as Subnet
 from growjax.subnet.base import step_key as step_key
-from growjax.subnet.drops import LayerSkip as LayerSkip
 from growjax.subnet.drops import ProgressiveLayerDrop as ProgressiveLayerDrop
-from growjax.subnet.drops import layer_skip as layer_skip
 from growjax.subnet.drops import progressive_layer_drop as progressive_layer_drop
+from growjax.subnet.exits import LayerSkip as LayerSkip
+from growjax.subnet.exits import layer_skip as layer_skip
 from growjax.subnet.loops import Loop as Loop
 from growjax.subnet.loops import loop as loop
 from growjax.subnet.matformer import Nested as Nested
