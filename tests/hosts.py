@@ -7,7 +7,7 @@ python -m tests.hosts experts FOLDER              the same, with experts that ar
 python -m tests.hosts kernels                     splash attention, split over the devices
 python -m tests.hosts parts FOLDER                two devices that split a model whose old layers rest
 python -m tests.hosts rank FOLDER RANK PORT WHAT  one of two processes, one device each
-python -m tests.hosts start FOLDER                one process that starts from what the two made
+python -m tests.hosts start FOLDER                one process that does what the two do at the end
 """
 
 import dataclasses
@@ -33,10 +33,24 @@ from growjax import parallel
 from growjax.nn import Mask, attend, head
 from growjax.nn.place import place_of, running_on
 from growjax.parallel import BATCH, split_rows
+from growjax.plan import Plateau
 from growjax.programs.ahead import lower
 from growjax.programs.step import Programs, checksums
 from growjax.runs.checkpoint import load, numbered, read_lineage
-from growjax.train import End, Fork, Layout, Options, Plan, Start, Step, cross_entropy, train
+from growjax.train import (
+    End,
+    Ended,
+    Fork,
+    Layout,
+    Options,
+    Plan,
+    Probe,
+    Start,
+    Step,
+    choose,
+    cross_entropy,
+    train,
+)
 from tests import own
 from tests.runs import SMALL, feed, plan, steps
 
@@ -294,6 +308,23 @@ def started(folder: Path, layout: Layout) -> dict[str, list[float]]:
     }
 
 
+def chosen(folder: Path, layout: Layout) -> dict[str, Any]:
+    """A choice between a growth that is fitted and none, and the rest, which ends by itself."""
+    stages = steps(2), steps(3), steps(8, until=Plateau(1, 0.5))
+    candidates = steps(3, grow=gj.growth.gradmax(mlp=24)), steps(3)
+    probe = Probe(plan(*stages, layout=layout, batch=8), 1, candidates, steps=2)
+    options, programs = Options(held_out=8, held_out_end=0), {}
+    decision = choose(probe, folder, feed, options=options, cache=programs)
+    of = decision.plan
+    rest = list(train(of, feed(of), run=decision.run, options=options, cache=programs))
+    return {
+        "losses": decision.losses,
+        "chosen": decision.chosen,
+        "ended": [record.steps for record in rest if isinstance(record, Ended)],
+        "rest": {record.step: record.loss for record in rest if isinstance(record, Step)},
+    }
+
+
 def rank(folder: Path, index: int, port: str, what: str) -> None:
     """One of two hosts.
 
@@ -321,6 +352,7 @@ def rank(folder: Path, index: int, port: str, what: str) -> None:
     batch = reading.batches(of.spans[0]).batch_at(0)
     assert len(batch["tokens"]) == 4 and np.all(batch["weights"] == 1)
     if what == "start":
+        print(json.dumps(chosen(folder.parent / "probe", of.layout)))
         print(json.dumps(started(folder, of.layout)))
 
 
@@ -370,6 +402,7 @@ if __name__ == "__main__":
     elif command == "parts":
         parts(Path(where))
     elif command == "start":
+        print(json.dumps(chosen(Path(where).parent / "alone", Layout())))
         print(json.dumps(started(Path(where), Layout())))
     else:
         rank(Path(where), int(rest[0]), *rest[1:-1])

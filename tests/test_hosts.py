@@ -123,18 +123,32 @@ def test_two_hosts_give_the_losses_of_one(layouts, two_hosts):
     assert all(f"process {i} of 2 on" in out and "1 of 2" in out for i, out in enumerate(outs))
 
 
-def test_two_hosts_start_from_a_run_and_read_the_whole_model_in_hooks(two_hosts):
-    folder, outs = two_hosts
-    first, second = (json.loads(out.splitlines()[-1]) for out in outs)
-    alone = start("start", folder)
+@pytest.fixture(scope="module")
+def one_host(two_hosts):
+    alone = start("start", two_hosts[0])
     out, errors = alone.communicate(timeout=600)
     assert alone.returncode == 0, errors
-    one = json.loads(out.splitlines()[-1])
+    return out
+
+
+def test_two_hosts_start_from_a_run_and_read_the_whole_model_in_hooks(two_hosts, one_host):
+    folder, outs = two_hosts
+    first, second = (json.loads(out.splitlines()[-1]) for out in outs)
+    one = json.loads(one_host.splitlines()[-1])
     assert first == second and len(first["losses"]) == len(first["sizes"]) == 2
     for field in ("losses", "sizes"):
         assert first[field] == pytest.approx(one[field], rel=1e-5)
     # From the model that was trained, and not from one that was just born
     assert one["losses"][0] < shown(outs[0])[0] - 0.01
+
+
+def test_two_hosts_choose_fit_and_end_a_stage_as_one_does(two_hosts, one_host):
+    first, second = (json.loads(out.splitlines()[-2]) for out in two_hosts[1])
+    one = json.loads(one_host.splitlines()[-2])
+    assert first == second
+    assert (first["chosen"], first["ended"]) == (one["chosen"], one["ended"]) and one["ended"]
+    assert first["losses"] == pytest.approx(one["losses"], abs=3e-5)
+    assert first["rest"] == pytest.approx(one["rest"], abs=3e-5)
 
 
 def test_hosts_that_see_different_checkpoints_do_not_go_on(two_hosts, tmp_path):

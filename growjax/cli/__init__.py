@@ -16,12 +16,12 @@ import tyro
 
 from growjax.cli.checkpoints import certify, evaluate, families, grow, inspect
 from growjax.cli.results import advise, compare, report
-from growjax.cli.training import calibrate, demo, plan, prepare, sweep, train
+from growjax.cli.training import calibrate, choose, demo, plan, prepare, sweep, train
 
 
 app = tyro.extras.SubcommandApp()
 # In the order of `growjax --help`
-for _command in (demo, prepare, train, plan, calibrate, grow, certify, inspect, families):
+for _command in (demo, prepare, train, choose, plan, calibrate, grow, certify, inspect, families):
     app.command(_command)
 app.command(name="eval")(evaluate)
 for _command in (sweep, advise, compare, report):

@@ -1,4 +1,4 @@
-"""Commands that train: demo, train, plan, calibrate, sweep."""
+"""Commands that train: demo, prepare, train, choose, plan, calibrate, sweep."""
 
 from pathlib import Path
 
@@ -176,6 +176,49 @@ def prepare(
         split=cut,
         field=field,
         console=console,
+    )
+
+
+def choose(
+    probe: tyro.conf.Positional[Path],
+    run: Path,
+    only: bool = False,
+    evaluations: int = 20,
+    held_out: int = 256,
+    held_out_end: int = 4096,
+    hosts: bool = False,
+    allow: Allow = (),
+    programs: str = "",
+) -> int:
+    """Try each candidate of a probe for some steps, keep the best, and train it to the end.
+
+    If it is stopped, the same command goes on. Exit statuses are those of `train`.
+
+    Args:
+        probe: A JSON file, or a Python file that defines `probe`, a growjax.train.Probe.
+        run: The folder of the candidates' runs, 0, 1, ..., and of the decision.
+        only: Stop after the decision; `train` goes on with the run that was kept.
+        evaluations: The number of evaluations on held-out text, at equal distances in cost.
+        held_out: The number of held-out windows in each evaluation, and of the decision.
+        held_out_end: The number of windows that the finished model is evaluated on; 0 for none.
+        hosts: Join the other hosts of a pod first.
+        programs: The folder for compiled programs; see `train`.
+    """
+    allow_packages(allow)
+    from growjax import parallel
+
+    if hosts:
+        parallel.connect()
+    parallel.keep_programs(run / "cache" / "programs", programs)
+    from rich.console import Console
+
+    from growjax.train import Options
+    from growjax.train.commands import choose_and_train
+    from growjax.train.planfile import read_probe
+
+    options = Options(held_out=held_out, held_out_end=held_out_end)
+    return choose_and_train(
+        read_probe(probe), run, options, evaluations=evaluations, only=only, console=Console()
     )
 
 

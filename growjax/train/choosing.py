@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from growjax.errors import PlanError, TrainingError
 from growjax.plan.plan import Plan
 from growjax.plan.probe import Decision, Probe
@@ -27,6 +29,7 @@ def choose(
     *,
     options: Options | None = None,
     allow: tuple[str, ...] = (),
+    console: Console | None = None,
     **more: Any,
 ) -> Decision:
     """Train every candidate of a probe for its trial, and decide for the one with the lowest loss.
@@ -48,6 +51,7 @@ def choose(
     - `feed`: the data of a plan; None reads the data that it names.
     - `options`, and any more: as for `growjax.train.train`. Losses are those of the whole model on
       `options.held_out` windows after the last step of a trial.
+    - `console`: where the progress of the trials is shown; None for no display.
     - `allow`: packages whose classes a decision that is read may use.
 
     Raises `PlanError` if `run` holds the decision of another probe, `TrainingError` if a signal stops a
@@ -66,7 +70,8 @@ def choose(
         plan, trial = probe.trial(number, folder), Run(folder / str(number))
         if hosts.from_first(lambda trial=trial: _loss_after(trial, end)) is None:
             data = None if feed is None else feed(plan)
-            _train(plan, trial, data, end, _with_marks(options, probe.start, end), more)
+            marked = _with_marks(options, probe.start, end)
+            _train(plan, trial, data, end, marked, console, more)
         loss = hosts.from_first(lambda trial=trial: _loss_after(trial, end))
         if loss is None:
             raise TrainingError(
@@ -90,13 +95,19 @@ def _with_marks(options: Options, start: int, end: int) -> Options:
 
 
 def _train(
-    plan: Plan, run: Run, feed: Feed | None, end: int, options: Options, more: dict[str, Any]
+    plan: Plan,
+    run: Run,
+    feed: Feed | None,
+    end: int,
+    options: Options,
+    console: Console | None,
+    more: dict[str, Any],
 ) -> None:
     """Train a candidate up to the end of its trial, and save it there."""
     training = train(plan, feed, run=run.folder, options=options, **more)
     # Closing waits for the checkpoint that is being written
     with contextlib.closing(training):
-        for record in watch(training, plan, run=run.folder):
+        for record in watch(training, plan, run=run.folder, console=console):
             if isinstance(record, Saved) and record.step == end:
                 return
 

@@ -37,9 +37,11 @@ from growjax.hf.convert import load as load_folder
 from growjax.models.protocol import kind_of
 from growjax.parallel import Layout
 from growjax.plan.losses import cross_entropy
-from growjax.plan.plan import Plan, purpose_key
+from growjax.plan.plan import Plan
 from growjax.plan.prefix import Branch, branches
+from growjax.plan.probe import Probe
 from growjax.plan.stages import Fork
+from growjax.plan.worked import purpose_key
 from growjax.programs.step import Programs, checksums
 from growjax.runs.checkpoint import load, numbered, read_lineage, write
 from growjax.runs.feed import CorpusFeed
@@ -47,6 +49,7 @@ from growjax.runs.lineage import births_of, load_model, model_of, operators_of, 
 from growjax.runs.records import End
 from growjax.runs.run import Run, checkpoint_in
 from growjax.runs.watch import watch
+from growjax.train.choosing import choose
 from growjax.train.loop import train
 from growjax.train.options import Options
 from growjax.train.planfile import read_plan
@@ -169,6 +172,37 @@ def train_tree(
         if status:
             return status
     return 0
+
+
+def choose_and_train(
+    probe: Probe,
+    run: str | Path,
+    options: Options,
+    *,
+    evaluations: int = 20,
+    only: bool = False,
+    console: Console,
+) -> int:
+    """Keep the best candidate of a probe (`growjax.train.choose`), and train its run to the end.
+
+    With `only` it stops after the decision. Returns the exit status, as `train_plan` does.
+    """
+    programs: dict[str, Any] = {}
+    options = dataclasses.replace(options, evaluate_every=probe.plans[0].cost / max(evaluations, 1))
+    decision = choose(probe, run, options=options, console=console, cache=programs)
+    unit = probe.plan.clock
+    for n, (stage, loss, cost) in enumerate(
+        zip(probe.candidates, decision.losses, probe.costs, strict=True)
+    ):
+        kept = "  kept" if n == decision.chosen else ""
+        console.print(
+            f"{stage.name or stage.grow or n}: held-out loss {loss:.4f} after {probe.steps} steps, "
+            f"{cost / unit.per_unit:.4g} {unit.unit}{kept}",
+            markup=False,
+        )
+    if only:
+        return 0
+    return train_plan(decision.plan, decision.run, options, console=console, programs=programs)
 
 
 def _fork_of(text: str) -> Fork:

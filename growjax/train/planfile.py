@@ -1,16 +1,20 @@
-"""A plan from a file: JSON, or Python that defines `plan`, with some of its fields changed."""
+"""A plan or a probe from a file: JSON, or Python that defines it; of a plan, with changed fields."""
 
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from growjax.errors import FormatError, GrowjaxError, PlanError
 from growjax.plan.files import load_plan
 from growjax.plan.plan import Plan
-from growjax.values import from_dict, from_json, to_dict
+from growjax.plan.probe import Probe
+from growjax.values import from_dict, from_json, read, to_dict
+
+
+T = TypeVar("T")
 
 
 def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
@@ -24,24 +28,7 @@ def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
         read_plan("plan.json", ["batch=16", "model.dtype=bfloat16"])
     """
     path = Path(path)
-    if path.suffix == ".py":
-        try:
-            plan = getattr(_module(path), "plan", None)
-        except OSError as error:
-            raise PlanError(f"{path}: {error.strerror or error}") from error
-        except GrowjaxError:
-            raise
-        except (Exception, SystemExit) as error:
-            # The user's file may raise anything
-            raise PlanError(
-                f"{path}{_line_in(path, error)}: {type(error).__name__}: {error}"
-            ) from error
-        if not isinstance(plan, Plan):
-            raise PlanError(
-                f"{path}: expected it to define `plan`, a growjax.train.Plan, got {plan!r}"
-            )
-    else:
-        plan = load_plan(path)
+    plan = _defined(path, "plan", Plan) if path.suffix == ".py" else load_plan(path)
     if not changes:
         return plan
     saved = to_dict(plan)
@@ -51,6 +38,37 @@ def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
             raise PlanError(f"{change!r}: expected a change like batch=16")
         _set(saved, name, _value(text))
     return from_dict(saved, Plan, error=PlanError, source=str(path))
+
+
+def read_probe(path: str | Path) -> Probe:
+    """Read the probe in a JSON file, or the variable `probe` of a Python file.
+
+    Raises `PlanError` for a file without one.
+    """
+    path = Path(path)
+    if path.suffix == ".py":
+        return _defined(path, "probe", Probe)
+    return read(path, Probe, error=PlanError)
+
+
+def _defined(path: Path, name: str, kind: type[T]) -> T:
+    """The value of a variable of a Python file; raises `PlanError` for a file without it."""
+    try:
+        value = getattr(_module(path), name, None)
+    except OSError as error:
+        raise PlanError(f"{path}: {error.strerror or error}") from error
+    except GrowjaxError:
+        raise
+    except (Exception, SystemExit) as error:
+        # The user's file may raise anything
+        raise PlanError(
+            f"{path}{_line_in(path, error)}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(value, kind):
+        raise PlanError(
+            f"{path}: expected it to define `{name}`, a growjax.train.{kind.__name__}, got {value!r}"
+        )
+    return value
 
 
 def _line_in(path: Path, error: BaseException) -> str:
