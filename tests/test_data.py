@@ -143,7 +143,7 @@ def test_a_bert_vocabulary(tmp_path):
 
 
 def test_a_tokenizer_that_is_none(tmp_path):
-    with pytest.raises(DataError, match="expected 'bytes' or a file, and 'nowhere' is not a file"):
+    with pytest.raises(DataError, match="a file or a folder, and 'nowhere' is neither"):
         load_tokenizer("nowhere")
     with pytest.raises(DataError, match="sentinels of 0 or more and a multiple of 1"):
         ByteTokenizer(sentinels=-1)

@@ -1,0 +1,135 @@
+"""Tokenizers by the files of their folder: roles, frames, ends, and special tokens in prompts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from growjax.data import ByteTokenizer, load_tokenizer
+from growjax.errors import DataError, ExtraError
+
+
+tokenizers = pytest.importorskip("tokenizers")
+FRAME = tokenizers.processors.TemplateProcessing(
+    single="<s> $A </s>", special_tokens=[("<s>", 10), ("</s>", 11)]
+)
+WORDS = {word: i for i, word in enumerate("a b c d e f g h <unk>".split())}
+# Their ids are 9 and so on
+SPECIAL = ["<pad>", "<s>", "</s>", "<|endoftext|>", "<|turn|>"]
+
+
+def folder(path: Path, *, frame: Any = None, **files: Any) -> Path:
+    """A tokenizer of words with these files beside it; `__` in a name stands for a dot."""
+    path.mkdir(exist_ok=True)
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(SPECIAL)
+    if frame is not None:
+        made.post_processor = frame
+    made.save(str(path / "tokenizer.json"))
+    for name, value in files.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        (path / name.replace("__", ".")).write_text(text)
+    return path
+
+
+def specials(path: Path, **files: Any) -> dict[str, int]:
+    return load_tokenizer(folder(path, **files)).vocabulary.specials
+
+
+def test_roles_are_what_the_files_say(tmp_path):
+    config: dict[str, Any] = {"eos_token": "<|endoftext|>", "bos_token": None}
+    said = {"eos": 12, "pad": 9}
+    assert specials(tmp_path / "a", tokenizer_config__json=config) == said
+    # The older file is for what the newer one does not say; both may write objects
+    older = {"eos_token": "</s>", "pad_token": {"content": "<|turn|>", "lstrip": False}}
+    both = {"tokenizer_config__json": config, "special_tokens_map__json": older}
+    assert specials(tmp_path / "b", **both) == {"eos": 12, "pad": 13}
+    assert specials(tmp_path / "c", special_tokens_map__json=older) == {
+        "eos": 11,
+        "pad": 13,
+        "bos": 10,
+    }
+    # Spellings decide about a file by itself, and in a folder that says nothing
+    guessed = {"pad": 9, "bos": 10, "eos": 11}
+    assert load_tokenizer(tmp_path / "a" / "tokenizer.json").vocabulary.specials == guessed
+    assert specials(tmp_path / "d") == guessed
+    # A class has defaults of its own; one that is not known begins texts with no bos
+    known = {"tokenizer_class": "GPT2TokenizerFast"}
+    assert specials(tmp_path / "e", tokenizer_config__json=known) == {"bos": 12, "eos": 12}
+    other = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert specials(tmp_path / "f", tokenizer_config__json=other) == {"pad": 9, "eos": 11}
+    own = load_tokenizer(tmp_path / "f", specials={"eos": "<|turn|>"})
+    assert own.vocabulary.specials["eos"] == 13
+
+
+def test_ends_are_a_list(tmp_path):
+    config = {"eos_token": "</s>"}
+
+    def ends(name: str, **files: Any) -> set[int]:
+        return {*load_tokenizer(folder(tmp_path / name, **files)).ends}
+
+    assert ends("a", tokenizer_config__json=config) == {11}
+    both = {"tokenizer_config__json": config, "generation_config__json": {"eos_token_id": [12, 13]}}
+    assert ends("b", **both) == {11, 12, 13}
+    assert ends("c", generation_config__json={"eos_token_id": 13}) == {11, 13}
+    # config.json is for what generation_config.json does not say
+    model = {"config__json": {"eos_token_id": 12}}
+    assert ends("d", **model) == {11, 12}
+    assert ends("e", **model, generation_config__json={"eos_token_id": 13}) == {11, 13}
+    with pytest.raises(DataError, match="eos_token_id: expected an id or a list of ids, got 'x'"):
+        ends("f", generation_config__json={"eos_token_id": "x"})
+
+
+def test_documents_are_letters_and_prompts_have_special_tokens(tmp_path):
+    framed = load_tokenizer(folder(tmp_path / "a", frame=FRAME))
+    plain = load_tokenizer(folder(tmp_path / "b"))
+    for tokenizer in (framed, plain):
+        assert tokenizer.encode("a </s> b").tolist() == [0, 8, 1]
+        assert tokenizer.encode_prompt("a </s> b").tolist() == [0, 11, 1]
+        assert tokenizer.encode("").tolist() == tokenizer.encode_prompt("").tolist() == []
+    assert framed.prefix == (10,) and plain.prefix == ()
+    # The key does not decide beside tokenizer.json, as in transformers 5
+    key = {"tokenizer_config__json": {"add_bos_token": False}}
+    assert load_tokenizer(folder(tmp_path / "c", frame=FRAME, **key)).prefix == (10,)
+
+
+def test_bytes_in_prompts_and_byt5(tmp_path):
+    own, byt5 = ByteTokenizer(), load_tokenizer("byt5")
+    ids = own.vocabulary.specials
+    assert own.encode_prompt("<bos>a[R]").tolist() == [ids["bos"], 97, ids["R"]]
+    assert own.encode_prompt("<extra_id_0>").tolist() == [own.vocabulary.size - 1]
+    assert own.encode("<bos>").tolist() == [*b"<bos>"]
+    assert byt5.encode("a").tolist() == [100] and byt5.vocabulary.sentinels[:2] == (259, 260)
+    assert byt5.encode_prompt("a</s><extra_id_1>").tolist() == [100, 1, 260]
+    assert byt5.decode([100, 1, 260]) == "a<eos><1>" and byt5.ends == (1,) and byt5.prefix == ()
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    assert load_tokenizer(tmp_path) == byt5
+
+
+def test_folders_that_cannot_be_read_say_why(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="expected tokenizer.json, vocab.txt, spiece.model"):
+        load_tokenizer(tmp_path / "empty")
+    absent = {"tokenizer_config__json": {"eos_token": "<none>"}}
+    with pytest.raises(DataError, match="its files name eos_token='<none>', which the vocabulary"):
+        load_tokenizer(folder(tmp_path / "a", **absent))
+    for bad, message in (
+        ("{", "not readable as JSON"),
+        ("[]", "expected a JSON object, got a list"),
+        ('{"eos_token": 5}', "eos_token: expected a token, got 5"),
+        ('{"chat_template": 5}', "chat_template: expected a text, got 5"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_tokenizer(folder(tmp_path / "b", tokenizer_config__json=bad))
+    with pytest.raises(DataError, match="have no chat template"):
+        load_tokenizer(folder(tmp_path / "c")).chat([])  # type: ignore[attr-defined]
+    # What only transformers reads says what to install
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("spiece.model", "merges.txt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("")
+        (tmp_path / name / "vocab.json").write_text("{}")
+        with pytest.raises(ExtraError, match=r"pip install 'growjax\[tokenizers\]'"):
+            load_tokenizer(tmp_path / name)
