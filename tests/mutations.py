@@ -27,6 +27,7 @@ from tests import (
     planted_models,
     planted_runs,
     planted_specs,
+    planted_text,
 )
 
 
@@ -55,6 +56,7 @@ def mutations() -> list[Mutation]:
         planted_algebra,
         planted_kernels,
         planted_data,
+        planted_text,
     )
     table = "".join(module.TABLE for module in tables)
     for entry in table.strip().removeprefix("@ ").split("\n@ "):

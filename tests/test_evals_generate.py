@@ -206,7 +206,8 @@ def test_a_batch_of_caches_has_its_layers_first():
     start = jnp.zeros(3, int)
     keys = jax.random.split(jax.random.key(0), 3)
     for name, cache in (("gpt", one), ("t5", pair)):
-        _, after = inner["_write"](build(name), cache, start, start, keys, jnp.float32(0))
+        draws = inner["_Draws"](jnp.float32(0), None, None)
+        _, after = inner["_write"](build(name), cache, start, start, keys, draws)
         assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, cache)
 
 
@@ -243,6 +244,52 @@ def test_drawing():
     assert len(set(hot)) == 3
     assert generate(language, ["a"], new=20, temperature=50.0, key=key) == hot[:1]
     assert generate(language, ["a"], new=20, temperature=50.0, key=jax.random.key(6)) != hot[:1]
+
+
+def test_drawing_among_the_likeliest():
+    language, key = looping("abcdefgh"), jax.random.key(5)
+    hot: dict = {"new": 20, "temperature": 50.0, "key": key}
+    expected, free = generate(language, ["a"], new=20), generate(language, ["a"], **hot)
+    # One token stays: the likeliest. A limit of neither kind draws as no limit
+    assert generate(language, ["a"], top_k=1, **hot) == expected != free
+    assert generate(language, ["a"], top_p=1e-4, **hot) == expected
+    assert generate(language, ["a"], top_k=V, **hot) == free
+    wrong: tuple[dict[str, Any], ...] = ({"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5})
+    for limits in wrong:
+        with pytest.raises(EvalError, match="an integer from 0 and a number above 0"):
+            generate(language, ["a"], **hot, **limits)
+
+
+def test_the_nucleus_is_of_what_top_k_leaves():
+    scores = jnp.log(jnp.array([0.1, 0.4, 0.05, 0.3, 0.15]))
+
+    def left(top_k, top_p):
+        limited = room.__globals__["limited"](scores, jnp.int32(top_k), jnp.float32(top_p))
+        stay = np.asarray(limited) > -np.inf
+        np.testing.assert_array_equal(limited[stay], scores[stay])
+        return np.flatnonzero(stay).tolist()
+
+    assert left(0, 1.0) == [0, 1, 2, 3, 4] and left(2, 1.0) == [1, 3]
+    assert left(0, 0.39) == [1] and left(0, 0.41) == [1, 3] and left(0, 0.72) == [1, 3, 4]
+    # 0.4 of the 0.7 that two tokens have is more than half
+    assert left(2, 0.55) == [1] and left(2, 0.6) == [1, 3]
+    assert left(9, 1.0) == [0, 1, 2, 3, 4]
+
+
+class Ends(ByteTokenizer):
+    """Files that name two ends, of which neither is eos."""
+
+    @property
+    def ends(self):
+        return (ord("d"), SPECIAL["sep"])
+
+
+def test_a_text_ends_at_any_of_the_ends():
+    language = looping("abcdefgh")
+    two = LanguageModel(language.model, Ends(sentinels=0, multiple=1), longest=64)
+    assert generate(two, ["a"], new=20) == ["bc"]
+    # eos, which these files do not name, is not text either
+    assert generate(looping("abcdefgh", "f"), ["g"], new=30) == ["habcdef"]
 
 
 def test_what_cannot_be_written_is_refused():

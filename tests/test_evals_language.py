@@ -35,7 +35,7 @@ GPT_32 = sharp(GPT(GPTConfig(layers=2, positions=32, **SIZES), key=KEY))
 LLAMA = sharp(Llama(LlamaConfig(layers=2, kv_heads=1, **SIZES), key=KEY))
 BERT_32 = sharp(BERT(BERTConfig(layers=2, positions=32, **SIZES), key=KEY))
 PAIRS = T5(T5Config(encoder_layers=1, decoder_layers=2, **SIZES), key=KEY)
-TEXTS = [("The cat", " sat"), ("", "x"), ("On a mat of straw ", "it lay"), ("a", "b" * 40)]
+TEXTS = [("The cat", " sat"), ("", "x"), ("On a mat of straw ", "it lay"), ("b" * 40, "a cat")]
 
 
 def likelihood(logits, targets):
@@ -74,19 +74,43 @@ def test_decoders(model, window):
     expected = []
     for before, after in [encoded(*text) for text in TEXTS]:
         whole = [*(before or [SPECIAL["eos"]]), *after][-(window + 1) :]
-        rows = min(len(after), window)
-        expected.append(likelihood(run(model, whole[:-1])[-rows:], whole[-rows:]))
+        expected.append(likelihood(run(model, whole[:-1])[-len(after) :], whole[-len(after) :]))
     agree(language.loglikelihoods(TEXTS), expected)
 
 
-def test_a_token_may_stand_before_every_context():
-    start = SPECIAL["bos"]
+class Framed(ByteTokenizer):
+    """Files that put `bos` before a text."""
+
+    @property
+    def prefix(self):
+        return (self.vocabulary.specials["bos"],)
+
+
+def test_a_framed_text_begins_as_the_files_say():
+    language = LanguageModel(LLAMA, Framed(sentinels=0, multiple=1), framed=True)
+    bos, eos = SPECIAL["bos"], SPECIAL["eos"]
+    assert language.first == bos and LanguageModel(LLAMA, TOKENIZER).first == eos
+    assert language.encode_pair("a", "b") == ([bos, *b"a"], [*b"b"])
+    # Nor twice, where the prompt spells it; an empty context is bos by itself
+    assert language.encode_pair("<bos>a", "b") == ([bos, *b"a"], [*b"b"])
+    assert language.encode_pair("", "b") == ([], [*b"b"])
+    assert LanguageModel(LLAMA, language.tokenizer).encode_pair("a", "b") == ([*b"a"], [*b"b"])
     expected = []
     for before, after in [encoded(*text) for text in TEXTS[:3]]:
-        whole = [start, *before, *after]
+        whole = [bos, *before, *after]
         expected.append(likelihood(run(LLAMA, whole[:-1])[-len(after) :], whole[-len(after) :]))
-    language = LanguageModel(LLAMA, TOKENIZER, start=start, always=True)
     agree(language.loglikelihoods(TEXTS[:3]), expected)
+    # A document is text, whatever it spells
+    assert language.encode("<bos>") == [*b"<bos>"]
+
+
+@pytest.mark.parametrize("model, room", [(GPT_32, 32), (PAIRS, 24), (BERT_32, 30)])
+def test_a_continuation_that_does_not_fit_is_refused(model, room):
+    language = LanguageModel(model, TOKENIZER, longest=24 if model is PAIRS else None)
+    with pytest.raises(
+        EvalError, match=rf"one has {room + 1} tokens, .* at most {room} in a window"
+    ):
+        language.loglikelihoods([("a", "b"), ("a", "b" * (room + 1))])
 
 
 def test_greedy_is_what_the_model_would_say():
@@ -103,7 +127,6 @@ def test_greedy_is_what_the_model_would_say():
 def test_pairs():
     language, expected = LanguageModel(PAIRS, TOKENIZER, longest=24), []
     for before, after in [encoded(*text) for text in TEXTS]:
-        after = after[-24:]
         shifted = [SPECIAL["pad"], *after[:-1]]
         logits = run(PAIRS, [*before[-23:], SPECIAL["eos"]], shifted)
         expected.append(likelihood(logits, after))
@@ -115,7 +138,7 @@ def test_encoders_mask_one_token_at_a_time():
     for before, after in [encoded(*text) for text in TEXTS]:
         whole = [SPECIAL["cls"], *[*before, *after][-30:], SPECIAL["sep"]]
         total, greedy = 0.0, True
-        for place in range(len(whole) - 1 - min(len(after), 30), len(whole) - 1):
+        for place in range(len(whole) - 1 - len(after), len(whole) - 1):
             hidden = [SPECIAL["mask"] if i == place else t for i, t in enumerate(whole)]
             one, best = likelihood(run(BERT_32, hidden).mlm_logits[place][None], [whole[place]])
             total, greedy = total + one, greedy and best

@@ -19,7 +19,7 @@ from rich.console import Console
 
 import growjax as gj
 from growjax.data import ByteTokenizer
-from growjax.errors import EvalError, ExtraError
+from growjax.errors import DataError, EvalError, ExtraError
 from growjax.evals import (
     GLUE,
     TASKS,
@@ -376,10 +376,10 @@ def test_a_checkpoint_is_scored_on_the_command_line(run, data, tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     assert "bits_per_byte" in done.stdout and "paradigm" not in done.stdout
-    model, tokenizer, start = open_model(folder)
+    model, tokenizer, framed = open_model(folder)
     last = max((folder / "checkpoints").iterdir())
     assert eqx.tree_equal(model, open_model(last)[0], load_model(last)[0])
-    assert start is None and record["tokenizer"] == tokenizer.vocabulary.digest
+    assert not framed and record["tokenizer"] == tokenizer.vocabulary.digest
     text = (data / "text.txt").read_text()
     ours = bits_per_byte(LanguageModel(model, tokenizer), [text])
     assert record["results"]["bpb"] == pytest.approx(ours, rel=1e-4)
@@ -420,12 +420,12 @@ def test_a_folder_of_hugging_face(tmp_path):
     sizes: dict = {**SIZES, "vocab": 8}
     model = BERT(BERTConfig(layers=1, positions=16, **sizes), key=jax.random.key(1))
     gj.hf.save(model, tmp_path / "bert")
-    with pytest.raises(EvalError, match=r"expected tokenizer.json or vocab.txt"):
+    with pytest.raises(DataError, match=r"expected tokenizer.json, vocab.txt, spiece.model"):
         open_model(tmp_path / "bert")
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words) + "\n")
     (tmp_path / "bert" / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    loaded, tokenizer, start = open_model(tmp_path / "bert")
-    assert tokenizer.encode("a A b").tolist() == [5, 7, 6] and start is None
+    loaded, tokenizer, framed = open_model(tmp_path / "bert")
+    assert tokenizer.encode("a A b").tolist() == [5, 7, 6] and framed
     tokens = jnp.array([2, 5, 7, 3])
     np.testing.assert_array_equal(loaded(tokens).hidden, model(tokens).hidden)
     with pytest.raises(EvalError, match="it is none"):

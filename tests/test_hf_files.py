@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import struct
+import weakref
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import growjax as gj
 from growjax.errors import GrowjaxError, HuggingFaceError
+from growjax.hf.files import Tensor, write_weights
 from tests.folders import assert_same, build, rewritten
 
 
@@ -311,3 +314,44 @@ def test_the_id_of_a_repository_is_looked_up_in_the_local_cache(saved, tmp_path,
     (repository / "refs" / "main").write_text("../../../../elsewhere")
     with pytest.raises(HuggingFaceError, match="not in the cache"):
         gj.hf.load("some-one/tiny.gpt2")
+
+
+def test_weights_are_written_one_tensor_at_a_time(tmp_path):
+    """The library would hold a whole shard. What it reads is equal, strided arrays and all."""
+    base = np.arange(24, dtype=np.float32).reshape(4, 6)
+    arrays = {
+        "half": base.astype(np.float16)[:3, ::2],
+        "turned": base.T,
+        "wide": base.astype(np.float64)[1:],
+        "brain": base.astype(jnp.bfloat16),
+        "scalar": np.array(3.5, np.float32),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+    latest: list[Any] = []
+
+    def maker(name: str) -> Any:
+        def make() -> np.ndarray:
+            # The one before is gone by now
+            assert not latest or latest.pop()() is None
+            array = np.array(arrays[name]).T.copy().T
+            latest.append(weakref.ref(array))
+            return array
+
+        return make
+
+    tensors = {n: Tensor(np.dtype(x.dtype), x.shape, maker(n)) for n, x in arrays.items()}
+    write_weights(tmp_path, tensors, shard=10**9)
+    read = load_file(tmp_path / "model.safetensors")
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert read[name].dtype == array.dtype
+        np.testing.assert_array_equal(read[name], array)
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
+    for name, entry in header.items():
+        assert entry["data_offsets"][0] % arrays[name].dtype.itemsize == 0
+    wrong = {"a": Tensor(np.dtype(np.float32), (2,), lambda: np.zeros(3, np.float32))}
+    with pytest.raises(HuggingFaceError, match=r"a: expected float32 of shape \(2,\)"):
+        write_weights(tmp_path, wrong, shard=10**9)

@@ -389,7 +389,8 @@ class Slow:
             self.alone += 1
         return BYTES.encode(document)
 
-    places, decode = BYTES.places, BYTES.decode
+    places, decode, encode_prompt = BYTES.places, BYTES.decode, BYTES.encode_prompt
+    prefix, ends = BYTES.prefix, BYTES.ends
 
 
 @pytest.mark.parametrize("thread_safe", [True, False])

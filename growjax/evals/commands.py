@@ -12,12 +12,12 @@ from rich.table import Table
 
 from growjax import __version__, hf
 from growjax.data import Tokenizer, load_tokenizer
-from growjax.errors import EvalError
-from growjax.evals.files import read_json
+from growjax.errors import EvalError, HuggingFaceError
+from growjax.evals.language import LanguageModel
 from growjax.evals.metrics import Scores
 from growjax.evals.tasks import HARNESS, TASKS, Settings, Task, evaluate
-from growjax.models import Llama
-from growjax.runs.lineage import load_model
+from growjax.hf.files import located
+from growjax.runs.lineage import load_model, pretrained_folder
 
 
 def eval_checkpoint(
@@ -38,11 +38,8 @@ def eval_checkpoint(
         raise EvalError(
             f"{out}: exists already, and nothing is overwritten; name another with --out"
         )
-    model, model_tokenizer, start = open_model(checkpoint, tokenizer)
-    if start is not None:
-        # Llama was trained with its start token before every text; other models only need it where
-        # a text has no context
-        settings = dataclasses.replace(settings, start=start, always=isinstance(model, Llama))
+    model, model_tokenizer, framed = open_model(checkpoint, tokenizer)
+    settings = dataclasses.replace(settings, framed=framed)
 
     def print_first_score(task: str, scores: Scores) -> None:
         metric, value = next(iter(scores.items()))
@@ -78,42 +75,41 @@ def list_tasks(console: Console) -> None:
 
 def open_model(
     checkpoint: str | Path, tokenizer: str | Path | None = None
-) -> tuple[Any, Tokenizer, int | None]:
-    """The model in a folder, its tokenizer, and the model's own start token if it has one.
+) -> tuple[Any, Tokenizer, bool]:
+    """The model in a folder, its tokenizer, and whether its texts begin as the tokenizer's files say.
 
     **Arguments**
 
-    - `checkpoint`: a run (its last checkpoint), one checkpoint, or a Hugging Face folder.
-    - `tokenizer`: "bytes" or a file; None is the tokenizer that the run was trained with, or the
-      folder's own (`tokenizer.json` or `vocab.txt`).
+    - `checkpoint`: a run (its last checkpoint), one checkpoint, a Hugging Face folder, or the id of a
+      repository in the local cache of the Hugging Face Hub.
+    - `tokenizer`: "bytes", a file or a folder; None is the tokenizer that the run was trained with, or
+      that of the Hugging Face folder.
 
-    The start token is the `bos` of a Hugging Face tokenizer, and None for a run of growjax. Raises
-    `EvalError` if `checkpoint` is none of these, or if no tokenizer is found.
+    Texts begin as the files say for a Hugging Face folder, and for a run that started from one; a run
+    from scratch saw nothing but the separator between documents. Raises `EvalError` if `checkpoint` is
+    none of these, and `DataError` if there is no tokenizer.
     """
     path = Path(checkpoint)
-    if (path / "config.json").is_file():
-        loaded = load_tokenizer(tokenizer) if tokenizer else _tokenizer_in(path)
-        return hf.load(path), loaded, loaded.vocabulary.specials.get("bos")
     if not path.is_dir():
-        raise EvalError(
-            f"{path}: expected a run, a checkpoint or a Hugging Face folder; it is none"
-        )
+        try:
+            path = located(checkpoint)
+        except HuggingFaceError as error:
+            raise EvalError(
+                f"{path}: expected a run, a checkpoint or a Hugging Face folder; it is none\n{error}"
+            ) from error
+    if (path / "config.json").is_file():
+        return hf.load(path), load_tokenizer(tokenizer or path), True
     model, lineage = load_model(path)
-    return model, load_tokenizer(tokenizer or lineage["tokenizer"]), None
+    loaded = load_tokenizer(tokenizer or lineage["tokenizer"])
+    return model, loaded, pretrained_folder(lineage) is not None
 
 
-def _tokenizer_in(folder: Path) -> Tokenizer:
-    """The tokenizer that a Hugging Face folder holds; `tokenizer.json` comes first."""
-    if (folder / "tokenizer.json").is_file():
-        return load_tokenizer(folder / "tokenizer.json")
-    if (folder / "vocab.txt").is_file():
-        path = folder / "tokenizer_config.json"
-        config: Mapping[str, Any] = read_json(path) if path.is_file() else {}
-        # A WordPiece vocabulary does not say whether it is lower-cased; Hugging Face's default is yes
-        return load_tokenizer(folder / "vocab.txt", lowercase=config.get("do_lower_case", True))
-    raise EvalError(
-        f"{folder}: expected tokenizer.json or vocab.txt in it; name a tokenizer with --tokenizer"
-    )
+def language_model(
+    checkpoint: str | Path, tokenizer: str | Path | None = None, *, longest: int | None = None
+) -> LanguageModel:
+    """The model in a folder with its tokenizer, to score and to write texts; see `open_model`."""
+    model, model_tokenizer, framed = open_model(checkpoint, tokenizer)
+    return LanguageModel(model, model_tokenizer, longest, framed)
 
 
 def table_of(results: Mapping[str, Scores]) -> Table:

@@ -6,13 +6,13 @@ them before any query attends to that position.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from growjax.data import Tokenizer
 from growjax.errors import EvalError
@@ -31,6 +31,8 @@ def generate(
     new: int,
     until: Sequence[str] = (),
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     key: PRNGKeyArray | None = None,
 ) -> list[str]:
     """The continuation of each prompt, without the prompt and without special tokens.
@@ -38,13 +40,18 @@ def generate(
     **Arguments**
 
     - `language`: a `GPT`, a `Llama` or a `T5`, whose encoder reads the prompt.
-    - `prompts`: one longer than the window less `new` loses its beginning.
-    - `new`: how many tokens at most. A text ends before that at the end-of-text token, and before the
-      first of the strings in `until`.
+    - `prompts`: spellings of special tokens are read as those tokens. One longer than the window less
+      `new` loses its beginning.
+    - `new`: how many tokens at most. A text ends before that at any of the tokenizer's `ends`, and before
+      the first of the strings in `until`.
     - `temperature`: 0 takes the likeliest token; above 0 tokens are drawn with `key`, and those of one
       prompt do not depend on the other prompts.
+    - `top_k`, `top_p`: draw among the `top_k` likeliest tokens alone (0: all), and among the fewest
+      likeliest ones whose probabilities reach `top_p` (nucleus sampling, Holtzman et al., ICLR 2020).
+      As in `transformers`, the temperature comes first, then `top_k`, then `top_p`.
 
-    Raises `EvalError` for an encoder, and if `new` leaves the prompt no room.
+    Raises `EvalError` for an encoder, if `new` leaves the prompt no room, and for another `top_k` or
+    `top_p` than these.
 
     **Example**
 
@@ -63,10 +70,21 @@ def generate(
         )
     if temperature and key is None:
         raise EvalError("temperature: drawing needs a `key`")
-    encoded = [language.encode(prompt) for prompt in prompts]
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise EvalError(
+            "top_k, top_p: expected an integer from 0 and a number above 0, up to 1; got "
+            f"{top_k} and {top_p}"
+        )
+    encoded = [language.encode_prompt(prompt) for prompt in prompts]
     if language.kind == "causal":
-        encoded = [language.with_start(tokens) for tokens in encoded]
+        encoded = [tokens or [language.first] for tokens in encoded]
     encoded = [tokens[-room:] for tokens in encoded]
+    is_limited = top_k > 0 or top_p < 1
+    draws = _Draws(
+        jnp.float32(temperature),
+        jnp.int32(top_k) if is_limited else None,
+        jnp.float32(top_p) if is_limited else None,
+    )
     texts = [""] * len(prompts)
     # Longest first. Steps cost more than padding, so short prompts go along with long ones
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
@@ -82,7 +100,7 @@ def generate(
             width,
             new,
             until,
-            temperature,
+            draws,
             key,
             jnp.array(rows),
         )
@@ -97,7 +115,7 @@ def _batch(
     width: int,
     new: int,
     until: Sequence[str],
-    temperature: float,
+    draws: "_Draws",
     key: PRNGKeyArray | None,
     numbers: Array,
 ) -> list[str]:
@@ -126,7 +144,7 @@ def _batch(
 
     tokens, texts = np.zeros((len(prompts), 0), np.int32), [""] * len(prompts)
     while tokens.shape[1] < steps:
-        stride, cache = _write(model, cache, last, at, keys, jnp.float32(temperature))
+        stride, cache = _write(model, cache, last, at, keys, draws)
         tokens = np.concatenate([tokens, np.asarray(stride)], 1)
         last, at = stride[:, -1], at + _STRIDE
         decoded = [_text(language.tokenizer, row[:new], until) for row in tokens]
@@ -139,15 +157,51 @@ def _batch(
 def _text(tokenizer: Tokenizer, tokens: np.ndarray, until: Sequence[str]) -> tuple[str, bool]:
     """The text of some tokens up to an end token or a string of `until`, and whether it has one."""
     vocabulary = tokenizer.vocabulary
-    # -1, which is never generated, stands for an end token that the vocabulary lacks
-    end_tokens = [vocabulary.specials.get(name, -1) for name in ("eos", "sep")]
-    ends = np.flatnonzero(np.isin(tokens, end_tokens))
+    ends = np.flatnonzero(np.isin(tokens, tokenizer.ends))
     tokens = tokens[: ends[0]] if len(ends) else tokens
     # An embedding may have more rows than the vocabulary has tokens; special tokens are not text
     tokens = tokens[tokens < vocabulary.size]
     text = tokenizer.decode(tokens[vocabulary.is_text[tokens]])
     cuts = [text.index(stop) for stop in until if stop and stop in text]
     return text[: min(cuts)] if cuts else text, bool(cuts) or bool(len(ends))
+
+
+class _Draws(NamedTuple):
+    """How tokens are drawn, as arrays, so that one program serves all values.
+
+    Both limits are None if there are none, since they need a sort of all scores.
+    """
+
+    temperature: Array
+    top_k: Array | None
+    top_p: Array | None
+
+
+def _drawn(scores: Float[Array, " vocab"], draws: _Draws, key: Array) -> Int[Array, ""]:
+    """The likeliest token at temperature 0, or one that is drawn; both are computed."""
+    warm = scores / jnp.maximum(draws.temperature, 1e-6)
+    if draws.top_k is not None and draws.top_p is not None:
+        warm = limited(warm, draws.top_k, draws.top_p)
+    drawn = jax.random.categorical(key, warm)
+    return jnp.where(draws.temperature > 0, drawn, scores.argmax()).astype(jnp.int32)
+
+
+def limited(
+    scores: Float[Array, " vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+) -> Float[Array, " vocab"]:
+    """Scores with -inf for all tokens but the `top_k` likeliest, and then but the nucleus of `top_p`.
+
+    Tokens that tie with the last one that stays, stay.
+    """
+    ordered = jnp.sort(scores, descending=True).astype(jnp.float32)
+    count = jnp.where(top_k > 0, top_k, len(scores))
+    ordered = jnp.where(jnp.arange(len(scores)) < count, ordered, -jnp.inf)
+    shares = jax.nn.softmax(ordered)
+    # A token is in the nucleus if those before it do not reach top_p. Rounded sums may reach 1 early
+    before = jnp.cumsum(shares) - shares
+    nucleus = (ordered > -jnp.inf) & ((before < top_p) | (top_p >= 1))
+    threshold = jnp.min(ordered, where=nucleus.at[0].set(True), initial=jnp.inf)
+    return jnp.where(scores >= threshold, scores, -jnp.inf)
 
 
 @eqx.filter_jit
@@ -186,7 +240,7 @@ def _write(
     last: Int[Array, " B"],
     at: Int[Array, " B"],
     keys: Array,
-    temperature: Array,
+    draws: _Draws,
 ) -> tuple[Int[Array, "B stride"], Any]:
     """The next `_STRIDE` tokens of every text, and the cache with all but the last of them in it.
 
@@ -195,11 +249,7 @@ def _write(
 
     def one(token, cache, at, key):
         scores, cache = model.extend(token[None], cache, at)
-        # Temperature is an array, so that one program serves all: both branches are computed
-        drawn = jax.random.categorical(
-            jax.random.fold_in(key, at), scores[0] / jnp.maximum(temperature, 1e-6)
-        )
-        return jnp.where(temperature > 0, drawn, scores[0].argmax()).astype(jnp.int32), cache
+        return _drawn(scores[0], draws, jax.random.fold_in(key, at)), cache
 
     axes = jax.tree.map(_batch_axis, cache)
 

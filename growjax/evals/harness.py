@@ -1,9 +1,16 @@
 """Every task of EleutherAI's lm-evaluation-harness, for models of growjax.
 
 Importing this needs the harness: `pip install 'growjax[eval]'`. Neither PyTorch nor transformers is used.
+Its own command line knows no models from elsewhere until they are imported, so it runs from here:
+
+    python -m growjax.evals.harness --model growjax --model_args pretrained=runs/first --tasks piqa
+
+`growjax-lm-eval` is the same command.
 Gao et al., "The Language Model Evaluation Harness", https://github.com/EleutherAI/lm-evaluation-harness.
 """
 
+import dataclasses
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +18,13 @@ from typing import Any
 
 import jax
 
-from growjax.errors import EvalError
+from growjax.errors import DataError, EvalError
+from growjax.evals.commands import language_model
 from growjax.evals.generation import generate
 from growjax.evals.language import LanguageModel
 from growjax.evals.metrics import Scores
 from growjax.extras import load
+from growjax.hf.files import window_of
 
 
 _USER = "a task of the lm-evaluation-harness"
@@ -28,7 +37,8 @@ class HarnessModel(_TemplateLM):
 
     Decoders and encoder-decoders answer all three types of requests; encoders answer likelihoods alone,
     with pseudo-log-likelihoods. Texts are tokenized as by the harness's own models, so scores compare
-    with theirs.
+    with theirs: special tokens in a text are read, and what the tokenizer's files put before one is put
+    there if the `LanguageModel` is `framed`.
 
     **Example**
 
@@ -59,9 +69,27 @@ class HarnessModel(_TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """The tokens of a text; the `LanguageModel` adds special tokens."""
-        del add_special_tokens, kwargs
-        return self.language.encode(string)
+        """The tokens of a text; `add_special_tokens` None is as the `LanguageModel` reads prompts."""
+        del kwargs
+        return self.language.encode_prompt(string, framed=add_special_tokens)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template of conversations, if one is asked for."""
+        return self._template if chat_template else None
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as a prompt; raises `DataError` for a tokenizer without a chat template."""
+        if self._template is None:
+            raise DataError("chat: the files of this tokenizer have no chat template")
+        # Without a reply to come, the last message is the beginning of one
+        turn = {"reply": add_generation_prompt, "continued": not add_generation_prompt}
+        return self.language.tokenizer.chat(chat_history, **turn)  # type: ignore[attr-defined]
+
+    @property
+    def _template(self) -> str | None:
+        return getattr(self.language.tokenizer, "chat_template", None)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple], disable_tqdm: bool = False, **kwargs: Any
@@ -84,7 +112,8 @@ class HarnessModel(_TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        totals = self.language.rolling([request.args[0] for request in requests])
+        texts = [self.tok_encode(request.args[0]) for request in requests]
+        totals = self.language.rolling_of_tokens(texts)
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -105,6 +134,51 @@ class HarnessModel(_TemplateLM):
         return texts
 
 
+class Checkpoint(HarnessModel):
+    """`--model growjax`: the model in a folder, with its tokenizer.
+
+    **Arguments**
+
+    - `pretrained`: a run, one checkpoint, a Hugging Face folder, or the id of a repository in the cache.
+    - `tokenizer`: another tokenizer than the one in the folder.
+    - `max_length`: how many tokens the model reads at once; by default as many as it has positions, or as
+      the `config.json` of a Hugging Face folder says.
+    - `batch_size`: how many texts of a whole window go through the model at once; "auto" is 8.
+    - `seed`: decides tokens that are drawn.
+
+    Parameters have the type of the file, on JAX's default device. Raises `EvalError` for arguments other
+    than these.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        tokenizer: str | None = None,
+        max_length: int | None = None,
+        batch_size: int | str | None = None,
+        seed: int = 0,
+        **others: Any,
+    ):
+        # The harness always passes these two, and leaves them without a value by default
+        others = {name: value for name, value in others.items() if value is not None}
+        if others.pop("device", "cpu") != "cpu" or others:
+            raise EvalError(
+                "model_args: expected pretrained, tokenizer, max_length, batch_size and seed; got "
+                f"{', '.join(others) or 'a device'}: JAX's default device is used (JAX_PLATFORMS)"
+            )
+        longest = max_length or window_of(pretrained)
+        language = language_model(pretrained, tokenizer, longest=longest)
+        if str(batch_size or "auto") != "auto":
+            rows = int(str(batch_size))
+            language = dataclasses.replace(language, batch_tokens=rows * language.window)
+        super().__init__(language, seed=int(seed))
+
+
+def main() -> None:
+    """The command line of the harness, which has `--model growjax` besides its own."""
+    load("lm_eval.__main__", _USER).cli_evaluate()
+
+
 def _options(requested: Mapping[str, Any], window: int) -> dict[str, Any]:
     """A task's options as arguments of `generate`; raises `EvalError` for those it does not have."""
     options = load("lm_eval.models.utils", _USER).normalize_gen_kwargs(
@@ -113,16 +187,24 @@ def _options(requested: Mapping[str, Any], window: int) -> dict[str, Any]:
     sampled = options.get("do_sample", False)
     unsupported = []
     if sampled:
-        unsupported += [f"{n}={options[n]}" for n in ("top_k", "top_p", "min_p") if n in options]
+        unsupported += [
+            f"{name}={options[name]}" for name in ("min_p", "typical_p") if name in options
+        ]
     if options.get("num_beams", 1) > 1:
         unsupported.append(f"num_beams={options['num_beams']}")
     if unsupported:
         raise EvalError(
             f"generate_until: a task asks for {', '.join(unsupported)}; expected the likeliest token, or "
-            "tokens drawn at a temperature"
+            "tokens drawn at a temperature, with top_k and top_p"
         )
     temperature = float(options.get("temperature", 1.0)) if sampled else 0.0
-    return {"new": options["max_gen_toks"], "until": options["until"], "temperature": temperature}
+    return {
+        "new": options["max_gen_toks"],
+        "until": options["until"],
+        "temperature": temperature,
+        "top_k": int(options.get("top_k") or 0) if sampled else 0,
+        "top_p": float(options.get("top_p") or 1.0) if sampled else 1.0,
+    }
 
 
 def run_harness(
@@ -195,3 +277,12 @@ def _scores(metrics: Mapping[str, Any]) -> Scores:
         for name, value in metrics.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and "stderr" not in name
     }
+
+
+if __name__ == "__main__":
+    # The module under its own name, which the tasks of growjax import too
+    importlib.import_module("growjax.evals.harness").main()
+else:
+    # The harness fills its table of models when this is imported, but only while the table is empty
+    load("lm_eval.models", _USER)
+    load("lm_eval.api.registry", _USER).register_model("growjax")(Checkpoint)

@@ -44,9 +44,10 @@ class LanguageModel:
     - `model`: a `GPT`, `Llama`, `T5` or `BERT`, or a decoder of your own, `model(tokens) -> logits`.
     - `tokenizer`: the one that the model was trained with.
     - `longest`: how many tokens it reads at once; None is as many as it has positions, or 1,024.
-    - `start`: the token before a text; None is the separator that `growjax.data` puts between documents.
-    - `always`: whether `start` stands before a context too, as in Llama's training, or only where the
-      context is empty.
+    - `framed`: whether a text begins as the files of its tokenizer say: with their prefix before every
+      context, and with `bos`, if there is one, in place of an empty context. It is so for checkpoints
+      from elsewhere. Otherwise nothing precedes a context, and the separator that `growjax.data` puts
+      between documents stands for an empty one.
     - `batch_tokens`: how many tokens, padding included, go through the model at once.
 
     An encoder's likelihood is the pseudo-log-likelihood: the sum over the tokens, each masked while all
@@ -64,8 +65,7 @@ class LanguageModel:
     model: Any
     tokenizer: Tokenizer
     longest: int | None = None
-    start: int | None = None
-    always: bool = False
+    framed: bool = False
     batch_tokens: int = 8192
 
     def __post_init__(self):
@@ -103,23 +103,34 @@ class LanguageModel:
 
     @property
     def first(self) -> int:
-        """The token before a text."""
-        return self.tokenizer.vocabulary.separator if self.start is None else self.start
-
-    def with_start(self, context: list[int]) -> list[int]:
-        """A context with the start token in front, if it is empty or `always` asks for one."""
-        needed = not context or (self.always and context[0] != self.first)
-        return [self.first, *context] if needed else context
+        """The token in place of an empty context."""
+        vocabulary = self.tokenizer.vocabulary
+        if self.framed and "bos" in vocabulary.specials:
+            return vocabulary.specials["bos"]
+        return vocabulary.separator
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without special tokens."""
+        """The tokens of a document, without special tokens."""
         return self.tokenizer.encode(text).tolist()
+
+    def encode_prompt(self, text: str, *, framed: bool | None = None) -> list[int]:
+        """The tokens of a prompt, in which spellings of special tokens are those tokens.
+
+        A decoder's prompt that is `framed` (None: as the field says) begins with the tokenizer's prefix,
+        unless it is spelled out already. Encoders and encoder-decoders have frames of their own.
+        """
+        tokens = self.tokenizer.encode_prompt(text).tolist()
+        framed = self.framed if framed is None else framed
+        if not framed or self.kind != "causal" or tokens[:1] == [self.first]:
+            return tokens
+        return [*self.tokenizer.prefix, *tokens]
 
     def loglikelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Scored]:
         """How likely each continuation is after its context, which may be empty.
 
         Spaces at the end of a context are moved to the continuation, since tokenizers join them to the
-        next word. A pair longer than the window loses its beginning.
+        next word. A context that does not fit the window loses its beginning. Raises `EvalError` if a
+        continuation does not fit.
         """
         return self.loglikelihoods_of_tokens([self.encode_pair(*pair) for pair in pairs])
 
@@ -132,12 +143,22 @@ class LanguageModel:
         stripped = context.rstrip()
         context, continuation = stripped, context[len(stripped) :] + continuation
         if self.kind == "seq2seq":
-            return self.encode(context), self.encode(continuation)
-        head, whole = self.encode(context), self.encode(context + continuation)
+            return self.encode_prompt(context), self.encode_prompt(continuation)
+        if not context:
+            return [], self.encode_prompt(continuation, framed=False)
+        head, whole = self.encode_prompt(context), self.encode_prompt(context + continuation)
         return head, whole[len(head) :]
 
     def loglikelihoods_of_tokens(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[Scored]:
         """As `loglikelihoods`, of pairs of token lists."""
+        # An encoder's window holds `cls` and `sep` too
+        room = self.window - 2 if self.kind == "encoder" else self.window
+        longest = max((len(continuation) for _, continuation in pairs), default=0)
+        if longest > room:
+            raise EvalError(
+                f"continuation: one has {longest} tokens, and the model scores at most {room} in a "
+                f"window of {self.window}; score it as a document, with `rolling`"
+            )
         if self.kind == "encoder":
             return self._pseudo(pairs)
         to_row = self._pair if self.kind == "seq2seq" else self._causal
@@ -154,9 +175,13 @@ class LanguageModel:
         A longer text than the window is read in windows, each beginning where the one before it ends. The
         context of a decoder's last window reaches back so that the window is full.
         """
+        return self.rolling_of_tokens([self.encode(text) for text in texts])
+
+    def rolling_of_tokens(self, texts: Sequence[Tokens]) -> list[float]:
+        """As `rolling`, of token lists."""
         pairs, owner = [], []
         for i, text in enumerate(texts):
-            for context, part in self._windows(self.encode(text)):
+            for context, part in self._windows([*text]):
                 pairs.append((context, part))
                 owner.append(i)
         totals = [0.0] * len(texts)
@@ -180,22 +205,22 @@ class LanguageModel:
     def _causal(self, context: list[int], continuation: list[int]) -> Row:
         """A decoder's inputs, targets one token later, and weights: 1 on the continuation."""
         # Of n + 1 tokens the model reads the first n and predicts the last n
-        whole = [*self.with_start(context), *continuation][-(self.window + 1) :]
+        whole = [*(context or [self.first]), *continuation][-(self.window + 1) :]
         weights = np.zeros(len(whole) - 1, bool)
-        weights[max(0, len(weights) - len(continuation)) :] = True
+        weights[len(weights) - len(continuation) :] = True
         return {"tokens": _ints(whole[:-1]), "targets": _ints(whole[1:]), "weights": weights}
 
     def _pair(self, context: list[int], continuation: list[int]) -> Row:
         """An encoder-decoder's inputs: it reads the context with `eos`, and `pad` starts the decoder."""
         special = self.tokenizer.vocabulary.specials
         inputs = [*context[-(self.window - 1) :], special["eos"]]
-        targets = continuation[-self.window :]
+        shifted = [special["pad"], *continuation[:-1]][: len(continuation)]
         return {
             "encoder_tokens": _ints(inputs),
             "encoder_mask": np.ones(len(inputs), bool),
-            "decoder_tokens": _ints([special["pad"], *targets[:-1]][: len(targets)]),
-            "targets": _ints(targets),
-            "weights": np.ones(len(targets), bool),
+            "decoder_tokens": _ints(shifted),
+            "targets": _ints(continuation),
+            "weights": np.ones(len(continuation), bool),
         }
 
     def _pseudo(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[Scored]:

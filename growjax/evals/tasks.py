@@ -38,7 +38,7 @@ class Settings:
       no limit.
     - `seed`: decides the problems, the masks and the examples before a question.
     - `recipe`, `spans`, `seeds`: for fine-tuning; `spans` is the recipe for SQuAD.
-    - `longest`, `start`, `always`: see `LanguageModel`.
+    - `longest`, `framed`: see `LanguageModel`.
     - `include`: a folder with tasks of your own for the harness.
     """
 
@@ -51,8 +51,7 @@ class Settings:
     spans: SpanRecipe = SpanRecipe()
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     longest: int | None = None
-    start: int | None = None
-    always: bool = False
+    framed: bool = False
     include: str | Path | None = None
 
 
@@ -68,7 +67,7 @@ class Candidate:
     def language(self) -> LanguageModel:
         """The model as one that scores texts. Raises `EvalError` as `LanguageModel` does."""
         s = self.settings
-        return LanguageModel(self.model, self.tokenizer, s.longest, s.start, s.always)
+        return LanguageModel(self.model, self.tokenizer, s.longest, s.framed)
 
 
 def _no_data(settings: Settings, part: str) -> None:

@@ -394,9 +394,8 @@ def _leaves(
 def _tensor(row: Row, place: tuple[int, ...], table: Axes) -> Tensor:
     """The tensor of one place, which is made when it is written: so one is in memory at a time."""
     leaves = [table[leaf].value for leaf in row.leaves]
-    size = sum(leaf.nbytes for leaf in leaves) // len(row.places(table))
 
     def make() -> np.ndarray:
         return row.pack(table, [np.asarray(leaf)[place] for leaf in leaves])
 
-    return Tensor(size, make)
+    return Tensor(np.result_type(*(leaf.dtype for leaf in leaves)), row.shape(table), make)

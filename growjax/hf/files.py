@@ -7,6 +7,7 @@ and sizes in headers are checked against the files before memory is allocated.
 import collections
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -112,6 +113,16 @@ def located(path: str | Path) -> Path:
         f"{folder}: expected a folder with {CONFIG} and {WEIGHTS}, got no folder; "
         "nothing is downloaded (`hf download NAME --local-dir FOLDER` does that)"
     )
+
+
+def window_of(folder: str | Path) -> int | None:
+    """How many tokens the model in a Hugging Face folder reads at once, or None for another folder."""
+    config = Path(folder) / CONFIG if Path(folder).is_dir() else located(folder) / CONFIG
+    values = read_json(config) if config.is_file() else {}
+    for key in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if isinstance(values.get(key), int):
+            return values[key]
+    return None
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -309,10 +320,16 @@ def shortened(complaints: Iterable[str]) -> list[str]:
 
 
 class Tensor(NamedTuple):
-    """A tensor to be written: its size in bytes, and a function that makes it when it is needed."""
+    """A tensor to be written: dtype and shape, and a function that makes it when it is needed."""
 
-    size: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
     make: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @contextlib.contextmanager
@@ -348,14 +365,44 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard: int) -> No
     for i, names in enumerate(groups):
         alone = len(groups) == 1
         file = WEIGHTS if alone else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
-        # safetensors writes the buffer of an array as it is, so the elements of a strided one would be
-        # out of order
-        arrays = {name: np.ascontiguousarray(tensors[name].make()) for name in names}
-        safetensors().numpy.save_file(arrays, str(folder / file), metadata={"format": "pt"})
+        _write_file(folder / file, {name: tensors[name] for name in names})
         weight_map |= dict.fromkeys(names, file)
     if len(groups) > 1:
         total = sum(tensor.size for tensor in tensors.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one file of safetensors, a tensor at a time, so that one tensor is in memory and not all.
+
+    The library would have all of them at once. Like it, this puts wider types first, so that every tensor
+    is aligned to its own type.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    spellings = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in ordered:
+        header[name] = {
+            "dtype": spellings[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.size],
+        }
+        at += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in ordered:
+            array = tensor.make()
+            if array.shape != tensor.shape or array.dtype != tensor.dtype:
+                raise HuggingFaceError(
+                    f"{name}: expected {tensor.dtype} of shape {tensor.shape}, got {array.dtype} of "
+                    f"shape {array.shape}"
+                )
+            # The bytes of a strided array would be out of order
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            del array  # before the next one is made
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

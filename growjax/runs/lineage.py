@@ -65,6 +65,17 @@ def births_of(lineage: Mapping[str, Any]) -> Births:
     return _rebuilt(lineage)[1]
 
 
+def pretrained_folder(lineage: Mapping[str, Any]) -> str | None:
+    """The Hugging Face folder that a model was trained on from, itself or by a run before; or None."""
+    start = lineage["start"]
+    while start is not None and start["is"] != "Hugging Face":
+        try:
+            start = read_lineage(checkpoint_in(start["folder"]))["start"]
+        except CheckpointError:  # that run was removed
+            return None
+    return None if start is None else start["folder"]
+
+
 def _rebuilt(lineage: Mapping[str, Any]) -> tuple[Any, Births]:
     """The shapes of the model, and the births of its coordinates, compared with those in the lineage."""
     config, operators = _decoded("model", lineage["model"]), operators_of(lineage)

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 import growjax as gj  # noqa: E402
 from growjax.data import ByteTokenizer, load_tokenizer  # noqa: E402
+from growjax.data.tokenizer_export import stock_files  # noqa: E402
 from growjax.errors import EvalError  # noqa: E402
 from growjax.evals import LanguageModel, generate, harness  # noqa: E402
 from growjax.evals.harness import HarnessModel, run_harness  # noqa: E402
@@ -120,9 +121,43 @@ def test_answers_come_in_the_order_of_the_questions():
 
 def test_what_a_model_cannot_do_is_refused():
     model = HarnessModel(language())
-    for odd in ({"do_sample": True, "top_k": 5}, {"num_beams": 4}):
-        with pytest.raises(EvalError, match="top_k=5|num_beams=4"):
+    for odd in ({"do_sample": True, "min_p": 0.5}, {"num_beams": 4}):
+        with pytest.raises(EvalError, match="min_p=0.5|num_beams=4"):
             model.generate_until(requests(("a", {"until": [], **odd})))
+    asked = {"until": [], "do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9}
+    options = harness._options(asked, 96)
+    assert {n: options[n] for n in ("temperature", "top_k", "top_p")} == {
+        "temperature": 0.7,
+        "top_k": 5,
+        "top_p": 0.9,
+    }
+    assert harness._options({**asked, "do_sample": False}, 96)["top_k"] == 0
+
+
+def test_the_harness_knows_growjax_by_name(include, tmp_path, monkeypatch):
+    ours = language()
+    gj.hf.save(ours.model, tmp_path / "model")
+    for name, text in stock_files(TOKENIZER, kind="causal").items():
+        (tmp_path / "model" / name).write_text(text)
+    tasks = importlib.import_module("lm_eval.tasks").TaskManager(
+        include_path=str(include), include_defaults=False
+    )
+    report = importlib.import_module("lm_eval").simple_evaluate(
+        model="growjax",
+        model_args=f"pretrained={tmp_path / 'model'},batch_size=2",
+        tasks=["colours"],
+        task_manager=tasks,
+        bootstrap_iters=0,
+    )
+    expected = run_harness(ours, ["colours"], include=include)["colours"]
+    assert harness._scores(report["results"]["colours"]) == pytest.approx(expected)
+    called = []
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: called.append(1))
+    harness.main()
+    assert called == [1]
+    for wrong in ({"device": "cuda:0"}, {"peft": "x"}):
+        with pytest.raises(EvalError, match="model_args: expected pretrained, tokenizer"):
+            harness.Checkpoint(pretrained=str(tmp_path / "model"), **wrong)
 
 
 def test_the_harness_tasks_are_read_where_they_may_be_meant(include, monkeypatch):

@@ -1,0 +1,70 @@
+"""Bugs in tokenizers, export and generation; `tests/planted.py` says how to read the table."""
+
+TABLE = """
+@ a document's special tokens are read | data/tokenizers.py | tokenizers | letters
+- inner.encode_special_tokens = True
++ inner.encode_special_tokens = False
+@ a prompt's special tokens are letters | data/tokenizers.py | tokenizers | letters
+- copy.encode_special_tokens = False
++ copy.encode_special_tokens = True
+@ null in a tokenizer's files is a guess | data/tokenizers.py | tokenizers | roles
+- elif name in roles:
++ elif roles.get(name):
+@ the older file decides about roles | data/tokenizer_files.py | tokenizers | roles
+- for file in (config, older) if key in file
++ for file in (older, config) if key in file
+@ bos is guessed for a class without one | data/tokenizer_files.py | tokenizers | roles
+- roles.setdefault("bos", None)
++ pass
+@ one of several ends | data/tokenizer_files.py | tokenizers | ends
+- return tuple(ends)
++ return tuple(ends[:1])
+@ eos does not end where others do | data/tokenizers.py | tokenizers | ends
+- tuple(dict.fromkeys([*files.ends, *own_ends]))
++ files.ends or tuple(own_ends)
+@ what stands after a text is put before it | data/tokenizers.py | tokenizers | letters
+- return tuple(framed.ids[: framed.special_tokens_mask.index(0)])
++ return tuple(i for i, m in zip(framed.ids, framed.special_tokens_mask) if m)
+@ ByT5's bytes begin at 0 | data/tokenizers.py | tokenizers | byt5
+- return np.frombuffer(data, np.uint8).astype(np.int32) + self.offset
++ return np.frombuffer(data, np.uint8).astype(np.int32)
+@ a prompt that spells its prefix gets two | evals/language.py | evals_language | framed
+- if not framed or self.kind != "causal" or tokens[:1] == [self.first]:
++ if not framed or self.kind != "causal":
+@ an empty context is the separator for everybody | evals/language.py | evals_language | framed
+- if self.framed and "bos" in vocabulary.specials:
++ if "bos" in vocabulary.specials and not vocabulary.specials:
+@ a continuation loses its beginning | evals/language.py | evals_language | does_not_fit
+- if longest > room:
++ if longest > 10 * room:
+@ the nucleus is of all tokens | evals/generation.py | evals_generate | nucleus
+- shares = jax.nn.softmax(ordered)
++ shares = jax.nn.softmax(jnp.sort(scores, descending=True).astype(jnp.float32))
+@ the nucleus stops before it reaches top_p | evals/generation.py | evals_generate | nucleus
+- nucleus = (ordered > -jnp.inf) & ((before < top_p) | (top_p >= 1))
++ nucleus = (ordered > -jnp.inf) & ((before + shares <= top_p) | (top_p >= 1))
+@ only eos ends a text | evals/generation.py | evals_generate | any_of_the_ends
+- ends = np.flatnonzero(np.isin(tokens, tokenizer.ends))
++ ends = np.flatnonzero(tokens == vocabulary.separator)
+@ an exported decoder begins with an untrained token | data/tokenizer_export.py | export | bytes or frame
+- roles["bos"] = roles["eos"] = tokenizer.vocabulary.separator
++ roles["eos"] = tokenizer.vocabulary.separator
+@ an exported tokenizer keeps a frame that was not trained | data/tokenizer_export.py | export | frame
+- inner.post_processor = _frame(kind, roles, spellings)
++ inner.post_processor = _frame(kind, roles, spellings) or inner.post_processor
+@ letters of bytes that do not print are themselves | data/tokenizer_export.py | export | of_bytes
+- printing = {*range(33, 127), *range(161, 173), *range(174, 256)}
++ printing = {*range(33, 127), *range(161, 256)}
+@ another tokenizer's files come with an export | train/export.py | export | keeps_its_files
+- if origin is not None and _same(trained, origin):
++ if origin is not None:
+@ an export says nothing about the window | train/export.py | export | window
+- keys["max_position_embeddings"] = limit
++ pass
+@ a strided tensor is written in another order | hf/files.py | hf_files | one_tensor
+- np.ascontiguousarray(array).reshape(-1)
++ np.ascontiguousarray(array.T).reshape(-1)
+@ narrow tensors come first | hf/files.py | hf_files | one_tensor
+- key=lambda item: (-item[1].dtype.itemsize, item[0])
++ key=lambda item: (item[1].dtype.itemsize, item[0])
+"""
