@@ -14,14 +14,16 @@ require("the command line", "tyro", "rich")
 
 import tyro
 
-from growjax.cli.checkpoints import certify, evaluate, families, grow, inspect
+from growjax.cli.checkpoints import certify, evaluate, export, families, grow, inspect
 from growjax.cli.results import advise, compare, report
 from growjax.cli.training import calibrate, choose, demo, plan, prepare, sweep, train
 
 
 app = tyro.extras.SubcommandApp()
 # In the order of `growjax --help`
-for _command in (demo, prepare, train, choose, plan, calibrate, grow, certify, inspect, families):
+for _command in (demo, prepare, train, choose, plan, calibrate):
+    app.command(_command)
+for _command in (grow, export, certify, inspect, families):
     app.command(_command)
 app.command(name="eval")(evaluate)
 for _command in (sweep, advise, compare, report):

@@ -1,4 +1,4 @@
-"""Commands that read or grow a checkpoint: grow, certify, inspect, families, eval."""
+"""Commands that read or grow a checkpoint: grow, export, certify, inspect, families, eval."""
 
 import sys
 from pathlib import Path
@@ -43,9 +43,22 @@ def grow(
     if (checkpoint is None) == (from_hf is None):
         raise GrowjaxError("grow: expected one of CHECKPOINT and --from-hf")
     if from_hf is not None:
+        from rich.console import Console
+        from rich.markup import escape
+
         from growjax.train.commands import grow_pretrained
 
-        print(grow_pretrained(by or "copy", to, from_hf, out, seed=seed, dtype=dtype))
+        with Console(stderr=True).status("") as status:
+            certificate = grow_pretrained(
+                by or "copy",
+                to,
+                from_hf,
+                out,
+                seed=seed,
+                dtype=dtype,
+                progress=lambda text: status.update(escape(text)),
+            )
+        print(certificate)
         return
     assert checkpoint is not None
     from growjax.runs.checkpoint import read_lineage
@@ -56,6 +69,36 @@ def grow(
     checkpoint = checkpoint_in(checkpoint)
     op = operator_of(by or "msg", to, model_of(read_lineage(checkpoint)))
     print(grow_checkpoint(op, checkpoint, out, seed=seed))
+
+
+def export(
+    checkpoint: tyro.conf.Positional[Path],
+    out: Path,
+    source: Path | None = None,
+    tokenizer: str | None = None,
+    window: int | None = None,
+    dtype: str | None = None,
+    allow: Allow = (),
+) -> None:
+    """Write a run or a checkpoint as a folder that transformers loads, with tokenizer and special ids.
+
+    Args:
+        checkpoint: The folder of a run (its last checkpoint) or of one checkpoint.
+        out: The folder to write; it must not exist.
+        source: The Hugging Face folder that the model came from; by default the one that the run started
+            from. Its other files are copied.
+        tokenizer: "bytes", a file or a folder; by default that of the run.
+        window: The most tokens that the model reads, for models without a limit of their own; by default
+            the longest window of the run.
+        dtype: The dtype of the parameters to write; by default that of the model.
+    """
+    allow_packages(allow)
+    from growjax.train.export import export_checkpoint
+
+    export_checkpoint(
+        checkpoint, out, source=source, tokenizer=tokenizer, window=window, dtype=dtype
+    )
+    print(out)
 
 
 def certify(

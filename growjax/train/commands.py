@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -379,12 +379,13 @@ def grow_pretrained(
     *,
     seed: int = 0,
     dtype: str | None = None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Certificate:
     """Grow the model in a Hugging Face folder and write it to another one, with a certificate and a card.
 
     `by` and `to` are those of `operator_of`. Parameters of 16 bits are grown and written in float32,
     since 16 bits cannot represent the shares of copies exactly; `dtype` writes another type, and the card
-    states how much that changes the outputs.
+    states how much that changes the outputs. `progress` gets a line before each part of the work.
 
     Raises `GrowthError` for an operator that adds gates, which stock models cannot have, and
     `CheckpointError` if `out` exists or the certificate is not passed; nothing is written then.
@@ -392,6 +393,7 @@ def grow_pretrained(
     source, out = Path(source), Path(out)
     if out.exists():
         raise CheckpointError(f"{out}: exists already, and nothing is overwritten")
+    progress(f"reading {source}")
     model = load_folder(source, dtype="float32" if has_halves(source) else None)
     op = operator_of(by, to, model)
     if any(isinstance(atom, MSG) for atom in growth.atoms(op)):
@@ -399,13 +401,16 @@ def grow_pretrained(
             "by: msg leaves gates at 0, and a stock model has none; use copy or zeros for widths and "
             "expand for layers, or gj.hf.save after the gates were opened in training"
         )
+    progress(f"certifying {op} on {parameters(model):,} parameters")
     certificate = certify_model(op, model, seed=seed)
     if not certificate.passed:
         raise CheckpointError(f"{source}: {op} does not do what it promises:\n{certificate}")
+    progress(f"growing by {op}")
     big = growth.grow(op, model, key=purpose_key(seed, "grow"))
     stored = big if dtype is None else with_dtype(big, dtype)
     batch = random_batch(model, seed)
     rounding = None if dtype is None else distance(call(big, batch), call(stored, batch))[1]
+    progress(f"writing {parameters(stored):,} parameters to {out}")
     write_grown(op, stored, model, certificate, source, out, seed=seed, rounding=rounding)
     return certificate
 
