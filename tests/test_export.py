@@ -18,7 +18,7 @@ from growjax.data.tokenizer_export import stock_files
 from growjax.data.tokenizers import ByT5Tokenizer
 from growjax.errors import CheckpointError, DataError, HuggingFaceError
 from growjax.evals.commands import open_model
-from growjax.models import GPT, Llama, LlamaConfig
+from growjax.models import GPT, T5, Llama, LlamaConfig, T5Config
 from growjax.runs.lineage import load_model
 from growjax.train import Options, Start, export
 from growjax.train.export import export_checkpoint
@@ -161,3 +161,19 @@ def test_models_without_a_limit_get_the_window_they_were_trained_on(run, tmp_pat
 
     assert limits("run") == (LENGTH, LENGTH, "float32")
     assert limits("own", window=64, dtype="bfloat16") == (64, 64, "bfloat16")
+
+
+def test_an_encoder_decoder_is_read_again(run, tmp_path, monkeypatch):
+    config = T5Config(
+        encoder_layers=1, decoder_layers=1, embed=8, heads=2, head_dim=4, mlp=8, vocab=384
+    )
+    lineage = load_model(run[2])[1]
+    model = T5(config, key=jax.random.key(0))
+    monkeypatch.setattr(export, "load_model", lambda path: (model, lineage))
+    export_checkpoint(run[2], tmp_path / "t5")
+    read, tokenizer, _ = open_model(tmp_path / "t5")
+    np.testing.assert_array_equal(read.embedding.table, model.embedding.table)
+    assert tokenizer.vocabulary.sentinels == ByteTokenizer().vocabulary.sentinels
+    generation = json.loads((tmp_path / "t5" / "generation_config.json").read_text())
+    ids = {"decoder_start_token_id": 256, "eos_token_id": 258, "pad_token_id": 256}
+    assert generation == ids

@@ -40,8 +40,8 @@ def specials(path: Path, **files: Any) -> dict[str, int]:
 
 def test_roles_are_what_the_files_say(tmp_path):
     config: dict[str, Any] = {"eos_token": "<|endoftext|>", "bos_token": None}
-    said = {"eos": 12, "pad": 9}
-    assert specials(tmp_path / "a", tokenizer_config__json=config) == said
+    named = {"eos": 12, "pad": 9}
+    assert specials(tmp_path / "a", tokenizer_config__json=config) == named
     # The older file is for what the newer one does not say; both may write objects
     older = {"eos_token": "</s>", "pad_token": {"content": "<|turn|>", "lstrip": False}}
     both = {"tokenizer_config__json": config, "special_tokens_map__json": older}

@@ -68,7 +68,7 @@ def export_checkpoint(
     if ids:
         # Older readers take one id here
         keys["eos_token_id"] = trained.vocabulary.separator
-    if "positions" not in sizes(model) and limit is not None:
+    if kind_of(model) == "causal" and "positions" not in sizes(model) and limit is not None:
         keys["max_position_embeddings"] = limit
     more = {**files, **_card(model, lineage, checkpoint, origin)}
     save(model, out, keys=keys, more=more)
