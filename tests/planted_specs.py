@@ -226,7 +226,7 @@ TABLE = """
 + if a.kind == "carry" and not a.options:
 @ other draws are the same constant | trace/program.py | inferred_sizes | as_often_as
 - if a.name == "random" and grows and not any(
-+ if a.name == "random" and not grows and not any(
++ if a.name == "random" and grows and any(
 @ keys that are inputs are constants | trace/program.py | inferred_sizes | as_often_as or an_input
 - ids = {id(value) for value in (*program.inputs, *program.rows)}
 + ids = {id(value) for value in program.inputs}

@@ -66,6 +66,7 @@ EPSILONS = {
     "outside the root": (lambda x, e: x / (jnp.sqrt(jnp.mean(x**2)) + e), ""),
     "multiplied": (lambda x, e: x * jnp.sqrt(jnp.mean(x**2) + e), ""),
     "added again": (lambda x, e: x / jnp.sqrt(jnp.mean(x**2) + e) + e, ""),
+    "a factor, too": (lambda x, e: e * (x / jnp.sqrt(jnp.mean(x**2) + e)), ""),
     "mean square, centred": (lambda x, e: centred(x) / jnp.sqrt(jnp.mean(x**2) + e), ""),
     "variance, not centred": (lambda x, e: x / jnp.sqrt(jnp.var(x) + e), ""),
 }
