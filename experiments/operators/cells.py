@@ -24,8 +24,8 @@ from experiments.windows import WindowFile, digest_of, losses_by_window, windows
 from growjax.budget import decayed
 from growjax.cost import parameters
 from growjax.data import held_out_batch
-from growjax.fitting import Fitted, ligo
-from growjax.growth import Operator, atoms
+from growjax.fitting import Fitted, fit
+from growjax.growth import Operator, atoms, ligo
 from growjax.plan.stages import Fork
 from growjax.runs.lineage import load_model
 from growjax.runs.run import Run, step_of
@@ -165,7 +165,7 @@ class Grown(study.Cell):
         order = np.random.default_rng(self.seed).permutation(count * rows).reshape(count, rows)
         batches = [{k: jnp.asarray(v[part]) for k, v in windows.items()} for part in order]
         sizes: Any = self.design.sizes(self.direction)
-        return ligo(model, batches, mean_loss, key=plan.key("fit"), **sizes)
+        return fit(ligo(batches=count, **sizes), model, batches, mean_loss, key=plan.key("fit"))
 
 
 def mean_loss(model: Any, batch: Any) -> Any:

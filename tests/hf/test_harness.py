@@ -155,7 +155,8 @@ def test_the_harness_knows_growjax_by_name(include, tmp_path, monkeypatch):
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: called.append(1))
     harness.main()
     assert called == [1]
-    for wrong in ({"device": "cuda:0"}, {"peft": "x"}):
+    others: list[dict[str, Any]] = [{"device": "cuda:0"}, {"peft": "x"}]
+    for wrong in others:
         with pytest.raises(EvalError, match="model_args: expected pretrained, tokenizer"):
             harness.Checkpoint(pretrained=str(tmp_path / "model"), **wrong)
 

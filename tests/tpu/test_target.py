@@ -215,7 +215,7 @@ MODELS = {
         UL2(64),
     ),
     "BERT": ("v6e:4x4", BERTConfig(**SIZES, positions=64), MLM(64)),
-    "ModernBERT": ("v6e:4x4", ModernBERTConfig(**SIZES | {"layers": 3}), MLM(64)),
+    "ModernBERT": ("v6e:4x4", dataclasses.replace(ModernBERTConfig(**SIZES), layers=3), MLM(64)),
     # Models that growjax did not write, and which read no documents
     "a declared module": (
         "v5e:4x4",
