@@ -194,10 +194,10 @@ def choose_and_train(
     for n, (stage, loss, cost) in enumerate(
         zip(probe.candidates, decision.losses, probe.costs, strict=True)
     ):
-        kept = "  kept" if n == decision.chosen else ""
+        mark = "  kept" if n == decision.chosen else ""
         console.print(
             f"{stage.name or stage.grow or n}: held-out loss {loss:.4f} after {probe.steps} steps, "
-            f"{cost / unit.per_unit:.4g} {unit.unit}{kept}",
+            f"{cost / unit.per_unit:.4g} {unit.unit}{mark}",
             markup=False,
         )
     if only:
