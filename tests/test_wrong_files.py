@@ -141,7 +141,6 @@ WRONG = [
         "operators: expected at most 256 in a chain, got 300",
     ),
     ("stages", [STAGE] * 1001, "stages: expected at most 1,000, got 1,001"),
-    ("stages", [STAGE] * 20_000, "more than 10,000 values in a file"),
     ("model.layers", 2**31 - 1, "model.layers: expected an integer of at most 2**24"),
     ("model.embed", 2**31 - 1, "model.embed: expected an integer of at most 2**24"),
     ("model.is", "growjax.models.gpt:GPTConfig", "its name in files is growjax:GPTConfig"),
@@ -184,6 +183,13 @@ def test_a_wrong_plan_is_one_typed_error(where, value, message):
     tracemalloc.stop()
     assert message in str(error.value), str(error.value)
     assert len(str(error.value)) < 3000 and peak < 100e6 and time.perf_counter() - start < 30
+
+
+def test_a_file_of_too_many_values_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr("growjax.values.codec._VALUES", 500)
+    saved = harmed(to_dict(PLAN), "stages", [STAGE] * 20_000)
+    with pytest.raises(PlanError, match="more than 500 values in a file"):
+        from_dict(saved, Plan, error=PlanError)
 
 
 LINEAGE = {
