@@ -96,7 +96,7 @@ TABLE = """
 @ a resumed run forgets what it started from | runs/saves.py | start | bitwise
 - self.parent, self.start, self.fork = path.name, lineage["start"], lineage.get("fork")
 + self.parent, self.fork = path.name, lineage.get("fork")
-@ seconds go back with the counter | train/stopwatch.py | faults | clock_that_jumps
+@ seconds go back with the counter | train/stopwatch.py | faults | less_than_no_time
 - self.latest = max(self.latest, time.perf_counter())
 + self.latest = time.perf_counter()
 @ checkpoints without their plan are anybody's | runs/saves.py | faults | plan_was_lost

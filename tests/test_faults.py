@@ -360,6 +360,17 @@ def test_seconds_of_training_never_go_back():
     assert watch.lap() >= 0
 
 
+def test_no_activity_takes_less_than_no_time(monkeypatch):
+    """A counter that jumps back in the midst of it stands still."""
+    times = iter([10.0, 20.0, 15.0])
+    counter = types.SimpleNamespace(perf_counter=lambda: next(times))
+    monkeypatch.setattr(stopwatch, "time", counter)
+    watch = stopwatch.Stopwatch()
+    with watch.apart("save"):
+        pass
+    assert watch.spent["save"] == 0
+
+
 def test_a_signal_saves_and_ends_and_the_run_goes_on(run, programs, tmp_path):
     whole, seen = run[0], []
     for record in train(whole, feed(whole), run=tmp_path, cache=programs):
