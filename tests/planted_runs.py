@@ -262,7 +262,7 @@ TABLE = """
 -         device_of(kind)
 + if kind in ():
 +         device_of(kind)
-@ a file holds any number of values | values/codec.py | wrong_files | stages
+@ a file holds any number of values | values/codec.py | wrong_files | too_many_values
 - if self.values > _VALUES:
 + if self.values > 100 * _VALUES:
 @ gates of shapes are folded as arrays | annotation/annotated.py | annotation | shapes_is_read
