@@ -89,4 +89,10 @@ TABLE = """
 @ another validation set is the same data | runs/feed.py | blend | feed_reads
 - if self.plan.validation is None:
 + if True:
+@ a tiny source gets an equal share | data/order.py | blend | whole_shares
+- max(Fraction(w / total).limit_denominator(10**6), least)
++ Fraction(w / total).limit_denominator(10**6) or Fraction(1)
+@ a folder and its files are listed twice | data/files.py | files | a_folder_a_file_or_a_pattern
+- name = os.path.relpath(file, root or ".").replace(os.sep, "/")
++ name = os.path.relpath(match, root or ".") + (inner and "/" + inner)
 """

@@ -90,6 +90,8 @@ def tree(tmp_path):
         ("*/*.txt", ["b/c.txt"]),
         ("**/*.txt", ["a.txt", "b/c.txt", "b/e/f.txt"]),
         ("[b-z]", ["b/c.txt", "b/d.md", "b/e/f.txt"]),
+        # The folder itself and each of its files: every document once
+        ("**", ["a.txt", "b/c.txt", "b/d.md", "b/e/f.txt"]),
         ("b/c.txt", ["c.txt"]),
     ],
 )

@@ -200,12 +200,12 @@ def _found_here(path: str, globs: tuple[str, ...]) -> list[DataFile] | None:
     root = _root(path)
     files = {}
     for match in globbing.glob(path, recursive=True):
-        name = os.path.relpath(match, root or ".").replace(os.sep, "/")
-        if os.path.isfile(match):
-            files[name] = DataFile(name, match)
-            continue
-        for inner in _inside(match, globs):
-            files[f"{name}/{inner}"] = DataFile(f"{name}/{inner}", os.path.join(match, inner))
+        inside = [""] if os.path.isfile(match) else list(_inside(match, globs))
+        for inner in inside:
+            file = os.path.join(match, inner) if inner else match
+            # "books/**" matches the folder itself as well as each file: one name for both
+            name = os.path.relpath(file, root or ".").replace(os.sep, "/")
+            files[name] = DataFile(name, file)
     return list(files.values())
 
 

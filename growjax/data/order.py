@@ -61,10 +61,11 @@ def proportions(weights: Sequence[float]) -> tuple[int, ...]:
         proportions((0.5, 0.3, 0.2))     # (5, 3, 2)
     """
     total = math.fsum(weights)
-    parts = [Fraction(weight / total).limit_denominator(10**6) for weight in weights]
+    # At least 10**-6 of the sum: a smaller weight would be rounded to nothing
+    least = Fraction(1, 10**6)
+    parts = [max(Fraction(w / total).limit_denominator(10**6), least) for w in weights]
     scale = math.lcm(*(part.denominator for part in parts))
-    # At least 1: a weight below 10**-6 of the sum
-    whole = [max(int(part * scale), 1) for part in parts]
+    whole = [int(part * scale) for part in parts]
     factor = math.gcd(*whole)
     return tuple(n // factor for n in whole)
 
