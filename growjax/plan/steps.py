@@ -199,7 +199,9 @@ class Steps:
         n = self.start + i
         first = n // block * block
         if (part, first) not in self._depths:
-            self._depths = {(part, first): part.tossed(layers, self.seed, first, block).sum(1)}
+            # Parts of one block stay: they may take turns
+            self._depths = {key: n for key, n in self._depths.items() if key[1] == first}
+            self._depths[part, first] = part.tossed(layers, self.seed, first, block).sum(1)
         return int(self._depths[part, first][n - first])
 
 
