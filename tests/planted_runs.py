@@ -423,8 +423,17 @@ TABLE = """
 - known = self.losses if self.late is not None else self.losses[:-1]
 + known = self.losses
 @ a trigger does not wait for the ramp | train/session.py | triggers | waits_for
-- i < max(stage.ramp, 2)
-+ i < 2
+- max(stage.ramp, fitted_to, 2)
++ max(fitted_to, 2)
+@ a trigger does not wait for the fit | train/session.py | triggers | waits_for
+- max(stage.ramp, fitted_to, 2)
++ max(stage.ramp, 2)
+@ a trigger does not wait for the rate | train/session.py | triggers | waits_for
+- i < max(stage.ramp, fitted_to, 2) or self.plan.rises(self.spent, self.span.index)
++ i < max(stage.ramp, fitted_to, 2)
+@ a stage that ends is saved before it is evaluated | train/session.py | triggers | however_often
+- i + 1 < span.steps and not self.over(i + 1) and
++ i + 1 < span.steps and
 @ losses of a trigger are not saved | train/session.py | triggers | within_a_stage
 - losses=self.losses,
 + losses=(),
@@ -432,8 +441,11 @@ TABLE = """
 - hosts.from_first(lambda: save_plan(plan, self.run.plan_file))
 + return
 @ a lost plan hides what a trigger ended | runs/saves.py | triggers | without_its_plan
-- if lineage.get("ended", []) not in (ended, [pair for pair in ended if pair[0] < stage]):
+- if lineage.get("ended", []) not in (before, [pair for pair in ended if pair[0] <= stage]):
 + if not isinstance(stage, int):
+@ a later end hides that of the checkpoint's stage | runs/saves.py | triggers | second_trigger
+- [pair for pair in ended if pair[0] <= stage]
++ ended
 @ a schedule jumps where a trigger fires | plan/plan.py | triggers | goes_on_from
 - return done + (1 - done) * (spent - self._fired) / (self.cost - self._fired)
 + return spent / self.cost

@@ -18,9 +18,9 @@ from growjax.forecast.dryrun import dry_run
 from growjax.plan import Mixing, Plateau, Trigger, mixing, plateau
 from growjax.plan.prefix import fork_faults, shared_steps
 from growjax.runs.checkpoint import read_lineage
-from growjax.runs.records import Begin, Ended, Step
+from growjax.runs.records import Begin, End, Ended, Step
 from growjax.runs.run import Run
-from growjax.train import Fork, Options, Probe, Schedule, Stage, train, watch
+from growjax.train import Fork, Options, Probe, Schedule, Stage, Warmup, train, watch
 from growjax.train.session import Session
 from tests.runs import feed, losses, plan, same, steps
 
@@ -48,6 +48,34 @@ def whole(tmp_path_factory, cache):
 def the_end(records: Any) -> Ended:
     (record,) = [r for r in records if isinstance(r, Ended)]
     return record
+
+
+def test_a_second_trigger_may_fire_before_anything_is_saved(tmp_path, cache):
+    """The last checkpoint is then of the stage before; and no stage ends while its rate rises."""
+    until = Plateau(1, 0.9)
+    two = plan(steps(8, "a", until=until), steps(8, "b", until=until, rewarm=0.5), steps(3, "c"))
+    options = Options(save_minutes=None, held_out_end=0, held_out=8)
+    records = train(two, feed(two), run=tmp_path, options=options, cache=cache)
+    ends = []
+    for record in records:
+        ends += [record] if isinstance(record, Ended) else []
+        if len(ends) == 2:
+            records.close()
+    assert ends[0].steps == 3 and ends[1].steps == 4
+    assert [c.name for c in Run(tmp_path).checkpoints()] == ["00000003-00"]
+    again = list(train(two, feed(two), run=tmp_path, options=options, cache=cache))
+    assert isinstance(again[-1], End) and len(losses(again)) == 4 + 3
+
+
+def test_a_run_that_its_trigger_ends_is_evaluated_however_often_it_saves(tmp_path, cache):
+    short = plan(steps(8, until=Plateau(1, 0.9)))
+    options = dataclasses.replace(OPTIONS, save_every=1)
+    *_, last = (
+        r
+        for r in train(short, feed(short), run=tmp_path, options=options, cache=cache)
+        if isinstance(r, Step)
+    )
+    assert last.step == 2 and last.held_out is not None
 
 
 def test_a_stage_ends_one_step_after_the_loss_that_its_trigger_reads(whole):
@@ -210,11 +238,31 @@ class Always(Trigger):
         return {}
 
 
-@pytest.mark.parametrize("ramp", [0, 4])
-def test_a_trigger_waits_for_the_ramp(ramp):
-    stage = steps(8, grow=gj.msg(mlp=24), ramp=ramp, until=Always())
-    session: Any = SimpleNamespace(span=SimpleNamespace(stage=stage), losses=[1.0], late=None)
-    assert [Session.over(session, i) for i in range(6)] == [i >= max(ramp, 2) for i in range(6)]
+@pytest.mark.parametrize(
+    "fields, first",
+    [
+        ({"grow": gj.stack(layers=4)}, 2),
+        ({"grow": gj.msg(mlp=24), "ramp": 4}, 4),
+        ({"grow": gj.growth.ligo(mlp=24, batches=5), "carry": "reset"}, 5),
+        ({"rewarm": 0.375}, 3),
+    ],
+    ids=["growth", "ramp", "fit", "rewarm"],
+)
+def test_a_trigger_waits_for_the_ramp_the_fit_and_the_rate(fields, first):
+    whole = plan(steps(1), steps(8, until=Always(), **fields))
+    span = whole.spans[1]
+    ends = []
+    for i in range(7):
+        spent = span.spent + sum(span.costs[:i])
+        session: Any = SimpleNamespace(plan=whole, span=span, spent=spent, losses=[1.0], late=None)
+        ends.append(Session.over(session, i))
+    assert ends == [i >= first for i in range(7)]
+
+
+def test_a_trigger_waits_for_the_warmup_of_the_plan():
+    whole = plan(steps(8, until=Always()), rate=Schedule(1e-2, warmup=Warmup(steps=4)))
+    costs = np.cumsum([0, *whole.spans[0].costs])
+    assert [whole.rises(float(spent), 0) for spent in costs[:6]] == [i < 4 for i in range(6)]
 
 
 def test_mixing_compares_the_same_steps():

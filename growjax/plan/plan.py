@@ -180,6 +180,11 @@ class Plan:
         # The warmup divides costs and not shares, so that plans of other budgets warm up by the same bits
         return climb * (rate.rising(spent / warm) if spent < warm else rate.at(done))
 
+    def rises(self, spent: float, stage: int) -> bool:
+        """Whether the learning rate rises at a cost spent so far: the plan's warm-up, or the stage's."""
+        span, cost = self.spans[stage], self._span_costs[stage]
+        return spent < self._rate[1] or spent - span.spent < span.stage.rewarm * cost
+
     def ended(self, stage: int, steps: int) -> "Plan":
         """The plan once a trigger has ended a stage after some steps.
 

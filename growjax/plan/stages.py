@@ -116,8 +116,9 @@ class Stage:
       such as the trials of other operators (`Probe`). The run pays it before the stage's first step.
     - `until`: a trigger that ends the stage by its losses, such as `Plateau(200, 0.005)`, before its
       length, which is then the longest that it may be. It reads losses one step late, and waits for the
-      ramp. What a stage leaves of its share, the next one has; without shares the run is shorter. The
-      learning rate goes on from where it is, to the end of the schedule.
+      ramp, for warm-ups and for the batches of a fit. What a stage leaves of its share, the next one
+      has; without shares the run is shorter. The learning rate goes on from where it is, to the end of
+      the schedule.
     - `ended`: the number of steps after which the trigger has ended the stage; the trainer writes it.
     """
 

@@ -167,9 +167,11 @@ class Saves:
                 raise CheckpointError(f"{path} is not the checkpoint that process 0 goes on from")
 
         hosts.together(compare)
-        # The plan may know the end of the checkpoint's own stage already, and must know all before it
+        # The plan may know the ends of the checkpoint's own stage and of later ones, and must know all
+        # before it
         ended, stage = [list(pair) for pair in self.plan.ends], lineage["stage"]
-        if lineage.get("ended", []) not in (ended, [pair for pair in ended if pair[0] < stage]):
+        before = [pair for pair in ended if pair[0] < stage]
+        if lineage.get("ended", []) not in (before, [pair for pair in ended if pair[0] <= stage]):
             raise CheckpointError(
                 f"{path}: triggers have ended stages of its run, each after so many steps: "
                 f"{lineage.get('ended', [])}, and {self.run.plan_file} says {ended}; write the former "

@@ -198,8 +198,8 @@ class Session:
             yield from self.flush()
             jax.profiler.stop_trace()
             self.profiling = False
-        # After the stage's last step, the loop saves
-        if i + 1 < span.steps and self._save_is_due():
+        # After the stage's last step, the loop saves; if that of the run, it is evaluated first
+        if i + 1 < span.steps and not self.over(i + 1) and self._save_is_due():
             # Raises if the step is not finite, so that only finite states are saved
             yield from self.flush()
             yield from self.save()
@@ -276,7 +276,10 @@ class Session:
         The loss of step i - 1 is never read, whether it is known already or not.
         """
         stage = self.span.stage
-        if stage.until is None or stage.ended is not None or i < max(stage.ramp, 2):
+        if stage.until is None or stage.ended is not None:
+            return False
+        fitted_to = stage.grow.batches if isinstance(stage.grow, Fit) else 0
+        if i < max(stage.ramp, fitted_to, 2) or self.plan.rises(self.spent, self.span.index):
             return False
         known = self.losses if self.late is not None else self.losses[:-1]
         return stage.until.fires(known[-stage.until.reads :], i - 1) is not None
