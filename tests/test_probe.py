@@ -61,6 +61,8 @@ def test_a_plateau_is_where_two_windows_have_the_same_mean():
     falls = [bool(new <= old * 0.99) for old, new in zip(means, means[3:], strict=False)]
     assert first == 6 + falls.index(False)
     assert plateau(flat[: first - 1], window=3, least=0.01) is None
+    # What falls slowly for ever stands still as well
+    assert plateau([2.0 - 1e-4 * i for i in range(9)], window=3, least=0.01) == 6
     with pytest.raises(PlanError, match="a positive integer"):
         plateau(flat, window=0, least=0.01)
 
