@@ -92,8 +92,8 @@ def test_state_of_matrices_is_that_of_a_fresh_run_or_refused(name):
         return jax.vmap(lambda w: jax.grad(loss)(w, rest))(stacked)
 
     def by_step(weights, rest):
-        found = gradients(weights, rest)
-        return [jax.tree.map(lambda x, t=t: x[t], found) for t in range(STEPS)]
+        stacked = gradients(weights, rest)
+        return [jax.tree.map(lambda x, t=t: x[t], stacked) for t in range(STEPS)]
 
     old, large = by_step(weights, rest), [gj.partition(model)[0] for model in grown]
     new = by_step(large, grown_rest)

@@ -90,7 +90,7 @@ def page(
 def sentences(design: Contest, rows: Sequence[Row]) -> list[str]:
     """The answers to the four questions, as far as they were run."""
     answers = {(row.workload, row.question): row for row in select(rows, Answer)}
-    said = []
+    sentences = []
     for direction in DIRECTIONS:
         against = of_direction(select(rows, AgainstFrontier), direction)
         if not against:
@@ -98,20 +98,20 @@ def sentences(design: Contest, rows: Sequence[Row]) -> list[str]:
         name = direction.capitalize()
         best = min(against, key=lambda row: row.loss)
         size = size_of(against)
-        said.append(
+        sentences.append(
             f"{name}: {_count(against, 'better')} of {len(against)} arms end below the best fixed size "
             f"({size}), {_count(against, 'worse')} above it; the lowest is {best.arm}, "
             f"{interval_text(best.estimate, best.interval)}."
         )
         reference = versus(rows, direction, REFERENCE[direction])
-        said.append(
+        sentences.append(
             f"{name}, against {REFERENCE[direction]}. Better: {_names(reference, 'better')}. Worse: "
             f"{_names(reference, 'worse')}. No difference found: "
             f"{_names(reference, 'no difference found')}."
         )
         large = fixed_name(design.large[direction])
         scratch = versus(rows, direction, large)
-        said.append(
+        sentences.append(
             f"{name}, against {large} from scratch: {_count(scratch, 'better')} of {len(scratch)} arms "
             f"are better, {_count(scratch, 'worse')} worse."
         )
@@ -119,11 +119,13 @@ def sentences(design: Contest, rows: Sequence[Row]) -> list[str]:
             f"{n} steps: {correlation(answers[direction, PREDICTS.format(n, ALIVE)])}"
             for n in design.after
         )
-        said.append(f"{name}, does the loss n steps after the growth predict the end? {words}.")
-    if not said:
+        sentences.append(
+            f"{name}, does the loss n steps after the growth predict the end? {words}."
+        )
+    if not sentences:
         row = answers["", RUNS]
-        said.append(f"Not answered yet: {row.verdict} runs are there.")
-    return said
+        sentences.append(f"Not answered yet: {row.verdict} runs are there.")
+    return sentences
 
 
 def correlation(row: Answer) -> str:

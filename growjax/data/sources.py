@@ -4,6 +4,7 @@ Documents are read one at a time. A fault (bytes that are not UTF-8, a line with
 stop the reading at once: it goes on until it has the first few faults, and reports them together.
 """
 
+import abc
 import dataclasses
 import hashlib
 import importlib
@@ -62,8 +63,8 @@ class Source(Protocol):
         ...
 
 
-class FileSource:
-    """The part that sources of files have in common; a subclass has `_files` and `_read`.
+class FileSource(abc.ABC):
+    """The part that sources of files have in common; a subclass writes `files` and `_read`.
 
     Besides the methods of `Source`, it has those that let a cache go by what the files hold.
     """
@@ -81,18 +82,18 @@ class FileSource:
         """
         return digest(self._options(), *checksums(self.files()))
 
+    @abc.abstractmethod
     def files(self) -> list[DataFile]:
         """The files of the source, in the order in which they are read."""
-        raise NotImplementedError
 
     def _options(self) -> str:
         """The source without the place of its files."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # pyright: ignore
         return repr((type(self).__name__, {k: v for k, v in fields.items() if k != "path"}))
 
+    @abc.abstractmethod
     def _read(self) -> Iterator[Document | str]:
         """The documents, and in place of a document that has a fault a text that describes it."""
-        raise NotImplementedError
 
 
 @register

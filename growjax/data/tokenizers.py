@@ -5,6 +5,7 @@ document that contains the spelling of one (`"</s>"`) is tokenised like any othe
 spelling is the token, since a prompt is written by whoever asks.
 """
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -75,7 +76,7 @@ class Tokenizer(Protocol):
 _BYTE_SPECIALS = ("pad", "bos", "eos", "mask", "cls", "sep", "R", "S", "X")
 
 
-class _Bytes:
+class _Bytes(abc.ABC):
     """One token for each byte of UTF-8; the first has the id `offset`."""
 
     offset: int
@@ -87,8 +88,9 @@ class _Bytes:
         return self._vocabulary
 
     @functools.cached_property
+    @abc.abstractmethod
     def _vocabulary(self) -> Vocabulary:
-        raise NotImplementedError
+        """The vocabulary, made once."""
 
     @property
     def names(self) -> dict[str, int]:
