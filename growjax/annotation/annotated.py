@@ -183,7 +183,7 @@ class Annotated(eqx.Module):
 
 def annotate(
     model: Any,
-    specs: Mapping[str, str | Declaration | dataclasses.Field],
+    specs: Mapping[str, str | Declaration | dataclasses.Field[Any]],
     *,
     ignore: Sequence[str] = (),
     statics: Mapping[str, str | tuple[str, ...]] | None = None,
