@@ -173,4 +173,7 @@ TABLE = """
 @ limited layers are the others | growth/limited.py | within | other_layers
 - chosen = np.isin(np.arange(after.shape[dim]), self.layers)
 + chosen = ~np.isin(np.arange(after.shape[dim]), self.layers)
+@ lists become tuples whatever they are | values/checks.py | bad_input | of_any_type or taken_apart
+- return tuple(map(tuples, value)) if isinstance(value, list | tuple | range) else value
++ return tuple(map(tuples, value)) if not isinstance(value, int) else value
 """

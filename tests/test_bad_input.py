@@ -3,6 +3,7 @@
 # pyright: reportArgumentType=false
 
 import functools
+import inspect
 
 import equinox as eqx
 import jax
@@ -306,6 +307,75 @@ TABLE = [
 def test_bad_input_is_refused_and_the_message_says_why(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# A call of each function that describes how a model grows, or which part of it is trained
+CALLS = {
+    gj.aki: dict(mlp=8),
+    gj.copy: dict(mlp=8),
+    gj.dense: dict(head_dim=((1, 0), (0, 1))),
+    gj.experts: dict(number=4),
+    gj.fresh: dict(layers=4),
+    gj.lemon: dict(mlp=8),
+    gj.msg: dict(mlp=8),
+    gj.positions: dict(size=16),
+    gj.regroup: dict(kv_heads=4),
+    gj.stack: dict(layers=4),
+    gj.upcycle: dict(experts=4),
+    gj.vocabulary: dict(size=16),
+    gj.warm: dict(mlp=8),
+    gj.zeros: dict(mlp=8),
+    gj.growth.between: dict(layers=3),
+    gj.growth.centred: {},
+    gj.growth.context: dict(factor=2.0, length=4),
+    gj.growth.given: dict(entries={}, mlp=8),
+    gj.growth.gradmax: dict(mlp=8),
+    gj.growth.learned: {},
+    gj.growth.ligo: dict(mlp=8),
+    gj.growth.pieces: dict(old={"a": 0}, new={"a": 0}, encode=lambda text: (0,)),
+    gj.growth.pool: dict(kv_heads=1),
+    gj.growth.pursuit: dict(donor=np.ones((3, 2)), shared={0: 0}),
+    gj.growth.solar: dict(old=4, dropped=1),
+    gj.growth.sources: dict(order="top", old=4, new=6),
+    gj.growth.transplant: dict(rows=((0,), (1, 2))),
+    gj.growth.within: dict(operator=gj.zeros(mlp=8), layers=(1,)),
+    gj.layer_skip: {},
+    gj.loop: dict(times=2),
+    gj.nested: dict(mlp=3),
+    gj.path_schedule: dict(lengths=(2, 4), layers=4, steps=10),
+    gj.progressive_layer_drop: {},
+    gj.random_part: dict(mlp=3),
+    gj.random_path: dict(length=2),
+    gj.random_tokens: dict(count=3),
+    gj.plan.mixing: dict(grown=[1.0], whole=[1.0], window=1, close=0.1),
+    gj.plan.plateau: dict(losses=[1.0], window=1, least=0.1),
+    gj.plan.proportional_shares: dict(stages=3),
+    gj.plan.stacking_tokens: dict(parameters=1e6, flops=1e15),
+}  # fmt: skip
+WRONG = (None, -1, 2.5, 1e-3, "x", True, np.array([1, 2]), [1, "a"], {1: 2}, object())
+
+
+# Equinox's own warning of arrays in static fields comes before the error
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
+@pytest.mark.parametrize("call", [pytest.param(call, id=call.__name__) for call in CALLS])
+def test_an_argument_of_any_type_is_taken_or_refused_by_name(call):
+    for name in {**inspect.signature(call).parameters, **CALLS[call]}:
+        for wrong in WRONG if name not in ("sizes", "counts", "matrices") else ():
+            try:
+                call(**{**CALLS[call], name: wrong})
+            except GrowjaxError as error:
+                assert name in str(error), f"{name}={wrong!r}: {error}"
+
+
+def test_a_text_is_not_taken_apart():
+    for call in (
+        lambda: gj.growth.gradmax(mlp=8, gates="glu"),
+        lambda: gj.random_path(2, keep="01"),
+        lambda: gj.growth.parse(3),
+        lambda: gj.growth.transplant([[0.5]]),
+    ):
+        with pytest.raises(GrowjaxError, match="got ('glu'|'01'|3|0.5)"):
+            call()
 
 
 def test_every_error_is_a_value_error_of_its_own_kind():

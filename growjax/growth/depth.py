@@ -7,7 +7,7 @@ al. 2024), OpT-DeUS (2025).
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import equinox as eqx
 import numpy as np
@@ -16,7 +16,7 @@ from growjax import values
 from growjax.algebra import NONE, AxisMap, Init
 from growjax.axes import Axes
 from growjax.cards import Card, Paper
-from growjax.errors import GrowthError, expect_one_of, raise_all
+from growjax.errors import GrowthError, raise_all
 from growjax.growth.finishes import Multiplied, matches
 from growjax.growth.operator import (
     Exactness,
@@ -129,7 +129,7 @@ def sources(order: Order, old: int, new: int) -> np.ndarray:
 
         sources("repeat", 2, 5)        # [0, 1, 0, 1, 1]
     """
-    expect_one_of(GrowthError, "order", order, get_args(Order))
+    _check_types(order=(Order, order), old=(_Depth, old), new=(_Depth, new))
     _require(new >= old, f"growth never shrinks: from {old} to {new} layers")
     _require(old > 0 or new == 0, f"there is no layer to copy {new} times; gj.fresh(layers={new})")
     extra, layers = new - old, np.arange(old)
@@ -171,8 +171,20 @@ def solar(old: int, dropped: int) -> tuple[int, ...]:
 
         gj.stack(layers=gj.growth.solar(32, dropped=8))       # 48 layers
     """
+    _check_types(old=(values.Size, old), dropped=(int, dropped))
     _require(0 <= dropped < old, f"dropped: expected 0 to {old - 1}, got {dropped}")
     return (*range(old - dropped), *range(dropped, old))
+
+
+# How many layers
+_Depth = Annotated[int, values.at_least(0, "layers")]
+
+
+def _check_types(**arguments: tuple[Any, Any]) -> None:
+    """Raise `GrowthError` that lists the arguments, `name=(annotation, value)`, that do not fit."""
+    pairs = arguments.items()
+    faults = [line for name, (hint, value) in pairs for line in values.faults(hint, value, name)]
+    raise_all(GrowthError, "no layers can be listed from these:", faults)
 
 
 def _require(ok: bool, complaint: str) -> None:
@@ -381,8 +393,7 @@ def stack(
         gj.stack(layers=9, order="top")                      # gradual stacking 6-9
         gj.stack(layers=8, order="insert", branch="zero")    # block expansion
     """
-    pairs: Any = scale.items() if isinstance(scale, Mapping) else scale
-    return Stack(frozen_sizes(sizes), order, branch, stream, tuple(tuple(pair) for pair in pairs))
+    return Stack(frozen_sizes(sizes), order, branch, stream, values.tuples(scale))
 
 
 def fresh(*, init: Init = "born", **sizes: int) -> Fresh:

@@ -140,16 +140,7 @@ def given(
 
         gj.growth.given({"blocks.block.mlp.down": rows}, exact=True, mlp=1030)    # from 1024
     """
-    pairs = entries.items() if isinstance(entries, Mapping) else entries
-    frozen = tuple((path, _frozen(x)) for path, x in pairs)
-    return Given(frozen_sizes(sizes), frozen, exact, method)
-
-
-def _frozen(numbers: Any) -> Any:
-    """Numbers as nested tuples of Python's floats."""
-    if hasattr(numbers, "shape"):
-        numbers = np.asarray(numbers, float).tolist()
-    return tuple(map(_frozen, numbers)) if isinstance(numbers, list | tuple) else numbers
+    return Given(frozen_sizes(sizes), values.tuples(entries), exact, method)
 
 
 # GradMax ---------------------------------------------------------------------------------------------
@@ -301,7 +292,9 @@ def gradmax(
 
         Stage(share=0.5, grow=gj.growth.gradmax(mlp=1030))
     """
-    return GradMax(sizes=frozen_sizes(sizes), batches=batches, scale=scale, gates=tuple(gates))
+    return GradMax(
+        sizes=frozen_sizes(sizes), batches=batches, scale=scale, gates=values.tuples(gates)
+    )
 
 
 def _units(table: Axes, axis: str, gates: tuple[str, ...]) -> list[tuple[Slot, Slot, Slot | None]]:

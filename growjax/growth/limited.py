@@ -163,4 +163,4 @@ def within(
 
         gj.growth.within(gj.copy(mlp=2048), layers=(3, 7))
     """
-    return Within(operator, tuple(layers), axis)
+    return Within(operator, values.tuples(layers), axis)

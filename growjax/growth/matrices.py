@@ -116,18 +116,4 @@ def dense(
 
         gj.dense(head_dim=rotation, exact=True)        # an orthogonal matrix
     """
-    pairs: Any = dual.items() if isinstance(dual, Mapping) else dual
-    return Dense(frozen(matrices.items()), frozen(pairs), exact)
-
-
-def frozen(matrices: Iterable[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:
-    """Matrices as hashable fields: tuples of Python's floats."""
-    return tuple((axis, _rows(matrix)) for axis, matrix in matrices)
-
-
-def _rows(matrix: Any) -> Any:
-    if isinstance(matrix, list | tuple) or hasattr(matrix, "shape"):
-        shape = _shape(matrix)
-        if len(shape) == 2:
-            return tuple(map(tuple, np.asarray(matrix, float).tolist()))
-    return matrix
+    return Dense(values.tuples(matrices), values.tuples(dual), exact)

@@ -21,7 +21,7 @@ from growjax.cards import Card
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.finishes import Finish
 from growjax.growth.fits import Fit, Measure, adam
-from growjax.growth.matrices import LIGO, Matrices, frozen, matrix_faults
+from growjax.growth.matrices import LIGO, Matrices, matrix_faults
 from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
 from growjax.values import Size, at_least, positive
 
@@ -152,11 +152,7 @@ def learned(
 
     `growjax.growth.ligo` learns such matrices. Raises `GrowthError` for matrices that do not fit.
     """
-    pairs: list[Any] = [
-        x.items() if isinstance(x, Mapping) else x for x in (produced, consumed, depth)
-    ]
-    made, read, layers = (frozen(pair) for pair in pairs)
-    return Learned(made, read, layers, stack)
+    return Learned(values.tuples(produced), values.tuples(consumed), values.tuples(depth), stack)
 
 
 # LiGO ------------------------------------------------------------------------------------------------

@@ -3,14 +3,12 @@
 import abc
 import dataclasses
 import functools
-import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jaxtyping import PRNGKeyArray
 
@@ -297,20 +295,11 @@ def resolve(axes: Axes, requested: Mapping[str, int], *, shrink: bool = False) -
 
 def frozen_sizes(sizes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Sizes and lists of sources as a hashable field; NumPy's integers and lists become Python's."""
-    return tuple((axis, _frozen(size)) for axis, size in sizes.items())
+    return values.tuples(sizes)
 
 
-def _frozen(size: Any) -> Any:
-    if isinstance(size, np.ndarray):
-        size = size.tolist()
-    if isinstance(size, list | tuple | range):
-        return tuple(map(_frozen, size))
-    whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
-    return int(size) if whole else size
-
-
-def _size_faults(sizes: Any, lists: bool) -> Iterator[str]:
-    if not sizes:
+def _size_faults(sizes: Any, lists: bool = False, none: bool = False) -> Iterator[str]:
+    if not sizes and not none:
         yield "sizes: expected at least one axis and the size to reach, such as mlp=2048"
     named = [axis for axis, _ in sizes]
     for axis in dict.fromkeys(axis for axis in named if named.count(axis) > 1):
@@ -326,11 +315,16 @@ def _size_faults(sizes: Any, lists: bool) -> Iterator[str]:
 # Axes and the sizes to reach; with lists, the source of every new coordinate will do as well
 Sizes = Annotated[
     tuple[tuple[str, Any], ...],
-    values.Faults("sizes such as mlp=2048", functools.partial(_size_faults, lists=False)),
+    values.Faults("sizes such as mlp=2048", _size_faults),
 ]
 SizesOrLists = Annotated[
     tuple[tuple[str, Any], ...],
     values.Faults("sizes such as mlp=2048", functools.partial(_size_faults, lists=True)),
+]
+# Those of an operator that also does something without any
+AnySizes = Annotated[
+    tuple[tuple[str, Any], ...],
+    values.Faults("sizes such as mlp=2048", functools.partial(_size_faults, none=True)),
 ]
 
 

@@ -6,6 +6,7 @@ Quesnelle, Fan, Shippole, "YaRN: Efficient Context Window Extension of Large Lan
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -109,13 +110,13 @@ class Context(Operator):
     )
 
     def __check_init__(self):
-        faults = []
+        values.check(self, GrowthError, "this context cannot be reached:", self._faults)
+
+    def _faults(self) -> Iterator[str]:
         if self.how == "yarn" and self.length is None:
-            faults.append("length: YaRN needs the context that the model was trained with")
-        numbers = values.fits(float, self.low) and values.fits(float, self.high)
-        if numbers and not self.low < self.high:
-            faults.append(f"low, high: expected a low below the high, got {self.low}, {self.high}")
-        values.check(self, GrowthError, "this context cannot be reached:", faults)
+            yield "length: YaRN needs the context that the model was trained with"
+        if not self.low < self.high:
+            yield f"low, high: expected a low below the high, got {self.low}, {self.high}"
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """The same coordinates with other frequencies."""

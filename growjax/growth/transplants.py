@@ -20,6 +20,7 @@ from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
 from growjax.growth.finishes import Finish, across
 from growjax.growth.operator import Exactness, Operator
+from growjax.values import Size
 
 
 _PURSUIT = Paper(
@@ -156,8 +157,7 @@ def transplant(
         rows = gj.growth.pieces(old.get_vocab(), new.get_vocab(), old.encode)
         op = gj.growth.transplant(rows, output="first")
     """
-    whole = tuple(tuple(int(i) for i in row) for row in rows)
-    return Transplant(whole, tuple(tuple(float(w) for w in row) for row in weights), output, axis)
+    return Transplant(values.tuples(rows), values.tuples(weights), output, axis)
 
 
 def pieces(
@@ -176,6 +176,14 @@ def pieces(
 
         pieces({"a": 0, "b": 1}, {"b": 0, "ab": 1}, lambda text: [ord(c) - 97 for c in text])
     """
+    faults = [
+        f"{name}: expected the id of every token, got {values.short(ids)}"
+        for name, ids in (("old", old), ("new", new))
+        if not (isinstance(ids, Mapping) and all(values.fits(int, i) for i in ids.values()))
+    ]
+    if not callable(encode):
+        faults.append(f"encode: expected a function of a text, got {values.short(encode)}")
+    raise_all(GrowthError, "these vocabularies cannot be read:", faults)
     tokens = sorted(new, key=lambda token: new[token])
     if [new[token] for token in tokens] != list(range(len(tokens))):
         raise GrowthError(f"new: expected the ids 0 to {len(tokens) - 1}, each once")
@@ -207,9 +215,25 @@ def pursuit(donor: Any, shared: Mapping[int, int], *, pieces: int = 8) -> tuple[
         rows, weights = pursuit(donor_table, {0: 5, 1: 2}, pieces=2)
         op = gj.growth.transplant(rows, weights=weights)
     """
-    table = np.asarray(donor, float)
-    if not shared:
-        raise GrowthError("shared: expected some tokens that both vocabularies have")
+    faults = list(values.faults(Size, pieces, "pieces"))
+    try:
+        table = np.asarray(donor, float)
+    except (TypeError, ValueError):
+        table = np.zeros(0)
+    if table.ndim != 2 or not np.isfinite(table).all():
+        faults.append(f"donor: expected a table [new, width] of numbers, got {values.short(donor)}")
+    elif not isinstance(shared, Mapping) or not shared:
+        faults.append(
+            "shared: expected some tokens that both vocabularies have, as {new id: old id}"
+        )
+    elif not all(
+        values.fits(int, i) and values.fits(int, old) and 0 <= i < len(table) and old >= 0
+        for i, old in shared.items()
+    ):
+        faults.append(
+            f"shared: expected ids of the donor's {len(table)} rows, and old ids from 0 on"
+        )
+    raise_all(GrowthError, "tokens cannot be pursued so:", faults)
     anchors = np.asarray(sorted(shared))
     atoms = table[anchors]
     lengths = np.maximum(np.sqrt(np.sum(atoms**2, axis=1)), np.finfo(float).tiny)

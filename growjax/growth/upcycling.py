@@ -5,6 +5,7 @@ Mixture of Experts", 2024 (fine-grained); Nakamura et al., "Drop-Upcycling", ICL
 Upcycling", arXiv:2604.19835, 2026.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import equinox as eqx
@@ -213,7 +214,7 @@ _Share = Annotated[float, values.ranged(0, 1, "a share")]
 class Upcycle(Operator):
     """Experts from a dense feed-forward; see `upcycle`."""
 
-    number: Size = eqx.field(static=True)
+    experts: Size = eqx.field(static=True)
     per_token: Size = eqx.field(static=True, default=2)
     granularity: Size = eqx.field(static=True, default=1)
     drop: _Share = eqx.field(static=True, default=0.0)
@@ -238,13 +239,13 @@ class Upcycle(Operator):
     def __check_init__(self):
         values.check(self, GrowthError)
         faults = []
-        if self.per_token > self.number:
+        if self.per_token > self.experts:
             faults.append(
-                f"per_token: {self.per_token} experts cannot be chosen from {self.number}"
+                f"per_token: {self.per_token} experts cannot be chosen from {self.experts}"
             )
-        if self.number % self.granularity:
+        if self.experts % self.granularity:
             faults.append(
-                f"experts: {self.number} experts are no whole groups of {self.granularity} shards; "
+                f"experts: {self.experts} experts are no whole groups of {self.granularity} shards; "
                 "give a multiple of the granularity"
             )
         if self.per_token % self.granularity:
@@ -257,7 +258,7 @@ class Upcycle(Operator):
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]
         """Copies are exact if the weights of the chosen ones sum to one."""
-        sums_to_one = self.norm_topk_prob or self.per_token == self.number
+        sums_to_one = self.norm_topk_prob or self.per_token == self.experts
         return "approximate" if self.drop or not sums_to_one else "exact-given-init"
 
     @property
@@ -282,7 +283,7 @@ class Upcycle(Operator):
         return [
             ExpertMap(
                 AXIS,
-                np.arange(self.number) % groups,
+                np.arange(self.experts) % groups,
                 via=_stream(axes),
                 options=tuple(options.items()),
                 alike=groups,
@@ -290,9 +291,6 @@ class Upcycle(Operator):
                 per_matrix=self.per_matrix,
             )
         ]
-
-    def __repr__(self) -> str:
-        return super().__repr__().replace("number=", "experts=", 1)
 
 
 def upcycle(
@@ -371,16 +369,15 @@ class Experts(Operator):
     )
 
     def __check_init__(self):
-        faults = []
+        values.check(self, GrowthError, "experts cannot grow so:", self._faults)
+
+    def _faults(self) -> Iterator[str]:
         if self.gated and self.per_token == "scaled":
-            faults.append("gated: new experts behind a gate keep per_token; give gated=False")
+            yield "gated: new experts behind a gate keep per_token; give gated=False"
         if self.gated and self.noise:
-            faults.append("noise: is for copies without a gate; give gated=False, or an init")
+            yield "noise: is for copies without a gate; give gated=False, or an init"
         if not self.gated and self.init != "copy":
-            faults.append(
-                f"init: new experts without a gate are copies, got {values.short(self.init)}"
-            )
-        raise_all(GrowthError, "experts cannot grow so:", faults)
+            yield f"init: new experts without a gate are copies, got {values.short(self.init)}"
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]

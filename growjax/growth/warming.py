@@ -14,7 +14,7 @@ from growjax.algebra import NONE, AxisMap
 from growjax.axes import Axes
 from growjax.cards import Card, Paper
 from growjax.growth.finishes import Blend
-from growjax.growth.operator import Exactness, Operator, frozen_sizes, resolve
+from growjax.growth.operator import AnySizes, Exactness, Operator, frozen_sizes, resolve
 
 
 _PERTURBED = Paper(
@@ -44,7 +44,7 @@ _EFFECTIVE = Paper(
 class Warm(Operator):
     """Shrunk old weights in a new model; see `warm`."""
 
-    sizes: tuple[tuple[str, int], ...] = eqx.field(static=True)
+    sizes: AnySizes = eqx.field(static=True)
     shrink: Annotated[float, values.ranged(0, 1)] = eqx.field(static=True, default=0.4)
     perturb: Annotated[float, values.at_least(0)] = eqx.field(static=True, default=1.0)
     exactness: ClassVar[Exactness] = "approximate"

@@ -67,6 +67,10 @@ def parse(text: str) -> Operator | Chain:
 
         parse("chain(copy(mlp=2048, shares=random), stack(layers=(0, 1, 1, 2), branch=zero))")
     """
+    if not isinstance(text, str):
+        raise GrowthError(
+            f"text: expected an operator as text, such as 'copy(mlp=2048)', got {text!r}"
+        )
     try:
         op = _value(ast.parse(text.strip(), mode="eval").body)
     except SyntaxError as error:

@@ -4,14 +4,15 @@ import abc
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
 from growjax.cards import Card
 from growjax.errors import PlanError, raise_all
 from growjax.growth.depth import FEW_LAYERS
-from growjax.values import Size, at_least, base, check, ranged, register
+from growjax.values import Range, Size, at_least, base, check, ranged, register, short
+from growjax.values import faults as field_faults
 
 
 def stacking_tokens(parameters: float, flops: float) -> float:
@@ -28,13 +29,19 @@ def stacking_tokens(parameters: float, flops: float) -> float:
         stacking_tokens(7e9, 6 * 7e9 * 2e12)      # 1.1e10 tokens
     """
     faults = [
-        f"{name}: expected more than {least:g}, got {value!r}"
+        line
         for name, value, least in (("parameters", parameters, 0), ("flops", flops, 1))
-        if not value > least
+        for line in field_faults(_above(least), value, name)
     ]
     raise_all(PlanError, "G_stack's law does not say:", faults)
     exponent = 0.88 * math.log10(parameters) + 163.27 / math.log10(flops) - 5.74
+    if exponent > 300:
+        raise PlanError(f"flops: {flops:g} is too little for a law of large runs")
     return 10**exponent
+
+
+def _above(least: float) -> Any:
+    return Annotated[float, Range(f"a number above {least:g}", lambda x: x > least)]
 
 
 def proportional_shares(stages: int, alpha: float = 1.0) -> tuple[float, ...]:
@@ -48,8 +55,8 @@ def proportional_shares(stages: int, alpha: float = 1.0) -> tuple[float, ...]:
 
         proportional_shares(3, 1)       # (1/6, 1/3, 1/2)
     """
-    if stages < 1:
-        raise PlanError(f"stages: expected at least one, got {stages}")
+    faults = [*field_faults(Size, stages, "stages"), *field_faults(float, alpha, "alpha")]
+    raise_all(PlanError, "a budget cannot be shared so:", faults)
     weights = np.arange(1, stages + 1, dtype=float) ** alpha
     return tuple((weights / weights.sum()).tolist())
 
@@ -176,7 +183,7 @@ def plateau(losses: Sequence[float], *, window: int, least: float) -> int | None
         losses = [row["loss"] for row in read_journal(run) if row["kind"] == "step"]
         plateau(losses, window=200, least=0.005)
     """
-    return _first(Plateau(window, least), losses)
+    return _first(Plateau(window, least), _read(losses=losses)[0])
 
 
 def mixing(
@@ -192,11 +199,27 @@ def mixing(
 
         mixing(losses_of("runs/grown")[start:], losses_of("runs/whole")[start:], window=50, close=0.005)
     """
-    if len(grown) != len(whole):
+    ours, theirs = _read(grown=grown, whole=whole)
+    if len(ours) != len(theirs):
         raise PlanError(
-            f"grown, whole: expected losses of the same steps, got {len(grown)} and {len(whole)}"
+            f"grown, whole: expected losses of the same steps, got {len(ours)} and {len(theirs)}"
         )
-    return _first(Mixing(tuple(map(float, whole)), window, close), grown)
+    return _first(Mixing(theirs, window, close), ours)
+
+
+def _read(**losses: Any) -> list[tuple[float, ...]]:
+    """The losses of each argument as numbers; raises `PlanError`."""
+    read, faults = [], []
+    for name, several in losses.items():
+        try:
+            numbers = np.asarray(several, float)
+        except (TypeError, ValueError):
+            numbers = np.zeros(())
+        if numbers.ndim != 1:
+            faults.append(f"{name}: expected the loss of every step, got {short(several)}")
+        read.append(tuple(numbers.ravel().tolist()))
+    raise_all(PlanError, "these are no losses of steps:", faults)
+    return read
 
 
 def _first(trigger: Trigger, losses: Sequence[float]) -> int | None:

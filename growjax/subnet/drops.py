@@ -14,7 +14,7 @@ from growjax.algebra import AxisMap
 from growjax.axes import Axes
 from growjax.cards import Card, Paper
 from growjax.subnet.base import Coins
-from growjax.values import Range, positive, ranged, register
+from growjax.values import Range, positive, ranged, register, tuples
 
 
 _SOME = Range("a stack, or some that share their coins", lambda axes: len(axes) > 0)
@@ -91,5 +91,4 @@ def progressive_layer_drop(
         drop = gj.progressive_layer_drop(rate=100 / steps)
         loss = lambda model, key, step: next_token_loss(drop(model, key=key, step=step), batch)
     """
-    stacks = axis if isinstance(axis, str) else tuple(axis)
-    return ProgressiveLayerDrop(floor, rate, inverse, stacks)
+    return ProgressiveLayerDrop(floor, rate, inverse, tuples(axis))

@@ -6,6 +6,7 @@ Elhoushi et al., "LayerSkip: Enabling Early Exit Inference and Self-Speculative 
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -73,14 +74,15 @@ class LayerSkip(Coins):
     )
 
     def __check_init__(self):
-        complaints = []
+        check(self, SubnetError, "this cannot skip layers:", self._faults)
+
+    def _faults(self) -> Iterator[str]:
         if self.curriculum != "fixed" and not self.summed:
-            complaints.append("curriculum: it is of exits whose losses are added; give summed=True")
+            yield "curriculum: it is of exits whose losses are added; give summed=True"
         if self.curriculum == "gradual" and not (self.steps and self.layers):
-            complaints.append("steps, layers: exits come one by one; say over how many of each")
+            yield "steps, layers: exits come one by one; say over how many of each"
         if self.layers is not None and self.curriculum != "gradual":
-            complaints.append("layers: only exits that come one by one need their number")
-        check(self, SubnetError, "this cannot skip layers:", complaints)
+            yield "layers: only exits that come one by one need their number"
 
     @property
     def stacks(self) -> tuple[str, ...]:

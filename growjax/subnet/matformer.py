@@ -17,7 +17,7 @@ from growjax.cards import Card, Paper
 from growjax.errors import SubnetError, raise_all
 from growjax.subnet.base import Subnet
 from growjax.subnet.parts import units
-from growjax.values import Faults, Size, fits, register, short
+from growjax.values import Faults, Size, fits, register, short, tuples
 
 
 _MATFORMER = Paper(
@@ -109,9 +109,5 @@ def nested(**sizes: int | Sequence[int]) -> Nested:
         part = gj.nested(mlp=(512, 1024, 2048))       # Stage(subnet=part) draws one of them a step
         small = gj.nested(mlp=512)(model, key=key)
     """
-    return Nested(
-        tuple(
-            (axis, (size,) if isinstance(size, int) else tuple(size))
-            for axis, size in sizes.items()
-        )
-    )
+    several = ((axis, tuples(size)) for axis, size in sizes.items())
+    return Nested(tuple((axis, n if isinstance(n, tuple) else (n,)) for axis, n in several))

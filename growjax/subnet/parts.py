@@ -1,6 +1,7 @@
 """Random heads and hidden units: RaPTr's width form (Panigrahi et al., ICLR 2025)."""
 
-from typing import ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -15,14 +16,24 @@ from growjax.errors import SubnetError, raise_all
 from growjax.maps import fold_in_name
 from growjax.subnet.base import Subnet
 from growjax.subnet.paths import RAPTR
-from growjax.values import register
+from growjax.values import Faults, Size, faults, register, tuples
+
+
+def _faults(counts: Any) -> Iterator[str]:
+    """The errors in how many units of each axis are chosen."""
+    if not counts:
+        yield "counts: expected at least one axis and how many of its units are chosen, such as mlp=512"
+    for axis, count in counts:
+        yield from faults(Size, count, axis)
 
 
 @register
 class RandomPart(Subnet):
     """Random heads and hidden units of every layer; see `random_part`."""
 
-    counts: tuple[tuple[str, int], ...] = eqx.field(static=True)
+    counts: Annotated[tuple[tuple[str, Any], ...], Faults("counts such as mlp=512", _faults)] = (
+        eqx.field(static=True)
+    )
     scale: Literal["none", "sqrt", "linear"] = eqx.field(static=True, default="none")
     per_layer: bool = eqx.field(static=True, default=True)
     card: ClassVar[Card] = Card(
@@ -92,4 +103,4 @@ def random_part(
         part, path = gj.random_part(heads=4, mlp=512), gj.random_path(6)
         smaller = part(path(model, key=key), key=key)
     """
-    return RandomPart(tuple(counts.items()), scale, per_layer)
+    return RandomPart(tuples(counts), scale, per_layer)

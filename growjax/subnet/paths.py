@@ -23,7 +23,7 @@ from growjax.cards import Card, Paper
 from growjax.errors import SubnetError, raise_all
 from growjax.maps import fold_in_name
 from growjax.subnet.base import Coins, depth_of
-from growjax.values import Size, at_least, check, positive, register
+from growjax.values import Size, at_least, check, faults, positive, register, tuples
 
 
 Scale = Literal["none", "sqrt_gap", "linear_gap", "sqrt_global", "linear_global", "inverse_p"]
@@ -202,7 +202,7 @@ def random_path(
         path = gj.random_path(6)
         loss = lambda model, key: next_token_loss(path(model, key=key), batch)
     """
-    return RandomPath(length, tuple(keep), scale, mode, axis)
+    return RandomPath(length, tuples(keep), scale, mode, axis)
 
 
 @register
@@ -287,20 +287,29 @@ def path_schedule(
         schedule = path_schedule((6, 8, 10, 12), layers=12, steps=675_000)
         schedule.saving                                       # 1.333
     """
-    complaints, given = [], tuple(lengths)
+    given = tuples(lengths)
+    types = {
+        "lengths": (tuple[float, ...], given),
+        "layers": (Size, layers),
+        "steps": (Size, steps),
+        "stages": (Literal["equal", "proportional"], stages),
+        "warmup": (int, warmup),
+    }
+    complaints = [
+        line for name, (hint, value) in types.items() for line in faults(hint, value, name)
+    ]
+    raise_all(SubnetError, "this schedule does not fit:", complaints)
     if not given or list(given) != sorted(given) or given[-1] != layers:
         complaints.append(
             f"lengths: expected a rising list that ends at {layers} layers, got {given}"
         )
-    if stages not in ("equal", "proportional"):
-        complaints.append(f"stages: expected 'equal' or 'proportional', got {stages!r}")
-    if not 0 <= warmup <= steps - len(lengths):
+    if not 0 <= warmup <= steps - len(given):
         complaints.append(
-            f"warmup: {warmup} of {steps} steps leave fewer than one for each of {len(lengths)} stages"
+            f"warmup: {warmup} of {steps} steps leave fewer than one for each of {len(given)} stages"
         )
     raise_all(SubnetError, "this schedule does not fit:", complaints)
     path_of = functools.partial(random_path, keep=keep, scale=scale, mode=mode)
-    paths = [path_of(n) for n in lengths]
+    paths = [path_of(n) for n in given]
     for path in paths:  # raises if one does not fit
         path.at(0).fixed_layers(layers)
     weights = np.arange(1, len(paths) + 1) if stages == "proportional" else np.ones(len(paths))

@@ -5,6 +5,7 @@ Large-scale Transformers", 2022.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -17,7 +18,7 @@ from growjax.cards import Card, Paper
 from growjax.errors import SubnetError
 from growjax.maps import fold_in_name
 from growjax.subnet.base import Model, Subnet, depth_of
-from growjax.values import Size, at_least, check, register
+from growjax.values import Size, at_least, check, register, tuples
 
 
 _RANDOM_LTD = Paper(
@@ -64,14 +65,13 @@ class RandomTokens(Subnet):
     )
 
     def __check_init__(self):
-        complaints = []
+        check(self, SubnetError, "this number of tokens cannot be used:", self._faults)
+
+    def _faults(self) -> Iterator[str]:
         if (self.stop is None) != (self.steps == 0):
-            complaints.append(
-                "stop, steps: the last number of tokens and when; give both or neither"
-            )
-        elif isinstance(self.stop, int) and isinstance(self.count, int) and self.stop < self.count:
-            complaints.append(f"stop: expected {self.count} tokens or more, got {self.stop}")
-        check(self, SubnetError, "this number of tokens cannot be used:", complaints)
+            yield "stop, steps: the last number of tokens and when; give both or neither"
+        elif self.stop is not None and self.stop < self.count:
+            yield f"stop: expected {self.count} tokens or more, got {self.stop}"
 
     def at(self, step: int, *, seed: int = 0) -> "RandomTokens":
         """The number of tokens of one step, a multiple of `by` above the first."""
@@ -155,4 +155,4 @@ def random_tokens(
 
         Stage(tokens=1e9, subnet=gj.random_tokens(128, stop=1024, steps=7_000, by=128))
     """
-    return RandomTokens(count, stop, steps, by, tuple(keep), axis)
+    return RandomTokens(count, stop, steps, by, tuples(keep), axis)

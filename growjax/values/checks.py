@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import numbers
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
+import jax
+import numpy as np
+from jax.core import Tracer
 
 from growjax.errors import FormatError, GrowjaxError, raise_all
 from growjax.values import names, ranges
@@ -53,6 +56,26 @@ def check(
     elif not complaints:
         complaints += also()
     raise_all(error, headline or f"this {type(value).__name__} cannot be used:", complaints)
+
+
+def tuples(value: Any) -> Any:
+    """Lists, ranges, arrays and mappings (as their pairs) as tuples, at any depth: for a hashable field.
+
+    Numbers of NumPy become Python's. Anything else stays as it is, so that `check` names what is wrong:
+    `tuple(value)` would raise a `TypeError`, and take a text apart.
+    """
+    if isinstance(value, np.ndarray | np.generic | jax.Array) and not isinstance(value, Tracer):
+        return _rows(np.asarray(value).tolist(), np.ndim(value))
+    if isinstance(value, Mapping):
+        value = tuple(value.items())
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple | range) else value
+
+
+def _rows(lists: Any, depth: int) -> Any:
+    """Lists in lists, so deep, as tuples: the rows of large matrices are taken whole."""
+    if depth < 2:
+        return tuple(lists) if depth else lists
+    return tuple(_rows(row, depth - 1) for row in lists)
 
 
 def _plain(value: Any, hint: Any) -> Any:
