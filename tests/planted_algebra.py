@@ -176,4 +176,10 @@ TABLE = """
 @ lists become tuples whatever they are | values/checks.py | bad_input | of_any_type or taken_apart
 - return tuple(map(tuples, value)) if isinstance(value, list | tuple | range) else value
 + return tuple(map(tuples, value)) if not isinstance(value, int) else value
+@ factors multiply a weight to which one is added | growth/finishes.py | decoder | one_more_than
+- return slot.origin + factor * (x - slot.origin) if slot.origin else factor * x
++ return factor * x
+@ sums of layers add ones up again | growth/mixtures.py | decoder | one_more_than
+- rows = old - slot.origin
++ rows = old
 """

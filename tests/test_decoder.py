@@ -1,7 +1,9 @@
 """The choices of a decoder: each with every operator in float64, and what they compute."""
 
+import dataclasses
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,6 +129,26 @@ def test_closed_layers_end_in_a_gain_of_zero_and_keep_what_it_multiplies():
         assert not gain[1::2].any() and gain[::2].all()
         # With a norm behind them, zeros here would be divided by the root of epsilon at the first step
         assert np.array_equal(last[1::2], last[::2])
+
+
+def test_factors_multiply_the_gain_where_it_is_one_more_than_the_weight():
+    config = dataclasses.replace(configured("gemma"), layers=2, pattern=(Sight(),))
+    path = "blocks.block.attention.k_norm.weight"
+    with jax.enable_x64(True):
+        model = testing.randomise(eqx.filter_eval_shape(config.build, jax.random.key(0)))
+        model = jax.tree.map(lambda x: x if eqx.is_array(x) else jnp.ones(x.shape), model)
+        gain = 1 + np.asarray(model.blocks.block.attention.k_norm.weight, float)
+        operators = {
+            gj.stack(layers=(0, 1, 1), scale={path: 0.5}): [*gain, gain[1] / 2],
+            gj.growth.learned(depth={path: ((1, 0), (0, 1), (2, 3))}): [
+                *gain,
+                2 * gain[0] + 3 * gain[1],
+            ],
+            gj.growth.context(4.0, length=8): gain * (0.1 * np.log(4.0) + 1) ** 2,
+        }
+        for op, expected in operators.items():
+            weight = eqx.filter_jit(op)(model).blocks.block.attention.k_norm.weight
+            np.testing.assert_allclose(1 + np.asarray(weight), expected, rtol=1e-5)
 
 
 def test_layers_take_their_window_and_their_rotation_along():

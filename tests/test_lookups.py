@@ -322,11 +322,15 @@ def test_interpolated_places_are_turned_like_those_in_between():
         (lambda: gj.growth.context(4, length=8, low=2, high=2), "a low below the high"),
         (lambda: gj.growth.context(0.5, length=8), "factor: expected 1 or more"),
         (lambda: gj.growth.context(4, length=8)(TIED.model()), "gj.positions grows a learned"),
+        (
+            lambda: gj.growth.context(4, length=8, stream="x")(eqx.filter_eval_shape(LLAMA.model)),
+            "unknown axis 'x'",
+        ),
     ],
-    ids=["length", "low", "factor", "learned"],
+    ids=["length", "low", "factor", "learned", "stream"],
 )
 def test_a_context_that_cannot_be_reached_says_why(make, message):
-    with pytest.raises(GrowthError, match=message):
+    with pytest.raises((GrowthError, AxisError), match=message):
         make()
 
 

@@ -172,7 +172,9 @@ class GradMax(Fit):
         for maker, reader, gate in units:
             *stack, width, _ = maker.value.shape
             shape = (*stack, width, reader.value.shape[-1])
-            numbers["products"][reader.path] = jnp.zeros(shape, reader.value.dtype)
+            # No narrower than float32: they are added up, and have a decomposition
+            wide = jnp.promote_types(reader.value.dtype, jnp.float32)
+            numbers["products"][reader.path] = jnp.zeros(shape, wide)
             numbers["learn"][maker.path] = jnp.zeros((), bool)
             if gate is not None:
                 draws = jax.random.normal(fold_in_name(key, gate.path), (*stack, width, 1))

@@ -68,6 +68,11 @@ def rms(slot: Slot, x: Array) -> Array:
     return jnp.sqrt(jnp.mean(jnp.square(x), over, keepdims=True))
 
 
+def scaled(slot: Slot, x: Array, factor: Any) -> Array:
+    """A leaf times a factor; where its module computes with `1 + w`, that is what is multiplied."""
+    return slot.origin + factor * (x - slot.origin) if slot.origin else factor * x
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows(Finish):
     """New rows of the tables and heads of a vocabulary, around the mean of the rows in use.
@@ -241,7 +246,8 @@ class Multiplied(Finish):
             return new
         scale = math.prod(number for name, number in self.scales if matches(slot.path, name))
         for dim in slot.positions(move.axis):
-            new = new * across(np.where(move.is_new(), scale, 1.0).astype(new.dtype), new.ndim, dim)
+            factor = np.where(move.is_new(), scale, 1.0).astype(new.dtype)
+            new = scaled(slot, new, across(factor, new.ndim, dim))
         return new
 
 

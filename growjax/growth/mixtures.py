@@ -39,8 +39,11 @@ class Mixed(Finish):
         if slot.kind != "param" or matrix is None:
             return new
         (dim,) = slot.positions(move.axis)
-        mixed = jnp.tensordot(jnp.asarray(matrix, old.dtype), old, axes=(1, dim))
-        return jnp.moveaxis(mixed, 0, dim)
+        weights = jnp.asarray(matrix, old.dtype)
+        # Where a module computes with `1 + w`, that is what is summed
+        rows = old - slot.origin
+        mixed = jnp.tensordot(weights, rows, axes=(1, dim), precision=jax.lax.Precision.HIGHEST)
+        return jnp.moveaxis(mixed + slot.origin, 0, dim)
 
     def undetermined(self, move, role):
         """Sums of layers have no gradient of their own."""

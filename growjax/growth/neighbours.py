@@ -91,7 +91,7 @@ class Filled(Finish):
         (ids,) = np.nonzero(move.source == NONE)
         below = np.asarray(move.source)[ids - 1]
         # A fill is a starting value, as a draw is: gradients do not flow through it
-        layers = jax.lax.stop_gradient(jnp.moveaxis(old, dim, 0))
+        layers = _wide(jax.lax.stop_gradient(jnp.moveaxis(old, dim, 0)))
         filled = layers[below]
         if slot.kind == "param":
             filled = self._between(slot, layers, below, key)
@@ -118,6 +118,12 @@ class Filled(Finish):
         return (lower + upper) / 2
 
 
+def _wide(x: Array) -> Array:
+    """Numbers in float32 at least, which distances and decompositions need; others as they are."""
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if floating else x
+
+
 # Optimal transport ---------------------------------------------------------------------------------
 
 
@@ -137,7 +143,7 @@ def _plans(
             continue
         (stack,) = part.positions(move.axis)
         axis = part.dims[produced[0]].axis
-        x = jax.lax.stop_gradient(part.split(value, table.sizes))
+        x = _wide(jax.lax.stop_gradient(part.split(value, table.sizes)))
         x = jnp.moveaxis(x, (stack, produced[0]), (0, 1))
         features.setdefault(axis, []).append(x.reshape(*x.shape[:2], -1))
     plans = {}

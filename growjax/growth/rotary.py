@@ -18,7 +18,7 @@ from growjax.algebra import AxisMap
 from growjax.axes import Axes, axes_of, get, put
 from growjax.cards import Card, Paper
 from growjax.errors import GrowthError
-from growjax.growth.finishes import Finish
+from growjax.growth.finishes import Finish, scaled
 from growjax.growth.operator import Exactness, Operator
 from growjax.values import Size
 
@@ -70,7 +70,7 @@ class Lowered(Finish):
         key_like = roles[move.axis] == "consumed" and roles.get(self.stream) != "produced"
         if slot.kind != "param" or not key_like or self.how != "yarn":
             return new
-        return new * (0.1 * math.log(self.factor) + 1) ** 2
+        return scaled(slot, new, (0.1 * math.log(self.factor) + 1) ** 2)
 
     def lowered(self, frequencies: Any) -> Any:
         """The frequencies of the longer context."""
@@ -124,6 +124,8 @@ class Context(Operator):
             raise GrowthError(
                 f"axis: no rotary frequencies along {self.axis!r}; gj.positions grows a learned table"
             )
+        if self.how == "yarn":
+            axes.size(self.stream)  # raises for a name that the model does not have
         rule = Lowered(self.factor, self.how, self.length or 0, self.low, self.high, self.stream)
         return [AxisMap(self.axis, np.arange(axes.size(self.axis)), finish=rule)]
 
