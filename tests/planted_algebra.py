@@ -182,4 +182,7 @@ TABLE = """
 @ sums of layers add ones up again | growth/mixtures.py | decoder | one_more_than
 - rows = old - slot.origin
 + rows = old
+@ a cap does not loosen the bound | growth/lookups.py | lookups | under_a_cap
+- return math.log(1 + self.size - old) if capped else math.log(self.size / old)
++ return math.log(self.size / old)
 """

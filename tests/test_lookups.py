@@ -19,7 +19,7 @@ from growjax import growth, testing
 from growjax.axes import axes_of, partition
 from growjax.certificate import call
 from growjax.errors import AxisError, DataError, GrowthError
-from growjax.nn import cross_entropies
+from growjax.nn import Readout, cross_entropies
 from growjax.optim import carry
 from growjax.values import from_dict, to_dict
 from tests.runs import SMALL, feed, plan, steps
@@ -222,6 +222,26 @@ def test_what_does_not_fit_says_why(op, message):
     shapes = eqx.filter_eval_shape(TIED.model)
     with pytest.raises(GrowthError, match=message):
         op.maps(axes_of(shapes))
+
+
+class Capped(eqx.Module):
+    """A head whose logits have a cap."""
+
+    table: jax.Array = gj.param("[vocab] -> embed")
+    head: jax.Array = gj.param("embed -> vocab")
+
+    def losses(self):
+        logits = Readout(jnp.eye(2), self.head, cap=3.0).logits()
+        return -np.asarray(jax.nn.log_softmax(logits))
+
+
+def test_under_a_cap_the_mean_of_the_rows_is_bounded_by_the_largest():
+    """The cap bends a large logit more than the mean of a large one and a small one."""
+    with jax.enable_x64(True):
+        model = Capped(jnp.zeros((2, 2)), jnp.asarray([[40.0, -2.0], [2.0, 40.0]]))
+        op = gj.vocabulary(12)
+        rise = (op(model).losses()[:, :2] - model.losses()).max()
+    assert op.bound(axes_of(model)) < rise < op.bound(axes_of(model), capped=True) == math.log(11)
 
 
 # Positions -----------------------------------------------------------------------------------------

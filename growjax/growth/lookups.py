@@ -55,6 +55,8 @@ class Wording(Operator):
         traps=(
             "Random rows in the head take probability from every old word; the mean of the old rows "
             "takes `log(1 + new / old)` nats at most.",
+            "Under a cap of the logits (Gemma 2) the mean comes close to the largest one: the bound is "
+            "`log(1 + new)` there.",
             "Rows from the whole covariance break that bound; the 1e-9 of transformers matters.",
             "Padding rows are no words: give `used`, or they count in the mean and are never filled.",
         ),
@@ -90,16 +92,20 @@ class Wording(Operator):
         finish = Rows(used, self.spread if self.init == "covariance" else 0.0)
         return [AxisMap(self.axis, source, gated=self.gate, init="zeros", finish=finish)]
 
-    def bound(self, axes: Axes) -> float | None:
+    def bound(self, axes: Axes, *, capped: bool = False) -> float | None:
         """The most that the loss of any old word can rise, in nats; None where nothing bounds it.
 
         0 behind a gate, `log(1 + new / old)` where new rows are the mean of the old ones. (With
         `"covariance"` and a small `spread` it is exceeded by next to nothing, with a large one by far.)
+        With `capped`, for a model that caps its logits (`DecoderConfig(logit_cap=...)`, Gemma 2), it is
+        `log(1 + new)`: the cap is applied to the mean of what it had not bent yet.
         """
         old = axes.size(self.axis) if self.used is None else self.used
         if self.gate:
             return 0.0
-        return math.log(self.size / old) if self.init == "mean" else None
+        if self.init != "mean":
+            return None
+        return math.log(1 + self.size - old) if capped else math.log(self.size / old)
 
 
 def vocabulary(
@@ -115,8 +121,8 @@ def vocabulary(
 
     A new row is the mean of the old rows, in the table and in the head. A new logit is then the mean of
     the old ones, which is at most their log-mean-exp, so the loss of any old word rises by
-    `log(1 + new / old)` at most (`bound` of the operator), in any context. New rows start their optimizer
-    state anew.
+    `log(1 + new / old)` at most (`bound` of the operator), in any context, unless the logits are capped.
+    New rows start their optimizer state anew.
 
     **Arguments**
 
