@@ -185,4 +185,10 @@ TABLE = """
 @ a cap does not loosen the bound | growth/lookups.py | lookups | under_a_cap
 - return math.log(1 + self.size - old) if capped else math.log(self.size / old)
 + return math.log(self.size / old)
+@ layers are dealt out as keys are | growth/regrouping.py | heads | pooled_or_regrouped
+- if role in ("stack", "lookup"):
++ if role == "lookup":
+@ some layers grow new layers | growth/limited.py | within | does_not_fit
+- if move.axis == self.axis:
++ if move.axis is None:
 """

@@ -33,6 +33,9 @@ def test_an_operator_survives_json_and_is_what_it_prints(op):
     assert growth.parse(str(op)) == op and eval(repr(op), vars(growth).copy()) == op
 
 
+GPT = testing.Architecture("GPT", (("heads", 8),))
+
+
 def heads(count: int, kv_heads: int):
     with jax.enable_x64(True):
         make = lambda key: Attention(6, count, kv_heads, 2, key=key)  # noqa: E731
@@ -84,12 +87,17 @@ def test_queries_that_come_together_keep_their_births():
         (gj.growth.pool(kv_heads=3), "8 of them do not fall into 3"),
         (gj.growth.pool(kv_heads=16), "do not fall into 16"),
         (gj.growth.pool(kv_heads=2, head_dim=1), "one axis at a time"),
+        (gj.growth.pool(layers=1), "layers are run or chosen one by one"),
+        (gj.regroup(layers=4), "layers are run or chosen one by one"),
+        (gj.regroup(embed=16), "blocks.block.mlp.up has no group, and would read every copy"),
+        (gj.regroup(kv_heads=16, over="head_dim"), "attention.k is summed over head_dim"),
+        (gj.regroup(head_dim=8, over="kv_heads"), "no array has head_dim without kv_heads"),
     ],
     ids=str,
 )
-def test_what_cannot_be_pooled_says_why(op, message):
+def test_what_cannot_be_pooled_or_regrouped_says_why(op, message):
     with jax.enable_x64(True), pytest.raises(GrowthError, match=message):
-        op(heads(8, 8))
+        op.maps(axes_of(eqx.filter_eval_shape(GPT.model)))
 
 
 def test_state_of_means_is_refused():

@@ -103,8 +103,9 @@ def test_the_new_part_of_some_layers_trains_alone():
         (lambda: within(gj.lemon(embed=12), layers=(0,)), "no map of copies and new rows"),
         (lambda: within(gj.chain(gj.copy(mlp=9)), layers=(0,)), "expected one operator"),
         (lambda: within(gj.upcycle(experts=2), layers=(0,)), "no map of copies and new rows"),
+        (lambda: within(gj.msg(layers=3), layers=(0,)), "it grows layers themselves"),
     ],
-    ids=["no such layer", "stream", "no layer", "twice", "means", "chain", "experts"],
+    ids=["no such layer", "stream", "no layer", "twice", "means", "chain", "experts", "depth"],
 )
 def test_what_does_not_fit_says_why(make, message):
     with pytest.raises(GrowthError, match=message):

@@ -121,6 +121,9 @@ class Within(Operator):
             f"layers: {i} is not among the {depth} {self.axis}" for i in self.layers if i >= depth
         ]
         for move in moves:
+            if move.axis == self.axis:
+                faults.append(f"{self.operator}: it grows {self.axis} themselves, and not in width")
+                continue
             if type(move) is not AxisMap or move.mixes or move.over or move.has_means:
                 faults.append(
                     f"{self.operator}: its map of {move.axis} is no map of copies and new rows"

@@ -13,7 +13,7 @@ from growjax import values
 from growjax.algebra import AxisMap
 from growjax.axes import Axes
 from growjax.cards import Card, Paper
-from growjax.errors import GrowthError
+from growjax.errors import GrowthError, raise_all
 from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
 
 
@@ -55,10 +55,33 @@ class Regroup(Operator):
                 f"{', '.join(axis for axis, _ in self.sizes)}"
             )
         wanted = resolve(axes, dict(self.sizes))
+        _check_shared(axes, list(wanted), self.over)
         return [
             AxisMap(axis, np.arange(size) * axes.size(axis) // size, over=self.over)
             for axis, size in wanted.items()
         ]
+
+
+def _check_shared(axes: Axes, names: list[str], over: str) -> None:
+    """Raise `GrowthError` unless coordinates of an axis are shared by another's, as keys by queries.
+
+    Leaves without the other axis write what is shared, and whatever reads it has the other axis too.
+    """
+    for axis in names:
+        faults, shared = [], False
+        for part in (part for slot in axes.having(axis, "param") for part in slot.parts):
+            roles = {dim.axis: dim.role for dim in part.dims}
+            role, other = roles.get(axis), roles.get(over)
+            shared |= role == "produced" and other is None
+            if role in ("stack", "lookup"):
+                faults.append(f"{part.path}: {axis} are run or chosen one by one")
+            elif role == "consumed" and other is None:
+                faults.append(f"{part.path} has no {over}, and would read every copy")
+            elif role == "produced" and other == "consumed":
+                faults.append(f"{part.path} is summed over {over}, for each of {axis} by itself")
+        if not (shared or faults):
+            faults.append(f"no array has {axis} without {over}")
+        raise_all(GrowthError, f"{axis} are not shared by {over}, as keys are by queries:", faults)
 
 
 def regroup(*, over: str = "group", **sizes: int) -> Regroup:
@@ -69,7 +92,8 @@ def regroup(*, over: str = "group", **sizes: int) -> Regroup:
     the gradient of one divides into theirs is not known, so optimizer state of keys and values is
     refused (`StateError`): start it again.
 
-    Raises `GrowthError` unless `over` can be divided by the number of copies.
+    Raises `GrowthError` unless `over` can be divided by the number of copies, and for axes that are not
+    shared as keys and values are.
 
     **Example**
 
@@ -100,8 +124,9 @@ class Pool(Operator):
                 f"{self.over} takes the queries of one axis at a time, got "
                 f"{', '.join(axis for axis, _ in self.sizes)}"
             )
-        moves = []
-        for axis, size in resolve(axes, dict(self.sizes), shrink=True).items():
+        moves, wanted = [], resolve(axes, dict(self.sizes), shrink=True)
+        _check_shared(axes, list(wanted), self.over)
+        for axis, size in wanted.items():
             old = axes.size(axis)
             if size > old or old % size:
                 raise GrowthError(
