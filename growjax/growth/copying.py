@@ -291,9 +291,10 @@ def aki(*, order: Literal["cycle", "random"] = "cycle", seed: int = 0, **sizes: 
     """Grow width by copies whose new outputs come from the layer above (bert2BERT's AKI).
 
     Weights that consume an axis are divided by the number of copies, as those of `gj.copy`. New outputs
-    of a layer are those of the next layer (of its own in the last one), so the function is not kept: the
-    jump is larger than that of uneven copies, and the paper ends lower for it. Any sizes fit. Optimizer
-    state of new outputs starts anew, with `carry="zero"`; it cannot be inherited.
+    of a layer are those of the next layer (of its own in the last one), in every array that produces a
+    grown axis, those that write a wider stream too. So the function is not kept: the jump is larger than
+    that of uneven copies, and the paper ends lower for it. Any sizes fit. Optimizer state of new outputs
+    starts anew, with `carry="zero"`; it cannot be inherited.
 
     **Arguments**
 

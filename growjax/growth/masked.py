@@ -99,8 +99,10 @@ def msg(
     - `order`: which layer each new layer copies (see `gj.stack`); as in the paper, layers are copied
       unless `init` asks for something else.
     - `opens`: new layers open together, or in turn from the first one up: of n new layers, number l is at
-      `min(level * n / l, 1)`. From a model without layers that is ProRes (Chen et al. 2026), whose layers
-      all exist from the start: `gj.msg(layers=12, init="born", opens="in turn")`.
+      `min(level * n / l, 1)`. From a model without layers these are the levels of ProRes (Chen et al.
+      2026), whose layers all exist from the start: `gj.msg(layers=12, init="born", opens="in turn")`. It
+      multiplies both branches of a layer by them, where the gate here mixes the layer's output with its
+      input; at 0 and at 1 they are the same.
 
     **Example**
 
