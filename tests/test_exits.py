@@ -149,6 +149,7 @@ def test_a_step_is_charged_for_its_layers_and_for_the_logits_of_every_exit():
             "over how many of each",
         ),
         (lambda: gj.layer_skip(layers=4), SubnetError, "only exits that come one by one"),
+        (lambda: gj.layer_skip().depths(0), SubnetError, "expected layers .* got none"),
         (lambda: shapes(TURNING, "GPT"), SubnetError, "take skip.at"),
         (
             lambda: shapes(
@@ -159,7 +160,7 @@ def test_a_step_is_charged_for_its_layers_and_for_the_logits_of_every_exit():
         ),
         (lambda: shapes(ALL, "BERT"), AxisError, "early exits, and the model around it reads only"),
     ],
-    ids=["clock", "curvature", "curriculum", "gradual", "layers", "step", "depth", "model"],
+    ids=["clock", "curvature", "curriculum", "gradual", "layers", "none", "step", "depth", "model"],
 )
 def test_what_cannot_be_added_is_refused(make, error, message):
     with pytest.raises(error, match=message):

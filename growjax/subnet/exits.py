@@ -128,6 +128,8 @@ class LayerSkip(Coins):
 
     def depths(self, layers: int) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of layers after which there are exits, and the weight of each; they sum to 1."""
+        if layers < 1:
+            raise SubnetError(f"{self.axis}: expected layers to skip or to exit after, got none")
         depths = np.arange(1, layers + 1)
         last, phase = depths == layers, self.phase or 0
         if self.curriculum == "rotate":
