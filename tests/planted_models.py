@@ -294,4 +294,7 @@ TABLE = """
 -             return False
 + if "predict" in vars(each) or "__call__" in vars(each):
 +             continue
+@ layers that grow from none see everything | models/decoder.py | decoder | window_of_the_pattern
+- own[("block", "attention", "born_window")] = reach[0]
++ own[("block", "attention", "born_window")] = NO_WINDOW
 """

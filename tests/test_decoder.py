@@ -158,6 +158,16 @@ def test_layers_take_their_window_and_their_rotation_along():
     assert attention.turn.tolist() == [0, 1, 1, 0, 1, 0]
 
 
+def test_layers_that_grow_from_none_have_the_window_of_the_pattern():
+    none = DecoderConfig(**SIZES | dict(layers=0, pattern=(Sight(window=3),)))
+    model = testing.randomise(eqx.filter_eval_shape(none.build, jax.random.key(0)))
+    model = jax.tree.map(lambda x: x if eqx.is_array(x) else jnp.ones(x.shape, x.dtype), model)
+    grown = eqx.filter_jit(gj.fresh(layers=2))(model, key=jax.random.key(1))
+    assert grown.blocks.block.attention.window.tolist() == [3, 3]
+    with pytest.raises(AxisError, match="pattern: expected at most one, .* got 2"):
+        DecoderConfig(**SIZES | dict(layers=0, pattern=(Sight(window=3), Sight())))
+
+
 @pytest.mark.parametrize("name", ["gemma", "phi"])
 def test_a_cache_gives_the_logits_of_the_whole_sequence(name: str):
     with jax.enable_x64(True):

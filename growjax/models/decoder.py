@@ -146,8 +146,10 @@ class DecoderConfig:
             yield "experts: their outputs have no norm behind them yet; expected placement='before'"
         if not self.pattern:
             yield "pattern: expected how at least one kind of layers sees, got none"
-        elif fits(int, self.layers) and 0 < self.layers < len(self.pattern):
-            yield f"pattern: expected at most {self.layers}, one for each layer, got {len(self.pattern)}"
+        elif fits(int, self.layers) and max(self.layers, 1) < len(self.pattern):
+            most = f"{self.layers}, one for each layer"
+            most = most if self.layers else "one, that of the layers which growth will add"
+            yield f"pattern: expected at most {most}, got {len(self.pattern)}"
         if fits(Size | None, self.turned) and fits(Size, self.head_dim):
             turned = self.head_dim if self.turned is None else self.turned
             if any(sight.rotary for sight in self.pattern):
@@ -228,16 +230,17 @@ class Decoder(CausalModel):
             )
 
         blocks = Stacked(block, c.layers, remat=c.remat, key=k_blocks)
-        # Without layers, the first ones will be of the first kind
+        # Without layers, those that come will be of the one kind
         every = [c.pattern[i % len(c.pattern)] for i in range(max(c.layers, 1))]
         rotaries, turns, windows = sights(every, c.head_dim, c.turned)
-        turns, windows = turns[: c.layers], windows[: c.layers]
         own: dict[tuple, Any] = {}
         if len(rotaries) > 1:
             own[("block", "attention", "turn")] = jnp.asarray(turns, jnp.int32)
         if any(window is not None for window in windows):
             reach = [NO_WINDOW if window is None else window for window in windows]
-            own[("block", "attention", "window")] = jnp.asarray(reach, jnp.int32)
+            own[("block", "attention", "window")] = jnp.asarray(reach[: c.layers], jnp.int32)
+            if not c.layers:
+                own[("block", "attention", "born_window")] = reach[0]
         self.blocks = axes.put(blocks, own)
         self.rotary, *others = rotaries
         self.others = tuple(others)

@@ -80,10 +80,13 @@ class Attention(eqx.Module):
     gate_group: Gate | None = axes.gate("group")
     gate_head_dim: Gate | None = axes.gate("head_dim")
     body: Body = eqx.field(static=True, default="auto")
-    window: Int[Array, ""] | None = buffer(born="no_window", default=None)
+    window: Int[Array, ""] | None = buffer(born="born_window", default=None)
     turn: Int[Array, ""] | None = buffer(born="first_turn", default=None)
     cap: float | None = eqx.field(static=True, default=None)
     inner: bool = eqx.field(static=True, default=False)
+    # What layers start with where there are none to repeat
+    born_window: int = eqx.field(static=True, default=NO_WINDOW)
+    first_turn: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -127,11 +130,7 @@ class Attention(eqx.Module):
         self.gate_kv_heads = self.gate_group = self.gate_head_dim = None
         self.scale = head_dim**-0.5 if scale is None else scale
         self.body, self.cap, self.inner = body, cap, inner
-        self.window = self.turn = None
-
-    # What layers start with where there are none to repeat
-    no_window: ClassVar[int] = NO_WINDOW
-    first_turn: ClassVar[int] = 0
+        self.window, self.turn, self.born_window = None, None, NO_WINDOW
 
     @property
     def closes(self) -> bool | None:
