@@ -191,4 +191,7 @@ TABLE = """
 @ some layers grow new layers | growth/limited.py | within | does_not_fit
 - if move.axis == self.axis:
 + if move.axis is None:
+@ padding is a position | growth/finishes.py | lookups | before_the_first
+- rows = jnp.take(old, self.first + place % count, axis=dim)
++ rows = jnp.take(old, place % count, axis=dim)
 """

@@ -282,6 +282,20 @@ def test_one_position_is_stretched_to_itself():
     np.testing.assert_array_equal(grown.rows, np.ones((3, 3)))
 
 
+@pytest.mark.parametrize(
+    "how, expected",
+    [("tile", [7, 8, 1, 2, 3, 1, 2, 3]), ("interpolate", [7, 8, 1, 1.4, 1.8, 2.2, 2.6, 3])],
+)
+def test_rows_before_the_first_position_are_no_positions(how, expected):
+    """As in RoBERTa, whose tokens are counted from the row behind that of the padding."""
+    op = gj.positions(8, how=how, first=2)
+    with jax.enable_x64(True):
+        grown = op(Places(jnp.asarray([[7.0], [8.0], [1.0], [2.0], [3.0]])))
+    np.testing.assert_allclose(grown.rows[:, 0], expected, rtol=1e-12)
+    with pytest.raises(GrowthError, match="expected one of the model's 2 rows, got 2"):
+        op.maps(axes_of(Places(jnp.ones((2, 1)))))
+
+
 class Places(eqx.Module):
     rows: jax.Array = gj.param("[positions] -> embed")
 

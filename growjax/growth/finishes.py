@@ -112,27 +112,30 @@ class Rows(Finish):
 
 @dataclasses.dataclass(frozen=True)
 class Places(Finish):
-    """New rows of a table of positions, from the old rows: "tile" or "interpolate"."""
+    """New rows of a table of positions, from the old rows from `first` on: "tile" or "interpolate"."""
 
     how: str
+    first: int = 0
 
     def applied(self, move, slot, old, new, *, key):
         """Rows of the old table again and again, or on straight lines between its rows."""
         del key
         if slot.kind != "param":
             return new
+        place = np.maximum(np.arange(move.length) - self.first, 0)
         for dim in slot.positions(move.axis):
-            count, length = old.shape[dim], move.length
+            count = old.shape[dim] - self.first
+            fresh = across(move.source == NONE, new.ndim, dim)
             if self.how == "tile":
-                tiled = jnp.take(old, np.arange(length) % count, axis=dim)
-                new = jnp.where(across(move.source == NONE, new.ndim, dim), tiled, new)
-                continue
-            at = np.arange(length) * (count - 1) / max(length - 1, 1)  # the ends stay the ends
-            low = np.minimum(at.astype(int), max(count - 2, 0))
-            weight = across((at - low).astype(old.dtype), new.ndim, dim)
-            below = jnp.take(old, low, axis=dim)
-            above = jnp.take(old, np.minimum(low + 1, count - 1), axis=dim)
-            new = below + weight * (above - below)
+                rows = jnp.take(old, self.first + place % count, axis=dim)
+            else:
+                at = place * (count - 1) / max(place[-1], 1)  # the ends stay the ends
+                low = np.minimum(at.astype(int), max(count - 2, 0))
+                weight = across((at - low).astype(old.dtype), new.ndim, dim)
+                below = jnp.take(old, self.first + low, axis=dim)
+                above = jnp.take(old, self.first + np.minimum(low + 1, count - 1), axis=dim)
+                rows = below + weight * (above - below)
+            new = jnp.where(fresh, rows, new)
         return new
 
 

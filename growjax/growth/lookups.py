@@ -155,11 +155,13 @@ class Positions(Operator):
     how: Literal["continue", "tile", "interpolate"] = eqx.field(static=True, default="continue")
     init: Init = eqx.field(static=True, default="matched")
     axis: str = eqx.field(static=True, default="positions")
+    first: Annotated[int, values.at_least(0)] = eqx.field(static=True, default=0)
     card: ClassVar[Card] = Card(
         use="Longer sequences for a model with a table of learned positions.",
         traps=(
             "The new rows are untrained: a longer sequence is worse than a short one until they are.",
             "Interpolation moves the old positions, so that short sequences change too.",
+            "Models that count from a later row, as RoBERTa does, need `first`.",
         ),
         example="positions(12)",
         by={"how": {"tile": (_LONGFORMER,)}},
@@ -175,17 +177,20 @@ class Positions(Operator):
         wanted = resolve(axes, {self.axis: self.size})
         if "lookup" not in axes.roles(self.axis):
             raise GrowthError(
-                f"axis: no table is looked up along {self.axis!r}; gj.context stretches rotary positions"
+                f"axis: no table is looked up along {self.axis!r}; gj.growth.context stretches rotary "
+                "positions"
             )
+        old = axes.size(self.axis)
+        if self.first >= old:
+            raise GrowthError(f"first: expected one of the model's {old} rows, got {self.first}")
         if not wanted:
             return []
         index = np.arange(self.size)
-        if self.how == "interpolate":
-            everything = np.full(self.size, NONE)
-            return [AxisMap(self.axis, everything, init="zeros", finish=Places(self.how))]
-        source = np.where(index < axes.size(self.axis), index, NONE)
-        if self.how == "tile":
-            return [AxisMap(self.axis, source, init="zeros", finish=Places(self.how))]
+        stay = self.first if self.how == "interpolate" else old
+        source = np.where(index < stay, index, NONE)
+        if self.how != "continue":
+            rule = Places(self.how, self.first)
+            return [AxisMap(self.axis, source, init="zeros", finish=rule)]
         return [AxisMap(self.axis, source, init=self.init)]
 
 
@@ -195,6 +200,7 @@ def positions(
     how: Literal["continue", "tile", "interpolate"] = "continue",
     init: Init = "matched",
     axis: str = "positions",
+    first: int = 0,
 ) -> Positions:
     """Grow a table of learned positions, so that the model reads longer sequences.
 
@@ -205,6 +211,8 @@ def positions(
       the table, its ends to its new ends: old positions move too, and a jump is expected.
     - `init`: by default `"matched"`, with the mean and deviation of the old rows.
     - `axis`: the name of the axis of positions.
+    - `first`: the row of the first position, for `"tile"` and `"interpolate"`. Rows before it stay. 2 in
+      RoBERTa (`BERTConfig(padding=1)`), whose tokens are counted from there.
 
     New rows start their optimizer state anew. Rotary positions have no table: see `gj.growth.context`.
 
@@ -212,4 +220,4 @@ def positions(
 
         gj.positions(2048, how="tile")         # from 1024
     """
-    return Positions(size, how, init, axis)
+    return Positions(size, how, init, axis, first)
