@@ -18,7 +18,7 @@ from jaxtyping import Array, PRNGKeyArray
 from growjax.cost import flops
 from growjax.errors import GrowthError, raise_all
 from growjax.growth import Fit, Operator
-from growjax.growth.operator import check_key
+from growjax.values import check_key
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +62,15 @@ def fit(
         raise GrowthError(
             f"op: expected an operator that is fitted, such as gj.growth.ligo(mlp=48), got {op}"
         )
-    check_key(key)
+    check_key(key, GrowthError)
+    faults = []
+    if key is None:
+        faults.append("key: expected one key such as jax.random.key(0), got None")
+    if not callable(loss):
+        faults.append(f"loss: expected a function (model, batch) -> scalar, got {loss!r}")
+    if not isinstance(batches, Iterable):
+        faults.append(f"batches: expected {op.batches} of them, got {batches!r}")
+    raise_all(GrowthError, f"{op} cannot be fitted so:", faults)
 
     @eqx.filter_jit
     def improved(numbers, model, batch):

@@ -55,6 +55,8 @@ def gated(x: Array, gate: Gate | None, dim: int = -1) -> Array:
 
 def _gates(model, axes: Sequence[str] | None) -> list[Slot]:
     table = axes_of(model)
+    if isinstance(axes, str) or not isinstance(axes, Sequence | None):
+        raise GateError(f"axes: expected a list of names such as ['mlp'], got {axes!r}")
     held = [slot for slot in table.of_kind("gate") if slot.value is not None]
     gated = {slot.own_axis for slot in held}
     names = {name: table.named(name) for name in axes or ()}
@@ -68,9 +70,13 @@ def _gates(model, axes: Sequence[str] | None) -> list[Slot]:
 
 def check_level(level) -> None:
     """Raise `GateError` for concrete levels outside [0, 1]; a traced one cannot be seen."""
-    if not isinstance(level, Tracer) and not np.all(
-        (np.asarray(level) >= 0) & (np.asarray(level) <= 1)
-    ):
+    if isinstance(level, Tracer):
+        return
+    try:
+        numbers = np.asarray(level, float)
+    except (TypeError, ValueError):
+        numbers = np.asarray(np.nan)
+    if not np.all((numbers >= 0) & (numbers <= 1)):
         raise GateError(f"level: expected a number in [0, 1], got {level}")
 
 

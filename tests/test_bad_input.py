@@ -367,6 +367,27 @@ def test_an_argument_of_any_type_is_taken_or_refused_by_name(call):
                 assert name in str(error), f"{name}={wrong!r}: {error}"
 
 
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: gj.ramp(ramping(), "half"), "level: expected a number in .* got half"),
+        (lambda: gj.ramp(ramping(), None), "level: expected a number"),
+        (lambda: gj.settle(ramping(), axes="mlp"), r"axes: expected a list of names .* got 'mlp'"),
+        (lambda: gj.ramp(ramping(), 0.5, axes=3), "axes: expected a list of names .* got 3"),
+        (lambda: gj.random_path(2)(model(), key=3), "key: expected one key .* got 3"),
+        (lambda: gj.random_tokens(2)(model(), key="x"), "key: expected one key .* got 'x'"),
+        (
+            lambda: gj.fitting.fit(gj.growth.ligo(mlp=9), model(), 3, None, key=None),
+            "(?s)key: expected.*loss: expected.*batches: expected 100",
+        ),
+    ],
+    ids=["level", "no level", "axes as text", "axes", "key", "key of tokens", "fit"],
+)
+def test_what_is_given_to_a_model_with_an_operator_is_checked_too(call, message):
+    with pytest.raises(GrowjaxError, match=message):
+        call()
+
+
 def test_a_text_is_not_taken_apart():
     for call in (
         lambda: gj.growth.gradmax(mlp=8, gates="glu"),

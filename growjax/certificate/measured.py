@@ -33,8 +33,9 @@ from growjax.certificate.coordinates import (
 )
 from growjax.certificate.pieces import TURNS, in_pieces, repeats
 from growjax.gates import check_level
-from growjax.growth.operator import Chain, Exactness, Operator, check_fitted, check_key
+from growjax.growth.operator import Chain, Exactness, Operator, check_fitted
 from growjax.models.config import QUICK
+from growjax.values import check_key
 
 
 # The fills of closed new coordinates: an offset, and the standard deviation of normal numbers around it
@@ -158,7 +159,7 @@ def certify(
         print(gj.certify(gj.msg(mlp=2048), small, tokens, key=jax.random.key(0)))
     """
     check_fitted(op)
-    check_key(key)
+    check_key(key, GrowthError)
     leaves = [x for x in jax.tree.leaves(model) if eqx.is_inexact_array(x)]
     double = all(x.dtype == jnp.float64 for x in leaves)
     forward, big, permuted = forward or call, shapes(op, model), _permuted(model)

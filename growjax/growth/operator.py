@@ -16,7 +16,7 @@ from growjax import maps, values
 from growjax.algebra import AxisMap
 from growjax.axes import Axes, axes_of, get, put
 from growjax.cards import Card
-from growjax.errors import AxisError, GrowjaxError, GrowthError, raise_all
+from growjax.errors import AxisError, GrowthError, raise_all
 from growjax.values import Size
 
 
@@ -168,21 +168,6 @@ def check_fitted(op: Operator) -> None:
         )
 
 
-def check_key(key: Any, error: type[GrowjaxError] = GrowthError) -> None:
-    """Raise `error` for what is no single key, typed or raw, and not None.
-
-    JAX would raise a `TypeError` deep inside a map.
-    """
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    raw = dtype is not None and dtype == jnp.uint32
-    if key is not None and not (typed and shape == () or raw and len(shape or ()) == 1):
-        raise error(
-            f"key: expected one key such as jax.random.key(0), got {values.short(key)}"
-            + (f" of shape {shape}; use jax.vmap for several" if typed else "")
-        )
-
-
 def atoms(op: Operator) -> tuple[Operator, ...]:
     """The single operators that a chain, or an operator, consists of."""
     return tuple(a for o in op.operators for a in atoms(o)) if isinstance(op, Chain) else (op,)
@@ -210,7 +195,7 @@ def grow(
         big = gj.grow(gj.msg(mlp=2048), small, key=jax.random.key(0))
     """
     check_operator(op)
-    check_key(key)
+    values.check_key(key, GrowthError)
     abstract = Tracer | jax.ShapeDtypeStruct
     if any(isinstance(leaf, abstract) for leaf in jax.tree.leaves((model, key))):
         # Under a transformation no values can be checked, and no arrays shared or freed

@@ -16,10 +16,11 @@ from growjax.algebra import WEIGHT, AxisMap, Law
 from growjax.axes import Axes, Slot, axes_of, get, partition, put
 from growjax.errors import StateError, expect_one_of, raise_all
 from growjax.growth.births import dealt_births, moved_births
-from growjax.growth.operator import Chain, Operator, atoms, check_key
+from growjax.growth.operator import Chain, Operator, atoms
 from growjax.optim.age import grown_age
 from growjax.optim.cells import Cell, cells
 from growjax.optim.probe import Traits, probe
+from growjax.values import check_key
 
 
 def carry(

@@ -17,7 +17,7 @@ from growjax.axes import Axes, axes_of
 from growjax.cards import Card
 from growjax.errors import SubnetError
 from growjax.maps import fold_in_name
-from growjax.values import base, check
+from growjax.values import base, check, check_key
 
 
 Model = TypeVar("Model")
@@ -54,7 +54,11 @@ class Subnet(eqx.Module):
         return math.inf
 
     def __call__(self, model: Model, *, key: PRNGKeyArray, step: int | Int[Array, ""] = 0) -> Model:
-        """The smaller model for this key (and, if the method has a schedule, this step)."""
+        """The smaller model for this key (and, if the method has a schedule, this step).
+
+        Raises `SubnetError` for what is no key, and where the sub-network does not fit the model.
+        """
+        check_key(key, SubnetError)
         for move in self.maps(axes_of(model), key=key, step=step):
             model = maps.apply(move, model, None)
         return model

@@ -18,7 +18,7 @@ from growjax.cards import Card, Paper
 from growjax.errors import SubnetError
 from growjax.maps import fold_in_name
 from growjax.subnet.base import Model, Subnet, depth_of
-from growjax.values import Size, at_least, check, register, tuples
+from growjax.values import Size, at_least, check, check_key, register, tuples
 
 
 _RANDOM_LTD = Paper(
@@ -108,6 +108,7 @@ class RandomTokens(Subnet):
         are not `growjax.nn.Stacked`, and where the number of tokens depends on the step.
         """
         del step
+        check_key(key, SubnetError)
         if self.stop is not None:
             raise SubnetError("the number of tokens rises; take tokens.at(step) first")
         table = axes_of(model)

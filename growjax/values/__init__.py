@@ -6,6 +6,7 @@ and is written and read by one pair of functions, `to_dict` and `from_dict` (`co
 """
 
 from growjax.values.checks import check as check
+from growjax.values.checks import check_key as check_key
 from growjax.values.checks import tuples as tuples
 from growjax.values.codec import from_dict as from_dict
 from growjax.values.codec import from_json as from_json

@@ -1,4 +1,4 @@
-"""The check that a value's constructor runs."""
+"""The checks of arguments: of a value's fields, by its constructor, and of keys."""
 
 import contextlib
 import dataclasses
@@ -9,6 +9,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -93,3 +94,18 @@ def _plain(value: Any, hint: Any) -> Any:
         choices = [*ranges.options(hint)]
         return float(value) if float in choices and int not in choices else value
     return value
+
+
+def check_key(key: Any, error: type[GrowjaxError]) -> None:
+    """Raise `error` for what is no single key, typed or raw, and not None.
+
+    JAX would raise a `TypeError` deep inside a map.
+    """
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    raw = dtype is not None and dtype == jnp.uint32
+    if key is not None and not (typed and shape == () or raw and len(shape or ()) == 1):
+        raise error(
+            f"key: expected one key such as jax.random.key(0), got {ranges.short(key)}"
+            + (f" of shape {shape}; use jax.vmap for several" if typed else "")
+        )
