@@ -18,7 +18,7 @@ from growjax.errors import AxisError, GateError, GrowthError, SubnetError
 from growjax.forecast.dryrun import dry_run
 from growjax.growth import solar, sources
 from growjax.growth.depth import Order
-from growjax.train import train
+from growjax.train import Options, Step, train
 from growjax.values import from_dict, to_dict
 from tests.runs import feed, losses, plan, same, steps
 
@@ -259,7 +259,7 @@ def test_a_loop_that_does_not_fit_says_so(loop, message):
         loop()(model("GPT", 3), key=KEY)
 
 
-def test_a_plan_of_loops_and_fresh_layers_is_saved_priced_and_trained():
+def test_a_plan_of_loops_and_fresh_layers_is_saved_priced_trained_and_resumed(tmp_path):
     of = plan(
         steps(2, "no layer"),
         steps(2, "fresh", grow=gj.fresh(layers=2)),
@@ -275,8 +275,17 @@ def test_a_plan_of_loops_and_fresh_layers_is_saved_priced_and_trained():
     assert costs[0] < costs[1] < costs[2]
     # Four layers run in either, and their weights are updated in one
     assert costs[2] == pytest.approx(costs[3], rel=0.01)
-    once, again = (list(train(of, feed(of))) for _ in range(2))
-    assert len(losses(once)) == 8 and losses(once) == losses(again) and same(once, again)
+    once = list(train(of, feed(of)))
+    # Killed where there is no layer yet, and some arrays have no entries
+    killed = train(of, feed(of), run=tmp_path / "run", options=Options(save_every=1))
+    for record in killed:
+        if isinstance(record, Step) and record.step == 1:
+            break
+    killed.close()
+    again = list(train(of, feed(of), run=tmp_path / "run"))
+    assert again[0].resumed.endswith("00000001-00")
+    assert len(losses(once)) == 8 and {**losses(once), **losses(again)} == losses(once)
+    assert same(once, again)
     assert all(np.isfinite(list(losses(once).values())))
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from growjax.errors import CheckpointError, DamagedError, raise_all
@@ -146,7 +148,9 @@ def write(path: Path, state: Any, lineage: Mapping[str, Any]) -> Any:
     """Start to write one checkpoint; `.result()` of the returned future waits until it is whole."""
     refuse_pattern(path)
     metadata: Any = {_KEY: sealed(lineage)}
-    return ocp.save_async(str(path.absolute()), named(state), custom_metadata=metadata)
+    # Orbax refuses arrays without entries, which stacks of no layers have
+    arrays = {name: leaf for name, leaf in named(state).items() if leaf.size}
+    return ocp.save_async(str(path.absolute()), arrays, custom_metadata=metadata)
 
 
 def read_lineage(path: str | Path) -> dict[str, Any]:
@@ -204,7 +208,8 @@ def load(
     Raises `CheckpointError` that lists every leaf that is missing, left over or of another shape or
     type, and `DamagedError` for files that are truncated or altered.
     """
-    path, expected = Path(path).absolute(), named(shapes)
+    path, leaves = Path(path).absolute(), named(shapes)
+    expected = {name: leaf for name, leaf in leaves.items() if leaf.size}
     lineage = read_lineage(path)
     with _damage(path), _quiet():
         metadata: Any = ocp.metadata(str(path), "state").metadata
@@ -229,13 +234,14 @@ def load(
     context = ocp.Context()
     context.pytree.loading.partial_load = bool(only)
 
-    def read() -> list[Any]:
+    def read() -> dict[str, Any]:
         with _damage(path), _quiet(), context:
             arrays: Any = ocp.load(str(path), expected, checkpointable_name="state")
-            return [arrays[name] for name in expected]
+            return {name: arrays[name] for name in expected}
 
-    leaves = together(read)
-    state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    read_arrays = together(read)
+    filled = [read_arrays[name] if leaf.size else _empty(leaf) for name, leaf in leaves.items()]
+    state = jax.tree.unflatten(jax.tree.structure(shapes), filled)
     read_sums, written_sums = numbered(state, jax.jit(checksums)), lineage["checksums"]
     changed = [name for name in expected if read_sums[name] != written_sums[name]]
     if changed:
@@ -243,9 +249,22 @@ def load(
     return state
 
 
+def _empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """The array of a shape without entries, in its sharding."""
+    if leaf.sharding is None:
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return jax.make_array_from_callback(
+        leaf.shape, leaf.sharding, lambda index: np.zeros(leaf.shape, leaf.dtype)[index]
+    )
+
+
 def numbered(state: Any, checksums: Callable[[Any], list[Any]]) -> dict[str, int]:
-    """The checksum of every leaf, by its name; `checksums` is a compiled `programs.step.checksums`."""
-    return dict(zip(named(state), map(int, jax.device_get(checksums(state))), strict=True))
+    """The checksum of every leaf with entries, by its name.
+
+    `checksums` is a compiled `programs.step.checksums`.
+    """
+    sums = zip(named(state).items(), map(int, jax.device_get(checksums(state))), strict=True)
+    return {name: number for (name, leaf), number in sums if leaf.size}
 
 
 def named(tree: Any) -> dict[str, Any]:
