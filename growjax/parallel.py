@@ -53,11 +53,11 @@ _Steps = tuple[str | int, ...]  # the path of a leaf in a model
 @register
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The distribution of a run over devices: the sizes of three mesh axes.
+    """The distribution of a run over devices: the sizes of the mesh axes.
 
     **Fields**
 
-    - `data`: the number of replicas; -1 for the number of devices divided by the other two sizes.
+    - `data`: the number of replicas; -1 for the number of devices divided by the other sizes.
     - `fsdp`: the number of devices that share one replica's parameters, gradients and optimizer state.
     - `tensor`: the number of devices that share one layer's heads and units.
     - `experts`: the number of devices that share the experts of a mixture, as far as it divides them.

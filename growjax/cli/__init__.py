@@ -3,6 +3,7 @@
 # ruff: noqa: E402 - `require` must run before the imports below, to name a package that is missing
 
 import os
+import re
 import sys
 
 from growjax import __version__
@@ -35,6 +36,7 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"growjax {__version__}")
         return
+    _reserve_threads()
     try:
         status = app.cli(
             prog="growjax",
@@ -51,6 +53,20 @@ def main() -> None:
         status = 130
     if status:
         _leave(status)
+
+
+def _reserve_threads() -> None:
+    """Ask XLA for threads enough for several CPU devices, unless `PJRT_NPROC` says how many.
+
+    A device waits for the others of a collective on a thread of a pool that has one for each core. On
+    few cores all threads may wait for a device that has none, until XLA ends the process.
+    """
+    flag = re.search(
+        r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
+    )
+    asked = flag[1] if flag else os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    if asked.isdecimal() and int(asked) > 1:
+        os.environ.setdefault("PJRT_NPROC", str(max(4 * int(asked), os.cpu_count() or 1)))
 
 
 def _has_other_hosts() -> bool:
