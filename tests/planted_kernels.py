@@ -49,4 +49,10 @@ TABLE = """
 @ the layout's choice of what is kept is dropped | parallel.py | speed | layout_says
 - "remat": _REMAT.get(layout.remat, part.remat),
 + "remat": part.remat,
+@ hours of some stages stand for all | forecast/speed.py | speed | hours_of_some
+- if unknown:
++ if False:
+@ the roofline forgets that experts share rows | forecast/speed.py | speed | of_its_own_rows
+- ways = row_parts(mesh)
++ ways = mesh.shape["data"] * mesh.shape["fsdp"]
 """

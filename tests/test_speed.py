@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +15,7 @@ from rich.console import Console
 from growjax.errors import CostError, LayoutError
 from growjax.forecast.cycles import TILES, cycles
 from growjax.forecast.memory import cheapest
-from growjax.forecast.speed import DEVICES, device_of, pace_of, roofline
+from growjax.forecast.speed import DEVICES, device_of, pace_of, pace_table, roofline
 from growjax.models import GPT
 from growjax.nn import Stacked
 from growjax.parallel import Layout, remembering
@@ -106,6 +107,26 @@ def test_the_pace_of_a_stage_is_that_of_its_steps():
     assert pace.step == pytest.approx(0.5) and pace.hours == pytest.approx(span.steps * 0.5 / 3600)
     assert pace.tokens_per_second == pytest.approx(span.step_tokens / 0.5)
     assert pace.mfu == pytest.approx(span.flops[0] / (0.5 * 4 * 197e12))
+
+
+def test_hours_of_some_stages_are_not_those_of_the_plan():
+    """A stage whose kernels have no known cycles is in the table, and not in the hours."""
+    of = plan(steps(4, "counted"), steps(6, "mixture"))
+    pace = pace_of(of.spans[0], dict.fromkeys(of.spans[0].works, 360.0), DEVICES["v5e"], 4)
+    console = Console(width=140, file=io.StringIO(), record=True)
+    console.print(pace_table("paces", [pace], ["counted", "mixture"]))
+    text = console.export_text()
+    assert re.search(r"1 mixture +unknown +unknown +unknown +unknown", text)
+    assert "0.4 hours of training, without stage 1" in text
+
+
+def test_the_roofline_of_a_device_is_of_its_own_rows():
+    """Rows are split over `experts` as well."""
+    several = [
+        roofline(plan(steps(4), batch=8, layout=layout), "v5e", 8)[0].step
+        for layout in (Layout(fsdp=2), Layout(fsdp=2, experts=2))
+    ]
+    assert several[0] == several[1]
 
 
 def test_the_roofline_is_a_bound():

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from growjax.errors import LayoutError
 from growjax.forecast.memory import residual_bytes
-from growjax.parallel import per_device_bytes
+from growjax.parallel import per_device_bytes, row_parts
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span, Work
 from growjax.programs.step import Programs
@@ -94,7 +94,7 @@ def roofline(plan: Plan, kind: str, devices: int) -> tuple[Pace, ...]:
     """
     device, mesh = device_of(kind), plan.layout.outline(devices)
     programs = Programs.of(plan, mesh)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = row_parts(mesh)
     paces = []
     for span in plan.spans:
         shapes = programs.shapes(span.model)
@@ -120,18 +120,24 @@ def _bound(plan: Plan, span: Span, work: Work, device: Device, devices: int, row
 
 
 def pace_table(title: str, paces: Sequence[Pace], names: Sequence[str]) -> Table:
-    """The paces of stages as a table, with the hours of all stages below it."""
-    hours = sum(pace.hours for pace in paces)
-    table = Table(title=Text(title), caption=f"{hours:.3g} hours of training", box=box.SIMPLE_HEAD)
+    """The paces of stages as a table, with their hours below it; `names` are those of all stages."""
+    hours = f"{sum(pace.hours for pace in paces):.3g} hours of training"
+    of_stage = {pace.stage: pace for pace in paces}
+    unknown = [str(stage) for stage in range(len(names)) if stage not in of_stage]
+    if unknown:
+        hours += f", without stage{'s' * (len(unknown) > 1)} {', '.join(unknown)}"
+    table = Table(title=Text(title), caption=hours, box=box.SIMPLE_HEAD)
     table.add_column("stage", overflow="fold")
     for name in ("seconds / step", "tokens / s", "hours", "MFU"):
         table.add_column(name, justify="right", no_wrap=True)
-    for pace in paces:
-        table.add_row(
-            Text(f"{pace.stage} {names[pace.stage]}"),
-            f"{pace.step:.3g}",
-            f"{pace.tokens_per_second:,.0f}",
-            f"{pace.hours:.3g}",
-            f"{pace.mfu:.1%}",
-        )
+    for stage, name in enumerate(names):
+        pace, numbers = of_stage.get(stage), ["unknown"] * 4
+        if pace is not None:
+            numbers = [
+                f"{pace.step:.3g}",
+                f"{pace.tokens_per_second:,.0f}",
+                f"{pace.hours:.3g}",
+                f"{pace.mfu:.1%}",
+            ]
+        table.add_row(Text(f"{stage} {name}"), *numbers)
     return table
