@@ -138,15 +138,13 @@ def test_factors_multiply_the_gain_where_it_is_one_more_than_the_weight():
         model = testing.randomise(eqx.filter_eval_shape(config.build, jax.random.key(0)))
         model = jax.tree.map(lambda x: x if eqx.is_array(x) else jnp.ones(x.shape), model)
         gain = 1 + np.asarray(model.blocks.block.attention.k_norm.weight, float)
-        operators = {
-            gj.stack(layers=(0, 1, 1), scale={path: 0.5}): [*gain, gain[1] / 2],
-            gj.growth.learned(depth={path: ((1, 0), (0, 1), (2, 3))}): [
-                *gain,
-                2 * gain[0] + 3 * gain[1],
-            ],
-            gj.growth.context(4.0, length=8): gain * (0.1 * np.log(4.0) + 1) ** 2,
-        }
-        for op, expected in operators.items():
+        rows = ((1, 0), (0, 1), (2, 3))
+        operators = (
+            (gj.stack(layers=(0, 1, 1), scale={path: 0.5}), [*gain, gain[1] / 2]),
+            (gj.growth.learned(depth={path: rows}), [*gain, 2 * gain[0] + 3 * gain[1]]),
+            (gj.growth.context(4.0, length=8), gain * (0.1 * np.log(4.0) + 1) ** 2),
+        )
+        for op, expected in operators:
             weight = eqx.filter_jit(op)(model).blocks.block.attention.k_norm.weight
             np.testing.assert_allclose(1 + np.asarray(weight), expected, rtol=1e-5)
 
@@ -159,13 +157,14 @@ def test_layers_take_their_window_and_their_rotation_along():
 
 
 def test_layers_that_grow_from_none_have_the_window_of_the_pattern():
-    none = DecoderConfig(**SIZES | dict(layers=0, pattern=(Sight(window=3),)))
+    sizes: dict[str, Any] = SIZES | dict(layers=0)
+    none = DecoderConfig(**sizes, pattern=(Sight(window=3),))
     model = testing.randomise(eqx.filter_eval_shape(none.build, jax.random.key(0)))
     model = jax.tree.map(lambda x: x if eqx.is_array(x) else jnp.ones(x.shape, x.dtype), model)
     grown = eqx.filter_jit(gj.fresh(layers=2))(model, key=jax.random.key(1))
     assert grown.blocks.block.attention.window.tolist() == [3, 3]
     with pytest.raises(AxisError, match="pattern: expected at most one, .* got 2"):
-        DecoderConfig(**SIZES | dict(layers=0, pattern=(Sight(window=3), Sight())))
+        DecoderConfig(**sizes, pattern=(Sight(window=3), Sight()))
 
 
 @pytest.mark.parametrize("name", ["gemma", "phi"])

@@ -18,7 +18,7 @@ from growjax.errors import AxisError, GateError, GrowthError, SubnetError
 from growjax.forecast.dryrun import dry_run
 from growjax.growth import solar, sources
 from growjax.growth.depth import Order
-from growjax.train import Options, Step, train
+from growjax.train import Begin, Options, Step, train
 from growjax.values import from_dict, to_dict
 from tests.runs import feed, losses, plan, same, steps
 
@@ -283,7 +283,9 @@ def test_a_plan_of_loops_and_fresh_layers_is_saved_priced_trained_and_resumed(tm
             break
     killed.close()
     again = list(train(of, feed(of), run=tmp_path / "run"))
-    assert again[0].resumed.endswith("00000001-00")
+    begin = again[0]
+    assert isinstance(begin, Begin) and begin.resumed is not None
+    assert begin.resumed.endswith("00000001-00")
     assert len(losses(once)) == 8 and {**losses(once), **losses(again)} == losses(once)
     assert same(once, again)
     assert all(np.isfinite(list(losses(once).values())))

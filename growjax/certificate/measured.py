@@ -32,6 +32,7 @@ from growjax.certificate.coordinates import (
     steps,
 )
 from growjax.certificate.pieces import TURNS, in_pieces, repeats
+from growjax.errors import GrowthError
 from growjax.gates import check_level
 from growjax.growth.operator import Chain, Exactness, Operator, check_fitted
 from growjax.models.config import QUICK
