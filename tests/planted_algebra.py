@@ -194,4 +194,10 @@ TABLE = """
 @ padding is a position | growth/finishes.py | lookups | before_the_first
 - rows = jnp.take(old, self.first + place % count, axis=dim)
 + rows = jnp.take(old, place % count, axis=dim)
+@ a drop without a step never drops | subnet/base.py | bad_input | SubnetError
+- if step is None and self.scheduled:
++ if False:
+@ stacks of no layers are not saved | runs/checkpoint.py | depth | loops_and_fresh
+- arrays = {name: leaf for name, leaf in named(state).items() if leaf.size}
++ arrays = named(state)
 """

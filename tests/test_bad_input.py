@@ -239,6 +239,13 @@ SUBNETS = [
     ("count 7", part(lambda: gj.random_part(mlp=7)), "mlp: expected between 1 and 6, got 7"),
     ("part of embed", part(lambda: gj.random_part(embed=4)), "embed: only units that norms"),
     ("part of layers", part(lambda: gj.random_part(layers=2)), "layers: only units"),
+    ("drop, no step", part(gj.progressive_layer_drop), "step: ProgressiveLayerDrop changes .*step="),
+    ("rising, no step", part(lambda: gj.layer_skip(steps=9)), "step: LayerSkip changes from step"),
+    (
+        "flags, no step",
+        lambda: gj.progressive_layer_drop().running(model(), key=KEY),
+        "step: ProgressiveLayerDrop changes",
+    ),
     ("part scale", part(lambda: gj.random_part(mlp=3, scale="cube")), "scale: expected .* 'cube'"),
     ("falling", lambda: gj.path_schedule((3, 2, 4), **SCHEDULE), r"rising .* got \(3, 2, 4\)"),
     ("not all", lambda: gj.path_schedule((2, 3), **SCHEDULE), r"ends at 4 layers, got \(2, 3\)"),

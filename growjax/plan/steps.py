@@ -264,7 +264,7 @@ def _forward_flops(
 
     def forward(model, rows):
         for part in parts:
-            model = model if part is None else part(model, key=jax.random.key(0))
+            model = model if part is None else part(model, key=jax.random.key(0), step=0)
         return jax.vmap(lambda row: loss(model, row))(rows)
 
     with running_on(SHAPES):

@@ -53,26 +53,42 @@ class Subnet(eqx.Module):
         del step
         return math.inf
 
-    def __call__(self, model: Model, *, key: PRNGKeyArray, step: int | Int[Array, ""] = 0) -> Model:
+    @property
+    def scheduled(self) -> bool:
+        """Whether a draw depends on the step, which calls then need."""
+        return False
+
+    def __call__(
+        self, model: Model, *, key: PRNGKeyArray, step: int | Int[Array, ""] | None = None
+    ) -> Model:
         """The smaller model for this key (and, if the method has a schedule, this step).
 
-        Raises `SubnetError` for what is no key, and where the sub-network does not fit the model.
+        Raises `SubnetError` for what is no key, for a method with a schedule and no step, and where the
+        sub-network does not fit the model.
         """
         check_key(key, SubnetError)
-        for move in self.maps(axes_of(model), key=key, step=step):
+        for move in self.maps(axes_of(model), key=key, step=self._step(step)):
             model = maps.apply(move, model, None)
         return model
 
     def running(
-        self, model, *, key: PRNGKeyArray, step: int | Int[Array, ""] = 0
+        self, model, *, key: PRNGKeyArray, step: int | Int[Array, ""] | None = None
     ) -> dict[str, Bool[Array, " layers"]]:
         """Of each stack that loses layers, which of them run for this key; see `growjax.optim.freeze`."""
         table, flags = axes_of(model), {}
-        for move in self.maps(table, key=key, step=step):
+        for move in self.maps(table, key=key, step=self._step(step)):
             if "stack" in table.roles(move.axis):
                 chosen = jnp.zeros(table.size(move.axis), bool).at[move.source].set(True)
                 flags[move.axis] = chosen if move.active is None else move.active
         return flags
+
+    def _step(self, step: int | Int[Array, ""] | None) -> int | Int[Array, ""]:
+        if step is None and self.scheduled:
+            raise SubnetError(
+                f"step: {type(self).__name__} changes from step to step, and would stay at its first "
+                "one; pass step=..."
+            )
+        return 0 if step is None else step
 
 
 class Coins(Subnet):

@@ -52,6 +52,11 @@ class ProgressiveLayerDrop(Coins):
     def stacks(self) -> tuple[str, ...]:
         return (self.axis,) if isinstance(self.axis, str) else self.axis
 
+    @property
+    def scheduled(self) -> bool:
+        """Layers are dropped more often with every step."""
+        return True
+
     def theta(self, step) -> Float[Array, ""]:
         """The keep probability of the deepest layer: from 1 down to `floor`."""
         return (1 - self.floor) * jnp.exp(-self.rate * jnp.asarray(step, jnp.float32)) + self.floor

@@ -93,6 +93,11 @@ class LayerSkip(Coins):
         """The exits, without any layer dropped."""
         return dataclasses.replace(self, rate=0.0) if self.summed else None
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether the rate rises."""
+        return self.steps > 0 and self.rate > 0
+
     def at(self, step: int, *, seed: int = 0) -> "LayerSkip":
         """With the exits of one step."""
         del seed
@@ -170,7 +175,9 @@ class LayerSkip(Coins):
         """A flag for every layer."""
         return self.flags(axes, key=key, step=step)
 
-    def __call__(self, model: Model, *, key: PRNGKeyArray, step: int | Int[Array, ""] = 0) -> Model:
+    def __call__(
+        self, model: Model, *, key: PRNGKeyArray, step: int | Int[Array, ""] | None = None
+    ) -> Model:
         """The model with its flags and, if their losses are added, its exits.
 
         Raises `SubnetError` for exits of a model whose layers are not `growjax.nn.Stacked`, of another

@@ -101,7 +101,9 @@ class RandomTokens(Subnet):
         del axes, key, step
         return []
 
-    def __call__(self, model: Model, *, key: PRNGKeyArray, step: int | Int[Array, ""] = 0) -> Model:
+    def __call__(
+        self, model: Model, *, key: PRNGKeyArray, step: int | Int[Array, ""] | None = None
+    ) -> Model:
         """The model whose layers draw their tokens by this key.
 
         A sequence of `count` tokens or fewer is read whole. Raises `SubnetError` for a model whose layers
