@@ -215,6 +215,7 @@ def test_a_corpus_needs_its_words_from_the_first_stage_on():
         (gj.vocabulary(12, axis="mlp"), "no table is looked up along 'mlp'"),
         (gj.positions(4), "growth never shrinks"),
         (gj.positions(9, axis="mlp"), "no table is looked up along 'mlp'"),
+        (gj.positions(9, axis="places"), "gj.growth.context stretches rotary positions"),
     ],
     ids=str,
 )

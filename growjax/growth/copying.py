@@ -207,7 +207,8 @@ def _refusals(axes: Axes, moves: list[AxisMap], torn: set[str], *, even: bool) -
         elif even and norms and len(set(counts)) > 1:
             complaints.append(
                 f"{axis}: copies are uneven ({counts.min()} to {counts.max()} of each), so the mean and "
-                f"variance taken by {', '.join(norms)} would change; use a multiple of {old}, or gj.msg"
+                f"variance taken by {', '.join(norms)} would change; use a multiple of {old}, gj.lemon "
+                "or gj.msg"
             )
         elif axis in torn and axes.having(axis, "buffer"):
             complaints.append(

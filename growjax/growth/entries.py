@@ -322,9 +322,11 @@ def _units(table: Axes, axis: str, gates: tuple[str, ...]) -> list[tuple[Slot, S
         makers, readers = slots.get("maker", []), slots.get("reader", [])
         multiplying = slots.get("gate", [])
         if len(makers) != 1 or len(readers) != 1 or len(multiplying) > 1:
+            names = ", ".join(slot.path.rpartition(".")[2] for slot in makers)
             faults.append(
                 f"{module}: expected one matrix into {axis}, one out of it and at most one in gates, "
-                f"got {len(makers)}, {len(readers)} and {len(multiplying)}"
+                f"got {len(makers)} ({names}), {len(readers)} and {len(multiplying)}; name in gates the "
+                'one whose activation multiplies the other, such as gates=("glu",)'
             )
             continue
         units.append((makers[0], readers[0], multiplying[0] if multiplying else None))

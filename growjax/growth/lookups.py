@@ -174,13 +174,12 @@ class Positions(Operator):
 
     def maps(self, axes: Axes) -> list[AxisMap]:
         """The old rows and new ones, or new ones alone."""
-        wanted = resolve(axes, {self.axis: self.size})
-        if "lookup" not in axes.roles(self.axis):
+        if self.axis not in axes.sizes or "lookup" not in axes.roles(self.axis):
             raise GrowthError(
                 f"axis: no table is looked up along {self.axis!r}; gj.growth.context stretches rotary "
                 "positions"
             )
-        old = axes.size(self.axis)
+        wanted, old = resolve(axes, {self.axis: self.size}), axes.size(self.axis)
         if self.first >= old:
             raise GrowthError(f"first: expected one of the model's {old} rows, got {self.first}")
         if not wanted:

@@ -154,6 +154,11 @@ def learned(
     - `stack`: the axis of the layers.
 
     `growjax.growth.ligo` learns such matrices. Raises `GrowthError` for matrices that do not fit.
+
+    **Example**
+
+        gj.growth.learned(produced={"mlp": made}, consumed={"mlp": read})      # both [1536, 1024]
+        gj.growth.learned(depth={"blocks.block.mlp.up": mixed})                 # [3, 2], of layers
     """
     return Learned(values.tuples(produced), values.tuples(consumed), values.tuples(depth), stack)
 
