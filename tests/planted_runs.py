@@ -488,4 +488,7 @@ TABLE = """
 @ a command's error waits for the other hosts | cli/__init__.py | evals_tasks | lists_tasks
 - if not _has_other_hosts():
 + if True:
+@ devices of a CPU share a thread a core | cli/__init__.py | commands | thread_each
+- if asked.isdecimal() and int(asked) > 1:
++ if False:
 """

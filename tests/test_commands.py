@@ -20,7 +20,7 @@ from rich.console import Console
 
 import growjax as gj
 from growjax import train as trainer
-from growjax.cli import app
+from growjax.cli import app, main
 from growjax.data import Text
 from growjax.errors import (
     CheckpointError,
@@ -282,6 +282,9 @@ def test_a_report_of_runs(run, tmp_path):
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
     with pytest.raises(DataError, match="nothing was evaluated in it yet"):
         write_report([tmp_path / "empty"], tmp_path / "page.html")
+    # The folder of a probe or of several plans
+    with pytest.raises(PlanError, match="expected the folder of one run; in it are .*empty, .*run"):
+        write_report([tmp_path], tmp_path / "page.html")
 
 
 def growjax(*args: object, **env: str) -> subprocess.CompletedProcess:
@@ -315,6 +318,28 @@ def test_train_from_the_command_line_and_go_on(tmp_path):
     )
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
     assert wrong.stderr.startswith("growjax: ") and "plan.seed: was 0, is 1" in wrong.stderr
+
+
+def test_several_cpu_devices_get_a_thread_each(monkeypatch):
+    """With a thread for each of few cores a collective can wait for ever, until XLA ends the process."""
+    seen = []
+    monkeypatch.setattr(app, "cli", lambda **_: seen.append(os.environ.get("PJRT_NPROC")))
+    monkeypatch.setattr(sys, "argv", ["growjax", "families"])
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=64")
+    monkeypatch.setenv("PJRT_NPROC", "7")
+    main()
+    assert seen.pop() == "7", "the user's own number stays"
+    for flags, devices, threads in [
+        ("", "", None),
+        ("--xla_force_host_platform_device_count=1", "", None),
+        ("--xla_dump_to=x --xla_force_host_platform_device_count=64", "", "256"),
+        ("", "128", "512"),
+    ]:
+        monkeypatch.delenv("PJRT_NPROC", raising=False)
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        monkeypatch.setenv("JAX_NUM_CPU_DEVICES", devices)
+        main()
+        assert seen.pop() == threads
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from growjax.errors import CheckpointError
+from growjax.errors import CheckpointError, PlanError
 from growjax.plan.files import load_plan
 from growjax.plan.plan import Plan
 from growjax.runs import hosts, journal
@@ -74,6 +74,12 @@ class Run:
 
     def plan(self) -> Plan:
         """The plan of the run; raises `PlanError` if its file is missing or cannot be read."""
+        several = sorted(str(path.parent) for path in self.folder.glob("*/plan.json"))
+        if several and not self.plan_file.exists():
+            # Of a probe, a sweep or several plans
+            raise PlanError(
+                f"{self.folder}: expected the folder of one run; in it are {', '.join(several)}"
+            )
         return load_plan(self.plan_file)
 
     def lock(self) -> Lock:
