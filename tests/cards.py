@@ -362,9 +362,21 @@ def _measured_text(numbers: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
+# Properties that choose papers, in words of the function's arguments
+_ARGUMENTS = {
+    "pattern='solar'": "layers=gj.growth.solar(...)",
+    "pattern=": "order=",
+    "copied": "gated=False",
+    "fine": "granularity > 1",
+    "core": "first, last",
+}
+
+
 def _papers(method: type) -> list[str]:
     lines = []
     for paper, given in method.card.every().items():
+        for name, argument in _ARGUMENTS.items():
+            given = given.replace(name, argument)
         others = " et al." if " and " in paper.authors else ""
         link = f"https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else paper.url
         title = f"[{paper.title}]({link})" if link else paper.title
