@@ -22,6 +22,7 @@ from growjax.forecast.xla import xla_training_flops
 from growjax.models import BERTConfig, LlamaConfig, T5Config
 from growjax.plan.steps import step_flops
 from growjax.programs.ahead import Need
+from growjax.programs.carried import carry_faults
 from growjax.train import Layout, Optimizer, Plan, train
 from growjax.train.commands import show_plan
 from tests.runs import SMALL, every_kind, feed, plan, steps
@@ -265,6 +266,10 @@ def test_optimizer_state_that_cannot_follow_is_refused_before_the_run(tmp_path):
     with pytest.raises(StateError, match=r"cannot be trained to its end:\n.*stage 1 'wide'"):
         next(iter(train(grown("dual"), feed(grown("dual")))))
     assert not dry_run(grown("reset")).refusals
+    # Of copies from the layer above no state follows, but that of the rest does
+    for op, follows in ((gj.aki(mlp=32), True), (gj.lemon(mlp=32), False)):
+        (fault,) = carry_faults(plan(steps(1), steps(1, grow=op)))
+        assert ("carry='zero' starts that of new copies alone anew" in fault) == follows
 
 
 @pytest.mark.parametrize("devices", [0, -3])

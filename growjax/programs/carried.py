@@ -28,15 +28,28 @@ def carry_faults(plan: Plan) -> Iterator[str]:
         if op is None or carried == "reset":
             continue
         model = ungated(model)
-        follow = functools.partial(_followed, op, rule, copies=carried)
-        try:
-            eqx.filter_eval_shape(follow, model, purpose_key(plan.seed, "grow"))
-        except StateError as error:
+        error = _refusal(plan, op, rule, model, carried)
+        if error is not None:
             indented = str(error).replace("\n", "\n    ")
+            remedy = "carry='reset' starts all of the optimizer state anew"
+            if carried == "dual" and _refusal(plan, op, rule, model, "zero") is None:
+                remedy = f"carry='zero' starts that of new copies alone anew; {remedy}"
             yield (
                 f"stage {span.index} {span.stage.name!r}: carry={carried!r}: {indented}\n"
-                "    In a plan, carry='reset' starts all of the optimizer state anew"
+                f"    In a plan, {remedy}"
             )
+
+
+def _refusal(
+    plan: Plan, op: Operator, rule: Rule, model: Any, copies: Literal["dual", "zero"]
+) -> StateError | None:
+    """Why the optimizer's state cannot follow a growth of a model; None if it can."""
+    follow = functools.partial(_followed, op, rule, copies=copies)
+    try:
+        eqx.filter_eval_shape(follow, model, purpose_key(plan.seed, "grow"))
+    except StateError as error:
+        return error
+    return None
 
 
 def _followed(
