@@ -200,4 +200,7 @@ TABLE = """
 @ stacks of no layers are not saved | runs/checkpoint.py | depth | loops_and_fresh
 - arrays = {name: leaf for name, leaf in named(state).items() if leaf.size}
 + arrays = named(state)
+@ weights of a fit are widened | growth/fits.py | between | network_predicts
+- return (w - rate * (m / (jnp.sqrt(v) + 1e-8) + decay * w)).astype(w.dtype)
++ return w - rate * (m / (jnp.sqrt(v) + 1e-8) + decay * w)
 """

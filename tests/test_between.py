@@ -122,6 +122,10 @@ def test_a_network_predicts_layers_from_their_neighbours():
         big, other = (gj.grow(op, small, key=jax.random.key(n)) for n in range(2))
         with pytest.raises(GrowthError, match="pass key"):
             gj.grow(op, small)
+        # As in a certificate, which computes in float64 besides
+        half = jax.tree.map(lambda x: x.astype(jnp.float32), small)
+        shapes: Any = eqx.filter_eval_shape(lambda m: op(m, key=jax.random.key(0)), half)
+        assert shapes.up.dtype == jnp.float32
     new, true = np.asarray(big.up), path(2 - 1 / 8)
     np.testing.assert_allclose(new[[*range(8), 9]], up, rtol=1e-12)
     error = np.linalg.norm(new[8] - true) / np.linalg.norm(new[7] - true)

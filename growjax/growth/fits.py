@@ -106,13 +106,14 @@ def adam(
 ) -> tuple[Any, tuple[Any, Any]]:
     """One step of AdamW, the first with `t = 0`: the weights after it, and the moments.
 
-    Written out, since operators need no optax.
+    Written out, since operators need no optax. Weights keep their dtypes, also where JAX computes in
+    float64 besides.
     """
     first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, moments[0], gradient)
     second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, moments[1], gradient)
 
     def moved(w, m, v):
         m, v = m / (1 - 0.9 ** (t + 1)), v / (1 - 0.999 ** (t + 1))
-        return w - rate * (m / (jnp.sqrt(v) + 1e-8) + decay * w)
+        return (w - rate * (m / (jnp.sqrt(v) + 1e-8) + decay * w)).astype(w.dtype)
 
     return jax.tree.map(moved, weights, first, second), (first, second)
