@@ -1,5 +1,6 @@
 """Cards: every method has one that fits its class, and `gj.cite` cites exactly what a plan uses."""
 
+import inspect
 import json
 import re
 from typing import ClassVar, Literal
@@ -14,7 +15,7 @@ from growjax.budget.clock import RTX3090_BERT
 from growjax.cards import Card, Paper
 from growjax.data import Causal
 from growjax.errors import FormatError
-from growjax.growth import Operator, parse
+from growjax.growth import Chain, Operator, parse
 from growjax.growth.depth import Order
 from growjax.models import GPTConfig
 from growjax.optim.transfer import Transfer
@@ -22,6 +23,7 @@ from growjax.plan import Optimizer, Plan, Probe, Schedule, Stage
 from growjax.select import RhoLoss, SelectiveBackprop
 from growjax.subnet import PathSchedule
 from tests import cards
+from tests.exports import EXPORTS, families_of
 
 
 METHODS = cards.methods()
@@ -89,6 +91,30 @@ def test_papers_of_a_field_are_those_of_values_that_it_can_have(cls):
         )
         for case in cases if isinstance(cases, dict) else ():
             assert hint is not None and values.fits(hint, case), f"{name}: {case!r}"
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda c: c.__name__)
+def test_papers_are_given_by_arguments_of_the_function(method):
+    """A reader can write what a card says: `for order='top'`, not the property that tells it."""
+    arguments = inspect.signature(cards.function_of(method)[1]).parameters
+    for line in cards._papers(method):
+        (given,) = re.findall(r", for `(.*)`$", line) or [""]
+        for part in filter(None, given.split(", ")):
+            assert re.split(r"\W", part)[0] in {*arguments, "layers"}, part
+
+
+def test_every_operator_says_what_becomes_of_it_in_a_hugging_face_folder():
+    """A new operator has rows in `tests/exports.py`: the families that are written, and refusals."""
+    operators = [m for m in METHODS if issubclass(m, Operator)]
+    assert {cards.name_of(m) for m in operators} == EXPORTS.keys()
+    for method in operators:
+        rows = EXPORTS[cards.name_of(method)]
+        assert all(cards.name_of(method) in row.op for row in rows)
+        assert any(families_of(row) for row in rows)
+        parsed = [parse(row.op) for row in rows]
+        assert any(
+            isinstance(op.operators[-1] if isinstance(op, Chain) else op, method) for op in parsed
+        )
 
 
 def test_papers_can_be_told_apart_and_are_well_formed():

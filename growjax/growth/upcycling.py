@@ -230,6 +230,8 @@ class Upcycle(Operator):
             "Fine-grained experts need the output weights alone multiplied by the granularity: "
             "scaling all three matrices by its cube root is off under SiLU.",
             "Experts are equal at first, and only the router's draw tells tokens apart.",
+            "GPT, Llama and Decoder read the balancing losses of their blocks; a BERT or a T5 does not, "
+            "and cannot be called once it is a mixture.",
         ),
         example="upcycle(experts=4)",
         papers=(_UPCYCLED,),
