@@ -259,7 +259,11 @@ SUBNETS = [
     ("floor 0", part(lambda: gj.progressive_layer_drop(floor=0)), "floor: expected .* got 0"),
     ("floor 2", part(lambda: gj.progressive_layer_drop(floor=2)), "floor: expected .* got 2"),
     ("rate 0", part(lambda: gj.progressive_layer_drop(rate=0)), "rate: expected .* got 0"),
-    ("drop of units", part(lambda: gj.progressive_layer_drop(axis="mlp")), "mlp"),
+    (
+        "drop of units",
+        lambda: gj.progressive_layer_drop(axis="mlp")(model(), key=KEY, step=0),
+        "mlp",
+    ),
 ]  # fmt: skip
 
 
