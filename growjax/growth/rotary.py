@@ -162,7 +162,8 @@ def context(
       the published code it is a line in the index of the pair).
     - `axis`, `stream`: the axes of coordinates in a head and of the residual stream.
 
-    The model needs some training at the new length. `growjax.hf.save` writes the new theta or scaling
+    Every rotation of the model is stretched, that of layers with a window (Gemma 3) too. The model needs
+    some training at the new length. `growjax.hf.save` writes the new theta or scaling
     (YaRN's frequencies as Llama 3's rule, which they obey). Frequencies that are scaled already are
     refused.
 
