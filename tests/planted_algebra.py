@@ -164,6 +164,9 @@ TABLE = """
 @ a certificate of fewer words compares none | certificate/measured.py | transplants | smaller_vocabulary
 - b, a = b[tuple(map(slice, a.shape))], a[tuple(map(slice, b.shape))]
 + b = b[tuple(map(slice, a.shape))]
+@ closed copies may come in any order | growth/depth.py | depth | lose_or_swap
+- if order != list(range(old)):
++ if len(order) > old:
 @ layers that do not grow have copies too | maps.py | within | other_layers
 - return slot.join(move.limited(slot, before, x, law.origin))
 + return slot.join(x)

@@ -366,6 +366,14 @@ def test_a_cache_has_room_for_as_many_as_it_says(family):
 # Layers that differ from their source -------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layers", [(1, 0, 1), (0, 0, 0), (1, 1, 1, 0)])
+def test_closed_copies_are_no_excuse_to_lose_or_swap_layers(layers):
+    axes = axes_of(eqx.filter_eval_shape(lambda: model("GPT", 2)))
+    with pytest.raises(GrowthError, match="in their order, each before its copies"):
+        gj.stack(layers=layers, branch="zero").maps(axes)
+    assert gj.stack(layers=layers).maps(axes)
+
+
 def test_some_arrays_of_copied_layers_are_scaled_and_their_sources_are_not():
     """Attention colder in the copies, or a branch that is closed by hand."""
     small = model("GPT", 2)

@@ -275,6 +275,12 @@ class Stack(Operator):
             return move
         if self.branch == "zero":
             require_closable(axes, axis, self.stream)
+            old, order = axes.size(axis), source[~move.is_new()].tolist()
+            if order != list(range(old)):
+                raise GrowthError(
+                    f"{axis}: with branch='zero' copies do nothing, so the {old} old ones are needed "
+                    f"in their order, each before its copies; without copies they are {order}"
+                )
             share = np.where(move.is_new(), 0.0, 1.0)
         else:
             share = 1 / np.bincount(source, minlength=axes.size(axis))[source]
