@@ -129,7 +129,8 @@ def vocabulary(
     - `init`: `"mean"`; `"covariance"`, the mean plus a draw with `spread` times the covariance of the old
       rows; or the values of other operators (`"normal"`, `"matched"`, a callable), which nothing bounds.
     - `used`: how many of the model's rows are words; the rest is padding. New words take padding first,
-      and padding counts in no mean. None: all rows.
+      and padding counts in no mean. None: all rows. What probability the padding had that is taken behind
+      a gate goes to the other words: their logits stay, and their losses fall.
     - `gate`: hide the new words behind a gate on the logits. At level 0 they have no probability, so the
       function of old text is kept whatever the new rows hold (`"exact"`); `gj.ramp` and `gj.settle` open
       it. A model needs a `gj.gate` on the axis, as all models here have.
