@@ -167,6 +167,9 @@ TABLE = """
 @ closed copies may come in any order | growth/depth.py | depth | lose_or_swap
 - if order != list(range(old)):
 + if len(order) > old:
+@ YaRN cools what is not turned | growth/rotary.py | decoder | what_is_turned
+- larger = jnp.where(self.turned, (0.1 * math.log(self.factor) + 1) ** 2, 1)
++ larger = jnp.full(self.turned.shape, (0.1 * math.log(self.factor) + 1) ** 2)
 @ layers that do not grow have copies too | maps.py | within | other_layers
 - return slot.join(move.limited(slot, before, x, law.origin))
 + return slot.join(x)

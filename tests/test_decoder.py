@@ -156,6 +156,19 @@ def test_layers_take_their_window_and_their_rotation_along():
     assert attention.turn.tolist() == [0, 1, 1, 0, 1, 0]
 
 
+def test_yarn_makes_larger_what_is_turned_of_the_keys():
+    sizes: dict[str, Any] = {**SIZES, "layers": 1}
+    part = DecoderConfig(**sizes, turned=2)
+    some = DecoderConfig(**sizes | {"layers": 2}, pattern=(Sight(), Sight(rotary=False)))
+    yarn = gj.growth.context(4.0, length=8)
+    model = part.build(jax.random.key(0))
+    ratio = yarn(model).blocks.block.attention.k / model.blocks.block.attention.k
+    expected = [(0.1 * np.log(4.0) + 1) ** 2] * 2 + [1.0] * 2
+    np.testing.assert_allclose(np.asarray(ratio)[0, 0, 0], expected, rtol=1e-5)
+    with pytest.raises(AxisError, match="some layers have no positions"):
+        yarn(eqx.filter_eval_shape(some.build, jax.random.key(0)))
+
+
 def test_layers_that_grow_from_none_have_the_window_of_the_pattern():
     sizes: dict[str, Any] = SIZES | dict(layers=0)
     none = DecoderConfig(**sizes, pattern=(Sight(window=3),))

@@ -18,7 +18,7 @@ from growjax.algebra import AxisMap
 from growjax.axes import Axes, axes_of, get, put
 from growjax.cards import Card, Paper
 from growjax.errors import GrowthError
-from growjax.growth.finishes import Finish, scaled
+from growjax.growth.finishes import Finish, across, scaled
 from growjax.growth.operator import Exactness, Operator
 from growjax.values import Size
 
@@ -60,6 +60,13 @@ class Lowered(Finish):
     low: float
     high: float
     stream: str
+    # Which coordinates of a head are turned, once the rule has seen the model
+    turned: Any = None
+
+    def prepared(self, move, table):
+        """The rule with the coordinates that have a frequency."""
+        buffers = [slot.value for slot in table.having(move.axis, "buffer") if slot.arrays()]
+        return dataclasses.replace(self, turned=buffers[0] != 0)
 
     def applied(self, move, slot, old, new, *, key):
         """Buffers along the axis are frequencies; what consumes it without adding to the stream, keys."""
@@ -70,7 +77,9 @@ class Lowered(Finish):
         key_like = roles[move.axis] == "consumed" and roles.get(self.stream) != "produced"
         if slot.kind != "param" or not key_like or self.how != "yarn":
             return new
-        return scaled(slot, new, (0.1 * math.log(self.factor) + 1) ** 2)
+        larger = jnp.where(self.turned, (0.1 * math.log(self.factor) + 1) ** 2, 1)
+        (dim,) = slot.positions(move.axis)
+        return scaled(slot, new, across(larger.astype(new.dtype), new.ndim, dim))
 
     def lowered(self, frequencies: Any) -> Any:
         """The frequencies of the longer context."""
@@ -156,7 +165,8 @@ def context(
     - `how`: `"interpolate"` divides all frequencies by the factor (position interpolation). `"ntk"`
       raises theta, so that the fastest pair stays and the slowest is divided. `"yarn"` divides those that
       turn less than `low` times in the trained context, keeps those that turn more than `high` times, and
-      multiplies queries and keys by `0.1 ln(factor) + 1` each (here: the keys by its square).
+      multiplies what is turned of queries and keys by `0.1 ln(factor) + 1` each (here: the keys by its
+      square).
     - `length`: the trained context, in tokens, for `"yarn"`.
     - `low`, `high`: between them the divisor follows a line in the number of turns, as in the paper (in
       the published code it is a line in the index of the pair).

@@ -184,8 +184,14 @@ class Rotary(eqx.Module):
     def stretched(self, by: Any) -> "Rotary":
         """The record of frequencies that `gj.growth.context` has lowered.
 
-        Raises `AxisError` if they were scaled before: files know one scaling.
+        Raises `AxisError` if they were scaled before: files know one scaling. So it does for YaRN in a
+        model some of whose layers turn nothing, since it makes the keys of all layers larger.
         """
+        if by.how == "yarn" and self.turned == 0:
+            raise AxisError(
+                "how: some layers have no positions, and their keys must not grow as YaRN's do; give "
+                "'interpolate' or 'ntk'"
+            )
         if self.scaling is not None:
             raise AxisError(
                 f"these frequencies are scaled already, by {self.scaling}; stretch the model that it was "
