@@ -374,6 +374,14 @@ def test_closed_copies_are_no_excuse_to_lose_or_swap_layers(layers):
     assert gj.stack(layers=layers).maps(axes)
 
 
+def test_without_layers_nothing_is_mixed_and_experts_grow_all_the_same():
+    none = eqx.filter_eval_shape(lambda: model("Llama", 0, experts=3))
+    with pytest.raises(GrowthError, match=r"no layer to mix; gj.fresh\(layers=2\)"):
+        gj.growth.ligo(layers=2)(none)
+    grown = gj.experts(6, gated=False, per_token="scaled", noise=0.3)(none, key=KEY)
+    assert sizes(grown)["experts"] == 6
+
+
 def test_some_arrays_of_copied_layers_are_scaled_and_their_sources_are_not():
     """Attention colder in the copies, or a branch that is closed by hand."""
     small = model("GPT", 2)

@@ -248,6 +248,10 @@ class LiGO(Fit):
             if axes.roles(axis) & {"lookup"} or ("stack" in axes.roles(axis) and axis != self.stack)
         ]
         raise_all(GrowthError, "no matrix grows these axes:", faults)
+        if wanted.get(self.stack) and not axes.size(self.stack):
+            raise GrowthError(
+                f"{self.stack}: there is no layer to mix; gj.fresh({self.stack}={wanted[self.stack]})"
+            )
         return wanted
 
 

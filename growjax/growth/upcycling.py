@@ -164,8 +164,10 @@ class ExpertMap(AxisMap):
             fold_in_name(key, f"{slot.path}:{self.axis}"), array.shape, array.dtype
         )
         # [copy, source]: copies follow one another, all sources in turn
-        draws = jnp.moveaxis(draws, dim, 0).reshape(self.factor, -1, *np.delete(array.shape, dim))
-        draws = (draws - jnp.mean(draws, 0)).reshape(-1, *draws.shape[2:])
+        sources = self.length // self.factor
+        others = np.delete(array.shape, dim)
+        draws = jnp.moveaxis(draws, dim, 0).reshape(self.factor, sources, *others)
+        draws = (draws - jnp.mean(draws, 0)).reshape(self.length, *others)
         return array + self.noise * jnp.std(array) * jnp.moveaxis(draws, 0, dim)
 
     def _units(self, slot: Slot) -> int | None:
