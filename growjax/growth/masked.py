@@ -54,7 +54,8 @@ class MSG(Operator):
         wanted = resolve(axes, dict(self.sizes))
         raise_all(
             GrowthError,
-            "rows of a table that is indexed have no gate; these axes do not grow by msg:",
+            "rows of a table that is indexed, and experts, have no gate for msg; gj.vocabulary, "
+            "gj.positions and gj.experts grow these axes:",
             [axis for axis in wanted if "lookup" in axes.roles(axis)],
         )
         moves = []
