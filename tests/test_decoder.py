@@ -157,9 +157,8 @@ def test_layers_take_their_window_and_their_rotation_along():
 
 
 def test_yarn_makes_larger_what_is_turned_of_the_keys():
-    sizes: dict[str, Any] = {**SIZES, "layers": 1}
-    part = DecoderConfig(**sizes, turned=2)
-    some = DecoderConfig(**sizes | {"layers": 2}, pattern=(Sight(), Sight(rotary=False)))
+    part = dataclasses.replace(DecoderConfig(**SIZES), layers=1, turned=2)
+    some = dataclasses.replace(DecoderConfig(**SIZES), pattern=(Sight(), Sight(rotary=False)))
     yarn = gj.growth.context(4.0, length=8)
     model = part.build(jax.random.key(0))
     ratio = yarn(model).blocks.block.attention.k / model.blocks.block.attention.k

@@ -33,7 +33,7 @@ def test_an_operator_survives_json_and_is_what_it_prints(op):
     assert growth.parse(str(op)) == op and eval(repr(op), vars(growth).copy()) == op
 
 
-GPT = testing.Architecture("GPT", (("heads", 8),))
+EIGHT = testing.Architecture("GPT", (("heads", 8),))
 
 
 def heads(count: int, kv_heads: int):
@@ -97,7 +97,7 @@ def test_queries_that_come_together_keep_their_births():
 )
 def test_what_cannot_be_pooled_or_regrouped_says_why(op, message):
     with jax.enable_x64(True), pytest.raises(GrowthError, match=message):
-        op.maps(axes_of(eqx.filter_eval_shape(GPT.model)))
+        op.maps(axes_of(eqx.filter_eval_shape(EIGHT.model)))
 
 
 def test_state_of_means_is_refused():

@@ -120,7 +120,7 @@ def test_a_bias_of_all_heads_is_regrouped_too():
         (gj.regroup(kv_heads=8), "cannot become 8"),
         (gj.regroup(kv_heads=1), "growth never shrinks"),
         (gj.regroup(kv_heads=4, head_dim=4), "the copies of one axis at a time"),
-        (gj.regroup(kv_heads=4, over="embed"), "o_bias has embed without kv_heads"),
+        (gj.regroup(kv_heads=4, over="embed"), "q is summed over embed"),
     ],
     ids=["uneven", "too many", "fewer", "two axes", "another axis"],
 )

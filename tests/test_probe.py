@@ -46,7 +46,7 @@ def test_proportional_shares_follow_the_power():
         shares = proportional_shares(6, alpha)
         assert sum(shares) == pytest.approx(1)
         assert np.dot(shares, np.arange(1, 7) / 6) == pytest.approx(cost, abs=1e-4)
-    with pytest.raises(PlanError, match="at least one"):
+    with pytest.raises(PlanError, match="stages: expected a positive integer"):
         proportional_shares(0)
 
 

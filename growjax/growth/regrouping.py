@@ -68,18 +68,19 @@ def _check_shared(axes: Axes, names: list[str], over: str) -> None:
     Leaves without the other axis write what is shared, and whatever reads it has the other axis too.
     """
     for axis in names:
-        faults, shared = [], False
+        faults, shared, read = [], False, False
         for part in (part for slot in axes.having(axis, "param") for part in slot.parts):
             roles = {dim.axis: dim.role for dim in part.dims}
             role, other = roles.get(axis), roles.get(over)
             shared |= role == "produced" and other is None
+            read |= role == "consumed"
             if role in ("stack", "lookup"):
                 faults.append(f"{part.path}: {axis} are run or chosen one by one")
             elif role == "consumed" and other is None:
                 faults.append(f"{part.path} has no {over}, and would read every copy")
             elif role == "produced" and other == "consumed":
                 faults.append(f"{part.path} is summed over {over}, for each of {axis} by itself")
-        if not (shared or faults):
+        if read and not (shared or faults):
             faults.append(f"no array has {axis} without {over}")
         raise_all(GrowthError, f"{axis} are not shared by {over}, as keys are by queries:", faults)
 
