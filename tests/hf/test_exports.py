@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -17,9 +18,11 @@ from tests.hf.oracle import reloaded
 CASES = {
     f"{f}-{row.op}": (row, f) for rows in EXPORTS.values() for row in rows for f in families_of(row)
 }
-# One family of every operator, in turn; all of them at the deep profile
+# One family of every operator, in turn (T5's two stacks take longest); all at the deep profile
 FIRST = [rows[0] for rows in EXPORTS.values()]
-SAMPLE = {f"{(fs := families_of(row))[i % len(fs)]}-{row.op}" for i, row in enumerate(FIRST)}
+SAMPLE = {
+    f"{(fs := families_of(row))[i % min(len(fs), 3)]}-{row.op}" for i, row in enumerate(FIRST)
+}
 # Of the largest output
 LIMIT = 5e-6
 
@@ -36,7 +39,8 @@ def test_a_grown_model_is_read_by_transformers_or_refused(case: str, tmp_path: P
         assert row.refused[family] in str(caught.value)
         return
     gj.hf.save(big, tmp_path / "big")
-    given = batch(big)
+    # An operator may have made the vocabulary smaller
+    given = jax.tree.map(lambda ids: ids % gj.sizes(big)["vocab"], batch(big))
     ours = outputs(big, given)
     expected = np.asarray(getattr(ours, "mlm_logits", ours))
     gap = np.abs(_theirs(tmp_path / "big", given) - expected).max() / np.abs(expected).max()
