@@ -12,6 +12,7 @@ from growjax import annotation as annotation
 from growjax import axes as axes
 from growjax import cards as cards
 from growjax import certificate as certificate
+from growjax import deferred as deferred
 from growjax import draws as draws
 from growjax import errors as errors
 from growjax import gates as gates

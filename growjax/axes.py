@@ -13,6 +13,7 @@ that it produces; `growjax.specs` has the full grammar. `axes_of(model)` reads t
 table, and everything else in growjax follows from it.
 """
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -264,6 +265,12 @@ class Axes(Mapping[str, Slot]):
             for slot in self.values()
         ]
         return "\n".join(rows)
+
+    def resized(self, sizes: Mapping[str, int]) -> "Axes":
+        """The same table with other sizes of some axes."""
+        table = copy.copy(self)
+        table.sizes = {**self.sizes, **sizes}
+        return table
 
     def having(self, axis: str, kind: Kind | None = None) -> list[Slot]:
         """The slots that carry `axis`, in order, of one kind or of any."""

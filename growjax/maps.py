@@ -66,7 +66,7 @@ def apply(move: AxisMap, model, key: PRNGKeyArray | None):
         move = dataclasses.replace(move, finish=move.finish.prepared(move, table))
     values: dict[tuple, Any] = {}
     for slot in table.having(move.axis):
-        values[slot.steps] = _transport_slot(move, table, slot, key)
+        values[slot.steps] = moved(move, table, slot, key=key)
     for slot in _mean_buffers(move, table):
         values[slot.steps] = slot.value * mean_square(move)
     model = put(model, values)
@@ -128,8 +128,8 @@ def carry_array(
 # One leaf ------------------------------------------------------------------------------------
 
 
-def _transport_slot(move: AxisMap, table: Axes, slot: Slot, key):
-    """The new value of one slot, whatever its kind."""
+def moved(move: AxisMap, table: Axes, slot: Slot, *, key: PRNGKeyArray | None) -> Any:
+    """The value of one slot after a map, whatever its kind; `table` is that of the model before it."""
     own = slot.kind in ("gate", "branch", "active") and slot.own_axis == move.axis
     if slot.kind == "gate":
         if own and move.gated:

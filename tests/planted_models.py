@@ -281,8 +281,8 @@ TABLE = """
 - keys["local_attention"] = 2 * (keys.pop("sliding_window") - 1)
 + keys["local_attention"] = 2 * keys.pop("sliding_window")
 @ all experts of a layer are its last one | hf/convert.py | hf | read_back_to_the_bit
-- arrays[leaf][place] = array
-+ arrays[leaf][place[:1]] = array
+- array[(place[0] - start, *place[1:])] = row
++ array[place[0] - start] = row
 @ a mixture takes keys of the dense model over | hf/convert.py | hf_grown | became_a_mixture
 - k == _POSITIONS or is_tolerated(k)
 + k not in family.aliases

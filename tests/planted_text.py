@@ -65,6 +65,25 @@ TABLE = """
 - np.ascontiguousarray(array).reshape(-1)
 + np.ascontiguousarray(array.T).reshape(-1)
 @ narrow tensors come first | hf/files.py | hf_files | one_tensor
-- key=lambda item: (-item[1].dtype.itemsize, item[0])
-+ key=lambda item: (item[1].dtype.itemsize, item[0])
+- key=lambda item: -item[1].dtype.itemsize
++ key=lambda item: item[1].dtype.itemsize
+@ a row of a layer is grown with the share of the first | growth/leafwise.py | bounded | bitwise
+- np.asarray(move.share)[number : number + 1]
++ np.asarray(move.share)[:1]
+@ layers are read in the order of the old model | growth/leafwise.py | bounded | bitwise
+- number = int(move.source[number])
++ number = min(number, int(max(move.source)))
+@ draws are cut into layers | growth/leafwise.py | bounded | bitwise
+- if plan is None or not plain or slot.origin or not set(_primitives(piece.jaxpr)) <= _ROWWISE:
++ if plan is None or not plain or slot.origin:
+@ a leaf is held whole while it is written | hf/convert.py | bounded | memory
+- leaf, rows = leaves[0], row.rows(table)
++ leaves = [np.asarray(x) for x in leaves]
++     leaf, rows = leaves[0], row.rows(table)
+@ a part of the outputs is that of the old model | certificate/streaming.py | bounded | part
+- after = observed("the grown model", grown)
++ after = before
+@ a part has the shares of other units | certificate/part.py | bounded | part
+- cut = {name: np.asarray(x)[rows] for name, x in values.items() if x is not None}
++ cut = {name: np.asarray(x)[: len(rows)] for name, x in values.items() if x is not None}
 """

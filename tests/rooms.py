@@ -17,7 +17,7 @@ PAGE = ROOT.parent / "docs" / "architecture.md"
 LEVELS = [
     "errors",
     "cards values extras draws",
-    "specs trees",
+    "specs trees deferred",
     "axes",
     "trace",
     "gates",
@@ -43,7 +43,9 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.spl
 
 # Operators work in a notebook without a trainer: these need jax and equinox alone
 CORE = set(
-    "errors cards values specs trees axes trace annotation gates algebra maps growth subnet".split()
+    (
+        "errors cards values specs trees deferred axes trace annotation gates algebra maps growth subnet"
+    ).split()
 )
 # Those of them that read models of others, and know the layers of `eqx.nn`
 READERS = {"annotation", "trace"}

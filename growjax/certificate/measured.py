@@ -32,9 +32,11 @@ from growjax.certificate.coordinates import (
     steps,
 )
 from growjax.certificate.pieces import TURNS, in_pieces, repeats
+from growjax.certificate.record import Certificate, Difference
+from growjax.deferred import Deferred
 from growjax.errors import GrowthError
 from growjax.gates import check_level
-from growjax.growth.operator import Chain, Exactness, Operator, check_fitted
+from growjax.growth.operator import Chain, Operator, check_fitted
 from growjax.models.config import QUICK
 from growjax.values import check_key
 
@@ -43,95 +45,7 @@ from growjax.values import check_key
 FILLS = {"0": (0.0, 0.0), "N(0, 1)": (0.0, 1.0), "42": (42.0, 0.0), "1000": (1000.0, 0.0)}
 
 # The largest relative difference of outputs in float64 that the order of sums explains
-_SAME = 1e-9
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """How far outputs and loss moved.
-
-    `absolute` is the largest change of an output; `relative` is that over the largest output, and `floor`
-    the same for the permuted model, which differs by rounding alone.
-    """
-
-    dtype: str
-    absolute: float
-    relative: float
-    loss: float
-    floor: float
-
-    @property
-    def limit(self) -> float:
-        """The largest relative change that rounding explains.
-
-        1e-12 in float64 and 16 times the epsilon of another dtype, or 16 times the floor if that is more.
-        """
-        steps = 1e-12 if self.dtype == "float64" else 16 * float(jnp.finfo(self.dtype).eps)
-        return max(steps, 16 * self.floor)
-
-
-@dataclasses.dataclass(frozen=True)
-class Certificate:
-    """The record that `certify` returns; `str` prints it, `to_dict` stores it.
-
-    - `axes`: axis to (old size, new size).
-    - `forward`: one `Difference` per dtype.
-    - `poison`: fill to whether outputs are bitwise those of the first fill; empty without closed entries.
-    - `gradient`: largest relative error of the transposed gradient in float64; None if approximate.
-    - `dead`: axis to the share of its new entries without gradient after one and after two steps.
-    - `locked`: axis to the number of copies that moved exactly like their source.
-    """
-
-    operator: str
-    exactness: Exactness
-    axes: dict[str, tuple[int, int]]
-    forward: tuple[Difference, ...]
-    poison: dict[str, bool]
-    gradient: float | None
-    dead: dict[str, tuple[float, float]]
-    locked: dict[str, int]
-
-    @property
-    def passed(self) -> bool:
-        """Whether the operator does what its exactness class promises (nothing, if approximate)."""
-        if self.exactness == "approximate":
-            return True
-        outputs_agree = all(d.relative <= d.limit for d in self.forward)
-        gradients_agree = self.gradient is None or self.gradient <= 1e-10
-        return outputs_agree and gradients_agree and all(self.poison.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain dict, ready for JSON."""
-        return {**dataclasses.asdict(self), "passed": self.passed}
-
-    def __str__(self) -> str:
-        """A line for each measurement, below the verdict."""
-        if self.exactness == "approximate":
-            verdict = "a jump is expected"
-        else:
-            verdict = "keeps its promise" if self.passed else "BREAKS ITS PROMISE"
-        sizes = ", ".join(f"{axis} {a} -> {b}" for axis, (a, b) in self.axes.items())
-        lines = [f"{self.operator}: {self.exactness}, {verdict}", f"  axes      {sizes or 'none'}"]
-        lines += [
-            f"  forward   {d.dtype}: outputs {d.absolute:.1e} abs, {d.relative:.1e} rel "
-            f"(noise floor {d.floor:.1e}), loss {d.loss:+.1e}"
-            for d in self.forward
-        ]
-        if self.poison:
-            same = [fill for fill, ok in self.poison.items() if ok]
-            other = [fill for fill, ok in self.poison.items() if not ok]
-            text = f"bitwise equal under {', '.join(same)}" if same else "never equal"
-            text += f"; CHANGED by {', '.join(other)}" if other else ""
-            lines.append(f"  poison    {text}")
-        if self.gradient is not None:
-            lines.append(f"  gradient  transpose agrees to {self.gradient:.1e}")
-        for axis, (one, two) in self.dead.items():
-            lock = f"; {self.locked[axis]} locked to their source" if self.locked.get(axis) else ""
-            lines.append(
-                f"  liveness  {axis}: {one:.0%} of new entries without gradient after one step, "
-                f"{two:.0%} after two{lock}"
-            )
-        return "\n".join(lines)
+SAME = 1e-9
 
 
 def certify(
@@ -163,7 +77,7 @@ def certify(
     check_key(key, GrowthError)
     leaves = [x for x in jax.tree.leaves(model) if eqx.is_inexact_array(x)]
     double = all(x.dtype == jnp.float64 for x in leaves)
-    forward, big, permuted = forward or call, shapes(op, model), _permuted(model)
+    forward, big, turned = forward or call, shapes(op, model), permuted(model)
     programs = _programs(forward, loss, model, batch)
     # In the model's own dtype first
     with jax.enable_x64(double or jax.config.read("jax_enable_x64")):
@@ -176,23 +90,23 @@ def certify(
             if not (poison and all(poison.values()) and only_fills(op, model)):
                 # Otherwise no bit of the outputs depends on closed coordinates, whatever they hold
                 after = programs.outputs(_grown(op, model, key), batch)
-            before, floor = programs.outputs(model, batch), programs.outputs(permuted, batch)
+            before, floor = programs.outputs(model, batch), programs.outputs(turned, batch)
             shown = shown_outputs(before.outputs, after.outputs)
-            native = _difference(before, after, floor, shown)
+            native = compared(before, after, floor, shown)
     # Then everything in float64, which tells a wrong operator from rounding
     with jax.enable_x64(True):
-        small = _wide(model)
+        small = wide(model)
         # With float64 numbers a key draws others than with the model's own, so any key will do
         grown = _grown(op, small, key if key is None or double else draws.key(0))
         rows = jax.tree.map(_double, batch)
         before = programs.observed(small, rows, shown)
         after = programs.observed(grown, rows, shown)
-        floor = programs.observed(_wide(permuted), rows, shown)
-        if distance(before.outputs, floor.outputs)[1] > _SAME:
+        floor = programs.observed(wide(turned), rows, shown)
+        if distance(before.outputs, floor.outputs)[1] > SAME:
             # An axis that the outside sees (what the model is called with has it): no symmetry
             floor = before
             native = native and dataclasses.replace(native, floor=0.0)
-        exact = _difference(before, after, floor, shown)
+        exact = compared(before, after, floor, shown)
         gradient = None
         if op.exactness != "approximate":
             gradient = _error(before.gradient, _pulled_back(op, small, key, after.gradient))
@@ -225,7 +139,7 @@ def _jit(function: _Function) -> _Function:
     return jit(function, compiler_options=QUICK)
 
 
-class _Observation(NamedTuple):
+class Observation(NamedTuple):
     """A model's outputs, loss (None: that of `probe`) and gradient on a batch."""
 
     outputs: Any
@@ -239,11 +153,11 @@ class _Programs(eqx.Module):
     forward: Callable = eqx.field(static=True)
     loss: Callable | None = eqx.field(static=True)
 
-    def outputs(self, model, batch) -> _Observation:
+    def outputs(self, model, batch) -> Observation:
         outputs = self.forward(model, batch)
-        return _Observation(outputs, None if self.loss is None else self.loss(model, batch))
+        return Observation(outputs, None if self.loss is None else self.loss(model, batch))
 
-    def observed(self, model, batch, shown: "Shown") -> _Observation:
+    def observed(self, model, batch, shown: "Shown") -> Observation:
         trained, rest = partition(model)
 
         def loss_of(trained):
@@ -253,7 +167,7 @@ class _Programs(eqx.Module):
             return loss, outputs
 
         (loss, outputs), gradient = jax.value_and_grad(loss_of, has_aux=True)(trained)
-        return _Observation(outputs, loss, gradient)
+        return Observation(outputs, loss, gradient)
 
 
 class _Whole(_Programs):
@@ -324,7 +238,7 @@ def probe(outputs, shown: Shown) -> Any:
     return total
 
 
-def _difference(before, after, floor, shown: Shown) -> Difference:
+def compared(before, after, floor, shown: Shown) -> Difference:
     """The difference of two observations; `floor` differs from the first by rounding alone."""
     before, after, floor = (jax.tree.map(np.asarray, each) for each in (before, after, floor))
     absolute, relative = distance(before.outputs, after.outputs)
@@ -355,7 +269,7 @@ def distance(before, after) -> tuple[float, float]:
     return absolute, relative
 
 
-def _permuted(model):
+def permuted(model):
     """The same function with hidden units and heads in reverse order."""
     table = axes_of(model)
     # Only axes between two arrays of a block can be permuted; a buffer would have to follow
@@ -367,12 +281,23 @@ def _permuted(model):
         and not table.having(axis, "buffer")
     }
 
-    def reversed_in(part, x):
-        split = part.split(x, table.sizes)
-        turned = tuple(i for i, dim in enumerate(part.dims) if dim.axis in inner)
-        return part.join(np.flip(split, turned))
+    def flipped(slot, x, sizes):
+        def reversed_in(part, x):
+            turned = tuple(i for i, dim in enumerate(part.dims) if dim.axis in inner)
+            return part.join(np.flip(part.split(x, sizes), turned))
 
-    flip = lambda slot: lambda x: slot.mapped(reversed_in, np.asarray(x), table.sizes)  # noqa: E731
+        return slot.mapped(reversed_in, x, sizes)
+
+    def flip(slot):
+        def of(x):
+            if not isinstance(x, Deferred):
+                return flipped(slot, np.asarray(x), table.sizes)
+            axis = slot.dims[x.dim].axis
+            rows = lambda x, start, stop: flipped(slot, x, {**table.sizes, axis: stop - start})  # noqa: E731
+            return x.by_rows(rows)
+
+        return of
+
     slots = {s.steps: s for axis in inner for s in table.having(axis) if s.arrays()}
     return put(model, {steps: jax.tree.map(flip(s), s.value) for steps, s in slots.items()})
 
@@ -490,11 +415,13 @@ def _double(x):
     return np.asarray(x, np.float64) if eqx.is_inexact_array_like(x) else x
 
 
-def _wide(model):
+def wide(model):
     """The model in float64, without a static `dtype`, which would make it compute in another."""
 
-    def wide(x):
+    def widened(x):
+        if isinstance(x, Deferred):
+            return x.astype(np.float64)
         return np.asarray(x).astype(np.float64) if eqx.is_inexact_array(x) else x
 
-    model = jax.tree.map(wide, model)
+    model = jax.tree.map(widened, model)
     return put(model, {("dtype",): None}) if getattr(model, "dtype", None) else model

@@ -1,6 +1,9 @@
 """Commands that read or grow a checkpoint: grow, export, certify, inspect, families, eval."""
 
+import contextlib
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tyro
@@ -19,6 +22,7 @@ def grow(
     from_hf: Path | None = None,
     by: str | None = None,
     dtype: str | None = None,
+    shard: float = 5.0,
     seed: int = 0,
     allow: Allow = (),
 ) -> None:
@@ -35,6 +39,7 @@ def grow(
             "chain(copy(mlp=9), stack(layers=(0, 1, 1), branch=zero))".
         dtype: The dtype to write to a Hugging Face folder. By default that of the source, and float32 if
             that has 16 bits.
+        shard: The largest size of a file of weights in a Hugging Face folder, in GB.
         seed: The seed of the random draws.
     """
     allow_packages(allow)
@@ -43,12 +48,9 @@ def grow(
     if (checkpoint is None) == (from_hf is None):
         raise GrowjaxError("grow: expected one of CHECKPOINT and --from-hf")
     if from_hf is not None:
-        from rich.console import Console
-        from rich.markup import escape
+        from growjax.train.pretrained import grow_pretrained
 
-        from growjax.train.commands import grow_pretrained
-
-        with Console(stderr=True).status("") as status:
+        with _progress() as progress:
             certificate = grow_pretrained(
                 by or "copy",
                 to,
@@ -56,7 +58,8 @@ def grow(
                 out,
                 seed=seed,
                 dtype=dtype,
-                progress=lambda text: status.update(escape(text)),
+                shard=round(shard * 1e9),
+                progress=progress,
             )
         print(certificate)
         return
@@ -69,6 +72,31 @@ def grow(
     checkpoint = checkpoint_in(checkpoint)
     op = operator_of(by or "msg", to, model_of(read_lineage(checkpoint)))
     print(grow_checkpoint(op, checkpoint, out, seed=seed))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float | None], None]]:
+    """A function that shows what is done: in one line of a terminal, or in lines of a log."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console, shown = Console(stderr=True), time.monotonic()
+
+    def log(text: str, share: float | None) -> None:
+        nonlocal shown
+        # Of the midst of a long part a line every ten seconds is enough
+        if share is None or time.monotonic() - shown > 10:
+            shown = time.monotonic()
+            done = "" if share is None else f" ({share:.0%})"
+            print(f"{text}{done}", file=sys.stderr, flush=True)
+
+    if not console.is_terminal:
+        yield log
+        return
+    with console.status("") as status:
+        yield lambda text, share: status.update(
+            escape(text if share is None else f"{text} ({share:.0%})")
+        )
 
 
 def export(

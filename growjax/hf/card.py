@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from growjax import __version__
 from growjax.axes import sizes
 from growjax.certificate import Certificate
@@ -27,6 +25,7 @@ def write_grown(
     *,
     seed: int,
     rounding: float | None = None,
+    **options: Any,
 ) -> None:
     """Write a grown model as `save` does, with `certificate.json` and a model card as `README.md`.
 
@@ -36,11 +35,11 @@ def write_grown(
     - `seed`: the seed of the operator's draws.
     - `rounding`: the largest change of an output when the grown parameters were cast to the dtype of the
       file, relative to the largest output; None if they were not cast.
+    - `options`: further arguments of `save`.
     """
     files = located(source)
     record = {"operator": to_dict(op), "seed": seed, "certificate": certificate.to_dict()}
-    table = np.asarray(model.embedding.table)
-    stored = f"Its parameters are stored in {table.dtype}"
+    stored = f"Its parameters are stored in {model.embedding.table.dtype}"
     if rounding is not None:
         stored += f", which moves outputs by {rounding:.1e} of the largest"
     card = _CARD.format(
@@ -59,7 +58,7 @@ def write_grown(
         certificate=certificate,
     )
     texts = {"certificate.json": json.dumps(record, indent=2) + "\n", "README.md": card}
-    save(model, out, source=source, more=texts)
+    save(model, out, source=source, more=texts, **options)
 
 
 def _learning(certificate: Certificate) -> str:

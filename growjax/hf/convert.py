@@ -3,7 +3,7 @@
 import fnmatch
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from growjax.axes import Axes, axes_of, put, sizes
+from growjax.deferred import Deferred
 from growjax.errors import AxisError, HuggingFaceError, raise_all
 from growjax.hf.bert import ENCODERS
 from growjax.hf.companions import copy_companions
@@ -19,8 +20,10 @@ from growjax.hf.families import DECODERS
 from growjax.hf.family import ConfigFile, Family
 from growjax.hf.files import (
     CONFIG,
+    DTYPES,
     Folder,
     Tensor,
+    Written,
     inside,
     located,
     open_folder,
@@ -68,16 +71,29 @@ def load(folder: str | Path, *, dtype: str | None = None, ignore: Sequence[str] 
         model = gj.hf.load("bert-base-uncased")
         hidden = model(tokens).hidden              # [T, embed]
     """
+    model = load_deferred(folder, dtype=dtype, ignore=ignore)
+    slots = [slot for slot in axes_of(model).values() if isinstance(slot.value, Deferred)]
+    return put(model, {slot.steps: jnp.asarray(np.asarray(slot.value)) for slot in slots})
+
+
+def load_deferred(
+    folder: str | Path, *, dtype: str | None = None, ignore: Sequence[str] = ()
+) -> Any:
+    """The model in a Hugging Face folder with `Deferred` parameters, which are read when they are used.
+
+    The arguments and errors are those of `load`, but that numbers which are not finite are an error
+    when they are read. The folder has to stay as it is.
+    """
     with open_folder(folder) as opened:
         family, names, same, config = _described(opened, ignore)
         shapes = shapes_of(config)
         table = axes_of(shapes)
         rows = _rows_of(family, config, table)
         _check_coverage(opened, names, rows, table, (*family.ignored, *ignore), dtype)
-        values = {}
+        values: dict[tuple, Any] = {}
         for row in rows:
             for leaf, array in _leaves(opened, names, row, table, same, dtype).items():
-                values[table[leaf].steps] = jnp.asarray(array)
+                values[table[leaf].steps] = array
     for path, value in buffers_of(config).items():
         if value is not None:
             values[table[path].steps] = value
@@ -123,11 +139,8 @@ def _described(
     file = ConfigFile(folder.config, shown)
 
     def same(one: str, other: str) -> bool:
-        """Whether two tensors hold the same numbers; shapes come first, since they need no reading."""
-        one, other = names[one], names[other]
-        if folder.tensors[one].shape != folder.tensors[other].shape:
-            return False
-        return np.array_equal(folder.read(one), folder.read(other))
+        """Whether two tensors hold the same numbers."""
+        return folder.equal(names[one], names[other])
 
     file.fixed({**family.fixed, **FIXED})
     config = family.read(file, same)
@@ -144,6 +157,7 @@ def save(
     shard: int = 5 * 10**9,
     keys: Mapping[str, Any] | None = None,
     more: Mapping[str, str] | None = None,
+    progress: Written = lambda name, done, total: None,
 ) -> None:
     """Write a BERT, GPT, decoder or T5 as a folder that `transformers` loads, with equal outputs.
 
@@ -157,6 +171,8 @@ def save(
     - `keys`: keys of `config.json` besides those that the model determines: special ids, or
       `max_position_embeddings`, which a `Llama` with its rotary positions does not have.
     - `more`: further files, texts by file name, such as a `README.md`.
+    - `progress`: called as the weights are written, with the name of a tensor, the bytes that are written
+      and those to write in all.
 
     A grown model is written as a stock one: open gates, branch multipliers and scales are folded into
     its weights. Raises `GateError` while gates are not open, and `HuggingFaceError` that lists every
@@ -180,7 +196,7 @@ def save(
             tensor = _tensor(row, place, table)
             for name in row.names(place)[: None if row.all_names else 1]:
                 tensors[name if name.startswith(family.heads) else prefix + name] = tensor
-    dtype = str(np.asarray(model.embedding.table).dtype)
+    dtype = str(model.embedding.table.dtype)
     # transformers would prefer an alias to the key written here, and the code of auto_map to its own
     for stale in (*family.aliases, "auto_map"):
         source_keys.pop(stale, None)
@@ -196,7 +212,7 @@ def save(
     }
     with written_whole(folder) as partial:
         write_json(partial / CONFIG, source_keys | own_keys)
-        write_weights(partial, tensors, shard)
+        write_weights(partial, tensors, shard, progress)
         if source is not None:
             copy_companions(source, partial, sizes(model)["embed"])
         for name, text in (more or {}).items():
@@ -371,9 +387,9 @@ def _leaves(
     table: Axes,
     same: Callable[[str, str], bool],
     dtype: str | None,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Deferred]:
     """The arrays of a row's leaves, by path, with all layers and experts stacked."""
-    arrays: dict[str, np.ndarray] = {}
+    spellings: dict[tuple[int, ...], str] = {}
     for place in row.places(table):
         present = [name for name in row.names(place) if name in names]
         differing = [] if row.all_names else [n for n in present[1:] if not same(present[0], n)]
@@ -382,20 +398,66 @@ def _leaves(
             f"{folder.path}: {present[0]} is in it under other names too, with other numbers:",
             differing,
         )
-        tensor = folder.read(names[present[0]])
-        tensor = tensor if dtype is None else tensor.astype(jnp.dtype(dtype))
-        for leaf, array in zip(row.leaves, row.unpack(table, tensor), strict=True):
-            if leaf not in arrays:
-                arrays[leaf] = np.empty(table[leaf].value.shape, array.dtype)
-            arrays[leaf][place] = array
-    return arrays
+        spellings[place] = names[present[0]]
+    own = DTYPES[folder.tensors[next(iter(spellings.values()))].dtype]
+    to = np.dtype(own if dtype is None else jnp.dtype(dtype))
+    return {
+        leaf: _leaf(folder, spellings, row, table, number, to)
+        for number, leaf in enumerate(row.leaves)
+    }
+
+
+def _leaf(
+    folder: Folder,
+    spellings: Mapping[tuple[int, ...], str],
+    row: Row,
+    table: Axes,
+    number: int,
+    dtype: np.dtype,
+) -> Deferred:
+    """One leaf of a row, read a layer at a time, or some of the first dimension of its one tensor."""
+    shape = table[row.leaves[number]].value.shape
+
+    def layers(start: int, stop: int) -> np.ndarray:
+        array = np.empty((stop - start, *shape[1:]), dtype)
+        for place, name in spellings.items():
+            if start <= place[0] < stop:
+                tensor = folder.read(name).astype(dtype, copy=False)
+                array[(place[0] - start, *place[1:])] = row.unpack(table, tensor)[number]
+        return array
+
+    def whole(start: int, stop: int) -> np.ndarray:
+        tensor = folder.read(spellings[()]).astype(dtype, copy=False)
+        return row.unpack(table, tensor)[number][start:stop]
+
+    if () not in spellings:
+        return Deferred(shape, dtype, layers)
+    if (rows := row.rows(table)) is None:
+        return Deferred(shape, dtype, whole)
+    axis, dim = rows
+
+    def entries(start: int, stop: int) -> np.ndarray:
+        tensor = folder.read(spellings[()], start, stop).astype(dtype, copy=False)
+        return row.unpack(table.resized({axis: stop - start}), tensor)[number]
+
+    return Deferred(shape, dtype, entries, dim)
 
 
 def _tensor(row: Row, place: tuple[int, ...], table: Axes) -> Tensor:
     """The tensor of one place, which is made when it is written: so one is in memory at a time."""
     leaves = [table[leaf].value for leaf in row.leaves]
+    dtype, shape = np.dtype(np.result_type(*(x.dtype for x in leaves))), row.shape(table)
 
     def make() -> np.ndarray:
-        return row.pack(table, [np.asarray(leaf)[place] for leaf in leaves])
+        arrays = [x if isinstance(x, Deferred) else np.asarray(x) for x in leaves]
+        return row.pack(table, [array[place] for array in arrays])
 
-    return Tensor(np.result_type(*(leaf.dtype for leaf in leaves)), row.shape(table), make)
+    leaf, rows = leaves[0], row.rows(table)
+    if rows is None or not isinstance(leaf, Deferred) or leaf.dim != rows[1]:
+        return Tensor(dtype, shape, make)
+
+    def parts() -> Iterator[np.ndarray]:
+        for start, stop in leaf.blocks():
+            yield row.pack(table.resized({rows[0]: stop - start}), [leaf.read(start, stop)])
+
+    return Tensor(dtype, shape, make, parts)

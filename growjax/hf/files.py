@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from growjax.deferred import BLOCK
 from growjax.errors import HuggingFaceError, raise_all
 
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # The most bytes of JSON that are parsed; the longest header of a published shard is far below
 _LONGEST = 25_000_000
-_DTYPES: dict[str, Any] = {
+DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -36,31 +37,66 @@ _SHOWN = 40
 
 
 class Entry(NamedTuple):
-    """One tensor of a folder: its file, its dtype as safetensors spells it ("F32"), and its shape."""
+    """One tensor of a folder: its file, its dtype as safetensors spells it ("F32"), its shape, its place.
+
+    `offset` is where its bytes begin in the file.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
 
 
 class Folder:
-    """An open folder: its `config`, and its `tensors` by name; `read` reads one."""
+    """A folder whose headers were checked: its `config`, and its `tensors` by name; `read` reads one."""
 
     def __init__(self, path: Path, config: dict[str, Any], tensors: dict[str, Entry]):
         self.path, self.config, self.tensors = path, config, tensors
-        self._handles: dict[Path, Any] = {}  # the open safetensors files
 
-    def read(self, name: str) -> np.ndarray:
-        """The array of a tensor. Raises `HuggingFaceError` if it is not floating point, or not finite."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The array of a tensor, or the entries of its first dimension from `start` to `stop`.
+
+        Raises `HuggingFaceError` if it is not floating point, or not finite.
+        """
         entry = self.tensors[name]
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise HuggingFaceError(
-                f"{entry.file}: {name} is of type {entry.dtype}, expected one of {', '.join(_DTYPES)}"
+                f"{entry.file}: {name} is of type {entry.dtype}, expected one of {', '.join(DTYPES)}"
             )
-        array = self._handles[entry.file].get_tensor(name)
-        if not np.isfinite(array).all():
+        dtype, shape = np.dtype(DTYPES[entry.dtype]), entry.shape
+        if shape:
+            shape = (len(range(shape[0])[start:stop]), *shape[1:])
+        row = math.prod(shape[1:]) * dtype.itemsize
+        # Not by a memory map: pages of it that were read once would count as memory of the process
+        array = np.fromfile(
+            entry.file, dtype, count=math.prod(shape), offset=entry.offset + start * row
+        )
+        if array.size != math.prod(shape):
+            raise HuggingFaceError(f"{entry.file}: not whole: it ends within {name}")
+        if not _is_finite(array):
             raise HuggingFaceError(f"{entry.file}: {name} holds numbers that are not finite")
-        return array
+        return array.reshape(shape)
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers, read a block at a time."""
+        shape = self.tensors[one].shape
+        if shape != self.tensors[other].shape:
+            return False
+        if not shape:
+            return np.array_equal(self.read(one), self.read(other))
+        rows = max(1, BLOCK // max(8 * math.prod(shape[1:]), 1))
+        return all(
+            np.array_equal(self.read(one, i, i + rows), self.read(other, i, i + rows))
+            for i in range(0, shape[0], rows)
+        )
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    if array.dtype != jnp.bfloat16:
+        return bool(np.isfinite(array).all())
+    # The exponent of an infinity or NaN is all ones; NumPy is far slower for a type that is not its own
+    return not bool(((array.view(np.uint16) & 0x7F80) == 0x7F80).any())
 
 
 @contextlib.contextmanager
@@ -78,7 +114,7 @@ def open_folder(path: str | Path) -> Iterator[Folder]:
     with contextlib.ExitStack() as stack:
         for file in _weight_files(path):
             entries = _header(file)
-            folder._handles[file] = stack.enter_context(_opened(file))
+            stack.enter_context(_opened(file))
             duplicates = sorted(entries.keys() & folder.tensors.keys())
             raise_all(
                 HuggingFaceError, f"{file}: these tensors are in another shard too:", duplicates
@@ -271,12 +307,14 @@ def _header(file: Path) -> dict[str, Entry]:
     header.pop("__metadata__", None)
     complaints, entries = [], {}
     for name, tensor in header.items():
-        shape = tensor.get("shape") if isinstance(tensor, dict) else None
-        dtype = tensor.get("dtype") if isinstance(tensor, dict) else None
-        if isinstance(dtype, str) and isinstance(shape, list) and all(map(_is_size, shape)):
-            entries[name] = Entry(file, dtype, tuple(shape))
-        else:
+        fields = tensor if isinstance(tensor, dict) else {}
+        shape, dtype, place = (fields.get(key) for key in ("shape", "dtype", "data_offsets"))
+        if not (isinstance(dtype, str) and isinstance(shape, list) and all(map(_is_size, shape))):
             complaints.append(f"{name}: expected a dtype and a shape")
+        elif not (isinstance(place, list) and len(place) == 2 and all(map(_is_size, place))):
+            complaints.append(f"{name}: expected data_offsets, where its bytes begin and end")
+        else:
+            entries[name] = Entry(file, dtype, tuple(shape), 8 + length + place[0])
     raise_all(HuggingFaceError, f"{file}: a broken header:", shortened(complaints))
     return entries
 
@@ -320,11 +358,15 @@ def shortened(complaints: Iterable[str]) -> list[str]:
 
 
 class Tensor(NamedTuple):
-    """A tensor to be written: dtype and shape, and a function that makes it when it is needed."""
+    """A tensor to be written: dtype and shape, and a function that makes it when it is needed.
+
+    `parts` makes it in parts along its first dimension instead, where it is large.
+    """
 
     dtype: np.dtype
     shape: tuple[int, ...]
     make: Callable[[], np.ndarray]
+    parts: Callable[[], Iterator[np.ndarray]] | None = None
 
     @property
     def size(self) -> int:
@@ -351,7 +393,16 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard: int) -> None:
+# Told after every part of a tensor: its name, the bytes that are written, and those to write in all
+Written = Callable[[str, int, int], None]
+
+
+def write_weights(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    shard: int,
+    progress: Written = lambda name, done, total: None,
+) -> None:
     """Write tensors in files of at most `shard` bytes (or of one tensor), with an index if several."""
     groups: list[list[str]] = [[]]
     used = 0
@@ -361,25 +412,33 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard: int) -> No
             used = 0
         groups[-1].append(name)
         used += tensor.size
+    total, done = sum(tensor.size for tensor in tensors.values()), 0
+
+    def written(name: str, size: int) -> None:
+        nonlocal done
+        done += size
+        progress(name, done, total)
+
     weight_map = {}
     for i, names in enumerate(groups):
         alone = len(groups) == 1
         file = WEIGHTS if alone else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
-        _write_file(folder / file, {name: tensors[name] for name in names})
+        _write_file(folder / file, {name: tensors[name] for name in names}, written)
         weight_map |= dict.fromkeys(names, file)
     if len(groups) > 1:
-        total = sum(tensor.size for tensor in tensors.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_file(
+    path: Path, tensors: Mapping[str, Tensor], written: Callable[[str, int], None]
+) -> None:
     """Write one file of safetensors, a tensor at a time, so that one tensor is in memory and not all.
 
     The library would have all of them at once. Like it, this puts wider types first, so that every tensor
-    is aligned to its own type.
+    is aligned to its own type; those of one type stay in order.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    spellings = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    spellings = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in ordered:
@@ -394,15 +453,29 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in ordered:
-            array = tensor.make()
-            if array.shape != tensor.shape or array.dtype != tensor.dtype:
-                raise HuggingFaceError(
-                    f"{name}: expected {tensor.dtype} of shape {tensor.shape}, got {array.dtype} of "
-                    f"shape {array.shape}"
-                )
-            # The bytes of a strided array would be out of order
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            del array  # before the next one is made
+            if tensor.parts is None:
+                _write_part(file, name, tensor, tensor.make(), tensor.shape)
+                written(name, tensor.size)
+                continue
+            rows = 0
+            for part in tensor.parts():
+                _write_part(file, name, tensor, part, (len(part), *tensor.shape[1:]))
+                rows += len(part)
+                written(name, part.nbytes)
+            if rows != tensor.shape[0]:
+                raise HuggingFaceError(f"{name}: expected {tensor.shape[0]} rows, got {rows}")
+
+
+def _write_part(
+    file: Any, name: str, tensor: Tensor, array: np.ndarray, shape: tuple[int, ...]
+) -> None:
+    """Write the bytes of a part of a tensor, which must have this shape."""
+    if array.shape != shape or array.dtype != tensor.dtype:
+        raise HuggingFaceError(
+            f"{name}: expected {tensor.dtype} of shape {shape}, got {array.dtype} of shape {array.shape}"
+        )
+    # The bytes of a strided array would be out of order
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

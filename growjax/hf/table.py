@@ -98,6 +98,18 @@ class Row:
             pieces = np.split(tensor, cuts, axis=self.joined)
         return [part.unpacked(piece) for piece, part in zip(pieces, parts, strict=True)]
 
+    def rows(self, table: Axes) -> tuple[str, int] | None:
+        """The axis that is the first dimension of its one tensor, and where its one leaf has it.
+
+        None where there are several tensors or leaves, or where that dimension joins several axes.
+        """
+        parts = self._parts(table)
+        if self._leading or len(parts) > 1 or parts[0].tokens[0] == "(":
+            return None
+        dim = parts[0].leaf.index(parts[0].tokens[0])
+        turned = parts[0].turn is not None and parts[0].turn[0] == dim
+        return None if turned else (table[self.leaves[0]].dims[dim].axis, dim)
+
     @property
     def _leading(self) -> int:
         """How many axes of a leaf have a tensor for each of their entries; they come first."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.text import Text
 from growjax import growth
 from growjax.axes import axes_of, sizes
 from growjax.budget import MeasuredClock, Op, Timing, save_clock
-from growjax.certificate import Certificate, call, certify, distance
+from growjax.certificate import Certificate, certify
 from growjax.cost import parameters
 from growjax.errors import (
     BudgetError,
@@ -30,10 +30,6 @@ from growjax.forecast.pod import chips, compile_for
 from growjax.forecast.speed import device_of, pace_table, roofline
 from growjax.gates import is_gated, ungated
 from growjax.growth import Chain, Operator, chain
-from growjax.growth.masked import MSG
-from growjax.hf.card import write_grown
-from growjax.hf.convert import has_halves, with_dtype
-from growjax.hf.convert import load as load_folder
 from growjax.models.protocol import kind_of
 from growjax.parallel import Layout
 from growjax.plan.losses import cross_entropy
@@ -368,50 +364,6 @@ def grow_checkpoint(
         "certificate": certificate.to_dict(),
     }
     write(out, grown, after).result()
-    return certificate
-
-
-def grow_pretrained(
-    by: str,
-    to: Mapping[str, int],
-    source: str | Path,
-    out: str | Path,
-    *,
-    seed: int = 0,
-    dtype: str | None = None,
-    progress: Callable[[str], None] = lambda text: None,
-) -> Certificate:
-    """Grow the model in a Hugging Face folder and write it to another one, with a certificate and a card.
-
-    `by` and `to` are those of `operator_of`. Parameters of 16 bits are grown and written in float32,
-    since 16 bits cannot represent the shares of copies exactly; `dtype` writes another type, and the card
-    states how much that changes the outputs. `progress` gets a line before each part of the work.
-
-    Raises `GrowthError` for an operator that adds gates, which stock models cannot have, and
-    `CheckpointError` if `out` exists or the certificate is not passed; nothing is written then.
-    """
-    source, out = Path(source), Path(out)
-    if out.exists():
-        raise CheckpointError(f"{out}: exists already, and nothing is overwritten")
-    progress(f"reading {source}")
-    model = load_folder(source, dtype="float32" if has_halves(source) else None)
-    op = operator_of(by, to, model)
-    if any(isinstance(atom, MSG) for atom in growth.atoms(op)):
-        raise GrowthError(
-            "by: msg leaves gates at 0, and a stock model has none; use copy or zeros for widths and "
-            "expand for layers, or gj.hf.save after the gates were opened in training"
-        )
-    progress(f"certifying {op} on {parameters(model):,} parameters")
-    certificate = certify_model(op, model, seed=seed)
-    if not certificate.passed:
-        raise CheckpointError(f"{source}: {op} does not do what it promises:\n{certificate}")
-    progress(f"growing by {op}")
-    big = growth.grow(op, model, key=purpose_key(seed, "grow"))
-    stored = big if dtype is None else with_dtype(big, dtype)
-    batch = random_batch(model, seed)
-    rounding = None if dtype is None else distance(call(big, batch), call(stored, batch))[1]
-    progress(f"writing {parameters(stored):,} parameters to {out}")
-    write_grown(op, stored, model, certificate, source, out, seed=seed, rounding=rounding)
     return certificate
 
 

@@ -108,7 +108,7 @@ def test_the_page_about_checkpoints_runs(name, tmp_path, monkeypatch):
 def test_every_parameter_of_the_grown_model_moves(tmp_path):
     """In transformers' own training, too: no new parameter is dead, and no two copies stay equal."""
     source(tmp_path / "checkpoint", "qwen3")
-    from growjax.train.commands import grow_pretrained
+    from growjax.train.pretrained import grow_pretrained
 
     grow_pretrained(
         "copy+expand", {"mlp": 48, "layers": 8}, tmp_path / "checkpoint", tmp_path / "big"
