@@ -22,6 +22,7 @@ from growjax.models import (
     Decoder,
     DecoderConfig,
     GPTConfig,
+    Labels,
     Llama,
     LlamaConfig,
     ModernBERT,
@@ -72,6 +73,15 @@ MIXTRAL = DecoderConfig(**LLAMA, experts=3, z_loss_coef=0.0, pattern=(Sight(wind
 QWEN3_MOE = DecoderConfig(
     **LLAMA, experts=3, z_loss_coef=0.0, norm_topk_prob=False, qk_norm="head", aux_loss_coef=0.0
 )
+QWEN2_MOE = DecoderConfig(
+    **LLAMA,
+    experts=3,
+    z_loss_coef=0.0,
+    norm_topk_prob=False,
+    bias=True,
+    shared_mlp=5,
+    shared_gate=True,
+)
 GEMMA = DecoderConfig(**LLAMA, plus_one=True, embed_scale=8**0.5, activation="gelu_tanh", tied=True)
 MODERN = ModernBERTConfig(
     **SIZES, layers=3, pattern=(Sight(theta=100.0), Sight(window=3), Sight(window=3))
@@ -80,6 +90,8 @@ _ENCODER = {name: size for name, size in PAIR.items() if name != "decoder_layers
 MODELS: dict[str, tuple[type, Any]] = {
     "gpt2": (GPT, GPTConfig(**DEEP)),
     "gpt2 untied": (GPT, GPTConfig(**DEEP, tied=False, eps=1e-6, activation="gelu")),
+    "gpt2 no head": (GPT, GPTConfig(**DEEP, tied=False, head="none")),
+    "gpt2 tokens": (GPT, GPTConfig(**DEEP, tied=False, head=Labels(3, "token"))),
     "bert": (BERT, BERTConfig(**DEEP)),
     "bert untied": (BERT, BERTConfig(**DEEP, tied=False, token_types=3)),
     "bert masked words": (BERT, BERTConfig(**DEEP, nsp_head=False, pooler=False)),
@@ -87,6 +99,20 @@ MODELS: dict[str, tuple[type, Any]] = {
     "bert no head": (BERT, BERTConfig(**DEEP, mlm_head=False, nsp_head=False)),
     "bert no pooler": (BERT, BERTConfig(**DEEP, mlm_head=False, nsp_head=False, pooler=False)),
     "bert classifier": (BERT, BERTConfig(**DEEP, mlm_head=False, nsp_head=False, labels=3)),
+    "bert tokens": (
+        BERT,
+        BERTConfig(
+            **DEEP, mlm_head=False, nsp_head=False, pooler=False, labels=3, labelled="token"
+        ),
+    ),
+    "roberta tokens": (
+        BERT,
+        BERTConfig(
+            **DEEP,
+            **dict(mlm_head=False, nsp_head=False, pooler=False, labels=2, padding=0),
+            labelled="token",
+        ),
+    ),
     "roberta": (BERT, BERTConfig(**DEEP, nsp_head=False, pooler=False, padding=0)),
     "roberta classifier": (
         BERT,
@@ -97,7 +123,13 @@ MODELS: dict[str, tuple[type, Any]] = {
         ModernBERT,
         dataclasses.replace(MODERN, mlm_head=False, labels=3, pooling="mean", bias=True),
     ),
+    "modernbert tokens": (
+        ModernBERT,
+        dataclasses.replace(MODERN, mlm_head=False, labels=3, labelled="token"),
+    ),
     "llama": (Llama, _llama()),
+    "llama no head": (Llama, _llama(head="none")),
+    "llama classifier": (Llama, _llama(head=Labels(3, padding=2))),
     "llama tied": (Llama, _llama(tied=True, bias=True, theta=500.0)),
     "llama scaled": (Llama, _llama(head_dim=6, scaling=LLAMA3)),
     "llama linear": (Llama, _llama(kv_heads=4, scaling=RotaryScaling(2.0))),
@@ -111,6 +143,7 @@ MODELS: dict[str, tuple[type, Any]] = {
     "gpt_neox": (Decoder, NEOX),
     "mixtral": (Decoder, MIXTRAL),
     "qwen3_moe": (Decoder, QWEN3_MOE),
+    "qwen2_moe": (Decoder, QWEN2_MOE),
     "t5": (T5, T5Config(**PAIR)),
     "t5 v1.1": (T5, T5Config.v1_1(**PAIR, buckets=8, max_distance=9)),
     "ul2": (T5, T5Config.ul2(**PAIR)),

@@ -286,8 +286,26 @@ TABLE = """
 @ a mixture takes keys of the dense model over | hf/convert.py | hf_grown | became_a_mixture
 - k == _POSITIONS or is_tolerated(k)
 + k not in family.aliases
-@ shared experts are left out of a file | hf/decoder.py | hf_grown | cannot_be_said
-- if c.experts and c.shared_experts:
+@ shared experts are left out of a file | hf/mixtures.py | hf_grown | cannot_be_said
+- if self.shared is None:
++ if self.shared is None and not shared:
+@ a shared expert's gate is left out | nn/experts.py | decoder | behind_a_gate
+- if self.shared_gate is not None:
++ if False:
+@ the first padding token is the last token of a sequence | models/causal.py | decoder | last_token
+- real = real if self.padding is None else tokens != self.padding
++ real = real if self.padding is None else jnp.ones_like(real)
+@ a decoder without a head is read as a tied one | hf/heads.py | hf_companions | tied_decoder
+- if headless and file.architecture in named:
++ if False:
+@ answers to questions are read as labels | hf/heads.py | hf_companions | scores_of_labels
+- if file.architecture.endswith(("ForQuestionAnswering", "ForMultipleChoice")):
++ if False:
+@ every label is that of a sequence | hf/heads.py | hf_companions | scores_of_labels
+- of = labelled(file, "token" if biased else "sequence")
++ of = "sequence"
+@ a head without words is trained | models/causal.py | decoder | last_token
+- if not self.lm:
 + if False:
 @ a subclass is read by its parent's head | models/protocol.py | head | subclass
 - if "predict" in vars(each) or "__call__" in vars(each):

@@ -11,8 +11,10 @@ import pytest
 
 import growjax as gj
 from growjax import testing
-from growjax.errors import AxisError
-from growjax.models import DecoderConfig, LlamaConfig, Sight
+from growjax.axes import put
+from growjax.errors import AxisError, PlanError
+from growjax.models import DecoderConfig, Labels, LlamaConfig, Sight
+from growjax.models.causal import Classifier
 from growjax.nn import LongRotary, Mask, Rotary, RotaryScaling, YarnScaling, attend
 
 
@@ -49,6 +51,10 @@ CHOICES: dict[str, dict[str, Any]] = {
         bias=True, pattern=(Sight(), Sight(window=2, rotary=False), Sight(rotary=False)), tied=True
     ),
     "olmoe": dict(experts=3, qk_norm="width", norm_topk_prob=False, z_loss_coef=0.0),
+    "shared": dict(
+        **dict(experts=3, shared_mlp=5, shared_gate=True, norm_topk_prob=False, z_loss_coef=0.0),
+        head=Labels(3, padding=7),
+    ),
     "mixed": dict(
         placement="both",
         plus_one=True,
@@ -100,7 +106,7 @@ def fitting(name: str, op: str) -> bool:
 def pairs() -> list[Any]:
     """Every choice with every operator; in the quick profile every operator with two models."""
     quick = {"msg": ("gemma", "mixed"), "copy": ("olmo", "gemma"), "closed": ("gemma", "neox")}
-    quick |= {"zeros": ("mixed",), "regroup": ("olmo",), "copy head_dim": ("smol",)}
+    quick |= {"zeros": ("mixed", "shared"), "regroup": ("olmo",), "copy head_dim": ("smol",)}
     quick |= {"msg group": ("mixed",), "msg head_dim": ("phi",)}
     quick |= {"experts": ("olmoe",), "upcycle": ("phi",)}
     return [
@@ -205,6 +211,50 @@ def test_norms_stand_before_after_or_around_branches(name: str):
         expected = y + block.mlp_after(block.mlp(before(block.mlp_norm, read)))
         np.testing.assert_allclose(block(x), expected, atol=1e-12)
         assert (block.attention_norm is None) == (name == "olmo")
+
+
+def test_labels_are_scored_by_the_last_token_or_by_all():
+    hidden = configured("olmo").build(jax.random.key(0))
+    hidden = put(hidden, {("lm",): False, ("head",): None})
+    rows = {}
+    for of, padding in (("sequence", None), ("sequence", 7), ("token", None)):
+        head = Classifier(8, Labels(3, of, padding), key=jax.random.key(1))
+        rows[of, padding] = put(hidden, {("classifier",): head})
+    weight = rows["token", None].classifier.weight
+    for tokens in TOKENS:  # of which the second ends in two 7
+        every = jax.nn.softmax(rows["token", None](tokens) + 0.0)
+        scores = hidden(tokens) @ weight
+        np.testing.assert_allclose(every, jax.nn.softmax(scores), rtol=1e-5)
+        last = 2 if tokens[-1] == 7 else 4
+        np.testing.assert_allclose(rows["sequence", 7](tokens), scores[last], rtol=1e-5)
+        np.testing.assert_allclose(rows["sequence", None](tokens), scores[4], rtol=1e-5)
+        mask = jnp.arange(5) < 4
+        shown = (hidden(tokens, mask=mask) @ weight)[3]
+        np.testing.assert_allclose(rows["sequence", None](tokens, mask=mask), shown, rtol=1e-5)
+    for read in (hidden.predict, hidden.readout, rows["token", None].predict):
+        with pytest.raises(
+            PlanError, match="head: a decoder is trained and evaluated as a language"
+        ):
+            read({"tokens": TOKENS[0]})
+    with pytest.raises(PlanError, match="its head of words"):
+        hidden.extend(TOKENS[0], hidden.cache(5), 0)
+
+
+def test_shared_experts_behind_a_gate():
+    mixture = gj.nn.Experts(
+        8, 6, 3, shared_mlp=5, shared_gate=True, glu=True, bias=False, key=jax.random.key(0)
+    )
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)), jnp.float32)
+    gate = jnp.asarray(np.random.default_rng(1).normal(size=8), jnp.float32)
+    alone = put(mixture, {("shared",): None})(x)
+    level = 1 / (1 + np.exp(-np.asarray(x @ gate)))
+    expected = alone + level[:, None] * mixture.shared(x)
+    np.testing.assert_allclose(
+        put(mixture, {("shared_gate",): gate})(x), expected, rtol=1e-5, atol=1e-6
+    )
+    for name in ("shared_mlp", "shared_gate"):
+        with pytest.raises(AxisError, match=f"{name}: there are no experts"):
+            DecoderConfig(**SIZES, **{name: 1 if name == "shared_mlp" else True})
 
 
 def test_a_cap_bends_scores_alike_in_both_bodies_and_in_their_gradients():

@@ -15,7 +15,17 @@ from growjax.data import ByteTokenizer
 from growjax.errors import DataError, EvalError
 from growjax.evals import LanguageModel, bits_per_byte, blimp, masked_bits
 from growjax.evals import language as rooms
-from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, Llama, LlamaConfig, T5Config
+from growjax.models import (
+    BERT,
+    GPT,
+    T5,
+    BERTConfig,
+    GPTConfig,
+    Labels,
+    Llama,
+    LlamaConfig,
+    T5Config,
+)
 
 
 TOKENIZER = ByteTokenizer(sentinels=0, multiple=1)
@@ -252,6 +262,9 @@ def test_what_does_not_fit_is_refused():
     headless = BERT(BERTConfig(layers=1, positions=8, mlm_head=False, **SIZES), key=KEY)
     with pytest.raises(EvalError, match="expected one with mlm_head=True"):
         LanguageModel(headless, TOKENIZER)
+    labelled = GPT(GPTConfig(layers=1, positions=8, head=Labels(3), **SIZES), key=KEY)
+    with pytest.raises(EvalError, match="with its head of words, and this one has none"):
+        LanguageModel(labelled, TOKENIZER)
 
     class Bare:
         vocabulary = type(TOKENIZER.vocabulary)("d", "ww", {})

@@ -13,6 +13,7 @@ from growjax.errors import HuggingFaceError
 from growjax.hf import convert
 from growjax.hf.companions import card_metadata
 from growjax.hf.families import LLAMA
+from growjax.models import Labels
 from tests.folders import assert_same, build, rewritten
 
 
@@ -55,7 +56,8 @@ def test_prefixes_of_wrappers_are_stripped_with_a_warning(saved):
 @pytest.mark.parametrize(
     "name, architecture, missing, message",
     [
-        ("llama", "LlamaModel", "lm_head", "LlamaModel has no head, and growjax's model has one"),
+        ("llama", "LlamaForCausalLM", "lm_head", "lm_head.weight: not in the file"),
+        ("llama", "LlamaForQuestionAnswering", "lm_head", "has a head that growjax does not read"),
         ("t5", "T5Model", "decoder", "T5Model has no head"),
         ("bert no head", "BertForSequenceClassification", "", "pass ignore=['classifier.*'"),
         ("bert no head", 7, "", "classifier.bias: not in the file"),
@@ -86,6 +88,59 @@ def test_a_t5_without_its_decoder_is_an_encoder_if_it_says_so(keys, saved):
     encoder = gj.hf.load(rewritten(folder, **{"architectures": [], **keys}))
     assert isinstance(encoder, gj.models.T5Encoder)
     assert_same(encoder.encoder, model.encoder)
+
+
+@pytest.mark.parametrize(
+    "architecture, head", [("LlamaModel", "none"), ("LlamaForCausalLM", "words"), (7, "words")]
+)
+def test_a_tied_decoder_has_a_head_unless_the_class_says_that_it_has_none(
+    architecture, head, saved
+):
+    model, folder = saved("llama tied")
+    again = gj.hf.load(rewritten(folder, architectures=[architecture]))
+    assert again.lm == (head == "words") and again.head is None
+    assert_same(model.blocks, again.blocks)
+
+
+def test_scores_of_labels_are_of_what_the_class_says(saved):
+    """Where tensors have one name in classes that score other things."""
+    _, folder = saved("llama classifier")
+    assert gj.hf.load(folder).classifier.padding == 2
+    bias = lambda t: t | {"score.bias": np.ones(3, np.float32)}  # noqa: E731
+    rewritten(folder, bias, architectures=["Unknown"])
+    assert gj.hf.load(folder).classifier.of == "token"
+    rewritten(folder, architectures=["LlamaForSequenceClassification"])
+    with pytest.raises(HuggingFaceError, match="score.bias: is not a tensor of this model"):
+        gj.hf.load(folder)
+    without = gj.hf.load(folder, ignore=["score.*"])
+    assert without.classifier is None and not without.lm
+    rewritten(folder, lambda t: {k: x for k, x in t.items() if "bias" not in k}, pad_token_id="x")
+    with pytest.raises(
+        HuggingFaceError, match="pad_token_id: expected an integer or null, got 'x'"
+    ):
+        gj.hf.load(folder)
+    model, folder = saved("modernbert classifier")
+    for name, of in (("Sequence", "sequence"), ("Token", "token")):
+        again = gj.hf.load(rewritten(folder, architectures=[f"ModernBertFor{name}Classification"]))
+        assert again.labelled == of
+    with pytest.raises(
+        HuggingFaceError, match="scores of a ModernBertForQuestionAnswering are nei"
+    ):
+        gj.hf.load(rewritten(folder, architectures=["ModernBertForQuestionAnswering"]))
+    model, folder = saved("bert tokens")
+    pooler = {f"bert.pooler.dense.{n}": np.ones([8, 8][:k], np.float32) for n, k in _POOLER}
+    assert_same(model, gj.hf.load(rewritten(folder, lambda t: t | pooler)))
+    with pytest.raises(HuggingFaceError, match="labels: what scores tokens has no pooler"):
+        gj.hf.save(build("bert tokens", pooler=True), folder.parent / "pooled")
+
+
+_POOLER = (("weight", 2), ("bias", 1))
+
+
+def test_a_head_that_transformers_lacks_is_refused(tmp_path):
+    labelled = build("olmo2", head=Labels(3, "token"))
+    with pytest.raises(HuggingFaceError, match="no Olmo2ForTokenClassification"):
+        gj.hf.save(labelled, tmp_path / "out", source=None)
 
 
 def test_the_relative_bias_that_old_t5_files_have_and_nothing_reads(saved):

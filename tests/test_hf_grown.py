@@ -48,6 +48,9 @@ GROWN: dict[str, tuple[str, Any]] = {
         "qwen3_moe",
         gj.chain(gj.copy(mlp=9, heads=8), gj.stack(layers=4, branch="zero")),
     ),
+    "llama no head wider": ("llama no head", gj.copy(embed=16, heads=8)),
+    "gpt2 tokens wider": ("gpt2 tokens", gj.copy(embed=16, heads=4, mlp=9)),
+    "qwen2_moe wider": ("qwen2_moe", gj.copy(embed=16, heads=8, mlp=9, shared_mlp=8)),
     "llama deeper": ("llama", gj.stack(layers=5, branch="zero")),
     "t5 wider": ("t5", gj.copy(embed=16, head_dim=6, heads=4)),
     "gpt2 lemon": ("gpt2", gj.lemon(embed=12, heads=3, mlp=7)),
@@ -231,6 +234,11 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: build("mixtral", shared_experts=1),
         HuggingFaceError,
         "shared_experts: in this family there are none, got 1",
+    ),
+    "shared experts without a gate": (
+        lambda: build("qwen2_moe", shared_gate=False),
+        HuggingFaceError,
+        "shared_gate: in this family they have one",
     ),
     "a classifier with another head": (
         lambda: build("bert", labels=3),

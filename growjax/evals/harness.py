@@ -1,11 +1,12 @@
 """Every task of EleutherAI's lm-evaluation-harness, for models of growjax.
 
 Importing this needs the harness: `pip install 'growjax[eval]'`. Neither PyTorch nor transformers is used.
-Its own command line knows no models from elsewhere until they are imported, so it runs from here:
+Its command line, as of lm-eval 0.4.13, knows no models from elsewhere until they are imported, so it runs
+from here:
 
     python -m growjax.evals.harness --model growjax --model_args pretrained=runs/first --tasks piqa
 
-`growjax-lm-eval` is the same command.
+`growjax-lm-eval` is the same command. Versions with plugins find the entry point in `lm_eval.models`.
 Gao et al., "The Language Model Evaluation Harness", https://github.com/EleutherAI/lm-evaluation-harness.
 """
 
@@ -285,4 +286,7 @@ if __name__ == "__main__":
 else:
     # The harness fills its table of models when this is imported, but only while the table is empty
     load("lm_eval.models", _USER)
-    load("lm_eval.api.registry", _USER).register_model("growjax")(Checkpoint)
+    _registry: Any = load("lm_eval.api.registry", _USER)
+    # A version with plugins may have the entry point in the table, and refuses the name a second time
+    if "growjax" not in _registry.model_registry:
+        _registry.register_model("growjax")(Checkpoint)

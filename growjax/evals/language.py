@@ -85,6 +85,11 @@ class LanguageModel:
                 )
         needs = {"causal": (), "seq2seq": ("pad", "eos"), "encoder": ("mask", "cls", "sep")}
         vocabulary.require(f"a {self.kind} model", needs[self.kind])
+        if self.kind == "causal" and not getattr(self.model, "lm", True):
+            raise EvalError(
+                "model: a decoder scores tokens with its head of words, and this one has none; expected "
+                'one with head="words"'
+            )
         if self.kind == "encoder" and getattr(self.model, "mlm", predictions) is None:
             raise EvalError(
                 "model: an encoder scores tokens with its mlm_head; expected one with mlm_head=True"

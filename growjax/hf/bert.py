@@ -7,6 +7,7 @@ from typing import Any
 from growjax.axes import sizes
 from growjax.hf.family import ConfigFile, Family, activation_name, config_sizes, epsilon, is_tied
 from growjax.hf.gpt2 import head_dim_limits
+from growjax.hf.heads import labelled
 from growjax.hf.table import Row, linear, norm
 from growjax.models import BERT, BERTConfig
 
@@ -24,8 +25,8 @@ class Heads:
 
     - `stem`: how the names of its classes begin.
     - `transform`, `norm`, `decoder`, `bias`: the parts of the masked-language head.
-    - `classifier`: the head of a sequence classifier; `pooled` is the layer before it, if that is its own
-      and not the pooler (the same function under another name).
+    - `classifier`, `tokens`: the heads that score a sequence and its tokens; `pooled` is the layer before
+      the first, if that is its own and not the pooler (the same function under another name).
     - `pair`: whether it has the next-sentence head.
     """
 
@@ -35,6 +36,7 @@ class Heads:
     decoder: str = "cls.predictions.decoder"
     bias: str = "cls.predictions.bias"
     classifier: str = "classifier"
+    tokens: str = "classifier"
     pooled: str = "pooler.dense"
     pair: bool = True
 
@@ -70,21 +72,39 @@ def _rows(heads: Heads, config: BERTConfig) -> tuple[Row, ...]:
         *per_layer("output.dense", "mlp.down", "mlp", "embed"),
         *norm("encoder.layer.{}.output.LayerNorm", f"{_BLOCK}.mlp_norm"),
         *linear(
-            heads.pooled if config.labels else "pooler.dense", "pooler.weight", "embed", "embed2"
+            heads.pooled if _of_sequence(config) else "pooler.dense",
+            "pooler.weight",
+            "embed",
+            "embed2",
         ),
         *linear(heads.transform, "mlm.weight", "embed", "embed2"),
         *norm(heads.norm, "mlm.norm"),
         *head,
         *linear("cls.seq_relationship", "nsp", "embed", "nsp"),
-        *linear(heads.classifier, "classifier", "embed", "labels"),
+        *linear(
+            heads.classifier if _of_sequence(config) else heads.tokens,
+            "classifier",
+            "embed",
+            "labels",
+        ),
     )
+
+
+def _of_sequence(config: BERTConfig) -> bool:
+    return config.labels > 0 and config.labelled == "sequence"
 
 
 def _read(heads: Heads, file: ConfigFile, same: Any) -> BERTConfig:
     embed, count = file.size("hidden_size"), file.size("num_attention_heads")
     has = file.names.__contains__
     pair = has("cls.seq_relationship.weight")
-    labels = file.labels() if has(f"{heads.classifier}.weight") else 0
+    # Without a pooler the scores can only be those of tokens. Old files of these have one all the same
+    pooler = any(name.startswith("pooler.") for name in file.names)
+    of = "token" if has(f"{heads.tokens}.weight") else "sequence"
+    if heads.tokens == heads.classifier and of == "token":
+        of = labelled(file, "sequence" if pooler else "token")
+    scored = has(f"{heads.tokens if of == 'token' else heads.classifier}.weight")
+    labels = file.labels() if scored else 0
     return BERTConfig(
         layers=file.layers("num_hidden_layers"),
         embed=embed,
@@ -98,9 +118,12 @@ def _read(heads: Heads, file: ConfigFile, same: Any) -> BERTConfig:
         eps=file.number("layer_norm_eps", default=1e-12),
         tied=is_tied(file, same, head=f"{heads.decoder}.weight", words=[_WORDS], default=True),
         mlm_head=any(name.startswith(_LANGUAGE) for name in file.names),
-        pooler=has("pooler.dense.weight") or pair or labels > 0,
+        pooler=(pooler and not (labels and of == "token"))
+        or pair
+        or (labels > 0 and of == "sequence"),
         nsp_head=pair,
         labels=labels,
+        labelled=of if labels else "sequence",  # type: ignore[arg-type]
     )
 
 
@@ -160,13 +183,14 @@ def _config_of(model: BERT) -> BERTConfig:
         nsp_head=model.nsp is not None,
         pooler=model.pooler is not None,
         labels=n.get("labels", 0),
+        labelled=model.labelled,
         padding=model.padding,
     )
 
 
 def _architecture(heads: Heads, config: BERTConfig) -> str:
     if config.labels:
-        last = "ForSequenceClassification"
+        last = f"For{config.labelled.title()}Classification"
     elif config.mlm_head:
         last = "ForPreTraining" if config.nsp_head else "ForMaskedLM"
     else:
@@ -178,6 +202,8 @@ def _limits(heads: Heads, config: BERTConfig) -> list[str]:
     faults = head_dim_limits(config)
     if config.labels and (config.mlm_head or config.nsp_head):
         faults.append("labels: a classifier has no other heads there; remove mlm and nsp")
+    if config.labels and config.labelled == "token" and config.pooler:
+        faults.append("labels: what scores tokens has no pooler there; remove it")
     if config.nsp_head and not heads.pair:
         faults.append("nsp_head: this family has none")
     if (config.padding is None) == (heads.stem != "Bert"):
@@ -226,7 +252,8 @@ def _encoder(model_type: str, heads: Heads, **fields: Any) -> Family:
         rows=lambda config: _rows(heads, config),
         config_of=_config_of,
         limits=lambda config: _limits(heads, config),
-        ignored=("embeddings.position_ids", "embeddings.token_type_ids"),
+        # Old classifiers of tokens have a pooler that nothing reads; any other is read
+        ignored=("embeddings.position_ids", "embeddings.token_type_ids", "pooler.dense.*"),
         renamed={".gamma": ".weight", ".beta": ".bias"},
         zero_biases=True,
         **(common | fields),

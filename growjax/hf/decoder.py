@@ -6,17 +6,19 @@ are called; `growjax.hf.families` has them. Reading, writing and the table of ro
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from growjax.axes import put, sizes
-from growjax.hf.family import ConfigFile, Family, activation_name, config_sizes, epsilon, is_tied
+from growjax.hf.family import ConfigFile, Family, activation_name, config_sizes, epsilon
+from growjax.hf.heads import DecoderHeads, head_of
+from growjax.hf.mixtures import Mixture, experts_of
 from growjax.hf.sights import Sights, shortest
 from growjax.hf.table import Row, linear, norm
 from growjax.models import Decoder, DecoderConfig, Sight
-from growjax.nn import NO_WINDOW, Experts, Norm, Rotary
+from growjax.nn import NO_WINDOW, Norm, Rotary
 
 
 _BLOCK = "blocks.block"
@@ -33,12 +35,16 @@ _LINEAR = {
     "mlp.glu|up": ("embed", "mlp"),
     "mlp.down": ("mlp", "embed"),
     "mlp.router": ("embed", "experts"),
+    "mlp.shared.glu": ("embed", "shared_mlp"),
+    "mlp.shared.up": ("embed", "shared_mlp"),
+    "mlp.shared.down": ("shared_mlp", "embed"),
+    # A number for every token, of which the file has a matrix of one row
+    "mlp.shared_gate": ("embed", "1"),
 }
 _NORMS = ("attention_norm", "attention_after", "mlp_norm", "mlp_after")
 
 # The names of tensors by leaf, as in Llama and most of its descendants
 NAMES: dict[str, str] = {
-    "words": "embed_tokens",
     "attention_norm": "layers.{}.input_layernorm",
     "attention.q": "layers.{}.self_attn.q_proj",
     "attention.k": "layers.{}.self_attn.k_proj",
@@ -51,7 +57,6 @@ NAMES: dict[str, str] = {
     "mlp.up": "layers.{}.mlp.up_proj",
     "mlp.down": "layers.{}.mlp.down_proj",
     "norm": "norm",
-    "head": "lm_head",
 }
 # With norms behind the branches, the one that was named after attention has another name
 AROUND = {
@@ -59,56 +64,6 @@ AROUND = {
     "mlp_norm": "layers.{}.pre_feedforward_layernorm",
     "mlp_after": "layers.{}.post_feedforward_layernorm",
 }
-# The parts of a mixture, with one tensor for each expert
-EXPERTS = {
-    "mlp.router": "layers.{}.mlp.gate",
-    "mlp.glu": "layers.{}.mlp.experts.{}.gate_proj",
-    "mlp.up": "layers.{}.mlp.experts.{}.up_proj",
-    "mlp.down": "layers.{}.mlp.experts.{}.down_proj",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Mixture:
-    """How a family says the numbers of its experts: the defaults of its keys.
-
-    `units` is the key of the hidden units of one expert. The loss that balances experts is computed by
-    transformers for all layers at once, and by growjax for each sequence and layer; its coefficient is
-    taken over as it stands. That of the router's z-loss has no key.
-    """
-
-    count: int
-    per_token: int
-    balance: float = 0.001
-    units: str = "intermediate_size"
-
-    # Old and new files have one of them each, and old and new readers as well
-    spellings: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
-
-    def read(self, file: ConfigFile) -> dict[str, Any]:
-        """The fields of the configuration."""
-        count = file.layers(*self.spellings, default=self.count, noun="experts")
-        per_token = file.size("num_experts_per_tok", default=self.per_token)
-        if per_token > count:
-            file.complaints.append(
-                f"num_experts_per_tok: {per_token} cannot be chosen from {count} experts"
-            )
-        file.get("intermediate_size")  # of layers without experts, and there are none
-        balance = file.number("router_aux_loss_coef", default=self.balance, zero=True)
-        return {
-            "experts": count,
-            "experts_per_token": per_token,
-            "aux_loss_coef": balance,
-            "z_loss_coef": 0.0,
-        }
-
-    def write(self, config: DecoderConfig) -> dict[str, Any]:
-        """The keys of config.json."""
-        return {
-            **dict.fromkeys(self.spellings, config.experts),
-            "num_experts_per_tok": config.experts_per_token,
-            "router_aux_loss_coef": config.aux_loss_coef,
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +81,6 @@ class Spelling:
     - `kv_heads`, `head_dim`: the keys of these sizes; None if the family derives them.
     - `activation`, `eps`: the key, and its default. With `tanh_gelu`, "gelu" is the tanh form, whatever
       readers of the other key say (Gemma 1).
-    - `tied`: the default of `tie_word_embeddings`.
     - `parts`: whether transformers needs `hidden_size` to be a multiple of the heads.
     - `embed_scale`: whether embeddings are multiplied by `sqrt(embed)`.
     - `scale`: the key and the default of the number whose root divides scores; None: `head_dim`.
@@ -146,7 +100,6 @@ class Spelling:
     activation: tuple[str, str] = ("hidden_act", "silu")
     tanh_gelu: bool = False
     eps: tuple[str, float] = ("rms_norm_eps", 1e-6)
-    tied: bool = False
     parts: bool = False
     embed_scale: bool = False
     scale: tuple[str, float] | None = None
@@ -156,8 +109,7 @@ class Spelling:
         """The table of tensors."""
         names = {**NAMES, **self.names}
         turned = getattr(config, "turned", None)
-        words, head = f"{names['words']}.weight", f"{names['head']}.weight"
-        rows = [Row(words, "embedding.table: vocab embed", others=(head,) if config.tied else ())]
+        rows: list[Row] = []
         for leaf, (into, out) in _LINEAR.items():
             name = names.get(leaf)
             if name is None:
@@ -180,12 +132,10 @@ class Spelling:
             path = f"{_BLOCK}.attention.{leaf}.weight"
             rows.append(Row(name, f"{path}: {layout}", rotated=turned))
         rows += norm(names["norm"], "norm")
-        if not config.tied:
-            rows.append(Row(head, "head: vocab embed"))
         return tuple(rows)
 
-    def read(self, file: ConfigFile, same: Any) -> DecoderConfig:
-        """The configuration that config.json describes."""
+    def read(self, file: ConfigFile, head: Mapping[str, Any]) -> DecoderConfig:
+        """The configuration that config.json describes; `head` has the fields of its head."""
         embed, heads = file.size("hidden_size"), file.size("num_attention_heads")
         kv_heads = heads
         if self.kv_heads is not None:
@@ -217,13 +167,11 @@ class Spelling:
             fields["scale"] = file.number(key, default=default) ** -0.5
         if self.embed_scale:
             fields["embed_scale"] = embed**0.5
-        names = {**NAMES, **self.names}
-        words, head = f"{names['words']}.weight", f"{names['head']}.weight"
         fields |= {
+            **head,
             "mlp": file.size(self.units),
             "vocab": file.size("vocab_size"),
             "eps": file.number(self.eps[0], default=self.eps[1]),
-            "tied": is_tied(file, same, head=head, words=[words], default=self.tied),
             "activation": self._activation(file),
         }
         if self.experts is not None:
@@ -257,7 +205,6 @@ class Spelling:
             self.activation[0]: activation_name(c.activation),
             self.eps[0]: c.eps,
             **self.sights.write(c),
-            "tie_word_embeddings": c.tied,
         }
         if self.experts is not None:
             keys |= self.experts.write(c)
@@ -287,8 +234,8 @@ class Spelling:
                 faults.append(
                     f"{field}: expected {getattr(plain, field)!r}, got {getattr(c, field)!r}"
                 )
-        if c.experts and c.shared_experts:
-            faults.append(f"shared_experts: in this family there are none, got {c.shared_experts}")
+        if self.experts is not None:
+            faults += self.experts.limits(c)
         if self.tanh_gelu and c.activation == "gelu":
             faults.append("activation: in this family a GELU is the tanh form, got the exact one")
         if (c.embed_scale is not None) != self.embed_scale:
@@ -333,7 +280,7 @@ class Spelling:
             ("embed_scale",): scale,
             ("embedding", "table"): model.embedding.table * ratio,
         }
-        if model.head is None:
+        if model.head is None and model.lm:
             # A head that is the table would be multiplied too, but the last norm takes that back
             values[("norm",)] = _shrunk(model.norm, ratio)
         return put(model, values)
@@ -403,26 +350,12 @@ def config_of(model: Decoder) -> DecoderConfig:
         attention_cap=attention.cap,
         logit_cap=model.logit_cap,
         eps=epsilon(model.norm.eps),
-        tied=model.head is None,
+        tied=model.head is None and model.lm,
+        head=head_of(model),
         dtype=model.dtype,
         attention=attention.body,
         remat=model.blocks.remat,
-        **_experts(block.mlp, n),
-    )
-
-
-def _experts(mlp: Any, n: Mapping[str, int]) -> dict[str, Any]:
-    """The fields of a config about experts."""
-    if not isinstance(mlp, Experts):
-        return {}
-    return dict(
-        experts=n["experts"],
-        experts_per_token=mlp.per_token,
-        shared_experts=n.get("shared_mlp", 0) // n["mlp"],
-        norm_topk_prob=mlp.norm_topk_prob,
-        aux_loss_coef=mlp.aux_loss_coef,
-        z_loss_coef=mlp.z_loss_coef,
-        expert_body=mlp.body,
+        **experts_of(block.mlp, n),
     )
 
 
@@ -446,7 +379,7 @@ def pattern_of(rotaries: Sequence[Rotary], attentions: Sequence[Any]) -> tuple[S
 
 def decoder_family(
     model_type: str,
-    architecture: str,
+    heads: DecoderHeads,
     spelling: Spelling,
     *,
     public: Callable[[DecoderConfig], Any] = lambda config: config,
@@ -462,7 +395,8 @@ def decoder_family(
     common: dict[str, Any] = dict(
         growth=free if spelling.head_dim else "embed together with heads, mlp, layers",
         prefix="model.",
-        heads=("lm_head.",),
+        heads=heads.prefixes,
+        base=heads.base,
         defaults=defaults,
         ignored=("layers.*.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"),
     )
@@ -470,12 +404,12 @@ def decoder_family(
         model_type=model_type,
         model=Decoder,
         accepts=Decoder,
-        architecture=lambda config: architecture,
-        rows=spelling.rows,
-        read=lambda file, same: public(spelling.read(file, same)),
-        write=spelling.write,
+        architecture=heads.architecture,
+        rows=lambda config: (*heads.rows(config), *spelling.rows(config)),
+        read=lambda file, same: public(spelling.read(file, heads.read(file, same))),
+        write=lambda config: spelling.write(config) | heads.write(config),
         config_of=config_of,
-        limits=spelling.limits,
+        limits=lambda config: spelling.limits(config) + heads.limits(config),
         only=only,
         scale=spelling.scale_of,
         mixture=spelling.experts is not None,

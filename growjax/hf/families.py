@@ -2,7 +2,9 @@
 
 import dataclasses
 
-from growjax.hf.decoder import AROUND, EXPERTS, Mixture, Spelling, decoder_family
+from growjax.hf.decoder import AROUND, Spelling, decoder_family
+from growjax.hf.heads import DecoderHeads
+from growjax.hf.mixtures import EXPERTS, SHARED, Mixture
 from growjax.hf.sights import OneWindow, Sights, SomeWithout, TwoRotations, TypedLayers
 from growjax.models import DecoderConfig, LlamaConfig
 
@@ -22,7 +24,7 @@ def _llama(config: DecoderConfig) -> LlamaConfig:
 
 LLAMA = decoder_family(
     "llama",
-    "LlamaForCausalLM",
+    DecoderHeads("Llama"),
     Spelling(flags=_BIASES, parts=True),
     public=_llama,
     fixed=_FIXED | {"mlp_bias": False},
@@ -31,7 +33,7 @@ LLAMA = decoder_family(
 )
 MISTRAL = decoder_family(
     "mistral",
-    "MistralForCausalLM",
+    DecoderHeads("Mistral"),
     Spelling(
         kv_default=8,
         sights=OneWindow(positions=131072, window=4096),
@@ -50,7 +52,7 @@ def _late(file, layer: int) -> bool:
 _QWEN = TypedLayers(positions=32768, types=_late)
 QWEN2 = decoder_family(
     "qwen2",
-    "Qwen2ForCausalLM",
+    DecoderHeads("Qwen2"),
     Spelling(choices={"bias": True}, kv_default=32, sights=_QWEN),
     fixed=_FIXED,
     aliases=_STALE,
@@ -58,7 +60,7 @@ QWEN2 = decoder_family(
 )
 QWEN3 = decoder_family(
     "qwen3",
-    "Qwen3ForCausalLM",
+    DecoderHeads("Qwen3"),
     Spelling(
         choices={"qk_norm": "head"}, flags=_BIASES, kv_default=32, head_default=128, sights=_QWEN
     ),
@@ -68,7 +70,7 @@ QWEN3 = decoder_family(
 )
 OLMO2 = decoder_family(
     "olmo2",
-    "Olmo2ForCausalLM",
+    DecoderHeads("Olmo2", token=None),
     Spelling(
         choices={"placement": "after", "qk_norm": "width"},
         flags=_BIASES,
@@ -81,7 +83,7 @@ OLMO2 = decoder_family(
 )
 GEMMA = decoder_family(
     "gemma",
-    "GemmaForCausalLM",
+    DecoderHeads("Gemma", tied=True),
     Spelling(
         choices={"plus_one": True},
         flags=_BIASES,
@@ -89,7 +91,6 @@ GEMMA = decoder_family(
         head_default=256,
         activation=("hidden_act", "gelu_pytorch_tanh"),
         tanh_gelu=True,
-        tied=True,
         parts=True,
         embed_scale=True,
         sights=Sights(positions=8192),
@@ -105,14 +106,13 @@ _GEMMA = Spelling(
     kv_default=4,
     head_default=256,
     activation=("hidden_activation", "gelu_pytorch_tanh"),
-    tied=True,
     parts=True,
     embed_scale=True,
     scale=("query_pre_attn_scalar", 256.0),
 )
 GEMMA2 = decoder_family(
     "gemma2",
-    "Gemma2ForCausalLM",
+    DecoderHeads("Gemma2", tied=True),
     dataclasses.replace(
         _GEMMA,
         numbers={
@@ -135,7 +135,7 @@ def _five_of_six(file, layer: int) -> bool:
 
 GEMMA3 = decoder_family(
     "gemma3_text",
-    "Gemma3ForCausalLM",
+    DecoderHeads("Gemma3Text", causal="Gemma3ForCausalLM", token=None, tied=True),
     dataclasses.replace(
         _GEMMA,
         choices={**_GEMMA.choices, "qk_norm": "head"},
@@ -149,7 +149,7 @@ GEMMA3 = decoder_family(
 )
 PHI3 = decoder_family(
     "phi3",
-    "Phi3ForCausalLM",
+    DecoderHeads("Phi3"),
     Spelling(
         names={
             **dict.fromkeys(("attention.q", "attention.k", "attention.v", "mlp.glu", "mlp.up")),
@@ -166,11 +166,10 @@ PHI3 = decoder_family(
 )
 SMOLLM3 = decoder_family(
     "smollm3",
-    "SmolLM3ForCausalLM",
+    DecoderHeads("SmolLM3", tied=True),
     Spelling(
         flags=_BIASES,
         kv_default=4,
-        tied=True,
         sights=SomeWithout(theta=2e6, positions=32768, window=None),
     ),
     fixed=_FIXED | {"mlp_bias": False},
@@ -179,7 +178,7 @@ SMOLLM3 = decoder_family(
 )
 NEOX = decoder_family(
     "gpt_neox",
-    "GPTNeoXForCausalLM",
+    DecoderHeads("GPTNeoX", words="embed_in", lm="embed_out", token="classifier"),
     Spelling(
         choices={"norm": "layer", "mlp_bias": True, "glu": False},
         flags={
@@ -188,14 +187,12 @@ NEOX = decoder_family(
             "o_bias": ("attention_bias", True),
         },
         names={
-            "words": "embed_in",
             **dict.fromkeys(("attention.q", "attention.k", "attention.v", "mlp.glu")),
             "attention.q|k|v": "layers.{}.attention.query_key_value",
             "attention.o": "layers.{}.attention.dense",
             "mlp.up": "layers.{}.mlp.dense_h_to_4h",
             "mlp.down": "layers.{}.mlp.dense_4h_to_h",
             "norm": "final_layer_norm",
-            "head": "embed_out",
         },
         each=True,
         kv_heads=None,
@@ -206,7 +203,6 @@ NEOX = decoder_family(
         sights=Sights(part=0.25, outside=("rotary_emb_base", "rotary_pct")),
     ),
     prefix="gpt_neox.",
-    heads=("embed_out.",),
     fixed=_FIXED | {"is_decoder": False},
     ignored=(
         "layers.*.attention.bias",
@@ -218,7 +214,7 @@ NEOX = decoder_family(
 )
 MIXTRAL = decoder_family(
     "mixtral",
-    "MixtralForCausalLM",
+    DecoderHeads("Mixtral"),
     Spelling(
         choices={"norm_topk_prob": True},
         names={
@@ -238,7 +234,7 @@ MIXTRAL = decoder_family(
 )
 OLMOE = decoder_family(
     "olmoe",
-    "OlmoeForCausalLM",
+    DecoderHeads("Olmoe", sequence=None, token=None),
     Spelling(
         choices={"qk_norm": "width"},
         flags=_BIASES | {"norm_topk_prob": ("norm_topk_prob", False)},
@@ -254,7 +250,7 @@ OLMOE = decoder_family(
 )
 QWEN3_MOE = decoder_family(
     "qwen3_moe",
-    "Qwen3MoeForCausalLM",
+    DecoderHeads("Qwen3Moe"),
     Spelling(
         choices={"qk_norm": "head"},
         flags=_BIASES | {"norm_topk_prob": ("norm_topk_prob", False)},
@@ -267,7 +263,31 @@ QWEN3_MOE = decoder_family(
     aliases=(*_STALE, *Mixture.spellings),
     members="Qwen 3 30B-A3B and 235B-A22B, an upcycled Qwen 3",
 )
+
+
+def _every_second(file, layer: int) -> bool:
+    """Qwen2-MoE's layers slide in turn, up to `max_window_layers`."""
+    return layer % 2 == 0 and layer < file.count("max_window_layers", default=28)
+
+
+QWEN2_MOE = decoder_family(
+    "qwen2_moe",
+    DecoderHeads("Qwen2Moe"),
+    Spelling(
+        flags={
+            "bias": ("qkv_bias", True),
+            "norm_topk_prob": ("norm_topk_prob", False),
+        },
+        names=EXPERTS | SHARED,
+        kv_default=16,
+        sights=TypedLayers(positions=32768, types=_every_second),
+        experts=Mixture(count=60, per_token=4, units="moe_intermediate_size", shared=5632),
+    ),
+    fixed=_FIXED | {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    aliases=(*_STALE, *Mixture.spellings),
+    members="Qwen 1.5 MoE A2.7B, Qwen 2 57B-A14B",
+)
 DECODERS = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GEMMA2, GEMMA3, PHI3, SMOLLM3, NEOX),
-    *(MIXTRAL, OLMOE, QWEN3_MOE),
+    *(MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE),
 )

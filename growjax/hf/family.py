@@ -38,6 +38,12 @@ class ConfigFile:
         self.values, self.names, self.complaints = values, frozenset(names), []
         self.read: set[str] = set()
 
+    @property
+    def architecture(self) -> str:
+        """The class of transformers that the file names first, or an empty string."""
+        named = self.values.get("architectures")
+        return str(named[0]) if isinstance(named, list) and named else ""
+
     def get(self, *keys: str, default: Any = None) -> Any:
         """The value under one of these keys; null counts as absent."""
         self.read.update(keys)

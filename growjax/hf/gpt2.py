@@ -3,13 +3,15 @@
 from typing import Any
 
 from growjax.axes import sizes
-from growjax.hf.family import ConfigFile, Family, activation_name, config_sizes, epsilon, is_tied
+from growjax.hf.family import ConfigFile, Family, activation_name, config_sizes, epsilon
+from growjax.hf.heads import DecoderHeads, head_of
 from growjax.hf.table import Row, linear, norm
 from growjax.models import GPT, GPTConfig
 
 
 _HEADS = "(kv_heads group head_dim)"
 _BLOCK = "blocks.block"
+_NAMES = DecoderHeads("GPT2", causal="GPT2LMHeadModel", words="wte", token="classifier", tied=True)
 
 
 def _rows(config: GPTConfig) -> tuple[Row, ...]:
@@ -17,9 +19,8 @@ def _rows(config: GPTConfig) -> tuple[Row, ...]:
     def per_layer(name: str, leaf: str, into: str, out: str) -> list[Row]:
         return linear(f"h.{{}}.{name}", f"{_BLOCK}.{leaf}", into, out, transposed=True)
 
-    words = Row("wte.weight", "embedding.table: vocab embed", others=("lm_head.weight",))
     return (
-        words if config.tied else Row("wte.weight", words.holds),
+        *_NAMES.rows(config),
         Row("wpe.weight", "position.table: positions embed"),
         *norm("h.{}.ln_1", f"{_BLOCK}.attention_norm"),
         *per_layer("attn.c_attn", "attention.q|k|v", "embed", _HEADS),
@@ -28,7 +29,6 @@ def _rows(config: GPTConfig) -> tuple[Row, ...]:
         *per_layer("mlp.c_fc", "mlp.up", "embed", "mlp"),
         *per_layer("mlp.c_proj", "mlp.down", "mlp", "embed"),
         *norm("ln_f", "norm"),
-        Row("lm_head.weight", "head: vocab embed"),
     )
 
 
@@ -44,7 +44,7 @@ def _read(file: ConfigFile, same: Any) -> GPTConfig:
         positions=file.size("n_positions", "n_ctx", "max_position_embeddings"),
         activation=file.activation("activation_function", "gelu_new"),
         eps=file.number("layer_norm_epsilon", default=1e-5),
-        tied=is_tied(file, same, head="lm_head.weight", words=["wte.weight"], default=True),
+        **_NAMES.read(file, same),
     )
 
 
@@ -60,7 +60,7 @@ def _write(config: GPTConfig) -> dict[str, Any]:
         "n_ctx": c.positions,
         "activation_function": activation_name(c.activation),
         "layer_norm_epsilon": c.eps,
-        "tie_word_embeddings": c.tied,
+        **_NAMES.write(c),
     }
 
 
@@ -77,7 +77,8 @@ def _config_of(model: GPT) -> GPTConfig:
         qk_norm=block.attention.q_norm is not None,
         glu=block.mlp.glu is not None,
         activation=block.mlp.activation,
-        tied=model.head is None,
+        tied=model.head is None and model.lm,
+        head=head_of(model),
         position="rotary" if model.position is None else "learned",
         eps=epsilon(model.norm.eps),
         dtype=model.dtype,
@@ -107,14 +108,15 @@ GPT2 = Family(
     model_type="gpt2",
     members="GPT-2, DistilGPT-2",
     model=GPT,
-    architecture=lambda config: "GPT2LMHeadModel",
+    architecture=_NAMES.architecture,
     prefix="transformer.",
-    heads=("lm_head.",),
+    heads=_NAMES.prefixes,
+    base=_NAMES.base,
     rows=_rows,
     read=_read,
     write=_write,
     config_of=_config_of,
-    limits=head_dim_limits,
+    limits=lambda config: head_dim_limits(config) + _NAMES.limits(config),
     only={
         "norm": "layer",
         "post_norm": False,

@@ -7,6 +7,7 @@ from growjax.axes import sizes
 from growjax.hf.decoder import pattern_of
 from growjax.hf.family import ConfigFile, Family, activation_name, config_sizes, epsilon, is_tied
 from growjax.hf.gpt2 import head_dim_limits
+from growjax.hf.heads import labelled
 from growjax.hf.sights import FULL, TwoRotations
 from growjax.hf.table import Row, linear, norm
 from growjax.models import ModernBERT, ModernBERTConfig
@@ -115,6 +116,7 @@ def _read(file: ConfigFile, same: Any) -> ModernBERTConfig:
         tied=is_tied(file, same, head=_DECODER, words=[_WORDS], default=True),
         mlm_head="head.dense.weight" in file.names and not labels,
         labels=labels,
+        labelled=labelled(file, "sequence") if labels else "sequence",
         pooling=pooling,
     )
     # The configuration would refuse such values with a message that does not name the keys of the file
@@ -163,6 +165,7 @@ def _config_of(model: ModernBERT) -> ModernBERTConfig:
         tied=model.decoder is None,
         mlm_head=model.mlm,
         labels=sizes(model).get("labels", 0),
+        labelled=model.labelled,
         pooling=model.pooling,
         dtype=model.dtype,
         attention=block.attention.body,
@@ -172,7 +175,7 @@ def _config_of(model: ModernBERT) -> ModernBERTConfig:
 
 def _architecture(config: ModernBERTConfig) -> str:
     if config.labels:
-        return "ModernBertForSequenceClassification"
+        return f"ModernBertFor{config.labelled.title()}Classification"
     return "ModernBertForMaskedLM" if config.mlm_head else "ModernBertModel"
 
 

@@ -71,6 +71,8 @@ def _folded(stack: Stacked, family: Family) -> Stacked:
     block = stack.block
     last = [("attention", "o"), ("attention", "o_bias"), ("cross", "o"), ("cross", "o_bias")]
     last += [("mlp", "down"), ("mlp", "down_bias")]
+    if getattr(block.mlp, "shared", None) is not None:
+        last += [("mlp", "shared", "down"), ("mlp", "shared", "down_bias")]
     folded = {}
     for name in ("attention_after", "mlp_after"):
         norm = get(block, (name,))

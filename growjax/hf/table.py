@@ -4,11 +4,11 @@
 
 First comes the name of the tensor, with `{}` for the number of the layer, and a second one for that of
 the expert. Then comes the leaf, and after the colon the dimensions of the tensor, by the names of the
-leaf's axes (`embed2` is the second one of a square). Brackets join several axes into one dimension. Axes
-that a leaf lacks are left out. Leaves that share a tensor (`q|k|v`) are concatenated along the dimension
-`joined` (the last one by default), or, where the layout has the word `each`, stand there next to each
-other: `(kv_heads each head_dim) embed` has the queries of the first group and their key and value before
-those of the second group.
+leaf's axes (`embed2` is the second one of a square, and `1` one of a single entry). Brackets join several
+axes into one dimension. Axes that a leaf lacks are left out. Leaves that share a tensor (`q|k|v`) are
+concatenated along the dimension `joined` (the last one by default), or, where the layout has the word
+`each`, stand there next to each other: `(kv_heads each head_dim) embed` has the queries of the first
+group and their key and value before those of the second group.
 
 `turned` is `head_dim` in transformers' order of rotary coordinates: the first ones of all pairs before
 the second ones, and then those that are not turned. In growjax the two coordinates of a pair are
@@ -138,6 +138,8 @@ class Row:
         if re.search(r"\bturned\b", layout) and not leaf.endswith((".v", ".v_bias")):
             turn = dims.index("head_dim"), _turned(sizes["head_dim"], self.rotated)
         layout = re.sub(r"\bturned\b", "head_dim", layout)
+        # A dimension of one entry
+        sizes["1"] = 1
         # Several queries for one key and one value
         sizes["each"] = sizes["group"] if "group" in sizes else 1
         # Brackets and the names of axes that the leaf has

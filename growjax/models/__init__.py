@@ -3,6 +3,7 @@
 from growjax.models.bert import BERT as BERT
 from growjax.models.bert import BERTConfig as BERTConfig
 from growjax.models.bert import BERTOutput as BERTOutput
+from growjax.models.causal import Labels as Labels
 from growjax.models.decoder import Decoder as Decoder
 from growjax.models.decoder import DecoderConfig as DecoderConfig
 from growjax.models.decoder import Sight as Sight

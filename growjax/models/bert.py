@@ -41,8 +41,9 @@ class BERTConfig:
 
     `post_norm=False` moves the norm of the embeddings behind the blocks, and each block's norms to
     the front of their branches; `embedding_norm` then keeps one on the embeddings all the same
-    (Geiping and Goldstein, "Cramming", 2023). `nsp_head` and a classifier of sequences, into so many
-    `labels` (0: none), need the `pooler`; `tied` is about the masked-language head. With `padding`, the
+    (Geiping and Goldstein, "Cramming", 2023). A classifier into so many `labels` (0: none) scores a
+    sequence or every token, by what is `labelled`; that of sequences and `nsp_head` need the `pooler`.
+    `tied` is about the masked-language head. With `padding`, the
     id of padding tokens, these have the position of that number, and others are counted from the next on
     (RoBERTa). `dtype` is that of the activations (None: the parameters'); norms, softmax
     and logits stay in float32 at least.
@@ -72,6 +73,7 @@ class BERTConfig:
     nsp_head: bool = True
     pooler: bool = True
     labels: Annotated[int, at_least(0, "labels")] = 0
+    labelled: Literal["sequence", "token"] = "sequence"
     padding: Annotated[int, at_least(0)] | None = None
 
     def __post_init__(self):
@@ -79,7 +81,8 @@ class BERTConfig:
 
     def _faults(self) -> Iterator[str]:
         for name in ("nsp_head", "labels"):
-            if getattr(self, name) and not self.pooler:
+            pooled = name == "nsp_head" or self.labelled == "sequence"
+            if getattr(self, name) and pooled and not self.pooler:
                 yield f"{name}: it reads the pooler, which is off"
         padding = self.padding
         if fits(tuple[Size, int], (self.positions, padding)) and padding is not None:
@@ -101,7 +104,7 @@ class BERTOutput(NamedTuple):
     pooled: Float[Array, " embed"] | None
     mlm_logits: Float[Array, "T vocab"] | None
     nsp_logits: Float[Array, " nsp"] | None
-    label_logits: Float[Array, " labels"] | None = None
+    label_logits: Float[Array, "*T labels"] | None = None
 
 
 class Pooler(eqx.Module):
@@ -183,6 +186,7 @@ class BERT(eqx.Module):
     gate: Gate | None = axes.gate("embed")
     dtype: str | None = eqx.field(static=True, default=None)
     padding: int | None = eqx.field(static=True, default=None)
+    labelled: Literal["sequence", "token"] = eqx.field(static=True, default="sequence")
     kind: ClassVar[str] = "encoder"
 
     def __init__(self, config: BERTConfig, *, key: PRNGKeyArray):
@@ -223,6 +227,7 @@ class BERT(eqx.Module):
         self.classifier = normal(k_labels, (c.embed, c.labels), c.embed) if c.labels else None
         self.classifier_bias = jnp.zeros(c.labels) if c.labels and c.bias else None
         self.gate, self.dtype, self.padding = None, c.dtype, c.padding
+        self.labelled = c.labelled
 
     def __call__(
         self,
@@ -239,7 +244,8 @@ class BERT(eqx.Module):
         hidden = self._hidden(tokens, token_types, mask)
         pooled = None if self.pooler is None else self.pooler(hidden)
         nsp_logits = _scores(pooled, self.nsp, self.nsp_bias)
-        label_logits = _scores(pooled, self.classifier, self.classifier_bias)
+        scored = hidden if self.labelled == "token" else pooled
+        label_logits = _scores(scored, self.classifier, self.classifier_bias)
         mlm_logits = None if self.mlm is None else self.mlm(hidden, self.embedding)
         return BERTOutput(hidden, pooled, mlm_logits, nsp_logits, label_logits)
 
@@ -280,7 +286,7 @@ class BERT(eqx.Module):
 
 
 def _scores(pooled: Array | None, head: Array | None, bias: Array | None) -> Array | None:
-    """The logits of a head on the pooled token; None without either."""
+    """The logits of a head on the pooled token, or on all; None without either."""
     if pooled is None or head is None:
         return None
     scores = logits(pooled, head)

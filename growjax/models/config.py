@@ -62,8 +62,8 @@ def check_config(config: Any, also: Iterable[str] = ()) -> None:
 def expert_options(config: Any) -> dict[str, Any]:
     """The arguments of `growjax.nn.make_block` for the experts of a configuration."""
     names = ("experts", "experts_per_token", "shared_experts", "norm_topk_prob")
-    names += ("aux_loss_coef", "z_loss_coef", "expert_body")
-    return {name: getattr(config, name) for name in names}
+    names += ("aux_loss_coef", "z_loss_coef", "expert_body", "shared_mlp", "shared_gate")
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 def odd_rotary(config: Any) -> Iterable[str]:

@@ -13,7 +13,7 @@ from growjax import axes, values
 from growjax.axes import buffer, param
 from growjax.errors import AxisError
 from growjax.gates import Gate, gated
-from growjax.models.causal import CausalModel
+from growjax.models.causal import CausalModel, Classifier, Head, Labels
 from growjax.models.config import (
     Activation,
     Coefficient,
@@ -89,9 +89,12 @@ class DecoderConfig:
     - `qk_norm`: RMS norms of queries and keys, over a `"head"` (Qwen 3) or all their `"width"` (OLMo 2).
     - `glu`: whether the feed-forward is gated.
     - `scale`: of scores (None: `head_dim ** -0.5`). `embed_scale`: of embeddings (None: 1).
+    - `head`: what is computed in the end: logits of `"words"`, hidden states (`"none"`) or scores of
+      `Labels`.
     - `attention_cap`, `logit_cap`: scores and logits are `cap * tanh(x / cap)`.
     - `experts`: every feed-forward is a mixture of that many experts of `mlp` units (0: one dense MLP);
-      `growjax.nn.Experts` explains it and the options after it.
+      `growjax.nn.Experts` explains it and the options after it. `shared_mlp` is the number of hidden
+      units of all shared experts together (None: `mlp` for each).
 
     **Example**
 
@@ -125,12 +128,15 @@ class DecoderConfig:
     logit_cap: Positive | None = None
     eps: Eps = 1e-5
     tied: bool = False
+    head: Head = "words"
     dtype: Dtype = None
     attention: Body = "auto"
     remat: Remat = "dots"
     experts: Number = 0
     experts_per_token: Size = 2
     shared_experts: Number = 0
+    shared_mlp: Size | None = None
+    shared_gate: bool = False
     norm_topk_prob: bool = True
     aux_loss_coef: Coefficient = 0.01
     z_loss_coef: Coefficient = 0.001
@@ -144,6 +150,10 @@ class DecoderConfig:
             return
         if self.experts and self.placement != "before":
             yield "experts: their outputs have no norm behind them yet; expected placement='before'"
+        if not self.experts:
+            for name in ("shared_mlp", "shared_gate"):
+                if getattr(self, name):
+                    yield f"{name}: there are no experts"
         if not self.pattern:
             yield "pattern: expected how at least one kind of layers sees, got none"
         elif fits(int, self.layers) and max(self.layers, 1) < len(self.pattern):
@@ -197,6 +207,8 @@ class Decoder(CausalModel):
     others: tuple[Rotary, ...] = ()
     embed_scale: Float[Array, ""] | None = buffer(default=None)
     logit_cap: float | None = eqx.field(static=True, default=None)
+    classifier: Classifier | None = None
+    lm: bool = eqx.field(static=True, default=True)
 
     def __init__(self, config: DecoderConfig, *, key: PRNGKeyArray):
         c = config
@@ -244,11 +256,15 @@ class Decoder(CausalModel):
         self.blocks = axes.put(blocks, own)
         self.rotary, *others = rotaries
         self.others = tuple(others)
-        side = "consumed" if c.tied else "elementwise"
+        self.lm = c.head == "words"
+        side = "consumed" if c.tied and self.lm else "elementwise"
         self.norm = Norm(
             c.embed, c.norm, bias=c.norm_bias, eps=c.eps, side=side, plus_one=c.plus_one
         )
-        self.head = None if c.tied else normal(k_head, (c.embed, c.vocab), c.embed)
+        untied = self.lm and not c.tied
+        self.head = normal(k_head, (c.embed, c.vocab), c.embed) if untied else None
+        labelled = isinstance(c.head, Labels)
+        self.classifier = Classifier(c.embed, c.head, key=k_head) if labelled else None
         self.gate, self.dtype, self.logit_cap = None, c.dtype, c.logit_cap
         # Data, because it may not change when embed grows
         scale = c.embed_scale

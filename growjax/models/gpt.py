@@ -11,7 +11,7 @@ from growjax import axes
 from growjax.axes import param
 from growjax.cards import Card, Paper
 from growjax.gates import Gate, gated
-from growjax.models.causal import CausalModel
+from growjax.models.causal import CausalModel, Classifier, Head, Labels
 from growjax.models.config import (
     Activation,
     Coefficient,
@@ -65,7 +65,8 @@ class GPTConfig:
     `dtype` is that of the activations (None: the parameters'); norms, softmax and logits stay in
     float32 at least. With `experts`, every feed-forward is a mixture of that many experts of `mlp` units
     (`growjax.nn.Experts`, which explains the options); 0 is one dense MLP. With `multipliers`, both
-    branches of a layer have a trained number that multiplies them (`growjax.nn.Multiplier`).
+    branches of a layer have a trained number that multiplies them (`growjax.nn.Multiplier`). `head` is
+    what is computed in the end: logits of `"words"`, hidden states (`"none"`) or scores of `Labels`.
     """
 
     layers: Depth
@@ -83,6 +84,7 @@ class GPTConfig:
     glu: bool = False
     activation: Activation = "gelu_tanh"
     tied: bool = True
+    head: Head = "words"
     position: Literal["learned", "rotary"] = "learned"
     eps: Eps = 1e-5
     dtype: Dtype = None
@@ -126,6 +128,8 @@ class GPT(CausalModel):
     head: Float[Array, "embed vocab"] | None = param("embed -> vocab")
     gate: Gate | None = axes.gate("embed")
     dtype: str | None = eqx.field(static=True, default=None)
+    classifier: Classifier | None = None
+    lm: bool = eqx.field(static=True, default=True)
 
     def __init__(self, config: GPTConfig, *, key: PRNGKeyArray):
         c = config
@@ -158,10 +162,13 @@ class GPT(CausalModel):
             )
 
         self.blocks = Stacked(block, c.layers, remat=c.remat, key=k_blocks)
-        self.norm = Norm(
-            c.embed, c.norm, bias=c.bias, eps=c.eps, side="consumed" if c.tied else "elementwise"
-        )
-        self.head = None if c.tied else normal(k_head, (c.embed, c.vocab), c.embed)
+        self.lm = c.head == "words"
+        side = "consumed" if c.tied and self.lm else "elementwise"
+        self.norm = Norm(c.embed, c.norm, bias=c.bias, eps=c.eps, side=side)
+        untied = self.lm and not c.tied
+        self.head = normal(k_head, (c.embed, c.vocab), c.embed) if untied else None
+        labelled = isinstance(c.head, Labels)
+        self.classifier = Classifier(c.embed, c.head, key=k_head) if labelled else None
         self.gate, self.dtype = None, c.dtype
 
     @property

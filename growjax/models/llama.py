@@ -5,6 +5,7 @@ from typing import Annotated
 
 from jaxtyping import PRNGKeyArray
 
+from growjax.models.causal import Head
 from growjax.models.config import (
     Activation,
     Coefficient,
@@ -31,7 +32,8 @@ class LlamaConfig:
     positions.
     `dtype` is that of the activations (None: the parameters'); norms, softmax and logits stay in
     float32 at least. With `experts`, every feed-forward is a mixture of that many experts of `mlp` units
-    (`growjax.nn.Experts`, which explains the options); 0 is one dense MLP.
+    (`growjax.nn.Experts`, which explains the options); 0 is one dense MLP. `head` is what is computed in
+    the end, as in a `DecoderConfig`.
     """
 
     layers: Depth
@@ -45,6 +47,7 @@ class LlamaConfig:
     scaling: Scaling | None = None
     eps: Eps = 1e-5
     tied: bool = False
+    head: Head = "words"
     bias: bool = False
     qk_norm: bool = False
     activation: Activation = "silu"

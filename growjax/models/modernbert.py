@@ -70,6 +70,7 @@ class ModernBERTConfig:
     tied: bool = True
     mlm_head: bool = True
     labels: Annotated[int, at_least(0, "labels")] = 0
+    labelled: Literal["sequence", "token"] = "sequence"
     pooling: Literal["cls", "mean"] = "cls"
     dtype: Dtype = None
     attention: Body = "auto"
@@ -135,6 +136,7 @@ class ModernBERT(eqx.Module):
     others: tuple[Rotary, ...] = ()
     mlm: bool = eqx.field(static=True, default=True)
     pooling: Literal["cls", "mean"] = eqx.field(static=True, default="cls")
+    labelled: Literal["sequence", "token"] = eqx.field(static=True, default="sequence")
     dtype: str | None = eqx.field(static=True, default=None)
     kind: ClassVar[str] = "encoder"
 
@@ -186,6 +188,7 @@ class ModernBERT(eqx.Module):
         self.classifier = normal(k_labels, (c.embed, c.labels), c.embed) if c.labels else None
         self.classifier_bias = jnp.zeros(c.labels) if c.labels else None
         self.mlm, self.pooling, self.dtype = c.mlm_head, c.pooling, c.dtype
+        self.labelled = c.labelled
 
     def __call__(
         self, tokens: Int[Array, " T"], *, mask: Bool[Array, " T"] | None = None
@@ -231,12 +234,13 @@ class ModernBERT(eqx.Module):
 
     def _classified(
         self, hidden: Float[Array, "T embed"], mask: Bool[Array, " T"] | None
-    ) -> Float[Array, " labels"] | None:
+    ) -> Float[Array, "*T labels"] | None:
         if self.classifier is None or self.transform is None:
             return None
-        pooled = hidden[:1]
-        if self.pooling == "mean":
+        pooled = hidden if self.labelled == "token" else hidden[:1]
+        if self.labelled == "sequence" and self.pooling == "mean":
             real = jnp.ones(hidden.shape[0], bool) if mask is None else mask
             pooled = jnp.mean(hidden, 0, where=real[:, None], keepdims=True)
-        scores = logits(self.transform(pooled)[0], self.classifier)
+        scores = logits(self.transform(pooled), self.classifier)
+        scores = scores if self.labelled == "token" else scores[0]
         return scores if self.classifier_bias is None else scores + self.classifier_bias

@@ -3,7 +3,8 @@
 The experts of a token are those with the highest router logits, and their outputs are added up with the
 weights of a softmax: over the chosen logits (`norm_topk_prob=True`, top-k and then softmax, as in
 Mixtral), so that the weights of a token sum to 1; or over all logits (`norm_topk_prob=False`, softmax and
-then top-k, as in Switch and OLMoE), so that they sum to less. Shared experts see every token.
+then top-k, as in Switch and OLMoE), so that they sum to less. Shared experts see every token, and may
+have a gate of their own, a number between 0 and 1 for every token (Qwen 2).
 
 Three bodies compute the same sums, and cost the same: the FLOPs of the chosen experts (`growjax.cost`).
 "dense" runs every expert on every token and multiplies by the weights, in plain matrix products. "ragged"
@@ -84,6 +85,7 @@ class Experts(eqx.Module):
 
     - `router`, `up`, `glu`, `down` and biases: as in `MLP`, one of each for every expert.
     - `shared`: the shared experts as one `MLP` on an axis of its own, `shared_mlp`; None without any.
+    - `shared_gate`: if there is one, a token `x` takes `sigmoid(x @ shared_gate)` of what they put out.
     - `body`: "auto" is "dense" on CPUs and "ragged" elsewhere.
     - `placement`: the mesh of a run on several devices, set by `growjax.parallel.gathered`.
 
@@ -102,6 +104,7 @@ class Experts(eqx.Module):
     down: Float[Array, "experts mlp embed"] = param("[experts] mlp -> embed")
     down_bias: Float[Array, "experts embed"] | None = param("[experts] -> embed", init="zeros")
     shared: MLP | None = None
+    shared_gate: Float[Array, " embed"] | None = param("embed ->")
     gate: Gate | None = axes.gate("mlp")
     expert_gate: Gate | None = axes.gate("experts")
     activation: str = eqx.field(static=True, default="gelu")
@@ -120,6 +123,8 @@ class Experts(eqx.Module):
         *,
         per_token: int = 2,
         shared: int = 0,
+        shared_mlp: int | None = None,
+        shared_gate: bool = False,
         norm_topk_prob: bool = True,
         aux_loss_coef: float = 0.01,
         z_loss_coef: float = 0.001,
@@ -130,6 +135,7 @@ class Experts(eqx.Module):
         key: PRNGKeyArray,
     ):
         k_router, k_up, k_glu, k_down, k_shared = jax.random.split(key, 5)
+        shared_mlp = shared * mlp if shared_mlp is None else shared_mlp
         self.router = normal(k_router, (embed, experts), embed)
         self.up = normal(k_up, (experts, embed, mlp), embed)
         self.up_bias = jnp.zeros((experts, mlp)) if bias else None
@@ -137,10 +143,12 @@ class Experts(eqx.Module):
         self.down = normal(k_down, (experts, mlp, embed), mlp)
         self.down_bias = jnp.zeros((experts, embed)) if bias else None
         self.shared = None
-        if shared:
+        self.shared_gate = None
+        if shared_mlp:
+            self.shared_gate = jnp.zeros(embed) if shared_gate else None
             self.shared = MLP(
                 embed,
-                shared * mlp,
+                shared_mlp,
                 axis="shared_mlp",
                 activation=activation,
                 glu=glu,
@@ -187,6 +195,7 @@ class Experts(eqx.Module):
             down=shards * mlp.down.reshape(*lead, shards, units // shards, embed),
             down_bias=out_bias,
             shared=None,
+            shared_gate=None,
             gate=mlp.gate,
             activation=mlp.activation,
         )
@@ -222,7 +231,11 @@ class Experts(eqx.Module):
         how = self.activation, self.body, self.placement
         y = expert_feed_forward(x, routes.chosen, mix, weights, *how)
         if self.shared is not None:
-            y = y + self.shared(x)
+            every = self.shared(x)
+            if self.shared_gate is not None:
+                level = jax.nn.sigmoid(x @ self.shared_gate.astype(x.dtype))
+                every = every * level[:, None]
+            y = y + every
         return y, routes.auxiliary
 
     def route(self, x: Float[Array, "T embed"]) -> Routes:

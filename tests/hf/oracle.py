@@ -62,7 +62,7 @@ def outputs(model: Any, mask: np.ndarray = MASK) -> dict[str, np.ndarray]:
     }
     if type(model).__name__ == "BertForNextSentencePrediction":
         names["logits"] = "nsp_logits"
-    if type(model).__name__.endswith("ForSequenceClassification"):
+    if type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification")):
         names["logits"] = "label_logits"
     got = {
         ours: results[theirs].numpy()

@@ -3,6 +3,10 @@
 import importlib
 import json
 import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -159,6 +163,25 @@ def test_the_harness_knows_growjax_by_name(include, tmp_path, monkeypatch):
     for wrong in others:
         with pytest.raises(EvalError, match="model_args: expected pretrained, tokenizer"):
             harness.Checkpoint(pretrained=str(tmp_path / "model"), **wrong)
+
+
+def test_a_harness_with_plugins_finds_growjax_by_its_entry_point():
+    """As those after 0.4.13 do: the name stands for the entry point until a model is asked for."""
+    from importlib.metadata import EntryPoint
+
+    whole = tomllib.loads((Path(gj.__file__).parents[1] / "pyproject.toml").read_text())
+    (name, value), *others = whole["project"]["entry-points"]["lm_eval.models"].items()
+    assert name == "growjax" and not others
+    code = (
+        "from importlib.metadata import EntryPoint\n"
+        "import lm_eval.models\n"
+        "from lm_eval.api.registry import model_registry as known\n"
+        f"known.register({name!r}, target=EntryPoint({name!r}, {value!r}, 'lm_eval.models'))\n"
+        "print(known.get('growjax').__name__)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "Checkpoint\n", run.stderr
+    assert EntryPoint(name, value, "lm_eval.models").load() is harness.Checkpoint
 
 
 def test_the_harness_tasks_are_read_where_they_may_be_meant(include, monkeypatch):

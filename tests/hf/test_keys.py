@@ -149,6 +149,8 @@ BASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "mixtral": ("mixtral", {}, MIXTURE),
     "olmoe": ("olmoe", {}, MIXTURE),
     "qwen3_moe": ("qwen3_moe window", {}, MIXTURE),
+    "qwen2_moe": ("qwen2_moe", {}, MIXTURE),
+    "llama labels": ("llama classifier", {}, "label|pad|tie|classif"),
     "gpt_neox": ("gpt_neox", {}, ALL),
     "gpt_neox old": (
         "gpt_neox",

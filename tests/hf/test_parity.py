@@ -48,14 +48,15 @@ def t5(cls: Any = hf.T5Config, **changes: Any) -> Any:
     return cls(vocab_size=61, decoder_start_token_id=0, **sizes | changes)
 
 
-def decoder(kind: str, **changes: Any) -> tuple[Any, str]:
-    """A small model of a family of decoders, with its class."""
+def decoder(kind: str, last: str = "ForCausalLM", **changes: Any) -> tuple[Any, str]:
+    """A small model of a family of decoders, with its class, which ends in `last`."""
     sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=61)
     sizes |= dict(intermediate_size=56, max_position_embeddings=64)
     if kind != "GPTNeoX":
         sizes |= dict(num_key_value_heads=2)
     ids = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    name = f"{kind.removesuffix('Text')}ForCausalLM"
+    stem = kind.removesuffix("Text") if last == "ForCausalLM" else kind
+    name = f"{stem}{last}"
     return getattr(hf, f"{kind}Config")(**sizes | ids | changes), name
 
 
@@ -113,6 +114,11 @@ CASES: dict[str, tuple[Any, str]] = {
         **dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24),
         **dict(norm_topk_prob=True, use_sliding_window=True, sliding_window=5, head_dim=12),
     ),
+    "qwen2_moe": decoder(
+        "Qwen2Moe",
+        **dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
+        **dict(shared_expert_intermediate_size=40, use_sliding_window=True, sliding_window=5),
+    ),
     "gpt_neox": decoder("GPTNeoX"),
     "gpt_neox serial": decoder(
         "GPTNeoX", use_parallel_residual=False, rotary_pct=0.5, attention_bias=False
@@ -144,6 +150,23 @@ CASES: dict[str, tuple[Any, str]] = {
         "LlamaForCausalLM",
     ),
     "llama3": (llama(rope_parameters=LLAMA3), "LlamaForCausalLM"),
+    "llama no head": (llama(tie_word_embeddings=True), "LlamaModel"),
+    "llama classifier": (llama(num_labels=3, pad_token_id=7), "LlamaForSequenceClassification"),
+    "gpt2 no head": (gpt2(), "GPT2Model"),
+    "gpt2 classifier": (gpt2(num_labels=3, pad_token_id=5), "GPT2ForSequenceClassification"),
+    "gpt2 tokens": (gpt2(num_labels=3), "GPT2ForTokenClassification"),
+    "qwen3 no head": decoder("Qwen3", "Model", head_dim=12),
+    "qwen3 tokens": decoder("Qwen3", "ForTokenClassification", head_dim=12, num_labels=4),
+    "gemma3 no head": decoder("Gemma3Text", "Model", head_dim=12, sliding_window=8),
+    "gemma3 classifier": decoder("Gemma3Text", "ForSequenceClassification", head_dim=12),
+    "gpt_neox no head": decoder("GPTNeoX", "Model"),
+    "gpt_neox tokens": decoder("GPTNeoX", "ForTokenClassification", num_labels=3),
+    "qwen3_moe no head": decoder(
+        "Qwen3Moe", "Model", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24
+    ),
+    "bert tokens": (bert(num_labels=3), "BertForTokenClassification"),
+    "roberta tokens": (roberta(num_labels=3), "RobertaForTokenClassification"),
+    "modernbert tokens": (modernbert(num_labels=3), "ModernBertForTokenClassification"),
     "modernbert": (modernbert(num_labels=2), "ModernBertForMaskedLM"),
     "modernbert biases": (
         modernbert(
@@ -199,7 +222,11 @@ def ours(model: Any, real: np.ndarray = MASK) -> dict[str, np.ndarray]:
         run = jax.vmap(lambda t, m, d: model(t, d, encoder_mask=m))
         got = {"logits": run(tokens, mask, jnp.asarray(OTHERS))}
     else:
-        got = {"logits": jax.vmap(lambda t, m: model(t, mask=m))(tokens, mask)}
+        got = {}
+        scores = "hidden" if model.classifier is None else "label_logits"
+        got["logits" if model.lm else scores] = jax.vmap(lambda t, m: model(t, mask=m))(
+            tokens, mask
+        )
     shown = lambda x: x[real] if x.shape[:2] == real.shape else x  # noqa: E731
     return {name: shown(np.asarray(x)) for name, x in got.items() if x is not None}
 
@@ -239,7 +266,7 @@ def test_parity_in_and_out(name: str, tmp_path: Path):
 
 # Of every family of decoders, one or two members; copies with random shares, so that all of them learn
 GROWN = ("qwen2", "qwen3", "mistral", "olmo2", "gemma2", "gemma3", "phi3", "smollm3", "gpt_neox")
-GROWN += ("mixtral", "olmoe", "qwen3_moe")
+GROWN += ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe")
 
 
 @pytest.mark.parametrize("name", GROWN)
