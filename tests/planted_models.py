@@ -304,6 +304,12 @@ TABLE = """
 @ every label is that of a sequence | hf/heads.py | hf_companions | scores_of_labels
 - of = labelled(file, "token" if biased else "sequence")
 + of = "sequence"
+@ an adapter beside its base is left out | hf/files.py | hf_companions | another_kind
+- if os.path.lexists(path / ADAPTER):
++ if False:
+@ a dtype beyond the range of numbers is written | hf/convert.py | hf_grown | dtype_that_files
+- raise_all(HuggingFaceError, headline, shortened(beyond))
++ del headline, beyond
 @ a head without words is trained | models/causal.py | decoder | last_token
 - if not self.lm:
 + if False:

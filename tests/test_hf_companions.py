@@ -30,6 +30,18 @@ KINDS = {
         {"config.json", "model.fp16.safetensors"},
         "rename a variant such as fp16 to model.safet",
     ),
+    "shards of a variant": (
+        {
+            "config.json",
+            "model.safetensors.index.fp16.json",
+            "model.fp16-00001-of-00002.safetensors",
+        },
+        "or its index to model.safetensors.index.json",
+    ),
+    "adapter beside its base": (
+        {"config.json", "model.safetensors", "adapter_config.json"},
+        "expected a model alone; it holds an adapter",
+    ),
     "empty": (set(), "expected config.json in it, got none"),
 }
 
@@ -57,7 +69,6 @@ def test_prefixes_of_wrappers_are_stripped_with_a_warning(saved):
     "name, architecture, missing, message",
     [
         ("llama", "LlamaForCausalLM", "lm_head", "lm_head.weight: not in the file"),
-        ("llama", "LlamaForQuestionAnswering", "lm_head", "has a head that growjax does not read"),
         ("t5", "T5Model", "decoder", "T5Model has no head"),
         ("bert no head", "BertForSequenceClassification", "", "pass ignore=['classifier.*'"),
         ("bert no head", 7, "", "classifier.bias: not in the file"),

@@ -311,6 +311,9 @@ def test_the_id_of_a_repository_is_looked_up_in_the_local_cache(saved, tmp_path,
     shutil.copytree(folder, repository / "snapshots" / "0a1b")
     assert_same(model, gj.hf.load("some-one/tiny.gpt2"))
     gj.hf.save(model, tmp_path / "again", source="some-one/tiny.gpt2")
+    # Ids of old repositories have no owner
+    shutil.copytree(repository, repository.with_name("models--tiny-gpt2"))
+    assert_same(model, gj.hf.load("tiny-gpt2"))
     (repository / "refs" / "main").write_text("../../../../elsewhere")
     with pytest.raises(HuggingFaceError, match="not in the cache"):
         gj.hf.load("some-one/tiny.gpt2")

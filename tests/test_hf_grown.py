@@ -19,6 +19,8 @@ from growjax.errors import (
     GrowthError,
     HuggingFaceError,
 )
+from growjax.hf.convert import with_dtype
+from growjax.train.commands import grow_pretrained
 from growjax.values import from_dict
 from tests.folders import batch, build, outputs, rewritten
 
@@ -360,6 +362,20 @@ def test_the_command_line_says_every_option_of_every_operator(tmp_path):
         _grow(tmp_path, "--by", "chain(msg(mlp=9))", "--out", str(tmp_path / "other"))
     with pytest.raises(GrowthError, match="has its sizes already"):
         _grow(tmp_path, "--by", "copy(mlp=9)", "--to", "mlp", "9", "--out", str(tmp_path / "other"))
+
+
+def test_a_dtype_that_files_do_not_have_is_refused_before_anything_is_read(tmp_path):
+    wrong = {"float8": "dtype: expected one of float64, float32", "int8": "bfloat16, got 'int8'"}
+    for dtype, message in (wrong | {"float64": "JAX has no float64 unless"}).items():
+        with pytest.raises(HuggingFaceError, match=message):
+            grow_pretrained("copy", {"mlp": 9}, tmp_path / "none", tmp_path / "out", dtype=dtype)
+        with pytest.raises(HuggingFaceError, match=message):
+            gj.hf.load(tmp_path / "none", dtype=dtype)
+    model = build("llama")
+    large = put(model, {("norm", "weight"): jnp.full(8, 1e5)})
+    with pytest.raises(HuggingFaceError, match="not finite in float16; (.|\n)*norm.weight"):
+        with_dtype(large, "float16")
+    assert with_dtype(large, "bfloat16").norm.weight.dtype == jnp.bfloat16
 
 
 def test_parameters_of_16_bits_grow_in_float32_and_may_be_stored_in_16(tmp_path):

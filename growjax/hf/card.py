@@ -66,8 +66,9 @@ def _learning(certificate: Certificate) -> str:
     faults = []
     for axis, (_, dead) in certificate.dead.items():
         if dead:
+            share = f"{dead:.0%}" if dead >= 0.005 else "under 1%"
             faults.append(
-                f"{dead:.0%} of the new coordinates of {axis} still have no gradient after two steps"
+                f"{share} of the new coordinates of {axis} still have no gradient after two steps"
             )
     for axis, count in certificate.locked.items():
         if count:

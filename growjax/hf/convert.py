@@ -45,9 +45,19 @@ FAMILIES = {
     family.model_type: family for family in (*ENCODERS, MODERNBERT, GPT2, *DECODERS, *PAIRS)
 }
 # Keys of config.json that would change what a model of any family computes
-FIXED = {"quantization_config": None, "per_layer_config": None}
+FIXED = {"per_layer_config": None}
+# What families compute that no model here does, by the model_type
+_LATENT = "its keys and values are projections of a latent vector, which no attention here has"
+UNREAD = {
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), _LATENT),
+    "gpt_oss": "its attention has sinks, trained scores of no key",
+    "gemma3": "it reads images too; its text model alone, saved by itself, is a gemma3_text",
+    **dict.fromkeys(("mamba", "mamba2", "jamba"), "it has layers without attention"),
+    "qwen3_next": "it has layers of linear attention",
+}
 _POSITIONS = "max_position_embeddings"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_STORED = ("float64", "float32", "float16", "bfloat16")
 
 
 def load(folder: str | Path, *, dtype: str | None = None, ignore: Sequence[str] = ()) -> Any:
@@ -84,12 +94,14 @@ def load_deferred(
     The arguments and errors are those of `load`, but that numbers which are not finite are an error
     when they are read. The folder has to stay as it is.
     """
+    check_dtype(dtype)
     with open_folder(folder) as opened:
         family, names, same, config = _described(opened, ignore)
         shapes = shapes_of(config)
         table = axes_of(shapes)
         rows = _rows_of(family, config, table)
-        _check_coverage(opened, names, rows, table, (*family.ignored, *ignore), dtype)
+        ignored = (*family.ignored, *ignore)
+        _check_coverage(opened, names, rows, table, ignored, dtype, family.base)
         values: dict[tuple, Any] = {}
         for row in rows:
             for leaf, array in _leaves(opened, names, row, table, same, dtype).items():
@@ -119,10 +131,29 @@ def has_halves(folder: str | Path) -> bool:
         return bool({entry.dtype for entry in opened.tensors.values()} & {"F16", "BF16"})
 
 
+def check_dtype(dtype: str | None) -> None:
+    """Raise `HuggingFaceError` for a dtype that parameters cannot have in a file; None is none."""
+    if dtype is None or dtype in _STORED:
+        if dtype != "float64" or jax.config.read("jax_enable_x64"):
+            return
+        raise HuggingFaceError("dtype: JAX has no float64 unless jax_enable_x64 is set")
+    raise HuggingFaceError(f"dtype: expected one of {', '.join(_STORED)}, got {dtype!r}")
+
+
 def with_dtype(model: Any, dtype: str) -> Any:
-    """The model with its parameters in another dtype; epsilons and frequencies stay as they are."""
+    """The model with its parameters in another dtype; epsilons and frequencies stay as they are.
+
+    Raises `HuggingFaceError` for a dtype that files do not have, and for parameters beyond its range.
+    """
+    check_dtype(dtype)
     slots = [slot for slot in axes_of(model).of_kind("param") if slot.value is not None]
-    return put(model, {slot.steps: slot.value.astype(dtype) for slot in slots})
+    values = {slot.steps: slot.value.astype(dtype) for slot in slots}
+    beyond = [slot.path for slot in slots if not bool(jnp.isfinite(values[slot.steps]).all())]
+    headline = (
+        f"these parameters have numbers that are not finite in {dtype}; bfloat16 has the range:"
+    )
+    raise_all(HuggingFaceError, headline, shortened(beyond))
+    return put(model, values)
 
 
 def _described(
@@ -142,6 +173,13 @@ def _described(
         """Whether two tensors hold the same numbers."""
         return folder.equal(names[one], names[other])
 
+    quantised = file.get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
+        file.complaints.append(
+            f"quantization_config: the weights are quantised ({method}), and such cannot grow; take the "
+            "repository that they were made from, or transformers' dequantize() and save_pretrained()"
+        )
     file.fixed({**family.fixed, **FIXED})
     config = family.read(file, same)
     file.unread(ignore)
@@ -259,9 +297,11 @@ def _family_of(folder: Folder) -> Family:
     """The family that the config of a folder names. Raises `HuggingFaceError` for an unknown one."""
     kind = folder.config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        known = ", ".join(FAMILIES)
+        known, reason = ", ".join(FAMILIES), ""
+        if isinstance(kind, str) and kind in UNREAD:
+            reason = f": {UNREAD[kind]}"
         raise HuggingFaceError(
-            f"{folder.path / CONFIG}: model_type: expected one of {known}, got {kind!r}"
+            f"{folder.path / CONFIG}: model_type: expected one of {known}, got {kind!r}{reason}"
         )
     return FAMILIES[kind]
 
@@ -320,6 +360,7 @@ def _check_coverage(
     table: Axes,
     ignored: Sequence[str],
     dtype: str | None,
+    base: str,
 ) -> None:
     """Raise `HuggingFaceError` unless the tensors of a folder are those of the rows.
 
@@ -339,7 +380,10 @@ def _check_coverage(
                 entry = folder.tensors[names[name]]
                 types.add(entry.dtype)
                 if entry.dtype not in _FLOATS:
-                    complaints.append(f"{name}: is of type {entry.dtype}, expected a floating one")
+                    complaints.append(
+                        f"{name}: is of type {entry.dtype}, expected one of {', '.join(_FLOATS)}; "
+                        "quantised weights cannot grow"
+                    )
                 if entry.shape != shape:
                     complaints.append(
                         f"{name}: expected the shape {list(shape)}, got {list(entry.shape)}"
@@ -360,19 +404,21 @@ def _check_coverage(
     raise_all(
         HuggingFaceError,
         f"{folder.path} does not hold the model that its config.json describes:",
-        [*shortened(faults), *(_hints(folder, bool(complaints)) if faults else [])],
+        [*shortened(faults), *(_hints(folder, base, bool(complaints)) if faults else [])],
     )
 
 
-def _hints(folder: Folder, incomplete: bool) -> list[str]:
-    """Advice for an architecture whose tensors differ from those of growjax's model."""
+def _hints(folder: Folder, base: str, incomplete: bool) -> list[str]:
+    """Advice for an architecture whose tensors differ from those of growjax's model.
+
+    `base` is the class without a head that is read as such.
+    """
     architectures = folder.config.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     if re.search(r"For(Sequence|Token|Question|Multiple)", name):
-        return [
-            f"{name} has a head that growjax does not read; pass ignore=['classifier.*', 'score.*', ...]"
-        ]
-    if incomplete and re.search(r"(Encoder)?Model$", name):
+        patterns = "['classifier.*', 'score.*', 'qa_outputs.*', ...]"
+        return [f"to read this {name} without its head, pass ignore={patterns}"]
+    if incomplete and name.endswith("Model") and name != base:
         return [
             f"{name} has no head, and growjax's model has one; save it with its head, or set "
             "tie_word_embeddings to true if the head is the embedding"

@@ -391,9 +391,12 @@ def decoder_family(
         "max_position_embeddings": spelling.sights.positions,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
-    free = "embed, heads, kv_heads, mlp, layers" + ", experts" * (spelling.experts is not None)
+    free = "embed, heads, kv_heads" if spelling.head_dim else "embed together with heads"
+    free += ", mlp, layers"
+    if spelling.experts is not None:
+        free += ", experts" + ", shared_mlp" * (spelling.experts.shared is not None)
     common: dict[str, Any] = dict(
-        growth=free if spelling.head_dim else "embed together with heads, mlp, layers",
+        growth=free,
         prefix="model.",
         heads=heads.prefixes,
         base=heads.base,

@@ -23,6 +23,7 @@ from growjax.deferred import BLOCK
 from growjax.errors import HuggingFaceError, raise_all
 
 
+ADAPTER = "adapter_config.json"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # The most bytes of JSON that are parsed; the longest header of a published shard is far below
 _LONGEST = 25_000_000
@@ -110,6 +111,9 @@ def open_folder(path: str | Path) -> Iterator[Folder]:
     if not os.path.lexists(path / CONFIG):
         raise HuggingFaceError(f"{path}: expected {CONFIG} in it, got none{_other_kind(path)}")
     config = read_json(inside(path, CONFIG))
+    if os.path.lexists(path / ADAPTER):
+        # Its readers apply the adapter to the weights beside it
+        raise HuggingFaceError(f"{path}: expected a model alone{_other_kind(path)}")
     folder = Folder(path, config, {})
     with contextlib.ExitStack() as stack:
         for file in _weight_files(path):
@@ -132,7 +136,8 @@ def located(path: str | Path) -> Path:
     folder, name = Path(path), str(path)
     if folder.is_dir():
         return folder
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    # Ids of old repositories, such as gpt2, have no owner
+    if re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name):
         home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
         cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
         repository = cache / f"models--{name.replace('/', '--')}"
@@ -238,7 +243,7 @@ def _other_kind(path: Path) -> str:
         files = [file.name for pattern in patterns for file in sorted(path.glob(pattern))]
         return ", ".join(files[:3])
 
-    if matching("adapter_config.json", "adapter_model.*"):
+    if matching(ADAPTER, "adapter_model.*"):
         return (
             "; it holds an adapter (LoRA), not a model: merge it into its base first, with peft's "
             "merge_and_unload() and save_pretrained()"
@@ -252,8 +257,8 @@ def _other_kind(path: Path) -> str:
         "model.*.safetensors", "diffusion_pytorch_model*", "consolidated*.safetensors"
     ):
         return (
-            f"; {files} has another name: rename a variant such as fp16 to {WEIGHTS}; convert weights of "
-            "another library to transformers' names first"
+            f"; {files} has another name: rename a variant such as fp16 to {WEIGHTS}, or its index to "
+            f"{INDEX}; convert weights of another library to transformers' names first"
         )
     if files := matching("*.bin", "*.pt*"):
         return (

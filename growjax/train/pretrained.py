@@ -18,7 +18,7 @@ from growjax.errors import CheckpointError, GrowthError
 from growjax.growth.leafwise import SMALL, grow_deferred
 from growjax.growth.masked import MSG
 from growjax.hf.card import write_grown
-from growjax.hf.convert import has_halves, load_deferred, with_dtype
+from growjax.hf.convert import check_dtype, has_halves, load_deferred, with_dtype
 from growjax.plan.worked import purpose_key
 from growjax.train.commands import operator_of, random_batch
 
@@ -58,6 +58,7 @@ def grow_pretrained(
     source, out = Path(source), Path(out)
     if out.exists():
         raise CheckpointError(f"{out}: exists already, and nothing is overwritten")
+    check_dtype(dtype)
     progress(f"reading {source}", None)
     model = load_deferred(source, dtype="float32" if has_halves(source) else None)
     op = operator_of(by, to, model)

@@ -110,8 +110,9 @@ OLD_MODERN = {
     "local_rope_theta": 100.0,
     "global_attn_every_n_layers": 2,
 }
-# Where tolerated keys get every value; elsewhere they get two. Without the deep profile, keys that Llama
-# has as well get a quarter of their values there, and none if all configurations have them
+# Where tolerated keys get every value, many keys at a time; elsewhere they get two. The deep profile
+# takes them one by one. Without it, keys that Llama has as well get a quarter of their values there, and
+# none if all configurations have them
 THOROUGH = ("bert", "gpt2", "llama", "t5")
 OLD_ROPE = {"rope_parameters": ABSENT, "rope_theta": 200.0, "rope_scaling": None}
 BASES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -149,7 +150,7 @@ BASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "mixtral": ("mixtral", {}, MIXTURE),
     "olmoe": ("olmoe", {}, MIXTURE),
     "qwen3_moe": ("qwen3_moe window", {}, MIXTURE),
-    "qwen2_moe": ("qwen2_moe", {}, MIXTURE),
+    "qwen2_moe": ("qwen2_moe", {}, ALL if DEEP else "expert|moe|sparse|mlp|bias|window"),
     "llama labels": ("llama classifier", {}, "label|pad|tie|classif"),
     "gpt_neox": ("gpt_neox", {}, ALL),
     "gpt_neox old": (
@@ -248,6 +249,30 @@ class Base:
         gap = distance(mine, theirs)
         return f"{key}: {shown} is off by {gap:.1e}" if gap > LIMIT else None
 
+    def faults_together(self, tolerated: list[tuple[str, Any]]) -> list[str]:
+        """What is wrong with values of tolerated keys, one of every key at a time.
+
+        If both libraries compute the same with all of them set, each changes nothing. If not, or if
+        transformers refuses them, they are looked at one by one.
+        """
+        values: dict[str, list[Any]] = {}
+        for key, value in tolerated:
+            try:
+                self.cls.config_class.from_dict(changed(self.json, {key: value}))
+            except Exception:  # noqa: BLE001 (it raises whatever it comes upon, and so would a model)
+                continue
+            values.setdefault(key, []).append(value)
+        found: list[str] = []
+        while values:
+            group = {key: left.pop() for key, left in values.items()}
+            values = {key: left for key, left in values.items() if left}
+            self.write(changed(self.json, group))
+            mine, theirs = self.of_growjax(), self.of_transformers()
+            if mine is None or theirs is None or distance(mine, theirs) > LIMIT:
+                alone = (self.fault(key, value) for key, value in group.items())
+                found += [fault for fault in alone if fault]
+        return found
+
 
 def _number(value: Any) -> float:
     """The value of a number, and 1 for anything else."""
@@ -277,6 +302,7 @@ def test_what_moves_transformers_moves_growjax_equally_or_is_refused(name: str, 
     spellings = set(base.cls.config_class.attribute_map)
     assert spellings <= set(FAMILIES[base.cls.config_class.model_type].aliases)
     faults, shared, of_llama = [], set(), set(keys_of(hf.LlamaForCausalLM))
+    together: list[tuple[str, Any]] = []
     if name not in THOROUGH and base.pattern in (ALL, MIXTURE):
         # What every configuration has is swept with Llama: growjax refuses it here, or tolerates it
         shared = of_llama - set(base.cls.config_class.__annotations__)
@@ -289,12 +315,16 @@ def test_what_moves_transformers_moves_growjax_equally_or_is_refused(name: str, 
             # A tiny cap or base multiplies the rounding of both libraries
             values = [value for value in values if not (value and 0 < _number(value) < 0.1)]
         alone = name in THOROUGH and key not in of_llama
-        if is_tolerated(key) and not (thorough or alone):
-            values = [0, "gelu"]
+        if is_tolerated(key):
+            if (thorough or alone) and not DEEP:
+                together += [(key, value) for value in values]
+            if not DEEP or not (thorough or alone):
+                values = [0, "gelu"]
         elif name not in THOROUGH and key in hf.LlamaConfig.__annotations__ and not DEEP:
             # Read by the code that reads Llama's, but for defaults
             values = [value for i, value in enumerate(values) if value is ABSENT or i % 4 == 0]
         for value in values:
             if fault := base.fault(key, value):
                 faults.append(fault)
+    faults += base.faults_together(together)
     assert not faults, "\n".join(faults)

@@ -14,6 +14,8 @@ import torch
 import transformers as hf
 
 import growjax as gj
+from growjax.errors import HuggingFaceError
+from growjax.hf.convert import FAMILIES
 from tests.hf.oracle import LEFT, MASK, OTHERS, TOKENS, TYPES, outputs, random_model, reloaded
 
 
@@ -264,27 +266,50 @@ def test_parity_in_and_out(name: str, tmp_path: Path):
     assert gap(outputs(reloaded(tmp_path / "alone")), expected) <= 1e-6 * scale
 
 
-# Of every family of decoders, one or two members; copies with random shares, so that all of them learn
-GROWN = ("qwen2", "qwen3", "mistral", "olmo2", "gemma2", "gemma3", "phi3", "smollm3", "gpt_neox")
-GROWN += ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe")
+# One member of every family, with names of cases that are not the family's
+MEMBERS = {"gemma3_text": "gemma3"}
 
 
-@pytest.mark.parametrize("name", GROWN)
-def test_a_grown_decoder_is_read_by_transformers_and_learns_there(name: str, tmp_path: Path):
-    theirs = random_model(*CASES[name])
+def by_row(growth: str, model: Any) -> Any:
+    """Growth along every axis that a row of `growjax families` lists; copies have random shares."""
+    axes = set(re.findall(r"\w+", growth)) - {"together", "with"}
+    now = gj.sizes(model)
+    now |= {"heads": now["kv_heads"] * now["group"]}
+    stacks = {axis for axis in axes if axis.endswith("layers")}
+    wide = {axis: 2 * now[axis] for axis in axes - stacks - {"experts", "mlp"}}
+    # Only a stream that is no norm's output passes new layers by
+    exact: dict[str, Any] = {"order": "insert", "branch": "zero"}
+    options = {} if isinstance(model, gj.models.BERT) else exact
+    grown: list[Any] = [gj.copy(**wide, mlp=now["mlp"] + 16, shares="random", seed=1)]
+    grown += [gj.stack(**{axis: 2 * now[axis]}, **options) for axis in sorted(stacks)]
+    if "experts" in axes:
+        grown.append(gj.experts(2 * now["experts"], gated=False, per_token="scaled"))
+    return gj.chain(*grown)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_every_row_of_the_families_is_true(family: Any, tmp_path: Path):
+    """All that it lists is grown at once, read by transformers, and learns there."""
+    theirs = random_model(*CASES[MEMBERS.get(family.model_type, family.model_type)])
     theirs.save_pretrained(tmp_path / "theirs")
     expected = outputs(theirs)
     small = gj.hf.load(tmp_path / "theirs")
-    op = gj.chain(
-        gj.copy(embed=64, heads=8, mlp=72, shares="random", seed=1),
-        gj.stack(layers=8, order="insert", branch="zero"),
-    )
-    gj.hf.save(gj.grow(op, small), tmp_path / "big", source=tmp_path / "theirs")
+    grown = gj.grow(by_row(family.growth, small), small, key=jax.random.key(0))
+    gj.hf.save(grown, tmp_path / "big", source=tmp_path / "theirs")
     big = reloaded(tmp_path / "big")
     assert type(big) is type(theirs)
-    assert (big.config.num_hidden_layers, big.config.hidden_size) == (8, 64)
+    sizes = gj.sizes(gj.hf.load(tmp_path / "big"))
+    assert all(sizes[axis] == size for axis, size in gj.sizes(grown).items())
     scale = max(1.0, *(np.abs(x).max() for x in expected.values()))
-    assert gap(outputs(big), expected) <= 1e-5 * scale
+    wanted = ours(grown) if isinstance(small, gj.models.BERT) else expected
+    # The hidden states of a model without a head are wider now
+    got = {name: x[tuple(map(slice, wanted[name].shape))] for name, x in outputs(big).items()}
+    assert gap(got, wanted) <= limit(family.model_type) * 2 * scale
+    if "together" in family.growth:
+        with pytest.raises(HuggingFaceError, match="grow heads along with embed"):
+            gj.hf.save(gj.grow(gj.copy(embed=2 * gj.sizes(small)["embed"]), small), tmp_path / "no")
+    if not isinstance(small, gj.models.Decoder | gj.models.GPT):
+        return
     # The first step opens the new layers, whose branches end in zeros
     tokens = torch.from_numpy(TOKENS)
     before = {name: p.detach().clone() for name, p in big.named_parameters()}
