@@ -249,29 +249,44 @@ class Base:
         gap = distance(mine, theirs)
         return f"{key}: {shown} is off by {gap:.1e}" if gap > LIMIT else None
 
-    def faults_together(self, tolerated: list[tuple[str, Any]]) -> list[str]:
-        """What is wrong with values of tolerated keys, one of every key at a time.
+    def faults_together(self, tolerated: dict[str, list[Any]]) -> list[str]:
+        """What is wrong with values of tolerated keys, of which one of every key is set at a time.
 
         If both libraries compute the same with all of them set, each changes nothing. If not, or if
-        transformers refuses them, they are looked at one by one.
+        transformers refuses them, halves of them are looked at, down to a single key, whose other values
+        are looked at alone too.
         """
-        values: dict[str, list[Any]] = {}
-        for key, value in tolerated:
-            try:
-                self.cls.config_class.from_dict(changed(self.json, {key: value}))
-            except Exception:  # noqa: BLE001 (it raises whatever it comes upon, and so would a model)
-                continue
-            values.setdefault(key, []).append(value)
-        found: list[str] = []
-        while values:
-            group = {key: left.pop() for key, left in values.items()}
-            values = {key: left for key, left in values.items() if left}
-            self.write(changed(self.json, group))
-            mine, theirs = self.of_growjax(), self.of_transformers()
-            if mine is None or theirs is None or distance(mine, theirs) > LIMIT:
-                alone = (self.fault(key, value) for key, value in group.items())
-                found += [fault for fault in alone if fault]
-        return found
+        faults: list[str] = []
+        alone: set[str] = set()
+
+        def look(group: dict[str, Any]) -> None:
+            if len(group) > 1:
+                self.write(changed(self.json, group))
+                mine, theirs = self.of_growjax(), self.of_transformers()
+                if mine is None or theirs is None or distance(mine, theirs) > LIMIT:
+                    pairs = list(group.items())
+                    look(dict(pairs[: len(pairs) // 2]))
+                    look(dict(pairs[len(pairs) // 2 :]))
+                return
+            for key, value in group.items():
+                alone.add(key)
+                if fault := self.fault(key, value):
+                    faults.append(fault)
+
+        for i in range(max(map(len, tolerated.values()), default=0)):
+            group = {key: values[i] for key, values in tolerated.items() if i < len(values)}
+            for key in sorted(alone & group.keys()):
+                look({key: group.pop(key)})
+            look({key: value for key, value in group.items() if self.is_accepted(key, value)})
+        return faults
+
+    def is_accepted(self, key: str, value: Any) -> bool:
+        """Whether transformers makes a configuration with this value, so that there may be a model."""
+        try:
+            self.cls.config_class.from_dict(changed(self.json, {key: value}))
+        except Exception:  # noqa: BLE001 (it raises whatever it comes upon)
+            return False
+        return True
 
 
 def _number(value: Any) -> float:
@@ -302,7 +317,7 @@ def test_what_moves_transformers_moves_growjax_equally_or_is_refused(name: str, 
     spellings = set(base.cls.config_class.attribute_map)
     assert spellings <= set(FAMILIES[base.cls.config_class.model_type].aliases)
     faults, shared, of_llama = [], set(), set(keys_of(hf.LlamaForCausalLM))
-    together: list[tuple[str, Any]] = []
+    together: dict[str, list[Any]] = {}
     if name not in THOROUGH and base.pattern in (ALL, MIXTURE):
         # What every configuration has is swept with Llama: growjax refuses it here, or tolerates it
         shared = of_llama - set(base.cls.config_class.__annotations__)
@@ -316,10 +331,10 @@ def test_what_moves_transformers_moves_growjax_equally_or_is_refused(name: str, 
             values = [value for value in values if not (value and 0 < _number(value) < 0.1)]
         alone = name in THOROUGH and key not in of_llama
         if is_tolerated(key):
-            if (thorough or alone) and not DEEP:
-                together += [(key, value) for value in values]
-            if not DEEP or not (thorough or alone):
-                values = [0, "gelu"]
+            values = values if thorough or alone else [0, "gelu"]
+            if not DEEP:
+                together[key] = values
+                continue
         elif name not in THOROUGH and key in hf.LlamaConfig.__annotations__ and not DEEP:
             # Read by the code that reads Llama's, but for defaults
             values = [value for i, value in enumerate(values) if value is ABSENT or i % 4 == 0]

@@ -320,11 +320,12 @@ def test_every_row_of_the_families_is_true(family: Any, tmp_path: Path):
         optimizer.zero_grad()
     still = [name for name, p in big.named_parameters() if torch.equal(p, before[name])]
     assert not still
-    # Of a new layer (every second one) that ends in zeros, copies have equal gradients
+    # Of a new layer (every second one) that ends in zeros, copies have equal gradients. Copies of an
+    # expert are chosen together, unless noise on the router tells them apart
     twins = [
         name
         for name, p in big.named_parameters()
-        if p.ndim == 2 and not re.search(r"[1357]\.", name)
+        if p.ndim == 2 and not re.search(r"[1357]\.|mlp\.gate\.", name)
         if len(torch.unique(p.detach(), dim=0)) < len(p)
     ]
     assert not twins
