@@ -104,7 +104,7 @@ class BERTOutput(NamedTuple):
     pooled: Float[Array, " embed"] | None
     mlm_logits: Float[Array, "T vocab"] | None
     nsp_logits: Float[Array, " nsp"] | None
-    label_logits: Float[Array, "*T labels"] | None = None
+    label_logits: Float[Array, "... labels"] | None = None
 
 
 class Pooler(eqx.Module):

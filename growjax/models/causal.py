@@ -70,7 +70,7 @@ class Classifier(eqx.Module):
 
     def __call__(
         self, hidden: Float[Array, "T embed"], tokens: Int[Array, " T"], mask: Array | None = None
-    ) -> Float[Array, "*T labels"]:
+    ) -> Float[Array, "... labels"]:
         """The scores `[labels]` of a sequence, or `[T, labels]` of its tokens."""
         if self.of == "sequence":
             real = jnp.ones_like(tokens, bool) if mask is None or mask.ndim > 1 else mask

@@ -234,7 +234,7 @@ class ModernBERT(eqx.Module):
 
     def _classified(
         self, hidden: Float[Array, "T embed"], mask: Bool[Array, " T"] | None
-    ) -> Float[Array, "*T labels"] | None:
+    ) -> Float[Array, "... labels"] | None:
         if self.classifier is None or self.transform is None:
             return None
         pooled = hidden if self.labelled == "token" else hidden[:1]
