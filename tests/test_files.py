@@ -9,9 +9,19 @@ import re
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 
-from growjax.data import JSONL, HuggingFace, Parquet, StandardLibrary, Text, Tokens
+from growjax.data import (
+    JSONL,
+    ByteTokenizer,
+    HuggingFace,
+    Parquet,
+    StandardLibrary,
+    Text,
+    Tokens,
+    prepare,
+)
 from growjax.data.files import counter, find, pieces
 from growjax.errors import DataError
 
@@ -204,6 +214,61 @@ def test_contents_do_not_depend_on_the_place_or_the_time(tree, tmp_path_factory,
     memory.pipe("/x/a.txt", b"two")
     assert at_url.fingerprint() != first[0] and at_url.content() != first[1]
     assert StandardLibrary().content() == StandardLibrary().content()
+
+
+@pytest.mark.parametrize("told", ["ETag", "Last-Modified", "size", None])
+def test_a_text_at_a_url_that_changes_is_not_taken_for_its_old_one(
+    tmp_path, memory, monkeypatch, told
+):
+    """Of https, fsspec's stamp is the URL alone; and a server need not tell more than that."""
+    version, reads = [0], []
+    real, opened = memory.info, memory.open
+
+    def info(path, **kwargs):
+        about = {key: real(path)[key] for key in ("name", "type")} | {"size": None}
+        if told == "ETag":
+            about["ETag"] = f'"{version[0]}"'
+        if told == "Last-Modified":
+            about["Last-Modified"] = f"Mon, 02 Nov 2026 10:00:0{version[0]} GMT"
+        return about | ({"size": real(path)["size"]} if told == "size" else {})
+
+    monkeypatch.setattr(type(memory), "info", lambda self, path, **kwargs: info(path, **kwargs))
+    monkeypatch.setattr(type(memory), "ukey", lambda self, path: path)
+    monkeypatch.setattr(
+        type(memory), "open", lambda self, *a, **k: (reads.append(a), opened(*a, **k))[1]
+    )
+    for text in (b"one text", b"two text", b"three!!!"):
+        memory.pipe("/x/a.txt", text * 9)
+        for again in (False, True):
+            reads.clear()
+            training, _ = prepare(Text("memory://x/a.txt"), ByteTokenizer(), tmp_path)
+            assert bytes(np.asarray(training.tokens[:8], np.uint8)) == text
+            # What tells its version is read for the corpus alone, and not at all once that is made
+            if told in ("ETag", "Last-Modified") and again:
+                assert not reads
+        version[0] += 1
+
+
+def test_a_text_that_changes_while_it_is_read_at_a_url_is_refused(tmp_path, memory, monkeypatch):
+    """Even where the server tells nothing of its files."""
+    real, opened, opens = memory.info, memory.open, []
+    monkeypatch.setattr(
+        type(memory),
+        "info",
+        lambda self, path, **k: {key: real(path)[key] for key in ("name", "type")},
+    )
+    monkeypatch.setattr(type(memory), "ukey", lambda self, path: path)
+
+    def open_and_change(self, *args, **kwargs):
+        opens.append(args)
+        if len(opens) == 2:
+            memory.pipe("/x/a.txt", b"the second" * 9)
+        return opened(*args, **kwargs)
+
+    memory.pipe("/x/a.txt", b"the first!" * 9)
+    monkeypatch.setattr(type(memory), "open", open_and_change)
+    with pytest.raises(DataError, match="changed while they were read"):
+        prepare(Text("memory://x/a.txt"), ByteTokenizer(), tmp_path)
 
 
 def test_a_stamp_notices_a_change_that_sets_its_time_back(tmp_path):

@@ -8,11 +8,13 @@ fsspec, which is imported for the first URL. The last suffix of a name decides h
 import contextlib
 import contextvars
 import dataclasses
+import email.utils
 import fnmatch
 import glob as globbing
 import hashlib
 import importlib
 import io
+import math
 import os
 import re
 import zlib
@@ -27,8 +29,16 @@ from growjax.errors import DataError
 # A file is opened by name at `name.SUFFIX` as well as at `name`
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _CHUNK = 1 << 20  # bytes that are read at once
-# What the file systems of clouds call the checksum of a file; a change of the file changes it
-_CHECKSUMS = ("md5Hash", "crc32c", "ETag", "etag", "sha256", "blob_id")
+# What file systems of fsspec call the checksum of a file; a change of the file changes it
+_CHECKSUMS = (
+    *("md5Hash", "crc32c", "ETag", "etag", "sha256", "blob_id", "Content-MD5", "Digest"),
+    *("sha", "hex"),  # of GitHub and git
+)
+# What they call the time of its last change
+_TIMES = (
+    *("mtime", "updated", "created", "modified", "modify", "modificationTime"),
+    *("LastModified", "last_modified", "Last-Modified", "last_write_time"),
+)
 
 # Called with the number of each few bytes that are read from files, before they are decompressed
 counter: contextvars.ContextVar[Callable[[int], None] | None] = contextvars.ContextVar(
@@ -89,15 +99,33 @@ class DataFile:
     def stamp(self) -> str:
         """A text that changes when the file does, made without reading it."""
         if self.system is not None:
-            return f"{self.name} {self.system.ukey(self.path)}"
+            # The `ukey` of some systems, such as that of https, is their URL alone
+            info = self.system.info(self.path)
+            told = [
+                f"{name} {info[name]}" for name in ("size", *_CHECKSUMS, *_TIMES) if name in info
+            ]
+            return " ".join([self.name, self.system.ukey(self.path), *told])
         stat = os.stat(self.path)
         # Who writes a file can set its time of modification, but not that of its last change
         times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
         return f"{self.name} {stat.st_size} {times} {stat.st_ino}"
 
     def changed(self) -> float:
-        """When the file was changed last, in seconds since 1970; 0 at a URL."""
-        return 0.0 if self.system is not None else os.stat(self.path).st_ctime
+        """When the file was changed last, in seconds since 1970: not before its stamp shows it.
+
+        0 at a URL whose file system tells a checksum or an exact time, and infinity at one that tells
+        neither, where only reading the file shows a change.
+        """
+        if self.system is None:
+            return os.stat(self.path).st_ctime
+        info = self.system.info(self.path)
+        if any(info.get(name) for name in _CHECKSUMS):
+            return 0.0
+        # Of https, in whole seconds
+        date = email.utils.parsedate_tz(str(info.get("Last-Modified")))
+        if date is not None:
+            return float(email.utils.mktime_tz(date))
+        return 0.0 if any(info.get(name) for name in _TIMES) else math.inf
 
     def checksum(self) -> str:
         """A checksum of its bytes: from its file system if that has one, or else by reading it."""

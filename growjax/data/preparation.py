@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import secrets
 import threading
@@ -230,7 +231,7 @@ class _Job:
         if not target.exists():
             with cache_errors(target):
                 self.cache.mkdir(parents=True, exist_ok=True)
-                self._build(source, target, held_out, stamp)
+                self._build(source, target, held_out, stamp, content)
         return target
 
     def _name(self, content: str, held_out: int | None) -> str:
@@ -250,8 +251,7 @@ class _Job:
         source_files: Any = source
         with self._metered("reading", source):
             content = hashlib.sha256(source_files.content().encode()).hexdigest()
-        changed = max((file.changed() for file in source_files.files()), default=0.0)
-        if changed < time.time() - _SETTLED:
+        if _changed(source) < time.time() - _SETTLED:
             # A cache that cannot be written to may still be read
             with contextlib.suppress(OSError):
                 note.parent.mkdir(parents=True, exist_ok=True)
@@ -281,7 +281,9 @@ class _Job:
 
     # Writing -------------------------------------------------------------------------------------
 
-    def _build(self, source: Source, target: Path, held_out: int | None, stamp: str) -> None:
+    def _build(
+        self, source: Source, target: Path, held_out: int | None, stamp: str, content: str
+    ) -> None:
         """Tokenise into a folder next to the target, and rename it to the target when it is complete."""
         dtype = dtype_of(self.tokenizer.vocabulary)
         parts = PARTS if held_out is not None else PARTS[:1]
@@ -293,7 +295,10 @@ class _Job:
                     for part, tokens, size in _parted(tokenised, parts, source):
                         writers[part].add(tokens, size)
                 summaries = {part: writer.summary() for part, writer in writers.items()}
-            if source.fingerprint() != stamp:
+            same = source.fingerprint() == stamp
+            if same and _changed(source) == math.inf:
+                same = self._content(source, stamp) == content
+            if not same:
                 # The target is named after what they were before
                 raise DataError(
                     f"{source}: its files changed while they were read; prepare it again"
@@ -329,6 +334,12 @@ class _Job:
         finally:
             counter.reset(token)
             meter.report()
+
+
+def _changed(source: Any) -> float:
+    """When a file of a source was changed last; see `DataFile.changed`. 0 for a source without files."""
+    files = source.files() if hasattr(source, "files") else []
+    return max((file.changed() for file in files), default=0.0)
 
 
 class _Meter:
