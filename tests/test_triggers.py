@@ -22,6 +22,7 @@ from growjax.runs.records import Begin, End, Ended, Step
 from growjax.runs.run import Run
 from growjax.train import Fork, Options, Probe, Schedule, Stage, Warmup, train, watch
 from growjax.train.session import Session
+from growjax.train.stop import Stopped
 from tests.runs import feed, losses, plan, same, steps
 
 
@@ -128,6 +129,59 @@ def test_a_run_that_is_killed_as_its_stage_ends_goes_on_to_the_same_bits(whole, 
     assert [row["kind"] for row in Run(tmp_path).rows()].count("ended") == 1
 
 
+def interrupted(monkeypatch, step: int) -> None:
+    """Be asked to stop while the evaluation after a step compiles, once."""
+    real, calls = Session._held_out, []
+
+    def held_out(self, *args):
+        if self.step == step and not calls:
+            calls.append(step)
+            raise Stopped
+        return real(self, *args)
+
+    monkeypatch.setattr(Session, "_held_out", held_out)
+
+
+def test_an_end_is_recorded_by_the_session_after_the_one_that_was_killed(
+    whole, cache, tmp_path, monkeypatch
+):
+    """Saved before the step at which its trigger fires, and killed once that is in the plan."""
+    _, records, _ = whole
+    interrupted(monkeypatch, 5)
+    options = dataclasses.replace(OPTIONS, evaluate_at=(5,))
+
+    def running() -> Any:
+        return train(PLAN, feed(PLAN), run=tmp_path, options=options, cache=cache)
+
+    first = list(watch(running(), PLAN, run=tmp_path))
+    assert not first[-1].finished and Run(tmp_path).checkpoints()[-1].name == "00000005-00"
+    assert Run(tmp_path).plan() == PLAN
+    # Killed before anybody has its record, and again when it is in the journal
+    for journaled in (False, True):
+        session = running()
+        for record in watch(session, PLAN, run=tmp_path) if journaled else session:
+            if isinstance(record, Ended):
+                break
+        session.close()
+        assert Run(tmp_path).plan().ends == ((0, 5),)
+    rest = list(watch(running(), PLAN, run=tmp_path))
+    assert same(rest, records)
+    (row,) = [row for row in Run(tmp_path).rows() if row["kind"] == "ended"]
+    assert row["numbers"] == the_end(records).numbers and row["steps"] == 5
+
+
+def test_a_run_that_stops_at_the_end_of_its_last_stage_records_that(cache, tmp_path, monkeypatch):
+    interrupted(monkeypatch, 3)
+    short = plan(steps(8, until=Plateau(1, 0.9)))
+    ends = []
+    for _ in range(3):
+        records = train(short, feed(short), run=tmp_path, options=OPTIONS, cache=cache)
+        rows = list(watch(records, short, run=tmp_path))
+        ends.append((len([r for r in rows if isinstance(r, Ended)]), rows[-1].finished))
+    assert ends == [(1, False), (0, True), (0, True)]
+    assert [row["kind"] for row in Run(tmp_path).rows()].count("ended") == 1
+
+
 def test_without_its_plan_a_run_is_refused_that_a_trigger_has_ended(whole, cache, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
     (tmp_path / "run" / "plan.json").unlink()
@@ -135,7 +189,7 @@ def test_without_its_plan_a_run_is_refused_that_a_trigger_has_ended(whole, cache
         next(train(PLAN, feed(PLAN), run=tmp_path / "run", options=OPTIONS, cache=cache))
 
 
-def test_a_fork_within_a_stage_ends_it_as_its_trunk_did(whole, cache):
+def test_a_fork_within_a_stage_ends_it_as_its_trunk_did(whole, cache, tmp_path):
     """Its trigger reads losses from before the fork, which the checkpoint has kept."""
     folder, records, _ = whole
     forked = dataclasses.replace(PLAN, fork=Fork(str(folder), 4))
@@ -143,6 +197,18 @@ def test_a_fork_within_a_stage_ends_it_as_its_trunk_did(whole, cache):
     rest = list(train(forked, feed(forked), options=OPTIONS, cache=cache))
     assert losses(rest) == {n: x for n, x in losses(records).items() if n >= 4}
     assert same(rest, records) and the_end(rest).steps == 5
+    # After it, the fork's journal begins with what its trunk has recorded
+    later = dataclasses.replace(PLAN, fork=Fork(str(folder), 6))
+    rest = list(
+        watch(
+            train(later, feed(later), run=tmp_path, options=OPTIONS, cache=cache),
+            later,
+            run=tmp_path,
+        )
+    )
+    assert not any(isinstance(record, Ended) for record in rest)
+    (row,) = [row for row in Run(tmp_path).rows() if row["kind"] == "ended"]
+    assert row["inherited"] == str(folder) and row["steps"] == 5
 
 
 def test_forks_take_the_ends_that_came_before_them():

@@ -114,5 +114,6 @@ def read_fork(plan: Plan, programs: Programs, data: str) -> tuple[Resumed, Trunk
         lineage["seconds"],
         state,
         tuple(lineage.get("losses", ())),
+        tuple(stage for stage, _ in lineage.get("ended", ())),
     )
     return resumed, trunk

@@ -34,6 +34,7 @@ class Resumed(NamedTuple):
     seconds: float
     state: State
     losses: tuple[float, ...] = ()
+    ended: tuple[int, ...] = ()  # the stages that triggers had ended when it was saved
 
 
 class Saves:
@@ -203,6 +204,7 @@ class Saves:
             lineage["seconds"],
             state,
             tuple(lineage.get("losses", ())),
+            tuple(stage for stage, _ in lineage.get("ended", ())),
         )
 
     def save(

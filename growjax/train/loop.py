@@ -154,8 +154,7 @@ def _run(session: Session) -> Iterator[Record]:
                             saves.check()
                         yield from session.train(i, stream)
                 yield from session.flush()
-                if first < span.steps:
-                    yield from session.ended()
+                yield from session.ended()
                 yield from session.save()
             end = session.finished()
         except Stopped:

@@ -71,6 +71,7 @@ class Session:
         self.forked: str | None = None  # the folder of the run that this one was forked from
         self.timer = SaveTimer(options.save_minutes, self.stopwatch)
         self.losses: list[float] = []  # the latest losses of the stage, if its trigger reads them
+        self.recorded: set[int] = set()  # the stages whose end by a trigger is on record
 
     # The beginning ----------------------------------------------------------------------------
 
@@ -127,6 +128,7 @@ class Session:
         self.spent = self.span.spent + sum(self.span.costs[:done])
         self.flops, self.stopwatch.earlier = resumed.flops, resumed.seconds
         self.losses = list(resumed.losses) if done else []
+        self.recorded = set(resumed.ended)
 
     def _from_trunk(self) -> Any:
         """The state of another run before a step, of which the plan is a fork."""
@@ -302,10 +304,15 @@ class Session:
             yield from self._mark(self.span.stage.level(i - 1), self.span.costs[-1])
 
     def ended(self) -> Iterator[Ended]:
-        """The record of the end of a stage that its trigger has ended, after all of its steps."""
+        """The record of the end of a stage that its trigger has ended, after all of its steps.
+
+        It comes before the state is saved as that of an ended stage, so a run that is killed in between
+        yields it when it goes on.
+        """
         index, stage = self.span.index, self.span.stage
-        if stage.until is None or stage.ended is None:
+        if stage.until is None or stage.ended is None or index in self.recorded:
             return
+        self.recorded.add(index)
         numbers = stage.until.fires(self.losses[:-1][-stage.until.reads :], stage.ended - 1)
         # Whoever states the length of a stage need not have taken it from its trigger
         if numbers is not None:
@@ -424,10 +431,13 @@ class Session:
 
     # The end ----------------------------------------------------------------------------------
 
-    def stopped(self) -> Iterator[Step | Saved | End]:
+    def stopped(self) -> Iterator[Step | Ended | Saved | End]:
         """Save the state, and end the session."""
         with self.doing("stopping: the state is saved; a second signal ends at once"):
             yield from self.flush()
+            if self.step == self.span.start + self.span.steps:
+                # Stopped after its trigger had ended the stage, and before that was yielded
+                yield from self.ended()
             if self.moved:
                 yield from self.save()
             yield self._end(finished=False)
