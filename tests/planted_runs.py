@@ -491,4 +491,28 @@ TABLE = """
 @ devices of a CPU share a thread a core | cli/__init__.py | commands | thread_each
 - if asked.isdecimal() and int(asked) > 1:
 + if False:
+@ a growth says three times that it is compiled | runs/progress.py | progress | several_pieces
+- self.announced.add(activity)
++ pass
+@ many short pieces of a long activity are silent | runs/progress.py | progress | several_pieces
+- began = self.since.setdefault(activity, now)
++ began = now
+@ a kill loses the end of a stage | train/session.py | triggers | session_after
+- self.recorded = set(resumed.ended)
++ self.recorded = {stage for stage, _ in self.plan.ends}
+@ the end of a stage is in the journal twice | runs/journal.py | triggers | session_after
+- if row["kind"] == "ended":
++ if row["kind"] == "":
+@ a run that stops at its end forgets the end | train/session.py | triggers | stops_at_the_end
+- if self.step == self.span.start + self.span.steps:
++ if False:
+@ forks forget the ends of their trunk | runs/journal.py | triggers | ends_it_as_its_trunk
+- ("begin", "step", "growth", "ended")
++ ("begin", "step", "growth")
+@ a row without a field is a KeyError | runs/journal.py | damage | without_a_field
+- def __missing__(self, name: str) -> Any:
++ def _missing(self, name: str) -> Any:
+@ a damaged file of losses is any error | runs/run.py | damage | any_file_of_a_run
+- except Exception as error:
++ except (OSError, ValueError, KeyError, EOFError) as error:
 """

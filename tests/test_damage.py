@@ -1,8 +1,10 @@
 """Checkpoints and journals that were harmed: restored right, or one typed error that says what to do."""
 
+import contextlib
 import gc
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+import growjax as gj
 from growjax import train as trainer
-from growjax.errors import CheckpointError, DamagedError, DataError
+from growjax.errors import CheckpointError, DamagedError, DataError, GrowjaxError
 from growjax.runs import hosts
 from growjax.runs.checkpoint import lineage_faults, load, read_lineage, sealed
 from growjax.runs.journal import Journal, lines_of
@@ -85,23 +88,108 @@ def test_a_flipped_bit_anywhere_is_seen_or_harmless(short, tmp_path_factory):
     @settings(max_examples=PLACES)
     @given(st.sampled_from(files), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
     def check(file: Path, place: float, bit: int) -> None:
-        original = file.read_bytes()
-        data = bytearray(original)
-        data[int(place * len(data))] ^= 1 << bit
-        file.write_bytes(bytes(data))
-        try:
-            read_lineage(path)
-            leaves = [np.asarray(x) for x in jax.tree.leaves(load(path, shapes))]
-        except CheckpointError as error:
-            seen.add(file)
-            assert str(path) in str(error)
-        else:
-            assert all(np.array_equal(a, b) for a, b in zip(leaves, whole, strict=True))
-        finally:
-            file.write_bytes(original)
+        with flip(file, place, bit):
+            try:
+                read_lineage(path)
+                leaves = [np.asarray(x) for x in jax.tree.leaves(load(path, shapes))]
+            except CheckpointError as error:
+                seen.add(file)
+                assert str(path) in str(error)
+            else:
+                assert all(np.array_equal(a, b) for a, b in zip(leaves, whole, strict=True))
 
     check()
     assert len(seen) >= 3
+
+
+@pytest.fixture(scope="module")
+def stopped(programs, tmp_path_factory):
+    """A run that grows, and its folder as a kill would have left it before its last checkpoint."""
+    of = plan(steps(2), steps(4, grow=gj.msg(mlp=24, heads=4), ramp=2))
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    options = Options(held_out=4, save_every=1, keep_last=9, held_out_end=4)
+    running = train(of, feed(of), run=folder, options=options, cache=programs)
+    records = list(watch(running, of, run=folder))
+    shutil.rmtree(max((folder / "checkpoints").iterdir()))
+    (folder / "held_out.npz").unlink()
+    return of, options, records, folder
+
+
+def test_a_flipped_bit_in_any_file_of_a_run_is_seen_or_harmless(short, tmp_path_factory):
+    """Of what stands beside the checkpoints: the plan, the journal and the held-out losses."""
+    _, _, ended = short
+    folder = tmp_path_factory.mktemp("flipped") / "run"
+    shutil.copytree(ended, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    files = sorted(folder.iterdir())
+    assert [p.name for p in files] == ["held_out.npz", "metrics.jsonl", "plan.json"]
+    run, seen = Run(folder), set()
+    readers = (run.plan, run.rows, run.sessions, run.held_out, lambda: drawn(run.rows()))
+
+    @settings(max_examples=2 * PLACES)
+    @given(st.sampled_from(files), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+    def check(file: Path, place: float, bit: int) -> None:
+        with flip(file, place, bit):
+            for read in readers:
+                try:
+                    read()
+                except GrowjaxError as error:
+                    seen.add(file.name)
+                    assert file.name in str(error)
+
+    check()
+    assert len(seen) == 3
+
+
+def drawn(rows: list[dict[str, Any]]) -> None:
+    """Read what reports read of each row."""
+    of_step = ("step", "stage", "tokens", "flops", "spent", "seconds", "loss", "rate", "held_out")
+    for row in rows:
+        if row["kind"] == "step":
+            [row[name] for name in of_step]
+        if row["kind"] == "growth":
+            row["grew"], row["crossing"]["exactness"]
+
+
+@pytest.mark.slow
+def test_a_run_with_a_flipped_bit_ends_the_same_or_is_refused(stopped, programs, tmp_path_factory):
+    """In any file of the run, the last checkpoint's most of all."""
+    of, options, records, folder = stopped
+    last = max((folder / "checkpoints").iterdir())
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.stat().st_size]
+    files = [p.relative_to(folder) for p in files if p.parent == folder or last in p.parents]
+    ends, refused = [], []
+
+    @settings(max_examples=400)
+    @given(st.sampled_from(files), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+    def check(file: Path, place: float, bit: int) -> None:
+        copy = tmp_path_factory.mktemp("flipped") / "run"
+        shutil.copytree(folder, copy)
+        with flip(copy / file, place, bit):
+            try:
+                running = train(of, feed(of), run=copy, options=options, cache=programs)
+                rest = list(watch(running, of, run=copy))
+            except GrowjaxError as error:
+                refused.append(str(error))
+            else:
+                assert same(rest, records)
+                ends.append(file)
+        shutil.rmtree(copy)
+
+    check()
+    assert len(ends) > 20 and len(refused) > 20
+
+
+@contextlib.contextmanager
+def flip(file: Path, place: float, bit: int) -> Iterator[None]:
+    """Change one bit of a file, and back."""
+    original = file.read_bytes()
+    data = bytearray(original)
+    data[int(place * len(data))] ^= 1 << bit
+    file.write_bytes(bytes(data))
+    try:
+        yield
+    finally:
+        file.write_bytes(original)
 
 
 def flipped(path: Path) -> None:
@@ -261,6 +349,29 @@ def test_a_journal_that_was_cut_anywhere_is_mended_and_goes_on(tmp_path_factory,
     lines = list(lines_of(file))
     assert lines == [*rows[:left], {"kind": "begin", "step": left, "stage": 0}]
     assert read_journal(folder) == lines
+
+
+def test_a_row_without_a_field_is_a_fault_with_its_line(tmp_path):
+    """As a flipped bit in the name of the field makes it."""
+    rows = [{"kind": "step", "step": n, "stage": 0, "crossing": {}} for n in range(2)]
+    begin = {"kind": "begin", "step": 2, "stage": 0}
+    file = tmp_path / "metrics.jsonl"
+
+    def written(*lines: Any) -> None:
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    for name in ("step", "stage"):
+        odd = {key: value for key, value in rows[1].items() if key != name}
+        written(rows[0], odd, begin)
+        text = rf"metrics.jsonl:2: expected a record with '{name}'; remove that line"
+        with pytest.raises(DataError, match=text):
+            [(row["step"], row["stage"]) for row in read_journal(tmp_path)]
+    written(*rows)
+    with pytest.raises(DataError, match="metrics.jsonl:2: .* 'exactness'"):
+        read_journal(tmp_path)[1]["crossing"]["exactness"]
+    written(rows[0], {"kind": "stepp"}, begin)
+    with pytest.raises(DataError, match="metrics.jsonl:2: expected a record in JSON"):
+        read_journal(tmp_path)
 
 
 def test_sessions_of_a_run_are_told_by_its_journal(short, copied, programs):

@@ -156,6 +156,27 @@ def test_what_takes_long_is_named(monkeypatch):
     assert not doing.listeners
 
 
+def test_what_is_done_in_several_pieces_is_named_once_until_a_record(monkeypatch):
+    """As the programs of one growth are compiled, some of them within the fit of its operator."""
+    monkeypatch.setattr(progress, "PATIENCE", 0.04)
+    of, doing = plan(steps(2)), Doing()
+    to, shown = console()
+    with progress.Progress(of, to, None, doing) as view:
+        for n in range(2):
+            with doing("fitting"):
+                for _ in range(3):
+                    with doing("compiling the growth"):
+                        time.sleep(0.06)
+            view.show(step(n), {})
+        # Pieces that are short by themselves are long together
+        for _ in range(8):
+            with doing("saving"):
+                time.sleep(0.02)
+    lines = shown.getvalue().splitlines()
+    assert [line for line in lines if "growth" in line] == ["compiling the growth ..."] * 2
+    assert lines.count("fitting ...") <= 2 and lines.count("saving ...") == 1
+
+
 def test_how_far_a_long_activity_is(monkeypatch):
     monkeypatch.setattr(progress, "PATIENCE", 0.05)
     monkeypatch.setattr(progress, "EVERY", 0.05)

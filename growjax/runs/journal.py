@@ -7,11 +7,12 @@ returns each step once.
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
@@ -185,32 +186,50 @@ def inherit(path: Path, trunk: str, begin: Begin) -> None:
     rows = [
         row | {"inherited": trunk}
         for row in read_journal(trunk)
-        if row["kind"] in ("begin", "step", "growth") and _stays(row, begin.step, begin.stage)
+        if row["kind"] in ("begin", "step", "growth", "ended")
+        and _stays(row, begin.step, begin.stage)
     ]
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(partial, path)
 
 
+class Row(dict[str, Any]):
+    """A record of a journal, or a part of one; a field that it lacks is a `DataError` with the line."""
+
+    def __init__(self, fields: dict[str, Any], where: str):
+        super().__init__(fields)
+        self.where = where
+
+    def __missing__(self, name: str) -> Any:
+        raise DataError(f"{self.where}: expected a record with {name!r}; remove that line")
+
+
+_KINDS = tuple(kind.__name__.lower() for kind in get_args(Record))
+
+
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a journal in the order of the file; a last line that was cut off is left out.
 
-    Raises `DataError` for a file that cannot be read, or for a line that is not a record.
+    Raises `DataError` for a file that cannot be read, or for a line that is not a record; and so does a
+    row for a field that it lacks.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise DataError(f"{path}: no journal of a run: {error.strerror}") from error
     for n, line in enumerate(lines):
+        where = f"{path}:{n + 1}"
         try:
-            row = json.loads(line)
-            row["kind"]  # raises for JSON that is not a record
-        except (ValueError, KeyError, TypeError) as error:
+            row = json.loads(line, object_hook=functools.partial(Row, where=where))
+        except ValueError:
+            row = None
+        if not isinstance(row, Row) or row.get("kind") not in _KINDS:
             if n == len(lines) - 1:
                 return
             raise DataError(
-                f"{path}:{n + 1}: expected a record in JSON, got {line[:60]!r}; remove that line"
-            ) from error
+                f"{where}: expected a record in JSON, got {line[:60]!r}; remove that line"
+            )
         yield row
 
 
@@ -226,6 +245,9 @@ def read_journal(run: str | Path) -> list[dict[str, Any]]:
             # A session repeats everything from its first step on
             step, stage = row["step"], row["stage"]
             rows = [r for r in rows if r["kind"] == "end" or _stays(r, step, stage)]
+        if row["kind"] == "ended":
+            # A session that goes on from the last step of a stage may yield its end again
+            rows = [r for r in rows if r["kind"] != "ended" or r["stage"] != row["stage"]]
         rows.append(row)
     return rows
 

@@ -45,7 +45,11 @@ class Progress:
         self.line = ""  # the numbers of the last step
         self.held_out = ""
         self.speed: float | None = None  # FLOPs a second
-        self.activity, self.since = "", 0.0  # the current activity, and the time of its start
+        self.activity = ""  # the current activity
+        # The activities since the last record: when each began first, and those that were printed. The
+        # programs of a growth are compiled one after the other, under the same words.
+        self.since: dict[str, float] = {}
+        self.announced: set[str] = set()
         self.saved: str | None = None  # the last checkpoint
         self.complete = False  # whether the run was finished before this session
         self._printed = console.get_time()  # the time of the last line of loss
@@ -80,6 +84,8 @@ class Progress:
 
     def show(self, record: Record, row: dict[str, Any]) -> None:
         """Show one record; `row` is its row in the journal, with the rates of a step."""
+        self.since.clear()
+        self.announced.clear()
         if isinstance(record, Step):
             self._step(record, row)
         elif isinstance(record, Begin):
@@ -185,7 +191,8 @@ class Progress:
         if self.line:
             lines.append(Text(self.line))
         if self.activity:
-            seconds = max(self.console.get_time() - self.since, 0.0)
+            now = self.console.get_time()
+            seconds = max(now - self.since.get(self.activity, now), 0.0)
             words = self._words()
             text = f"{words} ({seconds:.0f} s)" if seconds >= 1 else words
             lines.append(Spinner("dots", Text(text)))
@@ -197,23 +204,35 @@ class Progress:
         return flops / self.speed if self.speed else 0.0
 
     def _busy(self, activity: str) -> None:
-        """Take the new activity of the run; without a terminal, print it after `PATIENCE` seconds."""
-        self.activity, self.since = activity, self.console.get_time()
+        """Take the new activity of the run; without a terminal, print it after `PATIENCE` seconds.
+
+        It is printed once until the next record, however often it ends and begins again.
+        """
+        now = self.console.get_time()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if activity and self._live is None:
-            self._remind(activity, PATIENCE)
+        self.activity = activity
+        if not activity:
+            return
+        began = self.since.setdefault(activity, now)
+        if self._live is None:
+            announced = activity in self.announced
+            self._remind(activity, EVERY if announced else max(began + PATIENCE - now, 0.0))
 
     def _remind(self, activity: str, seconds: float) -> None:
         """Print an activity if it still lasts after some seconds, and then every `EVERY` seconds."""
 
         def remind() -> None:
-            if self.activity == activity:
+            if self.activity != activity:
+                return
+            # One that does not tell how far it is would print the same line again
+            detailed = self.doing is not None and bool(self.doing.detail)
+            if detailed or activity not in self.announced:
                 self.say(f"{self._words()} ...")
-                # One that does not tell how far it is would print the same line again
-                if self.doing is not None and self.doing.detail:
-                    self._remind(activity, EVERY)
+                self.announced.add(activity)
+            if detailed:
+                self._remind(activity, EVERY)
 
         self._timer = threading.Timer(seconds, remind)
         self._timer.daemon = True
