@@ -1,7 +1,9 @@
 """One plan on many devices and hosts: the same losses everywhere, and resume from one to another."""
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -37,9 +39,16 @@ def start(*args: object, devices: int = 1) -> subprocess.Popen:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody listens on, below those that the system gives to whoever asks for any.
+
+    The coordinator binds it seconds later, once it has imported JAX. One that the system chose would by
+    then be free for all connections of the machine.
+    """
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +116,8 @@ def two_hosts(tmp_path_factory):
     folder, port = tmp_path_factory.mktemp("hosts") / "run", free_port()
     ranks = [start("rank", folder, i, port, "start") for i in range(2)]
     done = [r.communicate(timeout=600) for r in ranks]
-    assert [r.returncode for r in ranks] == [0, 0], done
+    for rank, output in zip(ranks, done, strict=True):
+        assert rank.returncode == 0, "\n".join(output)
     return folder, [out for out, _ in done]
 
 
@@ -181,7 +191,8 @@ def test_two_hosts_stop_before_the_same_step_and_go_on_even_if_one_dies(tmp_path
 
     def ends(*whats: str) -> list[dict[str, Any]]:
         both = session(*whats)
-        assert [status for status, *_ in both] == [0, 0], both
+        for status, *output in both:
+            assert status == 0, "\n".join(output)
         first, second = (json.loads(out.splitlines()[-1]) for _, out, _ in both)
         assert first == second
         return first
