@@ -147,7 +147,7 @@ def drawn(rows: list[dict[str, Any]]) -> None:
         if row["kind"] == "step":
             [row[name] for name in of_step]
         if row["kind"] == "growth":
-            row["grew"], row["crossing"]["exactness"]
+            str([row["grew"], row["crossing"]["exactness"]])
 
 
 @pytest.mark.slow

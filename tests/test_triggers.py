@@ -153,8 +153,12 @@ def test_an_end_is_recorded_by_the_session_after_the_one_that_was_killed(
     def running() -> Any:
         return train(PLAN, feed(PLAN), run=tmp_path, options=options, cache=cache)
 
-    first = list(watch(running(), PLAN, run=tmp_path))
-    assert not first[-1].finished and Run(tmp_path).checkpoints()[-1].name == "00000005-00"
+    *_, last = watch(running(), PLAN, run=tmp_path)
+    assert (
+        isinstance(last, End)
+        and not last.finished
+        and Run(tmp_path).checkpoints()[-1].name == "00000005-00"
+    )
     assert Run(tmp_path).plan() == PLAN
     # Killed before anybody has its record, and again when it is in the journal
     for journaled in (False, True):
@@ -177,7 +181,9 @@ def test_a_run_that_stops_at_the_end_of_its_last_stage_records_that(cache, tmp_p
     for _ in range(3):
         records = train(short, feed(short), run=tmp_path, options=OPTIONS, cache=cache)
         rows = list(watch(records, short, run=tmp_path))
-        ends.append((len([r for r in rows if isinstance(r, Ended)]), rows[-1].finished))
+        last = rows[-1]
+        assert isinstance(last, End)
+        ends.append((len([r for r in rows if isinstance(r, Ended)]), last.finished))
     assert ends == [(1, False), (0, True), (0, True)]
     assert [row["kind"] for row in Run(tmp_path).rows()].count("ended") == 1
 
