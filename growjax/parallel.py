@@ -8,9 +8,11 @@ A `Layout` gives the sizes of the mesh axes:
 - `tensor`: devices that split the heads, the MLP and the vocabulary, and send activations instead.
 - `experts`: devices that split the experts of a mixture; each runs its own experts on the tokens of all
   of them. A mesh has this axis only where its size is above 1.
+- `context`: devices that split each sequence: its activations, and the queries of attention, for which
+  they gather all keys (`growjax.nn.split`). A mesh has this axis only where its size is above 1.
 
-Sequences are split over `data`, `fsdp` and `experts`. `jax.pmap` is not used: JAX only maintains it, and
-it has no such meshes.
+The sequences of a batch are split over `data`, `fsdp` and `experts`. `jax.pmap` is not used: JAX only
+maintains it, and it has no such meshes.
 """
 
 import atexit
@@ -36,6 +38,7 @@ from growjax.axes import Slot, axes_of, find, get, put
 from growjax.errors import LayoutError
 from growjax.nn import Stacked
 from growjax.nn.experts import Experts, Placement
+from growjax.nn.place import CONTEXT
 from growjax.values import Range, Size, check, register
 
 
@@ -62,12 +65,13 @@ class Layout:
     - `tensor`: the number of devices that share one layer's heads and units.
     - `experts`: the number of devices that share the experts of a mixture, as far as it divides them.
     - `step`: "auto" lets the compiler place the collectives, from the shardings; "shard_map" writes
-      them out, and needs `fsdp`, `tensor` and `experts` at 1.
+      them out, and needs all other sizes but `data` at 1.
     - `own_paths`: each replica draws a sub-network of its own ("shard_map" only).
     - `remat`: what training keeps of the forward pass for the backward pass, which recomputes the rest:
       "none" recomputes nothing, "dots" all but matrix products, "full" everything; "offload" is "dots"
       with the products in the host's memory; "model" is the model's own choice.
     - `unroll`: the number of layers that are compiled in a row, in each iteration of the scan.
+    - `context`: the number of devices that share one sequence, whose length they must divide.
 
     Raises `LayoutError` for fields that are invalid or do not fit together.
 
@@ -84,42 +88,43 @@ class Layout:
     experts: Annotated[int, Range(_DEVICES, lambda n: 0 < n < 2**31)] = 1
     remat: Literal["model", "none", "dots", "full", "offload"] = "model"
     unroll: Size = 1
+    context: Annotated[int, Range(_DEVICES, lambda n: 0 < n < 2**31)] = 1
 
     def __post_init__(self):
         check(self, LayoutError, "this layout cannot be used:", self._faults)
 
     def _faults(self) -> Iterator[str]:
-        if self.step == "shard_map" and (self.fsdp, self.tensor, self.experts) != (1, 1, 1):
-            yield "step: 'shard_map' is for replicas alone; set fsdp, tensor and experts to 1"
+        shared = self.fsdp, self.tensor, self.experts, self.context
+        if self.step == "shard_map" and shared != (1, 1, 1, 1):
+            yield "step: 'shard_map' is for replicas alone; set fsdp, tensor, experts and context to 1"
         if self.own_paths and self.step != "shard_map":
             yield "own_paths: only replicas under step='shard_map' can differ"
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """`data`, `fsdp` and `tensor`, and `experts` if it is above 1."""
-        return self.data, *self._shared
+        """`data`, `fsdp` and `tensor`, and those of `experts` and `context` that are above 1."""
+        return tuple(getattr(self, axis) for axis in self.axes)
 
     @property
     def axes(self) -> tuple[str, ...]:
         """The names of these sizes in the mesh."""
-        return (*AXES, EXPERTS) if self.experts > 1 else AXES
+        return (*AXES, *(axis for axis in (EXPERTS, CONTEXT) if getattr(self, axis) > 1))
 
     @property
-    def _shared(self) -> tuple[int, ...]:
-        """The sizes of all axes but `data`."""
-        return (self.fsdp, self.tensor, self.experts)[: len(self.axes) - 1]
+    def shared(self) -> int:
+        """The number of devices of one replica."""
+        return math.prod(self.sizes[1:])
 
     def resolved(self, devices: int) -> tuple[int, ...]:
         """The sizes for a number of devices; raises `LayoutError` if they do not multiply to it."""
-        shared = math.prod(self._shared)
-        data = devices // shared if self.data == -1 else self.data
-        if data * shared != devices:
+        data = devices // self.shared if self.data == -1 else self.data
+        if data * self.shared != devices:
             names = " x ".join(self.axes[1:])
             sizes = " x ".join(map("=".join, zip(self.axes, map(str, self.sizes), strict=True)))
             raise LayoutError(
                 f"{sizes} does not make {devices} devices; data=-1 fits if {names} divides them"
             )
-        return data, *self._shared
+        return data, *self.sizes[1:]
 
     @property
     def _types(self) -> tuple[AxisType, ...]:
@@ -131,6 +136,13 @@ class Layout:
         """The mesh over these devices (by default all, of every host)."""
         devices = jax.devices() if devices is None else devices
         sizes = self.resolved(len(devices))
+        hosts = len({device.process_index for device in devices})
+        parts = len(devices) // (self.tensor * self.context)
+        if parts % hosts:
+            raise LayoutError(
+                f"{hosts} hosts cannot share {parts} parts of a batch: each reads rows of its own, so "
+                "tensor and context must stay within one; make data or fsdp larger"
+            )
         try:
             return jax.make_mesh(sizes, self.axes, axis_types=self._types, devices=devices)
         except NotImplementedError:

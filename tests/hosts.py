@@ -80,7 +80,7 @@ def layouts(folder: Path) -> None:
     ways = {
         "one": (Layout(), 1),
         "replicas": (Layout(step="shard_map"), 8),
-        "fsdp": (Layout(fsdp=8), 8),
+        "context": (Layout(fsdp=4, context=2), 8),
         "both": (Layout(fsdp=2, tensor=2), 8),
     }
     losses_of = {
@@ -95,7 +95,8 @@ def layouts(folder: Path) -> None:
     for path in halfway:
         if path.name > "00000001-00":
             shutil.rmtree(path)
-    losses_of["resumed"] = losses(short(Layout(fsdp=2)), devices=devices[:2], run=folder / "both")
+    split = short(Layout(context=2))
+    losses_of["resumed"] = losses(split, devices=devices[:2], run=folder / "both")
     own = short(Layout(step="shard_map", own_paths=True))
     losses_of["own paths"] = losses(own, devices=devices)
 

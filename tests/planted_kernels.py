@@ -14,17 +14,44 @@ TABLE = """
 - of_keys = jnp.zeros(keys, jnp.int32) if mask.documents is None else mask.documents
 + of_keys = jnp.zeros(keys, jnp.int32)
 @ a kernel's window is one too wide | nn/splash.py | kernels | all_scores_give and documents
-- return masks.LocalMask((queries, keys), (window - 1, right), 0)
-+ return masks.LocalMask((queries, keys), (window, right), 0)
+- pattern = masks.LocalMask(shape, (window - 1, 0 if mask.causal else window - 1), 0)
++ pattern = masks.LocalMask(shape, (window, 0 if mask.causal else window - 1), 0)
 @ keys of the prefix count twice | nn/splash.py | kernels | all_scores_give and prefix
 - seen = np.where(columns[None, :] < keys, key <= query, key > query)
 + seen = np.where(columns[None, :] < keys, key <= query, key >= query)
 @ everything behind a query is its prefix | nn/splash.py | kernels | all_scores_give and prefix
 - of_keys = jnp.concatenate([of_keys, jnp.where(prefix, of_keys, _NOWHERE)])
 + of_keys = jnp.concatenate([of_keys, of_keys])
-@ every device computes all heads | nn/kernels.py | kernels | split_over_devices
-- heads[i] = "tensor"
-+ heads[i] = None
+@ every device computes all heads | nn/split.py | kernels | split_over_devices
+- return ("tensor", None) if i == 0 else (None, "tensor")
++ return None, None
+@ queries of another device count from 0 | nn/split.py | context | attention_of
+- body(part, k, v, dataclasses.replace(mask, first=first), bias)
++ body(part, k, v, dataclasses.replace(mask, first=firsts[0]), bias)
+@ biases of the first heads on every device | nn/split.py | context | attention_of
+- first = jax.lax.axis_index(axis) * count
++ first = 0 * jax.lax.axis_index(axis)
+@ outputs stay where halves were dealt | nn/split.py | context | attention_of
+- return _returned(kernel(_dealt(q, ways), k, v, rest), ways)
++ return kernel(_dealt(q, ways), k, v, rest)
+@ the kernel counts dealt queries in order | nn/splash.py | context | attention_of
+- pattern.q_sequence = places
++ pattern.q_sequence = np.sort(places)
+@ halves are dealt in order | nn/split.py | context | equally_many
+- homes = [min(half, last - half) for half in range(2 * devices)]
++ homes = [half // 2 for half in range(2 * devices)]
+@ every device reads the losses of all | nn/head.py | context | whole_sequence
+- return jax.lax.with_sharding_constraint(parts, own)
++ return jax.lax.with_sharding_constraint(parts, NamedSharding(own.mesh, PartitionSpec()))
+@ activations are whole on every device | programs/step.py | context | whole_sequence
+- return rows if ways == 1 else jax.tree.map(split, rows)
++ return rows
+@ drawn tokens that devices cannot share | plan/worked.py | context | before_the_first_step
+- if uneven := sorted(n for n in counts if n < longest and n % ways):
++ if uneven := sorted(n for n in counts if n < 0):
+@ lengths that devices cannot share | plan/worked.py | context | before_the_first_step
+- if any(length % ways for length in lengths.values()):
++ if any(length % ways for length in ()):
 @ the machine decides and not the target | nn/place.py | kernels | platform_that_is_compiled_for
 - if _PLACE.value is not None:
 + if _PLACE.value is None:

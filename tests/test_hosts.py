@@ -59,14 +59,14 @@ def layouts(tmp_path_factory):
     return json.loads(out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("way", ["replicas", "fsdp", "both"])
+@pytest.mark.parametrize("way", ["replicas", "context", "both"])
 def test_every_layout_gives_the_same_losses(layouts, way):
     one, losses = layouts["losses"]["one"], layouts["losses"][way]
     assert len(one) == 4 + 2 and losses == pytest.approx(one, abs=3e-5)
 
 
 def test_a_run_goes_on_with_fewer_devices(layouts):
-    """Saved on eight devices, split two ways; gone on from step 1 on two."""
+    """Saved on eight devices, split two ways; gone on from step 1 on two, which share the sequences."""
     one, resumed = layouts["losses"]["one"], layouts["losses"]["resumed"]
     assert resumed == pytest.approx(one[1:], abs=3e-5)
 

@@ -160,7 +160,7 @@ def dry_run(plan: Plan, *, devices: int | None = None) -> DryRun:
     layout = plan.layout
     if devices is not None and devices < 1:
         raise LayoutError(f"devices: expected a positive number, got {devices}")
-    devices = devices or max(layout.data, 1) * layout.fsdp * layout.tensor * layout.experts
+    devices = devices or max(layout.data, 1) * layout.shared
     mesh, refusals = None, []
     try:
         mesh = layout.outline(devices)

@@ -180,7 +180,8 @@ def usage(plan: Plan, index: int, part: Subnet | None, devices: int, *, training
         return Use(state, 0, 0)
     sums = per_device_bytes(shapes.trained, where.trained) if plan.accumulate > 1 else 0
     rows = math.ceil(span.batch / plan.accumulate / row_parts(mesh))  # on one device, at a time
-    return Use(state, sums, rows * residual_bytes(span, part, plan.loss))
+    residuals = rows * residual_bytes(span, part, plan.loss)
+    return Use(state, sums, residuals // plan.layout.context)
 
 
 def residual_bytes(span: Span, part: Subnet | None, loss: Loss = cross_entropy) -> int:
@@ -223,9 +224,8 @@ def _options(plan: Plan, index: int, devices: int, *, training: bool) -> dict[st
     options: dict[str, Sequence[Any]] = {}
     if layout.step == "auto":
         doubled = _doubled(layout.fsdp, devices)
-        options["fsdp"] = [
-            n for n in doubled if devices % (n * layout.tensor * layout.experts) == 0
-        ]
+        others = layout.shared // layout.fsdp
+        options["fsdp"] = [n for n in doubled if devices % (n * others) == 0]
     if not training:
         return options
     ways = row_parts(layout.outline(devices))

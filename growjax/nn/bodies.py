@@ -23,6 +23,7 @@ from growjax.errors import AxisError, raise_all
 from growjax.nn.kernels import cudnn_attention, obstacle
 from growjax.nn.mask import ALL, Mask
 from growjax.nn.place import SHAPES, Place, current
+from growjax.nn.split import in_parts, odd_lengths
 
 
 Body = Literal["auto", "einsum", "blockwise", "splash", "cudnn"]
@@ -65,19 +66,21 @@ def attend(
     if body not in get_args(Body):
         raise AxisError(f"body: expected one of {', '.join(get_args(Body))}, got {body!r}")
     shape = (*queries.shape[:3], keys.shape[1])
+    place = current()
     faults = mask.misfits(*shape[2:])
+    if place is not None and place.context > 1:
+        faults += odd_lengths(place.context, queries=shape[2], keys=shape[3])
     if bias is not None and not callable(bias) and bias.shape != shape:
         faults.append(f"bias: expected {list(shape)}, got {list(bias.shape)}")
     raise_all(AxisError, "attention cannot be computed with these:", faults)
-    place = current()
     if body == "auto":
         body = _chosen(queries, keys, mask, bias, cap, place)
-    elif body in ("splash", "cudnn") and (reason := obstacle(body, queries, mask, bias, cap)):
+    elif body in ("splash", "cudnn") and (
+        reason := obstacle(body, queries, mask, bias, cap, place)
+    ):
         raise AxisError(f"body: {body!r} cannot compute this attention; take 'auto'. {reason}")
     if place == SHAPES and body in ("splash", "cudnn"):
         body = "blockwise"  # which has the FLOPs and residuals of every kernel
-    if body == "einsum":
-        return _einsum(queries, keys, values, mask, bias, cap)
     if body in ("splash", "cudnn"):
         place = place or Place(jax.default_backend())
         width: Any = mask.window
@@ -91,9 +94,13 @@ def attend(
         from growjax.nn.splash import splash_attention
 
         return splash_attention(queries, keys, values, mask, cap=cap, **fixed)
-    if bias is not None and not callable(bias):
+    split = place is not None and place.context > 1
+    if bias is not None and not callable(bias) and (body == "blockwise" or split):
         bias = jax.tree_util.Partial(_slice, bias)
-    return blockwise_attention(queries, keys, values, mask, bias, TILE, cap)
+    plain = functools.partial(_einsum if body == "einsum" else _tiles, cap=cap)
+    if split:
+        return in_parts(plain, place, queries, keys, values, mask, bias)
+    return plain(queries, keys, values, mask, bias)
 
 
 def _chosen(queries, keys, mask, bias, cap, place) -> Body:
@@ -101,7 +108,7 @@ def _chosen(queries, keys, mask, bias, cap, place) -> Body:
     if queries.shape[2] * keys.shape[1] < LONG:
         return "einsum"
     kernel = None if place is None else KERNELS.get(place.platform)
-    if kernel is None or obstacle(kernel, queries, mask, bias, cap):
+    if kernel is None or obstacle(kernel, queries, mask, bias, cap, place):
         return "blockwise"
     return kernel
 
@@ -112,13 +119,17 @@ def _einsum(queries, keys, values, mask, bias, cap=None):
     scores = jnp.einsum("kgtd,ksd->kgts", queries, keys).astype(_wide(queries))
     scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     if bias is not None:
-        some = bias(rows, columns) if callable(bias) else bias
+        some = bias(mask.places(rows), columns) if callable(bias) else bias
         scores = scores + jnp.asarray(some, scores.dtype)
-    seen = mask.tile(rows, columns, whole=True)
+    seen = mask.tile(rows, columns, whole=mask.first is None)
     if seen is not None:
         scores = jnp.where(seen, scores, _unseen(scores))
     weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
     return jnp.einsum("kgts,ksd->kgtd", weights, values)
+
+
+def _tiles(queries, keys, values, mask, bias, cap):
+    return blockwise_attention(queries, keys, values, mask, bias, TILE, cap)
 
 
 # Blockwise -----------------------------------------------------------------------------------------
@@ -205,7 +216,7 @@ def _backward_rule(tile, cap, residuals, gradient):
             d_scores = weights * (product("kgtd,ksd->kgts", d_out, v_block) - average[..., None])
             d_scores = d_scores if seen is None else jnp.where(seen, d_scores, 0)
             if bias is not None:
-                places = _places(i, tile), _places(j, tile)
+                places = mask.places(_places(i, tile)), _places(j, tile)
                 _, pull = jax.vjp(lambda b: b(*places).astype(wide), bias)
                 db = jax.tree.map(jnp.add, db, pull(d_scores)[0])
             d_scores = d_scores if slope is None else d_scores * slope
@@ -241,7 +252,7 @@ def _tile(queries, keys, mask, bias, i, j, tile, total, cap):
         bent = jnp.tanh(scores / cap)
         scores, slope = cap * bent, 1 - bent * bent
     if bias is not None:
-        scores = scores + bias(rows, columns).astype(scores.dtype)
+        scores = scores + bias(mask.places(rows), columns).astype(scores.dtype)
     seen = mask.tile(rows, columns)
     if total % tile:
         real = (columns < total)[None, :]

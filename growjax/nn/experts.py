@@ -36,6 +36,7 @@ from growjax.errors import AxisError, raise_all
 from growjax.gates import Gate, gated
 from growjax.nn.linear import normal
 from growjax.nn.mlp import ACTIVATIONS, MLP
+from growjax.nn.place import CONTEXT
 
 
 ExpertBody = Literal["auto", "dense", "ragged", "gathered"]
@@ -384,16 +385,19 @@ def _batched(args, dims, **params):
         # Each has weights of its own (a stack of models): one after the other
         each = tuple(map(leading, args, dims))
         return jax.lax.map(lambda args: _experts_p.bind(*args, **params), each), 0
-    # The tokens of all sequences as one list
     rows = [leading(a, d) for a, d in zip(args[:3], dims[:3], strict=True)]
-    x, chosen, mix = (a.reshape(-1, *a.shape[2:]) for a in rows)
     placement = params["placement"]
     if placement is not None and size % placement.parts == 0:
         weights = jax.tree.unflatten(params["structure"], args[3:])
-        out = _split(params["activation"], placement, x, chosen, mix, weights)
-    else:
-        out = _experts_p.bind(x, chosen, mix, *args[3:], **params)
+        return _split(params["activation"], placement, *rows, weights), 0
+    # The tokens of all sequences as one list
+    out = _experts_p.bind(*map(_flat, rows), *args[3:], **params)
     return out.reshape(size, -1, out.shape[-1]), 0
+
+
+def _flat(x):
+    """The tokens of several sequences as one list."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 def _split(activation, placement: Placement, x, chosen, mix, weights: _Weights):
@@ -407,6 +411,8 @@ def _split(activation, placement: Placement, x, chosen, mix, weights: _Weights):
     units = "tensor" if tensor > 1 and weights.up.shape[-1] % tensor == 0 else None
 
     def of_device(x, chosen, mix, weights):
+        shape = x.shape
+        x, chosen, mix = map(_flat, (x, chosen, mix))
         if experts:
             x, chosen, mix = (jax.lax.all_gather(a, experts, tiled=True) for a in (x, chosen, mix))
             first = jax.lax.axis_index(experts) * weights.up.shape[0]
@@ -418,9 +424,10 @@ def _split(activation, placement: Placement, x, chosen, mix, weights: _Weights):
             weights = weights._replace(down_bias=jnp.where(once, weights.down_bias, 0))
         y = _sorted(activation, x, chosen, mix, weights)
         y = jax.lax.psum(y, units) if units else y
-        return jax.lax.psum_scatter(y, experts, tiled=True) if experts else y
+        y = jax.lax.psum_scatter(y, experts, tiled=True) if experts else y
+        return y.reshape(shape)
 
-    rows = PartitionSpec(placement.rows)
+    rows = PartitionSpec(placement.rows, CONTEXT if placement.size(CONTEXT) > 1 else None)
     partitions = _Weights(
         up=(experts, None, units),
         down=(experts, units, None),

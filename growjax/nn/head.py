@@ -14,10 +14,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from growjax.errors import AxisError, raise_all
 from growjax.gates import Gate
+from growjax.nn.place import CONTEXT, Place, current
+from growjax.nn.split import odd_lengths
 
 
 # From so many logits of one sequence on, they are computed in chunks: 32 MiB of them
@@ -130,6 +133,40 @@ def per_token(
 
         losses = per_token(cross_entropies, readout, targets)     # [T]
     """
+    place = current()
+    if place is not None and place.context > 1:
+        return _per_device(function, readout, *rows, chunk=chunk, place=place)
+    return _in_chunks(function, readout, *rows, chunk=chunk)
+
+
+def _per_device(
+    function: Callable[..., Any], readout: Readout, *rows: Any, chunk: int | None, place: Place
+) -> Any:
+    """Each part of a sequence that is split over `context` by itself: its chunks are on one device."""
+    ways, tokens = place.context, readout.hidden.shape[0]
+    raise_all(AxisError, "this sequence cannot be read:", odd_lengths(ways, tokens=tokens))
+    own = NamedSharding(place.mesh, PartitionSpec(CONTEXT))  # type: ignore[arg-type]
+
+    def split(x: Array, axis: int = 0) -> Array:
+        """The parts as a leading axis."""
+        shape = x.shape[:axis] + (ways, tokens // ways) + x.shape[axis + 1 :]
+        parts = jnp.moveaxis(x.reshape(shape), axis, 0)
+        return jax.lax.with_sharding_constraint(parts, own)
+
+    def of_part(hidden: Array, exits: Array | None, *rows: Any) -> Any:
+        part = dataclasses.replace(readout, hidden=hidden, exits=exits)
+        return _in_chunks(function, part, *rows, chunk=chunk)
+
+    exits = None if readout.exits is None else split(readout.exits, 1)
+    arrays = split(readout.hidden), exits, *jax.tree.map(split, rows)
+    results = jax.vmap(of_part, spmd_axis_name=CONTEXT)(*arrays)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+
+def _in_chunks(
+    function: Callable[..., Any], readout: Readout, *rows: Any, chunk: int | None
+) -> Any:
+    """`per_token` of tokens that are on one device, or not split by `context`."""
     if readout.exits is not None:
         return _per_exit(function, readout, *rows, chunk=chunk)
     tokens = readout.hidden.shape[0]
@@ -166,7 +203,7 @@ def _per_exit(function: Callable[..., Any], readout: Readout, *rows: Any, chunk:
     hidden = readout.exits.reshape(count * tokens, -1)
     long = dataclasses.replace(readout, hidden=hidden, exits=None, weights=())
     tiled = jax.tree.map(lambda x: jnp.concatenate([x] * count), rows)
-    results = per_token(function, long, *tiled, chunk=chunk)
+    results = _in_chunks(function, long, *tiled, chunk=chunk)
 
     def total(x: Array) -> Array:
         # Not a product of matrices, which would be counted

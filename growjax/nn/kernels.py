@@ -2,27 +2,29 @@
 
 Both are flash attention (Dao et al., 2022): no score is written to memory, forward or backward. What they
 can compute is less than what `growjax.nn.bodies` can: `obstacle` names what is in the way. Arrays that
-are split over a mesh are handed to the kernel device by device (`jax.shard_map`), each with its own
-sequences and heads: the compiler cannot split a kernel itself. `jax.vmap` over sequences says by its
-`spmd_axis_name` how these are split.
+are split over a mesh are handed to the kernel device by device (`growjax.nn.split`).
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from growjax.nn.mask import Mask
 from growjax.nn.place import Place
+from growjax.nn.split import by_device
 
 
 def obstacle(
-    body: str, queries: Array, mask: Mask, bias: Any, cap: float | None = None
+    body: str,
+    queries: Array,
+    mask: Mask,
+    bias: Any,
+    cap: float | None = None,
+    place: Place | None = None,
 ) -> str | None:
     """The reason why a kernel cannot compute this attention; None if it can.
 
@@ -38,6 +40,8 @@ def obstacle(
     if mask.window is not None and not isinstance(mask.window, int | np.integer):
         return "mask.window: the kernel is compiled for one width, and this one is an array"
     if body == "cudnn":
+        if place is not None and place.context > 1:
+            return "context: the kernel counts the places of queries from 0"
         if cap is not None:
             return "cap: the kernel does not bend scores"
         for name in ("keys", "prefix", "documents"):
@@ -48,33 +52,6 @@ def obstacle(
         if queries.shape[-1] % 8:
             return f"head_dim: expected a multiple of 8, got {queries.shape[-1]}"
     return None
-
-
-def by_device(
-    kernel: Callable[..., Array], place: Place, q: Array, k: Array, v: Array, rest: Any
-) -> Array:
-    """`kernel(q, k, v, rest)` on the heads of each device, as the layout splits them over `tensor`.
-
-    The arrays are those of one sequence; `rest` is a tree that every device gets whole.
-    """
-    if place.mesh is None:
-        return kernel(q, k, v, rest)
-    ways = place.mesh.shape.get("tensor", 1)
-    heads: list[str | None] = [None, None]
-    if ways > 1:
-        for i in (0, 1):
-            if q.shape[i] % ways == 0:
-                heads[i] = "tensor"
-                break
-    of_keys = PartitionSpec(heads[0])
-    return jax.shard_map(
-        kernel,
-        mesh=place.mesh,
-        in_specs=(PartitionSpec(*heads), of_keys, of_keys, PartitionSpec()),
-        out_specs=PartitionSpec(*heads),
-        # The outputs of a kernel do not say over which axes they vary
-        check_vma=False,
-    )(q, k, v, rest)
 
 
 # Under this name `growjax.cost` counts its FLOPs

@@ -21,6 +21,8 @@ class Mask(eqx.Module):
     - `keys`: keys that are real tokens.
     - `documents`: keys with the query's own number (documents packed into one sequence).
     - `pairs`: any other choice, pair by pair; of size `[T, S]`, so for short sequences.
+    - `first`: the place of the first query, where the queries are a part of the sequence. The other
+      fields are still those of the whole sequence.
 
     **Example**
 
@@ -33,14 +35,17 @@ class Mask(eqx.Module):
     keys: Bool[Array, " S"] | None = None
     documents: Int[Array, " S"] | None = None
     pairs: Bool[Array, "#T S"] | None = None
+    first: Int[Array, ""] | None = None
 
     def tile(
         self, rows: Int[Array, " t"], columns: Int[Array, " s"], *, whole: bool = False
     ) -> Bool[Array, "#t #s"] | None:
         """The part of the mask with these rows and columns; None where everything is seen.
 
-        `whole` says that they are all rows and all columns, in order: nothing is gathered then.
+        Rows are counted from `first`. `whole` says that they are all rows and all columns, in order:
+        nothing is gathered then.
         """
+        rows = self.places(rows)
 
         def at(values: Array, places: Array) -> Array:
             if whole:
@@ -69,6 +74,10 @@ class Mask(eqx.Module):
         for condition in conditions[1:]:
             seen = seen & condition
         return seen
+
+    def places(self, rows: Int[Array, " t"]) -> Int[Array, " t"]:
+        """The places of some queries in the sequence, which are counted from `first`."""
+        return rows if self.first is None else rows + self.first
 
     def of(self, places: Int[Array, " s"]) -> "Mask":
         """The mask between some places of one sequence, in order; it must have no window."""
@@ -116,6 +125,7 @@ class Mask(eqx.Module):
         By position alone, so attention can skip the keys outside of this range.
         """
         low, high = 0, keys
+        first = first if self.first is None else first + self.first
         if self.window is not None:
             low = jnp.maximum(first - self.window + 1, 0)
             high = jnp.minimum(first + count - 1 + self.window, keys)

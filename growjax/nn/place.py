@@ -13,6 +13,10 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 
+# The axis of a mesh that sequences are split over
+CONTEXT = "context"
+
+
 class Place(NamedTuple):
     """Where a program will run.
 
@@ -23,6 +27,11 @@ class Place(NamedTuple):
 
     platform: str
     mesh: Mesh | None = None
+
+    @property
+    def context(self) -> int:
+        """The number of devices that one sequence is split over."""
+        return 1 if self.mesh is None else self.mesh.shape.get(CONTEXT, 1)
 
 
 # Nothing will run: shapes and FLOPs are counted, and kernels need not be there

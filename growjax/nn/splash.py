@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from growjax.nn.bodies import SAVED
-from growjax.nn.kernels import by_device
 from growjax.nn.mask import Mask
-from growjax.nn.place import Place
+from growjax.nn.place import CONTEXT, Place
+from growjax.nn.split import balances, by_device, firsts_of, heads_of_device
 
 
 # The sides that the kernel's tiles may have: multiples of a TPU's 128 lanes
@@ -46,33 +47,56 @@ def splash_attention(
 
     `window` is that of the mask, whose own is None: the kernel is compiled for one width.
     """
-    length, total = queries.shape[2], keys.shape[1]
-    tile_q, tile_k = _side(length), _side(total)
-    q, k, v = _padded(queries, 2, tile_q), _padded(keys, 1, tile_k), _padded(values, 1, tile_k)
-    pattern = _pattern(mask, window, q.shape[2], k.shape[1])
-    segments = _segments(mask, length, total, tile_q, tile_k)
-    if mask.prefix is not None:
-        # A query sees keys up to its own place, and any of the prefix behind it. These are disjoint, so
-        # one softmax over two copies of the keys has both.
-        k, v = (jnp.concatenate([x, x], 1) for x in (k, v))
+    length, total, ways = queries.shape[2], keys.shape[1], place.context
+    tile_q, tile_k = _side(length // ways), _side(total)
+    balanced = balances(mask.causal, window, length, ways)
+    places = _places(length, ways, balanced, tile_q)
+    extra = -total % tile_k
+    copies = 2 if mask.causal and mask.prefix is not None else 1
+    pattern = _pattern(mask, window, places, total + extra)
+    segments = _segments(mask, places, total, tile_k)
+    run: Any = splash.make_splash_mha(
+        masks.MultiHeadMask([pattern] * heads_of_device(place, queries)),
+        block_sizes=_sizes(tile_q, tile_k, copies * (total + extra), keys.shape[2]),
+        head_shards=1,
+        q_seq_shards=ways,
+        attn_logits_soft_cap=cap,
+        residual_checkpoint_name=SAVED,
+        interpret=place.platform != "tpu",
+    )
 
-    def kernel(q, k, v, segments):
+    def kernel(q, k, v, rest):
         """Of one sequence, on one device."""
-        heads = q.shape[0] * q.shape[1]
-        run: Any = splash.make_splash_mha(
-            masks.MultiHeadMask([pattern] * heads),
-            block_sizes=_sizes(tile_q, tile_k, k.shape[1], k.shape[2]),
-            head_shards=1,
-            q_seq_shards=1,
-            attn_logits_soft_cap=cap,
-            residual_checkpoint_name=SAVED,
-            interpret=place.platform != "tpu",
-        )
+        run, segments = rest
+        shape = q.shape
+        q, k, v = _padded(q, 2, tile_q), _padded(k, 1, tile_k), _padded(v, 1, tile_k)
+        # A query sees keys up to its own place, and any of a prefix behind it. These are disjoint, so one
+        # softmax over two copies of the keys has both.
+        k, v = (jnp.concatenate([x] * copies, 1) for x in (k, v))
         # Query heads that share a key head are neighbours
-        return run(q.reshape(heads, *q.shape[2:]), k, v, segments).reshape(q.shape)
+        out = run(q.reshape(-1, *q.shape[2:]), k, v, segments).reshape(q.shape)
+        return out[:, :, : shape[2]]
 
-    out = by_device(kernel, place, q, k, v, segments)
-    return out[:, :, :length]
+    specs: Any = PartitionSpec()
+    if ways > 1:
+        assert place.mesh is not None
+        rows = PartitionSpec(CONTEXT)
+        of_run = run.manual_sharding_spec(NamedSharding(place.mesh, PartitionSpec(None, CONTEXT)))
+        specs = of_run, segments and splash.SegmentIds(rows, PartitionSpec())
+    return by_device(
+        kernel, place, queries, keys, values, (run, segments), specs=specs, balanced=balanced
+    )
+
+
+def _places(length: int, devices: int, balanced: bool, tile: int) -> np.ndarray:
+    """The places of the queries in the order in which devices attend from them, each filled up to tiles.
+
+    What is filled up counts as the last place.
+    """
+    firsts = firsts_of(length, devices, balanced)
+    part = length // firsts.size
+    own = (firsts[:, :, None] + np.arange(part, dtype=np.int32)).reshape(devices, -1)
+    return np.pad(own, ((0, 0), (0, -own.shape[1] % tile)), constant_values=length - 1).reshape(-1)
 
 
 def _side(length: int) -> int:
@@ -109,15 +133,16 @@ def _sizes(tile_q: int, tile_k: int, total: int, head_dim: int) -> splash.BlockS
 class _Behind(masks.Mask):
     """Keys up to the query's place, then a second copy of the keys, of which those after it."""
 
-    def __init__(self, queries: int, keys: int, window: int | None):
-        self.shape_, self.window = (queries, 2 * keys), window
+    def __init__(self, places: np.ndarray, keys: int, window: int | None):
+        self.places, self.window = places, window
+        self.shape_ = (places.size, 2 * keys)
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.shape_
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        rows, columns = (np.arange(n)[i] for n, i in zip(self.shape_, index, strict=True))
+        rows, columns = self.places[index[0]], np.arange(self.shape_[1])[index[1]]
         keys = self.shape_[1] // 2
         query, key = rows[:, None], columns[None, :] % keys
         seen = np.where(columns[None, :] < keys, key <= query, key > query)
@@ -126,33 +151,37 @@ class _Behind(masks.Mask):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Behind):
             return NotImplemented
-        return (self.shape_, self.window) == (other.shape_, other.window)
+        mine, theirs = (m.shape_ + (m.window, m.places.tobytes()) for m in (self, other))
+        return mine == theirs
 
     def __hash__(self) -> int:
-        return hash((_Behind, self.shape_, self.window))
+        return hash((_Behind, self.shape_, self.window, self.places.tobytes()))
 
 
-def _pattern(mask: Mask, window: int | None, queries: int, keys: int) -> masks.Mask:
+def _pattern(mask: Mask, window: int | None, places: np.ndarray, keys: int) -> masks.Mask:
     """What a mask says by position alone, from which the kernel knows the tiles to skip."""
+    shape = places.size, keys
     if mask.prefix is not None and mask.causal:
-        return _Behind(queries, keys, window)
-    if window is not None:
-        right = 0 if mask.causal else window - 1
-        return masks.LocalMask((queries, keys), (window - 1, right), 0)
-    if mask.causal:
-        return masks.CausalMask((queries, keys))
-    return masks.FullMask((queries, keys))
+        return _Behind(places, keys, window)
+    if window is None and not mask.causal:
+        return masks.FullMask(shape)
+    if window is None:
+        pattern = masks.CausalMask(shape)
+    else:
+        pattern = masks.LocalMask(shape, (window - 1, 0 if mask.causal else window - 1), 0)
+    pattern.q_sequence = places
+    return pattern
 
 
-def _segments(
-    mask: Mask, queries: int, keys: int, tile_q: int, tile_k: int
-) -> splash.SegmentIds | None:
+def _segments(mask: Mask, places: np.ndarray, keys: int, tile_k: int) -> splash.SegmentIds | None:
     """Numbers for queries and keys, of which a query sees the equal ones; None where all are equal."""
-    before = mask.causal and queries <= keys  # no query sees the padding behind the keys
+    before = mask.causal and places.max() < keys  # no query sees the padding behind the keys
     if mask.keys is None and mask.documents is None and mask.prefix is None:
         if keys % tile_k == 0 or before:
             return None
-    own = jnp.zeros(queries, jnp.int32) if mask.documents is None else mask.documents
+    own = jnp.zeros(places.size, jnp.int32)
+    if mask.documents is not None:
+        own = mask.documents[places].astype(jnp.int32)
     of_keys = jnp.zeros(keys, jnp.int32) if mask.documents is None else mask.documents
 
     def hidden(numbers: Array, shown: Array | None) -> Int[Array, " S"]:
@@ -164,7 +193,7 @@ def _segments(
     if mask.prefix is not None and mask.causal:
         prefix = jnp.pad(mask.prefix, (0, of_keys.shape[0] - keys))
         of_keys = jnp.concatenate([of_keys, jnp.where(prefix, of_keys, _NOWHERE)])
-    return splash.SegmentIds(_padded(own.astype(jnp.int32), 0, tile_q), of_keys)
+    return splash.SegmentIds(own, of_keys)
 
 
 def _padded(x: Array, axis: int, tile: int) -> Array:

@@ -1,7 +1,7 @@
 """The stages of a plan, worked out from shapes alone: models, steps, costs, and why they cannot run."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import equinox as eqx
@@ -19,9 +19,9 @@ from growjax.maps import fold_in_name
 from growjax.models.protocol import kind_of
 from growjax.optim.divided import Division
 from growjax.optim.partwise import divided
-from growjax.plan.stages import Span, Stage
+from growjax.plan.stages import Span, Stage, Work
 from growjax.plan.steps import Steps
-from growjax.subnet import PathSchedule
+from growjax.subnet import PathSchedule, RandomTokens
 
 
 # `plan` is a `Plan` everywhere here; its class imports this module
@@ -130,6 +130,7 @@ def work_out(plan: Any, faults: list[str] | None = None) -> list[Span]:
                 f"{where}ended: after {stage.ended} steps, and it has at most {len(rows)}"
             )
         faults += [where + fault for fault in _fit_faults(stage, len(rows))]
+        faults += [where + fault for fault in _context_faults(plan, objective, rows)]
         faults += [where + fault for fault in _parts_faults(plan, stage, model, births)]
         tokens += fit_tokens
         works, flops, costs = (tuple(column) for column in zip(*rows, strict=True))
@@ -182,7 +183,11 @@ def shape_faults(plan: Any, batch: int, objective: Objective, model: Any) -> Ite
     if batch % plan.accumulate:
         yield f"batch: {batch} sequences cannot be computed in {plan.accumulate} equal parts"
     shapes = batch_shapes(objective, 1)
-    longest = max(x.shape[1] for x in shapes.values())
+    lengths = {key: x.shape[1] for key, x in shapes.items()}
+    ways, longest = plan.layout.context, max(lengths.values())
+    if any(length % ways for length in lengths.values()):
+        uneven = ", ".join(f"{k} of {n}" for k, n in lengths.items() if n % ways)
+        yield f"layout: context={ways} devices cannot share these sequences evenly: {uneven}"
     # A model without an axis of positions (rotary, say) reads any length
     positions = model_sizes.get("positions", longest)
     if longest > positions:
@@ -201,6 +206,24 @@ def _fit_faults(stage: Stage, steps: int) -> Iterator[str]:
         yield (
             f"grow: {op} is fitted to the first {op.batches} batches of its stage, which has {steps}; "
             "give it fewer, or the stage more tokens"
+        )
+
+
+def _context_faults(
+    plan: Any, objective: Objective, rows: Sequence[tuple[Work, int, int]]
+) -> Iterator[str]:
+    """Numbers of drawn tokens that the devices of a sequence cannot share."""
+    ways = plan.layout.context
+    if ways == 1:
+        return
+    longest = max(x.shape[1] for x in batch_shapes(objective, 1).values())
+    counts = {work.part.count for work, _, _ in rows if isinstance(work.part, RandomTokens)}
+    # Sequences that are not longer are read whole
+    if uneven := sorted(n for n in counts if n < longest and n % ways):
+        numbers = ", ".join(map(str, uneven))
+        yield (
+            f"subnet: layers that read {numbers} tokens cannot be split over "
+            f"context={ways} devices; read a multiple of it"
         )
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from growjax.axes import Slot, partition
@@ -27,7 +27,7 @@ from growjax.gates import opened, ungated
 from growjax.growth import Births, Chain, Fit, Operator
 from growjax.maps import fold_in_name
 from growjax.nn.bodies import KERNELS
-from growjax.nn.place import Place, place_of, running_on
+from growjax.nn.place import CONTEXT, Place, place_of, running_on
 from growjax.optim import Parts, carry, freeze
 from growjax.optim.divided import Division
 from growjax.optim.partwise import divided
@@ -239,15 +239,31 @@ def each_row(
 ) -> Any:
     """The losses and weights of each row, [rows, T] each, traced for the platform that will run them.
 
-    Where that has kernels, and the compiler splits the rest, the kernels are told that rows are split.
-    `replica` says that they are a replica's own, under `shard_map`.
+    Where that has kernels, and the compiler splits the rest, the kernels are told that rows are split; so
+    are all bodies of attention where sequences are split as well. `replica` says that they are a
+    replica's own, under `shard_map`.
     """
     place = place_of(programs.mesh)
     if replica and place is not None:
         place = Place(place.platform)
-    split = row_axes(programs.mesh) if place and place.mesh and _has_kernels(programs) else None
+    split = None
+    if place and place.mesh and (_has_kernels(programs) or place.context > 1):
+        split, rows = row_axes(programs.mesh), _split_sequences(rows, programs.mesh)
     with running_on(place):
         return jax.vmap(loss, spmd_axis_name=split)(rows)
+
+
+def _split_sequences(rows: Any, mesh: Mesh) -> Any:
+    """The rows of a batch, each split over `context` along its first own axis where that divides it."""
+    ways = mesh.shape.get(CONTEXT, 1)
+    where = NamedSharding(mesh, PartitionSpec(row_axes(mesh), CONTEXT))
+
+    def split(x: Any) -> Any:
+        if x.ndim < 2 or x.shape[1] % ways:
+            return x
+        return jax.lax.with_sharding_constraint(x, where)
+
+    return rows if ways == 1 else jax.tree.map(split, rows)
 
 
 def checksums(tree: Any) -> list[Array]:

@@ -122,6 +122,25 @@ def test_a_long_sequence_takes_little_memory():
 
 
 @deep
+@pytest.mark.parametrize("objective", [Causal(2048), PrefixLM(2048)], ids=["causal", "prefix"])
+def test_a_sequence_that_chips_share(objective):
+    """One of 2,048 tokens: the kernel on each chip's queries, and a part of the memory of one chip."""
+    model = dataclasses.replace(GPT, positions=2048, kv_heads=2, position="rotary")
+    memory = {}
+    for layout, batch in (
+        (Layout(fsdp=4), 4),
+        (Layout(context=4), 1),
+        (Layout(context=2, tensor=2), 1),
+    ):
+        step, _ = compiled("v5e:2x2", model, objective, batch=batch, layout=layout)
+        assert step.cycles is not None and step.cycles.kernels > 0
+        assert step.collectives["all-to-all"] == 0
+        memory[layout] = step.temporaries or 0
+    whole, *parts = memory.values()
+    assert max(parts) < 0.6 * whole, memory
+
+
+@deep
 def test_what_is_kept_for_the_backward_pass():
     """The names of `Layout.remat`, by the compiler: memory, and how often attention's kernel runs."""
     programs = {}
