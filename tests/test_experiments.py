@@ -1,15 +1,18 @@
 """The studies at their smallest size: every arm runs, costs what it should, and is reported."""
 
 import dataclasses
+import datetime
 import functools
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
 from experiments import study, training
+from experiments.bench._record import HEADING, recorded
 from experiments.main import main
 from experiments.msg import run as msg
 from experiments.msg.run import released_order
@@ -379,6 +382,24 @@ def test_plans_are_written_with_those_of_second_models(tmp_path, monkeypatch):
 
 
 # Rows out of made-up lines -----------------------------------------------------------------------
+
+
+def test_a_benchmark_adds_its_result_to_the_history():
+    folder = Path(recorded.__code__.co_filename).parent
+    page = (folder / "README.md").read_text()
+    names = {path.stem for path in folder.glob("[a-z]*.py")}
+    assert all(f"| `{name}` |" in page for name in names), names
+    before, day = page.count("\n"), datetime.date(2026, 11, 30)
+    for ratio in (1.01, 1.02):
+        page = recorded(page, "gates", {"ratio": ratio, "goal": 1.03, "why": "a|b"}, day, "2 | 4")
+    lines = page.partition(f"{HEADING}\n")[2].strip().splitlines()
+    assert page.count("| day |") == 1 and page.count("\n") <= before + 5
+    assert {line.count("|") for line in lines} == {8}
+    first, last = (line.split(" | ") for line in lines[-2:])
+    assert (first[0], first[2:5]) == ("| 2026-11-30", ["gates", "1.01", "1.03"])
+    assert last[3] == "1.02" and json.loads(last[6].strip(" |`")) == {"why": "a/b"}
+    with pytest.raises(ValueError, match="no line '## History'"):
+        recorded("# Benchmarks", "gates", {}, day, "")
 
 
 def test_texts_share_no_document(tmp_path):

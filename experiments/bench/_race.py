@@ -1,10 +1,14 @@
 """Timing things against each other in one process, in turn, so that a slow minute slows them all."""
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -21,15 +25,51 @@ KEPT = {"hugetlb": 1, "arena_max": 1, "mmap_threshold": 1 << 32, "trim_threshold
 TUNABLES = ":".join(f"glibc.malloc.{name}={value}" for name, value in KEPT.items())
 
 
-def keep_memory(name: str) -> None:
-    """Run benchmark `name` again in a process with huge pages and one arena that keeps what is freed.
+# MKL, which torch computes products with, uses AVX-512 on Intel's processors only, by this function
+_INTEL = "int mkl_serv_intel_cpu_true(void) { return 1; }"
 
-    That must be asked for before Python starts, so this returns only in the second process.
+
+def keep_memory(*, full_mkl: bool = False) -> None:
+    """Run the benchmark again in a process with huge pages and one arena that keeps what is freed.
+
+    That must be asked for before Python starts, so this returns only in the second process. With
+    `full_mkl`, MKL uses all instructions of the processor there, if a C compiler is installed.
     """
-    if os.environ.get("GLIBC_TUNABLES") != TUNABLES:
-        again = [sys.executable, "-m", "experiments.bench", name]
-        done = subprocess.run(again, env={**os.environ, "GLIBC_TUNABLES": TUNABLES}, check=False)
-        sys.exit(done.returncode)
+    if os.environ.get("GLIBC_TUNABLES") == TUNABLES:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"GLIBC_TUNABLES": TUNABLES}
+        if full_mkl and (library := intel_library(Path(folder))):
+            settings["LD_PRELOAD"] = str(library)
+        again = [sys.executable, "-m", "experiments.bench", *sys.argv[1:]]
+        sys.exit(subprocess.run(again, env={**os.environ, **settings}, check=False).returncode)
+
+
+def intel_library(folder: Path) -> Path | None:
+    """A library that, loaded before MKL, lets it use all instructions; None without a C compiler."""
+    source, library = folder / "intel.c", folder / "intel.so"
+    source.write_text(_INTEL)
+    for compiler in ("cc", "gcc", "clang"):
+        if shutil.which(compiler):
+            subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+            return library
+    return None
+
+
+def machine() -> str:
+    """The processor and the number of cores that this process may use, or the accelerator."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    values = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in values.items()}
+    model = fields.get("model name", model)
+    number = "/".join(fields[key] for key in ("cpu family", "model", "stepping") if key in fields)
+    wide = ", AVX-512" if "avx512f" in fields.get("flags", "").split() else ""
+    return f"{model} ({number}{wide}), {len(os.sched_getaffinity(0))} cores"
 
 
 class Times(NamedTuple):

@@ -20,7 +20,7 @@ from growjax.models import GPT, GPTConfig
 
 def run() -> dict:
     """Race growth by width and by depth against `numpy.copyto` on warm memory."""
-    keep_memory("growth_bandwidth")
+    keep_memory()
     config = GPTConfig(
         layers=12, embed=768, heads=12, head_dim=64, mlp=3072, vocab=32768, positions=1024
     )

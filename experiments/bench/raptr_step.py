@@ -67,7 +67,7 @@ def run() -> dict:
     print(f"what a path adds, alone, in milliseconds: {rest}")
     return {
         **ratios,
-        "goal": 1.08,
+        "goal": 1.03,
         "full_over_six": whole_ratio,
         "share_of_ideal_saving": round((whole_ratio - ratios["ratio"]) / (whole_ratio - 1), 3),
         "milliseconds": ms,
