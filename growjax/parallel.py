@@ -68,8 +68,9 @@ class Layout:
       them out, and needs all other sizes but `data` at 1.
     - `own_paths`: each replica draws a sub-network of its own ("shard_map" only).
     - `remat`: what training keeps of the forward pass for the backward pass, which recomputes the rest:
-      "none" recomputes nothing, "dots" all but matrix products, "full" everything; "offload" is "dots"
-      with the products in the host's memory; "model" is the model's own choice.
+      "none" recomputes nothing, "dots" all but matrix products, "attention" all but what attention reads
+      and gives, "full" everything; "offload" is "dots" with the products in the host's memory; "model"
+      is the model's own choice.
     - `unroll`: the number of layers that are compiled in a row, in each iteration of the scan.
     - `context`: the number of devices that share one sequence, whose length they must divide.
 
@@ -86,7 +87,7 @@ class Layout:
     step: Literal["auto", "shard_map"] = "auto"
     own_paths: bool = False
     experts: Annotated[int, Range(_DEVICES, lambda n: 0 < n < 2**31)] = 1
-    remat: Literal["model", "none", "dots", "full", "offload"] = "model"
+    remat: Literal["model", "none", "dots", "attention", "full", "offload"] = "model"
     unroll: Size = 1
     context: Annotated[int, Range(_DEVICES, lambda n: 0 < n < 2**31)] = 1
 
@@ -316,7 +317,9 @@ def _gathered(x: jax.Array, mesh: Mesh, read: _Read) -> jax.Array:
 
 
 # The choices of `Layout.remat`, as stacks of layers name them
-_REMAT = {"none": "everything", "full": "nothing", "dots": "dots", "offload": "offload"}
+_REMAT = {"none": "everything", "full": "nothing"} | {
+    name: name for name in ("dots", "attention", "offload")
+}
 
 
 def remembering(model: Any, layout: Layout) -> Any:

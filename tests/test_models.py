@@ -393,7 +393,7 @@ def test_remat_keeps_less_and_computes_again(name):
     """Numbers that the forward scans keep for the backward pass, and what that costs in products."""
     stacks = ("encoder", "decoder") if name.startswith("t5") else ("blocks",)
     stored, paid = {}, {}
-    for remat in ("nothing", "dots", "everything"):
+    for remat in ("nothing", "attention", "dots", "everything"):
         model = put(built(name), {(stack, "remat"): remat for stack in stacks})
         trained, rest = partition(model)
         loss = lambda t, rest=rest: jnp.sum(run(name, eqx.combine(t, rest), TOKENS) ** 2)  # noqa: E731
@@ -403,8 +403,8 @@ def test_remat_keeps_less_and_computes_again(name):
             math.prod(x.aval.shape) for e in scans if not e.params["reverse"] for x in e.outvars
         )
         paid[remat] = flops(jax.grad(loss), trained)
-    assert stored["nothing"] < stored["dots"] < stored["everything"]
-    assert paid["nothing"] > paid["dots"] > paid["everything"]
+    assert stored["nothing"] < stored["attention"] < stored["dots"] < stored["everything"]
+    assert paid["nothing"] > paid["attention"] > paid["dots"] > paid["everything"]
 
 
 @pytest.mark.parametrize("name, stacks", [("gpt", 1), ("llama", 1), ("bert", 1), ("t5 encoder", 2)])

@@ -174,7 +174,7 @@ def test_the_layout_says_what_is_kept():
     assert remembering(model, Layout()) is model
     gradient: Any = eqx.filter_jit(eqx.filter_grad(lambda model: model(tokens).sum()))
     leaves = jax.tree.leaves(gradient(model))
-    names: Any = (("none", "everything"), ("full", "nothing"), ("offload", "offload"))
+    names: Any = (("none", "everything"), ("full", "nothing"), ("attention", "attention"))
     for name, remat in names:
         changed = remembering(model, Layout(remat=name, unroll=2))
         assert isinstance(changed.blocks, Stacked)

@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from growjax import axes
@@ -15,6 +16,7 @@ from growjax.nn.experts import Experts
 from growjax.nn.mask import ALL, Mask
 from growjax.nn.mlp import MLP
 from growjax.nn.norm import Norm
+from growjax.nn.stacked import BETWEEN
 
 
 class Multiplier(eqx.Module):
@@ -78,6 +80,7 @@ class Block(eqx.Module):
         y = self.attention(self._input(x, self.attention_norm), mask=mask, bias=bias, turn=turn)
         y = _multiplied(y, self.attention_multiplier)
         start, x = x, self._add(x, y, self.attention_norm, branch, self.attention_after)
+        x = checkpoint_name(x, BETWEEN)
         if self.cross is not None and self.cross_norm is not None:
             y = self.cross(self._input(x, self.cross_norm), memory, mask=memory_mask)
             x = self._add(x, y, self.cross_norm, branch)

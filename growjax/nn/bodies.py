@@ -35,8 +35,9 @@ LONG = 256 * 256
 TILE = 256
 # The kernel of each platform
 KERNELS: dict[str, Body] = {"tpu": "splash", "gpu": "cudnn"}
-# The name under which a `jax.checkpoint` policy saves the residuals of the backward pass
-SAVED = "attention"
+# The names under which `jax.checkpoint` policies save the residuals of the backward pass, and what
+# attention reads: queries, keys and values after biases, norms and rotations
+SAVED, READ = "attention", "attention inputs"
 
 
 def attend(
@@ -73,6 +74,7 @@ def attend(
     if bias is not None and not callable(bias) and bias.shape != shape:
         faults.append(f"bias: expected {list(shape)}, got {list(bias.shape)}")
     raise_all(AxisError, "attention cannot be computed with these:", faults)
+    queries, keys, values = (checkpoint_name(x, READ) for x in (queries, keys, values))
     if body == "auto":
         body = _chosen(queries, keys, mask, bias, cap, place)
     elif body in ("splash", "cudnn") and (

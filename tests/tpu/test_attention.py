@@ -184,7 +184,7 @@ LLAMA_1B = LlamaConfig(
 @deep
 def test_a_350m_gpt_at_1024_tokens_on_v5p():
     """The compiler's estimate was an MFU of 0.245 with 10.06 GiB before attention was a kernel."""
-    layout = Layout(fsdp=4)
+    layout = Layout(fsdp=4, remat="attention")
     objective = Causal(1024, packing="concat")
     step, pace = compiled("v5p:2x2x1", GPT_350M, objective, batch=32, layout=layout)
     assert pace is not None
