@@ -217,9 +217,9 @@ def test_labels_are_scored_by_the_last_token_or_by_all():
     hidden = configured("olmo").build(jax.random.key(0))
     hidden = put(hidden, {("lm",): False, ("head",): None})
     rows = {}
-    for of, padding in (("sequence", None), ("sequence", 7), ("token", None)):
-        head = Classifier(8, Labels(3, of, padding), key=jax.random.key(1))
-        rows[of, padding] = put(hidden, {("classifier",): head})
+    for labels in (Labels(3), Labels(3, padding=7), Labels(3, "token")):
+        head = Classifier(8, labels, key=jax.random.key(1))
+        rows[labels.of, labels.padding] = put(hidden, {("classifier",): head})
     weight = rows["token", None].classifier.weight
     for tokens in TOKENS:  # of which the second ends in two 7
         every = jax.nn.softmax(rows["token", None](tokens) + 0.0)
@@ -248,13 +248,15 @@ def test_shared_experts_behind_a_gate():
     gate = jnp.asarray(np.random.default_rng(1).normal(size=8), jnp.float32)
     alone = put(mixture, {("shared",): None})(x)
     level = 1 / (1 + np.exp(-np.asarray(x @ gate)))
+    assert mixture.shared is not None
     expected = alone + level[:, None] * mixture.shared(x)
     np.testing.assert_allclose(
         put(mixture, {("shared_gate",): gate})(x), expected, rtol=1e-5, atol=1e-6
     )
-    for name in ("shared_mlp", "shared_gate"):
-        with pytest.raises(AxisError, match=f"{name}: there are no experts"):
-            DecoderConfig(**SIZES, **{name: 1 if name == "shared_mlp" else True})
+    faults: list[dict[str, Any]] = [{"shared_mlp": 1}, {"shared_gate": True}]
+    for wrong in faults:
+        with pytest.raises(AxisError, match=f"{next(iter(wrong))}: there are no experts"):
+            DecoderConfig(**SIZES | wrong)
 
 
 def test_a_cap_bends_scores_alike_in_both_bodies_and_in_their_gradients():

@@ -20,7 +20,7 @@ from growjax.errors import (
     HuggingFaceError,
 )
 from growjax.hf.convert import with_dtype
-from growjax.train.commands import grow_pretrained
+from growjax.train.pretrained import grow_pretrained
 from growjax.values import from_dict
 from tests.folders import batch, build, outputs, rewritten
 
