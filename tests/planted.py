@@ -114,8 +114,8 @@ TABLE = """
 - weights = c * (1 / jnp.sum(c))
 + weights = c / c.shape[0]
 @ the norm before a tied head is elementwise | models/gpt.py | axes | tied_head
-- side="consumed" if c.tied else "elementwise"
-+ side="elementwise"
+- side = "consumed" if c.tied and self.lm else "elementwise"
++ side = "elementwise"
 @ keys take no share | nn/attention.py | growth | rotary_pairs and copy
 - return "<-" if self.k_norm is None else ""
 + return ""
@@ -336,7 +336,7 @@ TABLE = """
 @ averages of copies behind gates are blank | optim/carrying.py | optim | average_of_the_parameters
 - leaf, traits.law, fresh=fresh, copies=copies
 + leaf, traits.law, fresh=fresh, copies=hop.keep
-@ a wrong gradient passes | certificate/measured.py | certify | wrong_map
+@ a wrong gradient passes | certificate/record.py | certify | wrong_map
 - self.gradient <= 1e-10
 + self.gradient <= 1e10
 @ the second step of liveness repeats the first | certificate/measured.py | certify | half_dead
@@ -391,7 +391,7 @@ TABLE = """
 @ softmax in the activations' dtype | nn/bodies.py | survivors | weighs_in_float32
 - jnp.einsum("kgtd,ksd->kgts", queries, keys).astype(_wide(queries))
 + jnp.einsum("kgtd,ksd->kgts", queries, keys)
-@ a thousand floors pass | certificate/measured.py | survivors | sixteen
+@ a thousand floors pass | certificate/record.py | survivors | sixteen
 - max(steps, 16 * self.floor)
 + max(steps, 1000 * self.floor)
 @ liveness behind open gates | certificate/measured.py | survivors | where_the_gates_stand
