@@ -1,6 +1,7 @@
 """Values as plain dicts: own classes beside growjax's, what a file may name, faults with their paths."""
 
 import dataclasses
+import inspect
 import json
 import math
 import sys
@@ -343,6 +344,11 @@ def test_a_field_out_of_its_range_is_refused(field, bad, message):
     with pytest.raises(GrowthError) as error:
         Every(**{field: bad})
     assert message in str(error.value) and f"- {field}" in str(error.value)
+
+
+def test_help_prints_ranges_as_words():
+    text = str(inspect.signature(Stage))
+    assert "Range('a positive number')" in text and "<function" not in text
 
 
 def test_what_is_in_range_is_taken_and_made_plain():

@@ -97,7 +97,8 @@ class Transplant(Operator):
         use="A model that should go on with another tokenizer: a new language, code, or the tokenizer of "
         "a model that it drafts for.",
         traps=(
-            "A plan has one tokenizer, so transplant before its first stage.",
+            "A plan has one tokenizer: transplant at its start, with `Start(folder)` and the operator in "
+            "its first stage.",
             "Tokenizers that cut numbers in other ways do not map onto each other well.",
         ),
         example="transplant(((0,), (1,), (2,), (3,), (4,), (5,), (6,), (7,), (8,), (9,), (10,), (1, 2)))",

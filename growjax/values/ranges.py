@@ -42,6 +42,10 @@ class Range(NamedTuple):
     description: str
     holds: Callable[[Any], bool]
 
+    def __repr__(self) -> str:
+        """The description alone: `help` prints it for every field of a plan."""
+        return f"Range({self.description!r})"
+
 
 class Faults(NamedTuple):
     """A condition whose function `of` lists the faults of a field's value, one line each."""
