@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 import growjax as gj
+from growjax.data import Causal, Text
 from growjax.errors import CheckpointError, DamagedError, PlanError
+from growjax.parallel import Layout
 from growjax.plan.prefix import fork_changes
 from growjax.runs.checkpoint import read_lineage
 from growjax.runs.run import Run
@@ -23,6 +26,7 @@ from growjax.train import (
     Options,
     Plan,
     Schedule,
+    Stage,
     Warmup,
     branches,
     load_plan,
@@ -33,11 +37,13 @@ from growjax.train import (
     watch,
 )
 from growjax.train.commands import describe
-from tests.runs import LENGTH, SMALL, feed, losses, plan, same, steps
+from tests.runs import LENGTH, SMALL, TOKENS, feed, losses, plan, same, steps
 
 
 GROWN = gj.msg(mlp=24)
 CONSTANT = Schedule(1e-2, "constant", warmup=Warmup(steps=2))
+# A stage of windows that are twice as long
+DOUBLE = Stage(tokens=4 * TOKENS, objective=Causal(2 * LENGTH, packing="concat"))
 RATE = Schedule(1e-2, "wsd", warmup=Warmup(steps=2), decay=0.25)
 
 
@@ -173,6 +179,7 @@ def test_a_fork_goes_on_from_its_own_checkpoints_and_needs_no_trunk(trunk, progr
         ({"stages": (steps(4), steps(5, grow=GROWN, ramp=3))}, "was 3 steps long, is 4"),
         ({"stages": (steps(3), steps(1, grow=GROWN, ramp=1))}, "ramp: was 3, is 1"),
         ({"stages": (steps(8),)}, "the checkpoint is in stage 1, and the plan has 1"),
+        ({"stages": (*trunk_plan().stages, DOUBLE)}, "longest window of them was 8 tokens, is 16"),
         ({"optimizer": Optimizer("lion")}, "does not hold this state"),
     ],
 )
@@ -180,6 +187,12 @@ def test_a_fork_that_did_other_things_is_refused(trunk, changes, message):
     forked = dataclasses.replace(trunk_plan(), **changes, fork=Fork(str(trunk[0]), 5))
     with pytest.raises(CheckpointError, match=message):
         next(iter(train(forked, feed(forked))))
+
+
+def test_a_run_goes_on_with_the_draws_of_its_layout(trunk):
+    own = trunk_plan(layout=Layout(step="shard_map", own_paths=True))
+    with pytest.raises(CheckpointError, match="plan.layout.own_paths: was False, is True"):
+        next(iter(train(own, feed(own), run=trunk[0])))
 
 
 def test_a_fork_of_nothing_is_refused_with_what_there_is(trunk, tmp_path):
@@ -262,6 +275,27 @@ def test_a_warm_up_of_steps_makes_plans_of_other_lengths_alike():
         dataclasses.replace(short, rate=dataclasses.replace(RATE, peak=2e-2)),
     ):
         assert shared_steps(long, other) == (0, 0)
+
+
+def test_plans_that_read_other_text_share_nothing():
+    """Its order depends on the longest window of all stages, and its extent on what is held out."""
+    short = plan_named("short", steps(8), rate=RATE)
+    doubled = plan_named("doubled", *short.stages, DOUBLE, rate=RATE)
+    first, other = (feed(p).batches(p.spans[0]).batch_at(0)["tokens"] for p in (short, doubled))
+    assert not np.array_equal(first, other) and shared_steps(short, doubled) == (0, 0)
+    replicas = [Layout(step="shard_map", own_paths=own) for own in (False, True)]
+    alone, together, own = (
+        dataclasses.replace(short, **changes)
+        for changes in (
+            {"data": Text("a"), "validation": Text("b")},
+            {"data": Text("a"), "layout": replicas[0]},
+            {"data": Text("a"), "layout": replicas[1]},
+        )
+    )
+    assert shared_steps(together, dataclasses.replace(together, layout=Layout())) == (8, 0)
+    for a, b in ((together, alone), (together, own)):
+        assert shared_steps(a, b) == (0, 0)
+        assert len(list(fork_changes(a, b, 8))) == 1
 
 
 def test_a_tree_trains_what_its_plans_share_once(programs, tmp_path):

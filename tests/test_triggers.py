@@ -331,8 +331,9 @@ def test_a_trigger_waits_for_the_ramp_the_fit_and_the_rate(fields, first):
     assert ends == [i >= first for i in range(7)]
 
 
-def test_a_trigger_waits_for_the_warmup_of_the_plan():
-    whole = plan(steps(8, until=Always()), rate=Schedule(1e-2, warmup=Warmup(steps=4)))
+@pytest.mark.parametrize("warmup", [Warmup(steps=4), 0.5], ids=["steps", "share"])
+def test_a_trigger_waits_for_the_warmup_of_the_plan(warmup):
+    whole = plan(steps(8, until=Always()), rate=Schedule(1e-2, warmup=warmup))
     costs = np.cumsum([0, *whole.spans[0].costs])
     assert [whole.rises(float(spent), 0) for spent in costs[:6]] == [i < 4 for i in range(6)]
 

@@ -128,6 +128,11 @@ class Plan:
         """The stages with their steps, FLOPs and costs worked out."""
         return tuple(work_out(self))
 
+    @property
+    def block(self) -> int:
+        """The tokens of the text that are shuffled as one unit: the longest window of all stages."""
+        return max(span.objective.raw_length for span in self.spans)
+
     def timeline(self, *, paths: bool = False) -> tuple[Era, ...]:
         """The stages by name, with the step, FLOPs and cost at the start and the end of each.
 
@@ -183,7 +188,10 @@ class Plan:
     def rises(self, spent: float, stage: int) -> bool:
         """Whether the learning rate rises at a cost spent so far: the plan's warm-up, or the stage's."""
         span, cost = self.spans[stage], self._span_costs[stage]
-        return spent < self._rate[1] or spent - span.spent < span.stage.rewarm * cost
+        rate, warm = self._rate
+        # As in `learning_rate`: a `Warmup` ends at a cost, and one that is a share at a position
+        warming = spent < warm if warm else self._position(spent) < rate.warmup
+        return warming or spent - span.spent < span.stage.rewarm * cost
 
     def ended(self, stage: int, steps: int) -> "Plan":
         """The plan once a trigger has ended a stage after some steps.

@@ -15,7 +15,7 @@ from growjax.values import to_dict
 # Fields of a plan that must not change at a fork: the state would not fit, or its costs not compare
 _STATE = ("model", "seed", "tokenizer", "objective", "clock")
 # Fields of a plan that may change at a fork
-_TRAINING = ("optimizer", "transfer", "loss", "accumulate", "data")
+_TRAINING = ("optimizer", "transfer", "loss", "accumulate", "data", "validation")
 # Fields of a stage that do not change its steps: its name, its length, and those of the learning rate
 _LENGTHS = ("name", "tokens", "flops", "seconds", "share", "rewarm", "rewind", "ended")
 
@@ -41,7 +41,9 @@ def shared_steps(first: Plan, second: Plan) -> tuple[int, int]:
     whole = _STATE + _TRAINING
     if (
         list(differences(_fields(first, whole), _fields(second, whole)))
+        or first.layout.own_paths != second.layout.own_paths
         or first.start != second.start
+        or first.block != second.block
     ):
         return 0, 0
     steps, stage = 0, 0
@@ -114,6 +116,12 @@ def fork_faults(trunk: Plan, plan: Plan, step: int, stage: int) -> Iterator[str]
     yield from differences(_fields(trunk, _STATE), _fields(plan, _STATE))
     if trunk.start != plan.start:
         yield f"start: was {trunk.start}, is {plan.start}"
+    if trunk.block != plan.block:
+        yield (
+            f"stages: the longest window of them was {trunk.block} tokens, is {plan.block}: the text is "
+            "shuffled in units of it, so other parts of it would come next. Give both plans an equally "
+            "long window, or train on from the model alone (`start`)"
+        )
     if stage >= len(plan.spans):
         yield f"stages: the checkpoint is in stage {stage}, and the plan has {len(plan.spans)} stages"
         return
@@ -130,6 +138,9 @@ def fork_faults(trunk: Plan, plan: Plan, step: int, stage: int) -> Iterator[str]
 def fork_changes(trunk: Plan, plan: Plan, step: int) -> Iterator[str]:
     """The differences of a run of `trunk` before a step from the plan; none if the plan does the same."""
     yield from differences(_fields(trunk, _TRAINING), _fields(plan, _TRAINING))
+    own = trunk.layout.own_paths, plan.layout.own_paths
+    if own[0] != own[1]:
+        yield f"plan.layout.own_paths: was {own[0]}, is {own[1]}"
     for span in trunk.spans:
         for n, old, new in _rates(trunk, plan, span, step - span.start):
             if old != new:

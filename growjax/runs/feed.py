@@ -123,7 +123,7 @@ class CorpusFeed:
 
     def batches(self, span: Span) -> Batches:
         """The batches of one stage, which begin where those of the stage before it end."""
-        block = max(s.objective.raw_length for s in self.plan.spans)
+        block = self.plan.block
         latest, start = None, 0
         for s in itertools.islice(self.plan.spans, span.index + 1):
             latest = Batches(

@@ -309,8 +309,9 @@ def _fixed(plan: Plan) -> dict[str, Any]:
     A plan with the others set to fixed values would say the same, and work out all stages again.
     """
     fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
-    # Data are compared by their digest, wherever they lie
-    del fields["layout"], fields["data"], fields["validation"]
+    # Data are compared by their digest, wherever they lie; of a layout only what changes the draws counts
+    del fields["data"], fields["validation"]
+    fields["layout"] = {"own_paths": plan.layout.own_paths}
     for name, where in (("start", "folder"), ("fork", "run")):
         if fields[name] is not None:
             fields[name] = dataclasses.replace(fields[name], **{where: "it was read at the start"})
