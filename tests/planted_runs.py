@@ -425,6 +425,30 @@ TABLE = """
 @ a trigger does not wait for the ramp | train/session.py | triggers | waits_for
 - max(stage.ramp, fitted_to, 2)
 + max(fitted_to, 2)
+@ a trigger does not wait for a warm-up that is a share | plan/plan.py | triggers | warmup_of_the_plan
+- spent < warm if warm else self._position(spent) < rate.warmup
++ spent < warm
+@ plans of other windows share their steps | plan/prefix.py | forks | read_other_text
+- or first.block != second.block
++ or first.block > second.block
+@ plans of other held-out texts share their steps | plan/prefix.py | forks | read_other_text
+- "accumulate", "data", "validation")
++ "accumulate", "data")
+@ a fork may read other windows | plan/prefix.py | forks | other_things
+- if trunk.block != plan.block:
++ if trunk.block > plan.block:
+@ checkpoints stand in the order of their names | runs/run.py | train | order_of_their_numbers
+- key=step_of)
++ key=str)
+@ stages of three digits have no checkpoints | runs/run.py | train | order_of_their_numbers
+- r"\\d{8,}-\\d{2,}"
++ r"\\d{8}-\\d{2}"
+@ a lineage forgets the folder that all began with | runs/start.py | start | hugging_face
+- pretrained = str(source.path.absolute())
++ pretrained = None
+@ a layout may change what is drawn | runs/saves.py | forks | draws_of_its_layout
+- fields["layout"] = {"own_paths": plan.layout.own_paths}
++ del fields["layout"]
 @ a trigger does not wait for the fit | train/session.py | triggers | waits_for
 - max(stage.ramp, fitted_to, 2)
 + max(stage.ramp, 2)

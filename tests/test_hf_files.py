@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import growjax as gj
 from growjax.errors import GrowjaxError, HuggingFaceError
-from growjax.hf.files import Tensor, write_weights
+from growjax.hf.files import Tensor, write_weights, written_whole
 from tests.folders import assert_same, build, rewritten
 
 
@@ -358,3 +358,11 @@ def test_weights_are_written_one_tensor_at_a_time(tmp_path):
     wrong = {"a": Tensor(np.dtype(np.float32), (2,), lambda: np.zeros(3, np.float32))}
     with pytest.raises(HuggingFaceError, match=r"a: expected float32 of shape \(2,\)"):
         write_weights(tmp_path, wrong, shard=10**9)
+
+
+def test_a_folder_that_cannot_be_made_is_named():
+    with (
+        pytest.raises(HuggingFaceError, match="/dev/null/a: cannot be made: Not a directory"),
+        written_whole("/dev/null/a"),
+    ):
+        pass

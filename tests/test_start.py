@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from growjax.forecast.dryrun import dry_run
 from growjax.gates import ungated
 from growjax.models import GPTConfig
 from growjax.runs.checkpoint import load, read_lineage
-from growjax.runs.lineage import load_model, model_of
+from growjax.runs.lineage import load_model, model_of, pretrained_folder
 from growjax.train import Begin, Growth, Options, Plan, Schedule, Start, Step
 from growjax.train.commands import describe
 from growjax.values import from_dict, to_dict
@@ -149,6 +150,18 @@ def test_lineage_records_what_a_run_started_from(second, run, programs, tmp_path
     )
 
 
+def test_the_folder_that_all_began_with_is_in_every_lineage(tmp_path):
+    """The run between may be gone, and its path counts from another folder."""
+    start = {"folder": "runs/between", "is": "00000006-01", "digest": "0" * 16}
+    assert pretrained_folder({"start": None}) is None
+    assert pretrained_folder({"start": start | {"pretrained": "/models/gpt2"}}) == "/models/gpt2"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pretrained_folder({"start": start | {"pretrained": None}}) is None
+    with pytest.warns(UserWarning, match="taken for one from scratch; if it began"):
+        assert pretrained_folder({"start": start}) is None
+
+
 def test_a_smaller_model_becomes_a_larger_one_by_its_operator_alone(run, programs, monkeypatch):
     from growjax.train import session
 
@@ -258,6 +271,7 @@ def test_a_hugging_face_folder_is_a_start_as_well(programs, tmp_path):
     records = started(of, programs, run=tmp_path / "run")
     lineage = read_lineage(at(tmp_path / "run", "00000000-00"))
     assert lineage["start"]["is"] == "Hugging Face" and lineage["start"]["flops"] is None
+    assert pretrained_folder(lineage) == str(tmp_path / "stock")
     grown, _ = load_model(at(tmp_path / "run", "00000000-00"))
     assert np.array_equal(grown.blocks.block.mlp.up[:2], model.blocks.block.mlp.up)
     assert gj.sizes(records[-1].model)["layers"] == 4

@@ -20,8 +20,9 @@ from growjax.data import Causal
 from growjax.errors import CheckpointError, TrainingError
 from growjax.gates import ungated
 from growjax.programs.step import checksums
-from growjax.runs.checkpoint import load, read_lineage
+from growjax.runs.checkpoint import damaged, load, read_lineage, write
 from growjax.runs.lineage import births_of, load_model, model_of
+from growjax.runs.run import checkpoints_in
 from growjax.train import Begin, End, Growth, Options, Saved, Step, session
 from tests.runs import TOKENS, every_kind, feed, losses, plan, same, steps
 
@@ -300,8 +301,22 @@ def test_hosts_agree_on_the_time_to_save_and_seldom_ask(monkeypatch):
 
 def test_options_that_make_no_sense_are_refused_at_once():
     with pytest.raises(TrainingError) as error:
-        Options(evaluate_every=0, held_out=0, save_every=0, save_minutes=-1, keep_last=-1)
+        Options(evaluate_every=0, held_out=0, save_every=0, save_minutes=-1, keep_last=0)
     assert str(error.value).count("\n  - ") == 5
+
+
+def test_checkpoints_stand_in_the_order_of_their_numbers(tmp_path):
+    """A plan may have 1,000 stages; as text, stage 100 stands before stage 99."""
+    names = ["00000099-99", "00000100-99", "00000100-100", "100000000-101"]
+    for name in [*names, "00000099-99.damaged", "lock"]:
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints_in(tmp_path)] == names
+    assert "goes on from step 99 (00000099-99)" in str(damaged(tmp_path / names[1], "cut off"))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named():
+    with pytest.raises(CheckpointError, match="/dev/null/a/00000000-00 could not be written: "):
+        write(Path("/dev/null/a/00000000-00"), {"x": np.zeros(2)}, {})
 
 
 def test_lineage_says_everything(run):

@@ -383,14 +383,17 @@ class Tensor(NamedTuple):
 def written_whole(path: str | Path) -> Iterator[Path]:
     """A temporary folder to write into, renamed to `path` at the end, or removed after an error.
 
-    Raises `HuggingFaceError` if `path` exists already and is not an empty folder.
+    Raises `HuggingFaceError` if `path` exists already and is not an empty folder, or cannot be made.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise HuggingFaceError(f"{path}: exists already, and nothing is overwritten")
     # Next to the target, so that renaming does not cross file systems
     partial = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}")
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise HuggingFaceError(f"{path}: cannot be made: {error.strerror}") from error
     try:
         yield partial
         partial.replace(path)

@@ -41,7 +41,7 @@ class Checkpoints:
     **Arguments**
 
     - `folder`: the folder of the checkpoints, with nothing else in it.
-    - `keep_last`: the number of latest checkpoints that stay.
+    - `keep_last`: the number of latest checkpoints that stay, 1 or more.
     - `keep_every`: checkpoints at multiples of this many steps stay as well; None for no others.
     - `keep`: checkpoints before these steps stay as well.
 
@@ -82,8 +82,7 @@ class Checkpoints:
         """
         self.wait()
         path = self.path(step, stage)
-        with _clear(f"{path} could not be written"), _quiet():
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with _quiet():
             self._writing = path, write(path, state, lineage)
         return path
 
@@ -105,7 +104,7 @@ class Checkpoints:
     def _superseded(self) -> list[Path]:
         """The checkpoints that no rule keeps."""
         whole = checkpoints_in(self.folder)
-        remaining = set(whole[-self.keep_last :]) if self.keep_last else set()
+        remaining = set(whole[-self.keep_last :])
         stages: set[int] = set()  # stages with a checkpoint so far; the first of each remains
         for path in whole:
             step, stage = step_of(path)
@@ -134,7 +133,7 @@ def damaged(path: Path, reason: str, faults: Sequence[str] = ()) -> DamagedError
     if not siblings:
         # Not in the folder of a run
         return DamagedError(f"{path} is not a whole checkpoint: {reason}{listed}")
-    earlier = [p for p in siblings if p.name < path.name]
+    earlier = [p for p in siblings if step_of(p) < step_of(path)]
     consequence = "the run begins anew"
     if earlier:
         consequence = f"the run goes on from step {step_of(earlier[-1])[0]} ({earlier[-1].name})"
@@ -145,12 +144,17 @@ def damaged(path: Path, reason: str, faults: Sequence[str] = ()) -> DamagedError
 
 
 def write(path: Path, state: Any, lineage: Mapping[str, Any]) -> Any:
-    """Start to write one checkpoint; `.result()` of the returned future waits until it is whole."""
+    """Start to write one checkpoint; `.result()` of the returned future waits until it is whole.
+
+    Raises `CheckpointError` if it cannot be written.
+    """
     refuse_pattern(path)
     metadata: Any = {_KEY: sealed(lineage)}
     # Orbax refuses arrays without entries, which stacks of no layers have
     arrays = {name: leaf for name, leaf in named(state).items() if leaf.size}
-    return ocp.save_async(str(path.absolute()), arrays, custom_metadata=metadata)
+    with _clear(f"{path} could not be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return ocp.save_async(str(path.absolute()), arrays, custom_metadata=metadata)
 
 
 def read_lineage(path: str | Path) -> dict[str, Any]:
@@ -323,6 +327,8 @@ def _start(x: Any) -> bool:
     if not isinstance(x, dict):
         return False
     if not all(isinstance(x.get(k), str) for k in ("folder", "is", "digest")):
+        return False
+    if not isinstance(x.get("pretrained"), str | None):
         return False
     # Tokens and FLOPs of a model from elsewhere are unknown, and None
     return all(x.get(k, 0) is None or _count(x.get(k)) for k in ("tokens", "flops"))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,14 +67,28 @@ def births_of(lineage: Mapping[str, Any]) -> Births:
 
 
 def pretrained_folder(lineage: Mapping[str, Any]) -> str | None:
-    """The Hugging Face folder that a model was trained on from, itself or by a run before; or None."""
+    """The Hugging Face folder that a model was trained on from, itself or by a run before; or None.
+
+    Lineages hold it. Those of earlier versions hold the run before alone, which is then read; warns if it
+    is not where it was.
+    """
     start = lineage["start"]
-    while start is not None and start["is"] != "Hugging Face":
+    while start is not None:
+        if "pretrained" in start:
+            return start["pretrained"]
+        if start["is"] == "Hugging Face":
+            return start["folder"]
         try:
             start = read_lineage(checkpoint_in(start["folder"]))["start"]
-        except CheckpointError:  # that run was removed
+        except CheckpointError as error:
+            warnings.warn(
+                f"the run that this model started from cannot be read ({error}), so it is taken for one "
+                "from scratch; if it began with a Hugging Face folder, put that run back, or work in the "
+                "folder that its path counts from",
+                stacklevel=3,
+            )
             return None
-    return None if start is None else start["folder"]
+    return None
 
 
 def _rebuilt(lineage: Mapping[str, Any]) -> tuple[Any, Births]:

@@ -26,7 +26,7 @@ from growjax.runs.lock import Lock
 from growjax.runs.records import HeldOut
 
 
-_NAME = re.compile(r"(\d{8})-(\d{2})")  # STEP-STAGE
+_NAME = re.compile(r"\d{8,}-\d{2,}")  # STEP-STAGE, with zeros in front
 # A file that every checkpoint has that Orbax has finished
 METADATA = "_CHECKPOINT_METADATA"
 
@@ -175,9 +175,10 @@ class Run:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first: their names sort by step, then by stage."""
+    """The whole checkpoints in a folder, oldest first: by step, then by stage."""
     try:
-        return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+        # By number: as text, stage 100 would stand before stage 99
+        return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=step_of)
     except (FileNotFoundError, NotADirectoryError):
         return []
 

@@ -20,7 +20,7 @@ from growjax.hf.convert import config as read_config
 from growjax.hf.convert import load as load_folder
 from growjax.plan.plan import Plan
 from growjax.runs.checkpoint import read_lineage
-from growjax.runs.lineage import digest_of, load_model, model_of, operators_of
+from growjax.runs.lineage import digest_of, load_model, model_of, operators_of, pretrained_folder
 from growjax.runs.run import checkpoint_in
 
 
@@ -50,8 +50,9 @@ def start_faults(plan: Plan) -> list[str]:
 def read_start(plan: Plan, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     """Read the model that a plan starts from onto the mesh, and describe its origin for lineages.
 
-    The origin has the folder, the name of the checkpoint, a digest of the parameters, and the tokens and
-    FLOPs of the model's training, which are None if they are unknown. Raises `CheckpointError` that lists
+    The origin has the folder, the name of the checkpoint, a digest of the parameters, the tokens and
+    FLOPs of the model's training, which are None if they are unknown, and the Hugging Face folder that it
+    all began with, or None. Raises `CheckpointError` that lists
     every difference from the plan's own shapes, and `HuggingFaceError` for a broken folder.
     """
     assert plan.start is not None
@@ -62,8 +63,10 @@ def read_start(plan: Plan, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     if source.lineage is None:
         dtype = str(jax.tree.leaves(partition(plan.origin)[0])[0].dtype)
         model, name = load_folder(source.path, dtype=dtype), "Hugging Face"
+        pretrained = str(source.path.absolute())
     else:
         model, name = ungated(load_model(source.path, mesh)[0]), source.path.name
+        pretrained = pretrained_folder(source.lineage)
         # The training of that run and, if it started from a trained model too, of that one
         earlier = source.lineage.get("start") or {"tokens": 0, "flops": 0}
         tokens = _total(source.lineage.get("tokens"), earlier.get("tokens"))
@@ -76,6 +79,7 @@ def read_start(plan: Plan, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
         "digest": digest_of(partition(model)),
         "tokens": tokens,
         "flops": flops,
+        "pretrained": pretrained,
     }
     return model, origin
 

@@ -62,7 +62,7 @@ def _faults(options: Options) -> Iterator[str]:
         ("held_out", 1, False),
         ("held_out_end", 0, False),
         ("save_every", 1, True),
-        ("keep_last", 0, False),
+        ("keep_last", 1, False),
         ("keep_every", 1, True),
     ):
         value = getattr(options, name)
