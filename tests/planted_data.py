@@ -104,4 +104,19 @@ TABLE = """
 @ what a server does not tell is not read again after it | data/preparation.py | files | changes_while
 - same = self._content(source, stamp) == content
 + same = True
+@ any mark of words counts | data/tokenizers.py | data | mark_of_words or bert_vocabulary
+- mark = max(counts, key=lambda m: counts[m])
++ mark = next((m for m in counts if counts[m]), "##")
+@ a vocab.txt has no accents | data/tokenizers.py | data | say_how_text_is_read
+- strip_accents=files.strip_accents,
++ strip_accents=None,
+@ rows of long words teach nothing | data/objectives.py | objectives | whole_words
+- if len(sizes) and sizes.min() > self.predictions:
++ if not len(sizes):
+@ shares of held-out windows are of 64 bits | data/batches.py | blend | by_its_weight
+- for end in itertools.accumulate(shares)]
++ for end in np.cumsum(shares).tolist()]
+@ the text that is trained on is held out | data/preparation.py | prepare | no_validation_set
+- if training.digest == validating.digest:
++ if training is validating:
 """

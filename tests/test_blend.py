@@ -153,6 +153,9 @@ def test_held_out_windows_are_of_each_source_by_its_weight():
     blend = mixed((0.5, 0.3, 0.2), (200, 200, 200))
     objective = Causal(8, "concat")
     assert held_out_shares(blend, 10) == [5, 3, 2] and held_out_shares(blend, 1) == [0, 1, 0]
+    # Weights without a common measure have shares beyond 64 bits
+    assert held_out_shares(mixed((123457, 7654321, 999983), (40,) * 3), 256) == [4, 223, 29]
+    assert held_out_shares(mixed((123457, 7654321, 999983, 31337), (40,) * 4), 64) == [1, 56, 7, 0]
     firsts = held_out_batch(blend, objective, 10)["tokens"][:, 0]
     assert (firsts // 1000).tolist() == [0] * 5 + [1] * 3 + [2] * 2
     alone = held_out_batch(blend.corpora[0], objective, 5)["tokens"]

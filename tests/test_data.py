@@ -140,6 +140,33 @@ def test_a_bert_vocabulary(tmp_path):
     assert tokens.tolist() == [6, 7, 8, 9, 8]
     assert v.words(tokens).tolist() == [0, 0, 1, 1, 2]
     assert v.text_ids.tolist() == [6, 7, 8, 9]
+    # A piece that begins with the mark of another kind of vocabulary changes nothing
+    write(tmp_path, vocab_txt=f"{words} Ġ ▁".replace(" ", "\n"))
+    assert load_tokenizer(tmp_path).vocabulary.words(tokens).tolist() == [0, 0, 1, 1, 2]
+
+
+def test_the_files_of_a_bert_vocabulary_say_how_text_is_read(tmp_path):
+    pytest.importorskip("tokenizers")
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] über uber 我爱 我 爱"
+    write(tmp_path, vocab_txt=words.replace(" ", "\n"))
+    assert load_tokenizer(tmp_path).encode("Über 我爱").tolist() == [6, 8, 9]
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"strip_accents": false, "tokenize_chinese_chars": false}'
+    )
+    assert load_tokenizer(tmp_path).encode("Über 我爱").tolist() == [5, 7]
+
+
+def test_the_mark_of_words_is_that_of_most_pieces(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    pieces = ["<pad>", "</s>", "<unk>", "[MASK]", "Ġ", "▁", "▁the", "▁cat", "s"]
+    model = tokenizers.models.Unigram([(piece, -1.0) for piece in pieces], unk_id=2)
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    tokens = tokenizer.encode("the cats the")
+    assert tokens.tolist() == [6, 7, 8, 6]
+    assert tokenizer.vocabulary.words(tokens).tolist() == [0, 1, 1, 2]
 
 
 def test_a_tokenizer_that_is_none(tmp_path):
@@ -244,6 +271,7 @@ def test_parquet(tmp_path):
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     texts = [f"text {n}" for n in range(600)]  # more than one batch
+    (tmp_path / "bad").mkdir()
     parquet.write_table(pa.table({"text": texts, "n": range(600)}), tmp_path / "a.parquet")
     documents = contents(Parquet(str(tmp_path)))
     assert list(documents.values()) == texts and list(documents)[599] == "a.parquet:599"
@@ -251,6 +279,10 @@ def test_parquet(tmp_path):
         contents(Parquet(str(tmp_path), "body"))
     with pytest.raises(DataError, match="a.parquet, row 0: 'n' is a int, not text"):
         contents(Parquet(str(tmp_path), "n"))
+    bad = pa.array([b"text", b"\xff"], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"text": bad}), tmp_path / "bad" / "c.parquet")
+    with pytest.raises(DataError, match="c.parquet, row 1: 'text' is not UTF-8: "):
+        contents(Parquet(str(tmp_path / "bad")))
     write(tmp_path, b_parquet="no parquet")
     with pytest.raises(DataError, match="b.parquet: "):
         contents(Parquet(str(tmp_path)))

@@ -79,6 +79,16 @@ def test_a_tokenizer_of_a_file_loses_the_frame_that_was_not_trained(tmp_path):
     assert again.encode(TEXT).tolist() == framed.encode(TEXT).tolist()
 
 
+def test_an_encoder_of_a_tokenizer_without_cls_and_sep_has_no_frame(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(("<pad>", "</s>", "[MASK]", "a", "<unk>"))}
+    model = tokenizers.models.WordLevel(words, unk_token="<unk>")
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    files = stock_files(load_tokenizer(tmp_path / "tokenizer.json"), kind="encoder")
+    again = load_tokenizer(written(tmp_path / "files", files))
+    assert again.prefix == () and again.vocabulary.specials == {"pad": 0, "eos": 1, "mask": 2}
+
+
 def test_byt5_as_files_and_a_tokenizer_that_has_none(tmp_path):
     folder = written(tmp_path / "byt5", stock_files(ByT5Tokenizer(), kind="seq2seq"))
     assert load_tokenizer(folder) == ByT5Tokenizer()

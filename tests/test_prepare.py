@@ -217,6 +217,19 @@ def test_a_named_validation_set(books, tmp_path):
 # Caches ------------------------------------------------------------------------------------------
 
 
+def test_the_text_that_is_trained_on_is_no_validation_set(books, tmp_path):
+    with pytest.raises(DataError, match="is the text that is trained on"):
+        prepare(Text(str(books)), BYTES, tmp_path / "cache", validation=Text(str(books)))
+
+
+def test_names_of_files_need_not_be_utf_8(tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for name in (b"caf\xe9.txt", b"b.txt"):
+        (folder / os.fsdecode(name)).write_text("a line\n" * 20)
+    assert all(map(len, prepare(Text(str(folder)), BYTES, tmp_path / "cache")))
+
+
 def unreadable(monkeypatch):
     """Reading the content of files fails from here on."""
 

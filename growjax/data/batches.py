@@ -6,9 +6,11 @@ holds no state of a loader: a run that resumes at step n asks for batch n.
 
 import dataclasses
 import functools
+import itertools
 import time
 import weakref
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -221,9 +223,11 @@ def held_out_shares(corpus: Corpus | Blended, rows: int) -> list[int]:
 
         held_out_shares(Blended((books, web), (0.7, 0.3), ("books", "web")), 10)     # [7, 3]
     """
-    shares = np.cumsum(shares_of(corpus))
-    # Rounded sums differ by whole numbers that sum to `rows`
-    return np.diff([0, *np.round(rows * shares / shares[-1]).astype(int)]).tolist()
+    shares = shares_of(corpus)
+    # In Python's integers and fractions: the products of shares and rows exceed 64 bits
+    ends = [round(Fraction(rows * end, sum(shares))) for end in itertools.accumulate(shares)]
+    # Rounded ends differ by whole numbers that sum to `rows`
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def disjoint_windows(corpus: Corpus | Blended, objective: Objective) -> int:

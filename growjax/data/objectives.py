@@ -197,7 +197,7 @@ class MLM:
     - `mode`: `"exact"` chooses `max(1, round(rate * length))` tokens of every row, as BERT did;
       `"bernoulli"` chooses each with probability `rate`, as RoBERTa's usual code does.
     - `whole_word`: whether all pieces of a word are chosen together. With `"exact"`, a word that would
-      exceed the number is skipped.
+      exceed the number is skipped; where every word of a row would, tokens are chosen one by one.
     - `replace`: the probabilities that a chosen token becomes `mask`, becomes a random text token, and
       stays; drawn for each token.
     - `max_predictions`: the most tokens chosen in a row, with `"exact"`.
@@ -273,6 +273,11 @@ class MLM:
         if self.mode == "bernoulli":
             chosen = candidates[rng.random(len(candidates)) < self.rate]
         else:
+            if len(sizes) and sizes.min() > self.predictions:
+                # No whole word fits, and a row without predictions would teach nothing
+                units = np.arange(len(tokens))
+                candidates = units[text]
+                sizes = np.ones(len(candidates), int)
             order = rng.permutation(len(candidates))
             chosen = candidates[order[_greedy(sizes[order], self.predictions)]]
         return np.isin(units, chosen)

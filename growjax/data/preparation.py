@@ -163,7 +163,14 @@ def prepare(
         )
     job = _Job(tokenizer, Path(cache), verify, progress)
     if validation is not None:
-        return job.parts(source, None)["training"], job.parts(validation, None)["training"]
+        training = job.parts(source, None)["training"]
+        validating = job.parts(validation, None)["training"]
+        if training.digest == validating.digest:
+            raise DataError(
+                f"validation: {validation} is the text that is trained on, so its loss says nothing of "
+                "other texts; name another one, or none, and a part of the text is held out"
+            )
+        return training, validating
     parts = job.parts(source, held_out)
     if "held_out" not in parts:
         raise DataError(
@@ -446,8 +453,10 @@ def _with_parts(
 
 
 def _part(document: Document, held_out: int | None) -> str:
-    # By its name alone, so that the choice does not depend on the other documents
-    if held_out is None or zlib.crc32(document.name.encode()) % held_out:
+    # By its name alone, so that the choice does not depend on the other documents; the names of files
+    # need not be UTF-8
+    name = document.name.encode(errors="surrogateescape")
+    if held_out is None or zlib.crc32(name) % held_out:
         return "training"
     return "held_out"
 

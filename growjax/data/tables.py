@@ -58,8 +58,14 @@ class Parquet(FileSource):
                     continue
                 row = 0
                 for batch in table.iter_batches(batch_size=256, columns=[self.field]):
-                    for value in batch.column(0).to_pylist():
-                        fault = text_fault(value)
+                    for scalar in batch.column(0):
+                        value = None
+                        try:
+                            value = scalar.as_py()
+                            fault = text_fault(value)
+                        except UnicodeDecodeError as error:
+                            # Parquet does not look at the bytes of a text
+                            fault = f"is not UTF-8: {error}"
                         if fault is None:
                             yield Document(f"{file.name}:{row}", value)
                         else:

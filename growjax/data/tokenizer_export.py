@@ -69,7 +69,8 @@ def _frame(kind: str, roles: dict[str, int], spellings: dict[str, str]) -> Any:
     """The post-processor that puts special tokens around texts, or None."""
     frames = {"causal": (), "encoder": ("cls", "sep"), "seq2seq": ("eos",)}
     used = frames[kind]
-    if not used:
+    if not used or any(name not in roles for name in used):
+        # Without these tokens growjax trained without a frame (`MLM(frame=False)`)
         return None
     names = [spellings[name] for name in used]
     before, after = names[:-1], names[-1]

@@ -50,6 +50,8 @@ class TokenizerFiles:
     - `ends`: the ids that end a text that is generated, besides `eos`.
     - `chat_template`: the Jinja template of conversations.
     - `lowercase`: whether a `vocab.txt` belongs to an uncased model.
+    - `strip_accents`: whether a `vocab.txt` is for text without accents; None is as `lowercase`.
+    - `chinese_characters`: whether each Chinese character of a `vocab.txt` is a word of its own.
     """
 
     roles: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
@@ -57,6 +59,8 @@ class TokenizerFiles:
     ends: tuple[int, ...] = ()
     chat_template: str | None = None
     lowercase: bool = True
+    strip_accents: bool | None = None
+    chinese_characters: bool = True
 
 
 def read_files(folder: Path) -> TokenizerFiles:
@@ -80,6 +84,8 @@ def read_files(folder: Path) -> TokenizerFiles:
         ends=_ends(folder),
         chat_template=_chat_template(folder, config),
         lowercase=bool(config.get("do_lower_case", True)),
+        strip_accents=config.get("strip_accents"),
+        chinese_characters=bool(config.get("tokenize_chinese_chars", True)),
     )
 
 

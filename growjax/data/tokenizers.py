@@ -361,7 +361,12 @@ def load_tokenizer(
     try:
         if path.suffix == ".txt":
             lowercase = files.lowercase if lowercase is None else lowercase
-            bert = tokenizers.BertWordPieceTokenizer(str(path), lowercase=lowercase)
+            bert = tokenizers.BertWordPieceTokenizer(
+                str(path),
+                lowercase=lowercase,
+                strip_accents=files.strip_accents,
+                handle_chinese_chars=files.chinese_characters,
+            )
             inner = tokenizers.Tokenizer.from_str(bert.to_str())
         else:
             inner = tokenizers.Tokenizer.from_file(str(path))
@@ -426,12 +431,14 @@ def _pieces(ids: Mapping[str, int], not_text: set[str], special_ids: Iterable[in
     """A letter for each id (see `Vocabulary`), by how the vocabulary marks the parts of words."""
     letters = ["."] * (max(ids.values()) + 1)
     # Byte-level BPE writes a space before a word as Ġ, SentencePiece as ▁; WordPiece has no such mark,
-    # but ## before a part of a word that is not the first
-    mark = next((m for m in ("Ġ", "▁") if any(t.startswith(m) for t in ids)), None)
+    # but ## before a part of a word that is not the first. A vocabulary may have a few pieces that begin
+    # with another one's mark, as a letter of some text.
+    counts = {m: sum(token.startswith(m) for token in ids) for m in ("Ġ", "▁", "##")}
+    mark = max(counts, key=lambda m: counts[m])
     for token, i in ids.items():
         if token in not_text or _SENTINEL.fullmatch(token):
             continue
-        if mark is None:
+        if mark == "##" or not counts[mark]:
             letters[i] = "c" if token.startswith("##") and len(token) > 2 else "w"
         else:
             # A line's end (Ċ in byte-level BPE) is not part of the word before it
