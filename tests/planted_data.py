@@ -52,8 +52,8 @@ TABLE = """
 - if getattr(tokenizer, "thread_safe", False) else 1
 + if True else 1
 @ a validation set is trained on as well | data/preparation.py | prepare | validation_set
-- return job.parts(source, None)["training"], job.parts(validation, None)["training"]
-+ return job.parts(source, held_out)["training"], job.parts(validation, None)["training"]
+- training = job.parts(source, None)["training"]
++ training = job.parts(source, held_out)["training"]
 @ any state of a text that is gone will do | data/preparation.py | prepare | that_is_gone
 - if len(folders) > 1:
 + if False:

@@ -132,8 +132,8 @@ TABLE = """
 - if not self.fall_back:
 + if self.fall_back is None:
 @ what was set aside is found again | runs/run.py | damage | falls_back
-- if _NAME.fullmatch(path.name))
-+ if _NAME.match(path.name))
+- if _NAME.fullmatch(p.name))
++ if _NAME.match(p.name))
 @ hosts go on from what each sees | runs/saves.py | damage | other_lineage
 - hosts.together(compare)
 + hosts.together(lambda: None)

@@ -86,4 +86,10 @@ TABLE = """
 @ a part has the shares of other units | certificate/part.py | bounded | part
 - cut = {name: np.asarray(x)[rows] for name, x in values.items() if x is not None}
 + cut = {name: np.asarray(x)[: len(rows)] for name, x in values.items() if x is not None}
+@ rows are padded beyond the positions | evals/language.py | evals_language | beyond_the_positions
+- return size if most is None else min(size, most)
++ return size
+@ the rows of padding are positions | evals/language.py | evals_language | beyond_the_positions
+- rows - padding - 1
++ rows
 """

@@ -232,6 +232,16 @@ def test_a_model_of_nothing_needs_the_whole_alphabet():
     assert measured["perplexity"] == pytest.approx(V, rel=1e-4)
 
 
+def test_rows_are_not_padded_beyond_the_positions():
+    few = GPT(GPTConfig(layers=2, positions=20, **SIZES), key=KEY)
+    assert LanguageModel(few, TOKENIZER).rolling(["a" * 20])[0] < 0
+    robust = BERT(BERTConfig(layers=2, positions=22, padding=1, **SIZES), key=KEY)
+    language = LanguageModel(robust, TOKENIZER)
+    assert language.window == rooms.usable_positions(robust) == 20
+    assert masked_bits(language, ["a" * 30])["tokens"] > 0
+    assert [rooms.bucket(n, 20) for n in (3, 17, 20)] == [16, 20, 20]
+
+
 def test_masked_bits():
     language = LanguageModel(BERT_32, TOKENIZER)
     text = "It was a bright cold day in April, and the clocks were striking thirteen."

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -34,7 +35,7 @@ from growjax.evals import (
     evaluate,
     primitives,
 )
-from growjax.evals.commands import eval_checkpoint, list_tasks, open_model
+from growjax.evals.commands import eval_checkpoint, list_tasks, open_model, table_of
 from growjax.evals.questions import Question
 from growjax.evals.reasoning import PRIMITIVES, problems
 from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, T5Config
@@ -386,6 +387,14 @@ def test_a_checkpoint_is_scored_on_the_command_line(run, data, tmp_path):
     assert record["settings"]["limit"] == 5
     with pytest.raises(EvalError, match="exists already"):
         eval_checkpoint(folder, ["bpb"], Settings(), out=out, console=Console())
+
+
+def test_a_score_that_is_not_a_number_stands_in_the_table():
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(
+        table_of({"bpb": {"x": math.nan, "y": math.inf, "n": 7.0}})
+    )
+    assert all(f" {number} " in shown.getvalue() for number in ("nan", "inf", "7"))
 
 
 def test_the_tasks_are_listed():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,6 @@ def eval_checkpoint(
         console.print(f"{task}: {metric} {value:.4f}", style="dim", markup=False)
 
     results = evaluate(model, tasks, model_tokenizer, settings, done=print_first_score)
-    console.print(table_of(results))
     record = {
         "checkpoint": str(checkpoint),
         "growjax": __version__,
@@ -57,6 +57,7 @@ def eval_checkpoint(
     out.parent.mkdir(parents=True, exist_ok=True)
     # Settings hold paths, which `str` writes
     out.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    console.print(table_of(results))
     console.print(f"written to {out}", markup=False)
     return results
 
@@ -121,7 +122,8 @@ def table_of(results: Mapping[str, Scores]) -> Table:
         shown = {name: x for name, x in scores.items() if not name.startswith("paradigm/")}
         for i, (name, value) in enumerate(shown.items()):
             # Counts (tokens, bytes, seeds) are whole numbers; scores have four digits
-            number = f"{value:,.0f}" if value == int(value) and value > 1 else f"{value:.4f}"
+            whole = math.isfinite(value) and value == int(value) and value > 1
+            number = f"{value:,.0f}" if whole else f"{value:.4f}"
             # Names of tasks may come from a user's files, so brackets in them are not markup
             table.add_row(escape(task) if i == 0 else "", escape(name), number)
     return table

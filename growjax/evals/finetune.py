@@ -26,7 +26,7 @@ from growjax.axes import param, partition, put, sizes
 from growjax.data import Tokenizer
 from growjax.errors import EvalError
 from growjax.evals.glue import Example, GlueTask, headline, score
-from growjax.evals.language import bucket
+from growjax.evals.language import bucket, usable_positions
 from growjax.evals.metrics import Scores
 from growjax.models import BERT
 from growjax.models.bert import Pooler
@@ -183,7 +183,8 @@ def fine_tune(
     if not train or not dev or not all(dev.values()) or not seeds:
         raise EvalError(f"{task.name}: expected examples to train on and to score by, and a seed")
     recipe = recipe or Recipe()
-    length = min(recipe.length, sizes(model)["positions"])
+    most = usable_positions(model)
+    length = recipe.length if most is None else min(recipe.length, most)
     rows = [_encoded(tokenizer, example, task, length) for example in train]
     dev_rows = {
         name: [_encoded(tokenizer, example, task, length) for example in examples]
@@ -193,13 +194,14 @@ def fine_tune(
     for seed in seeds:
         epochs, fresh = [], Classifier(model, task.outputs, key=jax.random.key(seed))
         loss = _label_loss if task.labels else _value_loss
-        trained = train_epochs(fresh, rows, recipe, seed, _collated, loss)
+        collate = functools.partial(_collated, most=length)
+        trained = train_epochs(fresh, rows, recipe, seed, collate, loss)
         for epoch, classifier in enumerate(trained, 1):
             if last_only and epoch < recipe.epochs_of(len(rows)):
                 continue
             scores: Scores = {}
             for name, examples in dev.items():
-                of_set = score(task, examples, _outputs(classifier, task, dev_rows[name]))
+                of_set = score(task, examples, _outputs(classifier, task, dev_rows[name], length))
                 # With several sets, as MNLI has, the name of the set stands before each metric
                 prefix = f"{name}_" if len(dev) > 1 else ""
                 scores |= {prefix + metric: value for metric, value in of_set.items()}
@@ -249,9 +251,12 @@ def _encoded(tokenizer: Tokenizer, example: Example, task: GlueTask, length: int
     return _Row(tokens, second, task.labels.index(str(label)) if task.labels else float(label))
 
 
-def _collated(rows: Sequence[_Row], size: int) -> dict[str, np.ndarray]:
-    """A batch of `size` rows, `[rows, choices, tokens]`; rows beyond those given have weight 0."""
-    shape = (size, len(rows[0].tokens), bucket(max(row.length for row in rows)))
+def _collated(rows: Sequence[_Row], size: int, most: int | None = None) -> dict[str, np.ndarray]:
+    """A batch of `size` rows, `[rows, choices, tokens]`; rows beyond those given have weight 0.
+
+    Rows are padded to `most` tokens at most (None: to any number).
+    """
+    shape = (size, len(rows[0].tokens), bucket(max(row.length for row in rows), most))
     tokens = np.zeros(shape, np.int32)
     lengths, second = np.zeros(shape[:2], int), np.zeros(shape[:2], int)
     for i, row in enumerate(rows):
@@ -355,13 +360,13 @@ def _forward(model: Classifier, batch: dict[str, Any]) -> Array:
 
 
 def _outputs(
-    model: Classifier, task: GlueTask, rows: Sequence[_Row], size: int = 32
+    model: Classifier, task: GlueTask, rows: Sequence[_Row], most: int, size: int = 32
 ) -> Float[np.ndarray, "n outputs"]:
     """The outputs of a classifier for every row, in the rows' order, in batches of similar lengths."""
     outputs = np.zeros((len(rows), task.outputs * task.choices))
     order = sorted(range(len(rows)), key=lambda i: rows[i].length)
     for start in range(0, len(rows), size):
         members = order[start : start + size]
-        batch = _collated([rows[i] for i in members], size)
+        batch = _collated([rows[i] for i in members], size, most)
         outputs[members] = np.asarray(_forward(model, batch))[: len(members)]
     return outputs

@@ -89,7 +89,7 @@ def generate(
     # Longest first. Steps cost more than padding, so short prompts go along with long ones
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     while order:
-        width = bucket(len(encoded[order[0]]) + 1)
+        width = bucket(len(encoded[order[0]]) + 1, language.window)
         count = batch_rows(len(order), language.batch_tokens // (width + new))
         members, order = order[:count], order[count:]
         # Copies of the first prompt fill the batch up to its compiled size

@@ -103,7 +103,7 @@ class LanguageModel:
     @functools.cached_property
     def window(self) -> int:
         """How many tokens the model reads at once: its positions, or `longest` if that is less."""
-        positions = sizes(self.model).get("positions", self.longest or 1024)
+        positions = usable_positions(self.model) or self.longest or 1024
         return min(positions, self.longest or positions)
 
     @property
@@ -168,7 +168,8 @@ class LanguageModel:
             return self._pseudo(pairs)
         to_row = self._pair if self.kind == "seq2seq" else self._causal
         rows = [to_row([*context], [*continuation]) for context, continuation in pairs]
-        totals = in_batches(functools.partial(_score, self.model), rows, self.batch_tokens)
+        score = functools.partial(_score, self.model)
+        totals = in_batches(score, rows, self.batch_tokens, self.window)
         scored = []
         for row, (logprob, likeliest) in zip(rows, totals, strict=True):
             scored.append(Scored(float(logprob), bool(likeliest == row["weights"].sum())))
@@ -248,7 +249,8 @@ class LanguageModel:
                 )
                 owner.append(i)
         totals, greedy = [0.0] * len(pairs), [True] * len(pairs)
-        scored = in_batches(functools.partial(_score_masked, self.model), rows, self.batch_tokens)
+        score = functools.partial(_score_masked, self.model)
+        scored = in_batches(score, rows, self.batch_tokens, self.window)
         for i, (logprob, likeliest) in zip(owner, scored, strict=True):
             totals[i] += float(logprob)
             greedy[i] &= bool(likeliest)
@@ -297,7 +299,8 @@ def masked_bits(
             # Every chosen token becomes `mask`; training also leaves some, or draws another token
             objective = MLM(len(part) + 2, rate=rate, replace=(1.0, 0.0, 0.0))
             rows.append(objective(Window(part, np.zeros_like(part)), vocabulary, rng))
-    scored = in_batches(functools.partial(_score, language.model), rows, language.batch_tokens)
+    score = functools.partial(_score, language.model)
+    scored = in_batches(score, rows, language.batch_tokens, language.window)
     count = sum(int(row["weights"].sum()) for row in rows)
     if not count:
         raise EvalError("masked bits: expected some text, got none")
@@ -311,11 +314,19 @@ def masked_bits(
 # Batches -----------------------------------------------------------------------------------------
 
 
-def bucket(length: int) -> int:
-    """The size that a length is padded to: 16, 24, 32, 48, 64, 96, 128 and so on."""
+def usable_positions(model: Any) -> int | None:
+    """The most tokens that a model has positions for; None if it has no table of them."""
+    rows, padding = sizes(model).get("positions"), getattr(model, "padding", None)
+    # RoBERTa's tokens are counted from the row after that of padding
+    return rows if rows is None or padding is None else rows - padding - 1
+
+
+def bucket(length: int, most: int | None = None) -> int:
+    """The size that a length is padded to: 16, 24, 32, 48, 64, 96, 128 and so on, and `most` at most."""
     power = max(16, 1 << max(length - 1, 0).bit_length())  # the next power of two
     three_quarters = power * 3 // 4
-    return three_quarters if 16 < length <= three_quarters else power
+    size = three_quarters if 16 < length <= three_quarters else power
+    return size if most is None else min(size, most)
 
 
 def batch_rows(members: int, most: int) -> int:
@@ -333,19 +344,23 @@ def batch_rows(members: int, most: int) -> int:
 
 
 def in_batches(
-    program: Callable[[dict[str, np.ndarray]], Any], rows: Sequence[Row], batch_tokens: int
+    program: Callable[[dict[str, np.ndarray]], Any],
+    rows: Sequence[Row],
+    batch_tokens: int,
+    window: int,
 ) -> list[tuple]:
     """Run a program over rows of any length, padded to a few shapes; its results in the rows' order.
 
     Rows of one bucket form batches of one size, longest buckets first; copies of its first row fill the
     last batch. All arrays of a row are padded to the same length, but those named `encoder_...` to one
-    of their own, and arrays without a dimension not at all.
+    of their own, and arrays without a dimension not at all. No row is longer than the `window` of the
+    model, and none is padded beyond it.
     """
     shapes: dict[tuple[int, int], list[int]] = {}
     for i, row in enumerate(rows):
-        encoder = bucket(len(row["encoder_tokens"])) if "encoder_tokens" in row else 0
+        encoder = bucket(len(row["encoder_tokens"]), window) if "encoder_tokens" in row else 0
         lengths = [len(x) for name, x in row.items() if x.ndim and "encoder" not in name]
-        shapes.setdefault((encoder, bucket(max(lengths))), []).append(i)
+        shapes.setdefault((encoder, bucket(max(lengths), window)), []).append(i)
     results: list[Any] = [None] * len(rows)
     for (encoder, length), members in sorted(shapes.items(), reverse=True):
         count = batch_rows(len(members), batch_tokens // (encoder + length))

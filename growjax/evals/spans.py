@@ -7,6 +7,7 @@ that stands in several windows counts only in the one with the most context arou
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from growjax.axes import param, sizes
 from growjax.data import Tokenizer
 from growjax.errors import EvalError
 from growjax.evals.finetune import FineTuned, Recipe, train_epochs, without_heads
-from growjax.evals.language import bucket
+from growjax.evals.language import bucket, usable_positions
 from growjax.evals.metrics import Scores, answers
 from growjax.evals.questions import Question
 from growjax.models import BERT
@@ -206,8 +207,8 @@ def fine_tune_spans(
     if not train or not dev or not seeds:
         raise EvalError("spans: expected questions to train on and to score by, and a seed")
     recipe = recipe or SpanRecipe()
-    length, positions = recipe.training.length, sizes(model)["positions"]
-    if positions < length:
+    length, positions = recipe.training.length, usable_positions(model)
+    if positions is not None and positions < length:
         raise EvalError(
             f"length: windows of {length} tokens are longer than the {positions} positions of the model"
         )
@@ -216,8 +217,9 @@ def fine_tune_spans(
     runs = []
     for seed in seeds:
         epochs, fresh = [], Pointer(model, key=jax.random.key(seed))
-        for pointer in train_epochs(fresh, rows, recipe.training, seed, _collated, _loss):
-            outputs = iter(_outputs(pointer, [w for parts in dev_windows for w in parts]))
+        collate = functools.partial(_collated, most=length)
+        for pointer in train_epochs(fresh, rows, recipe.training, seed, collate, _loss):
+            outputs = iter(_outputs(pointer, [w for parts in dev_windows for w in parts], length))
             predicted = []
             for question, parts in zip(dev, dev_windows, strict=True):
                 scores = [next(outputs) for _ in parts]
@@ -229,9 +231,9 @@ def fine_tune_spans(
     return FineTuned("squad", tuple(runs))
 
 
-def _collated(rows: Sequence[Window], size: int) -> dict[str, np.ndarray]:
-    """A batch of `size` windows; rows beyond those given have weight 0."""
-    length = bucket(max(len(row.tokens) for row in rows))
+def _collated(rows: Sequence[Window], size: int, most: int | None = None) -> dict[str, np.ndarray]:
+    """A batch of `size` windows, padded to `most` tokens at most; rows beyond those given weigh 0."""
+    length = bucket(max(len(row.tokens) for row in rows), most)
     tokens, positions = np.zeros((size, length), np.int32), np.arange(length)
     ends, firsts = np.zeros((size, 1), int), np.zeros((size, 1), int)
     target = np.zeros((size, 2), np.int32)
@@ -261,13 +263,13 @@ def _forward(model: Pointer, batch: dict[str, Any]) -> Array:
     return jax.vmap(model)(batch["tokens"], batch["types"], batch["mask"])
 
 
-def _outputs(model: Pointer, rows: Sequence[Window], size: int = 32) -> list[np.ndarray]:
+def _outputs(model: Pointer, rows: Sequence[Window], most: int, size: int = 32) -> list[np.ndarray]:
     """The scores `[tokens, 2]` of every window, in the windows' order, in batches of similar lengths."""
     outputs: list[Any] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     for start in range(0, len(rows), size):
         members = order[start : start + size]
-        batch = np.asarray(_forward(model, _collated([rows[i] for i in members], size)))
+        batch = np.asarray(_forward(model, _collated([rows[i] for i in members], size, most)))
         for place, i in enumerate(members):
             outputs[i] = batch[place, : len(rows[i].tokens)]
     return outputs
