@@ -449,6 +449,12 @@ TABLE = """
 @ a layout may change what is drawn | runs/saves.py | forks | draws_of_its_layout
 - fields["layout"] = {"own_paths": plan.layout.own_paths}
 + del fields["layout"]
+@ runs of one name are one run of a tracker | runs/watch.py | hooks | runs_of_one_name
+- options["id"] = f"{run.name}-{place}"
++ options["id"] = f"{run.name}-{len(place)}"
+@ a fork takes the end of a name for a step | train/commands.py | forks | may_end_as_a_step
+- if not at or not step.isdigit() or Run(text).plan_file.exists():
++ if not at or not step.isdigit():
 @ a trigger does not wait for the fit | train/session.py | triggers | waits_for
 - max(stage.ramp, fitted_to, 2)
 + max(stage.ramp, 2)
@@ -462,7 +468,7 @@ TABLE = """
 - losses=self.losses,
 + losses=(),
 @ a run keeps the plan that its trigger changed | runs/saves.py | triggers | ordinary_plan
-- hosts.from_first(lambda: save_plan(plan, self.run.plan_file))
+- hosts.from_first(self._write_plan)
 + return
 @ a lost plan hides what a trigger ended | runs/saves.py | triggers | without_its_plan
 - if lineage.get("ended", []) not in (before, [pair for pair in ended if pair[0] <= stage]):

@@ -92,4 +92,7 @@ TABLE = """
 @ the rows of padding are positions | evals/language.py | evals_language | beyond_the_positions
 - rows - padding - 1
 + rows
+@ pairs of RoBERTa have one separator | evals/finetune.py | evals_finetune | framed
+- [special["sep"]] * (between - 1) + [*part
++ [special["sep"]] * 0 + [*part
 """

@@ -45,6 +45,9 @@ def test_pairs_are_framed_and_the_longer_one_is_cut():
     assert batch["types"][0, 0].tolist() == [0] * 6 + [1] * 4 + [0] * 6
     assert batch["mask"][0, 0].tolist() == [True] * 10 + [False] * 6
     assert batch["weight"].tolist() == [1.0, 0.0] and batch["tokens"].shape == (2, 1, 16)
+    # RoBERTa's pairs have two separators in between
+    row = room._encoded(TOKENIZER, Example((("abcdef", "xyz"),), "entailment"), RTE, 10, 2)
+    assert row.tokens[0].tolist() == [CLS, *b"abc", SEP, SEP, *b"xyz", SEP] and row.second == [5]
     single = room._encoded(TOKENIZER, Example((("abcdef",),), 2.5), STSB, 6)
     assert single.tokens[0].tolist() == [CLS, *b"abcd", SEP] and single.target == 2.5
     assert room._collated([single], 1)["types"].max() == 0

@@ -60,6 +60,9 @@ def test_windows_by_hand():
 
 
 def test_a_text_that_fits_has_one_window():
+    (window,) = spans.windows(TOKENIZER, ask("012345678"), 0, SMALL, 2)
+    assert window.tokens.tolist() == [CLS, *b"who", SEP, SEP, *b"012345678", SEP]
+    assert window.first == 6 and len(spans.windows(TOKENIZER, ask("0123456789"), 0, SMALL, 2)) == 2
     (window,) = spans.windows(TOKENIZER, ask("0123456789"), 0, SMALL)
     assert window.target == (0, 0) and window.best.all()
     assert len(spans.windows(TOKENIZER, ask("0123456789a"), 0, SMALL)) == 2

@@ -36,6 +36,7 @@ from growjax.train import (
     train,
     watch,
 )
+from growjax.train.commands import _fork_of as fork_of
 from growjax.train.commands import describe
 from tests.runs import LENGTH, SMALL, TOKENS, feed, losses, plan, same, steps
 
@@ -230,6 +231,15 @@ def test_a_checkpoint_that_its_run_removes_is_not_called_damaged(trunk, tmp_path
     with pytest.raises(CheckpointError, match="removed while it was read.*try again") as error:
         next(iter(train(forked, feed(forked))))
     assert not isinstance(error.value, DamagedError)
+
+
+def test_the_folder_of_a_run_may_end_as_a_step_does(tmp_path):
+    run = tmp_path / "runs@2"
+    assert fork_of(f"{run}") == Fork(str(tmp_path / "runs"), 2)
+    assert fork_of(f"{run}@3") == Fork(str(run), 3)
+    run.mkdir()
+    save_plan(trunk_plan(), run / "plan.json")
+    assert fork_of(f"{run}") == Fork(str(run))
 
 
 def test_a_fork_is_saved_in_its_plan(trunk, tmp_path):

@@ -171,3 +171,13 @@ def test_a_hook_that_fails_is_named_and_loses_nothing(programs, message, tmp_pat
     with pytest.raises(TrainingError, match=message):
         list(train(p, feed(p), run=tmp_path, options=options, cache=programs))
     assert next(train(p, feed(p), run=tmp_path, cache=programs)).step == 1
+
+
+def test_runs_of_one_name_in_two_folders_are_two_runs_of_a_tracker(tmp_path, monkeypatch):
+    told: list[dict[str, Any]] = []
+    library = types.SimpleNamespace(init=lambda **options: told.append(options))
+    monkeypatch.setattr(watching, "_library", lambda _: library)
+    for folder in ("a", "b", "a"):
+        watching.WandB(tmp_path / folder / "run", plan(steps(1)))
+    first, second, again = (options["id"] for options in told)
+    assert first == again != second and first.startswith("run-")

@@ -18,6 +18,7 @@ from growjax.forecast.dryrun import dry_run
 from growjax.plan import Mixing, Plateau, Trigger, mixing, plateau
 from growjax.plan.prefix import fork_faults, shared_steps
 from growjax.runs.checkpoint import read_lineage
+from growjax.runs.journal import as_row
 from growjax.runs.records import Begin, End, Ended, Step
 from growjax.runs.run import Run
 from growjax.train import Fork, Options, Probe, Schedule, Stage, Warmup, train, watch
@@ -307,7 +308,16 @@ class Always(Trigger):
     reads = 1
 
     def fires(self, losses, done):
-        return {}
+        return {"losses": np.float32(len(losses))}
+
+
+def test_the_numbers_of_a_trigger_may_be_those_of_numpy():
+    whole = plan(steps(8, until=Always())).ended(0, 3)
+    session: Any = SimpleNamespace(
+        span=whole.spans[0], recorded=set(), losses=[2.0, 1.5, 1.0], step=3
+    )
+    (record,) = Session.ended(session)
+    assert json.loads(json.dumps(as_row(record, {})))["numbers"] == {"losses": 1.0}
 
 
 @pytest.mark.parametrize(

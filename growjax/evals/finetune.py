@@ -185,9 +185,10 @@ def fine_tune(
     recipe = recipe or Recipe()
     most = usable_positions(model)
     length = recipe.length if most is None else min(recipe.length, most)
-    rows = [_encoded(tokenizer, example, task, length) for example in train]
+    between = separators(model)
+    rows = [_encoded(tokenizer, example, task, length, between) for example in train]
     dev_rows = {
-        name: [_encoded(tokenizer, example, task, length) for example in examples]
+        name: [_encoded(tokenizer, example, task, length, between) for example in examples]
         for name, examples in dev.items()
     }
     runs = []
@@ -231,19 +232,29 @@ class _Row:
         return max(map(len, self.tokens))
 
 
-def _encoded(tokenizer: Tokenizer, example: Example, task: GlueTask, length: int) -> _Row:
-    """An example as BERT reads it: `cls`, the first text, `sep`, then for a pair the second, `sep`."""
+def separators(model: BERT) -> int:
+    """The number of `sep` between two texts: 1 in BERT, 2 in RoBERTa."""
+    return 1 if model.padding is None else 2
+
+
+def _encoded(
+    tokenizer: Tokenizer, example: Example, task: GlueTask, length: int, between: int = 1
+) -> _Row:
+    """An example as BERT reads it: `cls`, the first text, `sep`, then for a pair the second, `sep`.
+
+    `between` is the number of `sep` between the texts of a pair.
+    """
     special, tokens, second = tokenizer.vocabulary.specials, [], []
     for texts in example.choices:
         parts = [tokenizer.encode(text).tolist() for text in texts]
-        # Beside the texts stand one `cls` and a `sep` for each; the longer text loses its end, one
-        # token at a time
-        while sum(map(len, parts)) > length - 1 - len(parts):
+        # Beside the texts stand one `cls`, the separators and a `sep` at the end; the longer text loses
+        # its end, one token at a time
+        while sum(map(len, parts)) > length - 2 - between * (len(parts) - 1):
             max(parts, key=len).pop()
         framed = [special["cls"], *parts[0], special["sep"]]
         second.append(len(framed))
         for part in parts[1:]:
-            framed += [*part, special["sep"]]
+            framed += [special["sep"]] * (between - 1) + [*part, special["sep"]]
         tokens.append(np.array(framed, np.int32))
     label = example.label
     if label is None:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from growjax.axes import param, sizes
 from growjax.data import Tokenizer
 from growjax.errors import EvalError
-from growjax.evals.finetune import FineTuned, Recipe, train_epochs, without_heads
+from growjax.evals.finetune import FineTuned, Recipe, separators, train_epochs, without_heads
 from growjax.evals.language import bucket, usable_positions
 from growjax.evals.metrics import Scores, answers
 from growjax.evals.questions import Question
@@ -108,16 +108,21 @@ class Window:
 
 
 def windows(
-    tokenizer: Tokenizer, question: Question, number: int, recipe: SpanRecipe
+    tokenizer: Tokenizer, question: Question, number: int, recipe: SpanRecipe, between: int = 1
 ) -> list[Window]:
-    """The windows of one question; a window's target is the first accepted answer, if whole there."""
+    """The windows of one question; a window's target is the first accepted answer, if whole there.
+
+    `between` is the number of `sep` between the question and the text.
+    """
     special = tokenizer.vocabulary.specials
-    query = tokenizer.encode(question.question)[: recipe.query]
+    # The recipe leaves room for one `sep` in between
+    longest = min(recipe.query, recipe.training.length - between - 3)
+    query = tokenizer.encode(question.question)[:longest]
     text, places = tokenizer.encode(question.context), tokenizer.places(question.context)
-    room = recipe.training.length - len(query) - 3
+    room = recipe.training.length - len(query) - 2 - between
     starts = [0]
     while starts[-1] + room < len(text):
-        starts.append(starts[-1] + recipe.stride)
+        starts.append(starts[-1] + min(recipe.stride, room))
     bounds = [(start, min(start + room, len(text))) for start in starts]
     # The context of each token in each window, as BERT's script measures it: the shorter side, plus a
     # little for the window's length, which decides ties
@@ -131,8 +136,9 @@ def windows(
     answer = _answer_tokens(question, places)
     parts = []
     for i, (start, end) in enumerate(bounds):
-        framed = [special["cls"], *query, special["sep"], *text[start:end], special["sep"]]
-        first, target = len(query) + 2, (0, 0)
+        framed = [special["cls"], *query, *[special["sep"]] * between, *text[start:end]]
+        framed.append(special["sep"])
+        first, target = len(query) + 1 + between, (0, 0)
         if answer is not None and start <= answer[0] and answer[1] < end:
             target = (answer[0] - start + first, answer[1] - start + first)
         tokens = np.array(framed, np.int32)
@@ -212,8 +218,9 @@ def fine_tune_spans(
         raise EvalError(
             f"length: windows of {length} tokens are longer than the {positions} positions of the model"
         )
-    rows = [w for i, q in enumerate(train) for w in windows(tokenizer, q, i, recipe)]
-    dev_windows = [windows(tokenizer, q, i, recipe) for i, q in enumerate(dev)]
+    between = separators(model)
+    rows = [w for i, q in enumerate(train) for w in windows(tokenizer, q, i, recipe, between)]
+    dev_windows = [windows(tokenizer, q, i, recipe, between) for i, q in enumerate(dev)]
     runs = []
     for seed in seeds:
         epochs, fresh = [], Pointer(model, key=jax.random.key(seed))

@@ -129,14 +129,18 @@ class Saves:
 
                 # A fork that fails leaves no plan, from which the corrected one would differ
                 find_trunk(self.plan)
-            try:
-                self.run.folder.mkdir(parents=True, exist_ok=True)
-                save_plan(self.plan, self.run.plan_file)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self.run.plan_file}: could not be written: {error.strerror}"
-                ) from error
+            self._write_plan()
         return names
+
+    def _write_plan(self) -> None:
+        """Write the plan into the folder of the run, which need not exist."""
+        try:
+            self.run.folder.mkdir(parents=True, exist_ok=True)
+            save_plan(self.plan, self.run.plan_file)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.run.plan_file}: could not be written: {error.strerror}"
+            ) from error
 
     def _check_plan(self, path: Path) -> dict[str, Any]:
         """The lineage of a checkpoint; raises `CheckpointError` if it is of another plan."""
@@ -259,7 +263,7 @@ class Saves:
     def change(self, plan: Plan) -> None:
         """Go on with a plan of which a trigger has ended a stage, and write it."""
         self.plan = plan
-        hosts.from_first(lambda: save_plan(plan, self.run.plan_file))
+        hosts.from_first(self._write_plan)
 
     def _identity(self, stage: int) -> dict[str, Any]:
         """The fields of a lineage that identify the plan, up to a stage."""

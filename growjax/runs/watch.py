@@ -1,6 +1,7 @@
 """The recipients of a run's records: the terminal, the journal, and trackers on request."""
 
 import contextlib
+import hashlib
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,10 @@ class WandB:
     """Numbers to Weights & Biases, under the name of the plan; needs `wandb`."""
 
     def __init__(self, run: Path, plan: Plan):
-        options = {"name": plan.name, "dir": str(run), "config": to_dict(plan), "id": run.name}
+        # Runs of one name in two folders are two runs there as well
+        place = hashlib.sha256(str(run.absolute()).encode(errors="surrogateescape")).hexdigest()[:8]
+        options = {"name": plan.name, "dir": str(run), "config": to_dict(plan)}
+        options["id"] = f"{run.name}-{place}"
         self.run = _library("wandb").init(project="growjax", resume="allow", **options)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:

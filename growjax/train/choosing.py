@@ -133,4 +133,7 @@ def _log(decision: Decision, run: Run, end: int, file: Path) -> None:
     if not any(row["kind"] == "decided" for row in run.rows()):
         with Journal(run.folder) as journal:
             journal.add(as_row(record, {}))
-    write(decision, file, error=PlanError)
+    try:
+        write(decision, file, error=PlanError)
+    except OSError as error:
+        raise TrainingError(f"{file}: could not be written: {error.strerror}") from error

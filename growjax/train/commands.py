@@ -204,7 +204,9 @@ def choose_and_train(
 def _fork_of(text: str) -> Fork:
     """The fork that RUN or RUN@STEP names; a folder may have an @ in its name as well."""
     run, at, step = text.rpartition("@")
-    return Fork(run, int(step)) if at and step.isdigit() else Fork(text)
+    if not at or not step.isdigit() or Run(text).plan_file.exists():
+        return Fork(text)
+    return Fork(run, int(step))
 
 
 def train_plan(

@@ -316,7 +316,9 @@ class Session:
         numbers = stage.until.fires(self.losses[:-1][-stage.until.reads :], stage.ended - 1)
         # Whoever states the length of a stage need not have taken it from its trigger
         if numbers is not None:
-            yield Ended(index, self.step - 1, stage.ended, str(stage.until), dict(numbers))
+            # A trigger of one's own may give numbers of NumPy, which no journal takes
+            numbers = {name: float(x) for name, x in numbers.items()}
+            yield Ended(index, self.step - 1, stage.ended, str(stage.until), numbers)
 
     # Between stages ---------------------------------------------------------------------------
 
