@@ -17,7 +17,7 @@ from growjax.errors import AxisError, HuggingFaceError, raise_all
 from growjax.hf.bert import ENCODERS
 from growjax.hf.companions import copy_companions
 from growjax.hf.families import DECODERS
-from growjax.hf.family import ConfigFile, Family
+from growjax.hf.family import UNREAD, ConfigFile, Family
 from growjax.hf.files import (
     CONFIG,
     DTYPES,
@@ -46,15 +46,6 @@ FAMILIES = {
 }
 # Keys of config.json that would change what a model of any family computes
 FIXED = {"per_layer_config": None}
-# What families compute that no model here does, by the model_type
-_LATENT = "its keys and values are projections of a latent vector, which no attention here has"
-UNREAD = {
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), _LATENT),
-    "gpt_oss": "its attention has sinks, trained scores of no key",
-    "gemma3": "it reads images too; its text model alone, saved by itself, is a gemma3_text",
-    **dict.fromkeys(("mamba", "mamba2", "jamba"), "it has layers without attention"),
-    "qwen3_next": "it has layers of linear attention",
-}
 _POSITIONS = "max_position_embeddings"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _STORED = ("float64", "float32", "float16", "bfloat16")
@@ -143,17 +134,11 @@ def check_dtype(dtype: str | None) -> None:
 def with_dtype(model: Any, dtype: str) -> Any:
     """The model with its parameters in another dtype; epsilons and frequencies stay as they are.
 
-    Raises `HuggingFaceError` for a dtype that files do not have, and for parameters beyond its range.
+    Raises `HuggingFaceError` for a dtype that files do not have.
     """
     check_dtype(dtype)
     slots = [slot for slot in axes_of(model).of_kind("param") if slot.value is not None]
-    values = {slot.steps: slot.value.astype(dtype) for slot in slots}
-    beyond = [slot.path for slot in slots if not bool(jnp.isfinite(values[slot.steps]).all())]
-    headline = (
-        f"these parameters have numbers that are not finite in {dtype}; bfloat16 has the range:"
-    )
-    raise_all(HuggingFaceError, headline, shortened(beyond))
-    return put(model, values)
+    return put(model, {slot.steps: slot.value.astype(dtype) for slot in slots})
 
 
 def _described(

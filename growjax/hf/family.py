@@ -26,6 +26,17 @@ ACTIVATIONS: dict[str, str] = {
 }
 
 
+# What families compute that no model here does, by the model_type
+_LATENT = "its keys and values are projections of a latent vector, which no attention here has"
+UNREAD = {
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), _LATENT),
+    "gpt_oss": "its attention has sinks, trained scores of no key",
+    "gemma3": "it reads images too; its text model alone, saved by itself, is a gemma3_text",
+    **dict.fromkeys(("mamba", "mamba2", "jamba"), "it has layers without attention"),
+    "qwen3_next": "it has layers of linear attention",
+}
+
+
 class ConfigFile:
     """A config.json, read key by key; `check` raises all faults that were noted on the way.
 

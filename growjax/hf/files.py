@@ -482,6 +482,11 @@ def _write_part(
         raise HuggingFaceError(
             f"{name}: expected {tensor.dtype} of shape {shape}, got {array.dtype} of shape {array.shape}"
         )
+    if not np.isfinite(array).all():
+        raise HuggingFaceError(
+            f"{name}: has numbers that are not finite in {array.dtype}, and would not be read again"
+            + (" (bfloat16 has the range of float32)" if array.dtype == np.float16 else "")
+        )
     # The bytes of a strided array would be out of order
     file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
