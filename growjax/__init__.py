@@ -106,7 +106,7 @@ if TYPE_CHECKING:
     from growjax.plan import Stage as Stage
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The names above that only a type checker has seen, and the module of each
 _ROOMS = (

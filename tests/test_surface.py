@@ -207,6 +207,10 @@ def test_every_package_outside_the_base_has_an_extra():
 def test_the_version_stands_once():
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.?\w+)?", gj.__version__)
     assert "version" not in PROJECT and PROJECT["dynamic"] == ["version"]
+    changes, citation = (ROOT.parent / name for name in ("CHANGELOG.md", "CITATION.cff"))
+    released = re.findall(r"^## (\S+)$", changes.read_text(), re.MULTILINE)
+    assert released[:2] == ["Unreleased", gj.__version__]
+    assert f"\nversion: {gj.__version__}\n" in citation.read_text()
     done = subprocess.run(
         [sys.executable, "-m", "growjax", "--version"],
         capture_output=True,
