@@ -82,6 +82,30 @@ def test_adam_is_optax_adam_while_nothing_grows(dtype, b2, rtol):
                 np.testing.assert_allclose(x, y, rtol=rtol)
 
 
+class Scaled(eqx.Module):
+    scale: jax.Array = gj.param("")
+    up: jax.Array | None = gj.param("embed -> mlp")
+
+
+@pytest.mark.parametrize("up", [jnp.ones((3, 4)), None], ids=["beside axes", "alone"])
+def test_a_leaf_without_axes_is_as_old_as_the_model(up):
+    params = Scaled(jnp.ones(()), up)
+    ours, theirs = optim.scale_by_adam(b2=0.95), optax.scale_by_adam(b2=0.95)
+    left, right = ours.init(params), theirs.init(params)
+    for _ in range(2):
+        a, left = ours.update(like(params, 0.5), left)
+        b, right = theirs.update(like(params, 0.5), right)
+        np.testing.assert_allclose(a.scale, b.scale, rtol=2e-6)
+    if up is None:
+        return
+    # New coordinates of other leaves are young, this one is not
+    op = gj.growth.given({"up": np.ones((3, 2))}, mlp=6)
+    carried, grown = gj.carry(op, left, params, optimizer=ours), gj.grow(op, params)
+    a, _ = ours.update(like(grown, 0.5), carried)
+    b, _ = theirs.update(like(params, 0.5), right)
+    np.testing.assert_allclose(a.scale, b.scale, rtol=2e-6)
+
+
 def settled_in(tx, params):
     """The state after very many steps of a constant gradient of one."""
 

@@ -6,6 +6,7 @@ every coordinate of every axis. An entry of a leaf is as old as the youngest of 
 ages take one small vector per axis.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -64,8 +65,11 @@ def grown_age(age: Num[Array, " old"], move: AxisMap, *, keep: bool) -> Num[Arra
 
 
 def born(params: Any, dtype: Any = jnp.int32) -> Ages:
-    """An age of 0 for every coordinate of every axis."""
-    return Ages({axis: jnp.zeros(size, dtype) for axis, size in axes_of(params).sizes.items()})
+    """An age of 0 for every coordinate of every axis; for one coordinate, of `""`, if there is none."""
+    sizes = axes_of(params).sizes
+    if not any(sizes.values()):
+        sizes = {**sizes, "": 1}
+    return Ages({axis: jnp.zeros(size, dtype) for axis, size in sizes.items()})
 
 
 def scale_by_adam(
@@ -153,9 +157,14 @@ def _debiased(moments: Any, ages: Ages, decay: float) -> Any:
         moments,
         {
             slot.steps: slot.value / weight.astype(slot.value.dtype)
-            for slot, weight in by_youngest(moments, weights, 1.0)
+            for slot, weight in by_youngest(moments, weights, oldest(weights))
         },
     )
+
+
+def oldest(vectors: Mapping[str, Array]) -> Array:
+    """The largest number of any coordinate: that of a leaf without axes, which is as old as the model."""
+    return functools.reduce(jnp.maximum, [jnp.max(x) for x in vectors.values() if x.size])
 
 
 def by_youngest(tree: Any, vectors: Mapping[str, Array], top: Any) -> Iterator[tuple[Slot, Array]]:

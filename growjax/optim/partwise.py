@@ -24,7 +24,7 @@ from growjax.axes import Slot, axes_of, find, put
 from growjax.errors import StateError, raise_all
 from growjax.growth import Births
 from growjax.growth.births import over_entries
-from growjax.optim.age import Since, youngest
+from growjax.optim.age import Since, oldest, youngest
 from growjax.optim.cells import Cell, alike, cells
 from growjax.optim.divided import Decays, Division, Parts, Share
 from growjax.optim.probe import Traits, probe
@@ -123,9 +123,7 @@ def parts(
         def time(slot: Slot, growth: int | None):
             if growth is None:
                 return state.since.last
-            # A leaf without axes is as old as the oldest coordinate that is left
-            oldest = [jnp.max(steps) for steps in state.since.of.values() if steps.size]
-            return youngest(slot, state.since.of, sizes, functools.reduce(jnp.maximum, oldest))
+            return youngest(slot, state.since.of, sizes, oldest(state.since.of))
 
         division = Division(plan, state.births, time)
         # The original transformation, not `tx`: probe results are cached by this object
