@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +77,18 @@ def test_every_step_is_charged(fitted):
         big = gj.grow(result.operator, model)
         forward = flops(lambda m, b: jax.vmap(m)(b), big, batch)
     assert result.flops % 30 == 0 and result.flops // 30 > 3 * forward
+
+
+class Fused(eqx.Module):
+    qkv: jax.Array = gj.param("layers: embed -> (a + a)")
+
+
+def test_layers_of_an_array_of_several_blocks_are_mixed_whole():
+    with jax.enable_x64(True):
+        small = Fused(jnp.arange(16.0).reshape(2, 2, 4))
+        rows = ((1.0, 0.0), (0.0, 1.0), (0.5, -0.25))
+        big = gj.grow(learned(depth={"qkv": rows}), small)
+        np.testing.assert_array_equal(big.qkv, np.einsum("nl,lio->nio", rows, small.qkv))
 
 
 def test_state_does_not_follow_what_was_learned(fitted):

@@ -32,10 +32,16 @@ class Mixed(Finish):
 
     matrices: Any
 
+    def prepared(self, move, table):
+        """The same with the matrices of whole arrays for each of their blocks."""
+        given = dict(self.matrices)
+        slots = [slot for slot in table.having(move.axis, "param") if slot.path in given]
+        return Mixed({part.path: given[slot.path] for slot in slots for part in slot.parts})
+
     def applied(self, move, slot, old, new, *, key):
         """The sums over old layers; arrays without a matrix stay as they were gathered."""
         del key
-        matrix = dict(self.matrices).get(slot.path)
+        matrix = self.matrices.get(slot.path)
         if slot.kind != "param" or matrix is None:
             return new
         (dim,) = slot.positions(move.axis)
