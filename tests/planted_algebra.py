@@ -161,7 +161,7 @@ TABLE = """
 @ means of what a norm puts out are means of its gain | maps.py | width | puts_out
 - mends -= {place for place in mends if "produced" in roles.get(place, ())}
 + mends -= {place for place in mends if "none" in roles.get(place, ())}
-@ a certificate of fewer words compares none | certificate/measured.py | transplants | smaller_vocabulary
+@ a certificate of fewer words compares none | certificate/outputs.py | transplants | smaller_vocabulary
 - b, a = b[tuple(map(slice, a.shape))], a[tuple(map(slice, b.shape))]
 + b = b[tuple(map(slice, a.shape))]
 @ closed copies may come in any order | growth/depth.py | depth | lose_or_swap
@@ -209,4 +209,13 @@ TABLE = """
 @ weights of a fit are widened | growth/fits.py | between | network_predicts
 - return (w - rate * (m / (jnp.sqrt(v) + 1e-8) + decay * w)).astype(w.dtype)
 + return w - rate * (m / (jnp.sqrt(v) + 1e-8) + decay * w)
+@ norms average over zeros of layers that rest | growth/limited.py | within | whose_norm
+- for slot in axes.normalised(move.axis)
++ for slot in axes.normalised(move.axis)[:0]
+@ blocks of an array have no matrix | growth/mixtures.py | fitting | mixed_whole
+- return Mixed({part.path: given[slot.path] for slot in slots for part in slot.parts})
++ return Mixed({slot.path: given[slot.path] for slot in slots})
+@ a leaf without axes has no bias correction | optim/age.py | optim | as_old_as_the_model
+- by_youngest(moments, weights, oldest(weights))
++ by_youngest(moments, weights, 1.0)
 """

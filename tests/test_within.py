@@ -11,7 +11,7 @@ import pytest
 
 import growjax as gj
 from growjax import growth, optim, testing
-from growjax.axes import partition
+from growjax.axes import axes_of, partition
 from growjax.errors import GrowthError
 from growjax.growth import within
 from growjax.values import from_dict, to_dict
@@ -110,3 +110,21 @@ def test_the_new_part_of_some_layers_trains_alone():
 def test_what_does_not_fit_says_why(make, message):
     with pytest.raises(GrowthError, match=message):
         make()(GPT.model())
+
+
+class Normed(eqx.Module):
+    up: Any = gj.param("layers: embed -> mlp")
+    gain: Any = gj.param("layers: ~mlp")
+    down: Any = gj.param("layers: mlp -> embed")
+
+
+@pytest.mark.parametrize("make", [gj.copy, gj.msg], ids=["copy", "msg"])
+def test_layers_whose_norm_would_average_over_zeros_are_refused(make):
+    """Zeros in a layer that does not grow would shrink the mean square of its norm."""
+    normed = Normed(np.ones((2, 3, 4)), np.ones((2, 4)), np.ones((2, 4, 3)))
+    with pytest.raises(GrowthError, match="gain averages over mlp"):
+        within(make(mlp=8), layers=(0,)).maps(axes_of(normed))
+    model = eqx.filter_eval_shape(testing.Architecture("GPT", (("qk_norm", True),)).model)
+    with pytest.raises(GrowthError, match="k_norm.* averages over head_dim"):
+        within(make(head_dim=8), layers=(0,)).maps(axes_of(model))
+    within(make(mlp=8), layers=(0,)).maps(axes_of(model))

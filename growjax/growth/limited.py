@@ -129,6 +129,11 @@ class Within(Operator):
                     f"{self.operator}: its map of {move.axis} is no map of copies and new rows"
                 )
             faults += [
+                f"{slot.path} averages over {move.axis}, and new zeros in layers that do not grow would "
+                "change its mean; grow all layers"
+                for slot in axes.normalised(move.axis)
+            ]
+            faults += [
                 f"{slot.path} has {move.axis} and is shared by all {self.axis}: it grows in all or none"
                 for slot in axes.having(move.axis)
                 if slot.arrays() and not slot.positions(self.axis)
