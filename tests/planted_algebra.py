@@ -161,7 +161,7 @@ TABLE = """
 @ means of what a norm puts out are means of its gain | maps.py | width | puts_out
 - mends -= {place for place in mends if "produced" in roles.get(place, ())}
 + mends -= {place for place in mends if "none" in roles.get(place, ())}
-@ a certificate of fewer words compares none | certificate/outputs.py | transplants | smaller_vocabulary
+@ a certificate of fewer words compares none | certificate/measured.py | transplants | smaller_vocabulary
 - b, a = b[tuple(map(slice, a.shape))], a[tuple(map(slice, b.shape))]
 + b = b[tuple(map(slice, a.shape))]
 @ closed copies may come in any order | growth/depth.py | depth | lose_or_swap

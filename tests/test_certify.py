@@ -17,6 +17,9 @@ import pytest
 import growjax as gj
 from growjax import models, testing
 from growjax.axes import put
+from growjax.certificate import distance, probe
+from growjax.certificate.measured import error, largest
+from growjax.errors import GrowthError
 from growjax.growth import Finish
 
 
@@ -261,6 +264,43 @@ def test_an_open_new_coordinate_is_seen_by_the_poison_line_alone():
     assert not record.passed
     assert "bitwise equal under 0; CHANGED by N(0, 1), 42, 1000" in str(record)
     assert certificate(Ajar()).passed  # tanh of zero is zero
+
+
+def test_what_is_not_finite_is_never_lost():
+    fine, lost = np.ones(2), np.asarray([1, np.nan])
+    assert np.isnan(error({"a": fine, "b": fine}, {"a": fine, "b": lost}))
+    assert np.isnan(largest([fine, lost])) and largest([]) == 0
+    assert error([0 * fine], [0 * fine]) == 0 and error([0 * fine], [fine]) == 1
+    # A masked logit is infinite before and after
+    masked = np.asarray([-np.inf, 2.0, 4.0])
+    assert distance(masked, masked + [0, 0, 1]) == (1.0, 0.25)
+    assert distance(masked, np.asarray([0, 2.0, 4.0])) == (np.inf, np.inf)
+    assert distance(fine, lost) == (np.inf, np.inf)
+    assert np.isfinite(probe(masked, ((3,),))) and np.isnan(probe(lost, ((2,),)))
+
+
+def test_a_gradient_that_is_not_finite_at_new_entries_fails():
+    """The square root has no slope at the zero that new units compute."""
+    record = certificate(gj.zeros(hidden=8, init="zeros"), act=root)
+    assert all(d.relative < 1e-6 for d in record.forward) and record.gradient == np.inf
+    assert not record.passed and record.dead["hidden"][0] > 0.5
+
+
+def root(x):
+    return jnp.sqrt(jnp.abs(x))
+
+
+def test_outputs_without_gradients_or_fractions():
+    def constant(model, batch):
+        return jax.lax.stop_gradient(jax.vmap(model)(batch))
+
+    def choice(model, batch):
+        return jnp.argmax(jax.vmap(model)(batch), -1)
+
+    record = gj.certify(gj.copy(hidden=8), net(), POINTS, forward=constant)
+    assert record.gradient == 0 and record.dead == {"hidden": (1.0, 1.0)} and record.passed
+    with pytest.raises(GrowthError, match="forward: expected outputs with fractions.*got int32"):
+        gj.certify(gj.copy(hidden=8), net(), POINTS, forward=choice)
 
 
 # Liveness ------------------------------------------------------------------------------------

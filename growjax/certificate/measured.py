@@ -109,7 +109,10 @@ def certify(
         exact = compared(before, after, floor, shown)
         gradient = None
         if op.exactness != "approximate":
-            gradient = _error(before.gradient, _pulled_back(op, small, key, after.gradient))
+            gradient = error(before.gradient, _pulled_back(op, small, key, after.gradient))
+            # The transpose drops what new entries have alone, and with it NaN
+            if np.isfinite(largest(before.gradient)) and not np.isfinite(largest(after.gradient)):
+                gradient = np.inf
         observe = lambda m: programs.observed(m, rows, shown)  # noqa: E731
         dead, locked = _liveness(op, model, grown, after.gradient, observe, level)
     old, new = axes_of(model).sizes, axes_of(big).sizes
@@ -215,8 +218,11 @@ def shown_outputs(before, after) -> Shown:
     """The shapes of the outputs that a loss uses, those that do not grow; shapes of outputs will do.
 
     A grown output contains copies as separate entries, so a loss of it is not symmetric in the copies. If
-    every output grows, the loss uses the old entries of all.
+    every output grows, the loss uses the old entries of all. Raises `GrowthError` if none has fractions.
     """
+    if not any(jnp.issubdtype(y.dtype, jnp.inexact) for y in jax.tree.leaves(before)):
+        dtypes = ", ".join(sorted({str(y.dtype) for y in jax.tree.leaves(before)})) or "nothing"
+        raise GrowthError(f"forward: expected outputs with fractions, such as logits, got {dtypes}")
     pairs = [
         (a.shape, b.shape)
         for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
@@ -232,6 +238,7 @@ def probe(outputs, shown: Shown) -> Any:
         if shape is not None:
             xp: Any = np if isinstance(y, np.ndarray) else jnp
             y = y[tuple(map(slice, shape))].astype(jnp.promote_types(y.dtype, jnp.float32))
+            y = xp.where(xp.isinf(y), 0, y)  # masked logits
             # A weight for each entry, and a nonlinear and a linear term, so that nothing cancels
             ripple = xp.cos(xp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
             total = total + xp.mean(xp.sin(y) * ripple + y * ripple**2)
@@ -261,7 +268,10 @@ def distance(before, after) -> tuple[float, float]:
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         b, a = b[tuple(map(slice, a.shape))], a[tuple(map(slice, b.shape))]
         b, a = np.asarray(b, np.float64), np.asarray(a, np.float64)
-        gap, size = float(np.abs(b - a).max()), float(np.abs(a).max())
+        # A masked logit is infinite before and after; the scale is that of the others
+        with np.errstate(invalid="ignore"):
+            gap = float(np.where(a == b, 0, np.abs(b - a)).max(initial=0))
+        size = float(np.abs(a[np.isfinite(a)]).max(initial=0))
         # NaN would be lost in max(); infinity is larger than any limit
         gap = gap if np.isfinite(gap) else np.inf
         absolute = max(absolute, gap)
@@ -330,15 +340,19 @@ def _poisoned(op, model, offset, spread):
     return filled(op, model, draws.key(0), fill)
 
 
-def _error(expected, actual) -> float:
-    """The largest difference between the arrays of two trees, relative to the largest expected entry."""
+def error(expected, actual) -> float:
+    """The largest difference between the arrays of two trees, relative to the largest expected entry.
+
+    It is absolute where all are 0, and NaN if any entry is.
+    """
     expected, actual = (jax.tree.map(np.asarray, tree) for tree in (expected, actual))
-    gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(initial=0), expected, actual)
-    return float(max(jax.tree.leaves(gaps)) / _largest(expected))
+    return largest(jax.tree.map(np.subtract, actual, expected)) / (largest(expected) or 1.0)
 
 
-def _largest(tree) -> float:
-    return max(float(np.abs(g).max(initial=0)) for g in jax.tree.leaves(tree))
+def largest(tree) -> float:
+    """The largest absolute entry of the arrays of a tree; NaN if any entry is."""
+    # Not by max() of Python, which loses NaN unless it comes first
+    return float(np.max([np.abs(g).max(initial=0) for g in jax.tree.leaves(tree)], initial=0))
 
 
 def _liveness(op, model, grown, gradient, observe: Callable, level: float):
@@ -359,7 +373,8 @@ def _liveness(op, model, grown, gradient, observe: Callable, level: float):
             gradient = observe(eqx.combine(trained, rest)).gradient
         gradient = jax.tree.map(np.asarray, gradient)
         zero.append(_dead(grown, gradient, new))
-        scale = 1e-3 / _largest(gradient)  # the largest change of a parameter is 1e-3
+        top = largest(gradient)
+        scale = 1e-3 / top if top else 0.0  # the largest change of a parameter is 1e-3
         trained = jax.tree.map(lambda p, g: p - scale * g, trained, gradient)  # noqa: B023
     change = jax.tree.map(lambda a, b: a - b, trained, start)
     locked = {axis: _locked(grown, change, axis, new[axis], homes[axis]) for axis in new}
@@ -367,7 +382,7 @@ def _liveness(op, model, grown, gradient, observe: Callable, level: float):
 
 
 def _dead(model, gradient, new: dict[str, np.ndarray]) -> dict[str, float]:
-    """For each axis, the share of entries at new coordinates whose gradient is exactly zero."""
+    """For each axis, the share of entries at new coordinates whose gradient is 0, or not finite."""
     table, shares = axes_of(model), {}
     for axis, mask in new.items():
         zero = total = 0
@@ -383,7 +398,7 @@ def _dead(model, gradient, new: dict[str, np.ndarray]) -> dict[str, float]:
                     for i, dim in enumerate(part.dims)
                     if dim.role == "lookup" and dim.axis != axis
                 )
-                alive = np.any(piece != 0, axis=lookups, keepdims=True)
+                alive = np.any((piece != 0) & np.isfinite(piece), axis=lookups, keepdims=True)
                 # A square matrix has the axis twice; it is counted along the first
                 for dim in part.positions(axis)[:1]:
                     new_ones = np.compress(mask, alive, axis=dim)
