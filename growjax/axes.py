@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from growjax.errors import AxisError, raise_all
+from growjax.errors import AxisError, GrowthError, raise_all
 from growjax.specs import Dim, Role, Spec, solve_sizes
 from growjax.trees import find as find
 from growjax.trees import get as get
@@ -183,6 +183,14 @@ class Slot:
                 "declare its first value: gj.buffer(..., born='attribute')"
             )
         return self.born
+
+    def require_fractions(self, array: Any, change: str) -> None:
+        """Raise `GrowthError` if a map would change whole numbers or flags, which it would round."""
+        if self.kind == "param" and not jnp.issubdtype(array.dtype, jnp.inexact):
+            raise GrowthError(
+                f"{self.path}: entries would be {change}, and {array.dtype} rounds them; declare what is "
+                "not trained as gj.buffer, whose entries repeat"
+            )
 
     def arrays(self) -> list[Array]:
         """The arrays in this slot: none, one, or the two of a gate."""

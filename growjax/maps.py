@@ -189,6 +189,8 @@ def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh:
         for dim in where:
             x = _gather(*_sources(move, slot, x, dim), dim, fresh)
     for dim, factor, power in taken:
+        if isinstance(factor, jax.Array) or np.any(np.asarray(factor) != 1):
+            slot.require_fractions(x, "multiplied")
         scale = power.of(jnp.asarray(factor, x.dtype))
         if dim in mixed and is_matrix(scale):
             step = functools.partial(_mixed, scale, dim=dim)
@@ -204,6 +206,8 @@ def _move(move: AxisMap, table: Axes, slot: Slot, array: Array, law: Law, fresh:
 def _sources(move: AxisMap, slot: Slot, x: Array, dim: int) -> tuple[np.ndarray, Array]:
     """The indices of a gather and the array it reads: with `above`, this layer beside the next."""
     source = move.rows(slot, dim)
+    if np.any(source == MEAN):
+        slot.require_fractions(x, "averaged")
     stacks = [i for i, d in enumerate(slot.dims) if d.role == "stack"]
     if not (move.above and stacks and slot.dims[dim].role == "produced"):
         return source, x
@@ -353,6 +357,7 @@ def _initialiser(init: Init, slot: Slot, x: Array, dims: list[int], sizes: list[
         return lambda key, shape, dtype: jnp.zeros(shape, dtype)
     if init != "matched" and slot.init == "ones":
         return lambda key, shape, dtype: jnp.ones(shape, dtype)
+    slot.require_fractions(x, "drawn")
     if init != "matched":
         fan_in = math.prod(slot.fan(sizes)) if init == "born" else 1
         deviation = 0.02 if fan_in == 1 else fan_in**-0.5

@@ -218,4 +218,10 @@ TABLE = """
 @ a leaf without axes has no bias correction | optim/age.py | optim | as_old_as_the_model
 - by_youngest(moments, weights, oldest(weights))
 + by_youngest(moments, weights, 1.0)
+@ flags are multiplied | maps.py | maps | are_not_rounded
+- slot.require_fractions(x, "multiplied")
++ slot.require_fractions(x * 1.0, "multiplied")
+@ whole numbers are averaged | maps.py | maps | are_not_rounded
+- slot.require_fractions(x, "averaged")
++ slot.require_fractions(x * 1.0, "averaged")
 """
