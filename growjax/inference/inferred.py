@@ -302,7 +302,7 @@ class _Inference:
             atom, centred, _ = self.epsilons[leaf]
             if name := self.names.given.get(atom):
                 names.add(name)
-                text = f"<{'~' * centred}{name}>"
+                text = f"{text} <{'~' * centred}{name}>".strip()
         return (f"{' '.join(stacks)}: {text}" if stacks else text), names
 
     def _is_epsilon(self, leaf: int) -> bool:
