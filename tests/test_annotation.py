@@ -152,6 +152,14 @@ def test_static_fields_of_another_size_are_named():
         )
     assert "four is 32, but '2 embed' makes 16" in str(caught.value)
     assert "inner: unknown axis wdth" in str(caught.value)
+    with pytest.raises(AxisError) as caught:
+        gj.annotate(
+            model,
+            {"into": "embed -> (heads width)", "out": "(heads width) -> embed"},
+            statics={"heads": ("heads",), "shape": "embed"},
+        )
+    assert "heads: expected a tuple of numbers for ('heads',), got 2" in str(caught.value)
+    assert "shape: expected a number for 'embed', got (" in str(caught.value)
 
 
 # Ready specs of whole layers ------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Optimizer state through growth: moments, ages, structure, and Adam's kick of new coordinates."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -344,6 +345,27 @@ def test_factored_and_misshapen_moments_are_refused_by_name():
     adam = optax.adam(1e-3)
     with pytest.raises(StateError, match="covers buffers too"):
         gj.carry(gj.msg(mlp=8), adam.init(gpt()), gpt(), optimizer=adam, key=KEY)
+
+
+@dataclasses.dataclass
+class Momentum:
+    """An optimizer of one's own, which has no hash."""
+
+    decay: float
+
+    def init(self, params):
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(self, updates, state, params=None):
+        state = jax.tree.map(lambda m, g: self.decay * m + g, state, updates)
+        return jax.tree.map(lambda m: -0.1 * m, state), state
+
+
+def test_an_optimizer_without_a_hash_is_carried():
+    model, tx = mlp(), Momentum(0.9)
+    state = jax.tree.map(jnp.ones_like, trained(model))
+    carried = gj.carry(gj.copy(mlp=8), state, model, optimizer=tx)
+    np.testing.assert_allclose(carried.up[:, :4] + carried.up[:, 4:], 1, rtol=1e-6)
 
 
 def test_a_moment_that_scales_as_small_gradients_alone_is_refused():

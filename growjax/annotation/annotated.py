@@ -5,6 +5,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import equinox as eqx
@@ -310,6 +311,7 @@ def annotated_by(
         for pattern in statics
         if not _static_places(tree, pattern)
     ]
+    complaints += _odd_statics(annotated)
     complaints += [
         f"{path}: it is held by a {holder}, which cannot be rebuilt; give plain dicts of arrays (of "
         "Flax, flax.core.unfreeze(params) or nnx.to_pure_dict(state))"
@@ -397,6 +399,19 @@ def _factor(name: str, sizes: Mapping[str, int]) -> int:
 def _names(text: str | tuple[str, ...]) -> set[str]:
     texts = [text] if isinstance(text, str) else list(text)
     return {name for each in texts for name in re.findall(r"[A-Za-z_]\w*", each)}
+
+
+def _odd_statics(annotated: Annotated) -> Iterator[str]:
+    """The static fields that hold no size where one is declared, or no tuple of sizes."""
+    for pattern, text in annotated.statics:
+        for steps in _static_places(annotated.tree, pattern):
+            held = get(annotated.tree, steps)
+            path = ".".join(map(str, steps))
+            if isinstance(text, str) and not isinstance(held, Real):
+                yield f"statics: {path}: expected a number for {text!r}, got {held!r}"
+            numbers = isinstance(held, tuple | list) and all(isinstance(x, Real) for x in held)
+            if not isinstance(text, str) and not numbers:
+                yield f"statics: {path}: expected a tuple of numbers for {text!r}, got {held!r}"
 
 
 def _wrong_statics(annotated: Annotated, sizes: Mapping[str, int]) -> list[str]:

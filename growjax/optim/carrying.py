@@ -75,12 +75,24 @@ def carry(
             f"optimizer: expected the optax transformation or growjax.optim.Rule that made the state, "
             f"got {optimizer!r}"
         )
+    optimizer = _hashable(optimizer)
     shapes = eqx.filter_eval_shape(lambda m: m, model)
     arrays = _probed_arrays(optimizer, state, shapes)
     # The model's values are needed only for an array that starts from fresh weights
     needs_values = any(traits.shaped and traits.initial is None for _, traits in arrays)
     model = model if needs_values else shapes
     return _jitted(op, jax.tree.leaves(state), model, key, optimizer, arrays, copies)
+
+
+def _hashable(optimizer: Any) -> Any:
+    """The optimizer; if it has no hash (a dataclass), its methods, which are told apart by object."""
+    import optax
+
+    try:
+        hash(optimizer)
+    except TypeError:
+        return optax.GradientTransformation(optimizer.init, optimizer.update)
+    return optimizer
 
 
 class _ProbedArray(NamedTuple):
