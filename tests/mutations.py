@@ -22,6 +22,7 @@ from typing import NamedTuple
 from tests import (
     planted,
     planted_algebra,
+    planted_budgets,
     planted_data,
     planted_kernels,
     planted_models,
@@ -52,6 +53,7 @@ def mutations() -> list[Mutation]:
         planted,
         planted_models,
         planted_runs,
+        planted_budgets,
         planted_specs,
         planted_algebra,
         planted_kernels,
