@@ -215,13 +215,22 @@ TABLE = """
 @ blocks of an array have no matrix | growth/mixtures.py | fitting | mixed_whole
 - return Mixed({part.path: given[slot.path] for slot in slots for part in slot.parts})
 + return Mixed({slot.path: given[slot.path] for slot in slots})
-@ a leaf without axes has no bias correction | optim/age.py | optim | as_old_as_the_model
+@ a leaf without axes has no bias correction | optim/age.py | carry_others | as_old_as_the_model
 - by_youngest(moments, weights, oldest(weights))
 + by_youngest(moments, weights, 1.0)
-@ flags are multiplied | maps.py | maps | are_not_rounded
+@ flags are multiplied | maps.py | algebra | are_not_rounded
 - slot.require_fractions(x, "multiplied")
 + slot.require_fractions(x * 1.0, "multiplied")
-@ whole numbers are averaged | maps.py | maps | are_not_rounded
+@ whole numbers are averaged | maps.py | algebra | are_not_rounded
 - slot.require_fractions(x, "averaged")
 + slot.require_fractions(x * 1.0, "averaged")
+@ NaN is lost among the arrays of a gradient | certificate/measured.py | certify | never_lost
+- float(np.max([np.abs(g).max(initial=0) for g in jax.tree.leaves(tree)], initial=0))
++ float(max([np.abs(g).max(initial=0) for g in jax.tree.leaves(tree)], default=0))
+@ masked logits are the scale of outputs | certificate/measured.py | certify | never_lost
+- size = float(np.abs(a[np.isfinite(a)]).max(initial=0))
++ size = float(np.abs(a).max(initial=0))
+@ gradients of new entries may be anything | certificate/measured.py | certify | not_finite_at_new
+- if np.isfinite(largest(before.gradient)) and not np.isfinite(largest(after.gradient)):
++ if not np.isfinite(largest(before.gradient)):
 """

@@ -420,3 +420,21 @@ def test_an_axis_is_born_from_size_one():
 def test_sides_that_do_not_fit_say_why(fields, message):
     with pytest.raises(AxisError, match=f"axis 'mlp': {message}"):
         apply(AxisMap("mlp", range(4), **fields), leaves(), KEY)
+
+
+class Masked(eqx.Module):
+    mask: Array = gj.param("mlp -> embed")
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_], ids=["numbers", "flags"])
+def test_whole_numbers_and_flags_are_not_rounded(dtype):
+    before, ones = Masked(jnp.ones((2, 3), dtype)), np.ones(2)
+    for move, change in [
+        (AxisMap("mlp", [0, 1, 0], share=[0.5, 1, 0.5]), "multiplied"),
+        (AxisMap("mlp", [0, 1, NONE]), "drawn"),
+        (AxisMap("embed", [0, 1, 2, MEAN]), "averaged"),
+    ]:
+        with pytest.raises(GrowthError, match=f"mask: entries would be {change}, and .* gj.buffer"):
+            apply(move, before, KEY)
+    for move in (AxisMap("mlp", [0, 1, 1], share=[*ones, 1]), AxisMap("mlp", [1], share=[1])):
+        assert apply(move, before, None).mask.dtype == dtype

@@ -1,4 +1,9 @@
-"""Optimizers that see whole matrices, on models of other people: carried as a fresh run, or refused."""
+"""Optimizers that see whole matrices, on models of other people: carried as a fresh run, or refused.
+
+Also parameters and optimizers that are out of the ordinary: without axes, without a hash.
+"""
+
+import dataclasses
 
 import equinox as eqx
 import jax
@@ -110,3 +115,50 @@ def test_state_of_matrices_is_that_of_a_fresh_run_or_refused(name):
             a, b, rtol=1e-9, atol=1e-9 * np.abs(b).max(initial=0)
         )
         jax.tree.map(close, carried, run(tx, large, new))
+
+
+class Scaled(eqx.Module):
+    scale: jax.Array = gj.param("")
+    up: jax.Array | None = gj.param("embed -> mlp")
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["beside axes", "alone"])
+def test_a_leaf_without_axes_is_as_old_as_the_model(alone):
+    params = Scaled(jnp.ones(()), None if alone else jnp.ones((3, 4)))
+    ours, theirs = optim.scale_by_adam(), optax.scale_by_adam()
+    left, right = ours.init(params), theirs.init(params)
+    gradient = lambda tree: jax.tree.map(lambda x: jnp.full_like(x, 0.5), tree)  # noqa: E731
+    for _ in range(2):
+        a, left = ours.update(gradient(params), left)
+        b, right = theirs.update(gradient(params), right)
+        np.testing.assert_allclose(a.scale, b.scale, rtol=1e-12)
+    if alone:
+        return
+    # New coordinates of other leaves are young, this one is not
+    op = gj.growth.given({"up": np.ones((3, 2))}, mlp=6)
+    carried, grown = gj.carry(op, left, params, optimizer=ours), gj.grow(op, params)
+    a, _ = ours.update(gradient(grown), carried)
+    b, _ = theirs.update(gradient(params), right)
+    np.testing.assert_allclose(a.scale, b.scale, rtol=1e-12)
+
+
+@dataclasses.dataclass
+class Momentum:
+    """An optimizer of one's own, which has no hash."""
+
+    decay: float
+
+    def init(self, params):
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(self, updates, state, params=None):
+        state = jax.tree.map(lambda m, g: self.decay * m + g, state, updates)
+        return jax.tree.map(lambda m: -0.1 * m, state), state
+
+
+def test_an_optimizer_without_a_hash_is_carried():
+    model, tx = Scaled(jnp.ones(()), jnp.ones((3, 4))), Momentum(0.9)
+    state = jax.tree.map(jnp.ones_like, model)
+    op = gj.growth.given({"up": np.ones((3, 2))}, mlp=6)
+    carried = gj.carry(op, state, model, optimizer=tx)
+    np.testing.assert_array_equal(carried.up, np.repeat([[1, 1, 1, 1, 0, 0]], 3, axis=0))

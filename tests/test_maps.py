@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 import growjax as gj
 from growjax import testing
-from growjax.algebra import FIRST, MEAN, NONE, SECOND, WEIGHT, AxisMap, Law, Power, multiplied
+from growjax.algebra import FIRST, NONE, SECOND, WEIGHT, AxisMap, Law, Power, multiplied
 from growjax.axes import axes_of, get, partition, put
 from growjax.errors import AxisError, GrowthError, SubnetError
 from growjax.gates import Gate
@@ -157,24 +157,6 @@ def test_a_buffer_is_never_drawn_but_repeats():
     before = leaves()
     after = apply(AxisMap("mlp", [0, 1, 2, 3, NONE, NONE], init=sevens), before, jax.random.key(0))
     np.testing.assert_array_equal(after.freqs, np.asarray(before.freqs)[[0, 1, 2, 3, 0, 1]])
-
-
-class Masked(eqx.Module):
-    mask: Array = gj.param("mlp -> embed")
-
-
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_], ids=["numbers", "flags"])
-def test_whole_numbers_and_flags_are_not_rounded(dtype):
-    before, ones = Masked(jnp.ones((2, 3), dtype)), np.ones(2)
-    for move, change in [
-        (AxisMap("mlp", [0, 1, 0], share=[0.5, 1, 0.5]), "multiplied"),
-        (AxisMap("mlp", [0, 1, NONE]), "drawn"),
-        (AxisMap("embed", [0, 1, 2, MEAN]), "averaged"),
-    ]:
-        with pytest.raises(GrowthError, match=f"mask: entries would be {change}, and .* gj.buffer"):
-            apply(move, before, jax.random.key(0))
-    for move in (AxisMap("mlp", [0, 1, 1], share=[*ones, 1]), AxisMap("mlp", [1], share=[1])):
-        assert apply(move, before, None).mask.dtype == dtype
 
 
 def test_a_leaf_without_the_axis_is_left_as_it_is():

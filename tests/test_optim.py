@@ -1,6 +1,5 @@
 """Optimizer state through growth: moments, ages, structure, and Adam's kick of new coordinates."""
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -81,30 +80,6 @@ def test_adam_is_optax_adam_while_nothing_grows(dtype, b2, rtol):
             for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
                 assert x.dtype == y.dtype == dtype
                 np.testing.assert_allclose(x, y, rtol=rtol)
-
-
-class Scaled(eqx.Module):
-    scale: jax.Array = gj.param("")
-    up: jax.Array | None = gj.param("embed -> mlp")
-
-
-@pytest.mark.parametrize("up", [jnp.ones((3, 4)), None], ids=["beside axes", "alone"])
-def test_a_leaf_without_axes_is_as_old_as_the_model(up):
-    params = Scaled(jnp.ones(()), up)
-    ours, theirs = optim.scale_by_adam(b2=0.95), optax.scale_by_adam(b2=0.95)
-    left, right = ours.init(params), theirs.init(params)
-    for _ in range(2):
-        a, left = ours.update(like(params, 0.5), left)
-        b, right = theirs.update(like(params, 0.5), right)
-        np.testing.assert_allclose(a.scale, b.scale, rtol=2e-6)
-    if up is None:
-        return
-    # New coordinates of other leaves are young, this one is not
-    op = gj.growth.given({"up": np.ones((3, 2))}, mlp=6)
-    carried, grown = gj.carry(op, left, params, optimizer=ours), gj.grow(op, params)
-    a, _ = ours.update(like(grown, 0.5), carried)
-    b, _ = theirs.update(like(params, 0.5), right)
-    np.testing.assert_allclose(a.scale, b.scale, rtol=2e-6)
 
 
 def settled_in(tx, params):
@@ -345,27 +320,6 @@ def test_factored_and_misshapen_moments_are_refused_by_name():
     adam = optax.adam(1e-3)
     with pytest.raises(StateError, match="covers buffers too"):
         gj.carry(gj.msg(mlp=8), adam.init(gpt()), gpt(), optimizer=adam, key=KEY)
-
-
-@dataclasses.dataclass
-class Momentum:
-    """An optimizer of one's own, which has no hash."""
-
-    decay: float
-
-    def init(self, params):
-        return jax.tree.map(jnp.zeros_like, params)
-
-    def update(self, updates, state, params=None):
-        state = jax.tree.map(lambda m, g: self.decay * m + g, state, updates)
-        return jax.tree.map(lambda m: -0.1 * m, state), state
-
-
-def test_an_optimizer_without_a_hash_is_carried():
-    model, tx = mlp(), Momentum(0.9)
-    state = jax.tree.map(jnp.ones_like, trained(model))
-    carried = gj.carry(gj.copy(mlp=8), state, model, optimizer=tx)
-    np.testing.assert_allclose(carried.up[:, :4] + carried.up[:, 4:], 1, rtol=1e-6)
 
 
 def test_a_moment_that_scales_as_small_gradients_alone_is_refused():
