@@ -1,5 +1,6 @@
 """`gj.grow` under every transformation of JAX: what the operator is outside of them."""
 
+import collections
 from typing import Any
 
 import equinox as eqx
@@ -77,3 +78,56 @@ def test_values_are_looked_at_where_there_are_any(key):
     models = jax.tree.map(lambda x: jnp.stack([x, x]), tiny())
     with pytest.raises(AxisError, match="a stack of models grows under eqx.filter_vmap"):
         gj.grow(gj.copy(mlp=9), models)
+
+
+class Twice(gj.Operator):
+    """An operator whose call does what its maps do not say."""
+
+    exactness = "approximate"
+
+    def maps(self, axes):
+        return []
+
+    def __call__(self, model, *, key=None):
+        return jax.tree.map(lambda x: 2 * x, model)
+
+
+class Plain(eqx.Module):
+    up: Array = gj.param("embed -> mlp")
+
+
+def test_what_a_call_of_ones_own_changes_is_not_undone():
+    small = Plain(jnp.ones((2, 3)))
+    assert (np.asarray(gj.grow(Twice(), small).up) == 2).all()
+
+
+class Sized(eqx.Module):
+    """A module that keeps a size as a number."""
+
+    up: Array
+    width: int = eqx.field(static=True)
+
+
+def test_annotated_modules_inside_others_keep_their_sizes_up_to_date():
+    inner = gj.annotate(
+        Sized(jnp.ones((2, 3)), 3), {"up": "embed -> mlp"}, statics={"width": "mlp"}
+    )
+    big = gj.grow(gj.growth.given({"a.up": np.ones((2, 1))}, mlp=4), {"a": inner})
+    assert big["a"].model.width == 4 and big["a"].model.up.shape == (2, 4)
+
+
+def test_dicts_keep_their_class_and_order():
+    small = collections.OrderedDict(z=jnp.ones((2, 3)), a=jnp.ones((3, 2)))
+    model = gj.annotate(small, {"z": "embed -> mlp", "a": "mlp -> embed"})
+    big = gj.grow(gj.copy(mlp=4), model).model
+    assert type(big) is collections.OrderedDict and list(big) == ["z", "a"]
+
+
+class Temperature(eqx.Module):
+    up: Array = gj.param("embed -> mlp")
+    heat: float = gj.param("")
+
+
+def test_a_number_that_is_no_array_is_not_trained_silently():
+    with pytest.raises(AxisError, match="no arrays; give jnp.asarray.*\n.*heat"):
+        gj.partition(Temperature(jnp.ones((2, 3)), 1.0))

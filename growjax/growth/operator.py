@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray
 
 from growjax import maps, values
 from growjax.algebra import AxisMap
-from growjax.axes import Axes, axes_of, get, put
+from growjax.axes import Axes, axes_of, find, get, put
 from growjax.cards import Card
 from growjax.errors import AxisError, GrowthError, raise_all
 from growjax.values import Size
@@ -221,13 +221,16 @@ def grow(
 
 @eqx.filter_jit
 def _moved(op, model, key):
-    """The grown model without the leaves that no map touches: a program would copy them."""
+    """The grown model without the leaves that nothing touches: a program would copy them."""
+    small = model
     untouched = {slot.steps for slot in axes_of(model).values() if slot.arrays()}
     for atom in atoms(op):
         table = axes_of(model)
         for move in atom.maps(table):
             untouched -= maps.touched(move, model)
         model = atom(model, key=key)
+    # An operator may have a call of its own, which changes more than its maps do
+    untouched = {steps for steps in untouched if find(model, steps) is find(small, steps)}
     return put(model, dict.fromkeys(untouched))
 
 
