@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import growjax as gj
-from growjax import growth, testing
+from growjax import growth, optim, testing
 from growjax.axes import axes_of, partition
 from growjax.errors import GrowthError, StateError
 from growjax.growth.births import MIXED
@@ -78,6 +78,12 @@ def test_queries_that_come_together_keep_their_births():
     assert after.of["kv_heads"].tolist() == [0, 1] and after.of["group"].tolist() == [0, 0]
     merged = births.grown(gj.growth.pool(kv_heads=1), wide)
     assert merged.of["kv_heads"].tolist() == [MIXED]
+    # In the state of parts(...) too
+    model = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), wide)
+    tx = optim.parts(optax.sgd(0.1))
+    state = tx.init(partition(model)[0])._replace(births=births)
+    pooled = carry(gj.growth.pool(kv_heads=1), state, model, optimizer=tx).births.of
+    assert all(pooled[axis].tolist() == merged.of[axis].tolist() for axis in pooled)
     after.check(eqx.filter_eval_shape(gj.growth.pool(kv_heads=2), wide))
 
 

@@ -15,7 +15,7 @@ from growjax import algebra, maps
 from growjax.algebra import WEIGHT, AxisMap, Law
 from growjax.axes import Axes, Slot, axes_of, get, partition, put
 from growjax.errors import StateError, expect_one_of, raise_all
-from growjax.growth.births import dealt_births, moved_births
+from growjax.growth.births import dealt_births, merged_births, moved_births
 from growjax.growth.operator import Chain, Operator, atoms
 from growjax.optim.age import grown_age
 from growjax.optim.cells import Cell, cells
@@ -370,7 +370,10 @@ def _carried(leaves: list, arrays: tuple[_ProbedArray, ...], hop: _Hop, optimize
     carried = []
     for i, (leaf, (cell, traits)) in enumerate(zip(leaves, arrays, strict=True)):
         slot = slots.get(cell.steps) if cell.steps is not None else None
-        if cell.axis == hop.move.axis and cell.counts == "age":
+        merges = hop.move.over is not None and hop.move.length < table.size(hop.move.axis)
+        if merges and cell.axis in (hop.move.axis, hop.move.over):
+            leaf = _merged(leaf, cell, hop.move, table.size(hop.move.axis))
+        elif cell.axis == hop.move.axis and cell.counts == "age":
             leaf = grown_age(leaf, hop.move, keep=hop.keep)
         elif cell.axis is not None and cell.axis == hop.move.over:
             parts = hop.move.length // table.size(hop.move.axis)
@@ -398,6 +401,14 @@ def _carried(leaves: list, arrays: tuple[_ProbedArray, ...], hop: _Hop, optimize
                 )
         carried.append(leaf)
     return carried
+
+
+def _merged(leaf: Any, cell: Cell, move: AxisMap, old: int) -> Any:
+    """Births or ages along the two axes of a map that merges coordinates of one into groups."""
+    if cell.axis == move.over:
+        return jnp.tile(leaf, old // move.length)
+    rows = leaf.reshape(move.length, -1)
+    return merged_births(rows, 1) if cell.counts == "birth" else rows.min(1)
 
 
 def finishes(move: AxisMap) -> bool:
