@@ -396,9 +396,12 @@ class DeclaredOutside(Protocol):
         ...
 
 
-def _walk(node, steps: tuple, prefix: str, slots: list[Slot], unmatched: list[str]) -> None:
-    """Collect the slots of a module tree, and the arrays that nothing declares."""
+def _walk(
+    node, steps: tuple, prefix: str, slots: list[Slot], unmatched: list[str], outside: list
+) -> None:
+    """Collect the slots of a module tree, the arrays that nothing declares, and annotated modules."""
     if isinstance(node, DeclaredOutside):
+        outside.append(node)
         slots.extend(slot_of(*where, prefix=prefix) for where in node.declarations(steps))
     elif isinstance(node, eqx.Module):
         for field in dataclasses.fields(node):
@@ -410,15 +413,15 @@ def _walk(node, steps: tuple, prefix: str, slots: list[Slot], unmatched: list[st
                 slots.append(slot_of(here, declared, value, prefix=prefix, owner=node))
             elif isinstance(declared, str):
                 axis = _fill(declared, node)
-                _walk(value, here, f"{prefix} {axis}".strip(), slots, unmatched)
+                _walk(value, here, f"{prefix} {axis}".strip(), slots, unmatched, outside)
             else:
-                _walk(value, here, prefix, slots, unmatched)
+                _walk(value, here, prefix, slots, unmatched, outside)
     elif isinstance(node, list | tuple):
         for i, value in enumerate(node):
-            _walk(value, (*steps, i), prefix, slots, unmatched)
+            _walk(value, (*steps, i), prefix, slots, unmatched, outside)
     elif isinstance(node, dict):
         for name, value in node.items():
-            _walk(value, (*steps, name), prefix, slots, unmatched)
+            _walk(value, (*steps, name), prefix, slots, unmatched, outside)
     elif eqx.is_array(node) or isinstance(node, jax.ShapeDtypeStruct):
         unmatched.append(f"{'.'.join(map(str, steps))}: shape {node.shape}")
 
@@ -435,15 +438,16 @@ def axes_of(model: Any) -> Axes:
     """
     slots: list[Slot] = []
     unmatched: list[str] = []
-    _walk(model, (), "", slots, unmatched)
+    outside: list[DeclaredOutside] = []
+    _walk(model, (), "", slots, unmatched, outside)
     raise_all(
         AxisError,
         "these arrays have no axes; declare them with param/buffer, or use gj.annotate:",
         unmatched,
     )
-    if isinstance(model, DeclaredOutside):
-        return Axes(slots, model.known_sizes(), model.closings())
-    return Axes(slots, {}, {})
+    known = {axis: size for each in outside for axis, size in each.known_sizes().items()}
+    closings = model.closings() if isinstance(model, DeclaredOutside) else {}
+    return Axes(slots, known, closings)
 
 
 def sizes(model: Any) -> dict[str, int]:
@@ -480,6 +484,11 @@ def partition(model: Any) -> tuple[Any, Any]:
         model = eqx.combine(optax.apply_updates(trained, updates), rest)
     """
     table = axes_of(model)
+    raise_all(
+        AxisError,
+        "these parameters are no arrays; give jnp.asarray of the number:",
+        [s.path for s in table.of_kind("param") for x in s.arrays() if not hasattr(x, "dtype")],
+    )
     # A gate that no `__init__` set is absent from the tree, one that was dropped is None: agree.
     model = put(model, {slot.steps: slot.value for slot in table.values()})
     spec = jax.tree.map(lambda _: False, model)

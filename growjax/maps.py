@@ -47,6 +47,7 @@ from growjax.algebra import (
 from growjax.axes import Axes, DeclaredOutside, Slot, axes_of, put, recheck
 from growjax.errors import AxisError, GateError, GrowthError, SubnetError, raise_all
 from growjax.gates import Gate
+from growjax.trees import replaced
 
 
 def apply(move: AxisMap, model, key: PRNGKeyArray | None):
@@ -70,8 +71,8 @@ def apply(move: AxisMap, model, key: PRNGKeyArray | None):
     for slot in _mean_buffers(move, table):
         values[slot.steps] = slot.value * mean_square(move)
     model = put(model, values)
-    if isinstance(model, DeclaredOutside):
-        model = model.resized(move.resized(table.sizes))
+    sizes = move.resized(table.sizes)
+    model = replaced(model, DeclaredOutside, lambda module: module.resized(sizes))
     recheck(model)
     return model
 

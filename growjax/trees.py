@@ -1,8 +1,11 @@
 """Places in a tree of modules: the value at some steps, and a copy with other values there."""
 
+import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import jax
 
 from growjax.errors import AxisError, raise_all
 
@@ -23,6 +26,15 @@ def find(model: Any, steps: Sequence[str | int]) -> Any:
         return get(model, steps)
     except (AttributeError, KeyError, TypeError):  # a dict lacks the key, or a leaf has none
         return None
+
+
+def replaced(model: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """A copy of a model with `function(module)` in place of every module of a kind."""
+
+    def is_one(node: Any) -> bool:
+        return isinstance(node, kind)
+
+    return jax.tree.map(lambda x: function(x) if is_one(x) else x, model, is_leaf=is_one)
 
 
 def put(model: Any, values: Mapping[tuple[str | int, ...], Any]) -> Any:
@@ -48,7 +60,8 @@ def _put(node: Any, values: Mapping[tuple, Any], path: tuple) -> Any:
         return old if inner is None else _put(old, inner, (*path, name))
 
     if isinstance(node, dict):
-        new: Any = {name: child(name, old) for name, old in node.items()}
+        new: Any = copy.copy(node)  # of the same class, such as OrderedDict
+        new.update({name: child(name, old) for name, old in node.items()})
     elif isinstance(node, tuple) and hasattr(node, "_fields"):
         # By name in a model, by number in the state of an optimizer
         names: Any = node._fields  # type: ignore[attr-defined]

@@ -71,8 +71,8 @@ TABLE = """
 - return ~first | (self.source < 0)
 + return self.source < 0
 @ integers that repeat a size stay | maps.py | axes | rewrites_the_integers
-- if isinstance(model, DeclaredOutside):
-+ if isinstance(model, DeclaredOutside) and move.traced:
+- replaced(model, DeclaredOutside, lambda module: module.resized(sizes))
++ replaced(model, DeclaredOutside, lambda module: module.resized(table.sizes))
 @ buffers are trained | axes.py | axes | floating_params
 - True for s in table.of_kind("param") if _floating
 + True for s in table.values() if _floating

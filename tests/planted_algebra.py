@@ -233,4 +233,16 @@ TABLE = """
 @ gradients of new entries may be anything | certificate/measured.py | certify | not_finite_at_new
 - if np.isfinite(largest(before.gradient)) and not np.isfinite(largest(after.gradient)):
 + if not np.isfinite(largest(before.gradient)):
+@ what a call of one's own changes is undone | growth/operator.py | grow | not_undone
+- if find(model, steps) is find(small, steps)
++ if find(small, steps) is find(small, steps)
+@ annotated modules inside others keep old sizes | trees.py | grow | up_to_date
+- return jax.tree.map(lambda x: function(x) if is_one(x) else x, model, is_leaf=is_one)
++ return function(model) if is_one(model) else model
+@ an ordered dict becomes another | trees.py | grow | class_and_order
+- new: Any = copy.copy(node)
++ new: Any = dict(node)
+@ heads that merge are as old as the first | optim/carrying.py | heads | keep_their_births
+- return merged_births(rows, 1) if cell.counts == "birth" else rows.min(1)
++ return rows[:, 0] if cell.counts == "birth" else rows.min(1)
 """
