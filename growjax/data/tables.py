@@ -59,7 +59,7 @@ class Parquet(FileSource):
                 row = 0
                 for batch in table.iter_batches(batch_size=256, columns=[self.field]):
                     for scalar in batch.column(0):
-                        value = None
+                        value: Any = None
                         try:
                             value = scalar.as_py()
                             fault = text_fault(value)
