@@ -169,7 +169,7 @@ def loss_and_gradient(model: Any, batch: Any, layout: Layout, devices: int) -> t
     arguments = jax.device_put(
         (trained, rest, batch), (where.trained, where.rest, split_rows(mesh))
     )
-    return jax.device_get(compiled(*arguments)), compiled.as_text()
+    return jax.device_get(compiled(*arguments)), str(compiled.as_text())
 
 
 def models() -> Iterator[tuple[str, Any]]:

@@ -96,13 +96,16 @@ def attend(
         from growjax.nn.splash import splash_attention
 
         return splash_attention(queries, keys, values, mask, cap=cap, **fixed)
-    split = place is not None and place.context > 1
-    if bias is not None and not callable(bias) and (body == "blockwise" or split):
-        bias = jax.tree_util.Partial(_slice, bias)
     plain = functools.partial(_einsum if body == "einsum" else _tiles, cap=cap)
-    if split:
-        return in_parts(plain, place, queries, keys, values, mask, bias)
-    return plain(queries, keys, values, mask, bias)
+    whole = place is None or place.context == 1
+    if body == "einsum" and whole:
+        return plain(queries, keys, values, mask, bias)
+    sliced: Any = bias
+    if bias is not None and not callable(bias):
+        sliced = jax.tree_util.Partial(_slice, bias)
+    if place is None or whole:
+        return plain(queries, keys, values, mask, sliced)
+    return in_parts(plain, place, queries, keys, values, mask, sliced)
 
 
 def _chosen(queries, keys, mask, bias, cap, place) -> Body:

@@ -389,7 +389,8 @@ def _batched(args, dims, **params):
     placement = params["placement"]
     if placement is not None and size % placement.parts == 0:
         weights = jax.tree.unflatten(params["structure"], args[3:])
-        return _split(params["activation"], placement, *rows, weights), 0
+        x, chosen, mix = rows
+        return _split(params["activation"], placement, x, chosen, mix, weights), 0
     # The tokens of all sequences as one list
     out = _experts_p.bind(*map(_flat, rows), *args[3:], **params)
     return out.reshape(size, -1, out.shape[-1]), 0

@@ -80,9 +80,10 @@ def splash_attention(
     specs: Any = PartitionSpec()
     if ways > 1:
         assert place.mesh is not None
-        rows = PartitionSpec(CONTEXT)
+        rows: Any = PartitionSpec(CONTEXT)
+        whole: Any = PartitionSpec()
         of_run = run.manual_sharding_spec(NamedSharding(place.mesh, PartitionSpec(None, CONTEXT)))
-        specs = of_run, segments and splash.SegmentIds(rows, PartitionSpec())
+        specs = of_run, segments and splash.SegmentIds(rows, whole)
     return by_device(
         kernel, place, queries, keys, values, (run, segments), specs=specs, balanced=balanced
     )
