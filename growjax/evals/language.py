@@ -76,6 +76,11 @@ class LanguageModel:
                 f"tokenizer: its largest token is {vocabulary.size - 1}, and the embedding of the model "
                 f"has {rows} rows; expected the tokenizer that the model was trained with"
             )
+        if self.kind == "causal" and not getattr(unwrapped(self.model), "lm", True):
+            raise EvalError(
+                "model: a decoder scores tokens with its head of words, and this one has none; expected "
+                'one with head="words"'
+            )
         if self.kind == "causal" and callable(unwrapped(self.model)):
             last, first = ({"tokens": np.array([n], np.int32)} for n in (vocabulary.size - 1, 0))
             for read in reads_beyond(predictions, self.model, last, first):
@@ -85,11 +90,6 @@ class LanguageModel:
                 )
         needs = {"causal": (), "seq2seq": ("pad", "eos"), "encoder": ("mask", "cls", "sep")}
         vocabulary.require(f"a {self.kind} model", needs[self.kind])
-        if self.kind == "causal" and not getattr(self.model, "lm", True):
-            raise EvalError(
-                "model: a decoder scores tokens with its head of words, and this one has none; expected "
-                'one with head="words"'
-            )
         if self.kind == "encoder" and getattr(self.model, "mlm", predictions) is None:
             raise EvalError(
                 "model: an encoder scores tokens with its mlm_head; expected one with mlm_head=True"
