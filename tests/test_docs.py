@@ -106,13 +106,57 @@ def test_entries_stand_once():
     assert len(names) > 100 and sorted(names) == sorted(set(names))
 
 
-def test_pages_stand_alone():
-    """No unclosed blocks, and no links between pages that lead nowhere."""
+# Pages with links, those for readers of the repository as well
+LINKED = [
+    *PAGES,
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs" / "tutorials").glob("*.py")),
+    *sorted((ROOT / "experiments").glob("**/README.md")),
+]
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code, where an index and a call look like a link."""
+    text = page.read_text()
+    if page.suffix == ".py":
+        text = "\n".join(line[2:] for line in text.splitlines() if line.startswith("# "))
+    return re.sub(r"```.*?```", "", text, flags=re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that the site, and a repository's viewer, give to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
+    words = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in plain]
+    return {re.sub(r"\s+", "-", heading) for heading in words}
+
+
+def test_blocks_are_closed():
     for page in PAGES:
-        text = page.read_text()
-        assert text.count("```") % 2 == 0, f"{page.name}: a block is not closed"
-        prose = re.sub(r"```.*?```", "", text, flags=re.S)  # an index and a call look like a link
-        for link in re.findall(r"\]\(([^)#\s]+)", prose):
-            if "://" in link:
+        assert page.read_text().count("```") % 2 == 0, f"{page.name}: a block is not closed"
+
+
+def test_links_between_pages_lead_somewhere():
+    """To a file, and to a heading of it; entries of the API page are named by mkdocstrings."""
+    dead, followed = [], 0
+    for page in LINKED:
+        for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+            if "://" in link or link.startswith("mailto:"):
                 continue
-            assert (page.parent / link).exists(), f"{page.name}: {link} does not exist"
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            followed += 1
+            if not target.exists():
+                dead.append(f"{page.relative_to(ROOT)}: {link} does not exist")
+            elif anchor and target.suffix == ".md" and target.stem != "api":
+                if anchor not in anchors(target):
+                    dead.append(f"{page.relative_to(ROOT)}: {link} has no such heading")
+    assert not dead, "\n".join(dead)
+    assert followed > 100
+
+
+def test_every_page_is_in_the_navigation():
+    site = (ROOT / "mkdocs.yml").read_text()
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        assert re.search(rf": {re.escape(page.name)}$", site, re.MULTILINE), page.name
