@@ -227,8 +227,10 @@ def _jitted(op, leaves: list, model, key, optimizer, arrays: tuple[_ProbedArray,
     names = [cell.name for cell, _ in arrays]
     faults = [] if restarts else _misshapen(arrays, leaves, _named(own, params))
     for hop in hops:
+        table = axes_of(hop.before)
+        slots = _params(table)
         for cell, traits in () if hop.move.born else hop.arrays:
-            reason = _fault(cell, traits, hop)
+            reason = _fault(cell, traits, hop, table, slots)
             if reason:
                 faults.append((cell.name, reason))
     raise_all(
@@ -300,14 +302,13 @@ def _by_reason(faults: list[tuple[str, str]]) -> list[str]:
     return lines
 
 
-def _fault(cell: Cell, traits: Traits, hop: _Hop) -> str:
+def _fault(cell: Cell, traits: Traits, hop: _Hop, table: Axes, slots: dict[tuple, Slot]) -> str:
     """The reason why an array cannot follow a map; empty if it can."""
-    move, table = hop.move, axes_of(hop.before)
+    move = hop.move
     if cell.axis is not None and cell.axis == move.over and cell.counts == "age":
         return f"counts the updates of {move.over}, which the map deals out to the copies of {move.axis}"
     if cell.axis is not None or traits.law == WEIGHT:
         return ""
-    slots = _params(table)
     mixes = traits.reach in ("leaf", "all")
     # The parameters that the array may depend on: its own, or all of them
     own = slots.get(cell.steps) if cell.steps is not None and traits.reach != "all" else None

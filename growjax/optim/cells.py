@@ -38,6 +38,7 @@ def cells(state: Any, params: Any) -> list[Cell]:
     arrays = []
     whole = lambda node: alike(node, params) or isinstance(node, Ages | Births | Since)  # noqa: E731
     for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=whole):
+        like = alike(node, params)
         for inner, _ in jax.tree_util.tree_leaves_with_path(node):
             name = jax.tree_util.keystr((*path, *inner))
             steps = tuple(
@@ -46,7 +47,8 @@ def cells(state: Any, params: Any) -> list[Cell]:
             if isinstance(node, Ages | Births | Since):
                 arrays.append(_counting(name, node, steps, jax.tree_util.keystr(path)))
                 continue
-            own = [p for p in slots if alike(node, params) and steps[: len(p)] == p]
+            places = [steps[:n] for n in range(len(steps) + 1)] if like else []
+            own = [place for place in places if place in slots]
             if own:
                 kind = jax.tree_util.keystr(path) + numberless(
                     jax.tree_util.keystr(inner), slots[own[0]]
