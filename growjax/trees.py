@@ -28,7 +28,7 @@ def find(model: Any, steps: Sequence[str | int]) -> Any:
         return None
 
 
-def replaced(model: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+def replaced(model: Any, kind: Any, function: Callable[[Any], Any]) -> Any:
     """A copy of a model with `function(module)` in place of every module of a kind."""
 
     def is_one(node: Any) -> bool:

@@ -4,6 +4,7 @@ Also parameters and optimizers that are out of the ordinary: without axes, witho
 """
 
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -125,7 +126,8 @@ class Scaled(eqx.Module):
 @pytest.mark.parametrize("alone", [False, True], ids=["beside axes", "alone"])
 def test_a_leaf_without_axes_is_as_old_as_the_model(alone):
     params = Scaled(jnp.ones(()), None if alone else jnp.ones((3, 4)))
-    ours, theirs = optim.scale_by_adam(), optax.scale_by_adam()
+    ours: Any = optim.scale_by_adam()
+    theirs: Any = optax.scale_by_adam()
     left, right = ours.init(params), theirs.init(params)
     gradient = lambda tree: jax.tree.map(lambda x: jnp.full_like(x, 0.5), tree)  # noqa: E731
     for _ in range(2):

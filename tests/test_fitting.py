@@ -88,7 +88,8 @@ def test_layers_of_an_array_of_several_blocks_are_mixed_whole():
         small = Fused(jnp.arange(16.0).reshape(2, 2, 4))
         rows = ((1.0, 0.0), (0.0, 1.0), (0.5, -0.25))
         big = gj.grow(learned(depth={"qkv": rows}), small)
-        np.testing.assert_array_equal(big.qkv, np.einsum("nl,lio->nio", rows, small.qkv))
+        mixed = np.einsum("nl,lio->nio", np.asarray(rows), np.asarray(small.qkv))
+        np.testing.assert_array_equal(big.qkv, mixed)
 
 
 def test_state_does_not_follow_what_was_learned(fitted):
