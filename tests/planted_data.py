@@ -104,10 +104,10 @@ TABLE = """
 @ what a server does not tell is not read again after it | data/preparation.py | files | changes_while
 - same = self._content(source, stamp) == content
 + same = True
-@ any mark of words counts | data/tokenizers.py | data | mark_of_words or bert_vocabulary
+@ any mark of words counts | data/tokenizers.py | tokenizers | mark_of_words
 - mark = max(counts, key=lambda m: counts[m])
 + mark = next((m for m in counts if counts[m]), "##")
-@ a vocab.txt has no accents | data/tokenizers.py | data | say_how_text_is_read
+@ a vocab.txt has no accents | data/tokenizers.py | tokenizers | say_how_text_is_read
 - strip_accents=files.strip_accents,
 + strip_accents=None,
 @ rows of long words teach nothing | data/objectives.py | objectives | whole_words

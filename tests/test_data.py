@@ -145,30 +145,6 @@ def test_a_bert_vocabulary(tmp_path):
     assert load_tokenizer(tmp_path).vocabulary.words(tokens).tolist() == [0, 0, 1, 1, 2]
 
 
-def test_the_files_of_a_bert_vocabulary_say_how_text_is_read(tmp_path):
-    pytest.importorskip("tokenizers")
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] über uber 我爱 我 爱"
-    write(tmp_path, vocab_txt=words.replace(" ", "\n"))
-    assert load_tokenizer(tmp_path).encode("Über 我爱").tolist() == [6, 8, 9]
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"strip_accents": false, "tokenize_chinese_chars": false}'
-    )
-    assert load_tokenizer(tmp_path).encode("Über 我爱").tolist() == [5, 7]
-
-
-def test_the_mark_of_words_is_that_of_most_pieces(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    pieces = ["<pad>", "</s>", "<unk>", "[MASK]", "Ġ", "▁", "▁the", "▁cat", "s"]
-    model = tokenizers.models.Unigram([(piece, -1.0) for piece in pieces], unk_id=2)
-    inner = tokenizers.Tokenizer(model)
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    inner.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-    tokens = tokenizer.encode("the cats the")
-    assert tokens.tolist() == [6, 7, 8, 6]
-    assert tokenizer.vocabulary.words(tokens).tolist() == [0, 1, 1, 2]
-
-
 def test_a_tokenizer_that_is_none(tmp_path):
     with pytest.raises(DataError, match="a file or a folder, and 'nowhere' is neither"):
         load_tokenizer("nowhere")

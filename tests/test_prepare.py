@@ -32,6 +32,7 @@ from growjax.data import (
     Text,
     Tokens,
     load,
+    parted,
     preparation,
     prepare,
     source_at,
@@ -161,7 +162,7 @@ def test_a_path_names_its_source(tmp_path):
 @hypothesis.given(st.text(min_size=2, max_size=30), st.sampled_from([2, 3, 20]))
 def test_a_single_document_is_cut_in_two(document, held_out):
     hypothesis.assume(len(document.encode()) > 1)
-    parts = list(preparation._with_parts([Document("0", document)], held_out))
+    parts = list(parted.with_parts([Document("0", document)], held_out))
     assert [part for part, _ in parts] == ["training", "held_out"]
     head, tail = (bytes(piece.content) for _, piece in parts)  # pyright: ignore
     assert head + tail == document.encode() and tail
@@ -181,13 +182,8 @@ def test_a_single_document_is_cut_after_a_line(tmp_path):
 def test_the_last_document_fills_what_is_empty():
     def parts(names: list[str], held_out: int) -> list[str]:
         documents = [Document(name, "x") for name in names]
-        encoded = (
-            (part, np.zeros(1), 1) for part, _ in preparation._with_parts(documents, held_out)
-        )
-        return [
-            part
-            for part, _, _ in preparation._parted(encoded, preparation.PARTS, StandardLibrary())
-        ]
+        encoded = ((part, np.zeros(1), 1) for part, _ in parted.with_parts(documents, held_out))
+        return [part for part, _, _ in parted.parted(encoded, parted.PARTS, StandardLibrary())]
 
     # CRC-32 of "15" is even, and of "0" and "1" odd
     assert parts(["0", "1", "0"], 2) == ["training", "training", "held_out"]

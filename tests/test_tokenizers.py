@@ -133,3 +133,25 @@ def test_folders_that_cannot_be_read_say_why(tmp_path, monkeypatch):
         (tmp_path / name / "vocab.json").write_text("{}")
         with pytest.raises(ExtraError, match=r"pip install 'growjax\[tokenizers\]'"):
             load_tokenizer(tmp_path / name)
+
+
+def test_the_files_of_a_bert_vocabulary_say_how_text_is_read(tmp_path):
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] über uber 我爱 我 爱"
+    (tmp_path / "vocab.txt").write_text(words.replace(" ", "\n"))
+    assert load_tokenizer(tmp_path).encode("Über 我爱").tolist() == [6, 8, 9]
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"strip_accents": false, "tokenize_chinese_chars": false}'
+    )
+    assert load_tokenizer(tmp_path).encode("Über 我爱").tolist() == [5, 7]
+
+
+def test_the_mark_of_words_is_that_of_most_pieces(tmp_path):
+    pieces = ["<pad>", "</s>", "<unk>", "[MASK]", "Ġ", "▁", "▁the", "▁cat", "s"]
+    model = tokenizers.models.Unigram([(piece, -1.0) for piece in pieces], unk_id=2)
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    tokens = tokenizer.encode("the cats the")
+    assert tokens.tolist() == [6, 7, 8, 6]
+    assert tokenizer.vocabulary.words(tokens).tolist() == [0, 1, 1, 2]

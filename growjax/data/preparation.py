@@ -17,13 +17,10 @@ import secrets
 import threading
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, overload
-
-import numpy as np
 
 from growjax import values
 from growjax.data.blend import Blend, Blended
@@ -47,6 +44,7 @@ from growjax.data.folders import (
     write_manifest,
 )
 from growjax.data.given import Spool, is_iterable, is_source, source_at
+from growjax.data.parted import Encoded, parted, with_parts
 from growjax.data.sources import Document, Source
 from growjax.data.tokenizers import Tokenizer
 from growjax.errors import DataError
@@ -299,7 +297,7 @@ class _Job:
                 writers = {part: Writer(temporary / part, dtype, files) for part in parts}
                 with self._metered("tokenising", source) as meter:
                     tokenised = _tokenised(source.documents(), self.tokenizer, held_out, meter)
-                    for part, tokens, size in _parted(tokenised, parts, source):
+                    for part, tokens, size in parted(tokenised, parts, source):
                         writers[part].add(tokens, size)
                 summaries = {part: writer.summary() for part, writer in writers.items()}
             same = source.fingerprint() == stamp
@@ -385,23 +383,20 @@ class _Meter:
 
 # Tokenising --------------------------------------------------------------------------------------
 
-# The part of a document, its tokens and the bytes of its text
-_Encoded = tuple[str, np.ndarray, int]
-
 
 def _tokenised(
     documents: Iterable[Document], tokenizer: Tokenizer, held_out: int | None, meter: _Meter
-) -> Iterator[_Encoded]:
+) -> Iterator[Encoded]:
     """Documents that are not empty, tokenised and in their order; groups of them by several threads."""
     workers = (os.cpu_count() or 1) if getattr(tokenizer, "thread_safe", False) else 1
-    waiting: collections.deque[Future[list[_Encoded]]] = collections.deque()
+    waiting: collections.deque[Future[list[Encoded]]] = collections.deque()
     pool = ThreadPoolExecutor(workers)
 
-    def encoded(group: list[tuple[str, Document]]) -> list[_Encoded]:
+    def encoded(group: list[tuple[str, Document]]) -> list[Encoded]:
         return [(part, *encode(document, tokenizer)) for part, document in group]
 
     try:
-        for group in _groups(_with_parts(documents, held_out)):
+        for group in _groups(with_parts(documents, held_out)):
             waiting.append(pool.submit(encoded, group))
             # So few that they fit into memory, and enough for all threads
             while len(waiting) > 2 * workers or (waiting and waiting[0].done()):
@@ -427,81 +422,3 @@ def _groups(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[st
             group, size = [], 0
     if group:
         yield group
-
-
-def _with_parts(
-    documents: Iterable[Document], held_out: int | None
-) -> Iterator[tuple[str, Document]]:
-    """Each document that is not empty and its part, by its name; a single one is cut in two."""
-    first, alone = None, True
-    for document in documents:
-        if not len(document.content):
-            continue
-        if first is None:
-            # Waits until there is another one
-            first = document
-            continue
-        if alone:
-            alone = False
-            yield _part(first, held_out), first
-        yield _part(document, held_out), document
-    if first is not None and alone:
-        if held_out is None:
-            yield "training", first
-        else:
-            yield from zip(PARTS, _cut(first, held_out), strict=True)
-
-
-def _part(document: Document, held_out: int | None) -> str:
-    # By its name alone, so that the choice does not depend on the other documents; the names of files
-    # need not be UTF-8
-    name = document.name.encode(errors="surrogateescape")
-    if held_out is None or zlib.crc32(name) % held_out:
-        return "training"
-    return "held_out"
-
-
-def _cut(document: Document, held_out: int) -> tuple[Document, Document]:
-    """A document without its last part of one in `held_out`, and that part.
-
-    A text is cut after a line if one ends near there, and between two characters otherwise.
-    """
-    content: Any = document.content
-    data = content.encode() if isinstance(content, str) else content
-    size = max(len(data) // held_out, 1)
-    at = len(data) - size
-    if not isinstance(data, np.ndarray):
-        line = data.rfind(b"\n", max(at - size, 0), at)
-        if line >= 0:
-            at = line + 1
-        # A byte of the form 10xxxxxx continues a character
-        while at > 0 and data[at] & 0xC0 == 0x80:
-            at -= 1
-    return Document(document.name, data[:at]), Document(document.name, data[at:])
-
-
-def _parted(
-    tokenised: Iterator[_Encoded], parts: tuple[str, ...], source: Source
-) -> Iterator[_Encoded]:
-    """The documents, of which the last one changes its part if no other is in that part."""
-    pending: _Encoded | None = None
-    counts = dict.fromkeys(parts, 0)
-    for document in tokenised:
-        if not len(document[1]):
-            continue
-        if pending is not None:
-            counts[pending[0]] += 1
-            yield pending
-        pending = document
-    if pending is not None:
-        part, tokens, size = pending
-        lacking = [name for name in parts if name != part and not counts[name]]
-        if lacking and counts[part]:
-            part = lacking[0]
-        counts[part] += 1
-        yield part, tokens, size
-    if not all(counts.values()):
-        raise DataError(
-            f"{source}: expected at least one document to train on and one to hold out, got "
-            f"{sum(counts.values())} in all; cut the text into more documents"
-        )
