@@ -256,6 +256,8 @@ def each_row(
 def _split_sequences(rows: Any, mesh: Mesh) -> Any:
     """The rows of a batch, each split over `context` along its first own axis where that divides it."""
     ways = mesh.shape.get(CONTEXT, 1)
+    if ways == 1:
+        return rows  # the mesh may lack the axis
     where = NamedSharding(mesh, PartitionSpec(row_axes(mesh), CONTEXT))
 
     def split(x: Any) -> Any:
@@ -263,7 +265,7 @@ def _split_sequences(rows: Any, mesh: Mesh) -> Any:
             return x
         return jax.lax.with_sharding_constraint(x, where)
 
-    return rows if ways == 1 else jax.tree.map(split, rows)
+    return jax.tree.map(split, rows)
 
 
 def checksums(tree: Any) -> list[Array]:
