@@ -20,6 +20,7 @@ from growjax.forecast.memory import usage
 from growjax.nn import Readout, attend, cross_entropies, per_token
 from growjax.nn.place import CONTEXT, Place, running_on
 from growjax.nn.split import _moves, balances, firsts_of
+from growjax.programs.step import _split_sequences
 from growjax.train import Layout
 from tests.conftest import DEEP, SEVERAL_DEVICES
 from tests.runs import plan, steps
@@ -103,6 +104,11 @@ def test_a_mesh_has_the_axis_only_where_it_splits():
     assert CONTEXT not in Layout(tensor=2).axes
     with pytest.raises(LayoutError, match="context=4 does not make 8 devices"):
         Layout(data=1, context=4).resolved(8)
+
+
+def test_rows_stay_as_they_are_on_a_mesh_without_the_axis():
+    rows = {"tokens": jnp.zeros((4, 8), int)}
+    assert _split_sequences(rows, Layout().mesh(jax.devices()[:1])) is rows
 
 
 class Eight(Place):
