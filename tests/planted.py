@@ -213,16 +213,16 @@ TABLE = """
 @ zeros of the stream on its readers | growth/zeroed.py | growth | epsilon_of_a_norm
 - side="produced" if normalised else "consumed"
 + side="consumed"
-@ interleave as repeat | growth/depth.py | depth | order_of_the_papers
+@ interleave as repeat | growth/depth.py | orders | order_of_the_papers
 - return np.arange(new) * old // new
 + return np.arange(new) % old
-@ the bottom layers doubled | growth/depth.py | depth | order_of_the_papers
+@ the bottom layers doubled | growth/depth.py | orders | order_of_the_papers
 - copies = 1 + (layers >= old - extra)
 + copies = 1 + (layers < extra)
-@ repeat continues from the bottom | growth/depth.py | depth | order_of_the_papers
+@ repeat continues from the bottom | growth/depth.py | orders | order_of_the_papers
 - layers[old - new % old :]
 + layers[: new % old]
-@ the middle block rounded down | growth/depth.py | depth | order_of_the_papers
+@ the middle block rounded down | growth/depth.py | orders | order_of_the_papers
 - end = -(-blocks // 2) * extra if
 + end = max(blocks // 2, 1) * extra if
 @ old layers closed instead of new ones | growth/depth.py | growth | block_expansion_does_not

@@ -103,7 +103,7 @@ TABLE = """
 @ layers that should open in turn open together | growth/masked.py | depth | open_in_turn
 - pace = np.where(new, new.sum() / np.maximum(np.cumsum(new), 1), 1.0)
 + pace = np.where(new, 1.0, 1.0)
-@ LIDAS a layer too high | growth/depth.py | depth | order_of_the_papers
+@ LIDAS a layer too high | growth/depth.py | orders | order_of_the_papers
 - end = -(-old // 2) + extra // 2
 + end = -(-old // 2) - (-extra // 2)
 @ sources are scaled with their copies | growth/finishes.py | depth | sources_are_not
