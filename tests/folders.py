@@ -109,8 +109,12 @@ MODELS: dict[str, tuple[type, Any]] = {
         BERT,
         BERTConfig(
             **DEEP,
-            **dict(mlm_head=False, nsp_head=False, pooler=False, labels=2, padding=0),
+            mlm_head=False,
+            nsp_head=False,
+            pooler=False,
+            labels=2,
             labelled="token",
+            padding=0,
         ),
     ),
     "roberta": (BERT, BERTConfig(**DEEP, nsp_head=False, pooler=False, padding=0)),

@@ -50,7 +50,7 @@ def t5(cls: Any = hf.T5Config, **changes: Any) -> Any:
     return cls(vocab_size=61, decoder_start_token_id=0, **sizes | changes)
 
 
-def decoder(kind: str, last: str = "ForCausalLM", **changes: Any) -> tuple[Any, str]:
+def decoder(kind: str, last: Any = "ForCausalLM", **changes: Any) -> tuple[Any, str]:
     """A small model of a family of decoders, with its class, which ends in `last`."""
     sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=61)
     sizes |= dict(intermediate_size=56, max_position_embeddings=64)
@@ -276,7 +276,7 @@ def by_row(growth: str, model: Any) -> Any:
     now = gj.sizes(model)
     now |= {"heads": now["kv_heads"] * now["group"]}
     stacks = {axis for axis in axes if axis.endswith("layers")}
-    wide = {axis: 2 * now[axis] for axis in axes - stacks - {"experts", "mlp"}}
+    wide: dict[str, Any] = {axis: 2 * now[axis] for axis in axes - stacks - {"experts", "mlp"}}
     # Only a stream that is no norm's output passes new layers by
     exact: dict[str, Any] = {"order": "insert", "branch": "zero"}
     options = {} if isinstance(model, gj.models.BERT) else exact
@@ -290,7 +290,8 @@ def by_row(growth: str, model: Any) -> Any:
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_every_row_of_the_families_is_true(family: Any, tmp_path: Path):
     """All that it lists is grown at once, read by transformers, and learns there."""
-    theirs = random_model(*CASES[MEMBERS.get(family.model_type, family.model_type)])
+    name: str = family.model_type
+    theirs = random_model(*CASES[MEMBERS.get(name, name)])
     theirs.save_pretrained(tmp_path / "theirs")
     expected = outputs(theirs)
     small = gj.hf.load(tmp_path / "theirs")
