@@ -263,8 +263,9 @@ class Decoder(CausalModel):
         )
         untied = self.lm and not c.tied
         self.head = normal(k_head, (c.embed, c.vocab), c.embed) if untied else None
-        labelled = isinstance(c.head, Labels)
-        self.classifier = Classifier(c.embed, c.head, key=k_head) if labelled else None
+        self.classifier = None
+        if isinstance(c.head, Labels):
+            self.classifier = Classifier(c.embed, c.head, key=k_head)
         self.gate, self.dtype, self.logit_cap = None, c.dtype, c.logit_cap
         # Data, because it may not change when embed grows
         scale = c.embed_scale

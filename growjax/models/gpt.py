@@ -167,8 +167,9 @@ class GPT(CausalModel):
         self.norm = Norm(c.embed, c.norm, bias=c.bias, eps=c.eps, side=side)
         untied = self.lm and not c.tied
         self.head = normal(k_head, (c.embed, c.vocab), c.embed) if untied else None
-        labelled = isinstance(c.head, Labels)
-        self.classifier = Classifier(c.embed, c.head, key=k_head) if labelled else None
+        self.classifier = None
+        if isinstance(c.head, Labels):
+            self.classifier = Classifier(c.embed, c.head, key=k_head)
         self.gate, self.dtype = None, c.dtype
 
     @property
