@@ -21,8 +21,8 @@ def test_two_epochs_of_fine_tuning_end_in_the_same_outputs(name, tmp_path):
     fresh = room.Classifier(model, task.outputs, key=jax.random.key(7))
     encode = lambda examples: [room._encoded(tokenizer, x, task, 16) for x in examples]  # noqa: E731
     *_, ours = room.train_epochs(fresh, encode(train), recipe, 7, room._collated, room._label_loss)
-    outputs = room._outputs(ours, task, encode(dev))
-    before = room._outputs(fresh, task, encode(dev))
+    outputs = room._outputs(ours, task, encode(dev), 16)
+    before = room._outputs(fresh, task, encode(dev), 16)
     theirs = peer.fine_tuned(folder, task, train, dev, recipe, 7, np.asarray(fresh.weight))
     print(np.abs(outputs - theirs).max(), np.abs(outputs - before).max())
     assert np.abs(outputs - theirs).max() <= 1e-4
