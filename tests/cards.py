@@ -23,6 +23,7 @@ import growjax as gj
 from growjax import fitting, growth, testing
 from growjax.algebra import MEAN, AxisMap, is_matrix
 from growjax.axes import axes_of, get
+from growjax.certificate.part import Part
 from growjax.cost import parameters
 from growjax.data import Causal
 from growjax.errors import GrowjaxError, StateError
@@ -51,9 +52,9 @@ prints the papers of a plan.
 
 
 def subclasses(base: type) -> list[type]:
-    """The classes of growjax itself that extend a base, at any depth."""
+    """The classes of growjax itself that extend a base at any depth, and that users make."""
     below = [c for child in base.__subclasses__() for c in (child, *subclasses(child))]
-    return [c for c in below if c.__module__.startswith("growjax.") and c is not Chain]
+    return [c for c in below if c.__module__.startswith("growjax.") and c not in (Chain, Part)]
 
 
 def methods() -> list[type]:
@@ -119,7 +120,6 @@ def measured(method: type) -> dict[str, Any]:
         model = architecture.model()
         if isinstance(value, Fit):
             value = fitted(value, model, architecture.batch(), key)
-        after = eqx.filter_eval_shape(lambda m: value(m, key=key), model)
         numbers: dict[str, Any] = {"example": method.card.example, "model": str(architecture)}
         objective = Causal(testing.LENGTH)
         if isinstance(value, Subnet):
@@ -127,6 +127,7 @@ def measured(method: type) -> dict[str, Any]:
                 flops = [step_flops(model, objective, 1, part) for part in (None, value)]
                 numbers["flops"] = round(flops[1] / flops[0], 2)
             return numbers
+        after = eqx.filter_eval_shape(lambda m: value(m, key=key), model)
         numbers["flops"] = round(
             step_flops(after, objective, 1) / step_flops(model, objective, 1), 2
         )

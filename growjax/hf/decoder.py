@@ -295,8 +295,10 @@ _CHOICES = (
 def _shrunk(norm: Norm, ratio: float) -> Norm:
     """A norm whose output is divided by `ratio`."""
     assert norm.weight is not None
-    weight = (1 + norm.weight) / ratio - 1 if norm.plus_one else norm.weight / ratio
-    bias = None if norm.bias is None else norm.bias / ratio
+    # A product: XLA divides by a number in another way than NumPy, which has leaves that are read late
+    factor = 1 / ratio
+    weight = (1 + norm.weight) * factor - 1 if norm.plus_one else norm.weight * factor
+    bias = None if norm.bias is None else norm.bias * factor
     return put(norm, {("weight",): weight, ("bias",): bias})
 
 
