@@ -4,7 +4,7 @@
 #   make test         the tests, or TESTS=tests/test_maps.py (PYTHON=python3.12 for another Python)
 #   make test-deep    the tests at the deep profile, slow ones included
 #   make test-tpu     plans compiled for TPU slices, in .venv-tpu; needs no TPU (Linux)
-#   make test-hf      checkpoints against transformers, the harness against its own, in .venv-hf
+#   make test-hf      checkpoints against transformers, the harness against its own, in .venv-hf (ARGS='-m ""': all)
 #   make test-mutations   planted bugs in the files that differ from BASE (main), which tests must see
 #   make lint         ruff, pyright and mypy
 #   make docs         the site, into site/
@@ -70,7 +70,7 @@ test-hf:
 	@$(MAKE) --no-print-directory run-test-hf VENV=$(HF_VENV)
 
 run-test-hf: $(VENV)/.installed-parity
-	@$(PY) -m pytest tests/hf $(ARGS)
+	@$(PY) -m pytest tests/hf -m "not slow" $(ARGS)
 
 BASE ?= main
 test-mutations: $(VENV)/.installed-dev
