@@ -365,10 +365,11 @@ def _initialiser(init: Init, slot: Slot, x: Array, dims: list[int], sizes: list[
         return lambda key, shape, dtype: deviation * jax.random.normal(key, shape, dtype)
     if not x.size:
         raise GrowthError(f"{slot.path}: 'matched' follows old coordinates; give init='born'")
-    # "matched": the mean and deviation of the old tensor, layer by layer unless layers are new.
+    # "matched": the mean and deviation of the old tensor, layer by layer unless layers are new. They
+    # are constants to a gradient: that of the deviation of zeros is no number.
     over = [i for i, dim in enumerate(slot.dims) if dim.role != "stack" or i in dims]
-    mean = jnp.squeeze(jnp.mean(x, over, keepdims=True), dims)
-    std = jnp.squeeze(jnp.std(x, over, keepdims=True), dims)
+    x = jax.lax.stop_gradient(x)
+    mean, std = (jnp.squeeze(f(x, over, keepdims=True), dims) for f in (jnp.mean, jnp.std))
     return lambda key, shape, dtype: mean + std * jax.random.normal(key, shape, dtype)
 
 
@@ -376,9 +377,8 @@ def _initialiser(init: Init, slot: Slot, x: Array, dims: list[int], sizes: list[
 
 
 def _new_gate(move: AxisMap, table: Axes, slot: Slot) -> Gate:
-    new = move.is_new()
     shape = [table.sizes[dim.axis] for dim in slot.dims[:-1]] + [move.length]
-    new = jnp.broadcast_to(jnp.asarray(new), shape)
+    new = jnp.broadcast_to(jnp.asarray(move.is_new()), shape)
     pace = None if move.pace is None else jnp.broadcast_to(jnp.asarray(move.pace, float), shape)
     return Gate((~new).astype(float), new, pace)
 

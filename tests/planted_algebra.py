@@ -245,4 +245,7 @@ TABLE = """
 @ heads that merge are as old as the first | optim/carrying.py | heads | keep_their_births
 - return merged_births(rows, 1) if cell.counts == "birth" else rows.min(1)
 + return rows[:, 0] if cell.counts == "birth" else rows.min(1)
+@ drawn numbers have the slope of what they follow | maps.py | maps | matched_draws
+- x = jax.lax.stop_gradient(x)
++ pass
 """

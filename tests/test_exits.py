@@ -153,7 +153,7 @@ def test_a_step_is_charged_for_its_layers_and_for_the_logits_of_every_exit():
         (lambda: shapes(TURNING, "GPT"), SubnetError, "take skip.at"),
         (
             lambda: shapes(
-                gj.layer_skip(summed=True, curriculum="gradual", steps=9, layers=5).at(0), "GPT"
+                gj.layer_skip(summed=True, curriculum="gradual", steps=9, layers=5).at(0), "GPT", 0
             ),
             SubnetError,
             "the model has 2 layers, expected 5",
@@ -167,9 +167,9 @@ def test_what_cannot_be_added_is_refused(make, error, message):
         make()
 
 
-def shapes(part, family: str):
+def shapes(part, family: str, step: int | None = None):
     """The shapes of a model's outputs with early exits."""
     architecture = testing.Architecture(family)
     model = eqx.filter_eval_shape(lambda: testing.drawn(architecture))
-    call = lambda model: part(model, key=KEY)(EXAMPLE["tokens"][:5])  # noqa: E731
+    call = lambda model: part(model, key=KEY, step=step)(EXAMPLE["tokens"][:5])  # noqa: E731
     return eqx.filter_eval_shape(call, model)

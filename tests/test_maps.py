@@ -324,9 +324,13 @@ def test_matched_draws_have_the_mean_and_deviation_of_the_old_tensor_layer_by_la
         model, source = deep(), [0, 1, 2, 3, NONE]
         z = grown(source, model, key, init=normal).up[:, :, 4]
         drawn = grown(source, model, key, init="matched").up[:, :, 4]
+        total = lambda m: grown(source, m, key, init="matched").up.sum()  # noqa: E731
+        slope = jax.grad(total)(jax.tree.map(jnp.zeros_like, model))
     up = np.asarray(model.up)
     mean, std = up.mean((1, 2)), up.std((1, 2))
     np.testing.assert_allclose(drawn, mean[:, None] + std[:, None] * np.asarray(z), rtol=1e-12)
+    # The slope of the deviation of zeros would be no number
+    assert np.array_equal(slope.up, np.ones_like(up))
 
 
 # Sub-networks, transposes, refusals ----------------------------------------------------------
