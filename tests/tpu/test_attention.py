@@ -122,10 +122,10 @@ def test_a_long_sequence_takes_little_memory():
 
 
 @deep
-@pytest.mark.parametrize("objective", [Causal(2048), PrefixLM(2048)], ids=["causal", "prefix"])
+@pytest.mark.parametrize("objective", [Causal(8192), PrefixLM(8192)], ids=["causal", "prefix"])
 def test_a_sequence_that_chips_share(objective):
-    """One of 2,048 tokens: the kernel on each chip's queries, and a part of the memory of one chip."""
-    model = dataclasses.replace(GPT, positions=2048, kv_heads=2, position="rotary")
+    """One of 8,192 tokens: the kernel on each chip's queries, and a part of the memory of one chip."""
+    model = dataclasses.replace(GPT, positions=8192, kv_heads=2, position="rotary")
     memory = {}
     for layout, batch in (
         (Layout(fsdp=4), 4),
