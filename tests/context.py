@@ -92,7 +92,7 @@ def attention() -> dict[str, float]:
         errors[f"{layout} {body} {name}"] = error(ours, right)
     narrow = [np.asarray(x, "float32") for x in (q, k, v, out)]
     with jax.enable_x64(False):  # the kernel knows no 64-bit numbers
-        for name in MASKS if DEEP else ("prefix and documents",):
+        for name in MASKS if DEEP else ("causal", "prefix and documents"):
             if name in NOT_SPLASH:
                 continue
             right = run("einsum", None, None, MASKS[name], *narrow)

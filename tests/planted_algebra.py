@@ -181,7 +181,7 @@ TABLE = """
 + chosen = ~np.isin(np.arange(after.shape[dim]), self.layers)
 @ lists become tuples whatever they are | values/checks.py | bad_input | of_any_type or taken_apart
 - return tuple(map(tuples, value)) if isinstance(value, list | tuple | range) else value
-+ return tuple(map(tuples, value)) if not isinstance(value, int) else value
++ return tuple(value) if isinstance(value, list | tuple | range | str) else value
 @ factors multiply a weight to which one is added | growth/finishes.py | decoder | one_more_than
 - return slot.origin + factor * (x - slot.origin) if slot.origin else factor * x
 + return factor * x

@@ -115,7 +115,7 @@ TABLE = """
 + if not len(sizes):
 @ shares of held-out windows are of 64 bits | data/batches.py | blend | by_its_weight
 - for end in itertools.accumulate(shares)]
-+ for end in np.cumsum(shares).tolist()]
++ for end in np.cumsum(shares)]
 @ the text that is trained on is held out | data/preparation.py | prepare | no_validation_set
 - if training.digest == validating.digest:
 + if training is validating:

@@ -43,9 +43,6 @@ TABLE = """
 @ every device reads the losses of all | nn/head.py | context | whole_sequence
 - return jax.lax.with_sharding_constraint(parts, own)
 + return jax.lax.with_sharding_constraint(parts, NamedSharding(own.mesh, PartitionSpec()))
-@ activations are whole on every device | programs/step.py | context | learn_a_whole_sequence
-- return jax.tree.map(split, rows)
-+ return rows
 @ drawn tokens that devices cannot share | plan/worked.py | context | before_the_first_step
 - if uneven := sorted(n for n in counts if n < longest and n % ways):
 + if uneven := sorted(n for n in counts if n < 0):

@@ -13,6 +13,7 @@ import pytest
 import growjax as gj
 from growjax import draws
 from growjax.axes import axes_of, get, put
+from growjax.certificate.part import cut
 from growjax.certificate.streaming import certify_deferred
 from growjax.cli import app
 from growjax.deferred import Deferred
@@ -118,6 +119,16 @@ def test_a_certificate_of_a_part_has_the_outputs_of_all_layers(tmp_path):
     broken = _certified(model, put(grown, {steps: wrong}), tmp_path / "scratch", 0)
     assert not broken.passed and broken.gradient < 1e-10
     assert broken.forward[0].relative > 1e-4 > 1e-12 > broken.forward[1].relative
+
+
+def test_a_part_keeps_the_shares_of_its_units():
+    op, model, units = gj.copy(mlp=9, shares="random", seed=1), build("llama"), (1, 4)
+    whole = op.maps(axes_of(model))[0]
+    part, small = cut(op, model, {"mlp": units})
+    move = part.maps(axes_of(small))[0]
+    rows = [n for n, i in enumerate(whole.source.tolist()) if i in units]
+    assert [units[i] for i in move.source] == whole.source[rows].tolist()
+    np.testing.assert_array_equal(move.share, np.asarray(whole.share)[rows])
 
 
 # Memory ------------------------------------------------------------------------------------------

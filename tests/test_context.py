@@ -42,7 +42,7 @@ def errors() -> dict[str, Any]:
 
 def test_attention_of_a_split_sequence(errors):
     """In float64, every mask, the bias, and the kernel (float32): outputs and gradients."""
-    assert len(errors["attention"]) == (47 if DEEP else 4), list(errors["attention"])
+    assert len(errors["attention"]) == (47 if DEEP else 5), list(errors["attention"])
     assert all(error < 1e-12 for error in errors["attention"].values()), errors["attention"]
 
 
