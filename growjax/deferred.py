@@ -1,4 +1,4 @@
-"""Arrays that are read when they are used, a few rows at a time: models that do not fit into memory."""
+"""Arrays that are read when they are used, a few rows at a time, for models that nobody holds whole."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Certificates of models that do not fit into memory.
+"""Certificates of large models, which are never held whole.
 
 Outputs are measured on all weights, a layer at a time: of the model, of the grown one as it is written,
 and of both in float64. What needs gradients (gradient, poison, liveness) is measured on a part, which is

@@ -1,4 +1,4 @@
-"""Growth of models that do not fit into memory: a leaf at a time, or a layer of it.
+"""Growth of large models without holding them whole: a leaf at a time, or a layer of it.
 
 The operator is traced once on shapes. Each leaf of the grown model is then a small part of that program,
 which needs one leaf of the old model, or a few. Where the part only gathers and multiplies (copies,
