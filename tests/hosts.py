@@ -34,7 +34,7 @@ from growjax.nn import Mask, attend, head
 from growjax.nn.place import place_of, running_on
 from growjax.parallel import BATCH, split_rows
 from growjax.plan import Plateau
-from growjax.programs.ahead import lower
+from growjax.programs.ahead import Ahead, lower
 from growjax.programs.step import Programs, checksums
 from growjax.runs.checkpoint import load, numbered, read_lineage
 from growjax.train import (
@@ -105,7 +105,19 @@ def layouts(folder: Path) -> None:
     born = parallel.model_shardings(sharded.build(), mesh)
     specs = {str(sharding.spec) for sharding in jax.tree.leaves(born)}
     report = {"losses": losses_of, "specs": sorted(specs), "grown": grown, "forks": forks}
+    report["born on"] = [str(device) for device in born_on(devices[:2])]
     print(json.dumps(report | {"devices": parallel.self_test()}))
+
+
+def born_on(devices: list[Any]) -> list[Any]:
+    """Where a model is born on each device, by runs that share compiled programs."""
+    of, cache, places = short(Layout()), {}, []
+    for device in devices:
+        ahead = Ahead(of, Programs.of(of, of.layout.mesh([device])), cache=cache)
+        state = ahead.get(("birth", 0, None))(np.int32(of.seed))
+        ahead.close()
+        places += jax.tree.leaves(state.trained)[0].devices()
+    return places
 
 
 def parts(folder: Path) -> None:

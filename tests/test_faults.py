@@ -1,6 +1,7 @@
 """Whatever happens to a run ends in a clear error or goes on: the faults, each one exercised."""
 
 import contextlib
+import dataclasses
 import errno
 import gc
 import io
@@ -23,12 +24,15 @@ import growjax as gj
 from growjax import train as trainer
 from growjax.data import Text, batches
 from growjax.errors import CheckpointError, DataError, TrainingError
+from growjax.programs.ahead import Ahead
 from growjax.train import (
     Begin,
+    Fork,
     Options,
     Plan,
     Saved,
     Step,
+    cross_entropy,
     read_journal,
     stopwatch,
     transition,
@@ -189,6 +193,31 @@ def test_another_plan_or_other_data_are_refused(run, programs, tmp_path):
     strange.digest = "another"
     with pytest.raises(CheckpointError, match="trained on other data"):
         list(train(whole, strange, run=folder, cache=programs))
+
+
+def test_a_run_goes_on_with_the_loss_that_it_began_with(programs, tmp_path):
+    """Passed to `train` and no part of its plan; a fork may change it, and puts that on record."""
+
+    def halved(model, example):
+        losses, weights = cross_entropy(model, example)
+        return 0.5 * losses, weights
+
+    short = plan(steps(2))
+
+    def goes_on(of: Plan = short, folder: Path = tmp_path / "run", **given: Any) -> Any:
+        options = Options(held_out=4, save_every=1, held_out_end=0)
+        return list(train(of, feed(of), run=folder, options=options, cache=programs, **given))
+
+    goes_on(loss=halved)
+    assert goes_on(loss=halved)[0].step == 2
+    for other in (None, cross_entropy):
+        with pytest.raises(
+            CheckpointError, match=r"another loss \(test.*halved, now .*loss=\.\.\."
+        ):
+            goes_on(loss=other)
+    forked = dataclasses.replace(short, fork=Fork(str(tmp_path / "run"), 1))
+    notes = goes_on(forked, tmp_path / "fork")[0].notes
+    assert any("loss: it minimised" in note and "that of its plan" in note for note in notes)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(run, programs, tmp_path):
@@ -382,3 +411,23 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(run, programs, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and 5 <= last <= 7
     records = list(train(whole, feed(whole), run=tmp_path, cache=programs))
     assert records[0].step == last and same(records, run[1])
+
+
+def test_a_step_is_evaluated_though_the_run_is_asked_to_stop(run, programs, tmp_path, monkeypatch):
+    """While the evaluation is compiled: a run that goes on does not come back to the step."""
+    whole, get = run[0], Ahead.get
+
+    def stopped(self: Ahead, need: Any, meanwhile: Any = None) -> Any:
+        if need[0] == "evaluate":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)  # the handler runs
+        return get(self, need, meanwhile)
+
+    monkeypatch.setattr(Ahead, "get", stopped)
+    options = Options(evaluate_at=(1,), held_out=6, background=False)
+    first = list(train(whole, feed(whole), run=tmp_path, options=options, cache=programs))
+    (last,) = [r for r in first if isinstance(r, Step) and r.held_out is not None]
+    assert not first[-1].finished and first[-1].step == last.step + 1
+    monkeypatch.undo()
+    records = list(train(whole, feed(whole), run=tmp_path, options=options, cache=programs))
+    assert records[0].step == last.step + 1 and same([*first[:-1], *records], run[1])

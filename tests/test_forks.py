@@ -105,6 +105,23 @@ def test_a_fork_that_changes_nothing_is_the_run_itself(trunk, programs, tmp_path
     assert last[1]["fork"]["changes"] == [] and last[0]["fork"] is None
 
 
+def test_a_fork_goes_on_from_one_step_though_its_trunk_trains_on(trunk, programs, tmp_path):
+    """Killed before its first checkpoint: the plan in its folder names the step."""
+    shutil.copytree(trunk[0], tmp_path / "trunk")
+    last = Run(tmp_path / "trunk").checkpoint()
+    hidden = last.rename(tmp_path / last.name)
+    forked = dataclasses.replace(trunk_plan(), fork=Fork(str(tmp_path / "trunk")))
+    begun = train(forked, feed(forked), run=tmp_path / "fork", cache=programs)
+    before: Any = next(begun)
+    begun.close()
+    hidden.rename(last)
+    assert not Run(tmp_path / "fork").checkpoints()
+    records = run_of(forked, tmp_path / "fork", programs)
+    assert records[0].step == before.step < 8 and same(records, trunk[1])
+    assert Run(tmp_path / "fork").plan().fork == Fork(str(tmp_path / "trunk"), before.step)
+    assert run_of(forked, tmp_path / "fork", programs)[0].step == 8
+
+
 def test_a_fork_of_before_the_growth_may_grow_otherwise(trunk, programs, tmp_path):
     """The checkpoint on the side of a growth that the plan agrees with is taken."""
     folder, _ = trunk

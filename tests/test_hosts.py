@@ -79,6 +79,10 @@ def test_what_eight_devices_saved_is_read_and_grown_alike_on_fewer(layouts):
     assert all(sums == whole for sums in fewer)
 
 
+def test_programs_are_shared_by_runs_on_the_same_devices_only(layouts):
+    assert len(set(layouts["born on"])) == 2
+
+
 def test_a_fork_on_eight_devices_is_the_run_itself(layouts):
     """Forked before a growth, after it, and on the paths that follow."""
     assert layouts["forks"] == [True, True, True]

@@ -117,6 +117,67 @@ def test_a_lock_that_says_nothing_is_judged_by_its_age(tmp_path, monkeypatch):
         assert json.loads(file.read_text())["pid"] == os.getpid()
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_of_two_processes_that_take_over_one_has_the_lock(tmp_path, monkeypatch, released):
+    """However long one of them pauses between finding the owner dead and taking over."""
+    held_by(tmp_path, owner(pid=gone()))
+    first, second = Run(tmp_path).lock(), Run(tmp_path).lock()
+    wait = lock.Lock._wait_for
+
+    def slow(self: lock.Lock, who: lock.Owner | None, file: Path) -> None:
+        wait(self, who, file)
+        monkeypatch.setattr(lock.Lock, "_wait_for", wait)
+        if released:
+            file.unlink()
+        first.__enter__()
+
+    monkeypatch.setattr(lock.Lock, "_wait_for", slow)
+    with pytest.raises(CheckpointError, match=f"process {os.getpid()} on .* trains in this folder"):
+        second.__enter__()
+    assert json.loads((tmp_path / "lock").read_text())["token"] == first.owner.token
+    first.__exit__()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_killed_while_it_takes_over_does_not_keep_the_folder(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    held_by(tmp_path, owner(pid=gone()))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(lock.os, "replace", kill)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # nothing is cleaned up
+        Run(tmp_path).lock().__enter__()
+    (claim,) = tmp_path.glob("lock.from-*")
+    who = owner(pid=gone())
+    claim.write_text(json.dumps(dataclasses.asdict(who)))
+    with pytest.raises(CheckpointError, match=f"process {who.pid} on .* was killed .*; try again"):
+        Run(tmp_path).lock().__enter__()
+    with Run(tmp_path).lock() as mine:
+        assert mine.note is not None
+
+
+def test_a_process_that_cannot_be_seen_lives(tmp_path, monkeypatch):
+    """Where `/proc` shows each user only processes of their own."""
+    held_by(tmp_path, owner(pid=1))
+    read = Path.read_text
+
+    def hidden(path: Path, *args: Any, **options: Any) -> str:
+        if path == Path("/proc/1/stat"):
+            raise FileNotFoundError(path)
+        return read(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    with pytest.raises(CheckpointError, match="process 1 on"):
+        Run(tmp_path).lock().__enter__()
+    held_by(tmp_path, owner(pid=gone()))
+    with Run(tmp_path).lock() as mine:
+        assert mine.note is not None
+
+
 def test_a_run_whose_folder_is_taken_away_ends(programs, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.02)
     of = plan(steps(400))

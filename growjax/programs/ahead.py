@@ -111,8 +111,10 @@ class Ahead:
 
     def _compile(self, need: Need) -> Any:
         lowered = lower(self.plan, self.programs, need, self.reference)
-        # The program's text has shapes and shardings, but not the structure of its arguments' trees
-        text = f"{lowered.in_tree} {lowered.out_tree} {lowered.as_text()}"
+        # The program's text has shapes and shardings, but neither the structure of its arguments' trees
+        # nor the devices of its mesh
+        devices = [device.id for device in self.programs.mesh.devices.flat]
+        text = f"{devices} {lowered.in_tree} {lowered.out_tree} {lowered.as_text()}"
         digest = hashlib.sha256(text.encode()).hexdigest()
         if digest not in self.cache:
             self.cache[digest] = lowered.compile()

@@ -374,6 +374,7 @@ _FIELDS: dict[str, tuple[str, _Check]] = {
 }
 # Fields that lineages have had only lately, or of some stages only
 _LATER: dict[str, tuple[str, _Check]] = {
+    "loss": ("the name of a loss or nothing", _is(str, type(None))),
     "losses": ("the latest losses", lambda x: isinstance(x, list) and all(map(_is(float), x))),
     "ended": (
         "pairs of a stage and its steps",

@@ -1,5 +1,6 @@
 """The state that a fork begins with: that of another run before a step, if it fits the fork's plan."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +9,15 @@ from typing import Any, NamedTuple
 from growjax.errors import CheckpointError, DamagedError, GrowjaxError
 from growjax.plan.plan import Plan
 from growjax.plan.prefix import fork_changes, fork_faults
+from growjax.plan.stages import Fork
 from growjax.programs.step import Programs
 from growjax.runs import hosts
 from growjax.runs.checkpoint import load, read_lineage
 from growjax.runs.run import Run, step_of
 from growjax.runs.saves import Resumed
+
+
+_OWN = "that of its plan"
 
 
 class Trunk(NamedTuple):
@@ -40,6 +45,25 @@ def fork_errors(plan: Plan) -> list[str]:
     except GrowjaxError as error:
         return [f"fork: {error}"]
     return []
+
+
+def pinned(plan: Plan, run: Run) -> Plan:
+    """A plan whose fork names the step that it goes on from, which the plan in the run's folder has, too.
+
+    Without one, the first session takes the latest checkpoint of the trunk. The trunk may still be
+    training, and no later session takes another one.
+    """
+    fork = plan.fork
+    if fork is None or fork.step is not None:
+        return plan
+
+    def step() -> int | None:
+        if not run.plan_file.exists():
+            return find_trunk(plan).lineage["step"]
+        saved = run.plan().fork
+        return None if saved is None else saved.step
+
+    return dataclasses.replace(plan, fork=Fork(fork.run, hosts.from_first(step)))
 
 
 def find_trunk(plan: Plan) -> Trunk:
@@ -77,12 +101,13 @@ def find_trunk(plan: Plan) -> Trunk:
     raise CheckpointError(f"{run}: plan {plan.name!r} differs from it before it forks:{listed}")
 
 
-def read_fork(plan: Plan, programs: Programs, data: str) -> tuple[Resumed, Trunk]:
+def read_fork(plan: Plan, programs: Programs, data: str, loss: str | None) -> tuple[Resumed, Trunk]:
     """Read the state that a fork begins with, onto the mesh of the programs; returns its trunk as well.
 
-    `data` is the digest of the data of the fork. Raises `CheckpointError` as `find_trunk` does, for a
-    state of other shapes (of another optimizer, say), and if hosts differ; `DamagedError` if the
-    checkpoint is not whole. A checkpoint that its run removes meanwhile is a `CheckpointError`, too.
+    `data` is the digest of the data of the fork, `loss` the name of a loss in place of the plan's. Raises
+    `CheckpointError` as `find_trunk` does, for a state of other shapes (of another optimizer, say), and
+    if hosts differ; `DamagedError` if the checkpoint is not whole. A checkpoint that its run removes
+    meanwhile is a `CheckpointError`, too.
     """
     trunk = hosts.together(lambda: find_trunk(plan))
     first = hosts.from_first(lambda: trunk.lineage)
@@ -95,6 +120,11 @@ def read_fork(plan: Plan, programs: Programs, data: str) -> tuple[Resumed, Trunk
     hosts.together(compare)
     if lineage["data"] != data:
         change = f"data: it trained on text of digest {lineage['data']}, and goes on with {data}"
+        trunk = trunk._replace(changes=(*trunk.changes, change))
+    if lineage.get("loss") != loss:
+        change = (
+            f"loss: it minimised {lineage.get('loss') or _OWN}, and goes on with {loss or _OWN}"
+        )
         trunk = trunk._replace(changes=(*trunk.changes, change))
     span = plan.spans[lineage["stage"]]
     try:

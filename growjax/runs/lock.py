@@ -10,6 +10,7 @@ clocks of hosts differ.
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import secrets
@@ -24,6 +25,7 @@ from growjax.errors import CheckpointError
 
 BEAT = 20.0  # seconds between two touches of the file
 SILENT = 120.0  # seconds without a touch after which an owner on another machine counts as dead
+UNKNOWN = "no ticks"  # the start of a process whose entry in `/proc` cannot be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Owner:
             return False
         state, started = status
         # Z is a zombie, X a dead process; another start means that its number was reused
-        return state not in ("Z", "X") and started == self.started
+        return state not in ("Z", "X") and started in (self.started, UNKNOWN)
 
 
 class Lock:
@@ -106,7 +108,7 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         self._released.set()
         with contextlib.suppress(OSError):
-            if self._read() == self.owner:
+            if _read(self.file) == self.owner:
                 self.file.unlink()
                 if self._made_folder:
                     # Succeeds only if the folder is empty
@@ -123,30 +125,58 @@ class Lock:
                 return
             except FileExistsError:
                 pass
-            before = self._read()
-            self._wait_for(before)
-            os.replace(mine, self.file)
+            before = _read(self.file)
+            self._wait_for(before, self.file)
+            self._replace(before, mine)
         finally:
             mine.unlink(missing_ok=True)
-        # If two processes take over at the same time, the later one has the lock, and the other one
-        # notices it here
-        time.sleep(0.05)
-        if self._read() != self.owner:
-            raise CheckpointError(self._held_by(self._read()))
         if before is not None:
             self.note = f"took over from {before}, which is gone"
 
-    def _wait_for(self, owner: Owner | None) -> None:
-        """Return once the owner is known to be dead; raise `CheckpointError` if it lives."""
+    def _replace(self, before: Owner | None, mine: Path) -> None:
+        """Put the file `mine` in place of the lock of a dead owner; raise if another process does so.
+
+        Another process may have taken over since the owner was read, however little time passed. So the
+        lock of an owner is replaced only by the process that holds a claim, a file named by that owner,
+        and the owner is read again under the claim.
+        """
+        digest = hashlib.sha256(repr(before).encode()).hexdigest()[:16]
+        claim = self.file.with_name(f"{self.file.name}.from-{digest}")
+        try:
+            _create(mine, claim)
+        except FileExistsError:
+            claimant = _read(claim)
+            self._wait_for(claimant, claim)
+            claim.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{self.file.parent}: {claimant or 'a process'} was killed while it took over the lock "
+                "of this folder; try again"
+            ) from None
+        try:
+            owner = _read(self.file)
+            if owner != before:
+                raise CheckpointError(self._held_by(owner))
+            if self.file.exists():
+                os.replace(mine, self.file)
+            else:
+                # Its owner has released it meanwhile
+                _create(mine, self.file)
+        except FileExistsError:
+            raise CheckpointError(self._held_by(_read(self.file))) from None
+        finally:
+            claim.unlink(missing_ok=True)
+
+    def _wait_for(self, owner: Owner | None, file: Path) -> None:
+        """Return once the owner of a file is known to be dead; raise `CheckpointError` if it lives."""
         if owner is not None and owner.here and owner.started:
             if owner.alive:
                 raise CheckpointError(self._held_by(owner))
             return
         # An owner on another machine, or a file that cannot be read: watch the age of the file
-        first = self._age()
-        while (age := self._age()) < SILENT:
+        first = self._age(file)
+        while (age := self._age(file)) < SILENT:
             # An age that fell means that the owner has touched the file
-            if age < first or self._read() != owner:
+            if age < first or _read(file) != owner:
                 raise CheckpointError(self._held_by(owner))
             time.sleep(min(1.0, BEAT / 4))
 
@@ -158,27 +188,20 @@ class Lock:
             f"if you know that it is gone, remove {self.file}"
         )
 
-    def _age(self) -> float:
-        """Seconds since the file was touched, by the file system's clock; infinite without a file."""
+    def _age(self, file: Path) -> float:
+        """Seconds since a file was touched, by the file system's clock; infinite without a file."""
         # A file touched now has the current time of the file system's clock
         probe = self.file.with_name(f"{self.file.name}.{self.owner.token}")
         probe.touch()
         with contextlib.suppress(FileNotFoundError):
-            return probe.stat().st_mtime - self.file.stat().st_mtime
+            return probe.stat().st_mtime - file.stat().st_mtime
         return float("inf")
-
-    def _read(self) -> Owner | None:
-        """The owner that the file names; None if there is no file, or one that cannot be read."""
-        try:
-            return Owner(**json.loads(self.file.read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError, TypeError):
-            return None
 
     def _beat(self) -> None:
         """Touch the file every `BEAT` seconds, until the lock is released or lost."""
         while not self._released.wait(BEAT):
             with contextlib.suppress(OSError):
-                owner = self._read()
+                owner = _read(self.file)
                 if owner != self.owner and not self._released.is_set():
                     self.lost = True
                     return
@@ -187,7 +210,15 @@ class Lock:
     def check(self) -> None:
         """Raise `CheckpointError` if another process has taken the lock over."""
         if self.lost:
-            raise CheckpointError(f"{self._held_by(self._read())}. This run ends here")
+            raise CheckpointError(f"{self._held_by(_read(self.file))}. This run ends here")
+
+
+def _read(file: Path) -> Owner | None:
+    """The owner that a file names; None if there is no file, or one that cannot be read."""
+    try:
+        return Owner(**json.loads(file.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
 
 
 def _create(source: Path, target: Path) -> None:
@@ -214,13 +245,11 @@ def _space() -> str:
 def _status(pid: int) -> tuple[str, str] | None:
     """The state (one letter) and the start of a process; None if no process has this number.
 
-    Without `/proc` (macOS, say) both are unknown, and the same for every process that runs.
+    Both are unknown without `/proc` (macOS, say), and where it hides the processes of other users.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
+    except OSError:
         try:
             # Signal 0 is not sent, but checks whether the process exists
             os.kill(pid, 0)
@@ -229,9 +258,7 @@ def _status(pid: int) -> tuple[str, str] | None:
         except PermissionError:
             # It exists, and belongs to another user
             pass
-        return "", "no ticks"
-    except OSError:
-        return None
+        return "", UNKNOWN
     # The second field, the name in parentheses, may hold spaces. After it, the first field is the state,
     # and the 20th the start.
     fields = text.rpartition(")")[2].split()

@@ -44,6 +44,7 @@ class Saves:
 
     - `lock`: the lock on the folder, held by process 0.
     - `reference`: the second model that a selector compares with.
+    - `loss`: the name of the loss that is minimised in place of the plan's, if there is one.
     - `keep_last`, `keep_every`, `keep`: how many of the latest checkpoints stay, and those before which
       steps: multiples of a number, and certain ones.
     - `fall_back`: set a damaged checkpoint aside and go on from the one before it; by default it is an
@@ -63,10 +64,11 @@ class Saves:
         keep_every: int | None,
         keep: Sequence[int] = (),
         reference: Any = None,
+        loss: str | None = None,
         fall_back: bool = False,
     ):
         self.plan, self.run, self.lock = plan, run, lock
-        self.fall_back = fall_back
+        self.loss, self.fall_back = loss, fall_back
         arrays = eqx.filter(reference, eqx.is_array)
         self.reference = None if reference is None else digest_of(arrays)
         self.checkpoints = Checkpoints(
@@ -192,6 +194,12 @@ class Saves:
                 f"{path}: it chose by another second model (digest {lineage['reference']}, now "
                 f"{self.reference}); a run goes on with the model that it began with"
             )
+        if "loss" in lineage and lineage["loss"] != self.loss:
+            names = [name or "that of its plan" for name in (lineage["loss"], self.loss)]
+            raise CheckpointError(
+                f"{path}: it was trained by another loss ({names[0]}, now {names[1]}); a run goes on "
+                "with the loss that it began with (`train(loss=...)`)"
+            )
         span = self.plan.spans[lineage["stage"]]
         if not span.start <= lineage["step"] <= span.start + span.steps:
             raise CheckpointError(
@@ -248,6 +256,7 @@ class Saves:
             "seconds": seconds,
             "data": data,
             "reference": self.reference,
+            "loss": self.loss,
             "parent": self.parent,
             "start": self.start,
             "fork": self.fork,

@@ -85,7 +85,13 @@ def train(
 
         with _runtime_errors(plan), contextlib.ExitStack() as stack:
             programs = Programs.of(plan, plan.layout.mesh(devices), loss)
-            current = settled(plan, None if run is None else Run(run))
+            current = plan
+            if run is not None and plan.fork is not None:
+                # Imports Orbax, which takes a second
+                from growjax.runs.fork import pinned
+
+                current = pinned(plan, Run(run))
+            current = settled(current, None if run is None else Run(run))
             ahead = Ahead(
                 current,
                 programs,
@@ -105,6 +111,7 @@ def train(
                         current,
                         Run(run),
                         reference=ahead.reference,
+                        loss=None if loss is None else _name_of(loss),
                         keep_last=options.keep_last,
                         keep_every=options.keep_every,
                         keep=options.save_at,
@@ -119,6 +126,12 @@ def train(
             yield from _run(Session(ahead, data, saves, options, doing))
 
     return Training(records)
+
+
+def _name_of(loss: Loss) -> str:
+    """The name by which a resumed run knows a loss again: that of a function, or of an object's type."""
+    known = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{known.__module__}:{known.__qualname__}"
 
 
 def _run(session: Session) -> Iterator[Record]:

@@ -135,7 +135,8 @@ class Session:
         # Imports Orbax, which takes a second
         from growjax.runs.fork import read_fork
 
-        resumed, trunk = read_fork(self.plan, self.programs, self.feed.digest)
+        loss = None if self.saves is None else self.saves.loss
+        resumed, trunk = read_fork(self.plan, self.programs, self.feed.digest, loss)
         if self.saves is not None:
             self.saves.fork, self.saves.start = trunk.record, trunk.lineage["start"]
             for change in trunk.changes:
@@ -254,7 +255,9 @@ class Session:
 
     def _held_out(self, level: float, windows: int) -> HeldOut:
         """The held-out losses of the state, with its gates at a level."""
-        program = self._compiled(("evaluate", self.span.index, None), "the evaluation")
+        # A step that is counted must be evaluated too: a run that goes on does not come back to it
+        need: Need = ("evaluate", self.span.index, None)
+        program = self._compiled(need, "the evaluation", stops=False)
         with self.stopwatch.apart("held_out", self.state), self.doing("evaluating"):
             return self.judge.held_out(
                 program, self.state, level, windows=windows, batch=self.span.batch
@@ -382,18 +385,18 @@ class Session:
 
     # Programs ---------------------------------------------------------------------------------
 
-    def _compiled(self, need: Need, name: str) -> Any:
-        """A compiled program; waiting for it is not counted as training."""
+    def _compiled(self, need: Need, name: str, *, stops: bool = True) -> Any:
+        """A compiled program, as `_get` has it; waiting for it is not counted as training."""
         # If the program is not ready, wait for the steps that still run first: their time is training
         with self.stopwatch.apart("compile", () if self.ahead.ready(need) else self.state):
-            return self._get(need, name)
+            return self._get(need, name, stops=stops)
 
-    def _get(self, need: Need, name: str) -> Any:
-        """A compiled program; raises `Stopped` if the run is asked to stop while it is compiled."""
+    def _get(self, need: Need, name: str, *, stops: bool = True) -> Any:
+        """A compiled program; with `stops`, raises `Stopped` if the run is asked to stop meanwhile."""
         if self.ahead.ready(need):
             return self.ahead.get(need)
         with self.doing(f"compiling {name}"):
-            return self.ahead.get(need, meanwhile=self.stop.check)
+            return self.ahead.get(need, meanwhile=self.stop.check if stops else None)
 
     # Checkpoints ------------------------------------------------------------------------------
 
@@ -403,9 +406,8 @@ class Session:
             return
         self.timer.restart(self.step)
         span, done = self.span, self.step - self.span.start
-        # Not by `_get`, which raises `Stopped`: a run that stops must save
-        with self.stopwatch.apart("compile", self.state), self.doing("saving"):
-            seal = self.ahead.get(("seal", span.index, None))
+        # A run that stops must save
+        seal = self._compiled(("seal", span.index, None), "the checksums", stops=False)
         with self.stopwatch.apart("save", self.state), self.doing("saving"):
             path: Path | None = self.saves.save(
                 span,
