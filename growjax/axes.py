@@ -159,9 +159,9 @@ class Slot:
         """The axes of the leaf, in order."""
         return self.spec.dims
 
-    def positions(self, axis: str) -> list[int]:
-        """Where an axis stands among `dims`: nowhere, once, or twice in a square matrix."""
-        return [i for i, dim in enumerate(self.dims) if dim.axis == axis]
+    def positions(self, axis: str, role: Role | None = None) -> list[int]:
+        """Where an axis stands among `dims` (in a square matrix twice), in one role alone if given."""
+        return [i for i, d in enumerate(self.dims) if d.axis == axis and role in (None, d.role)]
 
     @property
     def own_axis(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from growjax.errors import AxisError, raise_all
 
@@ -26,6 +27,15 @@ def find(model: Any, steps: Sequence[str | int]) -> Any:
         return get(model, steps)
     except (AttributeError, KeyError, TypeError):  # a dict lacks the key, or a leaf has none
         return None
+
+
+def abstract(tree: Any) -> Any:
+    """A tree with the shape of every array in its place."""
+
+    def shape(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(np.shape(x), x.dtype) if hasattr(x, "dtype") else x
+
+    return jax.tree.map(shape, tree)
 
 
 def replaced(model: Any, kind: Any, function: Callable[[Any], Any]) -> Any:

@@ -36,10 +36,10 @@ TABLE = """
 - takes = role != "consumed" if normalised else role == "consumed"
 + takes = normalised and role != "consumed"
 @ gates of a stack close nothing | annotation/gating.py | annotation | behind_gates
-- takes = any(d.axis == stream and d.role == "produced" for d in piece.dims)
+- takes = bool(piece.positions(stream, "produced"))
 + takes = False
 @ outputs are gated all the same | annotation/gating.py | annotation | cannot_be_gated
-- elif not any(d.role == "consumed" and d.axis == axis for slot in slots for d in slot.dims):
+- elif not any(slot.positions(axis, "consumed") for slot in slots):
 + elif False:
 @ sums that nobody claims pass for norms | inference/inferred.py | inference | nothing_can_declare
 - self.refused[atom] = f"a norm that has no parameters averages over it (near {near})"

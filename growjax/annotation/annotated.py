@@ -133,7 +133,7 @@ class Annotated(eqx.Module):
                     yield (*steps, "tree", *inner), declaration, leaf, above + path
                 continue
             declaration = next((d for pattern, d in self.specs if matches(path, [pattern])), None)
-            if declaration is not None and (leaf is not None or _is_norm(declaration)):
+            if declaration is not None and (leaf is not None or "~" in declaration.spec):
                 declaration = self._stacked(declaration, inner)
                 yield (*steps, "tree", *inner), declaration, leaf, above + path
         for axis, gate in self.gates.items():
@@ -336,10 +336,6 @@ def _folded_tree(annotated: Annotated) -> Any:
     return folded(annotated, axes_of(annotated), annotated.gates, annotated.stream).tree
 
 
-def _is_norm(declaration: Declaration) -> bool:
-    return "~" in declaration.spec
-
-
 # State ---------------------------------------------------------------------------------------
 
 
@@ -388,12 +384,10 @@ def _static_value(text: str | tuple[str, ...], sizes: Mapping[str, int]) -> Any:
     """The expected value of a static field: a sum of products of axis sizes, or a tuple of them."""
     if not isinstance(text, str):
         return tuple(_static_value(each, sizes) for each in text)
-    sums = text.strip().strip("()").split("+")
-    return sum(math.prod(_factor(name, sizes) for name in term.split()) for term in sums)
-
-
-def _factor(name: str, sizes: Mapping[str, int]) -> int:
-    return int(name) if name.isdigit() else sizes[name]
+    total = 0
+    for term in text.strip().strip("()").split("+"):
+        total += math.prod(int(x) if x.isdigit() else sizes[x] for x in term.split())
+    return total
 
 
 def _names(text: str | tuple[str, ...]) -> set[str]:

@@ -3,12 +3,9 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import equinox as eqx
-import jax
 import numpy as np
 
-from growjax import maps
-from growjax.annotation.closing import Closings, closings, slots_of, stack_steps
+from growjax.annotation.closing import Closings, closings, grown_shapes, slots_of, stack_steps
 from growjax.annotation.packing import unpack
 from growjax.annotation.traced import Traced, call
 from growjax.axes import axes_of, get
@@ -135,20 +132,16 @@ class Checked:
         """Trace the model with the axis twice as long, and report why it is not the same program."""
         node = self.nodes.get(axis)
         roles = self.table.roles(axis)
-        if node is None or node.root.data or roles & {"stack", "lookup"} or self._is_output(axis):
-            return
+        if node is None or node.root.data or roles & {"stack", "lookup"} or "consumed" not in roles:
+            return  # nothing reads an axis of outputs, which may well follow its size
         if any(f"axis {axis!r}" in c or f"{axis!r} is" in c for c in self.complaints):
             return
         if fixed := [reason for _, atom in node.atoms for reason in atom.fixed]:
             self._wrong_size(axis, fixed[0])
             return
         size = self.table.size(axis)
-        double = AxisMap(axis, np.arange(2 * size) % size)
-        shapes = jax.tree.map(_shape, self.annotated)
         try:
-            grown = unpack(
-                eqx.filter_eval_shape(lambda m: maps.apply(double, m, None), shapes).tree
-            )
+            grown = grown_shapes(self.annotated, AxisMap(axis, np.arange(2 * size) % size))
             arrays = [get(grown, steps) for steps in self.traced.steps]
             large = self.traced.traced(grown, arrays)
             constants = powers(self.traced.program, large, node.root, 2)
@@ -173,16 +166,9 @@ class Checked:
                 f"{self.annotated.stream!r} are zero: {why}"
             )
 
-    def _is_output(self, axis: str) -> bool:
-        return "consumed" not in self.table.roles(axis)
-
     def _wrong_size(self, axis: str, why: str) -> None:
         size = self.table.size(axis)
         self.complaints.append(
             f"axis {axis!r} cannot grow: {why}. Name the static fields that follow it in `statics`, or "
             f"write its size, {size}, in place of its name"
         )
-
-
-def _shape(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(np.shape(x), x.dtype) if hasattr(x, "dtype") else x

@@ -1,26 +1,26 @@
 """Which stacks have blocks that do nothing once the arrays that produce the residual stream are zero.
 
-Such a block is `x + f(x)`, where `f` ends in those arrays. A block that ends in a norm, multiplies the
-stream or has no residual branch is not, and neither zeros nor gates in those arrays close it.
+Such a block is `x + f(x)`, where `f` ends in those arrays. Neither zeros nor gates in them close a block
+that ends in a norm, multiplies the stream or has no residual branch.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
-import jax
-import numpy as np
 
 from growjax import maps
 from growjax.annotation.packing import Layers, unpack, walk
-from growjax.annotation.traced import Traced
+from growjax.annotation.traced import Traced, leads_to
 from growjax.axes import Slot, axes_of, get
 from growjax.maps import AxisMap
 from growjax.trace import Expressions
+from growjax.trees import abstract
 
 
-# (axis of a stack, axis of the stream) to why blocks without producers of it are not the identity; ""
-# where they are
+# (axis of a stack, axis of the stream) -> why a block is not the identity once its producers of the
+# stream are zero; "" if it is
 Closings = dict[tuple[str, str], str]
 
 
@@ -60,30 +60,22 @@ def closings(annotated: Any, traced: Traced) -> Closings:
     slots = list(slots_of(annotated, traced))
     packed = set(stack_steps(annotated.tree).values())
     for axis in dict.fromkeys(d.axis for _, slot, _ in slots for d in slot.dims):
-        inside = [(n, slot) for n, slot, _ in slots if _is_stacked(slot, axis)]
+        inside = [(n, slot) for n, slot, _ in slots if slot.positions(axis, "stack")]
         streams = [d.axis for _, s in inside for d in s.dims if d.role == "produced"]
         for stream in dict.fromkeys(name for name in streams if not name.isdigit()):
-            makers = {n for n, slot in inside if _produces(slot, stream)}
+            producers = {n for n, slot in inside if slot.positions(stream, "produced")}
             if axis in packed:
-                results[axis, stream] = _packed(annotated, traced, axis, makers)
+                results[axis, stream] = _packed(annotated, traced, axis, producers)
             else:
                 stacked = {n for n, _ in inside}
-                results[axis, stream] = _scanned(annotated, traced, axis, stacked, makers)
+                results[axis, stream] = _scanned(annotated, traced, axis, stacked, producers)
     return results
 
 
-def _is_stacked(slot: Slot, axis: str) -> bool:
-    return any(dim.axis == axis and dim.role == "stack" for dim in slot.dims)
+def _packed(annotated: Any, traced: Traced, axis: str, producers: set[int]) -> str:
+    """Why one more block, whose producers of the stream are zero, changes the program; "" if it does not.
 
-
-def _produces(slot: Slot, stream: str) -> bool:
-    return any(dim.axis == stream and dim.role == "produced" for dim in slot.dims)
-
-
-def _packed(annotated: Any, traced: Traced, axis: str, makers: set[int]) -> str:
-    """Whether one more block, whose makers of the stream are zero, leaves the program as it is.
-
-    Wherever it stands: at the end, and as the first of all, since what a block does may follow its index.
+    It is tried as the last block and as the first one, since what a block does may depend on its index.
     """
     size = axes_of(annotated).size(axis)
     try:
@@ -93,7 +85,7 @@ def _packed(annotated: Any, traced: Traced, axis: str, makers: set[int]) -> str:
     except Exception as error:  # whatever the user's model raises with one more block
         return f"the model does not run with more of them: {str(error).strip()[:200]}"
     mine = [place for place, name in stack_steps(annotated.tree).items() if name == axis]
-    names = {traced.paths[n] for n in makers}
+    names = {traced.paths[n] for n in producers}
     same = {n: group for group in large.groups for n in group}
     expressions = Expressions()
     before, _ = expressions.of(traced.program, traced.paths)
@@ -142,17 +134,18 @@ def _in_block(steps: tuple, places: Sequence[tuple], index: int) -> str:
 
 def _inside(steps: tuple, place: tuple) -> bool:
     """Whether an array is in a list; `"*"` in the list's own steps is any index."""
-    same = all(a == b or b == "*" for a, b in zip(steps, place, strict=False))
-    return len(steps) > len(place) and same
+    return len(steps) > len(place) and leads_to(steps[: len(place)], place)
 
 
-def _scanned(annotated: Any, traced: Traced, axis: str, inside: set[int], makers: set[int]) -> str:
-    """Whether the body of the scan over a stack is the identity where the makers are zero.
+def _scanned(
+    annotated: Any, traced: Traced, axis: str, inside: set[int], producers: set[int]
+) -> str:
+    """Why the body of a scan over a stack is not the identity where producers are zero; "" if it is.
 
     It has to be the same with one more layer, too: a block may divide its branch by their number.
     """
     expressions = Expressions()
-    zeroed = {traced.paths[n] for n in makers}
+    zeroed = {traced.paths[n] for n in producers}
     _, loops = expressions.of(traced.program, traced.paths, zeroed)
     rows = {traced.paths[n] for n in inside} - zeroed
     loops = [loop for loop in loops if loop.scanned & rows]
@@ -182,9 +175,13 @@ def _scanned(annotated: Any, traced: Traced, axis: str, inside: set[int], makers
 def _with_one_more(annotated: Any, axis: str) -> Any:
     """The shapes of the user's model with one more block at the end."""
     size = axes_of(annotated).size(axis)
-    more = AxisMap(axis, [*range(size), size - 1])
-    shapes = jax.tree.map(_shape, annotated)
-    return unpack(eqx.filter_eval_shape(lambda m: maps.apply(more, m, None), shapes).tree)
+    return grown_shapes(annotated, AxisMap(axis, [*range(size), size - 1]))
+
+
+def grown_shapes(annotated: Any, move: AxisMap) -> Any:
+    """The shapes of the user's model after a map."""
+    grow = functools.partial(maps.apply, move, key=None)
+    return unpack(eqx.filter_eval_shape(grow, abstract(annotated)).tree)
 
 
 def _why(stays: Iterable[str]) -> str:
@@ -195,7 +192,3 @@ def _why(stays: Iterable[str]) -> str:
         "a block changes its input even then: it ends in a norm, or has no residual branch, or numbers "
         "in it follow how many there are"
     )
-
-
-def _shape(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(np.shape(x), x.dtype) if hasattr(x, "dtype") else x

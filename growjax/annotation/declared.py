@@ -21,31 +21,31 @@ def unreadable(mappings: Mapping[str, Any], names: Mapping[str, Any], stream: An
             yield f"{name}: expected a dict of patterns, got {value!r}"
             continue
         yield from (
-            f"{name}: expected a pattern, got {each!r}" for each in value if not _is_text(each)
+            f"{name}: expected a pattern, got {each!r}"
+            for each in value
+            if not isinstance(each, str)
         )
     statics, stacks = (mappings[name] for name in ("statics", "stacks"))
     for pattern, size in statics.items() if isinstance(statics, Mapping) else ():
         texts = size if isinstance(size, tuple) else (size,)
-        if not all(_is_text(text) and re.fullmatch(r"[\w\s()+]+", text) for text in texts):
+        if not all(isinstance(text, str) and re.fullmatch(r"[\w\s()+]+", text) for text in texts):
             yield (
                 f'statics: {pattern}: expected a size such as "embed" or "4 embed", or a tuple of such, '
                 f"got {size!r}"
             )
     for pattern, axis in stacks.items() if isinstance(stacks, Mapping) else ():
-        if not _is_text(axis) or not axis.isidentifier():
+        if not isinstance(axis, str) or not axis.isidentifier():
             yield f"stacks: {pattern}: expected the name of an axis, got {axis!r}"
     for name, value in names.items():
-        if _is_text(value):
+        if isinstance(value, str):
             # A string is a sequence too, of its letters
             yield f"{name}: expected a list, got {value!r}; give [{value!r}]"
-        elif not isinstance(value, list | tuple | set | frozenset) or not all(map(_is_text, value)):
+        elif not isinstance(value, list | tuple | set | frozenset) or not all(
+            isinstance(each, str) for each in value
+        ):
             yield f"{name}: expected a list of names, got {value!r}"
-    if not _is_text(stream):
+    if not isinstance(stream, str):
         yield f"stream: expected the name of an axis, got {stream!r}"
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def declared_arrays(tree, specs) -> tuple[list[tuple[str, Declaration]], dict[str, Any], list[str]]:

@@ -82,14 +82,13 @@ def faults(model: Any, table: Axes, axes: Iterable[str], stream: str) -> list[st
                 for slot in table.normalised(axis)
                 if _norm_of(model, slot) is None
             ]
-        elif not any(d.role == "consumed" and d.axis == axis for slot in slots for d in slot.dims):
+        elif not any(slot.positions(axis, "consumed") for slot in slots):
             complaints.append(f"{axis!r}: no array consumes it, so no array can carry the gate")
     return [f"gates: {complaint}" for complaint in complaints]
 
 
 def _stack_faults(table: Axes, axis: str, stream: str) -> list[str]:
-    slots = table.having(axis, "param")
-    made = [s for s in slots for d in s.dims if d.axis == stream and d.role == "produced"]
+    made = [s for s in table.having(axis, "param") if s.positions(stream, "produced")]
     closing = [s.path for s in made if any(d.axis == stream and d.normalised for d in s.dims)]
     if not made:
         return [f"{axis!r}: no array of the stack produces the stream {stream!r} (see `stream`)"]
@@ -144,7 +143,7 @@ def _multiplied(
         for i in piece.positions(axis):
             role = piece.dims[i].role
             if role == "stack":
-                takes = any(d.axis == stream and d.role == "produced" for d in piece.dims)
+                takes = bool(piece.positions(stream, "produced"))
             else:
                 takes = role != "consumed" if normalised else role == "consumed"
             if takes:

@@ -13,6 +13,7 @@ from equinox.nn import StateIndex
 
 from growjax.axes import get, put
 from growjax.errors import AxisError
+from growjax.trees import replaced
 
 
 class Layers(eqx.Module):
@@ -144,29 +145,22 @@ def _short(leaf: Any) -> str:
     return f"shape {leaf.shape}" if has_shape(leaf) else repr(leaf)
 
 
-def is_index(node: Any) -> bool:
-    """Whether a node is the index by which a stateful layer looks up its state."""
-    return isinstance(node, StateIndex)
-
-
 def indices(block: Any) -> list[StateIndex]:
-    """The state indices of a block, in order."""
-    leaves = jax.tree.leaves(block, is_leaf=is_index)
-    return [leaf for leaf in leaves if is_index(leaf)]
+    """The indices by which the stateful layers of a block look up their states, in order."""
+    leaves = jax.tree.leaves(block, is_leaf=lambda node: isinstance(node, StateIndex))
+    return [leaf for leaf in leaves if isinstance(leaf, StateIndex)]
 
 
 def marked(block: Any, markers: tuple[Any, ...]) -> Any:
     """The block with other markers in its state indices, in order."""
     rest = iter(markers)
 
-    def rename(node):
-        if not is_index(node):
-            return node
-        index = StateIndex(node.init)
+    def rename(old: StateIndex) -> StateIndex:
+        index = StateIndex(old.init)
         object.__setattr__(index, "marker", next(rest))
         return index
 
-    return jax.tree.map(rename, block, is_leaf=is_index)
+    return replaced(block, StateIndex, rename)
 
 
 def _unmarked(block: Any) -> Any:
@@ -189,16 +183,10 @@ def _stack(first: Any, *rest: Any) -> Any:
 
 def unpack(tree: Any) -> Any:
     """The model with every packed list as the user wrote it."""
-    return jax.tree.map(_unpacked, tree, is_leaf=_is_layers)
+    return replaced(tree, Layers, _unpacked)
 
 
-def _is_layers(node: Any) -> bool:
-    return isinstance(node, Layers)
-
-
-def _unpacked(node: Any) -> Any:
-    if not isinstance(node, Layers):
-        return node
+def _unpacked(node: Layers) -> Any:
     length = node.length
     leaves, tree = jax.tree.flatten(node.block)
     rows = zip(*(_unstacked(leaf, length) for leaf in leaves), strict=True)

@@ -1,7 +1,7 @@
 """A user's model as a traced program: its arrays with their paths, and which of them are stacked."""
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -63,7 +63,7 @@ class Traced:
         self.groups = _stacked(self.steps, stacks)
         states = [steps for steps, _, node in walk(model) if isinstance(node, StateIndex)]
         self.trained = [
-            jnp.issubdtype(x.dtype, jnp.floating) and not any(_within(where, s) for s in states)
+            jnp.issubdtype(x.dtype, jnp.floating) and not any(where[: len(s)] == s for s in states)
             for where, x in zip(self.steps, self.arrays, strict=True)
         ]
         self.program = self.traced(model, self.arrays)
@@ -120,19 +120,17 @@ def _stacked(steps: Sequence[tuple], stacks: Sequence[tuple]) -> list[list[int]]
     """Arrays that differ only in the index of a block of a stacked list."""
     groups: dict[tuple, list[int]] = {}
     for number, where in enumerate(steps):
-        general = list(where)
-        for n in range(len(where)):
-            if any(_same(where[:n], stack) for stack in stacks):
-                general[n] = "*"
-        groups.setdefault(tuple(general), []).append(number)
+        groups.setdefault(_general(where, stacks), []).append(number)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _within(steps: tuple, above: tuple) -> bool:
-    return steps[: len(above)] == above
+def _general(steps: tuple, stacks: Collection[tuple]) -> tuple:
+    """Steps with `"*"` for the index in every stacked list that they lead through."""
+    lists = [any(leads_to(steps[:n], stack) for stack in stacks) for n in range(len(steps))]
+    return tuple("*" if inside else step for step, inside in zip(steps, lists, strict=True))
 
 
-def _same(steps: tuple, stack: tuple) -> bool:
+def leads_to(steps: tuple, stack: tuple) -> bool:
     """Whether steps lead to a stacked list, whatever the index of the lists that it is in."""
     return len(steps) == len(stack) and all(
         a == b or b == "*" for a, b in zip(steps, stack, strict=True)
@@ -142,16 +140,9 @@ def _same(steps: tuple, stack: tuple) -> bool:
 def stack_places(model: Any, patterns: Mapping[str, str]) -> dict[tuple, str]:
     """The steps of the lists that match a pattern, with `"*"` for the index of a list around them."""
     places: dict[tuple, str] = {}
-    stacks: list[tuple] = []
     for steps, path, node in walk(model):
         if isinstance(node, list | tuple) and not hasattr(node, "_fields"):
             for pattern, axis in patterns.items():
                 if fnmatch.fnmatchcase(path, pattern):
-                    general = list(steps)
-                    for n in range(len(steps)):
-                        if any(_same(steps[:n], stack) for stack in stacks):
-                            general[n] = "*"
-                    if tuple(general) not in places:
-                        places[tuple(general)] = axis
-                        stacks.append(tuple(general))
+                    places.setdefault(_general(steps, places), axis)
     return places

@@ -37,8 +37,8 @@ def unread(table: Axes, gates: Collection[str]) -> Iterator[str]:
     for axis in table.sizes:
         if axis in gates or not table.is_stream(axis):
             continue
-        readers = [s for s in table.having(axis, "param") if any(_reads(d, axis) for d in s.dims)]
-        adding = [s for s in table.having(axis, "param") if any(_makes(d, axis) for d in s.dims)]
+        readers = [s for s in table.having(axis, "param") if s.positions(axis, "consumed")]
+        adding = [s for s in table.having(axis, "param") if s.positions(axis, "produced")]
         stacks = {d.axis for s in adding for d in s.dims if d.role == "stack"}
         inside = [s for s in readers if any(d.axis in stacks for d in s.dims)]
         if inside and len(inside) == len(readers):
@@ -47,14 +47,6 @@ def unread(table: Axes, gates: Collection[str]) -> Iterator[str]:
                 f"produces it, the gain of the norm before it takes the share: declare it '~{axis} ->'. "
                 "If there is no head, give example=batch, which shows that"
             )
-
-
-def _reads(dim: Any, axis: str) -> bool:
-    return dim.axis == axis and dim.role == "consumed"
-
-
-def _makes(dim: Any, axis: str) -> bool:
-    return dim.axis == axis and dim.role == "produced"
 
 
 def _norm(node: Any, steps: tuple, path: str, table: Axes, statics) -> Iterator[str]:
@@ -87,9 +79,10 @@ def _norm(node: Any, steps: tuple, path: str, table: Axes, statics) -> Iterator[
 def _tied(node: Any, steps: tuple, path: str, table: Axes, gates) -> Iterator[str]:
     """A Linear that reads an axis through a shared table that is declared to produce it."""
     places = {id(inner): (where, name) for where, name, inner in walk(node.pytree)}
-    taken, given = (jax.tree.leaves(f(node.pytree)) for f in (node.where, node.get))
-    for gone, array in zip(taken, given, strict=True):
-        where, _ = places.get(id(gone), ((), ""))
+    # `eqx.nn.Shared` removes the arrays at `where`, and puts those of `get` in their place at every call
+    removed, shared = (jax.tree.leaves(f(node.pytree)) for f in (node.where, node.get))
+    for placeholder, array in zip(removed, shared, strict=True):
+        where, _ = places.get(id(placeholder), ((), ""))
         source = places.get(id(array), ((), ""))[0]
         reader = get(node.pytree, where[:-1]) if where else None
         slot = _slot(table, ("tree", *steps, "pytree", *source))
