@@ -96,7 +96,7 @@ TABLE = """
 - name = os.path.relpath(file, root or ".").replace(os.sep, "/")
 + name = os.path.relpath(match, root or ".") + (inner and "/" + inner)
 @ a file at a URL is its URL | data/files.py | files | url_that_changes
-- return " ".join([self.name, self.system.ukey(self.path), *told])
+- return " ".join([self.name, self.system.ukey(self.path), *known])
 + return " ".join([self.name, self.system.ukey(self.path)])
 @ a server that tells nothing is believed | data/files.py | files | url_that_changes
 - else math.inf

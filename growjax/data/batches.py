@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -20,6 +20,11 @@ from growjax.data.corpus import Corpus
 from growjax.data.objectives import Example, Objective, Window
 from growjax.data.order import blocks_of, blocks_used, windows_per_block
 from growjax.errors import DataError, GrowjaxError, raise_all
+from growjax.values import Range, check
+
+
+Count = Annotated[int, Range("an integer of 1 or more", lambda n: n >= 1)]
+Index = Annotated[int, Range("an integer of 0 or more", lambda n: n >= 0)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,16 +55,16 @@ class Batches:
 
     corpus: Corpus | Blended
     objective: Objective
-    batch: int
+    batch: Count
     block: int | None = None
-    start: int = 0
-    seed: int = 0
+    start: Index = 0
+    seed: Index = 0
     rank: int = 0
-    count: int = 1
-    threads: int = 0
+    count: Count = 1
+    threads: Index = 0
 
     def __post_init__(self):
-        raise_all(DataError, "these batches cannot be made:", _faults(self))
+        check(self, DataError, "these batches cannot be made:", lambda: _faults(self))
 
     @property
     def rows(self) -> int:
@@ -86,7 +91,7 @@ class Batches:
         from growjax.data import pipeline
 
         self._check_step(first)
-        rows = pipeline.rows(self._examples, self._index(first), self.batch, self.rank, self.count)
+        rows = pipeline.Rows(self._examples, self._index(first), self.batch, self.rank, self.count)
         return pipeline.batches(rows, self.rows, self.threads)
 
     def iterate(self, first: int = 0, *, buffer: int = 2) -> "Stream":
@@ -127,7 +132,7 @@ class Batches:
         """This host's examples, from the first step of the stage on."""
         from growjax.data import pipeline
 
-        return pipeline.rows(self._examples, self._index(0), self.batch, self.rank, self.count)
+        return pipeline.Rows(self._examples, self._index(0), self.batch, self.rank, self.count)
 
     def _check_step(self, n: int) -> None:
         if n < 0:
@@ -252,16 +257,6 @@ def _fit_faults(corpus: Corpus | Blended, objective: Objective) -> Iterator[str]
 
 def _faults(batches: Batches) -> Iterator[str]:
     b = batches
-    for name, value, least in [
-        ("batch", b.batch, 1),
-        ("start", b.start, 0),
-        ("seed", b.seed, 0),
-        ("count", b.count, 1),
-        ("threads", b.threads, 0),
-    ]:
-        if not isinstance(value, int | np.integer) or value < least:
-            yield f"{name}: expected an integer of {least} or more, got {value!r}"
-            return  # the checks below compute with these numbers
     if not 0 <= b.rank < b.count:
         yield f"rank: expected one of {b.count} hosts, counted from 0, got {b.rank}"
     if b.batch % b.count:

@@ -332,7 +332,7 @@ class UL2:
         return max(span_counts(raw, d.rate, d.span or raw)[1] for d in self.denoisers)
 
     def __call__(self, window: Window, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
-        denoiser = self.denoisers[self._draw(rng)]
+        denoiser = self.denoisers[drawn_part(self.weights, len(self.denoisers), rng)]
         mask = self._mask(denoiser, len(window.tokens), rng)
         inputs, targets = corrupt(window.tokens, mask, vocabulary)
         inputs = np.concatenate([[vocabulary.specials[denoiser.mode]], inputs])
@@ -341,11 +341,6 @@ class UL2:
         # A decoder reads inputs and targets as one row, and predicts what follows the inputs
         row, length = np.concatenate([inputs, targets]), self.inputs_length + self.written
         return prefixed(row, len(inputs), length, vocabulary.specials["pad"])
-
-    def _draw(self, rng: np.random.Generator) -> int:
-        """The index of a denoiser."""
-        weights = np.array(self.weights or [1.0] * len(self.denoisers))
-        return int(rng.choice(len(weights), p=weights / weights.sum()))
 
     def _mask(
         self, denoiser: Denoiser, length: int, rng: np.random.Generator
@@ -357,6 +352,12 @@ class UL2:
             return np.arange(length) >= length - rng.integers(least, most + 1)
         counts = span_counts(length, denoiser.rate, denoiser.span or length)
         return span_mask(length, *counts, rng)
+
+
+def drawn_part(weights: Sequence[float] | None, parts: int, rng: np.random.Generator) -> int:
+    """The index of one of so many parts, drawn by their weights; None is equal ones."""
+    shares = np.array(weights or [1.0] * parts)
+    return int(rng.choice(parts, p=shares / shares.sum()))
 
 
 def weight_faults(weights: Sequence[float] | None, parts: int) -> Iterator[str]:

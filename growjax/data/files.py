@@ -101,10 +101,9 @@ class DataFile:
         if self.system is not None:
             # The `ukey` of some systems, such as that of https, is their URL alone
             info = self.system.info(self.path)
-            told = [
-                f"{name} {info[name]}" for name in ("size", *_CHECKSUMS, *_TIMES) if name in info
-            ]
-            return " ".join([self.name, self.system.ukey(self.path), *told])
+            names = ("size", *_CHECKSUMS, *_TIMES)
+            known = [f"{name} {info[name]}" for name in names if name in info]
+            return " ".join([self.name, self.system.ukey(self.path), *known])
         stat = os.stat(self.path)
         # Who writes a file can set its time of modification, but not that of its last change
         times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
@@ -328,11 +327,6 @@ def _relative(path: str, folder: str) -> str:
 
 
 # Contents ----------------------------------------------------------------------------------------
-
-
-def stamps(files: list[DataFile]) -> list[str]:
-    """A text for each file that changes when it does; see `DataFile.stamp`."""
-    return [file.stamp() for file in files]
 
 
 def checksums(files: list[DataFile]) -> list[str]:

@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 
 from growjax.data.files import COMPRESSED, find
-from growjax.data.sources import JSONL, Document, Source, Text, Tokens, checked, text_fault
+from growjax.data.sources import (
+    JSONL,
+    Document,
+    Source,
+    Text,
+    Tokens,
+    checked,
+    text_fault,
+    utf8_fault,
+)
 from growjax.data.tables import Parquet
 from growjax.errors import DataError
 
@@ -126,11 +135,8 @@ def _fault(content: Any) -> str | None:
     if isinstance(content, str):
         return text_fault(content)
     if isinstance(content, bytes):
-        try:
-            content.decode()
-        except UnicodeDecodeError as error:
-            return f"byte 0x{content[error.start]:02x} at {error.start} is not UTF-8"
-        return None
+        at = utf8_fault(content)
+        return None if at is None else f"byte 0x{content[at]:02x} at {at} is not UTF-8"
     if isinstance(content, np.ndarray) and content.ndim == 1 and content.dtype.kind in "ui":
         return None
     return f"expected a text, bytes or a flat array of tokens, got {type(content).__name__}"

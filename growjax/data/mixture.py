@@ -8,7 +8,7 @@ from typing import Annotated
 import jax
 import numpy as np
 
-from growjax.data.denoising import weight_faults
+from growjax.data.denoising import drawn_part, weight_faults
 from growjax.data.objectives import Example, Objective, Window, batch_shapes
 from growjax.data.vocabulary import Vocabulary
 from growjax.errors import DataError
@@ -82,9 +82,10 @@ class Mixture:
         return shapes
 
     def __call__(self, window: Window, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
-        weights = np.array(self.weights or [1.0] * len(self.parts))
-        part = self.parts[int(rng.choice(len(self.parts), p=weights / weights.sum()))]
-        example = part(_beginning(window, part), vocabulary, rng)
+        part = self.parts[drawn_part(self.weights, len(self.parts), rng)]
+        # A part may read less of the window than the longest one
+        beginning = Window(*(x[: part.raw_length + part.lookahead] for x in window))
+        example = part(beginning, vocabulary, rng)
         out: Example = {name: np.zeros(x.shape[1:], x.dtype) for name, x in self._shapes.items()}
         if "positions" in out:
             # Padding gets positions that go on, as if the example were as long as the longest
@@ -92,9 +93,3 @@ class Mixture:
         for name, x in example.items():
             out[name][: len(x)] = x
         return out
-
-
-def _beginning(window: Window, part: Objective) -> Window:
-    """The tokens of a window that a part reads."""
-    n = part.raw_length + part.lookahead
-    return Window(*(x[:n] for x in window))

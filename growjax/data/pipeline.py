@@ -36,11 +36,6 @@ def examples(
     return windows.map(read).random_map(functools.partial(_draw, corpus, objective), seed=draws)
 
 
-def rows(parent: grain.MapDataset, first: int, batch: int, rank: int, count: int) -> Any:
-    """The examples from `first` on that are in one host's slice of every batch."""
-    return _Rows(parent, first, batch, rank, count)
-
-
 def batches(parent: grain.MapDataset, batch: int, threads: int) -> grain.IterDataset:
     """Rows in batches. Grain's state counts rows, not batches, so it holds for any batch size."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=batch if threads else 0)
@@ -52,41 +47,44 @@ def ahead(batches: grain.IterDataset, buffer: int) -> Any:
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=buffer))
 
 
-class _Blocks(grain.MapDataset):
+class _Infinite(grain.MapDataset):
+    """A data set without an end; a subclass writes `_at`, the element at an index."""
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.slice(index) if isinstance(index, slice) else self._at(index)
+
+    def _at(self, index: int) -> Any:
+        raise NotImplementedError
+
+
+class _Blocks(_Infinite):
     """Pairs `(corpus, block)`: the blocks of each corpus in its order, mixed by their shares."""
 
     def __init__(self, parents: list[grain.MapDataset], shares: tuple[int, ...]):
         super().__init__(parents)
         self._shares = shares
 
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
+    def _at(self, index: int) -> Any:
         corpus, number = corpus_of(index, self._shares)
         return corpus, self._parents[corpus][number]
 
 
-class _Windows(grain.MapDataset):
+class _Windows(_Infinite):
     """Pairs `(block, window)`: each block of the parent with each window number from 0."""
 
     def __init__(self, parent: grain.MapDataset, per_block: int):
         super().__init__(parent)
         self._per_block = per_block
 
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
+    def _at(self, index: int) -> Any:
         block, window = divmod(index, self._per_block)
         return self._parent[block], window
 
 
-class _Rows(grain.MapDataset):
+class Rows(_Infinite):
     """One host's rows: row k of batch n is element `first + n * batch + k`, for k in the host's slice."""
 
     def __init__(self, parent: grain.MapDataset, first: int, batch: int, rank: int, count: int):
@@ -94,12 +92,7 @@ class _Rows(grain.MapDataset):
         self._first = first + rank * (batch // count)
         self._batch, self._rows = batch, batch // count
 
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
+    def _at(self, index: int) -> Any:
         n, k = divmod(index, self._rows)
         return self._parent[self._first + n * self._batch + k]
 

@@ -333,7 +333,7 @@ class _Job:
         files = source.files() if hasattr(source, "files") else []  # pyright: ignore
         total = sum(file.size() for file in files) or None
         meter = _Meter(self.progress, f"{activity} {source}", total)
-        token = counter.set(meter.read)
+        token = counter.set(meter.add)
         try:
             yield meter
         finally:
@@ -356,15 +356,8 @@ class _Meter:
         self._start = self._last = time.monotonic()
         self._done = self._documents = 0
 
-    def read(self, count: int) -> None:
-        """Add bytes that were read from a file."""
-        self._add(count, 0)
-
-    def tokenised(self, count: int) -> None:
-        """Add documents that were tokenised."""
-        self._add(0, count)
-
-    def _add(self, done: int, documents: int) -> None:
+    def add(self, done: int = 0, documents: int = 0) -> None:
+        """Add bytes that were read from a file, and documents that were tokenised."""
         with self._lock:
             self._done, self._documents = self._done + done, self._documents + documents
             due = time.monotonic() - self._last >= _EVERY
@@ -401,11 +394,11 @@ def _tokenised(
             # So few that they fit into memory, and enough for all threads
             while len(waiting) > 2 * workers or (waiting and waiting[0].done()):
                 done = waiting.popleft().result()
-                meter.tokenised(len(done))
+                meter.add(documents=len(done))
                 yield from done
         while waiting:
             done = waiting.popleft().result()
-            meter.tokenised(len(done))
+            meter.add(documents=len(done))
             yield from done
     finally:
         pool.shutdown(cancel_futures=True)

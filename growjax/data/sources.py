@@ -26,7 +26,6 @@ from growjax.data.files import (
     is_url,
     line_ends,
     pieces,
-    stamps,
 )
 from growjax.errors import DataError, raise_all
 from growjax.values import File, Range, base, check, register
@@ -73,7 +72,7 @@ class FileSource(abc.ABC):
         return checked(self, self._read())
 
     def fingerprint(self) -> str:
-        return digest(repr(self), *stamps(self.files()))
+        return digest(repr(self), *(file.stamp() for file in self.files()))
 
     def content(self) -> str:
         """A string that changes when the documents do, and not when their files are moved or touched.
@@ -135,7 +134,7 @@ class Text(FileSource):
                     parts = pieces(stream, self.split)
                 line = 1
                 for n, (part, separator) in enumerate(parts):
-                    fault = _utf8_fault(part)
+                    fault = utf8_fault(part)
                     if fault is not None:
                         at = line + line_ends(part[:fault])
                         yield f"{file.path}, line {at}: byte 0x{part[fault]:02x} is not UTF-8"
@@ -325,7 +324,7 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
-def _utf8_fault(data: bytes) -> int | None:
+def utf8_fault(data: bytes) -> int | None:
     """The index of the first byte that is not UTF-8, or None."""
     try:
         data.decode()
