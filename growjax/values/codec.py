@@ -8,6 +8,7 @@ functions that have a name, and values. The key "is" holds the name of the class
 fault with its path in the data, and takes time and memory in proportion to the size of the file.
 """
 
+import collections
 import json
 import numbers
 import os
@@ -48,14 +49,11 @@ def _written(value: Any, where: str, depth: int, complaints: list[str]) -> Any:
         return value
     if depth > _DEPTH:
         complaints.append(f"{where}: more than {_DEPTH} values in one another")
-    elif isinstance(value, numbers.Integral):
-        # Also a NumPy integer; `fits` refuses integers of more than 64 bits
-        if ranges.fits(int, value):
-            return int(value)
-        complaints.append(f"{_at(where)}{ranges.short(value)} is no number that a file can hold")
     elif isinstance(value, numbers.Real):
-        if ranges.fits(float, value):
-            return float(value)
+        # Also a NumPy number; `fits` refuses integers of more than 64 bits
+        kind = int if isinstance(value, numbers.Integral) else float
+        if ranges.fits(kind, value):
+            return kind(value)
         complaints.append(f"{_at(where)}{ranges.short(value)} is no number that a file can hold")
     elif names.is_function(value):
         try:
@@ -259,13 +257,8 @@ def _pairs(items: list[tuple[str, Any]]) -> _Pairs:
     """The object of these keys and values; `json` itself silently drops all but the last of a key."""
     pairs = _Pairs(items)
     if len(pairs) < len(items):
-        seen: set[str] = set()
-        repeated = []
-        for key, _ in items:
-            if key in seen:
-                repeated.append(key)
-            seen.add(key)
-        pairs.repeated = tuple(repeated)
+        counts = collections.Counter(key for key, _ in items)
+        pairs.repeated = tuple(key for key, count in counts.items() if count > 1)
     return pairs
 
 

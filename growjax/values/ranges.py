@@ -212,8 +212,7 @@ def fits(hint: Any, value: Any) -> bool:
     """Whether a value is of the type, and in the ranges, that an annotation declares."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        rules = [rule for rule in hint.__metadata__ if isinstance(rule, Range | Faults)]
-        return fits(args[0], value) and all(rule.holds(value) for rule in rules)
+        return fits(args[0], value) and all(rule.holds(value) for rule in _rules(hint))
     if hint is None or hint is type(None):
         return value is None
     if origin is Literal:
@@ -238,6 +237,11 @@ def fits(hint: Any, value: Any) -> bool:
     if origin is collections.abc.Callable or hint is Callable:
         return callable(value)
     return _is_instance(value, origin or hint)
+
+
+def _rules(hint: Any) -> list[Range | Faults]:
+    """The conditions of an `Annotated` hint; other metadata are somebody else's."""
+    return [rule for rule in hint.__metadata__ if isinstance(rule, Range | Faults)]
 
 
 def _finite(number: Any) -> bool:
@@ -344,7 +348,7 @@ def describe(hint: Any) -> str:
     """An annotation in words, for messages: "a number", "one of 'linear', 'cosine'"."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        rules = [rule for rule in hint.__metadata__ if isinstance(rule, Range | Faults)]
+        rules = _rules(hint)
         return rules[0].description if rules else describe(args[0])
     if origin is Literal:
         return f"one of {', '.join(map(repr, args))}"
@@ -380,8 +384,7 @@ def _expected(hint: Any, value: Any) -> str:
     """The expected value in words, for a value that does not fit: the first range that it violates."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated and fits(args[0], value):
-        rules = [rule for rule in hint.__metadata__ if isinstance(rule, Range | Faults)]
-        return next(rule.description for rule in rules if not rule.holds(value))
+        return next(rule.description for rule in _rules(hint) if not rule.holds(value))
     if origin is Union or origin is types.UnionType:
         # `X | None`
         others = [arg for arg in args if arg is not type(None)]
@@ -412,7 +415,7 @@ def faults(hint: Any, value: Any, where: str) -> Iterator[str]:
                 yield from faults(inner, x, f"{where}[{i}]")
             return
     if origin is Annotated and fits(args[0], value):
-        detailed = [rule for rule in hint.__metadata__ if isinstance(rule, Faults)]
+        detailed = [rule for rule in _rules(hint) if isinstance(rule, Faults)]
         if detailed:
             yield from (line for rule in detailed for line in rule.of(value))
             return
