@@ -41,9 +41,10 @@ def cross_entropy(model: Any, example: Mapping[str, Array]) -> Losses:
 
 
 def objective(losses: Losses, total_weight: Any) -> Float[Array, ""]:
-    """What a batch adds to the objective, of its rows' losses (a leading axis on each array).
+    """The contribution of some rows to the training objective; every array has a leading axis of rows.
 
-    The mean over positions, of `total_weight` in all, and each row's auxiliary loss by the row's weight.
+    It is the sum of the weighted losses of positions, and of each row's auxiliary loss times the row's
+    weight, divided by `total_weight`, the weight of the whole batch.
 
     **Example**
 

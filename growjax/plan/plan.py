@@ -6,7 +6,7 @@ evaluation, so that a fault in the last stage is reported before the first one s
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import equinox as eqx
@@ -19,6 +19,7 @@ from growjax.data.blend import Blend
 from growjax.data.objectives import Objective
 from growjax.data.sources import Source
 from growjax.errors import PlanError
+from growjax.growth import atoms
 from growjax.models.protocol import Config
 from growjax.optim.transfer import Transfer
 from growjax.parallel import Layout
@@ -27,7 +28,6 @@ from growjax.plan.optimizer import Optimizer
 from growjax.plan.schedule import Rate, Warmup
 from growjax.plan.stages import Fork, Span, Stage, Start
 from growjax.plan.timeline import Era, timeline
-from growjax.plan.transfer import transfer_faults
 from growjax.plan.worked import birth, purpose_key, shape_faults, work_out
 from growjax.values import File, Name, Range, Size, check, positive, register, short
 
@@ -198,7 +198,7 @@ class Plan:
 
         It is an ordinary plan: by itself it trains the same run, without looking at a loss.
         """
-        return self._with(stage, dataclasses.replace(self.stages[stage], ended=steps))
+        return self.with_stage(stage, dataclasses.replace(self.stages[stage], ended=steps))
 
     @property
     def ends(self) -> tuple[tuple[int, int], ...]:
@@ -219,7 +219,8 @@ class Plan:
                 plan = plan.ended(n, steps)
         return plan
 
-    def _with(self, index: int, stage: Stage) -> "Plan":
+    def with_stage(self, index: int, stage: Stage) -> "Plan":
+        """The plan with another stage in the place of stage `index`."""
         stages = (*self.stages[:index], stage, *self.stages[index + 1 :])
         return dataclasses.replace(self, stages=stages)
 
@@ -227,11 +228,9 @@ class Plan:
     def _before(self) -> "Plan | None":
         """The plan before its last trigger has fired, whose learning rates count until then."""
         last = self._last_ended
-        return (
-            None
-            if last is None
-            else self._with(last, dataclasses.replace(self.stages[last], ended=None))
-        )
+        if last is None:
+            return None
+        return self.with_stage(last, dataclasses.replace(self.stages[last], ended=None))
 
     @functools.cached_property
     def _last_ended(self) -> int | None:
@@ -321,9 +320,33 @@ def _length_faults(plan: Plan) -> Iterator[str]:
             "the loss cross_entropy, and not another"
         )
     if plan.transfer is not None:
-        yield from transfer_faults(plan.transfer, plan.optimizer, plan.stages)
+        yield from _transfer_faults(plan.transfer, plan.optimizer, plan.stages)
     if shares and (len(shares) < len(plan.stages) or abs(sum(shares) - 1) > 1e-6):
         yield f"stages: every one must have a share and all together 1, got {shares}"
+
+
+# The rules whose updates have a size of their own, whatever the size of the gradients
+_OWN_SIZE = ("adamw", "nadamw", "ademamix", "lion")
+
+
+def _transfer_faults(
+    transfer: Transfer, optimizer: Optimizer, stages: Sequence[Stage]
+) -> Iterator[str]:
+    """The reasons why rates do not transfer with an optimizer and through the growths of some stages."""
+    if optimizer.name not in _OWN_SIZE:
+        yield (
+            f"transfer: the updates of {optimizer.name} do not have a size of their own; use "
+            f"{', '.join(_OWN_SIZE[:-1])} or {_OWN_SIZE[-1]}"
+        )
+    elif optimizer.scale_by_parameter:
+        yield "transfer: scale_by_parameter scales updates by the weights, as transfer does; use one"
+    for n, stage in enumerate(stages if transfer.depth else ()):
+        operators = () if stage.grow is None else atoms(stage.grow)
+        if any(getattr(op, "init", None) == "born" for op in operators):
+            yield (
+                f"transfer: stage {n} {stage.name!r}: fresh layers would be drawn without the multiple "
+                "of the depth; draw them like the old ones, by gj.fresh(init='matched')"
+            )
 
 
 def _fit_faults(plan: Plan) -> list[str]:

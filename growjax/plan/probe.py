@@ -79,7 +79,9 @@ class Probe:
     @functools.cached_property
     def costs(self) -> tuple[int, ...]:
         """The cost of each candidate's trial and of its fit, in the clock's smallest unit."""
-        trials = (self._with(stage).spans[self.stage] for stage in self.candidates)
+        trials = (
+            self.plan.with_stage(self.stage, stage).spans[self.stage] for stage in self.candidates
+        )
         return tuple(span.fit_cost + sum(span.costs[: self.steps]) for span in trials)
 
     @functools.cached_property
@@ -87,7 +89,10 @@ class Probe:
         """The plan with each candidate, charged for the trials of the others."""
         total, unit = sum(self.costs), self.plan.clock.per_unit
         return tuple(
-            self._with(dataclasses.replace(stage, charge=stage.charge + (total - cost) / unit))
+            self.plan.with_stage(
+                self.stage,
+                dataclasses.replace(stage, charge=stage.charge + (total - cost) / unit),
+            )
             for stage, cost in zip(self.candidates, self.costs, strict=True)
         )
 
@@ -102,10 +107,6 @@ class Probe:
     def start(self) -> int:
         """The step before which the candidates part."""
         return self.plans[0].spans[self.stage].start
-
-    def _with(self, stage: Stage) -> Plan:
-        stages = (*self.plan.stages[: self.stage], stage, *self.plan.stages[self.stage + 1 :])
-        return dataclasses.replace(self.plan, stages=stages)
 
 
 @register

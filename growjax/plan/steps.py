@@ -24,6 +24,7 @@ from growjax.plan.losses import Loss, cross_entropy
 from growjax.plan.losses import objective as objective_of
 from growjax.plan.stages import MOST_STEPS, Stage, Work
 from growjax.subnet import Coins, PathSchedule, Subnet, random_path
+from growjax.trees import abstract
 
 
 class Steps:
@@ -94,10 +95,8 @@ class Steps:
             # Plans have millions of steps, and most are like the one before: until `stop`, all are
             if i >= stop:
                 work, ops = self.step(i)
-                flops, cost = (
-                    sum(op.flops for op in ops),
-                    sum(cost_of(op, self.clock) for op in ops),
-                )
+                flops = sum(op.flops for op in ops)
+                cost = sum(cost_of(op, self.clock) for op in ops)
                 step_amount = {"steps": 1, "flops": flops, "cost": cost}[unit]
                 changes = self.curvature_every is not None or self._drawn(work.part, i) is not None
                 stop = i + 1 if changes else self.stage.steady(i)
@@ -107,7 +106,7 @@ class Steps:
                         f"more than {MOST_STEPS:,} steps; a plan lists its steps, so give larger batches "
                         "or a shorter stage"
                     )
-            # Stop where one more step would miss the amount by more than this many do
+            # Stop where the steps so far are closer to the amount than with one more
             if i and used + step_amount / 2 > amount:
                 return
             used += step_amount
@@ -221,8 +220,7 @@ def step_flops(
 
     `model` may hold arrays or shapes; `parts` are applied one after the other.
     """
-    leaves, structure = jax.tree.flatten((model, batch_shapes(objective, 1)))
-    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x for x in leaves)
+    shapes, structure = jax.tree.flatten(abstract((model, batch_shapes(objective, 1))))
     return 3 * batch * _forward_flops(tuple(shapes), structure, parts, loss)
 
 
@@ -233,8 +231,7 @@ def growth_flops(
 
     A `Fit` is fitted to batches of `rows` examples. `model` may hold arrays or shapes.
     """
-    leaves, structure = jax.tree.flatten((model, batch_shapes(objective, rows)))
-    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x for x in leaves)
+    shapes, structure = jax.tree.flatten(abstract((model, batch_shapes(objective, rows))))
     return _growth_flops(op, tuple(shapes), structure, loss)
 
 

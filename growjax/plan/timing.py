@@ -183,7 +183,7 @@ def plateau(losses: Sequence[float], *, window: int, least: float) -> int | None
         losses = [row["loss"] for row in read_journal(run) if row["kind"] == "step"]
         plateau(losses, window=200, least=0.005)
     """
-    return _first(Plateau(window, least), _read(losses=losses)[0])
+    return _first_firing(Plateau(window, least), _losses_of(losses=losses)[0])
 
 
 def mixing(
@@ -199,15 +199,15 @@ def mixing(
 
         mixing(losses_of("runs/grown")[start:], losses_of("runs/whole")[start:], window=50, close=0.005)
     """
-    ours, theirs = _read(grown=grown, whole=whole)
+    ours, theirs = _losses_of(grown=grown, whole=whole)
     if len(ours) != len(theirs):
         raise PlanError(
             f"grown, whole: expected losses of the same steps, got {len(ours)} and {len(theirs)}"
         )
-    return _first(Mixing(theirs, window, close), ours)
+    return _first_firing(Mixing(theirs, window, close), ours)
 
 
-def _read(**losses: Any) -> list[tuple[float, ...]]:
+def _losses_of(**losses: Any) -> list[tuple[float, ...]]:
     """The losses of each argument as numbers; raises `PlanError`."""
     read, faults = [], []
     for name, several in losses.items():
@@ -222,8 +222,8 @@ def _read(**losses: Any) -> list[tuple[float, ...]]:
     return read
 
 
-def _first(trigger: Trigger, losses: Sequence[float]) -> int | None:
-    """The number of losses after which a trigger fires first."""
+def _first_firing(trigger: Trigger, losses: Sequence[float]) -> int | None:
+    """The number of losses after which a trigger fires for the first time; None if it never does."""
     for done in range(1, len(losses) + 1):
         if trigger.fires(losses[max(done - trigger.reads, 0) : done], done) is not None:
             return done
