@@ -1,4 +1,4 @@
-"""The option `--allow`, which every command that reads files has."""
+"""The option `--allow` of commands that read files, and the first acts of those that train."""
 
 import sys
 from pathlib import Path
@@ -18,3 +18,18 @@ def allow_packages(packages: tuple[str, ...]) -> None:
     if packages:
         sys.path.append(str(Path.cwd()))
         values.allow(*packages)
+
+
+def prepare_process(
+    allow: tuple[str, ...], folder: Path, programs: str, hosts: bool = False
+) -> None:
+    """Prepare this process for training: packages, other hosts, and the folder for compiled programs.
+
+    `programs` is the option of the commands; by default the folder is in the cache of `folder`.
+    """
+    allow_packages(allow)
+    from growjax import parallel
+
+    if hosts:
+        parallel.connect()
+    parallel.keep_programs(folder / "cache" / "programs", programs)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import tyro
 
-from growjax.cli.allowed import Allow, allow_packages
+from growjax.cli.allowed import Allow, allow_packages, prepare_process
 
 
 # Each command imports its modules inside its body, so that `--help` is fast.
@@ -47,16 +47,13 @@ def advise(
         held_out_end: The number of windows that the finished models are evaluated on; 0 for none.
         programs: The folder for compiled programs; see `train`.
     """
-    allow_packages(allow)
-    from growjax import parallel
-
-    parallel.keep_programs(run / "cache" / "programs", programs)
+    prepare_process(allow, run, programs)
     from rich.console import Console
 
     from growjax.report import advised
     from growjax.train import Options
 
-    status, _ = advised.advise(
+    return advised.advise(
         plan,
         over,
         budget,
@@ -70,8 +67,7 @@ def advise(
         evaluations=evaluations,
         out=out,
         console=Console(),
-    )
-    return status
+    )[0]
 
 
 def compare(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import tyro
 
-from growjax.cli.allowed import Allow, allow_packages
+from growjax.cli.allowed import Allow, allow_packages, prepare_process
 
 
 # Each command imports its modules inside its body, so that `--help` is fast.
@@ -79,13 +79,7 @@ def train(
         programs: The folder for compiled programs, which a resumed run loads; by default
             JAX_COMPILATION_CACHE_DIR, or else cache/programs next to the run. "none" for no such folder.
     """
-    allow_packages(allow)
-    from growjax import parallel
-
-    if hosts:
-        parallel.connect()
-    parallel.keep_programs(run.parent / "cache" / "programs", programs)
-
+    prepare_process(allow, run.parent, programs, hosts)
     from rich.console import Console
 
     from growjax.evals.commands import open_model
@@ -204,12 +198,7 @@ def choose(
         hosts: Join the other hosts of a pod first.
         programs: The folder for compiled programs; see `train`.
     """
-    allow_packages(allow)
-    from growjax import parallel
-
-    if hosts:
-        parallel.connect()
-    parallel.keep_programs(run / "cache" / "programs", programs)
+    prepare_process(allow, run, programs, hosts)
     from rich.console import Console
 
     from growjax.train import Options
@@ -314,16 +303,13 @@ def sweep(
         held_out_end: The number of windows that the finished models are evaluated on; 0 for none.
         programs: The folder for compiled programs; see `train`.
     """
-    allow_packages(allow)
-    from growjax import parallel
-
-    parallel.keep_programs(run / "cache" / "programs", programs)
+    prepare_process(allow, run, programs)
     from rich.console import Console
 
     from growjax.report import sweep as swept
     from growjax.train import Options
 
-    status, _ = swept.sweep(
+    return swept.sweep(
         plan,
         over,
         run,
@@ -332,5 +318,4 @@ def sweep(
         out=out,
         margin=margin,
         console=Console(),
-    )
-    return status
+    )[0]

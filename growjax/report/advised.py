@@ -75,18 +75,18 @@ def advise(
     if seeds < 1:
         faults.append(f"seeds: expected one or more, got {seeds}")
     raise_all(BudgetError, "no pilots can be trained:", faults)
-    of = family(path, over, by)
-    first = next(iter(of.fixed.values())).seed
-    made = pilots(of, chosen, times, range(first, first + seeds))
+    choices = family(path, over, by)
+    first = next(iter(choices.fixed.values())).seed
+    made = pilots(choices, chosen, times, range(first, first + seeds))
     tree = branches([p.plan for p in made], run, [p.folder for p in made])
     status = train_tree(tree, options, evaluations=evaluations, console=console)
     if status:
         return status, None
     advised = read_advice(
-        of, made, [read_finished(b.run) for b in tree], budget, margin=margin, draws=draws
+        choices, made, [read_finished(b.run) for b in tree], budget, margin=margin, draws=draws
     )
-    unit = next(iter(of.fixed.values())).clock.unit
-    sentences = _answer(advised, unit, _save_plans(of, advised.advice, Path(run)))
+    unit = next(iter(choices.fixed.values())).clock.unit
+    sentences = _answer(advised, unit, _save_plans(choices, advised.advice, Path(run)))
     tables = _tables(advised)
     for sentence in sentences:
         console.print(sentence, markup=False, highlight=False)
@@ -98,17 +98,17 @@ def advise(
         "Does growing pay?",
         [Plot("Ends of the fixed sizes, and their law", _figure(advised, unit), _CAPTION)],
         tables,
-        _notes(of),
+        _notes(choices),
         answer=sentences,
     )
     console.print(f"page: {page}", markup=False)
     return 0, advised
 
 
-def _save_plans(of: Family, advice: Advice, folder: Path) -> Path:
+def _save_plans(choices: Family, advice: Advice, folder: Path) -> Path:
     """Write the best fixed size and the plan that grows, if one ends lowest; returns the advised one."""
     control, grown = folder / "control.json", folder / "grown.json"
-    best, fixed = advice.plans(of.fixed, of.operator)
+    best, fixed = advice.plans(choices.fixed, choices.operator)
     save_plan(fixed, control)
     # Advice for another budget may have been written here before
     grown.unlink(missing_ok=True)
@@ -198,7 +198,7 @@ def _by_tokens(ends: Sequence[Ending]) -> list[tuple[float, float]]:
     return [(tokens, statistics.fmean(groups[tokens])) for tokens in sorted(groups)]
 
 
-def _notes(of: Family) -> list[str]:
+def _notes(choices: Family) -> list[str]:
     notes = [
         "The law is E + A / N**alpha + B / D**beta, N parameters, D tokens (Hoffmann et al. 2022).",
         "Intervals are over draws of the law (a bootstrap over seeds and over its misfits) and of the "
@@ -207,7 +207,7 @@ def _notes(of: Family) -> list[str]:
     ]
     notes += [
         f"{small} does not grow into {large}: {reason}"
-        for (small, large), reason in of.reasons.items()
+        for (small, large), reason in choices.reasons.items()
     ]
     return notes
 

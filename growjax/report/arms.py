@@ -1,12 +1,14 @@
-"""What figures and tables know of an arm: its runs, its model's size, and where its stages begin."""
+"""An arm as figures and tables need it: its runs, the size of its model, and where its stages begin."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from growjax.budget import Outcome
 from growjax.plan.plan import Plan
+from growjax.report.rows import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +119,14 @@ def place(*names: str) -> str:
     return ", ".join(filter(None, names))
 
 
-def by_place(arms: Iterable[Arm]) -> dict[tuple[str, str], list[Arm]]:
-    """Arms by workload and budget, in the order in which they come."""
-    groups: dict[tuple[str, str], list[Arm]] = {}
-    for arm in arms:
-        groups.setdefault((arm.workload, arm.budget), []).append(arm)
+Placed = TypeVar("Placed", bound=Arm | Row)
+
+
+def by_place(placed: Iterable[Placed]) -> dict[tuple[str, str], list[Placed]]:
+    """Arms, or rows about them, by workload and budget, in the order in which they come."""
+    groups: dict[tuple[str, str], list[Placed]] = {}
+    for each in placed:
+        groups.setdefault((each.workload, each.budget), []).append(each)
     return groups
 
 

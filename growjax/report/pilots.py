@@ -112,32 +112,32 @@ def _growth(small: Plan, large: Plan, by: str) -> Operator | Chain:
 
 
 def pilots(
-    of: Family, budgets: Sequence[float], times: Sequence[float], seeds: Sequence[int]
+    choices: Family, budgets: Sequence[float], times: Sequence[float], seeds: Sequence[int]
 ) -> list[Pilot]:
     """Every size at every budget, and every growth to the next size at the largest: seed after seed."""
     made = []
     for seed in seeds:
-        for name in of.fixed:
+        for name in choices.fixed:
             for budget in sorted(budgets):
-                made.append(_pilot(of, [(name, 1.0)], budget, seed))
-        for small, large in _next(of):
+                made.append(_pilot(choices, [(name, 1.0)], budget, seed))
+        for small, large in _next(choices):
             for time in times:
-                made.append(_pilot(of, [(small, time), (large, 1 - time)], max(budgets), seed))
+                made.append(_pilot(choices, [(small, time), (large, 1 - time)], max(budgets), seed))
     return made
 
 
-def _next(of: Family) -> list[tuple[str, str]]:
+def _next(choices: Family) -> list[tuple[str, str]]:
     """Each size with the next larger one that it grows into."""
     nearest: dict[str, tuple[str, str]] = {}
-    for small, large in of.growths:
+    for small, large in choices.growths:
         nearest.setdefault(small, (small, large))
     return list(nearest.values())
 
 
-def _pilot(of: Family, shares: Sequence[tuple[str, float]], budget: float, seed: int) -> Pilot:
+def _pilot(choices: Family, shares: Sequence[tuple[str, float]], budget: float, seed: int) -> Pilot:
     legs = [Leg(Size(name, 1, 1.0), share, 0.0) for name, share in shares]
     names = tuple(name for name, _ in shares)
-    plan = staged(legs, budget, of.fixed, of.operator, name=" to ".join(names), seed=seed)
+    plan = staged(legs, budget, choices.fixed, choices.operator, name=" to ".join(names), seed=seed)
     return Pilot(plan, names, budget)
 
 
@@ -160,13 +160,13 @@ class Growth:
 
 @dataclasses.dataclass(frozen=True)
 class Advised:
-    """What pilots say.
+    """The advice that pilots give, and the numbers that it rests on.
 
     - `advice`, `law`, `sizes`: see `growjax.advise`.
     - `ends`: the decayed ends by size.
-    - `growths`: the pilots that grew; `retention` is what the advice took of them: from 0 to 1, and 0 if
-      it is unknown of all.
-    - `cost`: what all pilots cost together, in the clock's unit.
+    - `growths`: the pilots that grew; `retention`: their known retentions, clipped to 0 to 1, or a single
+      0 if none is known.
+    - `cost`: the cost of all pilots together, in the clock's unit.
     """
 
     advice: Advice
@@ -179,7 +179,7 @@ class Advised:
 
 
 def read_advice(
-    of: Family,
+    choices: Family,
     made: Sequence[Pilot],
     runs: Sequence[Trained],
     budget: float,
@@ -191,7 +191,7 @@ def read_advice(
 
     Plans that grow are searched among growths no later and no larger than those of the pilots.
     """
-    ends: dict[str, list[Ending]] = {name: [] for name in of.fixed}
+    ends: dict[str, list[Ending]] = {name: [] for name in choices.fixed}
     grown: dict[tuple[str, str, float], list[tuple[Plan, float]]] = {}
     cost = 0.0
     for pilot, run in zip(made, runs, strict=True):
@@ -199,7 +199,7 @@ def read_advice(
         cost += _own_cost(run)
         if len(pilot.sizes) == 1:
             (name,) = pilot.sizes
-            ends[name].append(Ending(of.parameters(name), plan.tokens, loss, plan.seed))
+            ends[name].append(Ending(choices.parameters(name), plan.tokens, loss, plan.seed))
         else:
             (small, large), time = pilot.sizes, plan.stages[0].share
             assert time is not None
@@ -212,22 +212,22 @@ def read_advice(
             large,
             time,
             tuple(loss for _, loss in results),
-            tuple(retained(law, _legs(of, plan), loss) for plan, loss in results),
+            tuple(retained(law, _legs(choices, plan), loss) for plan, loss in results),
         )
         for (small, large, time), results in grown.items()
     )
     known = [rho for growth in growths for rho in growth.retentions if rho is not None]
     # Beyond 0 and 1 a measured retention is noise
     retention = tuple(min(max(rho, 0.0), 1.0) for rho in known) or (0.0,)
-    every = tuple(of.size(name) for name in of.fixed)
+    every = tuple(choices.size(name) for name in choices.fixed)
     advice = advise_from(
         endings,
         every,
         budget,
         retention=retention,
         latest=max(growth.time for growth in growths),
-        factor=max(of.parameters(g.large) / of.parameters(g.small) for g in growths),
-        growable=lambda small, large: (small.name, large.name) in of.growths,
+        factor=max(choices.parameters(g.large) / choices.parameters(g.small) for g in growths),
+        growable=lambda small, large: (small.name, large.name) in choices.growths,
         margin=margin,
         draws=draws,
     )
@@ -235,11 +235,11 @@ def read_advice(
     return Advised(advice, law, every, by_size, growths, retention, cost)
 
 
-def _legs(of: Family, plan: Plan) -> list[Leg]:
+def _legs(choices: Family, plan: Plan) -> list[Leg]:
     """The stages of a pilot, with the tokens that it trained in each."""
     starts = [*(span.tokens for span in plan.spans), plan.tokens]
     return [
-        Leg(of.size(stage.name), stage.share or 0.0, stop - start)
+        Leg(choices.size(stage.name), stage.share or 0.0, stop - start)
         for stage, (start, stop) in zip(plan.stages, itertools.pairwise(starts), strict=True)
     ]
 

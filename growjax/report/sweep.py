@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from growjax.errors import FormatError, PlanError, raise_all
+from growjax.errors import PlanError, raise_all
 from growjax.plan.plan import Plan
 from growjax.plan.prefix import branches
 from growjax.report.arms import Arm
 from growjax.report.compared import Compared, compare_runs
 from growjax.report.page import Table
 from growjax.report.tables import number, rich_table
-from growjax.train.commands import read_plan, train_tree
+from growjax.train.commands import train_tree
 from growjax.train.options import Options
-from growjax.values import from_json
+from growjax.train.planfile import json_or_text, read_plan
 
 
 class Combination(NamedTuple):
@@ -143,19 +143,8 @@ def _best(arms: Sequence[Arm], made: Sequence[Combination]) -> list[str]:
 
 def _values(text: str) -> list[Any]:
     """A JSON list, or values between commas: JSON each, or words."""
-    try:
-        whole = from_json(text)
-    except FormatError:
-        whole = None
-    if isinstance(whole, list):
-        return whole
-    values = []
-    for part in text.split(","):
-        try:
-            values.append(from_json(part))
-        except FormatError:
-            values.append(part)
-    return values
+    whole = json_or_text(text)
+    return whole if isinstance(whole, list) else list(map(json_or_text, text.split(",")))
 
 
 def _text(value: Any) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from growjax.report.arms import Arm, place, sizes_in_words
+from growjax.report.arms import Arm, by_place, place, sizes_in_words
 from growjax.report.rows import AgainstFrontier, EqualCost
 
 
@@ -28,7 +28,7 @@ def answer(arms: Sequence[Arm], rows: Sequence[AgainstFrontier]) -> list[str]:
             f"{best.loss:.4f} nats. Nothing that grows is held against them."
         ]
     sentences = []
-    for group in _groups(rows):
+    for group in by_place(rows).values():
         best = min(group, key=_estimate)
         sentence = (
             f"{verdicts(group, 'the best fixed size at equal cost')} That fixed size is "
@@ -65,13 +65,6 @@ def verdicts(rows: Sequence[EqualCost], baseline: str) -> str:
     text = "; ".join(parts) + "."
     setting = place(rows[0].workload, rows[0].budget)
     return f"At {setting}, {text}" if setting else text[0].upper() + text[1:]
-
-
-def _groups(rows: Sequence[AgainstFrontier]) -> list[list[AgainstFrontier]]:
-    groups: dict[tuple[str, str], list[AgainstFrontier]] = {}
-    for row in rows:
-        groups.setdefault((row.workload, row.budget), []).append(row)
-    return list(groups.values())
 
 
 def _estimate(row: EqualCost) -> float:

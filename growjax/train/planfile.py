@@ -36,7 +36,7 @@ def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
         name, equals, text = change.partition("=")
         if not equals:
             raise PlanError(f"{change!r}: expected a change like batch=16")
-        _set(saved, name, _value(text))
+        _set(saved, name, json_or_text(text))
     return from_dict(saved, Plan, error=PlanError, source=str(path))
 
 
@@ -94,8 +94,8 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-def _value(text: str) -> Any:
-    """The value of a change: JSON data, or the text itself."""
+def json_or_text(text: str) -> Any:
+    """The value that a command line gives a field: JSON data, or the text itself."""
     try:
         return from_json(text)
     except FormatError:
