@@ -14,7 +14,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -422,5 +422,3 @@ A100_T5 = DepthClock(
     "its 1.156 s for Sophia's update, every tenth of which refreshes; the share of a forward pass is "
     "that of RTX3090_BERT, since none is given.",
 )
-
-assert get_args(OpKind) == ("train", "forward", "curvature")

@@ -70,8 +70,7 @@ def choose(
         plan, trial = probe.trial(number, folder), Run(folder / str(number))
         if hosts.from_first(lambda trial=trial: _loss_after(trial, end)) is None:
             data = None if feed is None else feed(plan)
-            marked = _with_marks(options, probe.start, end)
-            _train(plan, trial, data, end, marked, console, more)
+            _train(plan, trial, data, end, _of_trial(options, probe.start, end), console, more)
         loss = hosts.from_first(lambda trial=trial: _loss_after(trial, end))
         if loss is None:
             raise TrainingError(
@@ -85,7 +84,7 @@ def choose(
     return decision
 
 
-def _with_marks(options: Options, start: int, end: int) -> Options:
+def _of_trial(options: Options, start: int, end: int) -> Options:
     """The options of a trial: it saves where others fork from it, and is judged and saved at its end."""
     return dataclasses.replace(
         options,

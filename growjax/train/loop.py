@@ -169,7 +169,7 @@ def _run(session: Session) -> Iterator[Record]:
                 yield from session.flush()
                 yield from session.ended()
                 yield from session.save()
-            end = session.finished()
+            end = session.end(finished=True)
         except Stopped:
             yield from session.stopped()
             return

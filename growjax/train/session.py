@@ -196,7 +196,7 @@ class Session:
             **_UNREAD,
         )
         self.late = late, report
-        yield from self._mark(level, cost)
+        yield from self._evaluate_if_due(level, cost)
         if self.profiling and options.profile and step == options.profile[1]:
             yield from self.flush()
             jax.profiler.stop_trace()
@@ -236,8 +236,8 @@ class Session:
             held_out=held_out,
         )
 
-    def _mark(self, level: float, cost: int) -> Iterator[Step]:
-        """Evaluate the model after the last step, or once the cost passed a mark."""
+    def _evaluate_if_due(self, level: float, cost: int) -> Iterator[Step]:
+        """Evaluate after the last step, after those asked for, and every `evaluate_every` of the cost."""
         every = self.options.evaluate_every
         passed = self.spent // every > (self.spent - cost) // every
         if not passed and self.step not in (self.plan.steps, *self.options.evaluate_at):
@@ -270,7 +270,7 @@ class Session:
     # Triggers ---------------------------------------------------------------------------------
 
     def _remember(self, loss: float) -> None:
-        """Keep the losses that the stage's trigger reads, and the one that it will not have read yet."""
+        """Keep the latest losses that the stage's trigger reads, and one more for the next step."""
         until = self.span.stage.until
         if until is not None:
             self.losses = [*self.losses, loss][-until.reads - 1 :]
@@ -304,7 +304,7 @@ class Session:
             self.saves.change(self.plan)
         if self.late is not None and self.step == self.plan.steps:
             # The run ends here, and its last step is evaluated
-            yield from self._mark(self.span.stage.level(i - 1), self.span.costs[-1])
+            yield from self._evaluate_if_due(self.span.stage.level(i - 1), self.span.costs[-1])
 
     def ended(self) -> Iterator[Ended]:
         """The record of the end of a stage that its trigger has ended, after all of its steps.
@@ -317,7 +317,7 @@ class Session:
             return
         self.recorded.add(index)
         numbers = stage.until.fires(self.losses[:-1][-stage.until.reads :], stage.ended - 1)
-        # Whoever states the length of a stage need not have taken it from its trigger
+        # None if a user stated `ended` without a trigger that fires there
         if numbers is not None:
             # A trigger of one's own may give numbers of NumPy, which no journal takes
             numbers = {name: float(x) for name, x in numbers.items()}
@@ -444,13 +444,10 @@ class Session:
                 yield from self.ended()
             if self.moved:
                 yield from self.save()
-            yield self._end(finished=False)
+            yield self.end(finished=False)
 
-    def finished(self) -> End:
-        """The end of the run, with the losses on `held_out_end` windows."""
-        return self._end(finished=True)
-
-    def _end(self, *, finished: bool) -> End:
+    def end(self, *, finished: bool) -> End:
+        """The end of the session; if the run is `finished`, with the losses on `held_out_end` windows."""
         if self.saves is not None:
             with self.doing("writing the last checkpoint"):
                 self.saves.wait()
