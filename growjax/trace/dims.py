@@ -130,16 +130,18 @@ def cut(node: Node, sizes: Sequence[int]) -> list[Node]:
         blocks = iter(cut(node, [size for size in sizes if size]))
         return [next(blocks) if size else Node(0) for size in sizes]
     if node.root.data or len(node.blocks()) + len(sizes) > MOST_BLOCKS:
-        if not node.root.data:
-            node.freeze("the program slides over it")
-        return [Node(size, data=node.root.data, fixed=_slid(node)) for size in sizes]
+        return [other(node, size, "slides over it") for size in sizes]
     parts = [Node(size) for size in sizes]
     unify(node, total(parts))
     return parts
 
 
-def _slid(node: Node) -> str:
-    return "" if node.root.data else "the program slides over it"
+def other(node: Node, size: int, does: str) -> Node:
+    """A dimension made of another by an operation after which neither can grow; `does` is its verb."""
+    if node.root.data:
+        return Node(size, data=True)
+    node.freeze(f"the program {does}")
+    return Node(size, fixed=f"the program {does}")
 
 
 def _align(node: Node, ours: list[Node], theirs: list[Node], kind: Literal["prod", "sum"]) -> None:

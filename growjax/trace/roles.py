@@ -257,10 +257,10 @@ class Roles:
                         if not entry.places and not key[2].data:
                             key[2].freeze("the program indexes it")
         if op.name in ("gather", "dynamic_slice"):
-            looked_up = any(role == "lookup" for _, role in op.pairs)
-            if looked_up:  # rows of a table are numbers in the program like any others
-                entries = {k: dataclasses.replace(e, status="made") for k, e in entries.items()}
-                entries = {k: dataclasses.replace(e, places=()) for k, e in entries.items()}
+            if any(role == "lookup" for _, role in op.pairs):
+                # Rows of a table are numbers in the program like any others
+                for key, entry in entries.items():
+                    entries[key] = dataclasses.replace(entry, status="made", places=())
         self._put(op, out, entries)
 
     def _put(self, op: Op, out: Value, entries: dict[Key, Entry]) -> None:
@@ -313,8 +313,7 @@ class Roles:
                     summed.append(self._entry(op.ins[1], (b, offset, atom)))
                 degree = functools.reduce(Lin.plus, [entry.degree for entry in summed])
                 for entry in summed:
-                    for place in entry.places:
-                        self.direct.add(place)
+                    self.direct.update(entry.places)
                 if op.kind == "extreme":
                     self._zero(
                         degree, atom, f"its share would have to pass through {op.name}", near

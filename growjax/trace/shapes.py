@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from growjax.trace.dims import Node, cut, factored, product, total, unify
+from growjax.trace.dims import Node, cut, factored, other, product, total, unify
 from growjax.trace.values import Op, Value
 
 
@@ -36,10 +36,6 @@ def _squeeze(walk, params, ins, shapes):
     left = [d for d in range(len(ins[0].nodes)) if d not in params["dimensions"]]
     groups = [(0, [d], [i], 0) for i, d in enumerate(left)]
     return moved(walk, ins, Value([ins[0].nodes[d] for d in left]), groups, "squeeze")
-
-
-def _expand_dims(walk, params, ins, shapes):
-    return _reshape(walk, params, ins, shapes)
 
 
 def _reshape(walk, params, ins, shapes):
@@ -86,13 +82,6 @@ def _slice(walk, params, ins, shapes):
         else:
             out.append(other(x.nodes[d], len(range(start, stop, step)), "takes it with a stride"))
     return moved(walk, ins, Value(out), groups, "slice")
-
-
-def other(node: Node, size: int, does: str) -> Node:
-    """A dimension made of another by an operation after which neither can grow; `does` is its verb."""
-    if not node.root.data:
-        node.freeze(f"the program {does}")
-    return Node(size, data=node.root.data, fixed="" if node.root.data else f"the program {does}")
 
 
 def _split(walk, params, ins, shapes):
@@ -232,7 +221,7 @@ RULES: dict[str, Callable] = {
     "concatenate": _concatenate,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
-    "expand_dims": _expand_dims,
+    "expand_dims": _reshape,
     "gather": _gather,
     "pad": _pad,
     "reshape": _reshape,

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.extend import core
 
 from growjax.trace import shapes
-from growjax.trace.dims import Node, factored, unify
+from growjax.trace.dims import Node, factored, other, unify
 from growjax.trace.loops import scanned
 from growjax.trace.values import Op, Value
 
@@ -85,10 +85,6 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str | enum.Enum | np.number)
 
 
-def _exponent(eqn) -> dict[str, Any]:
-    return {"y": eqn.params["y"]} if eqn.primitive.name == "integer_pow" else {}
-
-
 class Walk:
     """A tape of everything that a program computes; `run` walks it."""
 
@@ -141,8 +137,9 @@ class Walk:
     def _results(self, eqn, ins: list[Value]) -> list[Value]:
         name, sizes = eqn.primitive.name, [v.aval.shape for v in eqn.outvars]
         if name in _NUMBERS and ins and all(value.number is not None for value in ins):
+            exponent = {"y": eqn.params["y"]} if name == "integer_pow" else {}
             with np.errstate(all="ignore"):
-                number = _NUMBERS[name](*(value.number for value in ins), **_exponent(eqn))
+                number = _NUMBERS[name](*(value.number for value in ins), **exponent)
             return [self.constant(np.asarray(number, eqn.outvars[0].aval.dtype))]
         if name in _CALLS and _CALLS[name] in eqn.params:
             inner = eqn.params[_CALLS[name]]
@@ -324,7 +321,7 @@ class Walk:
             out[b] = (
                 node
                 if node.root.size == sizes[0][b]
-                else shapes.other(node, sizes[0][b], "slides over it")
+                else other(node, sizes[0][b], "slides over it")
             )
             if not node.root.data:
                 node.freeze("a convolution slides over it")
@@ -334,9 +331,7 @@ class Walk:
         x, out, groups = ins[0], [], []
         for d, size in enumerate(params["window_dimensions"]):
             whole = size == 1 and sizes[0][d] == x.nodes[d].root.size
-            out.append(
-                x.nodes[d] if whole else shapes.other(x.nodes[d], sizes[0][d], "slides over it")
-            )
+            out.append(x.nodes[d] if whole else other(x.nodes[d], sizes[0][d], "slides over it"))
             groups += [(0, [d], [d], 0)] if whole else []
         return shapes.moved(self, ins[:1], Value(out), groups, "reduce_window")
 
