@@ -3,7 +3,7 @@
 The TPU compiler writes its estimate of the cycles of every instruction into the program's text; the total
 counts the body of a loop once for each iteration. It has none for kernels. Those of splash attention are
 estimated here, from the tiles that they compute and the length of the schedule that the compiler made of
-one tile. Waiting for memory in a kernel and for other chips is not in either.
+one tile. Neither estimate has the time that kernels wait for memory, or chips for each other.
 """
 
 import math

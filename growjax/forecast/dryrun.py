@@ -45,8 +45,8 @@ class StageFacts:
     - `parameter_bytes`, `optimizer_bytes`: bytes on the fullest device; None if the layout makes no mesh.
     - `growing_bytes`: bytes of the states before and after its growth, both in memory for a moment.
     - `unsplit`: the parameters that every device holds whole although the layout splits parameters.
-    - `fit_flops`, `fit_tokens`: those of the fit of its growth, which `cost` has as well, and `flops` and
-      `tokens` have not.
+    - `fit_flops`, `fit_tokens`: those of the fit of its growth, which is part of `cost`, but not of
+      `flops` and `tokens`.
     - `until`: the trigger that may end it earlier, or None; numbers are those of the longest stage.
     """
 

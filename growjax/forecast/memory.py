@@ -28,8 +28,8 @@ from growjax.programs.step import Programs
 from growjax.subnet import Subnet
 
 
-# The fields that may be changed, by what a change costs: parts of a batch in a row cost nearly nothing,
-# sharing the state costs sending it, recomputing a third of the time; the others train another model
+# The fields that may be changed, the cheapest change first: accumulation costs nearly nothing, sharding
+# the state costs its communication, recomputation a third of the time; the others train another model
 _COSTS = ("accumulate", "fsdp", "model.remat", "model.dtype", "batch")
 
 
@@ -86,8 +86,8 @@ def cheapest(
     """The first change of the plan, from the cheapest on, after which a program really fits.
 
     `measure` compiles the program of a plan and returns the bytes that it uses; None if it does not fit.
-    Of one field, the mildest value that fits is looked for, from where the estimate says on: that is two
-    compilations where the estimate is right. Returns None if none fits.
+    The search for the mildest value of a field that fits begins at the one that the estimate names: two
+    compilations suffice if the estimate is right. Returns None if none fits.
     """
     kind, index, _ = need
     estimate = _estimator(plan, need, devices, used)

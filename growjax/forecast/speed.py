@@ -1,7 +1,8 @@
 """The time of a plan's steps on a kind of device: from a compiled program's cycles, or by roofline.
 
-The roofline is a bound: a device multiplies at its peak and reads and writes its memory at its full rate,
-both at once, but for the optimizer, which has nothing to multiply. A real step takes longer.
+The roofline is a bound: a device multiplies at its peak and, at the same time, reads and writes its
+memory at its full rate. The optimizer's update, which multiplies nothing, comes after that. A real step
+takes longer.
 """
 
 import dataclasses

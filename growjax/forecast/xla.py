@@ -46,7 +46,8 @@ def xla_training_flops(
     args = trained, arrays, example
     # The loss is unrolled before its gradient is taken, so that no `jax.checkpoint` is left in it: the
     # gradient then recomputes nothing
-    step = jax.make_jaxpr(jax.grad(_flat(jax.make_jaxpr(total)(*args))))(*args)
+    unrolled = _function(jax.make_jaxpr(total)(*args), products=True)
+    step = jax.make_jaxpr(jax.grad(lambda *args: unrolled(*args)[0]))(*args)
     shapes = jax.tree.leaves(args)
     return _count(step, shapes, products=True) - _count(step, shapes, products=False)
 
@@ -66,14 +67,14 @@ def _countable(model: Any) -> Any:
     return jax.tree.map(change, model, is_leaf=lambda part: type(part) in bodies)
 
 
-def _flat(program: ClosedJaxpr) -> Callable[..., Any]:
-    """The function that a program with one result computes, unrolled."""
-    return lambda *args: _run(program, jax.tree.leaves(args), products=True)[0]
+def _function(program: ClosedJaxpr, *, products: bool) -> Callable[..., list[Any]]:
+    """The function that a program computes, unrolled, of trees whose leaves are its inputs."""
+    return lambda *args: _run(program, jax.tree.leaves(args), products=products)
 
 
 def _count(program: ClosedJaxpr, shapes: list[Any], *, products: bool) -> int:
     """XLA's count of the FLOPs of a program, unrolled; without `products`, these cost nothing."""
-    lowered = jax.jit(lambda *xs: _run(program, xs, products=products)).lower(*shapes)
+    lowered = jax.jit(_function(program, products=products)).lower(*shapes)
     costs = lowered.cost_analysis()
     return round(costs["flops"]) if costs else 0
 
@@ -107,7 +108,7 @@ def _equation(equation: Any, inputs: list[Any], *, products: bool) -> list[Any]:
         return _loop(equation, inputs, products=products)
     if name == "cond":
         index, *operands = inputs
-        branches = [_branch(branch, products) for branch in params["branches"]]
+        branches = [_function(branch, products=products) for branch in params["branches"]]
         return list(jax.lax.switch(index, branches, *operands))
     inner = params.get("jaxpr", params.get("call_jaxpr"))
     if inner is not None and name != "while":
@@ -117,16 +118,11 @@ def _equation(equation: Any, inputs: list[Any], *, products: bool) -> list[Any]:
     return list(outputs) if equation.primitive.multiple_results else [outputs]
 
 
-def _branch(program: ClosedJaxpr, products: bool) -> Callable[..., Any]:
-    """A branch of a `cond`, as the function that `jax.lax.switch` takes."""
-    return lambda *operands: _run(program, operands, products=products)
-
-
 def _loop(equation: Any, inputs: list[Any], *, products: bool) -> list[Any]:
     """The results of a scan with all of its iterations unrolled, by the scan's own `unroll`."""
     body = equation.params["jaxpr"]
     closed = body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ())
-    inner = jax.make_jaxpr(lambda *xs: _run(closed, xs, products=products))(*closed.in_avals)
+    inner = jax.make_jaxpr(_function(closed, products=products))(*closed.in_avals)
     assert not inner.consts
     # Older versions of JAX keep the body closed
     inner = inner if isinstance(body, ClosedJaxpr) else inner.jaxpr

@@ -154,7 +154,10 @@ class Programs:
 
         `make` is (seed) -> model.
         """
-        create = functools.partial(_birth, self, make)
+
+        def create(seed: Any) -> State:
+            return self.state_of(make(seed))
+
         return jax.jit(
             create,
             in_shardings=replicated(self.mesh),
@@ -239,9 +242,9 @@ def each_row(
 ) -> Any:
     """The losses and weights of each row, [rows, T] each, traced for the platform that will run them.
 
-    Where that has kernels, and the compiler splits the rest, the kernels are told that rows are split; so
-    are all bodies of attention where sequences are split as well. `replica` says that they are a
-    replica's own, under `shard_map`.
+    A kernel must know that rows are split over devices, since the compiler splits everything but kernels.
+    Every body of attention must know it where sequences are split too. `replica` says that the rows are
+    one replica's own, under `shard_map`.
     """
     place = place_of(programs.mesh)
     if replica and place is not None:
@@ -291,10 +294,6 @@ def checksums(tree: Any) -> list[Array]:
         return jnp.sum(bits * factor, dtype=jnp.uint32)
 
     return [of(x) for x in jax.tree.leaves(tree)]
-
-
-def _birth(programs: Programs, make: Callable[[Any], Any], seed: Any) -> State:
-    return programs.state_of(make(seed))
 
 
 def _step(
@@ -362,7 +361,7 @@ def _parts_update(
     def time(slot: Slot, growth: int | None) -> Array:
         return controls.step - grown_at[-1 if growth is None else growth]
 
-    # Frozen entries are told by the optimizer itself, which `growjax.optim.probe` may have seen already
+    # The plan's optimizer beside the transferred rule: `growjax.optim.probe` caches its result by object
     return functools.partial(divided, programs.optimizer, rule, Division(parts, births, time))
 
 
