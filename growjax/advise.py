@@ -25,7 +25,7 @@ from growjax.plan.plan import Plan
 from growjax.plan.stages import Stage
 
 
-# The exponents of a law, and how far its residuals (in the logarithm) count with their square
+# The range of a law's exponents, and the residual (of log loss) up to which the fit minimises squares
 _EXPONENTS, _HUBER = (0.05, 2.0), 0.02
 # The parts that a budget is spent in, and how many of them the shortest stage has
 _PARTS, _SHORTEST = 200, 10
@@ -136,26 +136,26 @@ def fit(endings: Sequence[Ending], start: Law | None = None) -> Law:
 
 
 def drawn(endings: Sequence[Ending], law: Law, draws: int, seed: int = 0) -> Iterator[Law]:
-    """Laws of ends that might have been: a bootstrap over seeds and over what the law leaves over.
+    """The laws of a bootstrap over the seeds and the residuals of some ends.
 
-    In each draw every size and number of tokens is given the misfit of another one, and its seeds are
-    drawn with replacement.
+    Each draw gives every size and number of tokens the residual of a random one, and draws its seeds with
+    replacement.
     """
     cells: dict[tuple[int, float], list[float]] = {}
     for e in endings:
         cells.setdefault((e.parameters, e.tokens), []).append(math.log(e.loss))
     means = {place: float(np.mean(losses)) for place, losses in cells.items()}
-    misfits = [means[place] - math.log(float(law.loss(*place))) for place in cells]
-    # A law of five numbers leaves less over than its error is
-    wider = math.sqrt(len(cells) / max(len(cells) - 5, 1))
+    residuals = [means[place] - math.log(float(law.loss(*place))) for place in cells]
+    # The law has five parameters, by which residuals are smaller than the errors that they stand for
+    widening = math.sqrt(len(cells) / max(len(cells) - 5, 1))
     rng = np.random.default_rng(seed)
     for _ in range(draws):
-        made = []
+        resampled = []
         for place, losses in cells.items():
-            middle = math.log(float(law.loss(*place))) + wider * rng.choice(misfits)
+            mean = math.log(float(law.loss(*place))) + widening * rng.choice(residuals)
             seeds = rng.choice(losses, len(losses)) - means[place]
-            made += [Ending(*place, math.exp(middle + x)) for x in seeds]
-        yield fit(made, law)
+            resampled += [Ending(*place, math.exp(mean + x)) for x in seeds]
+        yield fit(resampled, law)
 
 
 # Plans --------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class Leg(NamedTuple):
 
 
 def counted(law: Law, legs: Sequence[Leg], retention: float) -> float:
-    """The tokens that a plan's last size counts at its end."""
+    """The tokens that the last size of a plan counts at the end: those it would need from scratch."""
     tokens = 0.0
     for before, leg in zip([None, *legs], legs, strict=False):
         if before is not None:
@@ -200,7 +200,7 @@ def retained(law: Law, legs: Sequence[Leg], loss: float) -> float | None:
 
 
 def _grown(law: Law, small: Size, large: Size, tokens: Any, retention: float) -> Any:
-    """What a grown model counts, given what it counted before (which may be an array)."""
+    """The tokens that a grown model counts, given those that it counted before (may be an array)."""
     with np.errstate(divide="ignore"):
         fresh = law.tokens(large.parameters, law.loss(small.parameters, tokens))
         return np.where(np.asarray(tokens) > 0, fresh + retention * (tokens - fresh), 0.0)

@@ -66,8 +66,8 @@ TABLE = """
 - if small and p_same <= alpha:
 + if small:
 @ a run of a step more is dearer | budget/envelope.py | frontier | step_more
-- if place <= cost * (1 + slack) and
-+ if place <= cost and
+- if spent <= cost * (1 + slack) and
++ if spent <= cost and
 @ the frontier forgets the ways of longer runs | budget/envelope.py | frontier | every_cost
 - if use == "ends":
 + if use != "none":

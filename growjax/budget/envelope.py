@@ -141,18 +141,18 @@ class Frontier:
         chosen, common, _ = self.shared(seeds)
         best: tuple[float, tuple[str, float], float] | None = None
         for key, runs in chosen.items():
-            for place, loss in _means([runs[s] for s in common], self.use):
-                if place <= cost * (1 + slack) and (best is None or loss < best[0]):
-                    best = loss, key, place
+            for spent, loss in _means([runs[s] for s in common], self.use):
+                if spent <= cost * (1 + slack) and (best is None or loss < best[0]):
+                    best = loss, key, spent
         if best is None:
             return None
         # `best` was chosen by common seeds; the point has all seeds of its arm
-        _, (arm, budget), place = best
+        _, (arm, budget), most = best
         runs = chosen[arm, budget]
         # For each seed (cost, loss) of its last evaluation up to that cost
         points: dict[int, tuple[float, float]] = {}
         for s, run in runs.items():
-            point = _last(run, place, self.use) if seeds is None or s in seeds else None
+            point = _last(run, most, self.use) if seeds is None or s in seeds else None
             if point is not None:
                 points[s] = point
         end = all(spent == runs[s].spent for s, (spent, _) in points.items())
@@ -172,9 +172,9 @@ class Frontier:
         """The points at which the frontier falls, from the cheapest on, as for a step plot."""
         chosen, common, _ = self.shared(seeds)
         costs = {
-            place
+            spent
             for runs in chosen.values()
-            for place, _ in _means([runs[s] for s in common], self.use)
+            for spent, _ in _means([runs[s] for s in common], self.use)
         }
         points: list[Point] = []
         for cost in sorted(costs):
@@ -200,9 +200,8 @@ class Frontier:
         if ends:
             parts.append(_crossing(ends, losses, log=True))
         crossings = np.stack(parts)
-        first = crossings[:, 1].argmin(
-            0
-        )  # for each loss, the line that reaches it at the lowest cost
+        # For each loss, the line that reaches it at the lowest cost
+        first = crossings[:, 1].argmin(0)
         low, cost, _ = np.take_along_axis(crossings, first[None, None], 0)[0]
         high = crossings[:, 2].min(0)
         most = max(run.spent for run in runs)
