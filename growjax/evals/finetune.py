@@ -343,16 +343,16 @@ def _program(loss: Any, clip: float, b2: float, eps: float, decay: float) -> tup
 
 
 def _label_loss(model: Classifier, batch: dict[str, Any]) -> Array:
-    scores, labels = jax.vmap(_row(model))(batch), batch["target"].astype(jnp.int32)
+    scores, labels = _scores(model, batch), batch["target"].astype(jnp.int32)
     return optax.softmax_cross_entropy_with_integer_labels(scores, labels)
 
 
 def _value_loss(model: Classifier, batch: dict[str, Any]) -> Array:
-    return (jax.vmap(_row(model))(batch)[:, 0] - batch["target"]) ** 2
+    return (_scores(model, batch)[:, 0] - batch["target"]) ** 2
 
 
-def _row(model: Classifier) -> Callable[[Mapping[str, Array]], Array]:
-    """A function from one row to its outputs: one for each label, or one for each choice.
+def _scores(model: Classifier, batch: dict[str, Any]) -> Float[Array, "batch outputs"]:
+    """The outputs of every row of a batch: one for each label, or one for each choice.
 
     A row has an axis of choices; with one choice the outputs are the labels', and with several each
     choice has a single output, so flattening `[choices, outputs]` serves both.
@@ -361,13 +361,10 @@ def _row(model: Classifier) -> Callable[[Mapping[str, Array]], Array]:
     def outputs(row: Mapping[str, Array]) -> Array:
         return jax.vmap(model)(row["tokens"], row["types"], row["mask"]).reshape(-1)
 
-    return outputs
+    return jax.vmap(outputs)(batch)
 
 
-@eqx.filter_jit
-def _forward(model: Classifier, batch: dict[str, Any]) -> Array:
-    """The outputs of every row of a batch."""
-    return jax.vmap(_row(model))(batch)
+_forward = eqx.filter_jit(_scores)
 
 
 def _outputs(

@@ -107,6 +107,11 @@ class LanguageModel:
         return min(positions, self.longest or positions)
 
     @property
+    def _room(self) -> int:
+        """How many tokens of a text fit the window, which for an encoder holds `cls` and `sep` too."""
+        return self.window - 2 if self.kind == "encoder" else self.window
+
+    @property
     def first(self) -> int:
         """The token in place of an empty context."""
         vocabulary = self.tokenizer.vocabulary
@@ -156,8 +161,7 @@ class LanguageModel:
 
     def loglikelihoods_of_tokens(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[Scored]:
         """As `loglikelihoods`, of pairs of token lists."""
-        # An encoder's window holds `cls` and `sep` too
-        room = self.window - 2 if self.kind == "encoder" else self.window
+        room = self._room
         longest = max((len(continuation) for _, continuation in pairs), default=0)
         if longest > room:
             raise EvalError(
@@ -203,10 +207,8 @@ class LanguageModel:
                 end = min(i + self.window, len(tokens))
                 yield shifted[max(0, end - self.window) : i + 1], tokens[i:end]
         else:
-            # An encoder's window holds `cls` and `sep` too
-            size = self.window - 2 if self.kind == "encoder" else self.window
-            for i in range(0, len(tokens), size):
-                yield [], tokens[i : i + size]
+            for i in range(0, len(tokens), self._room):
+                yield [], tokens[i : i + self._room]
 
     def _causal(self, context: list[int], continuation: list[int]) -> Row:
         """A decoder's inputs, targets one token later, and weights: 1 on the continuation."""
@@ -233,7 +235,7 @@ class LanguageModel:
         """Pseudo-log-likelihoods: one row for each token of a continuation, with that token masked."""
         special, rows, owner = self.tokenizer.vocabulary.specials, [], []
         for i, (context, continuation) in enumerate(pairs):
-            text = [*context, *continuation][-(self.window - 2) :]
+            text = [*context, *continuation][-self._room :]
             framed = _ints([special["cls"], *text, special["sep"]])
             # Index 0 is `cls`, so the text stands at 1 to len(text), its continuation at the end
             for place in range(max(1, len(text) - len(continuation) + 1), len(text) + 1):
