@@ -290,17 +290,17 @@ class Axes(Mapping[str, Slot]):
         """The slots of one kind, in order."""
         return [slot for slot in self.values() if slot.kind == kind]
 
+    def params(self) -> list[Slot]:
+        """The slots of parameters, without None and the placeholders of masked optimizers."""
+        return [slot for slot in self.of_kind("param") if slot.arrays()]
+
     def roles(self, axis: str) -> set[Role]:
         """Every role that `axis` plays in some leaf."""
         return {dim.role for slot in self.values() for dim in slot.dims if dim.axis == axis}
 
     def normalised(self, axis: str) -> list[Slot]:
         """The declared slots of norms that take their statistics over `axis`."""
-        return [
-            slot
-            for slot in self.values()
-            if any(dim.axis == axis and dim.normalised for dim in slot.dims)
-        ]
+        return [s for s in self.values() if any(d.axis == axis and d.normalised for d in s.dims)]
 
     def is_stream(self, axis: str) -> bool:
         """Whether lookups produce this axis: it is the residual stream that blocks add to."""

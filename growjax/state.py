@@ -212,7 +212,7 @@ def _averages(state: State) -> list[tuple[str, Any]]:
 
 
 def _params(model: Any) -> list[Slot]:
-    return [slot for slot in axes_of(model).of_kind("param") if slot.arrays()]
+    return axes_of(model).params()
 
 
 def _grown_average(op: Operator, state: State, grown: Any, key: PRNGKeyArray | None) -> Any:

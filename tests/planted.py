@@ -352,7 +352,7 @@ TABLE = """
 - flags[move.axis] = chosen if move.active is None else move.active
 + flags[move.axis] = chosen
 @ moments without a layer are left to chance | optim/freezing.py | freeze | refused
-- if slot.arrays() and getattr(value, "shape", slot.value.shape) != slot.value.shape:
+- if getattr(value, "shape", slot.value.shape) != slot.value.shape:
 + if not slot.arrays():
 @ the command line loses the second model | cli/training.py | commands | rho_from
 - second = None if reference is None else open_model(reference)[0]

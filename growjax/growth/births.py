@@ -129,16 +129,15 @@ class Births(eqx.Module):
             raise GrowthError(f"part: expected a growth from 0 to {latest}, the latest, got {part}")
         params = partition(model)[0]
         table, masks = axes_of(params), {}
-        for slot in table.of_kind("param"):
-            if slot.arrays():
-                births = self.of_entries(slot, table.sizes)
-                if isinstance(part, str):
-                    chosen = (births == self.growths) & (self.growths > 0)
-                    chosen = ~chosen & (births != MIXED) if part == "old" else chosen
-                else:
-                    chosen = births == part
-                xp = np if isinstance(chosen, np.ndarray) else jnp
-                masks[slot.steps] = xp.broadcast_to(chosen, slot.value.shape)
+        for slot in table.params():
+            births = self.of_entries(slot, table.sizes)
+            if isinstance(part, str):
+                chosen = (births == self.growths) & (self.growths > 0)
+                chosen = ~chosen & (births != MIXED) if part == "old" else chosen
+            else:
+                chosen = births == part
+            xp = np if isinstance(chosen, np.ndarray) else jnp
+            masks[slot.steps] = xp.broadcast_to(chosen, slot.value.shape)
         return put(params, masks)
 
     def ranges(self) -> dict[int, dict[str, str]]:

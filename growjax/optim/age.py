@@ -168,14 +168,10 @@ def oldest(vectors: Mapping[str, Array]) -> Array:
 
 
 def by_youngest(tree: Any, vectors: Mapping[str, Array], top: Any) -> Iterator[tuple[Slot, Array]]:
-    """Pairs of the slot of every array in a tree like the parameters, and its `youngest` array.
-
-    Leaves that are None, or the placeholder of a masked optimizer, are left out.
-    """
+    """Pairs of the slot of every array in a tree like the parameters, and its `youngest` array."""
     table = axes_of(tree)
-    for slot in table.of_kind("param"):
-        if slot.arrays():
-            yield slot, youngest(slot, vectors, table.sizes, top)
+    for slot in table.params():
+        yield slot, youngest(slot, vectors, table.sizes, top)
 
 
 def youngest(slot: Slot, vectors: Mapping[str, Array], sizes: Mapping[str, int], top: Any) -> Array:

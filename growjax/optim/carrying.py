@@ -139,7 +139,7 @@ def _probed_arrays(optimizer: Any, state: Any, model: Any) -> tuple[_ProbedArray
             if traits is None
         ],
     )
-    shapes = {slot.steps: slot.value.shape for slot in _params(axes_of(params)).values()}
+    shapes = {slot.steps: slot.value.shape for slot in axes_of(params).params()}
     arrays = []
     for cell, traits in zip(expected_cells, all_traits, strict=True):
         assert traits is not None
@@ -186,7 +186,7 @@ def _few(faults: list[str]) -> list[str]:
 
 
 def _params(table: Axes) -> dict[tuple, Slot]:
-    return {slot.steps: slot for slot in table.of_kind("param") if slot.arrays()}
+    return {slot.steps: slot for slot in table.params()}
 
 
 # The maps ------------------------------------------------------------------------------------
@@ -449,7 +449,7 @@ def _restarted(leaves: list, before: tuple[_ProbedArray, ...], hop: _Hop, optimi
     """The arrays of a state after a map that makes its axis: those of new parameters start anew."""
     params = partition(eqx.filter_eval_shape(lambda m: m, hop.after))[0]
     own, table = _named(_initial(optimizer, params), params), axes_of(hop.after)
-    made = {slot.steps for slot in _params(table).values() if slot.positions(hop.move.axis)}
+    made = {slot.steps for slot in table.params() if slot.positions(hop.move.axis)}
     old = {cell.name: leaf for leaf, (cell, _) in zip(leaves, before, strict=True)}
     growths = {cell.node: old[cell.name] for cell, _ in before if cell.counts == "growths"}
     started, fresh = None, []

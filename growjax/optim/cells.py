@@ -34,7 +34,7 @@ class Cell(NamedTuple):
 
 def cells(state: Any, params: Any) -> list[Cell]:
     """The arrays of an optimizer's state, in the order of its leaves."""
-    slots = {slot.steps: slot for slot in axes_of(params).of_kind("param") if slot.arrays()}
+    slots = {slot.steps: slot for slot in axes_of(params).params()}
     arrays = []
     whole = lambda node: alike(node, params) or isinstance(node, Ages | Births | Since)  # noqa: E731
     for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=whole):

@@ -159,10 +159,10 @@ class Division(NamedTuple):
 
     def frozen(self, params: Any) -> dict[tuple, Any]:
         """A mask of the frozen entries of every parameter, broadcastable to it: `{steps: mask}`."""
-        masks = {}
-        for slot, sizes in _leaves(params):
+        table, masks = axes_of(params), {}
+        for slot in table.params():
             mask: Any = np.zeros((1,) * len(slot.spec.groups), bool)
-            for part, entries in self._entries(slot, sizes):
+            for part, entries in self._entries(slot, table.sizes):
                 mask = _where(entries, part.frozen, mask)
             masks[slot.steps] = mask & self._grown
         return masks
@@ -185,14 +185,14 @@ class Division(NamedTuple):
         return self._multiples(params, lambda slot, name, part: part.decay)
 
     def _multiples(self, params: Any, of: Callable[[Slot, str | int, Part], Any]) -> dict:
-        named = self.parts.named()
+        named, table = self.parts.named(), axes_of(params)
         multiples = {}
-        for slot, sizes in _leaves(params):
+        for slot in table.params():
             values = [of(slot, name, part) for name, part in named.items()]
             if all(isinstance(value, float | int) and value == 1 for value in values):
                 continue
             multiple: Any = np.ones((1,) * len(slot.spec.groups), np.float32)
-            for (_, entries), value in zip(self._entries(slot, sizes), values, strict=True):
+            for (_, entries), value in zip(self._entries(slot, table.sizes), values, strict=True):
                 multiple = jnp.where(entries, jnp.asarray(value, jnp.float32), multiple)
             # A model that has not grown has no old or new entries
             multiples[slot.steps] = jnp.where(self._grown, multiple, 1)
@@ -209,13 +209,6 @@ class Division(NamedTuple):
             number = self.births.growths if isinstance(name, str) else name
             old = (births != number) & (births != MIXED)
             yield part, old if name == "old" else births == number
-
-
-def _leaves(params: Any) -> Iterator[tuple[Slot, Mapping[str, int]]]:
-    table = axes_of(params)
-    for slot in table.of_kind("param"):
-        if slot.arrays():
-            yield slot, table.sizes
 
 
 def _where(entries: Any, value: bool, mask: Any) -> Any:

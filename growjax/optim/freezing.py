@@ -62,12 +62,11 @@ def freeze(
 
 def _rows(running: Mapping[str, Array], new: Any, old: Any) -> Any:
     """A tree with the rows of `new` for layers that ran, and those of `old` for the others."""
-    slots = [slot for slot in axes_of(new).of_kind("param") if slot.arrays()]
     return put(
         new,
         {
             slot.steps: _chosen(running, slot.dims[0].axis, slot.value, find(old, slot.steps))
-            for slot in slots
+            for slot in axes_of(new).params()
             if slot.dims
         },
     )
@@ -82,8 +81,8 @@ def _chosen(running: Mapping[str, Array], axis: str, new: Array, old: Array) -> 
 def _faults(tree: Any, like: Any) -> list[str]:
     """One line for each leaf of `tree` that has another shape than that of `like`."""
     faults = []
-    for slot in axes_of(like).of_kind("param"):
+    for slot in axes_of(like).params():
         value = find(tree, slot.steps)
-        if slot.arrays() and getattr(value, "shape", slot.value.shape) != slot.value.shape:
+        if getattr(value, "shape", slot.value.shape) != slot.value.shape:
             faults.append(f".{slot.path}: expected {slot.value.shape}, got {value.shape}")
     return faults

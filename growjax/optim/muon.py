@@ -69,7 +69,7 @@ def scale_by_muon(
 def _matrices(params: Any) -> list[tuple[Slot, tuple[int, ...], tuple[int, ...]]]:
     """The hidden matrices of a model, each with the array dimensions of its rows and of its columns."""
     table = axes_of(params)
-    split = [(slot, _sides(slot, table)) for slot in table.of_kind("param") if slot.arrays()]
+    split = [(slot, _sides(slot, table)) for slot in table.params()]
     return [(slot, *sides) for slot, sides in split if sides is not None]
 
 

@@ -43,6 +43,7 @@ from growjax.optim.toy import (
     toy,
     trial,
 )
+from growjax.trees import abstract
 
 
 _NEAR = 1e-8  # relative tolerance, in double precision
@@ -231,8 +232,7 @@ def _pick(mask: Any, chosen: Any, other: Any) -> Any:
 
 def _traits(optimizer: Any, params: Any, arrays: list[Cell]) -> list[Traits]:
     """The measured traits of every array of the state."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    all_traits = probe(optimizer, shapes, arrays).of(arrays)
+    all_traits = probe(optimizer, abstract(params), arrays).of(arrays)
     raise_all(
         StateError,
         "the optimizer has these arrays only for parameters of certain sizes, so a toy does not show how "
@@ -257,7 +257,7 @@ def refuse_mixing(optimizer: Any, params: Any, division: Division) -> None:
     births = division.births.of
     known = all(isinstance(numbers, np.ndarray) for numbers in births.values())
     table = axes_of(params)
-    slots = [slot for slot in table.of_kind("param") if slot.arrays()]
+    slots = table.params()
     axes = [a for a in table.sizes if not known or len(np.unique(births[a])) > 1]
     frozen = division.frozen(params)
 
@@ -269,8 +269,7 @@ def refuse_mixing(optimizer: Any, params: Any, division: Division) -> None:
 
     split = [slot for slot in slots if in_part(slot)]
     mixed = _mixed(optimizer, params, tuple(axes)) if split else set()
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    state = cells(jax.eval_shape(optimizer.init, shapes), params) if split else []
+    state = cells(jax.eval_shape(optimizer.init, abstract(params)), params) if split else []
     all_traits = _traits(optimizer, params, state) if split else []
     for cell, traits in zip(state, all_traits, strict=True):
         if cell.steps is not None and traits.reach in ("leaf", "all"):

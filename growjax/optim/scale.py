@@ -20,14 +20,13 @@ def scale_by_parameter(floor: float = 1e-3) -> Any:
 
     def scaled(updates, params):
         out = {}
-        for slot in axes_of(updates).of_kind("param"):
-            if slot.arrays():
-                # Stack axes lead, and share no dimension with others.
-                within = [i for i, dim in enumerate(slot.dims) if dim.role != "stack"]
-                dimensions = tuple(range(len(slot.dims) - len(within), len(slot.spec.groups)))
-                square = jnp.square(get(params, slot.steps))
-                size = jnp.sqrt(jnp.mean(square, dimensions, keepdims=True))
-                out[slot.steps] = slot.value * jnp.maximum(size, floor)
+        for slot in axes_of(updates).params():
+            # Stack axes lead, and share no dimension with others.
+            within = [i for i, dim in enumerate(slot.dims) if dim.role != "stack"]
+            dimensions = tuple(range(len(slot.dims) - len(within), len(slot.spec.groups)))
+            square = jnp.square(get(params, slot.steps))
+            size = jnp.sqrt(jnp.mean(square, dimensions, keepdims=True))
+            out[slot.steps] = slot.value * jnp.maximum(size, floor)
         return put(updates, out)
 
     return optax.stateless(scaled)

@@ -49,8 +49,7 @@ def toy(params: Any, size: int | Mapping[str, int]) -> Any:
     sizes = every(size) if isinstance(size, int) else size
     shapes = {
         slot.steps: jax.ShapeDtypeStruct(slot.spec.shape(sizes), np.float32)
-        for slot in table.of_kind("param")
-        if slot.arrays()
+        for slot in table.params()
     }
     small = put(params, shapes)
     if isinstance(small, DeclaredOutside):
@@ -60,7 +59,7 @@ def toy(params: Any, size: int | Mapping[str, int]) -> Any:
 
 def leaves_of(params: Any) -> list[Slot]:
     """The slots of parameters in the order of their leaves."""
-    slots = [slot for slot in axes_of(params).of_kind("param") if slot.arrays()]
+    slots = axes_of(params).params()
     numbers = put(params, {slot.steps: n for n, slot in enumerate(slots)})
     return [slots[n] for n in jax.tree.leaves(numbers)]
 

@@ -105,9 +105,7 @@ class Transfer:
     def multiples(self, params: Any) -> dict[tuple, Multiples]:
         """The multiples of a model's (or its parameters') leaves by their steps, without those of 1."""
         table = axes_of(params)
-        every = {
-            slot.steps: self._of(slot, table) for slot in table.of_kind("param") if slot.arrays()
-        }
+        every = {slot.steps: self._of(slot, table) for slot in table.params()}
         return {steps: each for steps, each in every.items() if each != Multiples()}
 
     def born(self, model: Any) -> Any:
