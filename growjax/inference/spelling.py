@@ -23,9 +23,8 @@ def terms_of(node: Node, token: Callable[[int, Node], Token]) -> list[Term]:
     for block in node.blocks():
         tokens: Term = []
         for factor in block.factors():
-            whole = (
-                factor.root.structure is not None
-            )  # blocks inside a product, none of which grows
+            # Blocks inside a product do not grow: their size is one number
+            whole = factor.root.structure is not None
             spelled = Token(str(factor.root.size)) if whole else token(at, factor.root)
             if spelled.text.isdigit() and tokens and tokens[-1].text.isdigit():
                 tokens[-1] = Token(str(int(tokens[-1].text) * int(spelled.text)))

@@ -77,13 +77,13 @@ def advise(
     raise_all(BudgetError, "no pilots can be trained:", faults)
     choices = family(path, over, by)
     first = next(iter(choices.fixed.values())).seed
-    made = pilots(choices, chosen, times, range(first, first + seeds))
-    tree = branches([p.plan for p in made], run, [p.folder for p in made])
+    designed = pilots(choices, chosen, times, range(first, first + seeds))
+    tree = branches([p.plan for p in designed], run, [p.folder for p in designed])
     status = train_tree(tree, options, evaluations=evaluations, console=console)
     if status:
         return status, None
     advised = read_advice(
-        choices, made, [read_finished(b.run) for b in tree], budget, margin=margin, draws=draws
+        choices, designed, [read_finished(b.run) for b in tree], budget, margin=margin, draws=draws
     )
     unit = next(iter(choices.fixed.values())).clock.unit
     sentences = _answer(advised, unit, _save_plans(choices, advised.advice, Path(run)))

@@ -67,15 +67,15 @@ def family(path: str | Path, over: Sequence[str], by: str = "copy+stack") -> Fam
     `growjax grow --by`. Raises `PlanError` for fields that cannot be changed, and `BudgetError` for plans
     that grow or train a part of a model, for fewer than two sizes, and where no size grows into another.
     """
-    made = {c.folder: c.plan for c in combinations(path, over)}
+    plans = {c.folder: c.plan for c in combinations(path, over)}
     faults = [
         f"{name}: expected a plan of one stage that trains all of one model"
-        for name, plan in made.items()
+        for name, plan in plans.items()
         if not fixed_size(plan) or len(plan.stages) > 1
     ]
     raise_all(BudgetError, f"{path}: there are no sizes to advise of:", faults)
-    counts = {name: parameters(plan.spans[0].model) for name, plan in made.items()}
-    fixed = {name: made[name] for name in sorted(made, key=counts.__getitem__)}
+    counts = {name: parameters(plan.spans[0].model) for name, plan in plans.items()}
+    fixed = {name: plans[name] for name in sorted(plans, key=counts.__getitem__)}
     if len(set(counts.values())) < len(counts) or len(fixed) < 2:
         named = ", ".join(f"{name} has {counts[name]:,} parameters" for name in fixed)
         raise BudgetError(f"over: expected two sizes or more, each of its own: {named}")
@@ -115,15 +115,17 @@ def pilots(
     choices: Family, budgets: Sequence[float], times: Sequence[float], seeds: Sequence[int]
 ) -> list[Pilot]:
     """Every size at every budget, and every growth to the next size at the largest: seed after seed."""
-    made = []
+    all_pilots = []
     for seed in seeds:
         for name in choices.fixed:
             for budget in sorted(budgets):
-                made.append(_pilot(choices, [(name, 1.0)], budget, seed))
+                all_pilots.append(_pilot(choices, [(name, 1.0)], budget, seed))
         for small, large in _next(choices):
             for time in times:
-                made.append(_pilot(choices, [(small, time), (large, 1 - time)], max(budgets), seed))
-    return made
+                all_pilots.append(
+                    _pilot(choices, [(small, time), (large, 1 - time)], max(budgets), seed)
+                )
+    return all_pilots
 
 
 def _next(choices: Family) -> list[tuple[str, str]]:
@@ -180,7 +182,7 @@ class Advised:
 
 def read_advice(
     choices: Family,
-    made: Sequence[Pilot],
+    trained: Sequence[Pilot],
     runs: Sequence[Trained],
     budget: float,
     *,
@@ -194,7 +196,7 @@ def read_advice(
     ends: dict[str, list[Ending]] = {name: [] for name in choices.fixed}
     grown: dict[tuple[str, str, float], list[tuple[Plan, float]]] = {}
     cost = 0.0
-    for pilot, run in zip(made, runs, strict=True):
+    for pilot, run in zip(trained, runs, strict=True):
         plan, loss = pilot.plan, run.outcome(pilot.plan.name).score
         cost += _own_cost(run)
         if len(pilot.sizes) == 1:

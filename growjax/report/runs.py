@@ -45,7 +45,7 @@ class Trained:
         return [row for row in self.rows if row["kind"] == "growth"]
 
     @property
-    def marks(self) -> list[dict[str, Any]]:
+    def evaluations(self) -> list[dict[str, Any]]:
         """The steps with a held-out evaluation."""
         return [row for row in self.steps if row["held_out"] is not None]
 
@@ -153,7 +153,7 @@ def write_report(
     if not trained:
         raise DataError("runs: expected at least one folder of a run")
     for run in trained:
-        if not run.marks:
+        if not run.evaluations:
             raise DataError(f"{run.run}: nothing was evaluated in it yet")
     arms = [arm_of([run], charge="flops", paths=paths) for run in trained]
     nats = f"held-out loss (nats per {per})"
@@ -161,12 +161,12 @@ def write_report(
     looks = [look(n) for n in range(len(trained))]
 
     def lines(x: str, y: str, *, smooth: bool = False, unit: float = 1.0) -> list[Line]:
-        made = []
+        drawn = []
         for run, style in zip(trained, looks, strict=True):
             points = run.points(x, y)
             points = running_mean(points) if smooth else points
-            made.append(Line(run.name, [(a / unit, b) for a, b in points], style))
-        return made
+            drawn.append(Line(run.name, [(a / unit, b) for a, b in points], style))
+        return drawn
 
     plots = [
         Plot(
@@ -257,7 +257,7 @@ def results_table(runs: Sequence[Trained]) -> Table:
     cells = [
         [
             run.name,
-            f"{run.marks[-1]['held_out']:.4f}",
+            f"{run.evaluations[-1]['held_out']:.4f}",
             f"{run.last['flops']:.4g}",
             f"{run.last['tokens']:,}",
             f"{run.last['seconds']:.0f}",
@@ -270,7 +270,7 @@ def results_table(runs: Sequence[Trained]) -> Table:
 
 
 def _scores_table(runs: Sequence[Trained]) -> list[Table]:
-    scores = [run.marks[-1].get("scores") or {} for run in runs]
+    scores = [run.evaluations[-1].get("scores") or {} for run in runs]
     names = list(dict.fromkeys(name for row in scores for name in row))
     if not names:
         return []

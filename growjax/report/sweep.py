@@ -49,7 +49,7 @@ def combinations(path: str | Path, over: Sequence[str]) -> list[Combination]:
             )
             continue
         ranges[name] = _values(values)
-    made = []
+    combined = []
     for chosen in itertools.product(*ranges.values()) if not faults else ():
         values = dict(zip(ranges, chosen, strict=True))
         arm = [f"{name}={_text(x)}" for name, x in values.items() if name != "seed"]
@@ -62,12 +62,12 @@ def combinations(path: str | Path, over: Sequence[str]) -> list[Combination]:
             continue
         folder = ",".join(f"{name}={_text(x)}" for name, x in values.items())
         # Brackets, stars and blanks have no place in a path of checkpoints
-        made.append(Combination(re.sub(r"[^\w.,=+-]+", "_", folder), values, plan))
-    folders = [combination.folder for combination in made]
+        combined.append(Combination(re.sub(r"[^\w.,=+-]+", "_", folder), values, plan))
+    folders = [combination.folder for combination in combined]
     for folder in sorted({f for f in folders if folders.count(f) > 1}):
         faults.append(f"{folder}: two combinations would have this folder")
     raise_all(PlanError, f"{path} cannot be swept:", faults)
-    return made
+    return combined
 
 
 def sweep(
@@ -95,14 +95,14 @@ def sweep(
 
     Raises `PlanError` for fields that cannot be swept, before it trains a run.
     """
-    made = combinations(path, over)
-    tree = branches([c.plan for c in made], run, [c.folder for c in made])
+    combined = combinations(path, over)
+    tree = branches([c.plan for c in combined], run, [c.folder for c in combined])
     status = train_tree(tree, options, evaluations=evaluations, console=console)
     if status:
         return status, None
     page = Path(run) / "sweep.html" if out is None else out
     compared = compare_runs([b.run for b in tree], out=page, margin=margin, console=console)
-    for sentence in _best(compared.arms, made):
+    for sentence in _best(compared.arms, combined):
         console.print(sentence, markup=False, highlight=False)
     console.print(rich_table(ends(compared.arms)))
     return 0, compared
@@ -124,16 +124,16 @@ def ends(arms: Sequence[Arm]) -> Table:
     return Table("Every combination, the lowest loss first", columns, cells)
 
 
-def _best(arms: Sequence[Arm], made: Sequence[Combination]) -> list[str]:
+def _best(arms: Sequence[Arm], combined: Sequence[Combination]) -> list[str]:
     """Which combination ended lowest, and of which fields it has the first or the last of the values."""
     best = min(arms, key=lambda arm: arm.loss)
     seeds = len(best.outcomes)
     sentences = [
         f"Lowest: {best.name}, {best.loss:.4f} nats over {seeds} seed{'s' if seeds > 1 else ''}."
     ]
-    chosen = next(c for c in made if c.plan.name == best.name)
+    chosen = next(c for c in combined if c.plan.name == best.name)
     for name, value in chosen.values.items():
-        numbers = sorted({c.values[name] for c in made if _is_number(c.values[name])})
+        numbers = sorted({c.values[name] for c in combined if _is_number(c.values[name])})
         if name != "seed" and len(numbers) > 1 and value in (numbers[0], numbers[-1]):
             where = "lowest" if value == numbers[0] else "highest"
             tried = f"{name}={_text(value)} is the {where} value that was tried"
