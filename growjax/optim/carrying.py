@@ -128,21 +128,11 @@ def _probed_arrays(optimizer: Any, state: Any, model: Any) -> tuple[_ProbedArray
         "for the whole transformation and this model:",
         faults,
     )
-    all_traits = probed.of(expected_cells)
-    raise_all(
-        StateError,
-        "the optimizer has these arrays only for parameters of certain sizes, so a toy does not show how "
-        "they scale; choose parameters by rank or by path, or initialise the optimizer again:",
-        [
-            f"state{cell.name}"
-            for cell, traits in zip(expected_cells, all_traits, strict=True)
-            if traits is None
-        ],
-    )
+    remedy = "choose parameters by rank or by path, or initialise the optimizer again"
+    all_traits = probed.required(expected_cells, remedy)
     shapes = {slot.steps: slot.value.shape for slot in axes_of(params).params()}
     arrays = []
     for cell, traits in zip(expected_cells, all_traits, strict=True):
-        assert traits is not None
         if traits.shaped and cell.steps is not None and own[cell.name].shape != shapes[cell.steps]:
             # The optimizer factors it at its true size, but not at the toy's
             traits = dataclasses.replace(traits, shaped=False, reach="leaf")

@@ -232,18 +232,8 @@ def _pick(mask: Any, chosen: Any, other: Any) -> Any:
 
 def _traits(optimizer: Any, params: Any, arrays: list[Cell]) -> list[Traits]:
     """The measured traits of every array of the state."""
-    all_traits = probe(optimizer, abstract(params), arrays).of(arrays)
-    raise_all(
-        StateError,
-        "the optimizer has these arrays only for parameters of certain sizes, so a toy does not show how "
-        "they scale, and no part can be frozen; choose parameters by rank or by path:",
-        [
-            f"state{cell.name}"
-            for cell, traits in zip(arrays, all_traits, strict=True)
-            if traits is None
-        ],
-    )
-    return [traits for traits in all_traits if traits is not None]
+    remedy = "to freeze a part, choose parameters by rank or by path"
+    return probe(optimizer, abstract(params), arrays).required(arrays, remedy)
 
 
 # Rules that mix ------------------------------------------------------------------------------
@@ -268,10 +258,11 @@ def refuse_mixing(optimizer: Any, params: Any, division: Division) -> None:
         return bool(mask.any() and not mask.all())
 
     split = [slot for slot in slots if in_part(slot)]
-    mixed = _mixed(optimizer, params, tuple(axes)) if split else set()
-    state = cells(jax.eval_shape(optimizer.init, abstract(params)), params) if split else []
-    all_traits = _traits(optimizer, params, state) if split else []
-    for cell, traits in zip(state, all_traits, strict=True):
+    if not split:
+        return
+    mixed = _mixed(optimizer, params, tuple(axes))
+    state = cells(jax.eval_shape(optimizer.init, abstract(params)), params)
+    for cell, traits in zip(state, _traits(optimizer, params, state), strict=True):
         if cell.steps is not None and traits.reach in ("leaf", "all"):
             mixed.add(cell.steps)
     raise_all(

@@ -26,7 +26,7 @@ import numpy as np
 
 from growjax.algebra import FIRST, WEIGHT, Law, Power, Side
 from growjax.axes import Slot, put
-from growjax.errors import StateError
+from growjax.errors import StateError, raise_all
 from growjax.optim.cells import Cell, cells, numberless
 from growjax.optim.rules import Rule
 from growjax.optim.toy import (
@@ -101,6 +101,21 @@ class Probe(NamedTuple):
             by_kind.setdefault(cell.kind, set()).add(traits)
         agreed = {kind: next(iter(group)) for kind, group in by_kind.items() if len(group) == 1}
         return [by_name.get(cell.name, agreed.get(cell.kind)) for cell in requested]
+
+    def required(self, requested: Sequence[Cell], remedy: str) -> list[Traits]:
+        """As `of`; raises `StateError`, with a remedy, for the arrays that the toy does not have."""
+        all_traits = self.of(requested)
+        raise_all(
+            StateError,
+            "the optimizer has these arrays only for parameters of certain sizes, so a toy does not show "
+            f"how they scale; {remedy}:",
+            [
+                f"state{cell.name}"
+                for cell, traits in zip(requested, all_traits, strict=True)
+                if traits is None
+            ],
+        )
+        return [traits for traits in all_traits if traits is not None]
 
 
 def probe(optimizer: Any, params: Any, requested: Sequence[Cell]) -> Probe:
