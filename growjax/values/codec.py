@@ -51,7 +51,7 @@ def _written(value: Any, where: str, depth: int, complaints: list[str]) -> Any:
         complaints.append(f"{where}: more than {_DEPTH} values in one another")
     elif isinstance(value, numbers.Real):
         # Also a NumPy number; `fits` refuses integers of more than 64 bits
-        kind = int if isinstance(value, numbers.Integral) else float
+        kind: Any = int if isinstance(value, numbers.Integral) else float
         if ranges.fits(kind, value):
             return kind(value)
         complaints.append(f"{_at(where)}{ranges.short(value)} is no number that a file can hold")
