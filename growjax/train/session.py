@@ -10,6 +10,7 @@ Open gates cost next to nothing, but dropping them changes the program; a new st
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -335,10 +336,9 @@ class Session:
             return
         fit = self._fitted(span) if isinstance(span.stage.grow, Fit) else None
         start, waited = self.stopwatch.now(), self.ahead.waited
+        probe = functools.partial(self.judge.probe, batch=span.batch)
         with self.stopwatch.apart("grow"):
-            self.state, crossing = cross(
-                self.plan, span, self.state, self._growing, self._probe_of(span), fit
-            )
+            self.state, crossing = cross(self.plan, span, self.state, self._growing, probe, fit)
         self.span, self.spent, self.moved = span, span.spent, True
         self.flops, self.losses = self.flops + span.fit_flops, []
         saved = list(self.save(crossing))
@@ -374,14 +374,6 @@ class Session:
     def _growing(self, need: Need) -> Any:
         """A compiled program of a growth."""
         return self._get(need, f"the growth into stage {need[1]}")
-
-    def _probe_of(self, span: Span) -> Any:
-        """The `probe` of `cross`: losses on one batch of held-out windows."""
-
-        def probe(program: Any, state: State, level: float) -> tuple[np.ndarray, np.ndarray]:
-            return self.judge.probe(program, state, level, span.batch)
-
-        return probe
 
     # Programs ---------------------------------------------------------------------------------
 
