@@ -1,15 +1,15 @@
 """Whether to grow: a law of the loss from decayed ends, and the best plan of a budget under it.
 
 The loss of a model of `N` parameters after `D` tokens is fitted as `E + A / N**alpha + B / D**beta`
-(Hoffmann et al. 2022). A model that grows to `N` keeps a share of the tokens of its small days, its
-*token retention* rho: it goes on as one that has counted
+(Hoffmann et al. 2022). A model that grows to `N` keeps a share of the tokens that it was trained on while
+it was small, its *token retention* rho: it goes on as one that has counted
 
     D_eff = D* + rho (D1 - D*)
 
 tokens, where `D1` is what it had counted before and `D*` is what a model of the new size needs for the
-loss that it has. With rho 0 the loss is all the state there is. Dynamic programming over sizes and the
-cost spent finds the stages that count the most tokens. A plan of one stage is a fixed size, so "do not
-grow" is one of the answers, and the usual one at a rho of 0.
+loss that it has. With rho 0 the loss alone decides how training goes on. Dynamic programming over sizes
+and the cost spent finds the stages that count the most tokens. A plan of one stage is a fixed size, so
+"do not grow" is one of the answers, and the usual one at a rho of 0.
 """
 
 import dataclasses

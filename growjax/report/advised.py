@@ -133,7 +133,7 @@ def _answer(advised: Advised, unit: str, plan: Path) -> list[str]:
     if known:
         retained = (
             f"Pilots that grew kept {statistics.fmean(advised.retention):.2f} of the tokens of their "
-            f"small days ({min(known):.2f} to {max(known):.2f} in {len(known)} of {len(every)} pilots)."
+            f"smaller size ({min(known):.2f} to {max(known):.2f} in {len(known)} of {len(every)} pilots)."
         )
     else:
         retained = (
@@ -201,7 +201,7 @@ def _by_tokens(ends: Sequence[Ending]) -> list[tuple[float, float]]:
 def _notes(choices: Family) -> list[str]:
     notes = [
         "The law is E + A / N**alpha + B / D**beta, N parameters, D tokens (Hoffmann et al. 2022).",
-        "Intervals are over draws of the law (a bootstrap over seeds and over its misfits) and of the "
+        "Intervals are over draws of the law (a bootstrap over seeds and residuals) and of the "
         "measured retentions.",
         "A plan that grows is advised where it is better by the margin in at least 90% of the draws.",
     ]

@@ -249,9 +249,9 @@ FRONTIER_NOTES = (
     "for the run, from the first step to the last; the frontier is the lowest loss that any of those was "
     "seen at for no more cost (1% more counts as the same), at its end or on its way, decayed or not.",
     "Differences are paired by seed, and by held-out window where the runs kept them. An interval over "
-    "seeds alone leaves out what another held-out text would have said.",
+    "seeds alone does not cover the differences between held-out texts.",
     "No difference found is not an equality: the interval says what is still possible. Equivalent takes "
     "two one-sided tests of a margin that was stated.",
-    "A speed-up is how many times an arm's cost the frontier needs for the arm's loss; a bound where the "
-    "frontier never got there.",
+    "A speed-up is how many times an arm's cost the frontier needs for the arm's loss; a bound where no "
+    "fixed size reached that loss.",
 )

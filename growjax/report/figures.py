@@ -347,7 +347,7 @@ def plain(name: str) -> str:
 
 
 def look(n: int) -> dict[str, Any]:
-    """Colour and dashes of the nth line of a figure; colours come again, with dashes of their own."""
+    """Colour and dashes of the nth line of a figure; colours repeat, with other dashes."""
     return {"color": _SERIES[n % len(_SERIES)], "linestyle": _DASHES[n % len(_DASHES)]}
 
 

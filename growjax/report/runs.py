@@ -234,7 +234,7 @@ def _lowest(arms: Sequence[Arm], per: str) -> str:
         text += f", for {best.cost / others[0].cost:.2f} times the FLOPs of {others[0].name}"
     return (
         f"{text}, {others[0].loss - best.loss:.4f} below {others[0].name}. "
-        "This page compares runs one by one; `growjax compare` holds seeds against a baseline."
+        "This page compares runs one by one; `growjax compare` compares several seeds with a baseline."
     )
 
 

@@ -19,13 +19,13 @@ def answer(arms: Sequence[Arm], rows: Sequence[AgainstFrontier]) -> list[str]:
     if not any(arm.fixed for arm in arms):
         return [
             "No arm here trains one model of one size from its first step to its last, so there is no "
-            "baseline: whether growing pays, these runs cannot say."
+            "baseline: these runs cannot tell whether growing pays."
         ]
     if not rows:
         best = min((arm for arm in arms if arm.fixed), key=lambda arm: arm.loss)
         return [
             f"All arms here are of one fixed size; the lowest loss is that of {best.name}, "
-            f"{best.loss:.4f} nats. Nothing that grows is held against them."
+            f"{best.loss:.4f} nats. No arm that grows is compared with them."
         ]
     sentences = []
     for group in by_place(rows).values():
