@@ -124,7 +124,7 @@ def _count_equation(equation: Any, complaints: list[str]) -> int:
     if name in _OPAQUE:
         complaints.append(f"{name}: the jaxpr does not show its computation")
         return 0
-    costs = [_count(inner, complaints) for inner in _inner(params)]
+    costs = [_count(inner, complaints) for inner in programs_in(params)]
     if name == "scan":
         return params["length"] * sum(costs)
     if name == "cond":
@@ -142,7 +142,7 @@ def _out_shape(equation: Any) -> tuple[int, ...]:
     return equation.outvars[0].aval.shape
 
 
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
+def programs_in(params: dict[str, Any]) -> Iterator[Any]:
     """The programs inside an equation: its branches, bodies and callees."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):

@@ -337,8 +337,8 @@ TABLE = """
 - leaf, traits.law, fresh=fresh, copies=copies
 + leaf, traits.law, fresh=fresh, copies=hop.keep
 @ a wrong gradient passes | certificate/record.py | certify | wrong_map
-- self.gradient <= 1e-10
-+ self.gradient <= 1e10
+- gradient <= rounding(difference.dtype, 1e-10)
++ gradient <= rounding(difference.dtype, 1e10)
 @ the second step of liveness repeats the first | certificate/measured.py | certify | half_dead
 - (zero[0][axis], zero[1][axis])
 + (zero[0][axis], zero[0][axis])
@@ -392,8 +392,8 @@ TABLE = """
 - jnp.einsum("kgtd,ksd->kgts", queries, keys).astype(_wide(queries))
 + jnp.einsum("kgtd,ksd->kgts", queries, keys)
 @ a thousand floors pass | certificate/record.py | survivors | sixteen
-- max(steps, 16 * self.floor)
-+ max(steps, 1000 * self.floor)
+- max(rounding(self.dtype, 1e-12), 16 * self.floor)
++ max(rounding(self.dtype, 1e-12), 1000 * self.floor)
 @ liveness behind open gates | certificate/measured.py | survivors | where_the_gates_stand
 - np.where(s.value.new, level, 1.0)
 + np.where(s.value.new, 1.0, 1.0)

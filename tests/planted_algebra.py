@@ -227,6 +227,12 @@ TABLE = """
 @ NaN is lost among the arrays of a gradient | certificate/measured.py | certify | never_lost
 - float(np.max([np.abs(g).max(initial=0) for g in jax.tree.leaves(tree)], initial=0))
 + float(max([np.abs(g).max(initial=0) for g in jax.tree.leaves(tree)], default=0))
+@ outputs are held to their own dtype | certificate/measured.py | certify | coarsest
+- for x in (*jaxpr.invars, *jaxpr.constvars, *(x for eqn in jaxpr.eqns for x in eqn.outvars)):
++ for x in jaxpr.outvars:
+@ gradients of a model that casts are held to float64 | certificate/record.py | certify | coarsest
+- rounding(difference.dtype, 1e-10)
++ 1e-10
 @ masked logits are the scale of outputs | certificate/measured.py | certify | never_lost
 - size = float(np.abs(a[np.isfinite(a)]).max(initial=0))
 + size = float(np.abs(a).max(initial=0))

@@ -115,6 +115,23 @@ def test_half_precision_is_held_to_its_own_noise(op):
     assert record.passed, str(record)
 
 
+def in_half(model, batch):
+    """Computes in bfloat16, in float64 as well, but for the outputs and what is accumulated."""
+    model, batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (model, batch))
+    return jax.vmap(model)(batch).astype(jnp.float32)
+
+
+def test_outputs_are_held_to_the_coarsest_dtype_that_computes_them():
+    right = gj.certify(gj.copy(hidden=7, shares="random"), net(), POINTS, key=KEY, forward=in_half)
+    wrong = gj.certify(Forgotten(), net(), POINTS, forward=in_half)
+    assert right.gradient is not None and wrong.gradient is not None
+    assert right.forward[0].relative > 1e-3 and right.gradient > 1e-4
+    assert right.passed and right.forward[0].dtype == "bfloat16", str(right)
+    assert not wrong.passed and wrong.gradient > 0.2, str(wrong)
+    # A cast of the model's own is in its measurement in float64, too
+    assert right.forward[1].dtype == "bfloat16"
+
+
 def test_a_model_in_double_precision_has_one_forward_line():
     with jax.enable_x64(True):
         record = gj.certify(gj.zeros(hidden=8), net(dtype=jnp.float64), POINTS, key=KEY)

@@ -32,7 +32,8 @@ from growjax.certificate.coordinates import (
     steps,
 )
 from growjax.certificate.pieces import TURNS, in_pieces, repeats
-from growjax.certificate.record import Certificate, Difference
+from growjax.certificate.record import Certificate, Difference, agree
+from growjax.cost import programs_in
 from growjax.deferred import Deferred
 from growjax.errors import GrowthError
 from growjax.gates import check_level
@@ -92,7 +93,7 @@ def certify(
                 after = programs.outputs(_grown(op, model, key), batch)
             before, floor = programs.outputs(model, batch), programs.outputs(turned, batch)
             shown = shown_outputs(before.outputs, after.outputs)
-            native = compared(before, after, floor, shown)
+            native = compared(before, after, floor, shown, coarsest(forward, model, batch))
     # Then everything in float64, which tells a wrong operator from rounding
     with jax.enable_x64(True):
         small = wide(model)
@@ -106,13 +107,17 @@ def certify(
             # An axis that the outside sees (what the model is called with has it): no symmetry
             floor = before
             native = native and dataclasses.replace(native, floor=0.0)
-        exact = compared(before, after, floor, shown)
+        exact = compared(before, after, floor, shown, "float64")
         gradient = None
         if op.exactness != "approximate":
             gradient = error(before.gradient, _pulled_back(op, small, key, after.gradient))
             # The transpose drops what new entries have alone, and with it NaN
             if np.isfinite(largest(before.gradient)) and not np.isfinite(largest(after.gradient)):
                 gradient = np.inf
+        if not agree(exact, gradient):
+            # A model that casts to a dtype of its own rounds to that one in float64 as well
+            everything = _Programs(forward, loss).outputs
+            exact = dataclasses.replace(exact, dtype=coarsest(everything, small, rows))
         observe = lambda m: programs.observed(m, rows, shown)  # noqa: E731
         dead, locked = _liveness(op, model, grown, after.gradient, observe, level)
     old, new = axes_of(model).sizes, axes_of(big).sizes
@@ -245,17 +250,35 @@ def probe(outputs, shown: Shown) -> Any:
     return total
 
 
-def compared(before, after, floor, shown: Shown) -> Difference:
-    """The difference of two observations; `floor` differs from the first by rounding alone."""
+def coarsest(function: Callable, *args: Any) -> str:
+    """The dtype with the largest rounding error in which a function holds or computes any number.
+
+    Logits are often accumulated in a finer dtype than that of the activations, whose rounding they carry.
+    """
+    epsilons = {}
+
+    def walk(jaxpr):
+        for x in (*jaxpr.invars, *jaxpr.constvars, *(x for eqn in jaxpr.eqns for x in eqn.outvars)):
+            dtype = getattr(x.aval, "dtype", None)
+            if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
+                epsilons[str(dtype)] = float(jnp.finfo(dtype).eps)
+        for eqn in jaxpr.eqns:
+            for inner in programs_in(eqn.params):
+                walk(inner)
+
+    walk(eqx.filter_make_jaxpr(function)(*args)[0].jaxpr)
+    return max(epsilons, key=lambda dtype: epsilons[dtype])
+
+
+def compared(before, after, floor, shown: Shown, dtype: str) -> Difference:
+    """The difference of two observations; `floor` differs from the first by rounding in `dtype` alone."""
     before, after, floor = (jax.tree.map(np.asarray, each) for each in (before, after, floor))
     absolute, relative = distance(before.outputs, after.outputs)
-    leaves = [y for y in jax.tree.leaves(before.outputs) if jnp.issubdtype(y.dtype, jnp.inexact)]
     losses = [
         float(probe(each.outputs, shown) if each.loss is None else each.loss)
         for each in (before, after)
     ]
     noise = distance(before.outputs, floor.outputs)[1]
-    dtype = str(jnp.result_type(*leaves))
     return Difference(dtype, absolute, relative, losses[1] - losses[0], noise)
 
 

@@ -12,8 +12,9 @@ from growjax.growth.operator import Exactness
 class Difference:
     """How far outputs and loss moved.
 
-    `absolute` is the largest change of an output; `relative` is that over the largest output, and `floor`
-    the same for the permuted model, which differs by rounding alone.
+    `dtype` is the coarsest that the model computes in, which may not be that of its outputs. `absolute`
+    is the largest change of an output; `relative` is that over the largest output, and `floor` the same
+    for the permuted model, which differs by rounding alone.
     """
 
     dtype: str
@@ -28,8 +29,19 @@ class Difference:
 
         1e-12 in float64 and 16 times the epsilon of another dtype, or 16 times the floor if that is more.
         """
-        steps = 1e-12 if self.dtype == "float64" else 16 * float(jnp.finfo(self.dtype).eps)
-        return max(steps, 16 * self.floor)
+        return max(rounding(self.dtype, 1e-12), 16 * self.floor)
+
+
+def rounding(dtype: str, double: float) -> float:
+    """16 times the epsilon of a dtype; `double` in float64."""
+    return double if dtype == "float64" else 16 * float(jnp.finfo(dtype).eps)
+
+
+def agree(difference: Difference, gradient: float | None) -> bool:
+    """Whether outputs and gradients (None: not measured) in one dtype differ by rounding alone."""
+    # A gradient that is NaN agrees with nothing
+    gradients_agree = gradient is None or gradient <= rounding(difference.dtype, 1e-10)
+    return difference.relative <= difference.limit and gradients_agree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +51,8 @@ class Certificate:
     - `axes`: axis to (old size, new size).
     - `forward`: one `Difference` per dtype.
     - `poison`: fill to whether outputs are bitwise those of the first fill; empty without closed entries.
-    - `gradient`: largest relative error of the transposed gradient in float64; None if approximate.
+    - `gradient`: largest relative error of the transposed gradient, in the last dtype of `forward`
+      (float64, unless the model casts its numbers); None if approximate.
     - `dead`: axis to the share of its new entries without gradient after one and after two steps.
     - `locked`: axis to the number of copies that moved exactly like their source.
     - `part`: the coordinates of the old model that all but `forward` was measured on, of each axis that
@@ -61,9 +74,9 @@ class Certificate:
         """Whether the operator does what its exactness class promises (nothing, if approximate)."""
         if self.exactness == "approximate":
             return True
-        outputs_agree = all(d.relative <= d.limit for d in self.forward)
-        gradients_agree = self.gradient is None or self.gradient <= 1e-10
-        return outputs_agree and gradients_agree and all(self.poison.values())
+        *native, exact = self.forward
+        outputs_agree = all(d.relative <= d.limit for d in native)
+        return outputs_agree and agree(exact, self.gradient) and all(self.poison.values())
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, ready for JSON."""

@@ -95,7 +95,7 @@ def certify_deferred(
     after = observed("the grown model", grown)
     floor = observed("the model, permuted", permuted(model))
     shown = shown_outputs(before.outputs, after.outputs)
-    native = compared(before, after, floor, shown)
+    native = compared(before, after, floor, shown, certificate.forward[0].dtype)
     with jax.enable_x64(True):
         small = wide(model)
         big = grow_deferred(op, small, Path(scratch) / "wide", key=draws.key(0), small=least)
@@ -105,7 +105,7 @@ def certify_deferred(
         if distance(before.outputs, floor.outputs)[1] > SAME:
             # An axis that the outside sees is no symmetry (see `certify`)
             floor, native = before, dataclasses.replace(native, floor=0.0)
-        exact = compared(before, after, floor, shown)
+        exact = compared(before, after, floor, shown, certificate.forward[-1].dtype)
     old, new = axes_of(model).sizes, axes_of(grown).sizes
     return dataclasses.replace(
         certificate,
