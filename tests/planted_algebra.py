@@ -233,6 +233,12 @@ TABLE = """
 @ gradients of a model that casts are held to float64 | certificate/record.py | certify | coarsest
 - rounding(difference.dtype, 1e-10)
 + 1e-10
+@ coordinates of the first model count as new | optim/scale.py | losses | rate_of_its_own
+- added & (age < steps)
++ age < steps
+@ copies are as old as their sources to a rate of its own | optim/carrying.py | losses | rate_of_its_own
+- number = 0 if cell.counts == "since" else growths[cell.node] + 1
++ number = growths[cell.node] + 1 if cell.counts == "birth" else leaf.max()
 @ masked logits are the scale of outputs | certificate/measured.py | certify | never_lost
 - size = float(np.abs(a[np.isfinite(a)]).max(initial=0))
 + size = float(np.abs(a).max(initial=0))

@@ -23,7 +23,7 @@ import growjax as gj
 from growjax import optim
 from growjax.axes import put
 from growjax.errors import StateError
-from growjax.optim.age import Ages
+from growjax.optim.age import Ages, Since
 from growjax.optim.rules import AveragedState
 from growjax.plan.optimizer import Name, Optimizer
 from tests.walks import (
@@ -41,6 +41,8 @@ from tests.walks import (
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of factories that optax will drop
 TOLERANCE = 1e-4  # of the largest entry of an array: the small constants of optimizers
+# They count what a fresh run has not had; tests/test_births.py and tests/test_losses.py hold them
+COUNTERS = (Ages, gj.Births, Since)
 DEEP = os.environ.get("GROWJAX_PROFILE") == "deep"
 
 
@@ -314,7 +316,7 @@ def run(optimizer: Any, along: Path) -> Any:
 def arrays(state: Any) -> dict[str, Any]:
     """The arrays of a state by their paths; whole trees like the parameters are `Layers`."""
     nodes = jax.tree_util.tree_leaves_with_path(
-        state, is_leaf=lambda x: isinstance(x, Layers | Ages)
+        state, is_leaf=lambda x: isinstance(x, (Layers, *COUNTERS))
     )
     return {jax.tree_util.keystr(path): node for path, node in nodes}
 
@@ -357,7 +359,7 @@ def assert_carried(optimizer: Any, grown: Growth, state: Any, carried: Any) -> N
             near(field, getattr(model, field), getattr(judged[1], field))
     rest = expected(optimizer, grown, state)
     for name, node in arrays(carried).items():
-        if isinstance(node, Ages) or ".offset" in name:
+        if isinstance(node, COUNTERS) or ".offset" in name:
             continue
         fields = SHAPES if isinstance(node, Layers) else [None]
         for field in fields:

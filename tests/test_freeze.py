@@ -17,6 +17,7 @@ from growjax.errors import PlanError, StateError
 from growjax.forecast.dryrun import work_label
 from growjax.models import GPT
 from growjax.optim.age import Ages
+from growjax.optim.scale import scale_new
 from growjax.parallel import Layout
 from growjax.runs.checkpoint import load
 from growjax.train import Optimizer, Options, load_plan, save_plan, train
@@ -131,6 +132,17 @@ def test_a_layer_is_as_old_as_the_steps_that_it_ran():
         updates, state = optim.freeze(running, updates, after, state)
         trained, seen = optax.apply_updates(trained, updates), seen + np.asarray(running["layers"])
     assert np.array_equal(ages(state)[0], seen) and len(set(seen.tolist())) > 1
+
+
+def test_layers_that_did_not_run_are_no_newer_than_they_were():
+    tx, trained = scale_new(0.25, 10), gj.partition(gpt())[0]
+    ones = jax.tree.map(jnp.ones_like, trained)
+    before = tx.init(trained)
+    for _ in range(2):
+        updates, after = tx.update(ones, before)
+        assert all(np.all(u == 1) for u in jax.tree.leaves(updates))
+        left_out = {"layers": jnp.arange(LAYERS) > 0}
+        _, before = optim.freeze(left_out, updates, after, before)
 
 
 def test_moments_of_no_layer_are_refused():

@@ -77,8 +77,12 @@ def test_a_loss_is_that_of_its_targets_and_weights(key):
 # Optimizers as data ------------------------------------------------------------------------------
 
 
-def test_what_growth_added_moves_at_a_rate_of_its_own_for_a_while(key):
-    """Signs of gradients (lion) make every update 1, so the factor can be read off."""
+@pytest.mark.parametrize("op", [gj.zeros(mlp=20), gj.copy(mlp=20)], ids=str)
+def test_what_growth_added_moves_at_a_rate_of_its_own_for_a_while(key, op):
+    """Signs of gradients (lion) make every update 1, so the factor can be read off.
+
+    Copies keep the age of their source, and are new all the same.
+    """
     small = GPT(dataclasses.replace(SMALL, layers=1), key=key)
     tx = Optimizer("lion", clip=None, new_rate=3.0, new_steps=2).build()
     trained = gj.partition(small)[0]
@@ -86,7 +90,6 @@ def test_what_growth_added_moves_at_a_rate_of_its_own_for_a_while(key):
     updates, state = update(jax.tree.map(jnp.ones_like, trained), tx.init(trained))
     assert all(np.all(u == 1) for u in jax.tree.leaves(updates))  # nothing is new at birth
 
-    op = gj.zeros(mlp=20)
     state = gj.carry(op, state, small, optimizer=tx, key=key)
     ones = jax.tree.map(jnp.ones_like, gj.partition(gj.grow(op, small, key=key))[0])
     for expected in (3.0, 3.0, 1.0):

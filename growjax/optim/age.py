@@ -72,6 +72,12 @@ def born(params: Any, dtype: Any = jnp.int32) -> Ages:
     return Ages({axis: jnp.zeros(size, dtype) for axis, size in sizes.items()})
 
 
+def just_born(params: Any) -> Since:
+    """0 updates since the birth of every coordinate of every axis."""
+    zeros = {axis: jnp.zeros(size, jnp.int32) for axis, size in axes_of(params).sizes.items()}
+    return Since(zeros, jnp.zeros((), jnp.int32))
+
+
 def scale_by_adam(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, nesterov: bool = False
 ) -> Any:

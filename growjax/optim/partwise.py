@@ -24,7 +24,7 @@ from growjax.axes import Slot, axes_of, find, put
 from growjax.errors import StateError, raise_all
 from growjax.growth import Births
 from growjax.growth.births import over_entries
-from growjax.optim.age import Since, oldest, youngest
+from growjax.optim.age import Since, just_born, oldest, youngest
 from growjax.optim.cells import Cell, alike, cells
 from growjax.optim.divided import Decays, Division, Parts, Share
 from growjax.optim.probe import Traits, probe
@@ -108,10 +108,8 @@ def parts(
     tx: Any = optimizer if isinstance(optimizer, Rule) else optax.with_extra_args_support(optimizer)
 
     def init(params):
-        sizes = axes_of(params).sizes
         births = jax.tree.map(jnp.asarray, Births.original(params))
-        zeros = {axis: jnp.zeros(size, jnp.int32) for axis, size in sizes.items()}
-        return PartsState(tx.init(params), births, Since(zeros, jnp.zeros((), jnp.int32)))
+        return PartsState(tx.init(params), births, just_born(params))
 
     def update(updates, state: PartsState, params=None, **more):
         if not isinstance(state, PartsState):

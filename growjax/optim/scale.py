@@ -1,12 +1,14 @@
-"""Multipliers of updates: by the size of the tensor, and by the age of a coordinate."""
+"""Multipliers of updates: by the size of the tensor, and for coordinates that growth has just added."""
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from growjax.axes import axes_of, get, put
-from growjax.optim.age import Ages, born, by_youngest, older
+from growjax.growth import Births
+from growjax.growth.births import entry_births
+from growjax.optim.age import Since, just_born, youngest
 
 
 def scale_by_parameter(floor: float = 1e-3) -> Any:
@@ -33,10 +35,13 @@ def scale_by_parameter(floor: float = 1e-3) -> Any:
 
 
 class NewState(NamedTuple):
-    """The number of updates so far, and the age of every coordinate."""
+    """The births of coordinates, and the updates since each.
 
-    count: Int[Array, ""]
-    ages: Ages
+    Not their ages: a copy may be as old as its source, and a layer that does not run grows no older.
+    """
+
+    births: Births
+    since: Since
 
 
 def scale_new(rate: float, steps: int) -> Any:
@@ -48,14 +53,18 @@ def scale_new(rate: float, steps: int) -> Any:
     import optax
 
     def init(params):
-        return NewState(jnp.zeros((), jnp.int32), born(params))
+        return NewState(jax.tree.map(jnp.asarray, Births.original(params)), just_born(params))
 
     def update(updates, state: NewState, params=None):
         del params
-        out = {}
-        for slot, age in by_youngest(updates, state.ages.of, state.count):
-            factor = jnp.where((age < state.count) & (age < steps), rate, 1.0)
-            out[slot.steps] = slot.value * factor.astype(slot.value.dtype)
-        return put(updates, out), NewState(state.count + 1, older(state.ages))
+        table, out = axes_of(updates), {}
+        for slot in table.of_kind("param"):
+            if slot.arrays():
+                added = entry_births(slot, state.births.of, table.sizes) > 0
+                age = youngest(slot, state.since.of, table.sizes, steps)
+                factor = jnp.where(added & (age < steps), rate, 1.0)
+                out[slot.steps] = slot.value * factor.astype(slot.value.dtype)
+        since = jax.tree.map(lambda count: count + 1, state.since)
+        return put(updates, out), NewState(state.births, since)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
