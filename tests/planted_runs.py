@@ -400,4 +400,19 @@ TABLE = """
 @ a damaged file of losses is any error | runs/run.py | damage | any_file_of_a_run
 - except Exception as error:
 + except (OSError, ValueError, KeyError, EOFError) as error:
+@ the checksum of a journal's line is not compared | runs/journal.py | damage | digits_that_changed
+- if zlib.crc32(line.encode()) != int(checked[2], 16):
++ if not int(checked[2], 16) >= 0:
+@ a last line that is damaged is taken for cut off | runs/journal.py | damage | only_a_part
+- if _CHECKED.match(tail) and not _CHECKED.fullmatch(tail):
++ if _CHECKED.match(tail) and not tail:
+@ the plan of a run has no seal | runs/saves.py | damage | digits_that_changed
+- save_plan(self.plan, self.run.plan_file, sealed=True)
++ save_plan(self.plan, self.run.plan_file)
+@ the seal of a value is not compared | values/codec.py | damage | digits_that_changed
+- if seal != seal_of(saved):
++ if not seal:
+@ TensorBoard shows repeated steps twice | runs/watch.py | commands | repeats_in_tensorboard
+- self.writer = self.library.SummaryWriter(self.folder, purge_step=step)
++ self.writer = self.library.SummaryWriter(self.folder, purge_step=0)
 """

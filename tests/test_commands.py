@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from growjax.report.runs import write_report
 from growjax.runs.checkpoint import read_lineage
 from growjax.runs.journal import peak_flops
 from growjax.runs.lineage import load_model
+from growjax.runs.watch import TensorBoard
 from growjax.select import RhoLoss
 from growjax.train import CorpusFeed, Options, Run, Step, load_plan, read_journal, save_plan, watch
 from growjax.train.commands import describe, grow_checkpoint, operator_of
@@ -131,6 +133,31 @@ def test_trackers_get_the_numbers_of_every_step(programs, monkeypatch, tmp_path)
     assert seen == [("open", "tiny"), *expected, "closed"]
     with pytest.raises(TrainingError, match="trackers: expected some of tensorboard, wandb"):
         next(watch([], p, run=tmp_path, trackers=["clearml"]))
+
+
+def test_a_resumed_run_replaces_what_it_repeats_in_tensorboard(monkeypatch, tmp_path):
+    seen: list[Any] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int):
+            seen.append((folder, purge_step))
+
+        def add_scalar(self, *numbers: Any) -> None:
+            seen.append(numbers)
+
+        def close(self) -> None:
+            seen.append("closed")
+
+    monkeypatch.setitem(
+        sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    )
+    for steps_done in ((3, 4), ()):
+        tracker = TensorBoard(tmp_path, plan(steps(2)))
+        for step in steps_done:
+            tracker.write(step, {"loss": 1.5})
+        tracker.close()
+    folder = str(tmp_path / "tensorboard")
+    assert seen == [(folder, 3), ("loss", 1.5, 3), ("loss", 1.5, 4), "closed"]
 
 
 # Plans from files --------------------------------------------------------------------------------

@@ -9,16 +9,17 @@ from growjax.errors import PlanError
 from growjax.plan.plan import Plan
 
 
-def save_plan(plan: Plan, path: str | Path) -> None:
+def save_plan(plan: Plan, path: str | Path, *, sealed: bool = False) -> None:
     """Write a plan as indented JSON; the file is replaced in one step.
 
-    Raises `PlanError` that lists every class and function without a name in files.
+    `sealed` adds a checksum, so that an altered file is refused, as that of a run is. Raises `PlanError`
+    that lists every class and function without a name in files.
     """
-    values.write(plan, path, error=PlanError)
+    values.write(plan, path, sealed=sealed, error=PlanError)
 
 
 def load_plan(path: str | Path, *, allow: Sequence[str] = ()) -> Plan:
-    """Read a plan from JSON; raises `PlanError` that lists every fault.
+    """Read a plan from JSON; raises `PlanError` that lists every fault, or that its seal is broken.
 
     `allow` names packages, besides growjax, whose classes and functions the plan may use; see
     `growjax.values.allow`.

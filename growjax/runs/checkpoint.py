@@ -10,7 +10,6 @@ an operator makes a small model larger.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -27,6 +26,7 @@ from orbax.checkpoint import v1 as ocp
 from growjax.errors import CheckpointError, DamagedError, raise_all
 from growjax.programs.step import checksums
 from growjax.runs.run import checkpoints_in, refuse_pattern, step_of
+from growjax.values import seal_of
 
 
 # Parts of folder names: of a checkpoint that Orbax has not finished, of one that is being removed, and
@@ -281,8 +281,7 @@ def sealed(lineage: Mapping[str, Any]) -> dict[str, Any]:
     """The lineage with its seal, a checksum of its text."""
     # Through JSON, so that the text is the same before writing and after reading (tuples become lists)
     lineage = json.loads(json.dumps(lineage))
-    text = json.dumps(lineage, sort_keys=True)
-    return {**lineage, "seal": hashlib.sha256(text.encode()).hexdigest()}
+    return {**lineage, "seal": seal_of(lineage)}
 
 
 # The fields of a lineage -------------------------------------------------------------------------

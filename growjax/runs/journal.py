@@ -1,7 +1,7 @@
 """The journal of a run: a line of JSON for every record, appended to a file.
 
 A resumed run repeats the steps after its checkpoint, so the file may hold a step twice; `read_journal`
-returns each step once.
+returns each step once. The last field of each line, "crc", is a checksum of the rest.
 """
 
 import collections
@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -142,7 +144,7 @@ class Journal:
     def add(self, row: dict[str, Any]) -> None:
         """Append one row."""
         try:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(line_of(row))
             self._file.flush()
         except OSError as error:
             # Closed here, since `__exit__` would try to flush again, and hide this error by its own
@@ -157,8 +159,21 @@ class Journal:
         )
 
 
+# A line, and its checksum: the CRC-32 of the same line without that field
+_CHECKED = re.compile(r'(.*), "crc": "([0-9a-f]{8})"}', re.DOTALL)
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """The line of a row, which has at least one field."""
+    text = json.dumps(row)
+    return f'{text[:-1]}, "crc": "{zlib.crc32(text.encode()):08x}"}}\n'
+
+
 def mend(path: Path) -> None:
-    """Truncate a journal after its last line break, if a kill has cut off its last line."""
+    """Truncate a journal after its last line break, if a kill has cut off its last line.
+
+    Raises `DataError` if that line is whole and its line break is not.
+    """
     if not path.is_file():
         return
     with open(path, "r+b") as file:
@@ -173,7 +188,18 @@ def mend(path: Path) -> None:
                 break
             end = start
         if end < size:
+            file.seek(end)
+            _refuse_whole(file.read().decode(errors="replace"), path)
             file.truncate(end)
+
+
+def _refuse_whole(tail: str, path: Path) -> None:
+    """Raise `DataError` if what stands after the last line break is more than a part of a line."""
+    if _CHECKED.match(tail) and not _CHECKED.fullmatch(tail):
+        raise DataError(
+            f"{path}: expected a line break at the end, got {tail[-8:]!r}; put one in place of what "
+            "follows the last }"
+        )
 
 
 def inherit(path: Path, trunk: str, begin: Begin) -> None:
@@ -190,7 +216,7 @@ def inherit(path: Path, trunk: str, begin: Begin) -> None:
         and _stays(row, begin.step, begin.stage)
     ]
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.write_text("".join(map(line_of, rows)), encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -211,22 +237,31 @@ _KINDS = tuple(kind.__name__.lower() for kind in get_args(Record))
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a journal in the order of the file; a last line that was cut off is left out.
 
-    Raises `DataError` for a file that cannot be read, or for a line that is not a record; and so does a
-    row for a field that it lacks.
+    Raises `DataError` for a file that cannot be read, and for a line that is not a record or was changed
+    after it was written; and so does a row for a field that it lacks. Lines of earlier versions have no
+    checksum.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = path.read_bytes().decode(errors="replace")
     except OSError as error:
         raise DataError(f"{path}: no journal of a run: {error.strerror}") from error
+    *lines, tail = text.split("\n")
+    _refuse_whole(tail, path)
     for n, line in enumerate(lines):
         where = f"{path}:{n + 1}"
+        checked = _CHECKED.fullmatch(line)
+        if checked:
+            line = checked[1] + "}"
+            if zlib.crc32(line.encode()) != int(checked[2], 16):
+                raise DataError(
+                    f"{where}: this record was changed after it was written: its checksum is not "
+                    f"{checked[2]}; remove that line, or its field 'crc' if the rest is right"
+                )
         try:
             row = json.loads(line, object_hook=functools.partial(Row, where=where))
         except ValueError:
             row = None
         if not isinstance(row, Row) or row.get("kind") not in _KINDS:
-            if n == len(lines) - 1:
-                return
             raise DataError(
                 f"{where}: expected a record in JSON, got {line[:60]!r}; remove that line"
             )
@@ -237,7 +272,7 @@ def read_journal(run: str | Path) -> list[dict[str, Any]]:
     """The rows of a run, each step once: a step that a later session repeated has the later row only.
 
     A last line that was cut off by a kill is left out. Raises `DataError` for a folder without a
-    journal, or for a line that is not a record.
+    journal, or for a line that is not a record or was changed.
     """
     rows: list[dict[str, Any]] = []
     for row in lines_of(Path(run) / NAME):

@@ -11,7 +11,7 @@ import equinox as eqx
 
 from growjax import __version__
 from growjax.errors import CheckpointError, DamagedError, GrowjaxError, raise_all
-from growjax.plan.files import differences, load_plan, save_plan
+from growjax.plan.files import differences, save_plan
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span
 from growjax.programs.step import Programs, State
@@ -81,7 +81,7 @@ class Saves:
         )
         self.notes: list[str] = []
         if run.plan_file.exists():
-            old = load_plan(run.plan_file)
+            old = run.plan()
             faults = list(differences(_fixed(old), _fixed(plan)))
             hint = "choose another folder, or go on with that one"
             raise_all(CheckpointError, f"{run} holds the run of another plan; {hint}:", faults)
@@ -138,7 +138,7 @@ class Saves:
         """Write the plan into the folder of the run, which need not exist."""
         try:
             self.run.folder.mkdir(parents=True, exist_ok=True)
-            save_plan(self.plan, self.run.plan_file)
+            save_plan(self.plan, self.run.plan_file, sealed=True)
         except OSError as error:
             raise CheckpointError(
                 f"{self.run.plan_file}: could not be written: {error.strerror}"

@@ -35,14 +35,19 @@ class TensorBoard:
 
     def __init__(self, run: Path, plan: Plan):
         del plan
-        self.writer = _library("tensorboardX").SummaryWriter(str(run / "tensorboard"))
+        self.folder, self.library = str(run / "tensorboard"), _library("tensorboardX")
+        self.writer: Any = None
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self.writer is None:
+            # From here on, this session repeats what an earlier one may have written
+            self.writer = self.library.SummaryWriter(self.folder, purge_step=step)
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 class WandB:

@@ -3,12 +3,15 @@
     {"is": "growjax:Schedule", "peak": 0.002, "shape": "wsd"}
     {"is": "function", "name": "my_pkg.inits:orthogonal"}
 
+The file of a value may end with a checksum of the rest, under the key "sha-256".
+
 A value holds numbers, strings, True, False, None, tuples (lists in a file), dicts with strings for keys,
 functions that have a name, and values. The key "is" holds the name of the class. Reading lists every
 fault with its path in the data, and takes time and memory in proportion to the size of the file.
 """
 
 import collections
+import hashlib
 import json
 import numbers
 import os
@@ -24,6 +27,7 @@ _DEPTH = 64  # the deepest nesting of values in values; Python's own recursion l
 _BYTES = 1 << 26  # the largest file, 64 MiB: clocks and plans have some thousand lines
 _VALUES = 10_000  # the most values of a file: each takes up to a millisecond to check
 _FAULTS = 30  # the most faults that one error lists
+_SEAL = "sha-256"  # no name of a field, so no class can have it
 # The result of reading data that have a fault. Not None, which is a value.
 _INVALID: Any = object()
 
@@ -273,10 +277,26 @@ def from_json(
         raise error(f"{source or 'this text'}: not JSON: {reason}") from fault
 
 
-def write(value: Any, path: str | Path, *, error: type[GrowjaxError] = FormatError) -> None:
-    """Write a value as indented JSON. The file is replaced in one step, and never seen half written."""
-    path = Path(path)
-    text = json.dumps(to_dict(value, error=error), indent=1) + "\n"
+def seal_of(saved: Any) -> str:
+    """The SHA-256 of data that JSON holds, as 64 hexadecimal digits; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()
+
+
+def write(
+    value: Any,
+    path: str | Path,
+    *,
+    sealed: bool = False,
+    error: type[GrowjaxError] = FormatError,
+) -> None:
+    """Write a value as indented JSON. The file is replaced in one step, and never seen half written.
+
+    `sealed` adds a checksum, which `read` compares: for files that nobody should edit.
+    """
+    path, saved = Path(path), to_dict(value, error=error)
+    if sealed:
+        saved = {**saved, _SEAL: seal_of(saved)}
+    text = json.dumps(saved, indent=1) + "\n"
     # Written under another name and then renamed; the process number keeps two writers apart
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
@@ -290,7 +310,7 @@ def read(
     allow: Sequence[str] = (),
     error: type[GrowjaxError] = FormatError,
 ) -> Any:
-    """Read a value that `write` wrote; raises `error` that lists every fault.
+    """Read a value that `write` wrote; raises `error` that lists every fault, or for a broken seal.
 
     **Example**
 
@@ -305,4 +325,11 @@ def read(
     except OSError as fault:
         raise error(f"{path}: {fault.strerror or fault}") from fault
     saved = from_json(text, source=str(path), error=error)
+    if isinstance(saved, dict) and _SEAL in saved:
+        seal = saved.pop(_SEAL)
+        if seal != seal_of(saved):
+            raise error(
+                f"{path}: it was changed after it was written: its checksum is not {ranges.short(seal)}. "
+                f"Put the original back or, if it was meant to change, remove {_SEAL!r} from it"
+            )
     return from_dict(saved, expected, allow=allow, error=error, source=str(path))
