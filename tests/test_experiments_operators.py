@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,19 @@ def test_the_page_on_choosing_says_what_was_seen():
     base = SMALL.base
     for shape in (SMALL.small, *SMALL.large.values()):
         assert f"{base.parameters(shape):,}" in text
+
+
+def test_the_figure_of_the_first_page_is_of_the_committed_runs():
+    figures = FOLDER.parents[1] / "docs" / "figures"
+    script = runpy.run_path(str(figures / "results.py"))
+    for theme in ("light", "dark"):
+        drawn = (figures / f"results-{theme}.svg").read_text()
+        assert (
+            drawn == script["drawn"](theme)
+            and f"results-{theme}.svg#only-{theme}" in (figures.parent / "index.md").read_text()
+        )
+    # The numbers of the page on choosing, which are those of the summary
+    assert all(f">+{mean}<" in drawn for mean in ("0.039", "0.425", "0.449"))
 
 
 def test_the_readme_says_what_was_seen():
