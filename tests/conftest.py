@@ -32,6 +32,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Of processes with several devices: each device waits in a collective on a thread of a shared pool. With
 # a thread a core, all threads may wait for a device that has none, until XLA ends the process.
 SEVERAL_DEVICES = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "32"}
+# A program for CPUs of several processes, once it is loaded from the cache, ends them all (JAX 0.10)
+UNCACHED = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -2,24 +2,34 @@
 
     python -m tests.killed FOLDER DOOM ...
     python -m tests.killed FOLDER --tree DOOM ...       a tree of plans instead
+    python -m tests.killed FOLDER --hosts DOOM ...      every session is two processes, a device each
 
 One session in FOLDER/whole from beginning to end, one a doom in FOLDER/killed, and one there to its end;
 each step and each end is a line of JSON. Processes are forked before JAX has looked for its devices: they
 share what was imported, and nothing else. A doom is a place and how often to come past it, and kills
 there: `saving:2`. With a signal before it, that is sent instead, once or twice: `INT saving:2`, `TERM
-twice step:1`. The place `after:MS` comes so many milliseconds after the first record.
+twice step:1`. The place `after:0.3` comes after so much of the time that a whole session takes, from the
+first record, and `within:0.3` from the beginning. Of two processes, both come to their doom, or one does:
+`1 INT saving:2`. The doom `anew` begins another run, in FOLDER/killed 2, once that one is over.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import random
 import signal
+import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import growjax as gj
+from growjax import parallel
 from growjax.data import Blended, ByteTokenizer, Corpus
 from growjax.runs import checkpoint, saves
 from growjax.train import (
@@ -28,6 +38,7 @@ from growjax.train import (
     CorpusFeed,
     End,
     Growth,
+    Layout,
     Options,
     Plan,
     Schedule,
@@ -40,6 +51,18 @@ from growjax.train import (
 from growjax.train import session as loop
 from growjax.train.commands import INTERRUPTED, STOPPED
 from tests.runs import BATCH, TEXT, TOKENS, plan, steps
+
+
+HOSTS = 2
+
+
+def split() -> Plan:
+    """Growth behind gates that open over two steps, on two devices: 3 + 5 steps."""
+    return plan(
+        steps(3, "small"),
+        steps(5, "ramp", grow=gj.msg(mlp=24, heads=4), ramp=2),
+        layout=Layout(fsdp=HOSTS),
+    )
 
 
 def short() -> Plan:
@@ -83,7 +106,8 @@ class Doom:
         self.signal, where = getattr(signal, f"SIG{words[0]}"), words[2]
         self.times = 2 if where.startswith("twice ") else 1
         self.place, _, count = where.removeprefix("twice ").partition(":")
-        self.count = int(count or 1)
+        self.count = float(count or 1)
+        self.inside: list[str] = []  # the functions of `around` that are running
 
     def at(self, place: str) -> None:
         """Die, if this is the place and the time."""
@@ -95,13 +119,14 @@ class Doom:
 
     def strike(self) -> None:
         """Send the signal, now."""
+        say(f"in {' '.join(self.inside)}")
         for _ in range(self.times):
             os.kill(os.getpid(), self.signal)
 
-    def begin(self) -> None:
-        """Set the time of a doom that comes after some milliseconds."""
-        if self.place == "after":
-            timer = threading.Timer(self.count / 1000, self.strike)
+    def begin(self, place: str) -> None:
+        """Set the time of a doom that comes some seconds after this place."""
+        if self.place == place:
+            timer = threading.Timer(self.count, self.strike)
             timer.daemon = True
             timer.start()
 
@@ -111,11 +136,26 @@ class Doom:
 
         def asked(*args: Any, **kwargs: Any) -> Any:
             self.at(before)
+            self.inside.append(name)
             result = real(*args, **kwargs)
+            self.inside.pop()
             self.at(after)
             return result
 
         setattr(module, name, asked)
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those that the system gives to whoever asks for any.
+
+    The coordinator binds it seconds later, once it has imported JAX. One that the system chose would by
+    then be free for all connections of the machine.
+    """
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def say(what: Any) -> None:
@@ -133,6 +173,7 @@ def session(folder: Path, said: str, runs: list[Branch]) -> int:
     status = 1
     # A shell that runs the tests in the background lets them ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    doom.begin("within")
     for of, run, save_at in runs:
         status = trained(of, folder / run, save_at, doom)
         if status:
@@ -146,7 +187,7 @@ def trained(of: Plan, run: Path, save_at: tuple[int, ...], doom: Doom) -> int:
     options = Options(held_out=4, save_every=2, save_at=save_at)
     for record in train(of, blended(of), run=run, options=options):
         if isinstance(record, Begin):
-            doom.begin()
+            doom.begin("after")
         if isinstance(record, End):
             asked = INTERRUPTED if record.signal == "SIGINT" else STOPPED
             status = 0 if record.finished else asked
@@ -155,26 +196,78 @@ def trained(of: Plan, run: Path, save_at: tuple[int, ...], doom: Doom) -> int:
         if isinstance(record, Step):
             say([record.step, record.loss])
             doom.at("step")
+            if jax.process_count() > 1:
+                time.sleep(0.2)  # JAX's service looks for a signal once a second
     return status
 
 
+def child(folder: Path, said: str, way: str, host: int = 0, port: int = 0) -> int:
+    """One process of a session in a folder: its process number. It exits as the command line would."""
+    number = os.fork()
+    if number:
+        return number
+    try:
+        if way == "--hosts":
+            parallel.connect(
+                coordinator_address=f"127.0.0.1:{port}",
+                num_processes=HOSTS,
+                process_id=host,
+                heartbeat=10,
+                quiet=True,
+            )
+        runs = tree(folder) if way == "--tree" else [Branch(PLANS[way](), Path(), ())]
+        status = session(folder, said, runs)
+        if way == "--hosts":
+            # As JAX does at the end of Python, and the command line where all were asked to stop
+            jax.distributed.shutdown()
+    except BaseException as error:
+        say(repr(error))
+        os._exit(1)
+    os._exit(status)
+
+
+PLANS = {"": short, "--hosts": split}
+
+
 def main() -> None:
-    folder, dooms = Path(sys.argv[1]), sys.argv[2:]
-    of_tree = dooms[:1] == ["--tree"]
+    folder, dooms, way = Path(sys.argv[1]), sys.argv[2:], ""
+    if dooms[:1] in (["--tree"], ["--hosts"]):
+        way = dooms.pop(0)
     # What orbax's first import brings is shared, too
     assert saves.Saves
-    for doom in ["whole", *dooms[of_tree:], "never"]:
-        child = os.fork()
-        if child == 0:
-            try:
-                run = folder / ("whole" if doom == "whole" else "killed")
-                status = session(run, doom, tree(run) if of_tree else [Branch(short(), Path(), ())])
-            except BaseException as error:
-                say(repr(error))
-                os._exit(1)
-            os._exit(status)
-        _, status = os.waitpid(child, 0)
-        say({"doom": doom, "status": os.waitstatus_to_exitcode(status)})
+    seconds = live(folder / "whole", "never", way)
+    if any(":0." in doom for doom in dooms) and way != "--hosts":
+        # Now that its programs are in the cache, which several processes do not use
+        seconds = live(folder / "warm", "never", way)
+    run, count = folder / "killed", 1
+    for doom in dooms:
+        if doom == "anew":
+            live(run, "never", way)
+            count += 1
+            run = folder / f"killed {count}"
+        elif ":0." in doom:
+            place, _, share = doom.partition(":")
+            live(run, f"{place}:{float(share) * seconds:.3f}", way)
+        else:
+            live(run, doom, way)
+    live(run, "never", way)
+
+
+def live(run: Path, doom: str, way: str) -> float:
+    """One session of a run, in one process or in two, and a line about its end; returns its seconds."""
+    began, port = time.monotonic(), free_port()
+    children = []
+    for host in range(HOSTS if way == "--hosts" else 1):
+        only, _, alone = doom.partition(" ")
+        said = doom if only not in ("0", "1") else alone if only == str(host) else "never"
+        children.append(child(run, said, way, host, port))
+    ends = [os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in children]
+    seconds = time.monotonic() - began
+    end = {"doom": doom, "run": run.name, "status": ends if way == "--hosts" else ends[0]}
+    # A checkpoint of which a part is there, as a kill leaves it
+    torn = [path.name for path in run.glob("checkpoints/*orbax-checkpoint-tmp*")]
+    say(end | {"seconds": round(seconds, 1), "torn": torn})
+    return seconds
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
 """One plan on many devices and hosts: the same losses everywhere, and resume from one to another."""
 
-import contextlib
 import json
 import os
-import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -17,13 +14,12 @@ from typing import Any
 import pytest
 
 import growjax as gj
-from tests.conftest import SEVERAL_DEVICES
+from tests.conftest import SEVERAL_DEVICES, UNCACHED
+from tests.killed import free_port
 
 
 ROOT = Path(gj.__file__).parents[1]
 ENVIRONMENT = {**os.environ, **SEVERAL_DEVICES}
-# A program for CPUs of several processes, once it is loaded from the cache, ends them all (JAX 0.10)
-UNCACHED = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
 def start(*args: object, devices: int = 1) -> subprocess.Popen:
@@ -36,19 +32,6 @@ def start(*args: object, devices: int = 1) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def free_port() -> int:
-    """A port that nobody listens on, below those that the system gives to whoever asks for any.
-
-    The coordinator binds it seconds later, once it has imported JAX. One that the system chose would by
-    then be free for all connections of the machine.
-    """
-    while True:
-        port = random.randrange(10_000, 30_000)
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", port))
-            return port
 
 
 @pytest.fixture(scope="module")

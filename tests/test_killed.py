@@ -1,9 +1,11 @@
 """A run that is killed ends as if it had not been: bitwise, wherever and however often it dies."""
 
 import json
+import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ import pytest
 
 import growjax as gj
 from growjax.runs.checkpoint import read_lineage
-from tests.conftest import DEEP
-from tests.killed import short
+from tests.conftest import DEEP, SEVERAL_DEVICES, UNCACHED
+from tests.killed import short, split
 
 
 ROOT = Path(gj.__file__).parents[1]
@@ -38,44 +40,66 @@ REPEATED = ("step:2", "before saving:1")
 ENDS = {"TERM twice step:1": -15, "INT twice step:1": -2, "TERM": 75, "INT": 130}
 
 
-def killed(folder: Path, dooms: list[str]) -> list[int]:
-    """The exit status of a session for each doom; the run is what an undisturbed one is, or it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.killed", str(folder), *dooms],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+def killed(folder: Path, dooms: list[str], *way: str) -> list[Any]:
+    """The exit status of a session for each doom; every run is what an undisturbed one is, or it fails.
+
+    Of two hosts (`way` is "--hosts") each status is that of both. What they say is in FOLDER/log.
+    """
+    folder.mkdir()
+    with open(folder / "log", "w") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.killed", str(folder), *way, *dooms],
+            stdout=log,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | (SEVERAL_DEVICES | UNCACHED if way else {}),
+        )
+    out = (folder / "log").read_text()
     assert done.returncode == 0, done.stderr
-    sessions: list[tuple[dict[int, float], str, int]] = [({}, "", 0)]
+    steps, finished = (split().steps, [0, 0]) if way else (short().steps, 0)
+    # The sessions of each run, the undisturbed one first: the losses of each, and its status
+    runs: dict[str, list[tuple[dict[int, float], Any]]] = {}
     losses: dict[int, float] = {}
-    for line in done.stdout.splitlines():
-        said: Any = json.loads(line)
+    for line in out.splitlines():
+        said: Any = json.loads(line) if line[:1] in '[{"' and line[1:2] != "G" else None
         if isinstance(said, dict):
-            sessions.append((losses, said["doom"], said["status"]))
+            runs.setdefault(said["run"], []).append((losses, said["status"]))
             losses = {}
-        else:
-            losses[said[0]] = said[1]
-    (expected, name, status), *others = sessions[1:]
-    assert (name, status, others[-1][2]) == ("whole", 0, 0), done.stdout
-    assert list(expected) == list(range(short().steps))
-    seen: dict[int, float] = {}
-    for end, _, _ in others:
-        assert end == {n: expected[n] for n in end}
-        seen |= end
-    assert seen == expected
-    lineages = [
-        {path.name: read_lineage(path) for path in (folder / run / "checkpoints").iterdir()}
-        for run in ("whole", "killed")
-    ]
-    last = max(lineages[0])
-    assert last == max(lineages[1]) and int(last[:8]) == short().steps
-    for name in lineages[0].keys() & lineages[1].keys():
-        # Of every array: parameters, gates and the optimizer's state
-        for what in ("checksums", "operators", "step", "stage", "tokens", "flops", "data", "level"):
-            assert lineages[0][name][what] == lineages[1][name][what], (name, what)
-    assert "optimizer" in " ".join(lineages[0][last]["checksums"])
-    return [status for _, _, status in others[:-1]]
+        elif isinstance(said, list):
+            # Two hosts both say it
+            assert losses.setdefault(said[0], said[1]) == said[1], out
+    ((expected, status),) = runs.pop("whole")
+    assert status == finished and list(expected) == list(range(steps)), out + done.stderr
+    whole = lineages(folder / "whole")
+    for name, sessions in runs.items():
+        seen: dict[int, float] = {}
+        for done_by_it, _ in sessions:
+            assert done_by_it == {n: expected[n] for n in done_by_it}, (name, out)
+            seen |= done_by_it
+        assert seen == expected and sessions[-1][1] == finished, (name, out)
+        mine = lineages(folder / name)
+        assert max(mine) == max(whole) and int(max(mine)[:8]) == steps
+        for at in whole.keys() & mine.keys():
+            # Of every array: parameters, gates and the optimizer's state
+            for what in (
+                "checksums",
+                "operators",
+                "step",
+                "stage",
+                "tokens",
+                "flops",
+                "data",
+                "level",
+            ):
+                assert whole[at][what] == mine[at][what], (name, at, what)
+    assert "optimizer" in " ".join(whole[max(whole)]["checksums"])
+    return [status for sessions in runs.values() for _, status in sessions[:-1]]
+
+
+def lineages(run: Path) -> dict[str, dict[str, Any]]:
+    """The lineage of every checkpoint of a run, by its name."""
+    return {path.name: read_lineage(path) for path in (run / "checkpoints").iterdir()}
 
 
 def test_a_run_that_is_killed_everywhere_ends_bitwise_the_same(tmp_path):
@@ -86,19 +110,58 @@ def test_a_run_that_is_killed_everywhere_ends_bitwise_the_same(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
-    """In saves and growths, too: 50 kills and 20 of each signal."""
-    draw = random.Random(0)
-    wanted = {-9: 50, 75: 20, 130: 20}
-    kinds = {-9: "", 75: "TERM ", 130: "INT "}
-    done = dict.fromkeys(wanted, 0)
-    for attempt in range(200):
-        if all(done[status] >= n for status, n in wanted.items()):
+@pytest.mark.parametrize("way", [(), ("--hosts",)], ids=["one process", "two processes"])
+def test_a_run_that_is_killed_at_random_moments_ends_bitwise_the_same(tmp_path, way):
+    """In saves and growths, too: 50 kills, and 20 signals that ask it to stop."""
+    draw, done = random.Random(0), Counter()
+    for attempt in range(20):
+        wanted = {"KILL": 50 - done["KILL"], "asked": 20 - done["INT"] - done["TERM"]}
+        if max(wanted.values()) <= 0:
             return
-        # The shorter ones come in the first steps, which a run that dies then repeats
-        dooms = [f"{kind}after:{draw.randint(0, 900)}" for _ in range(3) for kind in kinds.values()]
-        for status in killed(tmp_path / f"runs {attempt}", dooms):
-            # A run may also have reached its end before
-            assert status in (*wanted, 0)
-            done[status] = done.get(status, 0) + 1
+        dooms = random_dooms(draw, wanted, hosts=bool(way))
+        ends = killed(tmp_path / f"runs {attempt}", dooms, *way)
+        sessions = [doom for doom in dooms if doom != "anew"]
+        done.update(end_of(doom, status) for doom, status in zip(sessions, ends, strict=True))
     raise AssertionError(f"too few of them came in time: {done}")
+
+
+def random_dooms(draw: random.Random, wanted: dict[str, int], hosts: bool) -> list[str]:
+    """So many ends of sessions, "KILL" and "asked" to stop: of several runs, of two hosts both or one."""
+    kinds = [""] * wanted["KILL"] + [draw.choice(["INT ", "TERM "]) for _ in range(wanted["asked"])]
+    draw.shuffle(kinds)
+    dooms = []
+    for n, kind in enumerate(kinds):
+        if n and n % 7 == 0:
+            dooms.append("anew")
+        # Nobody asks a run to stop before it began: that is the system's own end
+        place = "after" if kind else draw.choice(["after", "after", "within"])
+        who = draw.choice(["", "0 ", "1 "]) if hosts else ""
+        # Early more often than late, since a run goes on where it ended
+        dooms.append(f"{who}{kind}{place}:{draw.random() ** 2:.3f}")
+    return dooms
+
+
+def end_of(doom: str, status: Any) -> str:
+    """What a session came to: "KILL", "INT" or "TERM", or "end" where the run was over before."""
+    if status in (0, [0, 0]):
+        return "end"
+    alone = int(doom[0]) if doom[0] in "01" else None
+    kind = next((kind for kind in ("INT", "TERM") if kind in doom), "KILL")
+    struck = {"KILL": -9, "INT": 130, "TERM": 75}[kind]
+    if not isinstance(status, list):
+        assert status == struck, (doom, status)
+    elif kind == "KILL":
+        # Who loses the other host ends too, and not as a run that is finished or asked to stop
+        assert all(
+            s == -9 if alone in (n, None) else s not in (0, 75, 130) for n, s in enumerate(status)
+        ), (
+            doom,
+            status,
+        )
+    else:
+        # Both stop before one step; who was not told itself heard of it as of a SIGTERM
+        assert all(s == struck if alone in (n, None) else s == 75 for n, s in enumerate(status)), (
+            doom,
+            status,
+        )
+    return kind

@@ -51,6 +51,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print("growjax: interrupted; all that was saved remains", file=sys.stderr)
         status = 130
+    else:
+        if status and _has_other_hosts():
+            # All were asked to stop, and have saved. Process 0 serves the others: JAX ends those that are
+            # still there when it leaves.
+            sys.modules["jax"].distributed.shutdown()
     if status:
         _leave(status)
 
