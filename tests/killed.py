@@ -4,13 +4,14 @@
     python -m tests.killed FOLDER --tree DOOM ...       a tree of plans instead
     python -m tests.killed FOLDER --hosts DOOM ...      every session is two processes, a device each
 
-One session in FOLDER/whole from beginning to end, one a doom in FOLDER/killed, and one there to its end;
-each step and each end is a line of JSON. Processes are forked before JAX has looked for its devices: they
-share what was imported, and nothing else. A doom is a place and how often to come past it, and kills
-there: `saving:2`. With a signal before it, that is sent instead, once or twice: `INT saving:2`, `TERM
-twice step:1`. The place `after:0.3` comes after so much of the time that a whole session takes, from the
-first record, and `within:0.3` from the beginning. Of two processes, both come to their doom, or one does:
-`1 INT saving:2`. The doom `anew` begins another run, in FOLDER/killed 2, once that one is over.
+One session in FOLDER/whole from beginning to end, one a doom in FOLDER/killed, and one there to its
+end; if that run is over before, the next doom begins another one, in FOLDER/killed 2. Each step and
+each end is a line of JSON. Processes are forked before JAX has looked for its devices: they share what
+was imported, and nothing else. A doom is a place and how often to come past it, and kills there:
+`saving:2`. With a signal before it, that is sent instead, once or twice: `INT saving:2`, `TERM twice
+step:1`. The place `after:0.3` comes after so much of the time that a whole session takes, from the
+first record, and `within:0.3` from the beginning. Of two processes, both come to their doom, or one
+does: `1 INT saving:2`.
 """
 
 import contextlib
@@ -235,26 +236,25 @@ def main() -> None:
         way = dooms.pop(0)
     # What orbax's first import brings is shared, too
     assert saves.Saves
-    seconds = live(folder / "whole", "never", way)
+    _, seconds = live(folder / "whole", "never", way)
     if any(":0." in doom for doom in dooms) and way != "--hosts":
         # Now that its programs are in the cache, which several processes do not use
-        seconds = live(folder / "warm", "never", way)
-    run, count = folder / "killed", 1
+        _, seconds = live(folder / "warm", "never", way)
+    run, count, over = folder / "killed", 1, False
     for doom in dooms:
-        if doom == "anew":
-            live(run, "never", way)
+        if over:
             count += 1
             run = folder / f"killed {count}"
-        elif ":0." in doom:
+        if ":0." in doom:
             place, _, share = doom.partition(":")
-            live(run, f"{place}:{float(share) * seconds:.3f}", way)
-        else:
-            live(run, doom, way)
-    live(run, "never", way)
+            doom = f"{place}:{float(share) * seconds:.3f}"
+        over, _ = live(run, doom, way)
+    if not over:
+        live(run, "never", way)
 
 
-def live(run: Path, doom: str, way: str) -> float:
-    """One session of a run, in one process or in two, and a line about its end; returns its seconds."""
+def live(run: Path, doom: str, way: str) -> tuple[bool, float]:
+    """One session of a run, in one process or in two: whether it reached its end, and its seconds."""
     began, port = time.monotonic(), free_port()
     children = []
     for host in range(HOSTS if way == "--hosts" else 1):
@@ -267,7 +267,7 @@ def live(run: Path, doom: str, way: str) -> float:
     # A checkpoint of which a part is there, as a kill leaves it
     torn = [path.name for path in run.glob("checkpoints/*orbax-checkpoint-tmp*")]
     say(end | {"seconds": round(seconds, 1), "torn": torn})
-    return seconds
+    return not any(ends), seconds
 
 
 if __name__ == "__main__":

@@ -415,4 +415,7 @@ TABLE = """
 @ TensorBoard shows repeated steps twice | runs/watch.py | commands | repeats_in_tensorboard
 - self.writer = self.library.SummaryWriter(self.folder, purge_step=step)
 + self.writer = self.library.SummaryWriter(self.folder, purge_step=0)
+@ an axis of one value has no extent | report/figures.py | demo | evaluated_once
+- margin = max(late) - min(late) or 1.0
++ margin = max(late) - min(late)
 """

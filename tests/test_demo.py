@@ -5,6 +5,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from growjax.report import (
     Plot,
     Table,
     cost_figure,
+    ends_figure,
     loss_figure,
     read_summary,
     write_page,
@@ -261,6 +263,15 @@ def test_bars_are_on_the_line_where_its_stages_begin():
     ]
     assert bars == [[[2, pytest.approx(3)]], [[4, pytest.approx(5 / 3)]]]  # in gigaFLOPs
     assert [text.get_text() for text in strip.texts] == ["born", "grown", "again"]
+
+
+def test_a_run_that_was_evaluated_once_has_a_figure():
+    once = arm("once", [(2 * 10**9, 5.0)])
+    with warnings.catch_warnings():
+        # Matplotlib warns of an axis from 5 to 5, and whoever asks for a report would read it
+        warnings.simplefilter("error")
+        axes = loss_figure([once]).axes[0], ends_figure([once], []).axes[0]
+    assert all(low < 5.0 < high for low, high in (each.get_ylim() for each in axes))
 
 
 def test_the_cost_of_a_step_is_that_of_the_plan():

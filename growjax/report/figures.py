@@ -126,7 +126,8 @@ def loss_figure(
             ends.append((y[-1], line))
             # The first quarter is the same steep fall for all arms and would flatten the rest
             late += [loss for cost, loss in zip(x, y, strict=True) if cost > x[-1] / 4]
-        margin = max(late) - min(late)
+        # One evaluation has no extent, and would be no range of an axis
+        margin = max(late) - min(late) or 1.0
         axes.set_ylim(min(late) - 0.05 * margin, max(late) + 0.02 * margin)
         axes.set_ylabel(f"held-out loss (nats per {per})")
         if below is None:
@@ -319,7 +320,7 @@ def ends_figure(
                 dots = [cost] * len(at.scores)
                 axes.plot(dots, at.scores, "o", color=color, markersize=2, alpha=0.5)
         # The frontier begins far above all ends
-        margin = 0.04 * (max(losses) - min(losses))
+        margin = 0.04 * (max(losses) - min(losses) or 1.0)
         axes.set_ylim(min(losses) - margin, max(losses) + margin)
         axes.set_xscale("log")
         axes.set_xlim(costs[0] / 1.3, costs[-1] * 1.15)
