@@ -58,10 +58,10 @@ HOSTS = 2
 
 
 def split() -> Plan:
-    """Growth behind gates that open over two steps, on two devices: 3 + 5 steps."""
+    """Growth behind gates that open over two steps, on two devices: 3 + 12 steps."""
     return plan(
         steps(3, "small"),
-        steps(5, "ramp", grow=gj.msg(mlp=24, heads=4), ramp=2),
+        steps(12, "ramp", grow=gj.msg(mlp=24, heads=4), ramp=2),
         layout=Layout(fsdp=HOSTS),
     )
 
@@ -207,6 +207,7 @@ def child(folder: Path, said: str, way: str, host: int = 0, port: int = 0) -> in
     number = os.fork()
     if number:
         return number
+    signal.alarm(300)  # who hangs ends by SIGALRM, which no test takes for a status
     try:
         if way == "--hosts":
             parallel.connect(

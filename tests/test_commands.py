@@ -38,7 +38,7 @@ from growjax.runs.lineage import load_model
 from growjax.runs.watch import TensorBoard
 from growjax.select import RhoLoss
 from growjax.train import CorpusFeed, Options, Run, Step, load_plan, read_journal, save_plan, watch
-from growjax.train.commands import describe, grow_checkpoint, operator_of
+from growjax.train.commands import STOPPED, describe, grow_checkpoint, operator_of
 from growjax.train.planfile import read_plan
 from growjax.values import to_dict
 from tests.runs import every_kind, feed, plan, steps
@@ -133,6 +133,19 @@ def test_trackers_get_the_numbers_of_every_step(programs, monkeypatch, tmp_path)
     assert seen == [("open", "tiny"), *expected, "closed"]
     with pytest.raises(TrainingError, match="trackers: expected some of tensorboard, wandb"):
         next(watch([], p, run=tmp_path, trackers=["clearml"]))
+
+
+@pytest.mark.parametrize("hosts", [True, False])
+def test_hosts_that_were_asked_to_stop_leave_together(monkeypatch, hosts):
+    """The first to leave would be missed by the others, whom JAX then ends with a status of its own."""
+    done: list[Any] = []
+    monkeypatch.setattr(sys, "argv", ["growjax", "train"])
+    monkeypatch.setattr(app, "cli", lambda **_: STOPPED)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: hosts)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: done.append("together"))
+    monkeypatch.setattr(os, "_exit", done.append)
+    main()
+    assert done == ["together"] * hosts + [STOPPED]
 
 
 def test_a_resumed_run_replaces_what_it_repeats_in_tensorboard(monkeypatch, tmp_path):
