@@ -170,7 +170,7 @@ def test_a_run_with_a_flipped_bit_ends_the_same_or_is_refused(stopped, programs,
         with flip(copy / file, place, bit):
             try:
                 running = train(of, feed(of), run=copy, options=options, cache=programs)
-                rest = list(watch(running, of, run=copy))
+                rest: list[Any] = list(watch(running, of, run=copy))
             except GrowjaxError as error:
                 refused.append(str(error))
             else:

@@ -24,12 +24,12 @@ from growjax.report import (
     Plot,
     Table,
     cost_figure,
-    ends_figure,
     loss_figure,
     read_summary,
     write_page,
 )
 from growjax.report.comparisons import own_cost
+from growjax.report.figures import ends_figure
 from growjax.report.runs import arm_of, read_run
 
 
