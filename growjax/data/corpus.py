@@ -22,6 +22,7 @@ from growjax.data.tokenizers import Tokenizer
 from growjax.data.vocabulary import Vocabulary
 from growjax.errors import DataError, raise_all
 from growjax.values import File, check, register
+from growjax.values.codec import seal_of
 
 
 FORMAT = 1
@@ -246,11 +247,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "folder and it is made anew"
         )
     return manifest
-
-
-def seal_of(manifest: dict[str, Any]) -> str:
-    """The checksum of a manifest's contents, which tells whether it was edited."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _file_faults(path: Path, expected: dict[str, Any], verify: bool) -> Iterator[str]:

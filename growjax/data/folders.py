@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from growjax.data.corpus import seal_of
 from growjax.errors import DataError
+from growjax.values.codec import seal_of
 
 
 _ABANDONED = 86_400.0  # seconds after which a temporary folder without a lock is nobody's

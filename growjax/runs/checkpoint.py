@@ -26,7 +26,7 @@ from orbax.checkpoint import v1 as ocp
 from growjax.errors import CheckpointError, DamagedError, raise_all
 from growjax.programs.step import checksums
 from growjax.runs.run import checkpoints_in, refuse_pattern, step_of
-from growjax.values import seal_of
+from growjax.values.codec import seal_of
 
 
 # Parts of folder names: of a checkpoint that Orbax has not finished, of one that is being removed, and

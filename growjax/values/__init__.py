@@ -11,7 +11,6 @@ from growjax.values.checks import tuples as tuples
 from growjax.values.codec import from_dict as from_dict
 from growjax.values.codec import from_json as from_json
 from growjax.values.codec import read as read
-from growjax.values.codec import seal_of as seal_of
 from growjax.values.codec import to_dict as to_dict
 from growjax.values.codec import write as write
 from growjax.values.names import allow as allow
