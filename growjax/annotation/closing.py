@@ -98,10 +98,9 @@ def _packed(annotated: Any, traced: Traced, axis: str, producers: set[int]) -> s
         number = {path: n for n, path in enumerate(paths)}
         closed = {m for name in names for m in same.get(number[name], ())} & set(added)
         after, _ = expressions.of(large.program, paths, {paths[n] for n in closed})
+        # Not equal lists but a part: a block may have outputs (or state) of its own
         rest = iter(after)
-        if all(
-            number in rest for number in before
-        ):  # a block may have outputs (or state) of its own
+        if all(number in rest for number in before):
             continue
         if new != size:
             return "what a block does follows its place in the list"
