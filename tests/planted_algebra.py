@@ -260,4 +260,10 @@ TABLE = """
 @ drawn numbers have the slope of what they follow | maps.py | maps | matched_draws
 - x = jax.lax.stop_gradient(x)
 + pass
+@ the deviation of a constant array has a gradient | growth/upcycling.py | upcycling | constant_arrays
+- jnp.std(jax.lax.stop_gradient(array), *args, **options)
++ jnp.std(array, *args, **options)
+@ statistics of no dropped unit | growth/upcycling.py | upcycling | constant_arrays
+- if not count:
++ if count is None:
 """

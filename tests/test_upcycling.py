@@ -143,6 +143,29 @@ def test_drop_upcycling_redraws_units_with_the_statistics_that_they_had(per_matr
     assert not (changed["up"][0] == changed["up"][1]).all(-1).any()
 
 
+@pytest.mark.parametrize(
+    "op",
+    [
+        gj.experts(6, gated=False, per_token="scaled", noise=0.1),
+        gj.experts(5, gated=False, noise=0.1),
+        gj.upcycle(experts=2, drop=0.5),
+        gj.upcycle(experts=2, drop=1e-3),  # of no whole unit
+    ],
+    ids=str,
+)
+def test_constant_arrays_and_no_dropped_units_have_gradients(op):
+    """Biases of a new model are zeros, whose deviation has no gradient."""
+    architecture = MIXED if str(op).startswith("experts") else DENSE
+    trained, rest = gj.partition(architecture.model())
+    trained = jax.tree.map(lambda x: jnp.full(x.shape, 0.5), trained)
+
+    def total(trained):
+        grown = op(eqx.combine(trained, rest), key=jax.random.key(1))
+        return sum(jnp.sum(x) for x in jax.tree.leaves(gj.partition(grown)[0]))
+
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.grad(total)(trained)))
+
+
 class Words(eqx.Module):
     """A table and a norm over an axis of another name than `embed`."""
 

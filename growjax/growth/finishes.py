@@ -63,9 +63,12 @@ def across(vector: Any, ndim: int, dim: int) -> Array:
 
 
 def rms(slot: Slot, x: Array) -> Array:
-    """The root of the mean square of a leaf, of each layer in a stack by itself (broadcastable)."""
+    """The root of the mean square of a leaf, of each layer in a stack by itself (broadcastable).
+
+    A constant to a gradient: that of the root at zeros is no number.
+    """
     over = [i for i, dim in enumerate(slot.dims) if dim.role != "stack"]
-    return jnp.sqrt(jnp.mean(jnp.square(x), over, keepdims=True))
+    return jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(x)), over, keepdims=True))
 
 
 def scaled(slot: Slot, x: Array, factor: Any) -> Array:
@@ -156,7 +159,7 @@ class Noise(Finish):
         del old
         if slot.kind != "param":
             return new
-        scale = jax.lax.stop_gradient(self.size * rms(slot, new))
+        scale = self.size * rms(slot, new)
         for dim in slot.positions(move.axis):
             if slot.dims[dim].role == "consumed":
                 here = jax.random.fold_in(drawn(key=key), dim)

@@ -131,7 +131,7 @@ class ExpertMap(AxisMap):
             return jnp.moveaxis(columns, 0, dim)
         columns = jnp.moveaxis(jax.vmap(draw)(jnp.asarray(index)), 0, dim)
         new = self.is_new().reshape((-1,) + (1,) * (array.ndim - dim - 1))
-        return array + jnp.where(new, self.noise * jnp.std(array) * columns, 0)
+        return array + jnp.where(new, self.noise * _deviation(array) * columns, 0)
 
     def _dropped(self, slot: Slot, array: Array, key: PRNGKeyArray) -> Array:
         """Some hidden units of each expert redrawn with mean and deviation of what they replace."""
@@ -142,16 +142,19 @@ class ExpertMap(AxisMap):
         ]
         # One set of units for all matrices of an expert, in every layer
         owner = path if self.per_matrix else path.rpartition(".")[0]
+        count = round(self.drop * array.shape[units])
+        if not count:
+            return array
         scores = jax.random.uniform(
             fold_in_name(key, f"{owner}:drop"), [array.shape[i] for i in (*lead, units)]
         )
         rank = jnp.argsort(jnp.argsort(scores, axis=-1), axis=-1)
-        chosen = rank < round(self.drop * array.shape[units])
+        chosen = rank < count
         mask = chosen.reshape([n if i in (*lead, units) else 1 for i, n in enumerate(array.shape)])
         over = tuple(i for i in range(array.ndim) if i not in lead)
         mask = jnp.broadcast_to(mask, array.shape)
-        mean = jnp.mean(array, over, where=mask, keepdims=True)
-        deviation = jnp.std(array, over, where=mask, keepdims=True)
+        mean = jnp.mean(jax.lax.stop_gradient(array), over, where=mask, keepdims=True)
+        deviation = _deviation(array, over, where=mask, keepdims=True)
         noise = jax.random.normal(fold_in_name(key, f"{path}:drop"), array.shape, array.dtype)
         return jnp.where(mask, mean + deviation * noise, array)
 
@@ -168,7 +171,7 @@ class ExpertMap(AxisMap):
         others = np.delete(array.shape, dim)
         draws = jnp.moveaxis(draws, dim, 0).reshape(self.factor, sources, *others)
         draws = (draws - jnp.mean(draws, 0)).reshape(self.length, *others)
-        return array + self.noise * jnp.std(array) * jnp.moveaxis(draws, 0, dim)
+        return array + self.noise * _deviation(array) * jnp.moveaxis(draws, 0, dim)
 
     def _units(self, slot: Slot) -> int | None:
         """The dimension of an expert's array that holds its hidden units; None if it has none."""
@@ -178,6 +181,11 @@ class ExpertMap(AxisMap):
             if dim.role in ("consumed", "produced") and dim.axis not in (self.axis, self.via)
         ]
         return inner[0] if inner else None
+
+
+def _deviation(array: Array, *args: Any, **options: Any) -> Array:
+    """The standard deviation, a constant to a gradient: that of a constant array is no number."""
+    return jnp.std(jax.lax.stop_gradient(array), *args, **options)
 
 
 def _stream(axes: Axes) -> str:
