@@ -421,4 +421,10 @@ TABLE = """
 @ hosts that were asked to stop leave one by one | cli/__init__.py | commands | leave_together
 - sys.modules["jax"].distributed.shutdown()
 + pass
+@ what Orbax logs of a damaged file is shown | runs/checkpoint.py | damage | no_page_of_logs
+- logger.setLevel(logging.CRITICAL)
++ logger.setLevel(logging.ERROR)
+@ lines of a log are wrapped | runs/progress.py | progress | not_wrapped
+- soft_wrap=not self.console.is_terminal
++ soft_wrap=False
 """

@@ -220,6 +220,19 @@ def test_damage_says_what_to_remove_and_where_the_run_goes_on(short, copied, pro
     assert again[0].resumed is None and same(again, short[1])
 
 
+@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt"])
+def test_damage_is_one_error_and_no_page_of_logs(short, copied, file, caplog):
+    """Orbax logs the whole of a file that it cannot read, and then raises an error too."""
+    path = copied[2]
+    data = bytearray((path / file).read_bytes())
+    data[len(data) // 2 if "state" in file else 0] ^= 1
+    (path / file).write_bytes(data)
+    shapes = programs_of(short[0]).shapes(short[0].spans[0].model)
+    with pytest.raises(DamagedError, match="its lineage is missing|list of its arrays cannot be"):
+        load(path, shapes)
+    assert not [record for record in caplog.records if record.name == "absl"]
+
+
 def test_a_run_falls_back_if_asked_to_and_ends_the_same(short, copied, programs):
     of, folder, path = copied
     flipped(path)

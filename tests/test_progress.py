@@ -140,6 +140,16 @@ def test_without_a_terminal_there_is_a_line_every_so_often():
     assert "held-out 2.0000" in lines[1] and lines[1].endswith("left")
 
 
+def test_lines_are_not_wrapped_without_a_terminal():
+    """Whoever searches a log finds a sentence whole; on a terminal it is wrapped between words."""
+    text = "finished already: a checkpoint with a long path is after the last step"
+    for terminal in (False, True):
+        shown = io.StringIO()
+        to = Console(file=shown, width=40, force_terminal=terminal)
+        progress.Progress(plan(steps(2)), to, None, None).say(text)
+        assert (text in shown.getvalue()) == (not terminal)
+
+
 def test_what_takes_long_is_named(monkeypatch):
     monkeypatch.setattr(progress, "PATIENCE", 0.05)
     of, doing = plan(steps(2)), Doing()

@@ -217,6 +217,8 @@ def load(
     lineage = read_lineage(path)
     with _damage(path), _quiet():
         metadata: Any = ocp.metadata(str(path), "state").metadata
+        if metadata is None:
+            raise ValueError("the list of its arrays cannot be read")
         stored = {name: (tuple(x.shape), str(x.dtype)) for name, x in metadata.items()}
     if stored.keys() != lineage["checksums"].keys():
         raise damaged(path, "its arrays are not those that its lineage lists")
@@ -424,10 +426,10 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence Orbax, which logs its ordinary work as warnings; its errors are raised, not logged."""
+    """Silence Orbax: it logs its ordinary work as warnings, and as errors what it raises as well."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -110,8 +110,8 @@ class Progress:
             self._end(record)
 
     def say(self, text: str) -> None:
-        """Print a line; on a terminal, above the bars."""
-        self.console.print(Text(text), highlight=False)
+        """Print a line; on a terminal, above the bars. Elsewhere lines are searched, and not wrapped."""
+        self.console.print(Text(text), highlight=False, soft_wrap=not self.console.is_terminal)
 
     def _begin(self, record: Begin) -> None:
         for note in record.notes:
