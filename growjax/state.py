@@ -19,6 +19,7 @@ from growjax import gates, growth, maps
 from growjax.axes import Slot, axes_of, get, partition, put
 from growjax.errors import StateError, raise_all
 from growjax.growth import Births, Operator, atoms
+from growjax.growth.operator import free
 from growjax.optim.carrying import carry, finishes, moved_average
 from growjax.optim.cells import alike
 
@@ -172,10 +173,7 @@ def _grown_state(op, state: State, key, donate: bool, optimizer, copies) -> Any:
     average = _grown_average(op, state, model, key)
     grown = State(model, opt_state, average, cursor=state.cursor, births=births)
     if donate:
-        shared = {id(leaf) for leaf in jax.tree.leaves(grown)}
-        for leaf in jax.tree.leaves((state.model, state.opt_state, state.average)):
-            if isinstance(leaf, jax.Array) and id(leaf) not in shared and not leaf.is_deleted():
-                leaf.delete()
+        free((state.model, state.opt_state, state.average), grown)
     return grown
 
 

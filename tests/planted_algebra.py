@@ -266,4 +266,10 @@ TABLE = """
 @ statistics of no dropped unit | growth/upcycling.py | upcycling | constant_arrays
 - if not count:
 + if count is None:
+@ an array at two places is freed | growth/operator.py | growth | two_places
+- id(leaf) not in held
++ leaf is not None
+@ what is traced is freed | growth/operator.py | births | by_hand
+- if any(isinstance(leaf, Tracer) for leaf in leaves):
++ if not leaves:
 """

@@ -223,7 +223,9 @@ def started(rule: Any, average: Any = None) -> gj.State:
 def test_a_state_grows_as_its_parts_do_by_hand(rule, name, copies, under_jit):
     tx, op = RULES[rule], GROWTHS[name]
     state = started(tx)
-    grow = lambda s: gj.grow(op, s, optimizer=tx, key=KEY, copies=copies)  # noqa: E731
+    # Under `jit` nothing is freed
+    options: dict[str, Any] = {"optimizer": tx, "key": KEY, "copies": copies, "donate": under_jit}
+    grow = lambda s: gj.grow(op, s, **options)  # noqa: E731
     grown = (eqx.filter_jit(grow) if under_jit else grow)(state)
     assert eqx.tree_equal(grown.model, gj.grow(op, state.model, key=KEY))
     expected = gj.carry(op, state.opt_state, state.model, optimizer=tx, key=KEY, copies=copies)

@@ -216,6 +216,19 @@ def test_donated_arrays_are_freed_and_grown_ones_are_not(op):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(owned))
 
 
+class Biases(eqx.Module):
+    down: Array = gj.param("mlp -> embed")
+    mlp: Array = gj.param("-> mlp")
+    embed: Array = gj.param("-> embed")
+
+
+def test_an_array_at_two_places_is_not_freed_while_one_of_them_holds_it():
+    zeros = jnp.zeros(4)
+    after = gj.grow(gj.copy(mlp=8), Biases(jnp.ones((4, 4)), zeros, zeros), donate=True)
+    assert after.embed is zeros and after.mlp.shape == (8,)
+    assert not zeros.is_deleted()
+
+
 @pytest.mark.parametrize("order", ["repeat", "interleave"])
 def test_stacking_twice_is_stacking_once_by_the_product(order):
     twice = gj.chain(gj.stack(layers=6, order=order), gj.stack(layers=12, order=order))

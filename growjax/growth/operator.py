@@ -212,11 +212,25 @@ def grow(
     untouched = {
         s.steps: s.value for s in table.values() if s.arrays() and get(grown, s.steps) is None
     }
+    grown = put(grown, untouched)
     if donate:
-        for leaf in jax.tree.leaves(put(model, dict.fromkeys(untouched))):
-            if isinstance(leaf, jax.Array):
-                leaf.delete()
-    return put(grown, untouched)
+        free(model, grown)
+    return grown
+
+
+def free(old: Any, grown: Any) -> None:
+    """Delete the arrays of one tree that another does not hold.
+
+    An array may stand at several places, of which some have grown and others have not. Under a
+    transformation nothing is freed.
+    """
+    leaves = jax.tree.leaves(old)
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
+        return
+    held = {id(leaf) for leaf in jax.tree.leaves(grown)}
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array) and id(leaf) not in held:
+            leaf.delete()
 
 
 @eqx.filter_jit
