@@ -210,7 +210,8 @@ def _averages(state: State) -> list[tuple[str, Any]]:
 
 
 def _params(model: Any) -> list[Slot]:
-    return axes_of(model).params()
+    """The parameters that are trained, of which there are averages: not those of whole numbers."""
+    return axes_of(partition(model)[0]).params()
 
 
 def _grown_average(op: Operator, state: State, grown: Any, key: PRNGKeyArray | None) -> Any:

@@ -272,4 +272,7 @@ TABLE = """
 @ what is traced is freed | growth/operator.py | births | by_hand
 - if any(isinstance(leaf, Tracer) for leaf in leaves):
 + if not leaves:
+@ averages have whole numbers | state.py | births | whole_numbers
+- axes_of(partition(model)[0]).params()
++ axes_of(model).params()
 """

@@ -273,6 +273,23 @@ def test_averages_follow_and_a_fresh_coordinate_has_its_own_weight(name):
     np.testing.assert_allclose(twice, 2 * gap, rtol=1e-6)
 
 
+class Numbered(eqx.Module):
+    """A parameter of whole numbers, which moves but is not trained."""
+
+    down: Array = gj.param("mlp -> embed")
+    kinds: Array = gj.param("-> mlp")
+
+
+def test_whole_numbers_of_an_average_are_those_of_the_grown_model():
+    model = Numbered(jnp.ones((3, 2)), jnp.arange(3))
+    average = [model, gj.partition(model)[0]]
+    grown = gj.grow(gj.copy(mlp=5), gj.State(model, average=average))
+    whole, half = grown.average
+    assert eqx.tree_equal(whole, grown.model) and half.kinds is None
+    assert grown.model.kinds.tolist() == [0, 1, 2, 0, 1]
+    assert eqx.tree_equal(half.down, grown.model.down)
+
+
 def test_a_states_old_arrays_are_freed_if_asked_to():
     state = started(RULES["sgd"], layers(2.0))
     old = {id(x): x for x in jax.tree.leaves((state.model, state.opt_state, state.average))}
