@@ -275,4 +275,13 @@ TABLE = """
 @ averages have whole numbers | state.py | births | whole_numbers
 - axes_of(partition(model)[0]).params()
 + axes_of(model).params()
+@ triggers make an arm of every run | report/compared.py | compared | one_window
+- saved = to_dict(plan.unended)
++ saved = to_dict(plan)
+@ triggers give every run a budget of its own | report/runs.py | compared | one_window
+- plan, curve = self.plan.unended, self.points(charge, "held_out")
++ plan, curve = self.plan, self.points(charge, "held_out")
+@ one window is taken for several | report/runs.py | compared | one_window
+- len(held_out[0].sums) > 1
++ len(held_out[0].sums)
 """

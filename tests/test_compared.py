@@ -11,6 +11,7 @@ from rich.console import Console
 
 import growjax as gj
 from growjax.errors import BudgetError
+from growjax.plan import Plateau
 from growjax.report import figures
 from growjax.report.compared import compare_runs
 from growjax.runs.records import HeldOut
@@ -52,7 +53,7 @@ def written(folder, of, loss: float, *, finished=True, windows=None, data="abc",
     rows.append({"kind": "end", "finished": finished})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sums = np.full(6, 5 * loss) if windows is None else windows
-    Run(folder).save_held_out(HeldOut(sums, np.full(6, 5.0)), {"data": data})
+    Run(folder).save_held_out(HeldOut(sums, np.full(len(sums), 5.0)), {"data": data})
     return folder
 
 
@@ -89,6 +90,25 @@ def test_runs_that_grow_are_held_against_those_of_one_size(tmp_path):
     assert [(row.arm, row.verdict) for row in other.rows] == [("small", "better")]
     with pytest.raises(BudgetError, match="baseline: 'nobody' is no arm; there are grown, small"):
         compare_runs(folders, baseline="nobody")
+
+
+def test_runs_that_triggers_end_are_one_arm_and_one_window_is_enough(tmp_path):
+    first = dataclasses.replace(GROWN.stages[0], until=Plateau(2, 0.01))
+    of = dataclasses.replace(GROWN, stages=(first, GROWN.stages[1]))
+    one: dict[str, Any] = {"windows": np.full(1, 10.0)}
+    folders = [
+        written(
+            tmp_path / str(seed),
+            dataclasses.replace(of, seed=seed).ended(0, 3 + seed % 2),
+            2.2 + 0.01 * seed,
+            **one,
+        )
+        for seed in range(6)
+    ]
+    compared = compare_runs([*folders, *six(tmp_path, SMALL, 2.0, **one)])
+    assert [(arm.name, len(arm.outcomes)) for arm in compared.arms] == [("grown", 6), ("small", 6)]
+    (row,) = compared.rows
+    assert row.verdict == "worse" and row.over == "seeds"
 
 
 def test_costs_are_shown_in_the_clocks_own_unit(tmp_path):

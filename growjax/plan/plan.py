@@ -205,6 +205,12 @@ class Plan:
         """The stages that triggers have ended, each with its number of steps."""
         return tuple((n, s.ended) for n, s in enumerate(self.stages) if s.ended is not None)
 
+    @property
+    def unended(self) -> "Plan":
+        """The plan before any trigger has fired, which is the same for all runs of it."""
+        stages = tuple(dataclasses.replace(stage, ended=None) for stage in self.stages)
+        return dataclasses.replace(self, stages=stages) if self.ends else self
+
     def following(self, other: "Plan", step: int | None = None) -> "Plan":
         """The plan with the ends that triggers have given to stages of the same place in another plan.
 

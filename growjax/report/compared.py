@@ -131,8 +131,11 @@ def _data(run: Run) -> str:
 
 
 def _recipe(plan: Plan) -> str:
-    """The plan as text, without its seed and its paths: equal for all runs of an arm."""
-    saved = to_dict(plan)
+    """The plan as text, without its seed, its paths and the ends that triggers gave to stages.
+
+    Equal for all runs of an arm.
+    """
+    saved = to_dict(plan.unended)
     for name in ("seed", "layout", "data", "fork"):
         saved.pop(name, None)
     if saved.get("start"):

@@ -69,9 +69,11 @@ class Trained:
         """The final score and loss curve, charged by the plan's clock ("spent") or by "flops"."""
         held_out = self.run.held_out()
         windows = None
-        if held_out is not None:
+        # One window says nothing of how losses differ between windows
+        if held_out is not None and len(held_out[0].sums) > 1:
             windows = np.stack([held_out[0].sums, held_out[0].weights], axis=1)
-        plan, curve = self.plan, self.points(charge, "held_out")
+        # A trigger may end a stage at another step in each run; what a run was allowed is the same
+        plan, curve = self.plan.unended, self.points(charge, "held_out")
         by_clock = charge == "spent"
         return Outcome(
             arm=arm,
