@@ -58,12 +58,11 @@ def scale_new(rate: float, steps: int) -> Any:
     def update(updates, state: NewState, params=None):
         del params
         table, out = axes_of(updates), {}
-        for slot in table.of_kind("param"):
-            if slot.arrays():
-                added = entry_births(slot, state.births.of, table.sizes) > 0
-                age = youngest(slot, state.since.of, table.sizes, steps)
-                factor = jnp.where(added & (age < steps), rate, 1.0)
-                out[slot.steps] = slot.value * factor.astype(slot.value.dtype)
+        for slot in table.params():
+            added = entry_births(slot, state.births.of, table.sizes) > 0
+            age = youngest(slot, state.since.of, table.sizes, steps)
+            factor = jnp.where(added & (age < steps), rate, 1.0)
+            out[slot.steps] = slot.value * factor.astype(slot.value.dtype)
         since = jax.tree.map(lambda count: count + 1, state.since)
         return put(updates, out), NewState(state.births, since)
 
