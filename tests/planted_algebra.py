@@ -284,4 +284,7 @@ TABLE = """
 @ one window is taken for several | report/runs.py | compared | one_window
 - len(held_out[0].sums) > 1
 + len(held_out[0].sums)
+@ an empty stack has the age of the model, a full one has none | optim/age.py | carry_others | was_empty
+- if not any(size for axis, size in sizes.items() if "stack" not in table.roles(axis)):
++ if not any(sizes.values()):
 """

@@ -164,3 +164,25 @@ def test_an_optimizer_without_a_hash_is_carried():
     op = gj.growth.given({"up": np.ones((3, 2))}, mlp=6)
     carried = gj.carry(op, state, model, optimizer=tx)
     np.testing.assert_array_equal(carried.up, np.repeat([[1, 1, 1, 1, 0, 0]], 3, axis=0))
+
+
+class Stacked(eqx.Module):
+    """A model whose only axis is a stack, beside a leaf that is of none."""
+
+    gains: jax.Array = gj.param("layers: 3")
+    scale: jax.Array = gj.param("3")
+
+
+def test_a_stack_that_was_empty_grows_in_a_model_that_keeps_its_age():
+    tx, model = optim.scale_by_adam(), Stacked(jnp.ones((0, 3)), jnp.ones(3))
+    params = gj.partition(model)[0]
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(jax.tree.map(jnp.ones_like, params), state)
+    op = gj.fresh(layers=2)
+    state = gj.carry(op, state, model, optimizer=tx, key=jax.random.key(0))
+    assert state.ages.of[""].tolist() == [2] and state.ages.of["layers"].tolist() == [0, 0]
+    grown = gj.partition(gj.grow(op, model, key=jax.random.key(0)))[0]
+    first, _ = tx.update(jax.tree.map(jnp.ones_like, grown), state)
+    for update in jax.tree.leaves(first):  # of equal gradients, whatever the age
+        np.testing.assert_allclose(update, 1, rtol=1e-5)

@@ -65,9 +65,13 @@ def grown_age(age: Num[Array, " old"], move: AxisMap, *, keep: bool) -> Num[Arra
 
 
 def born(params: Any, dtype: Any = jnp.int32) -> Ages:
-    """An age of 0 for every coordinate of every axis; for one coordinate, of `""`, if there is none."""
-    sizes = axes_of(params).sizes
-    if not any(sizes.values()):
+    """An age of 0 for every coordinate of every axis; and of `""`, which has one, if all are stacks.
+
+    A stack may be empty, before it grows and after: then the model itself still has an age.
+    """
+    table = axes_of(params)
+    sizes = table.sizes
+    if not any(size for axis, size in sizes.items() if "stack" not in table.roles(axis)):
         sizes = {**sizes, "": 1}
     return Ages({axis: jnp.zeros(size, dtype) for axis, size in sizes.items()})
 
