@@ -287,4 +287,7 @@ TABLE = """
 @ an empty stack has the age of the model, a full one has none | optim/age.py | carry_others | was_empty
 - if not any(size for axis, size in sizes.items() if "stack" not in table.roles(axis)):
 + if not any(sizes.values()):
+@ two layers are looked for in one | plan/steps.py | plan | single_layer
+- if self.stacks[a] == 1)
++ if self.stacks[a] == 0)
 """

@@ -175,6 +175,13 @@ def test_a_step_does_what_it_would_do_alone(stage, rule):
         assert span.works[i] == work and span.flops[i] == sum(op.flops for op in ops)
 
 
+def test_a_single_layer_may_be_skipped_by_a_coin():
+    one, two = (plan(steps(1), model=dataclasses.replace(SMALL, layers=n)).flops for n in (1, 2))
+    coins = steps(16, subnet=gj.random_path(0.5, keep=(), mode="bernoulli"))
+    (span,) = plan(coins, model=dataclasses.replace(SMALL, layers=1)).spans
+    assert set(span.flops) == {one, 2 * one - two}
+
+
 def test_shares_of_a_budget_are_kept_to_within_half_a_step():
     one = plan(steps(1)).flops
     run = plan(

@@ -18,7 +18,8 @@ from growjax.cost import parameters
 from growjax.data.objectives import Objective, batch_shapes
 from growjax.errors import PlanError
 from growjax.fitting import fit_flops
-from growjax.growth import Fit, Operator
+from growjax.growth import Fit, Operator, stack
+from growjax.growth.births import grown_shapes
 from growjax.nn.place import SHAPES, running_on
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.plan.losses import objective as objective_of
@@ -161,7 +162,9 @@ class Steps:
             assert isinstance(part, Coins)
             if drawn == 0:
                 # No path has 0 layers, but FLOPs are linear in depth: extrapolate from 1 and 2 layers
-                one, two = (self._flops(_paths(part.stacks, n)) for n in (1, 2))
+                short: dict[str, Any] = {a: 2 for a in part.stacks if self.stacks[a] == 1}
+                model = grown_shapes(stack(**short), self.model) if short else self.model
+                one, two = (self._flops(_paths(part.stacks, n), model) for n in (1, 2))
                 trained = 2 * one - two
             else:
                 trained = self._flops(_paths(part.stacks, drawn))
@@ -178,8 +181,9 @@ class Steps:
             forward = self._flops([]) // 3 // self.batch * rows
             yield Op("forward", max(self.stacks.values(), default=0), rows, length, forward, 0)
 
-    def _flops(self, parts: list[Subnet]) -> int:
-        return step_flops(self.model, self.objective, self.batch, *parts, loss=self.loss)
+    def _flops(self, parts: list[Subnet], model: Any = None) -> int:
+        model = self.model if model is None else model
+        return step_flops(model, self.objective, self.batch, *parts, loss=self.loss)
 
     def _depth(self, part: Subnet | None) -> int:
         """The largest number of layers of any stack in a part of the model; None is the whole model."""
