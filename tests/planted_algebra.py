@@ -290,4 +290,7 @@ TABLE = """
 @ two layers are looked for in one | plan/steps.py | plan | single_layer
 - if self.stacks[a] == 1)
 + if self.stacks[a] == 0)
+@ a loss that is not a number is the lowest | train/choosing.py | probe | finite_loss
+- losses.append(loss if math.isfinite(loss) else None)
++ losses.append(loss)
 """

@@ -1,6 +1,7 @@
 """When and how much to grow: laws, triggers, charges, and probes that choose among stages."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 import growjax as gj
 from growjax import values
-from growjax.errors import PlanError
+from growjax.errors import PlanError, TrainingError
 from growjax.plan import mixing, plateau, proportional_shares, stacking_tokens
 from growjax.train import (
     Decision,
@@ -180,7 +181,7 @@ def test_a_probe_keeps_the_best_candidate_and_its_run_goes_on_exactly(decided, c
     assert all(max(r["step"] for r in some if r["kind"] == "step") == 4 for some in rows)
     measured = [[r for r in some if r["kind"] == "step" and r["step"] == 4][-1] for some in rows]
     assert decision.losses == tuple(row["held_out"] for row in measured)
-    assert decision.losses[decision.chosen] == min(decision.losses)
+    assert decision.losses[1] == min(row["held_out"] for row in measured)
     assert len(set(decision.losses)) == 2
 
     # The kept run's journal has the decision with its numbers, and the clock has paid for the others
@@ -208,6 +209,23 @@ def test_a_probe_keeps_the_best_candidate_and_its_run_goes_on_exactly(decided, c
     assert losses(tail) == {n: x for n, x in losses(by_itself).items() if n >= 5}
     assert same(tail, by_itself)
     assert [row["kind"] for row in read_journal(winner)].count("decided") == 1
+
+
+def test_a_candidate_without_a_finite_loss_is_not_chosen(tmp_path):
+    def nothing(_: Plan) -> Any:
+        raise AssertionError("every trial is over")
+
+    for folder, ends in (("one", (float("nan"), 2.5)), ("none", (float("nan"), float("inf")))):
+        for n, loss in enumerate(ends):
+            run = tmp_path / folder / str(n)
+            run.mkdir(parents=True)
+            row = {"kind": "step", "step": 4, "held_out": loss}
+            (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    decision = choose(PROBE, tmp_path / "one", nothing, options=OPTIONS)
+    assert decision.chosen == 1 and decision.losses == (None, 2.5)
+    assert choose(PROBE, tmp_path / "one", nothing, options=OPTIONS) == decision
+    with pytest.raises(TrainingError, match="of no candidate is finite"):
+        choose(PROBE, tmp_path / "none", nothing, options=OPTIONS)
 
 
 def test_a_trial_that_was_interrupted_goes_on_to_the_same_decision(tmp_path, decided, cache):

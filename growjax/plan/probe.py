@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -117,14 +117,15 @@ class Decision:
     **Fields**
 
     - `probe`: what was asked.
-    - `losses`: the held-out loss after each candidate's trial, in nats per token.
+    - `losses`: the held-out loss after each candidate's trial, in nats per token; None if it was not
+      finite.
     - `windows`: the number of held-out windows.
     - `chosen`: the number of the candidate with the lowest loss; of equal ones, the first.
     - `run`: the folder of its run, which stands at the end of the trial.
     """
 
     probe: Probe
-    losses: tuple[float, ...]
+    losses: tuple[float | None, ...]
     windows: Size
     chosen: Annotated[int, at_least(0)]
     run: Folder
@@ -136,10 +137,16 @@ class Decision:
         count = len(self.probe.candidates)
         if len(self.losses) != count:
             yield f"losses: expected one for each of {count} candidates, got {len(self.losses)}"
-        elif self.chosen >= count or self.losses[self.chosen] != min(self.losses):
+        elif self.chosen != lowest(self.losses):
             yield f"chosen: candidate {self.chosen} does not have the lowest loss"
 
     @property
     def plan(self) -> Plan:
         """The plan of `run`. `probe.plans[chosen]` is the same without a fork, as a run by itself."""
         return self.probe.trial(self.chosen, Path(self.run).parent)
+
+
+def lowest(losses: Sequence[float | None]) -> int | None:
+    """The number of the lowest of some losses, the first of equal ones; None if none is finite."""
+    finite = [loss for loss in losses if loss is not None]
+    return losses.index(min(finite)) if finite else None

@@ -146,7 +146,7 @@ class Decided:
     """The choice among the candidates of a probe, whose trials ended after `step`.
 
     - `candidates`: the candidates by their names, or by what they grow.
-    - `losses`: the held-out loss after the trial of each, in nats per token.
+    - `losses`: the held-out loss after the trial of each, in nats per token; None if not finite.
     - `costs`: the cost of each trial, in the clock's unit.
     - `chosen`: the number of the candidate that this run is of.
     """
@@ -154,7 +154,7 @@ class Decided:
     stage: int
     step: int
     candidates: tuple[str, ...]
-    losses: tuple[float, ...]
+    losses: tuple[float | None, ...]
     costs: tuple[float, ...]
     chosen: int
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from growjax.errors import PlanError, TrainingError
 from growjax.plan.plan import Plan
-from growjax.plan.probe import Decision, Probe
+from growjax.plan.probe import Decision, Probe, lowest
 from growjax.runs import hosts
 from growjax.runs.feed import Feed
 from growjax.runs.journal import Journal, as_row
@@ -65,7 +66,7 @@ def choose(
             raise PlanError(f"{file}: it is the decision of another probe; choose another folder")
         return decision
     end = probe.start + probe.steps
-    losses = []
+    losses = list[float | None]()
     for number in range(len(probe.candidates)):
         plan, trial = probe.trial(number, folder), Run(folder / str(number))
         if hosts.from_first(lambda trial=trial: _loss_after(trial, end)) is None:
@@ -76,8 +77,13 @@ def choose(
             raise TrainingError(
                 f"{trial}: the trial was stopped before step {end}; the same call goes on"
             )
-        losses.append(loss)
-    chosen = losses.index(min(losses))
+        losses.append(loss if math.isfinite(loss) else None)
+    chosen = lowest(losses)
+    if chosen is None:
+        raise TrainingError(
+            f"{folder}: the held-out loss of no candidate is finite after its trial; lower the learning "
+            "rate, or try other candidates in another folder"
+        )
     winner = Run(folder / str(chosen))
     decision = Decision(probe, tuple(losses), options.held_out, chosen, str(winner))
     hosts.from_first(lambda: _log(decision, winner, end, file))

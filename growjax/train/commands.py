@@ -191,8 +191,9 @@ def choose_and_train(
         zip(probe.candidates, decision.losses, probe.costs, strict=True)
     ):
         mark = "  kept" if n == decision.chosen else ""
+        shown = "not finite" if loss is None else f"{loss:.4f}"
         console.print(
-            f"{stage.name or stage.grow or n}: held-out loss {loss:.4f} after {probe.steps} steps, "
+            f"{stage.name or stage.grow or n}: held-out loss {shown} after {probe.steps} steps, "
             f"{cost / unit.per_unit:.4g} {unit.unit}{mark}",
             markup=False,
         )
