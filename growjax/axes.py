@@ -440,8 +440,8 @@ def axes_of(model: Any) -> Axes:
     unmatched: list[str] = []
     outside: list[DeclaredOutside] = []
     _walk(model, (), "", slots, unmatched, outside)
-    headline = "these arrays have no axes; declare them with param/buffer, or use gj.annotate:"
-    raise_all(AxisError, headline, unmatched)
+    hint = "declare them with param/buffer, or use gj.annotate (of a gj.State, give state.model)"
+    raise_all(AxisError, f"these arrays have no axes; {hint}:", unmatched)
     known = {axis: size for each in outside for axis, size in each.known_sizes().items()}
     closings = model.closings() if isinstance(model, DeclaredOutside) else {}
     return Axes(slots, known, closings)

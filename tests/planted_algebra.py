@@ -293,4 +293,13 @@ TABLE = """
 @ a loss that is not a number is the lowest | train/choosing.py | probe | finite_loss
 - losses.append(loss if math.isfinite(loss) else None)
 + losses.append(loss)
+@ any step will do | subnet/base.py | bad_input | SubnetError
+- raise_all(SubnetError, "a sub-network cannot be taken at this step:", wrong)
++ del wrong
+@ a state is a model without axes | axes.py | bad_input | AxisError
+- (of a gj.State, give state.model)
++ (of a model)
+@ shares beyond numbers are shares | plan/timing.py | probe | proportional_shares
+- if not np.all(shares > 0):
++ if np.any(shares < 0):
 """

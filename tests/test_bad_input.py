@@ -156,7 +156,7 @@ AXES = [
     ("spec", lambda: Spec.parse("a -> b -> c"), "'a -> b -> c': 'b' lies between"),
     ("rank", lambda: sizes(Rank(np.ones(2), np.ones(3))), r"a: declared .* \(embed mlp\).* \(2,\)"),
     ("size", lambda: sizes(Rank(np.ones((2, 3)), np.ones(4))), "'mlp' .* 3 at a, 4 at b"),
-    ("undeclared", lambda: sizes(Bare(np.ones(2))), r"gj.annotate:\n.*a: shape \(2,\)"),
+    ("undeclared", lambda: sizes(Bare(np.ones(2))), r"gj.annotate.*:\n.*a: shape \(2,\)"),
     ("not a model", lambda: gj.grow(gj.msg(mlp=8), {"w": np.ones(2)}), r"w: shape \(2,\)"),
     # configurations
     ("layers", lambda: GPTConfig(**{**DECODER, "layers": -1}), "layers: expected 0 or more .* -1"),
@@ -209,6 +209,9 @@ EITHER = [
     ("layer -1", grow(lambda: gj.stack(layers=(0, 1, 2, 3, -1))), r"layers.*-1"),
     ("side", apply(axis="mlp", source=[0, 1], side="left"), "side: expected .* got 'left'"),
     ("template", lambda: sizes(Nameless(np.ones((2, 3)))), "nope"),
+    ("axes of a state", lambda: gj.sizes(gj.State(model())), r"state\.model"),
+    ("new of a state", lambda: gj.new(gj.stack(layers=5), gj.State(model())), r"state\.model"),
+    ("bound of a model", lambda: gj.vocabulary(40).bound(model()), r"axes: .*axes_of.* got a GPT"),
     ("attention", lambda: Attention(8, 3, 2, 4, key=KEY), "heads=3 .* multiple of kv_heads=2"),
 ]
 
@@ -259,6 +262,14 @@ SUBNETS = [
     ("floor 0", part(lambda: gj.progressive_layer_drop(floor=0)), "floor: expected .* got 0"),
     ("floor 2", part(lambda: gj.progressive_layer_drop(floor=2)), "floor: expected .* got 2"),
     ("rate 0", part(lambda: gj.progressive_layer_drop(rate=0)), "rate: expected .* got 0"),
+    ("a step in words", lambda: gj.random_path(1.5).at("x"), "step: .* got 'x'"),
+    ("step -1", lambda: gj.random_path(1.5).at(-1), "step: expected .* got -1"),
+    ("seed -1", lambda: gj.nested(mlp=(2, 4)).at(1, seed=-1), "seed: expected .* got -1"),
+    ("step of a count", lambda: gj.random_tokens(2, stop=4, steps=4).at("x"), "step: .* got 'x'"),
+    ("step of exits", lambda: gj.layer_skip(exits=0.1, summed=True, curriculum="rotate").at("x"),
+     "step: .* got 'x'"),
+    ("step of stages", lambda: gj.path_schedule((2, 4), **SCHEDULE).at("x"), "step: .* got 'x'"),
+    ("depth of a loop", lambda: gj.loop(2).layers("x"), "depth: expected .* got 'x'"),
     (
         "drop of units",
         lambda: gj.progressive_layer_drop(axis="mlp")(model(), key=KEY, step=0),

@@ -49,6 +49,9 @@ def test_proportional_shares_follow_the_power():
         assert np.dot(shares, np.arange(1, 7) / 6) == pytest.approx(cost, abs=1e-4)
     with pytest.raises(PlanError, match="stages: expected a positive integer"):
         proportional_shares(0)
+    for alpha in (2e3, -2e3):  # beyond the range of numbers
+        with pytest.raises(PlanError, match="alpha: expected a power that leaves every stage"):
+            proportional_shares(3, alpha)
 
 
 def test_a_plateau_is_where_two_windows_have_the_same_mean():

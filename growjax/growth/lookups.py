@@ -100,6 +100,9 @@ class Wording(Operator):
         With `capped`, for a model that caps its logits (`DecoderConfig(logit_cap=...)`, Gemma 2), it is
         `log(1 + new)`: the cap is applied to the mean of what it had not bent yet.
         """
+        if not isinstance(axes, Axes):
+            kind = type(axes).__name__
+            raise GrowthError(f"axes: expected growjax.axes.axes_of(model), got a {kind}")
         old = axes.size(self.axis) if self.used is None else self.used
         if self.gate:
             return 0.0

@@ -57,8 +57,12 @@ def proportional_shares(stages: int, alpha: float = 1.0) -> tuple[float, ...]:
     """
     faults = [*field_faults(Size, stages, "stages"), *field_faults(float, alpha, "alpha")]
     raise_all(PlanError, "a budget cannot be shared so:", faults)
-    weights = np.arange(1, stages + 1, dtype=float) ** alpha
-    return tuple((weights / weights.sum()).tolist())
+    with np.errstate(over="ignore", invalid="ignore"):
+        weights = np.arange(1, stages + 1, dtype=float) ** alpha
+        shares = weights / weights.sum()
+    if not np.all(shares > 0):
+        raise PlanError(f"alpha: expected a power that leaves every stage a share, got {alpha!r}")
+    return tuple(shares.tolist())
 
 
 @base("a trigger such as Plateau(window=200, least=0.005)")

@@ -3,7 +3,7 @@
 import abc
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import equinox as eqx
 import jax
@@ -15,9 +15,9 @@ from growjax import maps
 from growjax.algebra import AxisMap
 from growjax.axes import Axes, axes_of
 from growjax.cards import Card
-from growjax.errors import SubnetError
+from growjax.errors import SubnetError, raise_all
 from growjax.maps import fold_in_name
-from growjax.values import base, check, check_key
+from growjax.values import at_least, base, check, check_key, faults
 
 
 Model = TypeVar("Model")
@@ -45,7 +45,7 @@ class Subnet(eqx.Module):
 
         Runs on the host: each size has a compiled step of its own.
         """
-        del step, seed
+        check_draw(step, seed)
         return self
 
     def steady(self, step: int) -> float:
@@ -164,3 +164,10 @@ def depth_of(axes: Axes, axis: str) -> int:
     if "stack" not in axes.roles(axis):
         raise SubnetError(f"axis: expected a stack of blocks such as 'layers', got {axis!r}")
     return size
+
+
+def check_draw(step: Any, seed: Any = 0) -> None:
+    """Raise `SubnetError` unless the step and the seed of a draw are whole numbers of 0 or more."""
+    number = Annotated[int, at_least(0)]
+    wrong = [*faults(number, step, "step"), *faults(number, seed, "seed")]
+    raise_all(SubnetError, "a sub-network cannot be taken at this step:", wrong)

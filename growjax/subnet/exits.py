@@ -20,7 +20,7 @@ from growjax.axes import Axes, axes_of, get, put
 from growjax.cards import Card, Paper
 from growjax.errors import SubnetError
 from growjax.maps import fold_in_name
-from growjax.subnet.base import Coins, Model, depth_of
+from growjax.subnet.base import Coins, Model, check_draw, depth_of
 from growjax.values import Size, at_least, check, ranged, register
 
 
@@ -100,7 +100,7 @@ class LayerSkip(Coins):
 
     def at(self, step: int, *, seed: int = 0) -> "LayerSkip":
         """With the exits of one step."""
-        del seed
+        check_draw(step, seed)
         if self.curriculum == "fixed" or self.phase is not None:
             return self
         return _in_phase(self, self._phase(step))

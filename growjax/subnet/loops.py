@@ -17,7 +17,7 @@ from growjax.axes import Axes
 from growjax.cards import Card, Paper
 from growjax.errors import SubnetError, raise_all
 from growjax.subnet.base import Subnet, depth_of
-from growjax.values import at_least, register
+from growjax.values import Size, at_least, faults, register
 
 
 _UNIVERSAL = Paper(
@@ -74,6 +74,7 @@ class Loop(Subnet):
         Raises `SubnetError` if the loop does not fit. `gj.stack(layers=loop.layers(6))` makes a deeper
         model of it: the same function, whose layers are then free to differ.
         """
+        raise_all(SubnetError, "a loop is of a model's layers:", faults(Size, depth, "depth"))
         raise_all(SubnetError, f"this loop does not fit {depth} {self.axis}:", self._faults(depth))
         layers = tuple(range(depth))
         first, end = self.first % depth, self.last % depth + 1

@@ -15,7 +15,7 @@ from growjax.algebra import AxisMap
 from growjax.axes import Axes
 from growjax.cards import Card, Paper
 from growjax.errors import SubnetError, raise_all
-from growjax.subnet.base import Subnet
+from growjax.subnet.base import Subnet, check_draw
 from growjax.subnet.parts import units
 from growjax.values import Faults, Size, fits, register, short, tuples
 
@@ -69,6 +69,7 @@ class Nested(Subnet):
 
     def at(self, step: int, *, seed: int = 0) -> "Nested":
         """One of the sizes, each as often as the others."""
+        check_draw(step, seed)
         if self.count == 1:
             return self
         chosen = int(np.random.default_rng([seed, step, 0x3E5]).integers(self.count))

@@ -22,7 +22,7 @@ from growjax.axes import Axes
 from growjax.cards import Card, Paper
 from growjax.errors import SubnetError, raise_all
 from growjax.maps import fold_in_name
-from growjax.subnet.base import Coins, depth_of
+from growjax.subnet.base import Coins, check_draw, depth_of
 from growjax.values import Size, at_least, check, faults, positive, register, tuples
 
 
@@ -80,6 +80,7 @@ class RandomPath(Coins):
 
         Runs on the host, so that each of the two lengths keeps its own compiled step.
         """
+        check_draw(step, seed)
         if self.mode == "bernoulli":
             return self
         if float(self.length).is_integer():
@@ -241,6 +242,7 @@ class PathSchedule:
 
     def at(self, step: int, *, seed: int = 0) -> RandomPath:
         """The path of one step, of whole length."""
+        check_draw(step, seed)
         return self._stage(step).path.at(step, seed=seed)
 
     def steady(self, step: int) -> float:

@@ -17,7 +17,7 @@ from growjax.axes import Axes, axes_of, get, put
 from growjax.cards import Card, Paper
 from growjax.errors import SubnetError
 from growjax.maps import fold_in_name
-from growjax.subnet.base import Model, Subnet, depth_of
+from growjax.subnet.base import Model, Subnet, check_draw, depth_of
 from growjax.values import Size, at_least, check, check_key, register, tuples
 
 
@@ -75,7 +75,7 @@ class RandomTokens(Subnet):
 
     def at(self, step: int, *, seed: int = 0) -> "RandomTokens":
         """The number of tokens of one step, a multiple of `by` above the first."""
-        del seed
+        check_draw(step, seed)
         return RandomTokens(self._count(step), keep=self.keep, axis=self.axis)
 
     def steady(self, step: int) -> float:
