@@ -232,7 +232,10 @@ def test_without_a_source_no_reader_takes_special_ids_of_its_own(tmp_path):
 
 
 def test_families_that_share_a_class_are_told_apart_by_what_a_model_is(tmp_path, monkeypatch):
-    other = dataclasses.replace(LLAMA, model_type="normed", only={"qk_norm": "head"}, limits=_none)
+    normed = lambda file, same: dataclasses.replace(LLAMA.read(file, same), qk_norm=True)  # noqa: E731
+    other = dataclasses.replace(
+        LLAMA, model_type="normed", only={"qk_norm": "head"}, limits=_none, read=normed
+    )
     monkeypatch.setattr(convert, "FAMILIES", {"llama": LLAMA, "normed": other})
     for qk_norm, expected in {False: "llama", True: "normed"}.items():
         gj.hf.save(build("llama", qk_norm=qk_norm), tmp_path / expected)

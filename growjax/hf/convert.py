@@ -17,7 +17,7 @@ from growjax.errors import AxisError, HuggingFaceError, raise_all
 from growjax.hf.bert import ENCODERS
 from growjax.hf.companions import copy_companions
 from growjax.hf.families import DECODERS
-from growjax.hf.family import UNREAD, ConfigFile, Family
+from growjax.hf.family import UNREAD, ConfigFile, Family, read_config
 from growjax.hf.files import (
     CONFIG,
     DTYPES,
@@ -36,7 +36,7 @@ from growjax.hf.files import (
 from growjax.hf.gpt2 import GPT2
 from growjax.hf.keys import is_tolerated
 from growjax.hf.modernbert import MODERNBERT
-from growjax.hf.stock import Inexpressible, buffers_of, shapes_of, stock
+from growjax.hf.stock import Inexpressible, buffers_of, check_keys, shapes_of, stock
 from growjax.hf.t5 import PAIRS
 from growjax.hf.table import Row
 
@@ -44,8 +44,6 @@ from growjax.hf.table import Row
 FAMILIES = {
     family.model_type: family for family in (*ENCODERS, MODERNBERT, GPT2, *DECODERS, *PAIRS)
 }
-# Keys of config.json that would change what a model of any family computes
-FIXED = {"per_layer_config": None}
 _POSITIONS = "max_position_embeddings"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _STORED = ("float64", "float32", "float16", "bfloat16")
@@ -158,15 +156,7 @@ def _described(
         """Whether two tensors hold the same numbers."""
         return folder.equal(names[one], names[other])
 
-    quantised = file.get("quantization_config")
-    if quantised is not None:
-        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
-        file.complaints.append(
-            f"quantization_config: the weights are quantised ({method}), and such cannot grow; take the "
-            "repository that they were made from, or transformers' dequantize() and save_pretrained()"
-        )
-    file.fixed({**family.fixed, **FIXED})
-    config = family.read(file, same)
+    config = read_config(family, file, same)
     file.unread(ignore)
     file.check(family.model_type)
     return family, names, same, config
@@ -233,8 +223,14 @@ def save(
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    told = source_keys | own_keys
+    if len(told.get("id2label") or ()) not in (0, told.get("num_labels")):
+        # Names of the labels of another head, which would count
+        told = {k: value for k, value in told.items() if k not in ("id2label", "label2id")}
+    names = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
+    check_keys(family, told, names, config, dtype)
     with written_whole(folder) as partial:
-        write_json(partial / CONFIG, source_keys | own_keys)
+        write_json(partial / CONFIG, told)
         write_weights(partial, tensors, shard, progress)
         if source is not None:
             copy_companions(source, partial, sizes(model)["embed"])
@@ -430,7 +426,9 @@ def _leaves(
             differing,
         )
         spellings[place] = names[present[0]]
-    own = DTYPES[folder.tensors[next(iter(spellings.values()))].dtype]
+    # Of a ModernBERT of one layer, which is its first, there are no others
+    one = next(iter(spellings.values()), None) or next(iter(names.values()))
+    own = DTYPES[folder.tensors[one].dtype]
     to = np.dtype(own if dtype is None else jnp.dtype(dtype))
     return {
         leaf: _leaf(folder, spellings, row, table, number, to)

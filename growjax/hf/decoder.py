@@ -185,6 +185,14 @@ class Spelling:
         """The activation, by its name in growjax."""
         key, default = self.activation
         own = file.activation(key, default)
+        if key != "hidden_act":
+            # Gemma 2 has the key of other families too, which transformers does not read
+            if (
+                file.known("hidden_act", file.get("hidden_act", default=activation_name(own)))
+                != own
+            ):
+                file.complaints.append(f"hidden_act: expected that of {key}, or none")
+            return own
         if not self.tanh_gelu:
             return own
         known = {own, file.activation("hidden_activation", file.get(key, default=default))}
@@ -234,6 +242,14 @@ class Spelling:
                 faults.append(
                     f"{field}: expected {getattr(plain, field)!r}, got {getattr(c, field)!r}"
                 )
+        by_key: dict[str, list[str]] = {}
+        for field, (key, _) in self.flags.items():
+            by_key.setdefault(key, []).append(field)
+        for key, fields in by_key.items():
+            told = {field: getattr(c, field) for field in fields}
+            if len({*told.values()}) > 1:
+                pairs = ", ".join(f"{field}={value}" for field, value in told.items())
+                faults.append(f"{key}: one key says them all, and the model has {pairs}")
         if self.experts is not None:
             faults += self.experts.limits(c)
         if self.tanh_gelu and c.activation == "gelu":

@@ -54,7 +54,7 @@ QWEN2 = decoder_family(
     "qwen2",
     DecoderHeads("Qwen2"),
     Spelling(choices={"bias": True}, kv_default=32, sights=_QWEN),
-    fixed=_FIXED,
+    fixed=_FIXED | {"use_mrope": False},
     aliases=_STALE,
     members="Qwen 2 and 2.5",
 )
@@ -70,7 +70,7 @@ QWEN3 = decoder_family(
 )
 OLMO2 = decoder_family(
     "olmo2",
-    DecoderHeads("Olmo2", token=None),
+    DecoderHeads("Olmo2", token=None, padding=1),
     Spelling(
         choices={"placement": "after", "qk_norm": "width"},
         flags=_BIASES,
@@ -83,7 +83,7 @@ OLMO2 = decoder_family(
 )
 GEMMA = decoder_family(
     "gemma",
-    DecoderHeads("Gemma", tied=True),
+    DecoderHeads("Gemma", tied=True, padding=0),
     Spelling(
         choices={"plus_one": True},
         flags=_BIASES,
@@ -112,7 +112,7 @@ _GEMMA = Spelling(
 )
 GEMMA2 = decoder_family(
     "gemma2",
-    DecoderHeads("Gemma2", tied=True),
+    DecoderHeads("Gemma2", tied=True, padding=0),
     dataclasses.replace(
         _GEMMA,
         numbers={
@@ -135,7 +135,7 @@ def _five_of_six(file, layer: int) -> bool:
 
 GEMMA3 = decoder_family(
     "gemma3_text",
-    DecoderHeads("Gemma3Text", causal="Gemma3ForCausalLM", token=None, tied=True),
+    DecoderHeads("Gemma3Text", causal="Gemma3ForCausalLM", token=None, tied=True, padding=0),
     dataclasses.replace(
         _GEMMA,
         choices={**_GEMMA.choices, "qk_norm": "head"},
@@ -149,7 +149,7 @@ GEMMA3 = decoder_family(
 )
 PHI3 = decoder_family(
     "phi3",
-    DecoderHeads("Phi3"),
+    DecoderHeads("Phi3", padding=32000),
     Spelling(
         names={
             **dict.fromkeys(("attention.q", "attention.k", "attention.v", "mlp.glu", "mlp.up")),
@@ -161,12 +161,14 @@ PHI3 = decoder_family(
             positions=4096, part=1.0, length=4096, kinds=("default", "longrope"), window=None
         ),
     ),
-    fixed=_FIXED,
+    fixed=_FIXED
+    | dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), False)
+    | dict.fromkeys(("full_attn_mod", "interpolate_factor"), 1),
     members="Phi-3 mini and medium, Phi-4 mini",
 )
 SMOLLM3 = decoder_family(
     "smollm3",
-    DecoderHeads("SmolLM3", tied=True),
+    DecoderHeads("SmolLM3", tied=True, padding=128004),
     Spelling(
         flags=_BIASES,
         kv_default=4,
@@ -234,7 +236,7 @@ MIXTRAL = decoder_family(
 )
 OLMOE = decoder_family(
     "olmoe",
-    DecoderHeads("Olmoe", sequence=None, token=None),
+    DecoderHeads("Olmoe", sequence=None, token=None, padding=1),
     Spelling(
         choices={"qk_norm": "width"},
         flags=_BIASES | {"norm_topk_prob": ("norm_topk_prob", False)},

@@ -19,6 +19,7 @@ ACTIVATIONS: dict[str, str] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
@@ -35,6 +36,9 @@ UNREAD = {
     **dict.fromkeys(("mamba", "mamba2", "jamba"), "it has layers without attention"),
     "qwen3_next": "it has layers of linear attention",
 }
+
+# Keys of config.json that would change what a model of any family computes
+FIXED = {"per_layer_config": None}
 
 
 class ConfigFile:
@@ -222,6 +226,19 @@ class Family:
     fold_scales: Callable[[Any], Any] = lambda model: model
     mixture: bool = False
     zero_biases: bool = False
+
+
+def read_config(family: Family, file: ConfigFile, same: Callable[[str, str], bool]) -> Any:
+    """The configuration that a config.json describes; faults are noted in `file`."""
+    quantised = file.get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
+        file.complaints.append(
+            f"quantization_config: the weights are quantised ({method}), and such cannot grow; take the "
+            "repository that they were made from, or transformers' dequantize() and save_pretrained()"
+        )
+    file.fixed({**family.fixed, **FIXED})
+    return family.read(file, same)
 
 
 def activation_name(activation: str) -> str:

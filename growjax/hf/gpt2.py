@@ -69,7 +69,7 @@ def _config_of(model: GPT) -> GPTConfig:
     return GPTConfig(
         layers=n["layers"],
         **config_sizes(model),
-        kv_heads=n["kv_heads"],
+        kv_heads=None if n["group"] == 1 else n["kv_heads"],
         positions=n.get("positions", 1),
         norm="layer" if model.norm.centre else "rms",
         post_norm=block.post_norm,

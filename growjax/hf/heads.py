@@ -39,6 +39,7 @@ class DecoderHeads:
     - `words`, `lm`: the embedding, and the head of words.
     - `sequence`, `token`: the heads that score labels; None where transformers has no such class.
     - `tied`: the default of `tie_word_embeddings`.
+    - `padding`: the default of `pad_token_id`.
     """
 
     stem: str
@@ -48,6 +49,7 @@ class DecoderHeads:
     sequence: str | None = "score"
     token: str | None = "score"
     tied: bool = False
+    padding: int | None = None
 
     @property
     def prefixes(self) -> tuple[str, ...]:
@@ -117,7 +119,9 @@ class DecoderHeads:
         """The id of padding, by which the last token of a sequence is known."""
         if of == "token":
             return None
-        value = file.get("pad_token_id")
+        # Null says that there is none, whatever the default
+        default = None if "pad_token_id" in file.values else self.padding
+        value = file.get("pad_token_id", default=default)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             file.complaints.append(f"pad_token_id: expected an integer or null, got {value!r}")
             return None

@@ -82,9 +82,10 @@ def read_block(
         part = block.number("partial_rotary_factor", default=part)
         if part > 1:
             block.complaints.append(f"partial_rotary_factor: expected at most 1, got {part}")
-    if not isinstance(scaling, YarnScaling | LongRotary):
-        block.fixed({"attention_factor": None, "mscale": None})
-    block.unread()
+    if block.get("rope_type", "type", default="default") in kinds:
+        if not isinstance(scaling, YarnScaling | LongRotary):
+            block.fixed({"attention_factor": None, "mscale": None})
+        block.unread()
     return Rotation(base, None if block.complaints else scaling, 1.0 if part is None else part)
 
 

@@ -159,6 +159,9 @@ class TypedLayers(Sights):
         on = file.flag("use_sliding_window", default=False) if self.switch else True
         default = self.window if "sliding_window" not in file.values else None
         given = file.get("sliding_window", default=default)
+        # Gemma 2's first files have it twice, and transformers reads the other one
+        if file.get("sliding_window_size", default=given) != given:
+            file.complaints.append(f"sliding_window_size: expected sliding_window={given}, or none")
         window = file.size("sliding_window", default=default) if on and given is not None else None
         slides = self.sliding(file, max(layers, 1), window)
         if any(slides) and window is None:
@@ -294,6 +297,7 @@ class SomeWithout(TypedLayers):
         """The pattern of the layers; heads are turned whole."""
         rotation = self.rotation(file)
         rotary = self.rotary(file, max(layers, 1))
+        file.get("max_window_layers")  # in the published files, and no reader knows it
         every = [
             Sight(window, rotation.theta, rotation.scaling)
             if turns

@@ -1,6 +1,8 @@
 """Grown models as stock ones: every scale is folded into parameters, or the model is refused."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -11,8 +13,9 @@ import numpy as np
 from growjax.axes import axes_of, get, put
 from growjax.errors import HuggingFaceError, raise_all
 from growjax.gates import is_gated, settle
-from growjax.hf.family import Family
+from growjax.hf.family import ConfigFile, Family, read_config
 from growjax.hf.files import shortened
+from growjax.models import LlamaConfig
 from growjax.nn import Attention, Block, Norm, Stacked, WidthNorm
 
 
@@ -50,6 +53,48 @@ def stock(model: Any, family: Family) -> tuple[Any, Any]:
     raise_all(HuggingFaceError, headline, shortened(complaints))
     raise_all(Inexpressible, headline, shortened(_differences(model, config)))
     return model, config
+
+
+# Fields of configurations that say how something is computed, and not what; no config.json has them
+_UNTOLD = {"dtype", "attention", "remat", "expert_body", "z_loss_coef"}
+
+
+def check_keys(
+    family: Family,
+    keys: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    config: Any,
+    dtype: str,
+) -> None:
+    """Raise `HuggingFaceError` unless the keys of a config.json, read again, are the configuration.
+
+    `tensors` are those beside it, without the family's prefix; `dtype` is that of parameters.
+    """
+    file = ConfigFile(keys, tensors)
+    again = read_config(family, file, lambda one, other: tensors[one] is tensors[other])
+    file.check(family.model_type)
+    again = again.decoder() if isinstance(again, LlamaConfig) else again
+    complaints = [
+        f"{field.name}: expected {told!r}, and the keys of config.json say {read!r}"
+        for field in dataclasses.fields(config)
+        if field.name not in _UNTOLD
+        and not _alike(
+            told := getattr(config, field.name), read := getattr(again, field.name), dtype
+        )
+    ]
+    raise_all(HuggingFaceError, f"this model cannot be written as {family.model_type}:", complaints)
+
+
+def _alike(one: Any, other: Any, dtype: str) -> bool:
+    """Whether two values of a configuration are equal, up to the rounding of numbers to `dtype`."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=float(jnp.finfo(dtype).eps))
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        return all(_alike(*pair, dtype) for pair in zip(one, other, strict=True))
+    if dataclasses.is_dataclass(one) and type(one) is type(other):
+        pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one)]
+        return all(_alike(*pair, dtype) for pair in pairs)
+    return one == other
 
 
 def _folded(stack: Stacked, family: Family) -> Stacked:
