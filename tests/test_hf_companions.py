@@ -216,8 +216,10 @@ def test_a_module_that_is_a_link_out_of_the_folder_is_refused(saved, tmp_path):
 def test_code_that_is_not_copied_is_not_named(saved, tmp_path):
     model, folder = saved("gpt2")
     rewritten(folder, auto_map={"AutoModel": "modeling_own.Own"})
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "own"}, "b": 1}')
     gj.hf.save(model, tmp_path / "again", source=folder)
     assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text()) == {"b": 1}
 
 
 def test_without_a_source_no_reader_takes_special_ids_of_its_own(tmp_path):

@@ -155,3 +155,94 @@ def test_the_mark_of_words_is_that_of_most_pieces(tmp_path):
     tokens = tokenizer.encode("the cats the")
     assert tokens.tolist() == [6, 7, 8, 6]
     assert tokenizer.vocabulary.words(tokens).tolist() == [0, 1, 1, 2]
+
+
+# What the files beside a vocabulary change ----------------------------------------------------------
+
+
+def beside(path: Path, **config: Any) -> Any:
+    """The tokenizer of words with these keys of tokenizer_config.json."""
+    return load_tokenizer(folder(path, tokenizer_config__json=config))
+
+
+def test_tokens_that_the_files_add_are_found_as_they_say(tmp_path):
+    plain = {"content": "<|turn|>", "special": True}
+    new = {"content": "<new>", "special": True}
+    tokenizer = beside(tmp_path / "a", added_tokens_decoder={"13": plain, "14": new})
+    assert tokenizer.encode_prompt("a <new> <|turn|>b").tolist() == [0, 14, 13, 1]
+    # As letters it is a word that nobody knows
+    assert tokenizer.encode("<new>").tolist() == [8] and tokenizer.vocabulary.size == 15
+    alone = beside(tmp_path / "b", added_tokens_decoder={"13": plain | {"single_word": True}})
+    assert alone.encode_prompt("<|turn|>b").tolist() == [8]
+    with pytest.raises(DataError, match="'<new>' would have 14, not 99"):
+        beside(tmp_path / "c", added_tokens_decoder={"99": new})
+    for bad in ([1], {"x": new}, {"14": {"special": True}}):
+        with pytest.raises(DataError, match="added_tokens_decoder: expected tokens by their ids"):
+            beside(tmp_path / "d", added_tokens_decoder=bad)
+
+
+def test_special_tokens_without_a_role_are_tokens(tmp_path):
+    """A word of the vocabulary is found whole then, also within others; any other is refused."""
+    assert beside(tmp_path / "a").encode_prompt("ahb").tolist() == [8]
+    for i, keys in enumerate(
+        (
+            {"additional_special_tokens": ["h"]},
+            {"extra_special_tokens": {"image_token": {"content": "h"}}},
+            {"pad_token": "h"},
+        )
+    ):
+        tokenizer = beside(tmp_path / f"b{i}", **keys)
+        assert tokenizer.encode_prompt("ahb").tolist() == [0, 7, 1]
+        assert tokenizer.encode("ahb").tolist() == [8]
+    lost = {"additional_special_tokens": ["<lost>"]}
+    with pytest.raises(DataError, match="its files name '<lost>', which the vocabulary lacks"):
+        beside(tmp_path / "c", **lost)
+    for files in ({"special_tokens_map__json": lost}, {"added_tokens__json": {"<lost>": 14}}):
+        with pytest.raises(DataError, match="its files name '<lost>', which the vocabulary lacks"):
+            load_tokenizer(folder(tmp_path / "d", **files))
+        (tmp_path / "d" / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(DataError, match="extra_special_tokens: expected a list of tokens, got 5"):
+        beside(tmp_path / "e", extra_special_tokens=5)
+
+
+def test_prompts_are_letters_too_if_the_files_say_so(tmp_path):
+    assert beside(tmp_path / "a").encode_prompt("a <s>").tolist() == [0, 10]
+    assert beside(tmp_path / "b", split_special_tokens=True).encode_prompt("a <s>").tolist() == [
+        *(0, 8)
+    ]
+
+
+def test_a_class_of_bert_says_how_text_is_read_whatever_its_normalizer(tmp_path):
+    words = {word: i for i, word in enumerate("[PAD] [UNK] [CLS] [SEP] a A".split())}
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token="[UNK]"))
+    made.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    made.save(str(tmp_path / "tokenizer.json"))
+    for cls, keys, expected in (
+        ("BertTokenizerFast", {"do_lower_case": False}, 5),
+        ("BertTokenizer", {}, 4),
+        ("PreTrainedTokenizerFast", {"do_lower_case": False}, 4),
+    ):
+        config = json.dumps({"tokenizer_class": cls, **keys})
+        (tmp_path / "tokenizer_config.json").write_text(config)
+        assert load_tokenizer(tmp_path).encode("A").tolist() == [expected]
+
+
+def test_a_class_of_gpt2_puts_a_space_before_a_text_if_it_says_so(tmp_path):
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "Ġ": 1}, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.save(str(tmp_path / "tokenizer.json"))
+    for cls, expected in (("GPT2TokenizerFast", [1, 0]), ("PreTrainedTokenizerFast", [0])):
+        config = json.dumps({"tokenizer_class": cls, "add_prefix_space": True})
+        (tmp_path / "tokenizer_config.json").write_text(config)
+        assert load_tokenizer(tmp_path).encode("a").tolist() == expected
+
+
+def test_words_of_another_class_are_not_read_as_those_of_bert(tmp_path, monkeypatch):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na")
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"tokenizer_class": "DistilBertTokenizerFast"}')
+    assert load_tokenizer(tmp_path).encode("a").tolist() == [5]
+    config.write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ExtraError, match=r"pip install 'growjax\[tokenizers\]'"):
+        load_tokenizer(tmp_path)

@@ -5,6 +5,7 @@ read from them: spellings alone do not say whether `<|endoftext|>` ends a text o
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,21 @@ _DEFAULTS: dict[str, dict[str, str]] = {
     "RobertaTokenizer": _ROBERTA,
     "XLMRobertaTokenizer": _ROBERTA,
 }
+# The classes that read a vocab.txt as BERT's does, and text as their tokenizer_config.json says
+WORDPIECE = frozenset(
+    (
+        *("", "PreTrainedTokenizer", "BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer"),
+        *("MobileBertTokenizer", "ConvBertTokenizer", "SqueezeBertTokenizer", "LayoutLMTokenizer"),
+    )
+)
+# Those that put a space before a text if it says so
+_SPACED = ("GPT2Tokenizer", "RobertaTokenizer", "GPTNeoXTokenizer")
+_NORMALISING = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _LARGEST = 50_000_000  # bytes of JSON that are parsed; tokenizer.json itself is not read here
 
 
@@ -52,6 +68,12 @@ class TokenizerFiles:
     - `lowercase`: whether a `vocab.txt` belongs to an uncased model.
     - `strip_accents`: whether a `vocab.txt` is for text without accents; None is as `lowercase`.
     - `chinese_characters`: whether each Chinese character of a `vocab.txt` is a word of its own.
+    - `added`: tokens by their ids, with the flags of how they are found in a text; these count, and not
+      those in `tokenizer.json`.
+    - `others`: spellings of further special tokens.
+    - `letters`: whether spellings of special tokens are text in prompts too.
+    - `normalizer`: what the class sets of the normalizer of BERT, whatever `tokenizer.json` says.
+    - `space`: whether the class puts a space before a text; None is what `tokenizer.json` says.
     """
 
     roles: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
@@ -61,6 +83,11 @@ class TokenizerFiles:
     lowercase: bool = True
     strip_accents: bool | None = None
     chinese_characters: bool = True
+    added: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    others: tuple[str, ...] = ()
+    letters: bool = False
+    normalizer: Mapping[str, bool | None] = dataclasses.field(default_factory=dict)
+    space: bool | None = None
 
 
 def read_files(folder: Path) -> TokenizerFiles:
@@ -74,7 +101,9 @@ def read_files(folder: Path) -> TokenizerFiles:
         values = [file[key] for file in (config, older) if key in file]
         if values:
             roles[name] = _spelling(folder, key, values[0])
-    defaults = _DEFAULTS.get(class_of(folder).removesuffix("Fast"))
+    cls = class_of(folder)
+    defaults = _DEFAULTS.get(cls)
+    normalising = _NORMALISING if cls in WORDPIECE - {"", "PreTrainedTokenizer"} else {}
     if config and defaults is None:
         # transformers guesses none, and begins a text with eos instead
         roles.setdefault("bos", None)
@@ -86,12 +115,81 @@ def read_files(folder: Path) -> TokenizerFiles:
         lowercase=bool(config.get("do_lower_case", True)),
         strip_accents=config.get("strip_accents"),
         chinese_characters=bool(config.get("tokenize_chinese_chars", True)),
+        added=_added(folder, config),
+        others=_others(folder, config, older),
+        letters=bool(config.get("split_special_tokens")),
+        normalizer={name: config[key] for key, name in normalising.items() if key in config},
+        space=config.get("add_prefix_space") if cls in _SPACED else None,
     )
 
 
 def class_of(folder: Path) -> str:
-    """The class of transformers that tokenizer_config.json names, or an empty text."""
-    return str(_json(folder / CONFIG).get("tokenizer_class") or "")
+    """The class of transformers that tokenizer_config.json names, without "Fast", or an empty text."""
+    return str(_json(folder / CONFIG).get("tokenizer_class") or "").removesuffix("Fast")
+
+
+def complete(inner: Any, files: TokenizerFiles) -> None:
+    """Change the tokenizer of a `tokenizer.json` as transformers does by the files beside it.
+
+    They add tokens to it, or change how one is found in a text, and some classes set their own
+    normalizer or pre-tokenizer. Raises `DataError` for a token that would have another id than they say.
+    """
+    library = load("tokenizers", "a tokenizer")
+    known, changed = inner.get_added_tokens_decoder(), []
+    for number, given in sorted(files.added.items()):
+        flags = {name: given[name] for name in _FLAGS if name in given}
+        token = library.AddedToken(given["content"], **flags)
+        if repr(known.get(number)) != repr(token):
+            changed.append(token)
+    for special, tokens in itertools.groupby(changed, key=lambda token: token.special):
+        (inner.add_special_tokens if special else inner.add_tokens)([*tokens])
+    wrong = [
+        f"{given['content']!r} would have {inner.token_to_id(given['content'])}, not {number}"
+        for number, given in sorted(files.added.items())
+        if inner.token_to_id(given["content"]) != number
+    ]
+    if wrong:
+        raise DataError(
+            f"tokenizer: {CONFIG} gives tokens other ids than {TOKENIZER}: {', '.join(wrong)}; save the "
+            "tokenizer again where its model comes from"
+        )
+    # What names a token in the vocabulary makes it one that is found whole
+    whole = {token.content for token in inner.get_added_tokens_decoder().values()}
+    named = [*(x for x in files.roles.values() if x), *files.others]
+    words = [x for x in dict.fromkeys(named) if x not in whole and inner.token_to_id(x) is not None]
+    inner.add_special_tokens(words)
+    if isinstance(inner.normalizer, library.normalizers.BertNormalizer):
+        for name, value in files.normalizer.items():
+            setattr(inner.normalizer, name, value)
+    if files.space is not None and isinstance(
+        inner.pre_tokenizer, library.pre_tokenizers.ByteLevel
+    ):
+        inner.pre_tokenizer.add_prefix_space = files.space
+
+
+def _added(folder: Path, config: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """The tokens of `added_tokens_decoder`, by their ids."""
+    given = config.get("added_tokens_decoder") or {}
+    valid = isinstance(given, dict) and all(
+        str(number).isdecimal() and isinstance(x, dict) and isinstance(x.get("content"), str)
+        for number, x in given.items()
+    )
+    if not valid:
+        raise DataError(f"{folder / CONFIG}: added_tokens_decoder: expected tokens by their ids")
+    return {int(number): x for number, x in given.items()}
+
+
+def _others(folder: Path, *files: Mapping[str, Any]) -> tuple[str, ...]:
+    """The special tokens without a role of some files, and the tokens of `added_tokens.json`."""
+    spellings = [*_json(folder / "added_tokens.json")]
+    for file in files:
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            given = file.get(key) or []
+            values = [*given.values()] if isinstance(given, dict) else given
+            if not isinstance(values, list):
+                raise DataError(f"{folder}: {key}: expected a list of tokens, got {given!r}")
+            spellings += [x for value in values if (x := _spelling(folder, key, value))]
+    return tuple(dict.fromkeys(spellings))
 
 
 def converted(folder: Path) -> tuple[Any, dict[str, str | None]]:

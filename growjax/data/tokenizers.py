@@ -22,9 +22,11 @@ from growjax.data.chat import render
 from growjax.data.tokenizer_files import (
     ROLES,
     TOKENIZER,
+    WORDPIECE,
     WORDS,
     TokenizerFiles,
     class_of,
+    complete,
     converted,
     read_files,
 )
@@ -247,9 +249,11 @@ class LibraryTokenizer:
         # A file may have been saved with truncation and padding, which would alter documents
         inner.no_truncation()
         inner.no_padding()
+        complete(inner, files)
         text = inner.to_str()
         inner.encode_special_tokens = True
         self._inner, self.chat_template = inner, files.chat_template
+        self._letters = files.letters
         ids = inner.get_vocab(with_added_tokens=True)
         added = {t["content"] for t in json.loads(text)["added_tokens"] if t["special"]}
         special_ids = _special_ids(ids, specials or {}, files)
@@ -306,7 +310,7 @@ class LibraryTokenizer:
     def _of_prompts(self) -> Any:
         """A copy that reads the spelling of a special token as that token."""
         copy = type(self._inner).from_str(self._inner.to_str())
-        copy.encode_special_tokens = False
+        copy.encode_special_tokens = self._letters
         return copy
 
 
@@ -340,12 +344,14 @@ def load_tokenizer(
     path, files = Path(spec), TokenizerFiles()
     if path.is_dir():
         folder, files = path, read_files(path)
-        candidates = [folder / name for name in (TOKENIZER, WORDS) if (folder / name).is_file()]
+        names = (TOKENIZER, WORDS) if class_of(folder) in WORDPIECE else (TOKENIZER,)
+        candidates = [folder / name for name in names if (folder / name).is_file()]
         if not candidates and class_of(folder) == "ByT5Tokenizer":
             return ByT5Tokenizer()
         if not candidates:
             has_pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
-            if not has_pair and not any(folder.glob("*.model")):
+            has_words = has_pair or (folder / WORDS).is_file()
+            if not has_words and not any(folder.glob("*.model")):
                 raise DataError(
                     f"tokenizer {folder}: expected {TOKENIZER}, {WORDS}, spiece.model, tokenizer.model "
                     "or vocab.json with merges.txt in the folder, got none"
@@ -406,6 +412,7 @@ def _special_ids(
     absent = [
         f"{name}_token={token!r}" for name, token in roles.items() if token and token not in ids
     ]
+    absent += [repr(token) for token in files.others if token not in ids]
     if absent:
         raise DataError(
             f"tokenizer: its files name {', '.join(absent)}, which the vocabulary lacks; save the "

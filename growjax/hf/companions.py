@@ -33,6 +33,10 @@ def copy_companions(source: Path, folder: Path, embed: int) -> None:
         # lexists is also true for a broken link, which `inside` then reports
         if os.path.lexists(source / name):
             shutil.copyfile(inside(source, name), folder / name)
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.is_file() and "auto_map" in (keys := read_json(tokenizer)):
+        # Its code is not copied, and transformers would look for it
+        write_json(tokenizer, {key: value for key, value in keys.items() if key != "auto_map"})
     if os.path.lexists(source / MODULES):
         _copy_modules(source, folder, embed)
 

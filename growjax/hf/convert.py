@@ -224,7 +224,8 @@ def save(
         "torch_dtype": dtype,
     }
     told = source_keys | own_keys
-    if len(told.get("id2label") or ()) not in (0, told.get("num_labels")):
+    count = own_keys.get("num_labels")
+    if count is not None and len(told.get("id2label") or ()) not in (0, count):
         # Names of the labels of another head, which would count
         told = {k: value for k, value in told.items() if k not in ("id2label", "label2id")}
     names = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}

@@ -187,10 +187,8 @@ class Spelling:
         own = file.activation(key, default)
         if key != "hidden_act":
             # Gemma 2 has the key of other families too, which transformers does not read
-            if (
-                file.known("hidden_act", file.get("hidden_act", default=activation_name(own)))
-                != own
-            ):
+            other = file.get("hidden_act", default=activation_name(own))
+            if file.known("hidden_act", other) != own:
                 file.complaints.append(f"hidden_act: expected that of {key}, or none")
             return own
         if not self.tanh_gelu:

@@ -59,6 +59,30 @@ def test_ids_are_those_of_transformers(seed, tmp_path):
     assert {*ours.ends} == drawn["ends"]
 
 
+NEW = {"content": "<odd one>", "special": True, "lstrip": True, "rstrip": True}
+BESIDE: dict[str, dict[str, Any]] = {
+    "flags": {"added_tokens_decoder": {"?": NEW}},
+    "letters": {"split_special_tokens": True},
+    "space": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True},
+    "word": {"additional_special_tokens": ["the"]},
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_files_beside_a_vocabulary_change_it_as_in_transformers(name, tmp_path):
+    draw(tmp_path, 0)
+    path, keys = tmp_path / "tokenizer_config.json", BESIDE[name]
+    before = load_tokenizer(tmp_path)
+    if name == "flags":
+        vocabulary = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
+        keys = {"added_tokens_decoder": {str(vocabulary["<odd one>"]): NEW}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "the colour and <odd one> other the"
+    expected = theirs(text, truncation=False, add_special_tokens=False)["input_ids"]
+    assert ours.encode_prompt(text).tolist() == expected != before.encode_prompt(text).tolist()
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_chats_are_those_of_transformers(seed, tmp_path):
     draw(tmp_path, seed)
