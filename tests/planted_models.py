@@ -325,6 +325,15 @@ TABLE = """
 @ a second window is not compared | hf/sights.py | hf_published | published_checkpoints
 - if file.get("sliding_window_size", default=given) != given:
 + if file.get("sliding_window_size") == "":
+@ a card names the commit of a cached repository | hf/companions.py | hf_companions | no_commit
+- name = repository if folder.parent.name == "snapshots" and repository else folder.name
++ name = folder.name
+@ a card's odd name is no YAML | hf/companions.py | hf_companions | no_commit
+- return name if re.fullmatch(r"[A-Za-z_][\\w./-]*", name) else json.dumps(name)
++ return name
+@ a process that was killed stops another of its number | hf/files.py | hf | nothing_half_written
+- f".{path.absolute().name}.{secrets.token_hex(4)}"
++ f".{path.absolute().name}.{os.getpid()}"
 @ an adapter beside its base is left out | hf/files.py | hf_companions | another_kind
 - if os.path.lexists(path / ADAPTER):
 + if False:

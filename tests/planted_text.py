@@ -76,6 +76,15 @@ TABLE = """
 @ draws are cut into layers | growth/leafwise.py | bounded | bitwise
 - if plan is None or not plain or slot.origin or not set(_primitives(piece.jaxpr)) <= _ROWWISE:
 + if plan is None or not plain or slot.origin:
+@ a short prompt goes along with one beyond LongRoPE | evals/generation.py | evals_generate | read_apart
+- far = sum(len(encoded[i]) > switch for i in order)
++ far = len(order)
+@ a short prompt is padded to a long one | evals/generation.py | evals_generate | read_apart
+- width = max(longest, min(width, switch))
++ pass
+@ a text crosses to other positions | evals/generation.py | evals_generate | read_apart
+- crossing = [n for n in lengths if n <= switch < n + new - 1]
++ crossing = []
 @ tokens beside a vocabulary are not added | data/tokenizer_files.py | tokenizers | found_as_they_say
 - if repr(known.get(number)) != repr(token):
 + if False:

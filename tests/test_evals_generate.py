@@ -15,7 +15,21 @@ from growjax.data import ByteTokenizer
 from growjax.errors import AxisError, EvalError
 from growjax.evals import LanguageModel, generate
 from growjax.evals import generate as room
-from growjax.models import BERT, GPT, T5, BERTConfig, GPTConfig, Llama, LlamaConfig, T5Config
+from growjax.models import (
+    BERT,
+    GPT,
+    T5,
+    BERTConfig,
+    Decoder,
+    DecoderConfig,
+    GPTConfig,
+    Llama,
+    LlamaConfig,
+    Sight,
+    T5Config,
+)
+from growjax.nn import LongRotary
+from growjax.testing import randomise
 
 
 TOKENIZER = ByteTokenizer(sentinels=0, multiple=1)
@@ -233,6 +247,24 @@ def test_short_prompts_go_along_with_long_ones(monkeypatch):
         == ["bc"] * 12 + ["cd"] * 30
     )
     assert widths == [(14, 48), (28, 16)]
+
+
+def test_prompts_on_both_sides_of_long_rotary_positions_are_read_apart():
+    """Padding would make a short prompt a long one, whose positions are others."""
+
+    def language(length):
+        scaling = LongRotary((1.0, 2.0), (30.0, 4.0), length=length, magnitude=1.5)
+        config = DecoderConfig(layers=1, kv_heads=2, pattern=(Sight(scaling=scaling),), **SIZES)
+        made = Decoder(config, key=jax.random.key(0))
+        return LanguageModel(randomise(made), TOKENIZER, longest=64)
+
+    model, prompts = language(20), ["quick brown", "x" * 33, "ab"]
+    expected = generate(language(64), [prompts[0], prompts[2]], new=10)
+    expected.insert(1, generate(language(1), [prompts[1]], new=10)[0])
+    assert generate(model, prompts, new=10) == expected
+    assert expected != generate(language(1), prompts, new=10)
+    with pytest.raises(EvalError, match="a prompt of 11 tokens and 12 new ones cross 20 tokens"):
+        generate(model, prompts, new=12)
 
 
 def test_drawing():

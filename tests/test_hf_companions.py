@@ -11,7 +11,7 @@ import pytest
 import growjax as gj
 from growjax.errors import HuggingFaceError
 from growjax.hf import convert
-from growjax.hf.companions import card_metadata
+from growjax.hf.companions import base_model, card_metadata
 from growjax.hf.families import LLAMA
 from growjax.models import Labels
 from tests.folders import assert_same, build, rewritten
@@ -259,6 +259,17 @@ def test_families_that_share_a_class_are_told_apart_by_what_a_model_is(tmp_path,
 
 def _none(config) -> list[str]:
     return []
+
+
+def test_a_card_names_a_repository_or_a_folder_and_no_commit(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--Qwen--Qwen3-0.6B" / "snapshots" / "c1899de"
+    snapshot.mkdir(parents=True)
+    assert base_model(snapshot) == "Qwen/Qwen3-0.6B" == base_model("Qwen/Qwen3-0.6B")
+    monkeypatch.chdir(snapshot.parent)
+    assert base_model("c1899de") == "Qwen/Qwen3-0.6B" and base_model(".") == "snapshots"
+    for odd in ("my: model", "123", "#1"):
+        (tmp_path / odd).mkdir()
+        assert base_model(tmp_path / odd) == json.dumps(odd)
 
 
 def test_a_card_keeps_licence_and_language_and_names_its_base(saved, tmp_path):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from growjax.data import Tokenizer
 from growjax.errors import EvalError
 from growjax.evals.language import LanguageModel, batch_rows, bucket
+from growjax.nn import LongRotary, Rotary
 
 
 # Steps on the device between two checks on the host whether all texts have ended: enough of them to
@@ -88,10 +89,17 @@ def generate(
     texts = [""] * len(prompts)
     # Longest first. Steps cost more than padding, so short prompts go along with long ones
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+    switch = _switch(language, [len(tokens) for tokens in encoded], new)
     while order:
-        width = bucket(len(encoded[order[0]]) + 1, language.window)
-        count = batch_rows(len(order), language.batch_tokens // (width + new))
-        members, order = order[:count], order[count:]
+        longest = len(encoded[order[0]])
+        width, far = bucket(longest + 1, language.window), len(order)
+        if switch is not None and longest <= switch:
+            width = max(longest, min(width, switch))
+        elif switch is not None:
+            far = sum(len(encoded[i]) > switch for i in order)
+        count = batch_rows(far, language.batch_tokens // (width + new))
+        members = order[: min(count, far)]
+        order = order[len(members) :]
         # Copies of the first prompt fill the batch up to its compiled size
         rows = members + members[:1] * (count - len(members))
         batch = _batch(
@@ -107,6 +115,27 @@ def generate(
         for i, text in zip(members, batch, strict=False):
             texts[i] = text
     return texts
+
+
+def _switch(language: LanguageModel, lengths: Sequence[int], new: int) -> int | None:
+    """The longest sequence with short frequencies of LongRoPE, or None for a model without it.
+
+    Prompts on its two sides are read apart, as padding would make a short one a long one. Raises
+    `EvalError` for a text that would cross it: all of its keys would change there.
+    """
+    nodes = jax.tree.leaves(language.model, is_leaf=lambda node: isinstance(node, Rotary))
+    scalings = [node.scaling for node in nodes if isinstance(node, Rotary)]
+    switches = [scaling.length for scaling in scalings if isinstance(scaling, LongRotary)]
+    if not switches:
+        return None
+    switch = min(switches)
+    crossing = [n for n in lengths if n <= switch < n + new - 1]
+    if crossing:
+        raise EvalError(
+            f"new: a prompt of {crossing[0]} tokens and {new} new ones cross {switch} tokens, where "
+            "LongRoPE changes the positions of all tokens; ask for fewer, or give a longer prompt"
+        )
+    return switch
 
 
 def _batch(

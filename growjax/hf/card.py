@@ -9,7 +9,7 @@ from growjax.axes import sizes
 from growjax.certificate import Certificate
 from growjax.cost import parameters
 from growjax.growth import Chain, Operator
-from growjax.hf.companions import card_metadata
+from growjax.hf.companions import base_model, card_metadata
 from growjax.hf.convert import save
 from growjax.hf.files import located
 from growjax.values import to_dict
@@ -44,8 +44,7 @@ def write_grown(
         stored += f", which moves outputs by {rounding:.1e} of the largest"
     card = _CARD.format(
         metadata="".join(f"{key}:{value}\n" for key, value in card_metadata(files).items()),
-        # An id of a repository stays whole
-        source=source.name if source.is_dir() else source,
+        source=base_model(source),
         version=__version__,
         op=op,
         seed=seed,

@@ -1,5 +1,6 @@
 """The files of a checkpoint besides its weights: tokenizer, licence, modules of sentence-transformers."""
 
+import json
 import os
 import re
 import shutil
@@ -73,6 +74,18 @@ def _resize(path: Path, embed: int) -> None:
             f"{path.parent.name}: its weights read {config['in_features']} features, and the model has "
             f"embed={embed}; remove the module from {MODULES} of the source, and train a new one"
         )
+
+
+def base_model(source: str | Path) -> str:
+    """What a card calls the model that another one came from, as YAML: a repository, or a folder."""
+    folder = Path(source)
+    name = str(source)
+    if folder.is_dir():
+        # Its name may be "." here, and the hash of a commit in the cache of the Hugging Face Hub
+        folder = folder.resolve()
+        repository = folder.parent.parent.name.partition("models--")[2].replace("--", "/")
+        name = repository if folder.parent.name == "snapshots" and repository else folder.name
+    return name if re.fullmatch(r"[A-Za-z_][\w./-]*", name) else json.dumps(name)
 
 
 def card_metadata(source: Path) -> Mapping[str, str]:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -388,8 +389,9 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise HuggingFaceError(f"{path}: exists already, and nothing is overwritten")
-    # Next to the target, so that renaming does not cross file systems
-    partial = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}")
+    # Next to the target, so that renaming does not cross file systems. A killed process leaves one, and
+    # the next may have its number, as in a container
+    partial = path.absolute().with_name(f".{path.absolute().name}.{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
     except OSError as error:

@@ -11,6 +11,7 @@ from growjax.cost import parameters
 from growjax.data import Tokenizer, load_tokenizer
 from growjax.data.tokenizer_export import stock_files
 from growjax.errors import CheckpointError, DataError
+from growjax.hf.companions import base_model
 from growjax.hf.convert import save, with_dtype
 from growjax.hf.files import located
 from growjax.models.protocol import kind_of
@@ -119,7 +120,7 @@ def _card(
 ) -> dict[str, str]:
     """The model card: what was trained, for how long, and how it grew."""
     operators = [f"- `{op}`" for op in operators_of(lineage)] or ["- none"]
-    base = f"base_model: {origin.name}\n" if origin is not None else ""
+    base = f"base_model: {base_model(origin)}\n" if origin is not None else ""
     text = _CARD.format(
         metadata=base,
         plan=lineage["plan"],
