@@ -21,7 +21,10 @@ import transformers as hf
 import growjax as gj
 from growjax.errors import GrowjaxError
 from growjax.hf.convert import FAMILIES
+from growjax.hf.families import DECODERS
+from growjax.hf.family import ConfigFile
 from growjax.hf.keys import is_tolerated
+from growjax.models import Labels
 from tests.conftest import DEEP
 from tests.hf.oracle import outputs, random_model
 from tests.hf.test_parity import CASES, ours
@@ -309,6 +312,20 @@ def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
         return np.inf
     gaps = [np.abs(one[k] - other[k]).max() / np.abs(other[k]).max() for k in other]
     return float(max(gaps)) if np.isfinite(gaps).all() else np.inf
+
+
+def test_defaults_of_padding_are_those_of_transformers():
+    """The sweep does not see them: a row of its tokens has none that is padding."""
+    seen = []
+    for family in DECODERS:
+        keys = hf.AutoConfig.for_model(family.model_type).to_dict()
+        default = keys.pop("pad_token_id")
+        file = ConfigFile(keys, [*map(str, range(200)), "score.weight"])
+        head = family.read(file, lambda one, other: True).head
+        if isinstance(head, Labels) and head.of == "sequence":
+            assert head.padding == default, family.model_type
+            seen.append(default)
+    assert {None, 0, 1} < {*seen}
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -64,7 +64,6 @@ BESIDE: dict[str, dict[str, Any]] = {
     "flags": {"added_tokens_decoder": {"?": NEW}},
     "letters": {"split_special_tokens": True},
     "space": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True},
-    "word": {"additional_special_tokens": ["the"]},
 }
 
 
