@@ -258,13 +258,15 @@ def test_prompts_on_both_sides_of_long_rotary_positions_are_read_apart():
         made = Decoder(config, key=jax.random.key(0))
         return LanguageModel(randomise(made), TOKENIZER, longest=64)
 
-    model, prompts = language(20), ["quick brown", "x" * 33, "ab"]
-    expected = generate(language(64), [prompts[0], prompts[2]], new=10)
-    expected.insert(1, generate(language(1), [prompts[1]], new=10)[0])
-    assert generate(model, prompts, new=10) == expected
-    assert expected != generate(language(1), prompts, new=10)
-    with pytest.raises(EvalError, match="a prompt of 11 tokens and 12 new ones cross 20 tokens"):
-        generate(model, prompts, new=12)
+    # 17 tokens would be padded to 24
+    model, prompts = language(20), ["0123456789abcdefg", "y" * 33, "go on"]
+    expected = generate(language(64), [prompts[0], prompts[2]], new=4)
+    expected.insert(1, generate(language(1), [prompts[1]], new=4)[0])
+    assert generate(model, prompts, new=4) == expected
+    others = generate(language(1), prompts, new=4)
+    assert expected[0] != others[0]
+    with pytest.raises(EvalError, match="a prompt of 17 tokens and 5 new ones cross 20 tokens"):
+        generate(model, prompts, new=5)
 
 
 def test_drawing():

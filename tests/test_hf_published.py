@@ -12,6 +12,7 @@ from growjax.hf import convert
 from growjax.hf.convert import FAMILIES
 from growjax.hf.families import LLAMA as LLAMA_FAMILY
 from growjax.hf.family import ConfigFile, read_config
+from growjax.hf.stock import _alike
 from growjax.models import DecoderConfig, Labels, Sight
 from growjax.nn import LongRotary
 from tests.folders import LLAMA, assert_same, build, rewritten
@@ -153,6 +154,13 @@ def test_keys_that_say_something_else_are_not_written(lie, tmp_path, monkeypatch
     with pytest.raises(HuggingFaceError, match=r"expected .*, and the keys of config.json say"):
         gj.hf.save(build("llama"), tmp_path / "lied")
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_scale_that_is_written_as_another_number_is_that_scale_in_any_dtype():
+    for number in range(1, 300):
+        scale = number**-0.5
+        assert _alike(scale, (scale**-2) ** -0.5, "float64")
+    assert not _alike(1e-5, 1.1e-5, "bfloat16") and not _alike(None, 1.0, "float32")
 
 
 def test_keys_of_the_source_do_not_contradict_what_is_written(saved, tmp_path):

@@ -88,7 +88,8 @@ def check_keys(
 def _alike(one: Any, other: Any, dtype: str) -> bool:
     """Whether two values of a configuration are equal, up to the rounding of numbers to `dtype`."""
     if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=float(jnp.finfo(dtype).eps))
+        # A scale is written as its inverse square
+        return math.isclose(one, other, rel_tol=max(float(jnp.finfo(dtype).eps), 1e-12))
     if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
         return all(_alike(*pair, dtype) for pair in zip(one, other, strict=True))
     if dataclasses.is_dataclass(one) and type(one) is type(other):
