@@ -310,8 +310,11 @@ TABLE = """
 @ keys of a file are written unread | hf/convert.py | hf_published | not_written or do_not_contradict
 - check_keys(family, told, names, config, dtype)
 + pass
+@ a default scale is no number | hf/stock.py | hf_published | is_the_default
+- config, again = _with_scale(config), _with_scale(again)
++ pass
 @ a scale is another one in float64 | hf/stock.py | hf_published | in_any_dtype
-- rel_tol=max(float(jnp.finfo(dtype).eps), 1e-12)
+- rel_tol=max(float(jnp.finfo(dtype).eps), 1e-9)
 + rel_tol=float(jnp.finfo(dtype).eps)
 @ labels have the names of another head's | hf/convert.py | hf_published | do_not_contradict
 - told = {k: value for k, value in told.items() if k not in ("id2label", "label2id")}

@@ -156,10 +156,10 @@ def test_keys_that_say_something_else_are_not_written(lie, tmp_path, monkeypatch
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_scale_that_is_written_as_another_number_is_that_scale_in_any_dtype():
-    for number in range(1, 300):
-        scale = number**-0.5
-        assert _alike(scale, (scale**-2) ** -0.5, "float64")
+def test_a_scale_that_is_written_as_an_integer_is_that_scale_in_any_dtype():
+    scale = 0.0625 * (1 + 2e-10)
+    written = FAMILIES["gemma2"].write(DecoderConfig(**LLAMA, scale=scale))["query_pre_attn_scalar"]
+    assert written == 256 and _alike(scale, written**-0.5, "float64")
     assert not _alike(1e-5, 1.1e-5, "bfloat16") and not _alike(None, 1.0, "float32")
 
 
@@ -176,6 +176,12 @@ def test_keys_of_the_source_do_not_contradict_what_is_written(saved, tmp_path):
     rewritten(folder, mlp_bias=True)
     with pytest.raises(HuggingFaceError, match="mlp_bias: only False can be read, got True"):
         gj.hf.save(scores, tmp_path / "biased", source=folder)
+
+
+def test_a_scale_of_scores_that_is_the_default_is_written_as_a_number(tmp_path):
+    model = build("gemma3", scale=None)
+    gj.hf.save(model, tmp_path / "default")
+    assert_same(model, gj.hf.load(tmp_path / "default"))
 
 
 def test_a_modernbert_of_one_layer(tmp_path):

@@ -74,6 +74,7 @@ def check_keys(
     again = read_config(family, file, lambda one, other: tensors[one] is tensors[other])
     file.check(family.model_type)
     again = again.decoder() if isinstance(again, LlamaConfig) else again
+    config, again = _with_scale(config), _with_scale(again)
     complaints = [
         f"{field.name}: expected {told!r}, and the keys of config.json say {read!r}"
         for field in dataclasses.fields(config)
@@ -85,11 +86,18 @@ def check_keys(
     raise_all(HuggingFaceError, f"this model cannot be written as {family.model_type}:", complaints)
 
 
+def _with_scale(config: Any) -> Any:
+    """A configuration whose scale of scores is a number, and not the default."""
+    if getattr(config, "scale", 1.0) is not None:
+        return config
+    return dataclasses.replace(config, scale=config.head_dim**-0.5)
+
+
 def _alike(one: Any, other: Any, dtype: str) -> bool:
     """Whether two values of a configuration are equal, up to the rounding of numbers to `dtype`."""
     if isinstance(one, float) and isinstance(other, float):
-        # A scale is written as its inverse square
-        return math.isclose(one, other, rel_tol=max(float(jnp.finfo(dtype).eps), 1e-12))
+        # A scale is written as its inverse square, and as an integer if that is close to one
+        return math.isclose(one, other, rel_tol=max(float(jnp.finfo(dtype).eps), 1e-9))
     if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
         return all(_alike(*pair, dtype) for pair in zip(one, other, strict=True))
     if dataclasses.is_dataclass(one) and type(one) is type(other):
