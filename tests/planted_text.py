@@ -5,7 +5,7 @@ TABLE = """
 - inner.encode_special_tokens = True
 + inner.encode_special_tokens = False
 @ a prompt's special tokens are letters | data/tokenizers.py | tokenizers | letters
-- copy.encode_special_tokens = False
+- copy.encode_special_tokens = self._letters
 + copy.encode_special_tokens = True
 @ null in a tokenizer's files is a guess | data/tokenizers.py | tokenizers | roles
 - elif name in roles:
