@@ -288,8 +288,8 @@ TABLE = """
 - if not any(size for axis, size in sizes.items() if "stack" not in table.roles(axis)):
 + if not any(sizes.values()):
 @ two layers are looked for in one | plan/steps.py | plan | single_layer
-- if self.stacks[a] == 1)
-+ if self.stacks[a] == 0)
+- if self.stacks[a] == 1}
++ if self.stacks[a] == 0}
 @ a loss that is not a number is the lowest | train/choosing.py | probe | finite_loss
 - losses.append(loss if math.isfinite(loss) else None)
 + losses.append(loss)

@@ -146,9 +146,9 @@ TABLE = """
 @ trials of other candidates are free | plan/probe.py | probe | every_outcome or a_charge
 - charge=stage.charge + (total - cost) / unit
 + charge=stage.charge
-@ a decision is for the worst | train/choosing.py | probe | keeps_the_best
-- chosen = losses.index(min(losses))
-+ chosen = losses.index(max(losses))
+@ a decision is for the worst | plan/probe.py | probe | keeps_the_best
+- losses.index(min(finite))
++ losses.index(max(finite))
 @ the loss before the end of a trial decides | train/choosing.py | probe | keeps_the_best
 - evaluate_at=(*options.evaluate_at, end),
 + evaluate_at=(*options.evaluate_at, end - 1),
