@@ -36,9 +36,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from growjax.axes import Slot, axes_of, find, get, put
 from growjax.errors import LayoutError
-from growjax.nn import Stacked
+from growjax.nn import Stacked, stacked
 from growjax.nn.experts import Experts, Placement
 from growjax.nn.place import CONTEXT
+from growjax.nn.stacked import Name, Remat
 from growjax.values import Range, Size, check, register
 
 
@@ -73,6 +74,9 @@ class Layout:
       is the model's own choice.
     - `unroll`: the number of layers that are compiled in a row, in each iteration of the scan.
     - `context`: the number of devices that share one sequence, whose length they must divide.
+    - `offload`: what of a layer is kept in the host's memory between the passes, whatever `remat` is:
+      "layer inputs", "attention inputs", "attention" (its outputs) and "between branches" (what the
+      feed-forward reads).
 
     Raises `LayoutError` for fields that are invalid or do not fit together.
 
@@ -90,6 +94,12 @@ class Layout:
     remat: Literal["model", "none", "dots", "attention", "full", "offload"] = "model"
     unroll: Size = 1
     context: Annotated[int, Range(_DEVICES, lambda n: 0 < n < 2**31)] = 1
+    offload: tuple[Name, ...] = ()
+
+    @property
+    def uses_host(self) -> bool:
+        """Whether a training step moves data to the host's memory and back."""
+        return self.remat == "offload" or bool(self.offload)
 
     def __post_init__(self):
         check(self, LayoutError, "this layout cannot be used:", self._faults)
@@ -316,28 +326,11 @@ def _gathered(x: jax.Array, mesh: Mesh, read: _Read) -> jax.Array:
     return gather(x)
 
 
-# The choices of `Layout.remat`, as stacks of layers name them
-_REMAT = {"none": "everything", "full": "nothing"} | {
-    name: name for name in ("dots", "attention", "offload")
-}
-
-
 def remembering(model: Any, layout: Layout) -> Any:
-    """The model with every stack of layers scanned as the layout's `remat` and `unroll` say."""
-
-    def change(part: Any) -> Any:
-        if not isinstance(part, Stacked):
-            return part
-        fields = {
-            "remat": _REMAT.get(layout.remat, part.remat),
-            "unroll": layout.unroll,
-            "block": remembering(part.block, layout),  # there may be stacks in it
-        }
-        return put(part, {(name,): value for name, value in fields.items()})
-
-    if (layout.remat, layout.unroll) == ("model", 1):
-        return model
-    return jax.tree.map(change, model, is_leaf=lambda part: isinstance(part, Stacked))
+    """The model with every stack of layers scanned as the layout says."""
+    names: dict[str, Remat | None] = {"model": None, "none": "everything", "full": "nothing"}
+    remat: Any = names.get(layout.remat, layout.remat)
+    return stacked.remembering(model, remat, layout.unroll, layout.offload)
 
 
 def unsplit(model: Any, mesh: Mesh) -> list[str]:

@@ -122,7 +122,8 @@ def test_targets_that_are_no_words_are_as_loud_as_ever():
 
 def test_short_sequences_of_few_words_are_read_at_once():
     assert chunk_of(128, 30_522) == 128 and chunk_of(1, LARGE) == 1
-    assert chunk_of(1024, 50_304) == CHUNK and chunk_of(1000, 50_304) == 250
+    assert chunk_of(2048, 50_304) == CHUNK and chunk_of(2000, 50_304) == 250
+    assert chunk_of(1024, 50_304) == CHUNK // 2 and chunk_of(1000, 50_304) == 125
     assert chunk_of(1024, 128_256) * 128_256 <= MOST and chunk_of(2048, 2**25) == 1
 
 

@@ -19,7 +19,7 @@ from growjax.errors import GrowjaxError
 from growjax.forecast.dryrun import amount
 from growjax.models import Model
 from growjax.nn.place import SHAPES, running_on
-from growjax.parallel import per_device_bytes, row_parts
+from growjax.parallel import Layout, per_device_bytes, remembering, row_parts
 from growjax.plan.losses import Loss, cross_entropy
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span
@@ -30,7 +30,9 @@ from growjax.subnet import Subnet
 
 # The fields that may be changed, the cheapest change first: accumulation costs nearly nothing, sharding
 # the state costs its communication, recomputation a third of the time; the others train another model
-_COSTS = ("accumulate", "fsdp", "model.remat", "model.dtype", "batch")
+_COSTS = ("accumulate", "fsdp", "model.remat", "layout.remat", "model.dtype", "batch")
+
+_PLAIN = Layout()
 
 
 class Use(NamedTuple):
@@ -95,6 +97,8 @@ def cheapest(
     for field in _COSTS:
         estimates = {v: estimate({field: v}) for v in options.get(field, ())}
         allowed = {v: n for v, n in estimates.items() if n is not None}
+        if not allowed:
+            continue
         start = next((i for i, n in enumerate(allowed.values()) if n <= memory), len(allowed) - 1)
         plans = [_changed(plan, {field: value}) for value in allowed]
         if (best := _mildest(plans, start, memory, measure)) is not None:
@@ -156,8 +160,11 @@ def _estimator(
 def _changed(plan: Plan, changes: dict[str, Any]) -> Plan:
     """The plan with some of the fields that `_options` names changed."""
     fields: dict[str, Any] = {k: v for k, v in changes.items() if k in ("accumulate", "batch")}
+    layout = {k.removeprefix("layout."): v for k, v in changes.items() if k.startswith("layout.")}
     if "fsdp" in changes:
-        fields["layout"] = dataclasses.replace(plan.layout, fsdp=changes["fsdp"], data=-1)
+        layout |= {"fsdp": changes["fsdp"], "data": -1}
+    if layout:
+        fields["layout"] = dataclasses.replace(plan.layout, **layout)
     model = {k.removeprefix("model."): v for k, v in changes.items() if k.startswith("model.")}
     if model:
         config: Any = plan.model
@@ -180,19 +187,26 @@ def usage(plan: Plan, index: int, part: Subnet | None, devices: int, *, training
         return Use(state, 0, 0)
     sums = per_device_bytes(shapes.trained, where.trained) if plan.accumulate > 1 else 0
     rows = math.ceil(span.batch / plan.accumulate / row_parts(mesh))  # on one device, at a time
-    residuals = rows * residual_bytes(span, part, plan.loss)
+    residuals = rows * residual_bytes(span, part, plan.loss, plan.layout)
     return Use(state, sums, residuals // plan.layout.context)
 
 
-def residual_bytes(span: Span, part: Subnet | None, loss: Loss = cross_entropy) -> int:
-    """Bytes that the forward pass of one sequence stores for the backward pass, without parameters."""
+def residual_bytes(
+    span: Span, part: Subnet | None, loss: Loss = cross_entropy, layout: Layout = _PLAIN
+) -> int:
+    """Bytes that the forward pass of one sequence stores for the backward pass, without parameters.
+
+    Those that `layout` has in the host's memory are among them.
+    """
     trained, rest = partition(span.model)
     rows = batch_shapes(span.objective, 1)
+    stored_on_device = dataclasses.replace(layout, offload=())
 
     def residuals(trained, rest, rows):
         def loss_of(trained, rows):
             model = eqx.combine(trained, rest)
             model = model if part is None else part(model, key=jax.random.key(0), step=0)
+            model = remembering(model, stored_on_device)
             losses, *_ = jax.vmap(lambda row: loss(model, row))(rows)
             return losses.sum()
 
@@ -231,10 +245,14 @@ def _options(plan: Plan, index: int, devices: int, *, training: bool) -> dict[st
     ways = row_parts(layout.outline(devices))
     parts = _doubled(plan.accumulate, span.batch)
     options["accumulate"] = [n for n in parts if span.batch % (n * ways) == 0]
+    # A layout that says what is kept says it for the model
+    if layout.remat not in ("model", "full"):
+        options["layout.remat"] = ["full"]
     # The arguments of a model that growjax did not write are unknown
     if not isinstance(plan.model, Model):
         for field, cheapest in (("remat", "nothing"), ("dtype", "bfloat16")):
-            if getattr(plan.model, field, cheapest) != cheapest:
+            own = field != "remat" or layout.remat == "model"
+            if own and getattr(plan.model, field, cheapest) != cheapest:
                 options[f"model.{field}"] = [cheapest]
     # A stage with a batch of its own does not follow the plan's
     if span.batch == plan.batch:

@@ -66,8 +66,11 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute
 _CALL = re.compile(rf"\b({'|'.join(COLLECTIVES)})(?:-start)?\(")
 # A reduce-scatter in a TPU program: an all-reduce in a fusion of its own, which returns a slice
 _FUSED = re.compile(r"^%all-reduce-scatter[\w.-]* \(", re.MULTILINE)
-# Transfers to or from the host's memory
-_HOST = re.compile(r"\b(?:outfeed|infeed|send|recv)\(|_xla_buffer_placement=\"pinned_host\"")
+# Transfers to or from the host's memory, which the compiler's text calls memory space 5
+_HOST = re.compile(
+    r"\b(?:outfeed|infeed|send|recv)\(|_xla_buffer_placement=\"pinned_host\""
+    r"|S\(5\).* (?:copy|dynamic-slice|dynamic-update-slice)-start\("
+)
 # The compiler's errors for a program that does not fit: with its size, or that of its temporaries alone
 _FULL = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 _TEMPORARIES = re.compile(
@@ -441,7 +444,7 @@ def _refusals(
 
     for need, program in zip(requested, compiled, strict=True):
         where = f"stage {program.stage} {plan.spans[program.stage].stage.name!r}: {program.name}"
-        if program.to_host and plan.layout.remat != "offload":
+        if program.to_host and not plan.layout.uses_host:
             yield f"{where}: moves data to the host {program.to_host} times"
         if not program.fits:
             needed = f"{where}: needs {amount(program.memory)} of {amount(device.memory)} a chip"

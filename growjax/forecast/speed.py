@@ -116,7 +116,7 @@ def _bound(plan: Plan, span: Span, work: Work, device: Device, devices: int, row
     """The least seconds of the forward and backward passes of one step."""
     flops = next(n for w, n in zip(span.works, span.flops, strict=True) if w == work)
     # What is stored for the backward pass is written once and read once
-    moved = 2 * rows * residual_bytes(span, work.part, plan.loss)
+    moved = 2 * rows * residual_bytes(span, work.part, plan.loss, plan.layout)
     return max(flops / devices / device.peak, moved / device.bandwidth)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from growjax import axes
@@ -16,6 +17,7 @@ from growjax.nn.experts import Experts
 from growjax.nn.mask import ALL, Mask
 from growjax.nn.mlp import MLP
 from growjax.nn.norm import Norm
+from growjax.nn.place import current
 from growjax.nn.stacked import BETWEEN
 
 
@@ -80,7 +82,7 @@ class Block(eqx.Module):
         y = self.attention(self._input(x, self.attention_norm), mask=mask, bias=bias, turn=turn)
         y = _multiplied(y, self.attention_multiplier)
         start, x = x, self._add(x, y, self.attention_norm, branch, self.attention_after)
-        x = checkpoint_name(x, BETWEEN)
+        x = checkpoint_name(_by_rows(x), BETWEEN)
         if self.cross is not None and self.cross_norm is not None:
             y = self.cross(self._input(x, self.cross_norm), memory, mask=memory_mask)
             x = self._add(x, y, self.cross_norm, branch)
@@ -177,6 +179,18 @@ class Block(eqx.Module):
         y = y if after is None else after(y)
         y = y if branch is None else y * jnp.asarray(branch, y.dtype)
         return norm(x + y) if self.post_norm and norm is not None else x + gated(y, self.gate)
+
+
+def _by_rows(x: Array) -> Array:
+    """The residual stream as it is; on TPUs its rows are laid out one after the other.
+
+    Queries and keys lie there as `[head_dim, T]` (`growjax.nn.splash`). By itself, the compiler lays out
+    the residual stream like them as well, and copies it for the feed-forward and for the gradient.
+    """
+    place = current()
+    if place is None or place.platform != "tpu":
+        return x
+    return with_layout_constraint(x, Layout(major_to_minor=(0, 1)))
 
 
 def _multiplied(y: Array, multiplier: Multiplier | None) -> Array:

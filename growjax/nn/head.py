@@ -25,7 +25,7 @@ from growjax.nn.split import odd_lengths
 
 # From so many logits of one sequence on, they are computed in chunks: 32 MiB of them
 LARGE = 2**23
-# Tokens of a chunk, as long as they have no more logits than the second number
+# Tokens of a chunk of a long sequence, as long as they have no more logits than the second number
 CHUNK, MOST = 256, 2**24
 # The name under which the sum of a row's exponentials is saved for the gradient
 _SAVED = "logsumexp"
@@ -112,7 +112,8 @@ def chunk_of(tokens: int, vocab: int) -> int:
     """
     if tokens * vocab < LARGE:
         return tokens
-    chunk = CHUNK
+    # Short sequences come several to a device, which reads a chunk of each at the same time
+    chunk = -(-CHUNK // 2) if tokens <= 4 * CHUNK else CHUNK
     while chunk > 1 and chunk * vocab > MOST:
         chunk //= 2
     parts = -(-tokens // chunk)

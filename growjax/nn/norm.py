@@ -5,12 +5,16 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from growjax import axes
 from growjax.axes import buffer, param
 from growjax.gates import Gate, gated
 
+
+# The name of what `jax.checkpoint` keeps of a norm
+STATISTICS = "norm statistics"
 
 Side = Literal["elementwise", "consumed", "produced", "closing"]
 
@@ -101,9 +105,11 @@ class Norm(eqx.Module):
             c = jax.lax.stop_gradient(self.gate.value).astype(h.dtype)
             weights = c * (1 / jnp.sum(c))
             average = lambda v: jnp.sum(weights * v, -1, keepdims=True)  # noqa: E731
+        # A number a token, which is kept where the rest is recomputed for the gradient
         if self.centre:
-            h = h - average(h)
-        h = h * jax.lax.rsqrt(average(h * h) + eps.astype(h.dtype))
+            h = h - checkpoint_name(average(h), STATISTICS)
+        scale = jax.lax.rsqrt(average(h * h) + eps.astype(h.dtype))
+        h = h * checkpoint_name(scale, STATISTICS)
         if self.weight is not None:
             gain = self.weight.astype(h.dtype)
             h = h * (1 + gain if self.plus_one else gain)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding, PartitionSpec
@@ -61,7 +62,6 @@ def splash_attention(
         head_shards=1,
         q_seq_shards=ways,
         attn_logits_soft_cap=cap,
-        residual_checkpoint_name=SAVED,
         interpret=place.platform != "tpu",
     )
 
@@ -74,7 +74,7 @@ def splash_attention(
         # softmax over two copies of the keys has both.
         k, v = (jnp.concatenate([x] * copies, 1) for x in (k, v))
         # Query heads that share a key head are neighbours
-        out = run(q.reshape(-1, *q.shape[2:]), k, v, segments).reshape(q.shape)
+        out = _attention(run, q.reshape(-1, *q.shape[2:]), k, v, segments).reshape(q.shape)
         return out[:, :, : shape[2]]
 
     specs: Any = PartitionSpec()
@@ -87,6 +87,38 @@ def splash_attention(
     return by_device(
         kernel, place, queries, keys, values, (run, segments), specs=specs, balanced=balanced
     )
+
+
+@jax.custom_vjp
+def _attention(run: Any, q: Array, k: Array, v: Array, segments: Any) -> Array:
+    """A kernel on `[heads, T, head_dim]`, which keeps its output as `[heads, head_dim, T]`.
+
+    The compiler then reads what a stack of layers has kept without a copy for each layer, which is 2.5%
+    of a step of a 350M GPT by its estimate. The kernel's own gradient keeps it as the kernel writes it.
+    """
+    return run(q, k, v, segments)
+
+
+def _forward(run: Any, q: Array, k: Array, v: Array, segments: Any) -> tuple[Array, Any]:
+    infos = run.fwd_mask_info, run.dq_mask_info, run.dkv_mask_info
+    keeps = splash.SplashAttentionKernel(*infos, **run.kwargs | {"save_residuals": True})
+    out, (logs,) = keeps(q, k, v, segments)
+    turned = checkpoint_name(jnp.swapaxes(out, 1, 2), SAVED)
+    logs = checkpoint_name(logs, SAVED)
+    return jnp.swapaxes(turned, 1, 2), (run, q, k, v, segments, turned, logs)
+
+
+def _backward(saved: Any, gradient: Array) -> tuple[None, Array, Array, Array, None]:
+    run, q, k, v, segments, turned, logs = saved
+    out = jnp.swapaxes(turned, 1, 2)
+    residuals = q, k, v, segments, None, out, logs, run.dq_mask_info, run.dkv_mask_info
+    # JAX has no public name for the kernels of the gradient
+    gradients = splash._splash_attention_bwd(**run.kwargs, res=residuals, do=gradient)
+    _, _, _, dq, dk, dv, *_ = gradients
+    return None, dq, dk, dv, None
+
+
+_attention.defvjp(_forward, _backward)
 
 
 def _places(length: int, devices: int, balanced: bool, tile: int) -> np.ndarray:

@@ -9,23 +9,27 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from growjax import axes
 from growjax.errors import AxisError
 from growjax.gates import Gate
 from growjax.nn.bodies import READ, SAVED
+from growjax.nn.norm import STATISTICS
 
 
 Block = TypeVar("Block", bound=eqx.Module)
 
 Remat = Literal["dots", "attention", "nothing", "everything", "offload"]
 
-# The name of the residual stream between the attention of a block and its feed-forward
-BETWEEN = "between branches"
+# What may be kept in the host's memory: the residual stream that enters a block, what its attention reads
+# and gives, and the residual stream between its attention and its feed-forward
+Name = Literal["layer inputs", "attention inputs", "attention", "between branches"]
+INPUTS, BETWEEN = "layer inputs", "between branches"
 
 # Attention over tiles saves the residuals of its own backward pass, or it would run a second time
-_attention: Any = jax.checkpoint_policies.save_only_these_names(SAVED)
+_attention: Any = jax.checkpoint_policies.save_only_these_names(SAVED, STATISTICS)
 _to_host: Any = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
 
 
@@ -38,10 +42,48 @@ _POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _attention
     ),
-    "attention": jax.checkpoint_policies.save_only_these_names(SAVED, READ, BETWEEN),
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED, READ, BETWEEN, STATISTICS),
     "nothing": jax.checkpoint_policies.nothing_saveable,
     "offload": _offload,
 }
+
+
+def _policy(remat: Remat, offload: tuple[Name, ...]) -> Any:
+    """What `jax.checkpoint` keeps of a block, and where; None for everything, where it is computed."""
+    if not offload:
+        return _POLICIES.get(remat)
+    keeps = _POLICIES.get(remat, jax.checkpoint_policies.everything_saveable)
+    to_host: Any = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(offload),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+    def policy(primitive: Any, *args: Any, **params: Any) -> Any:
+        named = primitive.name == "name" and params["name"] in offload
+        return (to_host if named else keeps)(primitive, *args, **params)
+
+    return policy
+
+
+def remembering(model: Any, remat: Remat | None, unroll: int, offload: tuple[Name, ...]) -> Any:
+    """The model with every stack scanned so; a `remat` of None is that of each stack."""
+
+    def change(part: Any) -> Any:
+        if not isinstance(part, Stacked):
+            return part
+        fields = {
+            "remat": remat or part.remat,
+            "unroll": unroll,
+            "offload": offload,
+            "block": remembering(part.block, remat, unroll, offload),  # there may be stacks in it
+        }
+        return axes.put(part, {(name,): value for name, value in fields.items()})
+
+    if (remat, unroll, offload) == (None, 1, ()):
+        return model
+    return jax.tree.map(change, model, is_leaf=lambda part: isinstance(part, Stacked))
 
 
 class Stacked(eqx.Module, Generic[Block]):
@@ -60,9 +102,9 @@ class Stacked(eqx.Module, Generic[Block]):
     models of a few 100,000 weights, where "nothing" is, which recomputes everything. "attention" keeps
     what attention reads and gives, and recomputes the feed-forward: the fastest on TPUs, by the
     compiler's cycles. "everything" keeps everything, and "offload" what "dots" does, the products in the
-    host's memory. `unroll` blocks are compiled in a row in each iteration of the scan. `read` is applied
-    to one layer's weights when the scan comes to them: a sharded run gathers them so
-    (`growjax.parallel.gathered`).
+    host's memory. Of what has a name (`Name`), that in `offload` is kept there, whatever `remat` is.
+    `unroll` blocks are compiled in a row in each iteration of the scan. `read` is applied to one layer's
+    weights when the scan comes to them: a sharded run gathers them so (`growjax.parallel.gathered`).
     """
 
     block: Block = axes.stacked("{axis}")
@@ -76,6 +118,7 @@ class Stacked(eqx.Module, Generic[Block]):
     axis: str = eqx.field(static=True, default="layers")
     remat: Remat = eqx.field(static=True, default="dots")
     unroll: int = eqx.field(static=True, default=1)
+    offload: tuple[Name, ...] = eqx.field(static=True, default=())
     read: Callable[[Block], Block] | None = eqx.field(static=True, default=None)
 
     def __init__(
@@ -90,7 +133,8 @@ class Stacked(eqx.Module, Generic[Block]):
         self.block = eqx.filter_vmap(make)(jax.random.split(key, length))
         self.gate = self.branch = self.active = self.token_keys = None
         self.token_count, self.token_keep, self.exits = 0, (), ()
-        self.axis, self.remat, self.unroll, self.read = axis, remat, 1, None
+        self.axis, self.remat, self.unroll = axis, remat, 1
+        self.offload, self.read = (), None
 
     def __call__(self, x: Float[Array, "T embed"], *args: Any, **kwargs: Any) -> Array:
         """Run `block(x, *args, branch=..., **kwargs)` for each layer; the arguments are shared.
@@ -132,6 +176,7 @@ class Stacked(eqx.Module, Generic[Block]):
         def run(whole, x, layer):
             weights, gate, scale, on, key = layer
             block = self._block(weights, static)
+            x = checkpoint_name(x, INPUTS)
 
             def mixed(x):
                 call = (
@@ -153,13 +198,13 @@ class Stacked(eqx.Module, Generic[Block]):
 
             return mixed(x) if on is None else jax.lax.cond(on, mixed, skipped, x)
 
-        total, outputs = None, []
+        total, outputs, policy = None, [], _policy(self.remat, self.offload)
         for whole, part in self._runs(x.shape[0], layers):
             step: Any = functools.partial(run, whole)
             if self.exits:
                 step = functools.partial(_with_output, step)
-            if self.remat != "everything":
-                step = jax.checkpoint(step, prevent_cse=False, policy=_POLICIES[self.remat])
+            if policy is not None:
+                step = jax.checkpoint(step, prevent_cse=False, policy=policy)
             x, auxiliary = jax.lax.scan(step, x, part, unroll=self.unroll)
             if self.exits:
                 auxiliary, after = auxiliary

@@ -20,7 +20,7 @@ ZERO = 0
 # Operations that keep the values of their operand (in another dtype, on another device)
 _SAME_VALUES = set(
     "convert_element_type copy copy_p reduce_precision optimization_barrier stop_gradient "
-    "sharding_constraint pvary device_put copy_to_memory_space name".split()
+    "sharding_constraint layout_constraint pvary device_put copy_to_memory_space name".split()
 )
 # Operations that are not linear, but 0 where all their operands are
 _KEEP_ZERO = set(

@@ -18,7 +18,7 @@ from growjax.trace.values import Op, Value
 
 _LINEAR = set(
     "neg convert_element_type copy copy_p real imag reduce_precision optimization_barrier stop_gradient "
-    "sharding_constraint pvary device_put copy_to_memory_space name".split()
+    "sharding_constraint layout_constraint pvary device_put copy_to_memory_space name".split()
 )
 _ADD = set("add sub add_any select_n".split())
 _ORDERED = set("cumsum cumprod cummax cummin cumlogsumexp rev".split())

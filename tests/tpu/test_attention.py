@@ -156,6 +156,26 @@ def test_what_is_kept_for_the_backward_pass():
     assert kernels["none"] == kernels["dots"] < kernels["full"]  # the forward kernel runs again
 
 
+@deep
+def test_what_is_kept_in_the_host_s_memory():
+    """Named tensors: a chip needs so much less, and the table says that it sends them."""
+    model = dataclasses.replace(GPT, layers=4)
+    names: Any = ("layer inputs", "attention inputs")
+    layouts = {
+        "device": Layout(remat="attention"),
+        "tensors": Layout(remat="attention", offload=names),
+    }
+    programs = {}
+    for name, layout in layouts.items():
+        programs[name], _ = compiled("v5e:2x2", model, Causal(512), batch=64, layout=layout)
+    memory = {name: step.memory for name, step in programs.items()}
+    sent = {name: step.to_host for name, step in programs.items()}
+    assert sent["device"] == 0 < sent["tensors"], sent
+    # 16 sequences a chip of 4 layers: their inputs, and three times as much of queries, keys and values
+    stream = 4 * 16 * 512 * 128 * 2
+    assert memory["device"] - memory["tensors"] > 3 * stream, memory
+
+
 # Of the sizes that people train ----------------------------------------------------------------------
 
 
@@ -183,13 +203,17 @@ LLAMA_1B = LlamaConfig(
 
 @deep
 def test_a_350m_gpt_at_1024_tokens_on_v5p():
-    """The compiler's estimate was an MFU of 0.245 with 10.06 GiB before attention was a kernel."""
+    """The compiler's estimate was an MFU of 0.245 with 10.06 GiB before attention was a kernel.
+
+    It was 0.424 with 4.02 GiB before the residual stream was laid out by rows, the output of attention
+    kept as its readers want it, and the statistics of norms kept.
+    """
     layout = Layout(fsdp=4, remat="attention")
     objective = Causal(1024, packing="concat")
     step, pace = compiled("v5p:2x2x1", GPT_350M, objective, batch=32, layout=layout)
     assert pace is not None
     print(f"MFU {pace.mfu:.3f}, temporaries {(step.temporaries or 0) / 2**30:.2f} GiB")
-    assert pace.mfu >= 0.40 and (step.temporaries or 0) < 6 << 30
+    assert pace.mfu >= 0.45 and (step.temporaries or 0) < 4 << 30
 
 
 @deep
