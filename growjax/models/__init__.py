@@ -7,6 +7,7 @@ from growjax.models.causal import Labels as Labels
 from growjax.models.decoder import Decoder as Decoder
 from growjax.models.decoder import DecoderConfig as DecoderConfig
 from growjax.models.decoder import Sight as Sight
+from growjax.models.exporting import exported as exported
 from growjax.models.gpt import GPT as GPT
 from growjax.models.gpt import GPTConfig as GPTConfig
 from growjax.models.llama import Llama as Llama
