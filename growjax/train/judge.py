@@ -40,7 +40,8 @@ class Judge:
         sums, weights = np.zeros(count), np.zeros(count)
         for start in range(0, count, batch):
             index = np.arange(start, min(start + batch, count))
-            losses, position_weights = self._evaluated(evaluate, state, level, rows, index, batch)
+            started = self._started(evaluate, state, level, rows, index, batch)
+            losses, position_weights = started()
             sums[index] = (losses * position_weights).sum(1)[: len(index)]
             weights[index] = position_weights.sum(1)[: len(index)]
         return HeldOut(sums, weights)
@@ -58,11 +59,14 @@ class Judge:
 
     def probe(
         self, evaluate: Evaluate, state: Any, level: float, batch: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The losses and weights `[batch, T]` of one batch of windows, which certifies a growth."""
+    ) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
+        """Start to evaluate one batch of windows, which certifies a growth.
+
+        Returns a function that waits for the losses and weights `[batch, T]`.
+        """
         rows = self._rows(batch)
         index = np.arange(len(rows["weights"]))
-        return self._evaluated(evaluate, state, level, rows, index, batch)
+        return self._started(evaluate, state, level, rows, index, batch)
 
     def scores(self, model: Any, step: Step) -> dict[str, float]:
         """The numbers of all hooks, called with a model and the last step.
@@ -95,7 +99,7 @@ class Judge:
             self._windows[windows] = self.feed.held_out(self.plan.objective, windows)
         return self._windows[windows]
 
-    def _evaluated(
+    def _started(
         self,
         evaluate: Evaluate,
         state: Any,
@@ -103,14 +107,23 @@ class Judge:
         rows: Mapping[str, np.ndarray],
         index: np.ndarray,
         batch: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The losses and weights of the windows `index`: float64 `[batch, T]`, padded with weight 0."""
+    ) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
+        """Start to evaluate the windows `index`.
+
+        Returns a function that waits for the losses and weights: float64 `[batch, T]`, padded with
+        weight 0.
+        """
         # The compiled program takes whole batches, so the last window is repeated
         filled = np.concatenate([index, np.full(batch - len(index), index[-1])])
         per_host = batch // jax.process_count()
         mine = slice(jax.process_index() * per_host, (jax.process_index() + 1) * per_host)
         examples = {name: values[filled[mine]] for name, values in rows.items()}
         examples = from_host(examples, self.mesh)
-        losses, weights = jax.device_get(evaluate(state, examples, np.float32(level)))
+        results = evaluate(state, examples, np.float32(level))
         real = np.arange(batch) < len(index)
-        return losses.astype(np.float64), weights.astype(np.float64) * real[:, None]
+
+        def wait() -> tuple[np.ndarray, np.ndarray]:
+            losses, weights = jax.device_get(results)
+            return losses.astype(np.float64), weights.astype(np.float64) * real[:, None]
+
+        return wait

@@ -68,14 +68,14 @@ def cross(
     span: Span,
     state: State,
     get: Callable[[Need], Any],
-    probe: Callable[[Any, State, float], tuple[np.ndarray, np.ndarray]],
+    probe: Callable[[Any, State, float], Callable[[], tuple[np.ndarray, np.ndarray]]],
     fit: tuple[Any, tuple[float, ...]] | None = None,
 ) -> tuple[State, Crossing]:
     """Grow a state into the stage `span`, certify the growth, and free the old state.
 
     - `get`: returns a compiled program.
-    - `probe`: (evaluation program, state, level of the gates) to losses and weights `[batch, T]`, on the
-      same tokens at every call.
+    - `probe`: (evaluation program, state, level of the gates) to a function that waits for losses and
+      weights `[batch, T]`, on the same tokens at every call.
     - `fit`: the numbers of an operator that was fitted, and the losses of its fit.
 
     Raises `TrainingError` if an operator that promises to change nothing changed the loss.
@@ -93,13 +93,17 @@ def cross(
     evaluate_before = get(("before", span.index, None))
     evaluate_after = get(("evaluate", span.index, None))
     lap()
-    # Gates of the stage before are open by now, and new ones are still closed
-    old_losses, weights = probe(evaluate_before, state, 1.0)
-    certify_seconds = lap()
+    # All three programs are started before the first is waited for, so that none waits for this process.
+    # Gates of the stage before are open by now, and new ones are still closed.
+    before_it = probe(evaluate_before, state, 1.0)
     numbers = () if fit is None else fit[:1]
-    grown = jax.block_until_ready(grow(state, np.int32(plan.seed), *numbers))
+    grown = grow(state, np.int32(plan.seed), *numbers)
+    after_it = probe(evaluate_after, grown, 0.0)
+    old_losses, weights = before_it()
+    certify_seconds = lap()
+    jax.block_until_ready(grown)
     grow_seconds = lap()
-    new_losses, new_weights = probe(evaluate_after, grown, 0.0)
+    new_losses, new_weights = after_it()
     certify_seconds += lap()
 
     total = weights.sum()
