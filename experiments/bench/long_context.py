@@ -12,6 +12,7 @@ growjax is alone.
 import importlib
 import importlib.util
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -69,8 +70,10 @@ def _step(library: str, length: int) -> Callable[[], object]:
 
 def _memory(library: str, length: int) -> int:
     """MiB by which a process of its own grows with the model and two steps."""
+    plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     child = subprocess.run(
         [sys.executable, "-c", f"from {__name__} import grow; grow({library!r}, {length})"],
+        env=plain,
         capture_output=True,
         text=True,
         check=True,
