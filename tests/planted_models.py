@@ -325,9 +325,6 @@ TABLE = """
 @ a padding that is null is the default | hf/heads.py | hf_published | padding_of_a_classifier
 - default = None if "pad_token_id" in file.values else self.padding
 + default = self.padding
-@ a second activation is not compared | hf/decoder.py | hf_published | published_checkpoints
-- if file.known("hidden_act", other) != own:
-+ if False:
 @ a second window is not compared | hf/sights.py | hf_published | published_checkpoints
 - if file.get("sliding_window_size", default=given) != given:
 + if file.get("sliding_window_size") == "":

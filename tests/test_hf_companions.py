@@ -11,7 +11,7 @@ import pytest
 import growjax as gj
 from growjax.errors import HuggingFaceError
 from growjax.hf import convert
-from growjax.hf.companions import base_model, card_metadata
+from growjax.hf.companions import base_model, card_metadata, front_matter
 from growjax.hf.families import LLAMA
 from growjax.models import Labels
 from tests.folders import assert_same, build, rewritten
@@ -280,3 +280,9 @@ def test_a_card_keeps_licence_and_language_and_names_its_base(saved, tmp_path):
     assert metadata == {"license": " apache-2.0", "language": "\n- en\n- de"}
     (folder / "README.md").write_text("# No front matter\n\n---\nlicense: none\n---\n")
     assert card_metadata(folder) == {}
+    # What growjax made of growjax's keeps the base of that; the id of a repository stays whole
+    assert front_matter(folder).splitlines()[0] == "base_model: gpt2"
+    made = f"---\n{front_matter(folder).replace(': gpt2', ': own/base')}---\n"
+    (folder / "README.md").write_text(made)
+    assert front_matter(folder) == "base_model: own/base\ntags:\n- growjax\n"
+    assert base_model("own/base") == "own/base"

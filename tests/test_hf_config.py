@@ -195,6 +195,27 @@ def test_the_gelu_of_gemma_is_the_tanh_form_by_all_its_names(saved, tmp_path):
         gj.hf.save(build("gemma", activation="gelu"), tmp_path / "exact", source=folder)
 
 
+def test_an_activation_keeps_the_name_that_it_has_in_the_files(saved, tmp_path):
+    """Other readers know fewer names than transformers: vLLM one of Gemma's."""
+
+    folders = {name: saved(name) for name in ("gemma", "gemma3", "gpt2", "llama")}
+
+    def written(name: str, **keys) -> dict[str, Any]:
+        model, folder = folders[name]
+        out = tmp_path / f"again {len(list(tmp_path.iterdir()))}"
+        gj.hf.save(model, out, source=rewritten(folder, **keys))
+        return json.loads((out / "config.json").read_text())
+
+    assert written("gemma3")["hidden_activation"] == "gelu_pytorch_tanh"
+    for value in ("gelu_pytorch_tanh", "gelu_new"):
+        assert written("gemma3", hidden_activation=value)["hidden_activation"] == value
+        assert written("gpt2", activation_function=value)["activation_function"] == value
+    assert written("llama", hidden_act="swish")["hidden_act"] == "swish"
+    # What Gemma 1 calls gelu is the tanh form, and gets the name of that
+    old = written("gemma", hidden_act="gelu", hidden_activation=None)
+    assert old["hidden_act"] == "gelu_pytorch_tanh"
+
+
 def test_positions_of_roberta_need_the_id_of_padding(saved):
     _, folder = saved("roberta")
     for value, message in ((None, "pad_token_id: positions are counted"), (6, "are no real token")):

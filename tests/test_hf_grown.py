@@ -323,7 +323,7 @@ def test_a_folder_is_grown_into_a_folder_with_a_certificate_and_a_card(tmp_path,
     assert "# small, grown" in card and "keeps its promise" in card and "zeros(mlp=9)" in card
     with pytest.raises(CheckpointError, match="exists already"):
         app.cli(prog="growjax", args=[*args, str(tmp_path / "big")])
-    with pytest.raises(GrowthError, match="msg leaves gates at 0, and a stock model has none"):
+    with pytest.raises(GrowthError, match="leaves gates at 0, and a stock model has none"):
         app.cli(prog="growjax", args=[*args, str(tmp_path / "other"), "--by", "msg"])
     with pytest.raises(GrowjaxError, match="expected one of CHECKPOINT and --from-hf"):
         app.cli(prog="growjax", args=["grow", "--to", "mlp", "9", "--out", str(tmp_path / "x")])
@@ -358,10 +358,40 @@ def test_the_command_line_says_every_option_of_every_operator(tmp_path):
     record = json.loads((tmp_path / "big" / "certificate.json").read_text())
     assert from_dict(record["operator"]) == op
     assert gj.sizes(gj.hf.load(tmp_path / "big"))["layers"] == 3
-    with pytest.raises(GrowthError, match="msg leaves gates at 0"):
+    with pytest.raises(GrowthError, match="leaves gates at 0"):
         _grow(tmp_path, "--by", "chain(msg(mlp=9))", "--out", str(tmp_path / "other"))
     with pytest.raises(GrowthError, match="has its sizes already"):
         _grow(tmp_path, "--by", "copy(mlp=9)", "--to", "mlp", "9", "--out", str(tmp_path / "other"))
+
+
+def test_what_a_stock_model_cannot_hold_is_refused_before_it_is_certified(tmp_path, capsys):
+    gj.hf.save(build("mixtral"), tmp_path / "small")
+    for by in ("experts(5)", "vocabulary(20, gate=True)"):
+        with pytest.raises(GrowthError, match=r"leaves gates at 0(.|\n)*in a stage of a plan"):
+            _grow(tmp_path, "--by", by, "--out", str(tmp_path / "big"))
+    advice = {"experts": "gj.experts experts", "vocab": r"--by \"vocabulary\(75\)\""}
+    advice["layers"] = "expand, which keeps the function"
+    for axis, message in advice.items():
+        for by in ("copy", "zeros"):
+            with pytest.raises(GrowthError, match=f"{axis}: nothing (.|\n)*{message}"):
+                _grow(tmp_path, "--to", axis, "20", "--by", by, "--out", str(tmp_path / "big"))
+    assert "certifying" not in capsys.readouterr().err and not (tmp_path / "big").exists()
+
+
+def test_a_folder_is_inspected_and_is_no_checkpoint(tmp_path, capsys, monkeypatch):
+    gj.hf.save(build("gemma3"), tmp_path / "small")
+    monkeypatch.setenv("COLUMNS", "80")
+    app.cli(prog="growjax", args=["inspect", str(tmp_path / "small")])
+    shown = capsys.readouterr().out
+    assert "a Hugging Face folder: gemma3_text (Gemma 3 1B" in shown and "layers=3" in shown
+    assert "blocks.block.attention.q_norm.weight" in shown  # whole, on a narrow terminal too
+    for command in ("certify", "export", "grow"):
+        out = [] if command == "certify" else ["--out", str(tmp_path / "out")]
+        to = [] if command == "export" else ["--to", "mlp", "9"]
+        with pytest.raises(
+            CheckpointError, match="a Hugging Face folder and no checkpoint of growja"
+        ):
+            app.cli(prog="growjax", args=[command, str(tmp_path / "small"), *to, *out])
 
 
 def test_a_dtype_that_files_do_not_have_is_refused_before_anything_is_read(tmp_path):

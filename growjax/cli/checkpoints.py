@@ -161,7 +161,7 @@ def inspect(path: tyro.conf.Positional[Path], allow: Allow = ()) -> None:
     """Print the lineage of a checkpoint (of a run, its last one) and its arrays.
 
     Args:
-        path: The folder of a checkpoint or of a run.
+        path: The folder of a checkpoint, of a run, or of a Hugging Face model.
     """
     allow_packages(allow)
     from rich.console import Console

@@ -22,6 +22,7 @@ from growjax.growth.operator import (
     Operator,
     Sizes,
     SizesOrLists,
+    adds,
     frozen_sizes,
     split_lists,
 )
@@ -199,7 +200,7 @@ def _refusals(axes: Axes, moves: list[AxisMap], torn: set[str], *, even: bool) -
         norms = [slot.path for slot in axes.normalised(axis) if slot.kind == "param"]
         if axes.roles(axis) & {"stack", "lookup"}:
             complaints.append(
-                f"{axis}: nothing sums over it, so copies cannot share (see gj.stack)"
+                f"{axis}: nothing sums over it, so copies cannot share; {adds(axes, axis)}"
             )
         elif (counts == 0).any():
             lost = np.flatnonzero(counts == 0).tolist()

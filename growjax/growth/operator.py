@@ -295,6 +295,18 @@ def resolve(axes: Axes, requested: Mapping[str, int], *, shrink: bool = False) -
     return {axis: size for axis, size in wanted.items() if size != axes.size(axis)}
 
 
+def adds(axes: Axes, axis: str) -> str:
+    """The operators that grow an axis of layers, or of rows that are looked up, for messages."""
+    if "stack" in axes.roles(axis):
+        return (
+            "gj.stack adds layers (on the command line: stack, or expand, which keeps the function)"
+        )
+    return (
+        "gj.vocabulary adds words, gj.positions positions and gj.experts experts (on the command line: "
+        f'--by "vocabulary({axes.size(axis) + 64})")'
+    )
+
+
 def frozen_sizes(sizes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Sizes and lists of sources as a hashable field; NumPy's integers and lists become Python's."""
     return values.tuples(sizes)

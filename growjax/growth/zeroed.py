@@ -13,7 +13,7 @@ from growjax.algebra import NONE, AxisMap, Init
 from growjax.axes import Axes
 from growjax.cards import Card, Paper
 from growjax.errors import GrowthError, raise_all
-from growjax.growth.operator import Exactness, Operator, Sizes, frozen_sizes, resolve
+from growjax.growth.operator import Exactness, Operator, Sizes, adds, frozen_sizes, resolve
 
 
 _COMPOSABLE = Paper(
@@ -53,7 +53,7 @@ class Zeros(Operator):
             new = np.arange(size) >= axes.size(axis)
             normalised = bool(axes.normalised(axis))
             if axes.roles(axis) & {"stack", "lookup"}:
-                complaints.append(f"{axis}: nothing consumes it (see gj.stack with branch='zero')")
+                complaints.append(f"{axis}: nothing consumes it; {adds(axes, axis)}")
             elif normalised and not axes.is_stream(axis):
                 complaints.append(
                     f"{axis}: a norm averages over it, so both sides would have to be zero and could "

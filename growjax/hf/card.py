@@ -9,9 +9,8 @@ from growjax.axes import sizes
 from growjax.certificate import Certificate
 from growjax.cost import parameters
 from growjax.growth import Chain, Operator
-from growjax.hf.companions import base_model, card_metadata
+from growjax.hf.companions import base_model, front_matter
 from growjax.hf.convert import save
-from growjax.hf.files import located
 from growjax.values import to_dict
 
 
@@ -37,13 +36,12 @@ def write_grown(
       file, relative to the largest output; None if they were not cast.
     - `options`: further arguments of `save`.
     """
-    files = located(source)
     record = {"operator": to_dict(op), "seed": seed, "certificate": certificate.to_dict()}
     stored = f"Its parameters are stored in {model.embedding.table.dtype}"
     if rounding is not None:
         stored += f", which moves outputs by {rounding:.1e} of the largest"
     card = _CARD.format(
-        metadata="".join(f"{key}:{value}\n" for key, value in card_metadata(files).items()),
+        metadata=front_matter(source),
         source=base_model(source),
         version=__version__,
         op=op,
@@ -85,10 +83,7 @@ _PROMISES = {
     "approximate": "It does **not** compute what the source computes; the certificate has the jump.",
 }
 _CARD = """---
-base_model: {source}
-{metadata}tags:
-- growjax
----
+{metadata}---
 
 # {source}, grown
 

@@ -4,11 +4,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 from growjax.errors import HuggingFaceError
-from growjax.hf.files import inside, read_json, write_json
+from growjax.hf.files import inside, located, read_json, write_json
 
 
 COMPANIONS = (
@@ -88,8 +87,26 @@ def base_model(source: str | Path) -> str:
     return name if re.fullmatch(r"[A-Za-z_][\w./-]*", name) else json.dumps(name)
 
 
-def card_metadata(source: Path) -> Mapping[str, str]:
+def card_metadata(source: Path) -> dict[str, str]:
     """The entries of a model card's front matter that also hold for a grown model, as YAML text."""
+    return {key: value for key, value in _front_matter(source).items() if key in _METADATA}
+
+
+def front_matter(source: str | Path) -> str:
+    """The front matter of the card of a model made from a Hugging Face folder, or a repository by its id.
+
+    `base_model` is the name of the source; if growjax made that as well, the one that its card names.
+    """
+    folder = located(source)
+    entries = _front_matter(folder)
+    made_here = re.search(r"^- growjax$", entries.get("tags", ""), flags=re.MULTILINE)
+    base = entries.get("base_model") if made_here else None
+    kept = {"base_model": base or f" {base_model(source)}"} | card_metadata(folder)
+    return "".join(f"{key}:{value}\n" for key, value in kept.items()) + "tags:\n- growjax\n"
+
+
+def _front_matter(source: Path) -> dict[str, str]:
+    """The entries of a model card's front matter, as YAML text by key; none without a card."""
     if not os.path.lexists(source / "README.md"):
         return {}
     text = inside(source, "README.md").read_text(encoding="utf-8", errors="replace")
@@ -98,4 +115,4 @@ def card_metadata(source: Path) -> Mapping[str, str]:
         return {}
     # A key, its value, and the indented or listed lines below it
     entries = re.findall(r"^(\w+):(.*(?:\n(?:[ \t]+|- ).*)*)", parts[1], flags=re.MULTILINE)
-    return {key: value.rstrip() for key, value in entries if key in _METADATA}
+    return {key: value.rstrip() for key, value in entries}

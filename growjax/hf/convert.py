@@ -17,7 +17,7 @@ from growjax.errors import AxisError, HuggingFaceError, raise_all
 from growjax.hf.bert import ENCODERS
 from growjax.hf.companions import copy_companions
 from growjax.hf.families import DECODERS
-from growjax.hf.family import UNREAD, ConfigFile, Family, read_config
+from growjax.hf.family import UNREAD, ConfigFile, Family, read_config, with_spellings
 from growjax.hf.files import (
     CONFIG,
     DTYPES,
@@ -217,7 +217,7 @@ def save(
         # No source, or one of another family (of the dense model of a mixture), whose keys are others
         taken = {k: v for k, v in source_keys.items() if k == _POSITIONS or is_tolerated(k)}
         source_keys = {**family.defaults, **taken}
-    own_keys = {**(keys or {}), **family.write(config)} | {
+    own_keys = {**(keys or {}), **with_spellings(family.write(config), source_keys)} | {
         "model_type": family.model_type,
         "architectures": [family.architecture(config)],
         "dtype": dtype,

@@ -79,8 +79,8 @@ class Spelling:
     - `each`: whether queries, keys and values of a fused tensor stand head by head.
     - `sights`: how windows and rotary positions are said.
     - `kv_heads`, `head_dim`: the keys of these sizes; None if the family derives them.
-    - `activation`, `eps`: the key, and its default. With `tanh_gelu`, "gelu" is the tanh form, whatever
-      readers of the other key say (Gemma 1).
+    - `activation`, `eps`: the key, and its default. `other_activation`, which other readers take, has to
+      agree. With `tanh_gelu`, "gelu" is the tanh form, whatever readers of the other key say (Gemma 1).
     - `parts`: whether transformers needs `hidden_size` to be a multiple of the heads.
     - `embed_scale`: whether embeddings are multiplied by `sqrt(embed)`.
     - `scale`: the key and the default of the number whose root divides scores; None: `head_dim`.
@@ -98,6 +98,7 @@ class Spelling:
     head_dim: str | None = "head_dim"
     head_default: int | None = None
     activation: tuple[str, str] = ("hidden_act", "silu")
+    other_activation: str | None = None
     tanh_gelu: bool = False
     eps: tuple[str, float] = ("rms_norm_eps", 1e-6)
     parts: bool = False
@@ -185,18 +186,12 @@ class Spelling:
         """The activation, by its name in growjax."""
         key, default = self.activation
         own = file.activation(key, default)
-        if key != "hidden_act":
-            # Gemma 2 has the key of other families too, which transformers does not read
-            other = file.get("hidden_act", default=activation_name(own))
-            if file.known("hidden_act", other) != own:
-                file.complaints.append(f"hidden_act: expected that of {key}, or none")
+        if self.other_activation is None:
             return own
-        if not self.tanh_gelu:
-            return own
-        known = {own, file.activation("hidden_activation", file.get(key, default=default))}
-        meant = {"gelu_tanh" if name == "gelu" else name for name in known}
+        known = {own, file.activation(self.other_activation, file.get(key, default=default))}
+        meant = {"gelu_tanh" if self.tanh_gelu and name == "gelu" else name for name in known}
         if len(meant) > 1:
-            file.complaints.append(f"hidden_activation: expected that of {self.activation[0]}")
+            file.complaints.append(f"{self.other_activation}: expected that of {key}")
         return meant.pop()
 
     def write(self, config: DecoderConfig) -> dict[str, Any]:
@@ -208,7 +203,7 @@ class Spelling:
             "num_attention_heads": c.heads,
             self.units: c.mlp,
             "vocab_size": c.vocab,
-            self.activation[0]: activation_name(c.activation),
+            self.activation[0]: activation_name(c.activation, self.activation[1]),
             self.eps[0]: c.eps,
             **self.sights.write(c),
         }

@@ -90,6 +90,7 @@ GEMMA = decoder_family(
         kv_default=16,
         head_default=256,
         activation=("hidden_act", "gelu_pytorch_tanh"),
+        other_activation="hidden_activation",
         tanh_gelu=True,
         parts=True,
         embed_scale=True,
@@ -106,6 +107,7 @@ _GEMMA = Spelling(
     kv_default=4,
     head_default=256,
     activation=("hidden_activation", "gelu_pytorch_tanh"),
+    other_activation="hidden_act",
     parts=True,
     embed_scale=True,
     scale=("query_pre_attn_scalar", 256.0),
@@ -161,6 +163,7 @@ PHI3 = decoder_family(
             positions=4096, part=1.0, length=4096, kinds=("default", "longrope"), window=None
         ),
     ),
+    # Phi-4 mini names what the code beside its weights could do and does not; transformers reads none
     fixed=_FIXED
     | dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), False)
     | dict.fromkeys(("full_attn_mod", "interpolate_factor"), 1),
@@ -261,7 +264,9 @@ QWEN3_MOE = decoder_family(
         sights=OneWindow(positions=32768, window=4096, switch=True),
         experts=Mixture(count=128, per_token=8, units="moe_intermediate_size"),
     ),
-    fixed=_FIXED | {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    fixed=_FIXED
+    | {"decoder_sparse_step": 1, "mlp_only_layers": [], "use_qk_norm": True}
+    | {"qkv_bias": False, "shared_expert_intermediate_size": 0},
     aliases=(*_STALE, *Mixture.spellings),
     members="Qwen 3 30B-A3B and 235B-A22B, an upcycled Qwen 3",
 )

@@ -160,7 +160,7 @@ class ConfigFile:
             if not any(fnmatch.fnmatchcase(key, pattern) for pattern in ignored):
                 self.complaints.append(
                     f"{key}: an unknown key, with value {value!r}; if it changes nothing that the model "
-                    f"computes, remove it or pass ignore=[{key!r}]"
+                    f"computes, remove it from the file, or pass ignore=[{key!r}] to gj.hf.load"
                 )
 
     def check(self, model_type: str) -> None:
@@ -241,9 +241,23 @@ def read_config(family: Family, file: ConfigFile, same: Callable[[str, str], boo
     return family.read(file, same)
 
 
-def activation_name(activation: str) -> str:
-    """The name in config.json of growjax's activation."""
-    return next(name for name, own_name in ACTIVATIONS.items() if own_name == activation)
+def activation_name(activation: str, default: str = "") -> str:
+    """The name in config.json of growjax's activation: `default`, if that is one of its names."""
+    names = [name for name, own_name in ACTIVATIONS.items() if own_name == activation]
+    return default if default in names else names[0]
+
+
+def with_spellings(keys: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of config.json, with the names of activations that `source` has for the same ones.
+
+    Some readers of a family know no other name (vLLM, of Gemma).
+    """
+    spelled = dict(keys)
+    for key, value in keys.items():
+        known = [isinstance(x, str) and ACTIVATIONS.get(x) for x in (value, source.get(key))]
+        if known[0] and known[0] == known[1]:
+            spelled[key] = source[key]
+    return spelled
 
 
 def is_tied(

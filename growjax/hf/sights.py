@@ -159,10 +159,12 @@ class TypedLayers(Sights):
         on = file.flag("use_sliding_window", default=False) if self.switch else True
         default = self.window if "sliding_window" not in file.values else None
         given = file.get("sliding_window", default=default)
+        window = file.size("sliding_window", default=default) if on and given is not None else None
         # Gemma 2's first files have it twice, and transformers reads the other one
         if file.get("sliding_window_size", default=given) != given:
-            file.complaints.append(f"sliding_window_size: expected sliding_window={given}, or none")
-        window = file.size("sliding_window", default=default) if on and given is not None else None
+            file.complaints.append(
+                "sliding_window_size: expected the sliding_window, or no such key"
+            )
         slides = self.sliding(file, max(layers, 1), window)
         if any(slides) and window is None:
             file.complaints.append(

@@ -206,8 +206,14 @@ def checkpoint_in(path: str | os.PathLike[str]) -> Path:
         raise CheckpointError(
             f"{path}: expected the folder of a run or of a checkpoint, and there is no such folder"
         )
-    if not (path / METADATA).exists() and (path / "plan.json").exists():
-        raise CheckpointError(f"{path}: a run without a whole checkpoint")
+    if not (path / METADATA).exists():
+        if (path / "plan.json").exists():
+            raise CheckpointError(f"{path}: a run without a whole checkpoint")
+        if (path / "config.json").exists():
+            raise CheckpointError(
+                f"{path}: a Hugging Face folder and no checkpoint of growjax; growjax grow --from-hf "
+                f"{path} grows it, inspect and eval read it, and a plan starts from it (start=Start(...))"
+            )
     return path
 
 

@@ -30,6 +30,9 @@ from growjax.forecast.pod import chips, compile_for
 from growjax.forecast.speed import device_of, pace_table, roofline
 from growjax.gates import is_gated, ungated
 from growjax.growth import Chain, Operator, chain
+from growjax.hf.convert import FAMILIES, load_deferred
+from growjax.hf.convert import config as read_config
+from growjax.hf.files import CONFIG, read_json
 from growjax.models.protocol import kind_of
 from growjax.parallel import Layout
 from growjax.plan.losses import cross_entropy
@@ -392,13 +395,28 @@ def random_batch(model: Any, seed: int) -> Any:
 
 
 def describe(path: str | Path, console: Console) -> None:
-    """Print the lineage and the arrays of a checkpoint (of a run, its last one)."""
+    """Print the lineage and the arrays of a checkpoint (of a run, its last one).
+
+    Of a Hugging Face folder: its family, what of it can be grown, and its arrays.
+    """
 
     def say(text: str) -> None:
         # As `Text`, since names and paths may hold brackets, which Rich reads as markup
         console.print(Text(text))
 
     path = Path(path)
+    if (path / CONFIG).is_file():
+        model, config = load_deferred(path), read_config(path)
+        family = FAMILIES[read_json(path / CONFIG)["model_type"]]
+        say(
+            f"{path}\na Hugging Face folder: {family.model_type} ({family.members}), read as {config}"
+        )
+        say(
+            f"growjax grow --from-hf {path} --to AXIS SIZE --out FOLDER grows it: {family.growth}; "
+            "operators with all their options grow more"
+        )
+        console.print(_leaves(model))
+        return
     if (path / "checkpoints").is_dir():
         names = [p.name for p in Run(path).checkpoints()]
         say(f"{len(names)} checkpoints: {', '.join(names)}")
@@ -432,11 +450,17 @@ def describe(path: str | Path, console: Console) -> None:
         say(f"behind gates at {lineage['level']:.2f}")
     if lineage["certificate"]:
         say(f"certificate {lineage['certificate']}")
+    console.print(_leaves(model))
+
+
+def _leaves(model: Any) -> Table:
+    """The table of a model's arrays, or shapes of arrays."""
     table = Table(title=f"{parameters(model):,} parameters")
-    for column in ("leaf", "shape", "type", "axes"):
+    table.add_column("leaf", no_wrap=True)  # half a path names nothing
+    for column in ("shape", "type", "axes"):
         table.add_column(column)
     for slot in axes_of(model).values():
         for x in slot.arrays():
             axes = " ".join(dim.axis for dim in slot.dims)
             table.add_row(*map(Text, (slot.path, str(tuple(x.shape)), str(x.dtype), axes)))
-    console.print(table)
+    return table

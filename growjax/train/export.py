@@ -11,7 +11,7 @@ from growjax.cost import parameters
 from growjax.data import Tokenizer, load_tokenizer
 from growjax.data.tokenizer_export import stock_files
 from growjax.errors import CheckpointError, DataError
-from growjax.hf.companions import base_model
+from growjax.hf.companions import front_matter
 from growjax.hf.convert import save, with_dtype
 from growjax.hf.files import located
 from growjax.models.protocol import kind_of
@@ -50,9 +50,8 @@ def export_checkpoint(
     if dtype is not None:
         model = with_dtype(model, dtype)
     origin = source or pretrained_folder(lineage)
-    origin = None if origin is None else located(origin)
     trained = load_tokenizer(tokenizer or lineage["tokenizer"])
-    if origin is not None and _same(trained, origin):
+    if origin is not None and _same(trained, located(origin)):
         save(model, out, source=origin, more=_card(model, lineage, checkpoint, origin))
         return
     if source is not None:
@@ -116,13 +115,13 @@ def _window_of(checkpoint: Path) -> int | None:
 
 
 def _card(
-    model: Any, lineage: Mapping[str, Any], path: Path, origin: Path | None
+    model: Any, lineage: Mapping[str, Any], path: Path, origin: str | Path | None
 ) -> dict[str, str]:
     """The model card: what was trained, for how long, and how it grew."""
     operators = [f"- `{op}`" for op in operators_of(lineage)] or ["- none"]
-    base = f"base_model: {base_model(origin)}\n" if origin is not None else ""
+    metadata = "tags:\n- growjax\n" if origin is None else front_matter(origin)
     text = _CARD.format(
-        metadata=base,
+        metadata=metadata,
         plan=lineage["plan"],
         version=__version__,
         count=f"{parameters(model):,}",
@@ -137,9 +136,7 @@ def _card(
 
 
 _CARD = """---
-{metadata}tags:
-- growjax
----
+{metadata}---
 
 # {plan}
 

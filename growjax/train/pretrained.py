@@ -4,8 +4,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from growjax import growth
 from growjax.certificate import Certificate, distance
+from growjax.certificate.coordinates import shapes
+from growjax.certificate.part import shapes_in
 from growjax.certificate.streaming import (
     Progress,
     certify_deferred,
@@ -15,8 +16,8 @@ from growjax.certificate.streaming import (
 )
 from growjax.cost import parameters
 from growjax.errors import CheckpointError, GrowthError
+from growjax.gates import is_gated
 from growjax.growth.leafwise import SMALL, grow_deferred
-from growjax.growth.masked import MSG
 from growjax.hf.card import write_grown
 from growjax.hf.convert import check_dtype, has_halves, load_deferred, with_dtype
 from growjax.plan.worked import purpose_key
@@ -62,10 +63,12 @@ def grow_pretrained(
     progress(f"reading {source}", None)
     model = load_deferred(source, dtype="float32" if has_halves(source) else None)
     op = operator_of(by, to, model)
-    if any(isinstance(atom, MSG) for atom in growth.atoms(op)):
+    if is_gated(shapes(op, shapes_in(model))):
         raise GrowthError(
-            "by: msg leaves gates at 0, and a stock model has none; use copy or zeros for widths and "
-            "expand for layers, or gj.hf.save after the gates were opened in training"
+            f"by: {op} leaves gates at 0, and a stock model has none; use copy or zeros for widths, "
+            "expand for layers, and vocabulary and experts without a gate (gated=False). Or grow in a "
+            "stage of a plan that starts from this folder, with a ramp that opens the gates, and export "
+            "the run"
         )
     key = purpose_key(seed, "grow")
     parent = out.absolute().parent
