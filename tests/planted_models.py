@@ -265,6 +265,30 @@ TABLE = """
 @ the head of mT5 is scaled | hf/t5.py | hf_config | head_of_mt5
 - scaled = file.flag("tie_word_embeddings", default=True) and flavour.scales
 + scaled = file.flag("tie_word_embeddings", default=True)
+@ an activation is renamed in a file | hf/convert.py | hf_config | keeps_the_name
+- with_spellings(family.write(config), source_keys)
++ family.write(config)
+@ a key that other readers take may differ | hf/decoder.py | hf_published | say_as_well
+- if self.other_activation is None:
++ if self.other_activation != "":
+@ rotary positions of images are read as those of words | hf/families.py | hf_published | say_as_well
+- fixed=_FIXED | {"use_mrope": False},
++ fixed=_FIXED | {"use_mrope": True},
+@ gates are certified before they are refused | train/pretrained.py | hf_grown | stock_model_cannot_hold
+- if is_gated(shapes(op, shapes_in(model))):
++ if not model:
+@ a card forgets the licence | hf/companions.py | export | keeps_its_files
+- {"base_model": base or f" {source_name(source)}"} | card_metadata(folder)
++ {"base_model": base or f" {source_name(source)}"}
+@ the width of a module keeps its new name | hf/companions.py | hf_companions | modules_of_sentence
+- widths = {"word_embedding_dimension", "embedding_dimension"} & config.keys()
++ widths = {"word_embedding_dimension"} & config.keys()
+@ outputs that grow tell nothing of what is dead | certificate/measured.py | certify | words_and_outputs
+- shown == every else (shown, every)
++ shown == every else (shown,)
+@ a bias that never moves counts as dead | certificate/measured.py | certify | words_and_outputs
+- if g is None or slot.path in still:
++ if g is None:
 @ an exact GELU is written as Gemma's | hf/decoder.py | hf_config | gelu_of_gemma
 - if self.tanh_gelu and c.activation == "gelu":
 + if False:

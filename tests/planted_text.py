@@ -56,7 +56,7 @@ TABLE = """
 - printing = {*range(33, 127), *range(161, 173), *range(174, 256)}
 + printing = {*range(33, 127), *range(161, 256)}
 @ another tokenizer's files come with an export | train/export.py | export | keeps_its_files
-- if origin is not None and _same(trained, origin):
+- if origin is not None and _same(trained, located(origin)):
 + if origin is not None:
 @ an export says nothing about the window | train/export.py | export | window
 - keys["max_position_embeddings"] = limit

@@ -337,6 +337,40 @@ def test_zeros_on_both_sides_are_dead_for_ever():
     assert "100% of new entries without gradient after one step, 100% after two" in str(record)
 
 
+def test_words_and_outputs_that_grow_are_alive_and_biases_of_keys_are_nobodys_fault():
+    """A card that says what cannot learn names no new word, whose logit the loss could see."""
+    tokens = jnp.arange(8)[None] % 5
+    words = gj.certify(gj.vocabulary(9), _random(gj.models.Llama, WORDS), tokens)
+    assert words.axes == {"vocab": (6, 9)} and words.dead == {"vocab": (0.0, 0.0)}
+    # The pooled output grows with the stream; softmax cancels a bias of keys, in old layers too
+    encoder = _random(gj.models.BERT, ENCODER)
+    wide = gj.certify(gj.copy(embed=8, heads=4), encoder, tokens)
+    assert wide.dead["embed"] == wide.dead["kv_heads"] == (0.0, 0.0) and not any(
+        wide.locked.values()
+    )
+    equal = gj.certify(gj.copy(embed=8, heads=4, shares="equal"), encoder, tokens)
+    assert equal.locked["embed"] == 4
+    deep = gj.certify(gj.stack(layers=4), encoder, tokens)
+    assert deep.dead == {"layers": (0.0, 0.0)}
+
+
+WORDS = gj.models.LlamaConfig(layers=1, embed=4, heads=2, kv_heads=2, head_dim=2, mlp=4, vocab=6)
+ENCODER = gj.models.BERTConfig(
+    layers=2,
+    embed=4,
+    heads=2,
+    head_dim=2,
+    mlp=4,
+    vocab=6,
+    positions=8,
+    nsp_head=False,
+)
+
+
+def _random(model: type, config) -> Any:
+    return gj.testing.randomise(model(config, key=jax.random.key(0)))
+
+
 def test_equal_copies_are_locked_to_their_source_and_unequal_ones_are_not():
     equal, unequal = (certificate(gj.copy(hidden=8, shares=s)) for s in ("equal", "random"))
     assert equal.locked == {"hidden": 4} and unequal.locked == {"hidden": 0}

@@ -183,6 +183,15 @@ def test_modules_of_sentence_transformers_follow_the_width(saved, tmp_path):
     gj.hf.save(wide, tmp_path / "wide", source=_with_modules(folder, features=16))
     pooling = json.loads((tmp_path / "wide" / "1_Pooling" / "config.json").read_text())
     assert pooling == {"word_embedding_dimension": 16, "pooling_mode": "mean"}
+    # As sentence-transformers 6 writes it; a module with weights of that width is another matter
+    renamed = folder / "1_Pooling" / "config.json"
+    renamed.write_text(json.dumps({"embedding_dimension": 8}))
+    gj.hf.save(wide, tmp_path / "renamed", source=folder)
+    pooling = json.loads((tmp_path / "renamed" / "1_Pooling" / "config.json").read_text())
+    assert pooling == {"embedding_dimension": 16}
+    (folder / "1_Pooling" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(HuggingFaceError, match="1_Pooling: its weights read 8 features"):
+        gj.hf.save(wide, tmp_path / "lstm", source=folder)
     assert (tmp_path / "wide" / "3_Dense" / "config.json").is_file()
     assert (tmp_path / "wide" / "LICENSE").read_text() == "Apache"
     assert len(json.loads((tmp_path / "wide" / "modules.json").read_text())) == 4

@@ -118,8 +118,11 @@ def certify(
             # A model that casts to a dtype of its own rounds to that one in float64 as well
             everything = _Programs(forward, loss).outputs
             exact = dataclasses.replace(exact, dtype=coarsest(everything, small, rows))
-        observe = lambda m: programs.observed(m, rows, shown)  # noqa: E731
-        dead, locked = _liveness(op, model, grown, after.gradient, observe, level)
+        every = tuple(y.shape for y in jax.tree.leaves(after.outputs))
+        kinds = (shown,) if loss is not None or shown == every else (shown, every)
+        observe = lambda m, kind: programs.observed(m, rows, kind).gradient  # noqa: E731
+        still = _still(before.gradient, model)
+        dead, locked = _liveness(op, model, grown, after.gradient, still, kinds, observe, level)
     old, new = axes_of(model).sizes, axes_of(big).sizes
     return Certificate(
         operator=str(op),
@@ -378,10 +381,25 @@ def largest(tree) -> float:
     return float(np.max([np.abs(g).max(initial=0) for g in jax.tree.leaves(tree)], initial=0))
 
 
-def _liveness(op, model, grown, gradient, observe: Callable, level: float):
+def _still(gradient, model) -> set[str]:
+    """The parameters whose gradient is nothing but rounding: keys' biases, which a softmax cancels."""
+    least = 1e-13 * largest(gradient)
+    sizes = {
+        slot.path: largest(get(gradient, slot.steps)) for slot in axes_of(model).of_kind("param")
+    }
+    return {path for path, size in sizes.items() if 0 < size <= least}
+
+
+def _liveness(op, model, grown, gradient, still: set[str], kinds, observe: Callable, level: float):
     """The shares of dead entries and numbers of locked copies, by axis, over two steps of descent.
 
-    `gradient` is that of the grown model, whose gates are still at their first level.
+    **Arguments**
+
+    - `gradient`: that of the grown model for the first of `kinds`, with its gates at their first level.
+    - `still`: parameters that never have a gradient, grown or not, which are left out.
+    - `kinds`: the outputs that a loss uses: first those in which copies are alike, which tell what is
+      locked, and last all, which tell what is dead.
+    - `observe`: a function from a model and one of these to a gradient.
     """
     new, homes = new_coordinates(op, model)
     check_level(level)
@@ -389,38 +407,47 @@ def _liveness(op, model, grown, gradient, observe: Callable, level: float):
     levels = {(*s.steps, "value"): np.where(s.value.new, level, 1.0) for s in gates}
     grown = put(grown, levels)
     trained, rest = partition(grown)
-    start = trained = jax.tree.map(np.asarray, trained)
-    zero = []
-    for step in range(2):
-        if gates or step:
-            gradient = observe(eqx.combine(trained, rest)).gradient
-        gradient = jax.tree.map(np.asarray, gradient)
-        zero.append(_dead(grown, gradient, new))
-        top = largest(gradient)
-        scale = 1e-3 / top if top else 0.0  # the largest change of a parameter is 1e-3
-        trained = jax.tree.map(lambda p, g: p - scale * g, trained, gradient)  # noqa: B023
-    change = jax.tree.map(lambda a, b: a - b, trained, start)
+    trained = jax.tree.map(np.asarray, trained)
+    zero, change = [], None
+    for kind in kinds:
+        moved, shares = trained, []
+        for step in range(2):
+            if step or gates or kind != kinds[0]:
+                gradient = observe(eqx.combine(moved, rest), kind)
+            gradient = jax.tree.map(np.asarray, gradient)
+            shares.append(_dead(grown, gradient, new, still))
+            top = largest(gradient)
+            scale = 1e-3 / top if top else 0.0  # the largest change of a parameter is 1e-3
+            moved = jax.tree.map(lambda p, g: p - scale * g, moved, gradient)  # noqa: B023
+        zero = shares
+        change = change or jax.tree.map(lambda a, b: a - b, moved, trained)
     locked = {axis: _locked(grown, change, axis, new[axis], homes[axis]) for axis in new}
     return {axis: (zero[0][axis], zero[1][axis]) for axis in new}, locked
 
 
-def _dead(model, gradient, new: dict[str, np.ndarray]) -> dict[str, float]:
-    """For each axis, the share of entries at new coordinates whose gradient is 0, or not finite."""
+def _dead(model, gradient, new: dict[str, np.ndarray], still: set[str]) -> dict[str, float]:
+    """For each axis, the share of entries at new coordinates whose gradient is 0, or not finite.
+
+    Rows of a table are left out along the axis of the rows: those that the batch lacks have none.
+    """
     table, shares = axes_of(model), {}
     for axis, mask in new.items():
         zero = total = 0
         for slot in table.having(axis, "param"):
             g = get(gradient, slot.steps)
-            if g is None:
+            if g is None or slot.path in still:
                 continue
             for part, piece in zip(slot.parts, slot.cut(g, table.sizes), strict=True):
                 piece = np.asarray(part.split(piece, table.sizes))
-                # Along a table's rows one gradient is enough: rows that the batch lacks have none
+                # Along another axis one gradient in any row is enough
                 lookups = tuple(
                     i
                     for i, dim in enumerate(part.dims)
                     if dim.role == "lookup" and dim.axis != axis
                 )
+                looked_up = any(d.axis == axis and d.role == "lookup" for d in part.dims)
+                if looked_up and all(dim.role != "consumed" for dim in part.dims):
+                    continue  # experts are looked up as well, and consume
                 alive = np.any((piece != 0) & np.isfinite(piece), axis=lookups, keepdims=True)
                 # A square matrix has the axis twice; it is counted along the first
                 for dim in part.positions(axis)[:1]:

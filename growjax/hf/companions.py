@@ -66,13 +66,19 @@ def _copy_modules(source: Path, folder: Path, embed: int) -> None:
 def _resize(path: Path, embed: int) -> None:
     """Set the width in a module's configuration; raises `HuggingFaceError` if its weights fix another."""
     config = read_json(path)
-    if "word_embedding_dimension" in config:
-        write_json(path, config | {"word_embedding_dimension": embed})
-    if config.get("in_features", embed) != embed:
-        raise HuggingFaceError(
-            f"{path.parent.name}: its weights read {config['in_features']} features, and the model has "
-            f"embed={embed}; remove the module from {MODULES} of the source, and train a new one"
-        )
+    # The second name since sentence-transformers 6
+    widths = {"word_embedding_dimension", "embedding_dimension"} & config.keys()
+    with_weights = any(file.suffix in (".safetensors", ".bin") for file in path.parent.iterdir())
+    if widths and not with_weights:
+        write_json(path, config | dict.fromkeys(widths, embed))
+    reads = {"in_features", "in_embedding_dimension", "in_word_embedding_dimension"}
+    reads |= widths if with_weights else set()
+    for key in reads & config.keys():
+        if config[key] != embed:
+            raise HuggingFaceError(
+                f"{path.parent.name}: its weights read {config[key]} features, and the model has "
+                f"embed={embed}; remove the module from {MODULES} of the source, and train a new one"
+            )
 
 
 def base_model(source: str | Path) -> str:
