@@ -296,7 +296,7 @@ TABLE = """
 @ any step will do | subnet/base.py | bad_input | SubnetError
 - raise_all(SubnetError, "a sub-network cannot be taken at this step:", wrong)
 + del wrong
-@ a state is a model without axes | axes.py | bad_input | AxisError
+@ a state is a model without axes | axes.py | bad_input | state
 - (of a gj.State, give state.model)
 + (of a model)
 @ shares beyond numbers are shares | plan/timing.py | probe | proportional_shares
