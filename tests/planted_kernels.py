@@ -71,8 +71,11 @@ TABLE = """
 - low, high = (low, middle) if fits(middle) else (middle + 1, high)
 + low = high
 @ the layout's choice of what is kept is dropped | parallel.py | speed | layout_says
-- "remat": _REMAT.get(layout.remat, part.remat),
-+ "remat": part.remat,
+- return stacked.remembering(model, remat, layout.unroll, layout.offload)
++ return stacked.remembering(model, None, layout.unroll, layout.offload)
+@ tensors for the host stay on the device | parallel.py | host_memory | sends_its_tensors
+- return stacked.remembering(model, remat, layout.unroll, layout.offload)
++ return stacked.remembering(model, remat, layout.unroll, ())
 @ hours of some stages stand for all | forecast/speed.py | speed | hours_of_some
 - if unknown:
 + if False:

@@ -268,18 +268,18 @@ TABLE = """
 @ an activation is renamed in a file | hf/convert.py | hf_config | keeps_the_name
 - with_spellings(family.write(config), source_keys)
 + family.write(config)
-@ a key that other readers take may differ | hf/decoder.py | hf_published | say_as_well
+@ a key that other readers take may differ | hf/decoder.py | hf_hub | say_as_well
 - if self.other_activation is None:
 + if self.other_activation != "":
-@ rotary positions of images are read as those of words | hf/families.py | hf_published | say_as_well
+@ rotary positions of images are read as those of words | hf/families.py | hf_hub | say_as_well
 - fixed=_FIXED | {"use_mrope": False},
 + fixed=_FIXED | {"use_mrope": True},
 @ gates are certified before they are refused | train/pretrained.py | hf_grown | stock_model_cannot_hold
 - if is_gated(shapes(op, shapes_in(model))):
 + if not model:
 @ a card forgets the licence | hf/companions.py | export | keeps_its_files
-- {"base_model": base or f" {source_name(source)}"} | card_metadata(folder)
-+ {"base_model": base or f" {source_name(source)}"}
+- {"base_model": base or f" {base_model(source)}"} | card_metadata(folder)
++ {"base_model": base or f" {base_model(source)}"}
 @ the width of a module keeps its new name | hf/companions.py | hf_companions | modules_of_sentence
 - widths = {"word_embedding_dimension", "embedding_dimension"} & config.keys()
 + widths = {"word_embedding_dimension"} & config.keys()
