@@ -1,5 +1,7 @@
 """The command line of all studies: run cells, in pieces if need be, and report on those that ran."""
 
+import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +10,8 @@ import tyro
 from rich.console import Console
 
 from experiments.study import SIZES, Inputs, Study, run
+from experiments.text import BETWEEN
+from growjax.data import Text
 from growjax.train import save_plan
 
 
@@ -27,6 +31,7 @@ def main(about: Study) -> None:
         budget: tuple[str, ...] = (),
         shard: Annotated[tuple[int, int], tyro.conf.arg(metavar="I N")] = (0, 1),
         plans: Path | None = None,
+        seeds: int = 1,
         report: bool = False,
         tune: bool = False,
         again: bool = False,
@@ -45,8 +50,10 @@ def main(about: Study) -> None:
             workload: the workloads to run.
             budget: the budgets to run; all if there is none.
             shard: run the seeds that are I modulo N, so that N processes share the work.
-            plans: run nothing; write the plans of seed 0 there, for `growjax plan` and `growjax train`,
-                and those of second models next to them, for `growjax train --reference`.
+            plans: run nothing; write the plans of its arms there, for `growjax plan`, `growjax train` and
+                `experiments/tpu/run.sh`, with the folder --text as their data, which need not be here. In
+                the folder "second" in it are arms that choose by a second model, with the plans of these.
+            seeds: the number of seeds that --plans writes plans of.
             report: run nothing; report on what is there.
             tune: run the tuning ledger instead: every method at four learning rates, one seed.
             again: run cells again that have a result but no losses by window, and add only these.
@@ -74,7 +81,7 @@ def main(about: Study) -> None:
                 raise SystemExit(f"{name}: means nothing to this study")
         console = Console()
         if plans is not None:
-            _write_plans(about, size, workload, plans)
+            _write_plans(about, size, workload, only, budget, seeds, text, plans)
             return
         fields = ("text", "also", "data", "model", "examples")
         inputs = Inputs(size, out, **{name: given[name] for name in fields})
@@ -85,13 +92,7 @@ def main(about: Study) -> None:
             cells = about.trials if tune and about.trials else about.cells
             # A seed is finished before the next one starts, so that a stopped study has whole seeds
             for seed in range(shard[0], 1 if tune else about.seeds[size], shard[1]):
-                todo = [
-                    cell
-                    for w in workload
-                    for cell in cells(size, w, seed)
-                    if (cell.key[2] in only if only else not cell.optional)
-                    and (not budget or cell.key[1] in budget)
-                ]
+                todo = _chosen((c for w in workload for c in cells(size, w, seed)), only, budget)
                 run(todo, shared, inputs.results, console, again=shared.lacks if again else None)
         for row in about.report(inputs.results):
             estimate = "-" if row.estimate is None else format(row.estimate, "+.4f")
@@ -105,12 +106,40 @@ def main(about: Study) -> None:
     tyro.cli(study, description=__doc__)
 
 
-def _write_plans(about: Study, size: str, workloads: tuple[str, ...], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    cells: list[Any] = [cell for w in workloads for cell in about.cells(size, w, 0)]
-    for cell in cells:
-        name = f"{cell.workload}-{cell.budget}-{cell.plan.name}".replace(" ", "_")
-        path = folder / f"{name.replace('/', '_')}.json"
-        save_plan(cell.plan, path)
-        if cell.reference is not None:
-            save_plan(cell.reference, path.with_suffix(".reference.json"))
+def _write_plans(
+    about: Study,
+    size: str,
+    workloads: tuple[str, ...],
+    only: tuple[str, ...],
+    budgets: tuple[str, ...],
+    seeds: int,
+    text: Path | None,
+    folder: Path,
+) -> None:
+    """Write the plans of the cells that the other arguments choose, each under a name of its own."""
+    data: dict[str, Any] = {}
+    if text is not None:
+        data["data"] = Text(str(text / "train.txt"), split=BETWEEN)
+        data["validation"] = Text(str(text / "valid.txt"), split=BETWEEN)
+    for seed in range(seeds):
+        cells: list[Any] = [cell for w in workloads for cell in about.cells(size, w, seed)]
+        for cell in _chosen(cells, only, budgets):
+            name = f"{cell.workload}-{cell.budget}-{cell.plan.name}" + (f"-{seed}" if seed else "")
+            name = name.replace(" ", "_").replace("/", "_")
+            path = (folder if cell.reference is None else folder / "second") / f"{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_plan(dataclasses.replace(cell.plan, **data), path)
+            if cell.reference is not None:
+                save_plan(
+                    dataclasses.replace(cell.reference, **data), path.with_suffix(".reference.json")
+                )
+
+
+def _chosen(cells: Iterable[Any], only: tuple[str, ...], budgets: tuple[str, ...]) -> list[Any]:
+    """The cells of some arms and budgets; without names of arms, all that are not optional."""
+    return [
+        cell
+        for cell in cells
+        if (cell.key[2] in only if only else not cell.optional)
+        and (not budgets or cell.key[1] in budgets)
+    ]

@@ -24,7 +24,7 @@ from experiments.text import BETWEEN, Texts, load_texts
 from experiments.training import Cell, Trainer
 from experiments.windows import WindowFile
 from growjax.budget import A100_T5, RTX3090_BERT, FlopsClock, MeasuredClock, Op, decayed, save_clock
-from growjax.data import MLM, ByteTokenizer, Corpus, SpanCorruption
+from growjax.data import MLM, ByteTokenizer, Corpus, SpanCorruption, Text
 from growjax.errors import DataError
 from growjax.models import BERTConfig
 from growjax.report.arms import fixed_size
@@ -364,21 +364,34 @@ def test_paper_presets_can_be_planned(name):
 
 
 def test_plans_are_written_with_those_of_second_models(tmp_path, monkeypatch):
-    command = ["run", "--size", "smoke", "--workload", "bert", "--plans", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", command)
+    command = [
+        "run",
+        "--size",
+        "smoke",
+        "--workload",
+        "bert",
+        "--text",
+        "runs/text",
+        "--seeds",
+        "2",
+    ]
+    monkeypatch.setattr("sys.argv", [*command, "--plans", str(tmp_path)])
     main(ntng.STUDY)
     wanted = cells("no_train_no_gain", "smoke", "bert")
-    assert {p.name for p in tmp_path.iterdir()} == {
-        *(f"bert-1x-{name.replace(' ', '_')}.json" for name in wanted),
-        *(
-            f"bert-1x-{n.replace(' ', '_')}.reference.json"
-            for n, c in wanted.items()
-            if c.reference
-        ),
-    }
-    rho = wanted["RHO"]
-    assert load_plan(tmp_path / "bert-1x-RHO.json") == rho.plan
-    assert load_plan(tmp_path / "bert-1x-RHO.reference.json") == rho.reference
+    for folder, second in ((tmp_path, False), (tmp_path / "second", True)):
+        names = [n.replace(" ", "_") for n, c in wanted.items() if bool(c.reference) == second]
+        ends = [".json", ".reference.json"] if second else [".json"]
+        assert {path.name for path in folder.glob("*.json")} == {
+            f"bert-1x-{name}{seed}{end}" for name in names for seed in ("", "-1") for end in ends
+        }
+    rho, second = wanted["RHO"], tmp_path / "second"
+    text = Text(str(Path("runs/text/train.txt")), split=BETWEEN)
+    valid = Text(str(Path("runs/text/valid.txt")), split=BETWEEN)
+    for name, plan in (("RHO", rho.plan), ("RHO.reference", rho.reference)):
+        assert plan is not None
+        written = load_plan(second / f"bert-1x-{name}.json")
+        assert written == dataclasses.replace(plan, data=text, validation=valid)
+    assert load_plan(second / "bert-1x-RHO-1.json").seed == rho.plan.seed + 1
 
 
 # Rows out of made-up lines -----------------------------------------------------------------------

@@ -31,15 +31,23 @@ case "$*" in
 esac
 """
 
+# A `tar` that keeps a copy of what it wrote
+TAR = """#!/usr/bin/env bash
+{tar} "$@"
+cp "$2" '{out}'
+"""
 
-def run(folder: Path, how: str) -> tuple[int, list[str], str]:
-    """The script's status, what it asked `gcloud` for, and what it said."""
+
+def run(folder: Path, how: str, *names: str) -> tuple[int, list[str], str]:
+    """The script's status, what it asked `gcloud` for, and what it said, for plans of some names."""
     fake = folder / "gcloud"
     fake.write_text(GCLOUD)
     fake.chmod(0o755)
-    (folder / "plan.json").write_text("{}")
+    plans = [folder / f"{name}.json" for name in names or ("plan",)]
+    for plan in plans:
+        plan.write_text("{}")
     finished = subprocess.run(
-        ["bash", SCRIPT, folder / "plan.json"],
+        ["bash", SCRIPT, *plans],
         env={
             "PATH": f"{folder}:{os.environ['PATH']}",
             "HOME": str(folder),
@@ -53,7 +61,7 @@ def run(folder: Path, how: str) -> tuple[int, list[str], str]:
         timeout=60,
     )
     calls = (folder / "calls").read_text().splitlines()
-    words = ("create", "delete", "scp", "growjax train")
+    words = ("create", "delete", "scp", "growjax train", "growjax compare")
     asked = [word for call in calls for word in words if f"{word} " in call]
     return finished.returncode, asked, finished.stderr
 
@@ -87,3 +95,28 @@ def test_a_run_that_fails_on_its_own_is_not_tried_again(tmp_path):
     status, calls, output = run(tmp_path, "fault")
     assert (status, calls) == (1, ["create", "scp", "growjax train", "delete"]), output
     assert "it failed on machines that are well" in output
+
+
+@needs_tools
+def test_a_study_trains_one_plan_after_the_other_and_compares_their_runs(tmp_path):
+    status, calls, output = run(tmp_path, "cut", "bert-1x-scratch", "bert-1x-msg")
+    once = ["create", "scp", "growjax train"]
+    rest = ["growjax train", "growjax compare", "delete"]
+    assert (status, calls) == (0, [*once, "delete", *once, *rest]), output
+    asked = (tmp_path / "calls").read_text()
+    for name in ("bert-1x-scratch", "bert-1x-msg"):
+        train = f"growjax train 'plans/growjax-{name}.json' --run 'runs/growjax/{name}' --hosts"
+        assert train in asked
+        assert f"storage cat gs://b/growjax/{name}/metrics.jsonl" in asked
+    assert "compare 'runs/growjax/bert-1x-scratch' 'runs/growjax/bert-1x-msg' --out" in asked
+
+
+@needs_tools
+def test_the_plans_of_a_study_are_copied_whole(tmp_path):
+    """What `scp` sends has every plan, under the name that it is trained by."""
+    (tmp_path / "tar").write_text(TAR.format(out=tmp_path / "sent", tar=shutil.which("tar")))
+    (tmp_path / "tar").chmod(0o755)
+    status, _, output = run(tmp_path, "asked", "a", "b")
+    assert status == 0, output
+    sent = subprocess.run(["tar", "tzf", tmp_path / "sent"], capture_output=True, text=True).stdout
+    assert {"plans/growjax-a.json", "plans/growjax-b.json"} <= set(sent.split())

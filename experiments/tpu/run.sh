@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Train a plan, as JSON, on a slice of Cloud TPUs, spot machines included: create, install, train on every
-# host, start over when preempted, tear down. The run goes on from its last checkpoint in the bucket. What
-# is installed is the last commit of this repository.
+# Train plans, as JSON, on a slice of Cloud TPUs, spot machines included: create, install, train on every
+# host, start over when preempted, tear down. A run goes on from its last checkpoint in the bucket. What is
+# installed is the last commit of this repository.
 #
-#   BUCKET=my-bucket experiments/tpu/run.sh plan.json
+#   BUCKET=my-bucket experiments/tpu/run.sh plan.json             the run is NAME in the bucket
+#   BUCKET=my-bucket experiments/tpu/run.sh runs/plans/*.json     a study: runs NAME/FILE, then their comparison
 #
 # Settings, as environment variables:
 #   BUCKET       a bucket with a hierarchical namespace, in the region of the zone (required)
-#   NAME         of the machines and of the run             (growjax)
+#   NAME         of the machines and of the run or study    (growjax)
 #   ZONE         where                                      (us-west4-a)
 #   ACCELERATOR  which slice; see docs/tpu.md               (v5litepod-16)
 #   RUNTIME      image of its machines                      (v2-alpha-tpuv5-lite)
@@ -18,7 +19,7 @@
 #   KEEP         1 leaves the machines running at the end   (0)
 set -euo pipefail
 
-plan=${1:?usage: BUCKET=my-bucket experiments/tpu/run.sh plan.json}
+: "${1:?usage: BUCKET=my-bucket experiments/tpu/run.sh plan.json ...}"
 bucket=${BUCKET:?BUCKET must name a bucket for checkpoints, without gs://}
 name=${NAME:-growjax}
 zone=${ZONE:-us-west4-a}
@@ -46,7 +47,7 @@ remove() {
   fi
 }
 
-# shellcheck disable=SC2329  # the trap calls it
+# shellcheck disable=SC2317,SC2329  # the trap calls it
 finish() {
   rm -rf "$work"
   if [ "${KEEP:-0}" = 1 ]; then
@@ -81,32 +82,57 @@ obtain() {
 prepare() {
   # The first connection makes keys, which many at once would do over each other
   tpus tpu-vm ssh "$name" --worker=0 --command=true &&
-    tpus tpu-vm scp "$work/growjax.tar.gz" "$work/plan.json" "$root/experiments/tpu/host.sh" \
+    tpus tpu-vm scp "$work/growjax.tar.gz" "$work/plans.tar.gz" "$root/experiments/tpu/host.sh" \
       "$name:" --worker=all &&
-    everywhere "bash host.sh '$bucket'"
+    everywhere "bash host.sh '$bucket' && tar xzf plans.tar.gz"
 }
 
+# One after the other, in the order of their names. One that came to its end ends again at once.
 train() {
-  everywhere "venv/bin/growjax train plan.json --run 'runs/$name' --hosts --save-every $save_every"
+  local run
+  for run in "${runs[@]}"; do
+    say "training $run"
+    everywhere "venv/bin/growjax train 'plans/${run//\//-}.json' --run 'runs/$run' --hosts \
+      --save-every $save_every" || return $?
+  done
 }
 
-# The journal says whether the plan came to its end.
+# The journals say whether the plans came to their ends.
 finished() {
-  gcloud storage cat "gs://$bucket/$name/metrics.jsonl" | tail -n 1 | grep -q '"finished": true'
+  local run
+  for run in "${runs[@]}"; do
+    gcloud storage cat "gs://$bucket/$run/metrics.jsonl" | tail -n 1 | grep -q '"finished": true' || return 1
+  done
+}
+
+compare() {
+  local folders
+  folders=$(printf " 'runs/%s'" "${runs[@]}")
+  tpus tpu-vm ssh "$name" --worker=0 \
+    --command="JAX_PLATFORMS=cpu venv/bin/growjax compare$folders --out 'runs/$name/compare.html'" ||
+    say "the runs are finished, and could not be compared; see the output above"
 }
 
 git -C "$root" archive --format=tar.gz --prefix=growjax/ -o "$work/growjax.tar.gz" HEAD
-cp "$plan" "$work/plan.json"
+mkdir "$work/plans"
+runs=()
+for plan in "$@"; do
+  run=$name
+  [ $# = 1 ] || run=$name/$(basename "$plan" .json)
+  runs+=("$run")
+  cp "$plan" "$work/plans/${run//\//-}.json"
+done
+tar czf "$work/plans.tar.gz" -C "$work" plans
 
 for ((attempt = 1; attempt <= retries; attempt++)); do
   obtain
   say "attempt $attempt: installing"
   status=1
   if prepare; then
-    say "training"
     status=0
     train || status=$?
     if [ "$status" = 0 ] && finished; then
+      [ $# = 1 ] || compare
       say "finished; its folder is gs://$bucket/$name"
       exit 0
     fi
