@@ -39,7 +39,7 @@ from experiments.text import Texts
 from experiments.windows import WindowFile
 from growjax.data import ByteTokenizer, Corpus
 from growjax.errors import DataError
-from growjax.report.rows import Answer, read_summary, select
+from growjax.report.rows import AgainstFrontier, Answer, read_summary, select
 from tests.runs import TEXT
 from tests.test_experiments_claims import claims_in, is_of
 
@@ -416,3 +416,32 @@ def test_the_readme_says_what_is_there():
             assert f"| {size} | {setting} | {row.estimate:.3f} | {state} |" in text
     claims = claims_in(text.partition("## What was seen")[2])
     assert not [claim for claim in claims if not is_of(claim, rows)]
+
+
+def test_the_tables_of_the_readme_have_the_ends_that_are_there():
+    rows = read_summary(FOLDER / "results" / "summary.json")
+    lines = (FOLDER / "README.md").read_text().partition("## What was seen")[2].splitlines()
+    (header,) = [line for line in lines if line.startswith("| size | 2x")]
+    budgets = header.strip("| ").split(" | ")[1:]
+    ends = {}
+    for row in select(rows, Answer):
+        head, _, rest = row.question.partition("held-out nats of fixed-")
+        if not head and row.estimate is not None:
+            ends[rest.removesuffix(" at its end"), row.budget] = row.estimate
+    for size in dict.fromkeys(size for size, _ in ends):
+        cells = [ends.get((size, budget)) for budget in budgets]
+        lowest = [min(x for (_, b), x in ends.items() if b == budget) for budget in budgets]
+        texts = ["" if x is None else f"{x:.3f}" for x in cells]
+        bold = [
+            f"**{t}**" if x == low else t for x, t, low in zip(cells, texts, lowest, strict=True)
+        ]
+        assert f"| {size} | {' | '.join(bold)} |" in lines
+    grown = select(rows, AgainstFrontier)
+    for row in grown:
+        assert row.loss is not None and row.estimate is not None
+        assert f"| {row.arm} | {row.budget} | {row.loss:.3f} | {row.estimate:+.3f} |" in lines
+    worse = sum(row.estimate > 0 for row in grown if row.estimate is not None)
+    count = (
+        f"Of the {len(grown)} grown arms that ended so far, {worse} end above the best fixed size"
+    )
+    assert any(line.startswith(count) for line in lines)
