@@ -15,15 +15,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
 # They say how many devices there are before JAX is imported
 ALONE = ("a-pod-without-a-pod",)
-# Half of the time of all, for the deep profile: many runs, a checkpoint, and eight devices
-LONG = ("a-checkpoint-grown", "a-pod-without-a-pod", "compare-six-seeds")
 
 
 def pages(alone: bool) -> list[Any]:
     """The tutorials that run in a process of their own, or the others."""
     chosen = [page for page in PAGES if (page.stem in ALONE) == alone]
-    slow = {True: pytest.mark.slow, False: ()}
-    return [pytest.param(page, marks=slow[page.stem in LONG], id=page.stem) for page in chosen]
+    return [pytest.param(page, id=page.stem) for page in chosen]
 
 
 @pytest.fixture
@@ -60,7 +57,7 @@ def test_tutorial_runs_in_a_process_of_its_own(page: Path):
 
 def test_every_tutorial_is_a_page_of_the_site():
     site = (ROOT / "mkdocs.yml").read_text()
-    assert len(PAGES) == 7 and {*ALONE, *LONG} <= {page.stem for page in PAGES}
+    assert len(PAGES) == 7 and {*ALONE} <= {page.stem for page in PAGES}
     for page in PAGES:
         assert f": tutorials/{page.name}\n" in site
         # The first cell has the title, and no cell is empty
