@@ -73,6 +73,9 @@ TABLE = """
 @ the layout's choice of what is kept is dropped | parallel.py | speed | layout_says
 - return stacked.remembering(model, remat, layout.unroll, layout.offload)
 + return stacked.remembering(model, None, layout.unroll, layout.offload)
+@ a field without a value left ends the search | forecast/memory.py | host_memory | advice
+- if not allowed:
++ if False:
 @ tensors for the host stay on the device | parallel.py | host_memory | sends_its_tensors
 - return stacked.remembering(model, remat, layout.unroll, layout.offload)
 + return stacked.remembering(model, remat, layout.unroll, ())

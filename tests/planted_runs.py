@@ -89,10 +89,17 @@ TABLE = """
 - return state not in ("Z", "X") and started in (self.started, UNKNOWN)
 + return state not in ("Z", "X") and started == self.started
 @ two processes take over one lock | runs/lock.py | lock | of_two_processes
-- if owner != before:
+- elif (owner := _read(self.file)) != before:
 -                 raise CheckpointError(self._held_by(owner))
--             if self.file
-+ if self.file
+-             else:
++ else:
+@ a lock that was released is replaced | runs/lock.py | lock | released_meanwhile
+- # Its owner has released it meanwhile, and another process may take it now
+-                 _create(mine, self.file)
++ os.replace(mine, self.file)
+@ a fork does not say that its loss is another | runs/fork.py | faults | loss_that_it_began
+- if lineage.get("loss") != loss:
++ if False:
 @ a fork follows its trunk | runs/fork.py | forks | trunk_trains_on
 - return None if saved is None else saved.step
 + return find_trunk(plan).lineage["step"]

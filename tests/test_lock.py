@@ -139,6 +139,27 @@ def test_of_two_processes_that_take_over_one_has_the_lock(tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lock_that_is_released_meanwhile_is_taken_by_one(tmp_path, monkeypatch):
+    """It was held at the first attempt, is free at the second, and another process comes first."""
+    first, second = Run(tmp_path).lock(), Run(tmp_path).lock()
+    attempts, create = [], lock._create
+
+    def held_then_free(source: Path, target: Path) -> None:
+        if target.name == "lock":
+            attempts.append(target)
+            if len(attempts) == 1:
+                raise FileExistsError(target)
+            monkeypatch.setattr(lock, "_create", create)
+            first.__enter__()
+        create(source, target)
+
+    monkeypatch.setattr(lock, "_create", held_then_free)
+    with pytest.raises(CheckpointError, match="trains in this folder"):
+        second.__enter__()
+    assert json.loads((tmp_path / "lock").read_text())["token"] == first.owner.token
+    first.__exit__()
+
+
 def test_a_process_killed_while_it_takes_over_does_not_keep_the_folder(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass

@@ -153,14 +153,13 @@ class Lock:
                 "of this folder; try again"
             ) from None
         try:
-            owner = _read(self.file)
-            if owner != before:
-                raise CheckpointError(self._held_by(owner))
-            if self.file.exists():
-                os.replace(mine, self.file)
-            else:
-                # Its owner has released it meanwhile
+            if not self.file.exists():
+                # Its owner has released it meanwhile, and another process may take it now
                 _create(mine, self.file)
+            elif (owner := _read(self.file)) != before:
+                raise CheckpointError(self._held_by(owner))
+            else:
+                os.replace(mine, self.file)
         except FileExistsError:
             raise CheckpointError(self._held_by(_read(self.file))) from None
         finally:
