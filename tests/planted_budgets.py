@@ -74,6 +74,9 @@ TABLE = """
 @ what was never reached is taken to be reached at the last end | budget/pace.py | frontier | bound
 - if never.any():
 + if never.all() and at_once.any():
+@ a speed-up may be below 0 | budget/pace.py | frontier | decides_nothing
+- return max(t_interval(values.tolist())[side], 0.0)
++ return t_interval(values.tolist())[side]
 @ a bound that leaves 1 in is called no difference | budget/pace.py | frontier | bound
 - return "no difference found" if bound == "=" else "open"
 + return "no difference found"

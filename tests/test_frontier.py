@@ -268,7 +268,11 @@ def test_a_loss_between_the_seeds_of_the_baseline_decides_nothing():
     (speedup,) = speed_up(arm, "arm", frontier(base))
     assert speedup.verdict == "no difference found" and speedup.interval is not None
     assert speedup.interval == pytest.approx(t_interval(speedup.values))
-    # Its interval is above 1, and evaluations leave open what is below
+    # Student's t over two seeds reaches below 0, where no speed-up is
+    (two,) = speed_up(arm[:2], "arm", frontier(base))
+    assert two.interval == (0.0, pytest.approx(t_interval(two.values)[1]))
+    assert t_interval(two.values)[0] < 0
+    # The interval of this one is above 1, and evaluations leave open what is below
     near = runs("arm", 1.1, 2.95)
     (speedup,) = speed_up(near, "arm", frontier(base))
     assert speedup.estimate == pytest.approx(1.0) and speedup.verdict == "no difference found"

@@ -134,7 +134,7 @@ def _pace_of(arm: str, budget: float, runs: dict[int, Outcome], against: Frontie
         )
     else:
         bound, reason = "=", ""
-        interval = t_interval(value.tolist()) if len(seeds) > 1 else None
+        interval = (_end(value, 0), _end(value, 1)) if len(seeds) > 1 else None
         if windows is not None and len(seeds) > 1:
             interval, over = _over_windows(runs, rivals, windows, spent), "seeds and windows"
     reasons = [reason] if reason else []
@@ -190,7 +190,10 @@ def _costs(against: Frontier, runs: Mapping[int, Outcome], seeds: Sequence[int])
 
 
 def _end(values: np.ndarray, side: int) -> float:
-    """The lower (side 0) or upper (1) end of the interval of a mean; 0 or infinity for a single seed."""
+    """The lower (side 0) or upper (1) end of the interval of a mean; 0 or infinity for a single seed.
+
+    Student's interval of few values may reach below 0, where no ratio of costs can be.
+    """
     if len(values) < 2:
         return (0.0, math.inf)[side]
     return max(t_interval(values.tolist())[side], 0.0)
