@@ -24,21 +24,19 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from growjax.axes import Slot, axes_of, find, get, put
 from growjax.errors import LayoutError
 from growjax.nn import Stacked, stacked
 from growjax.nn.experts import Experts, Placement
-from growjax.nn.place import CONTEXT
+from growjax.nn.place import CONTEXT, slices_of
 from growjax.nn.stacked import Name, Remat
 from growjax.values import Range, Size, check, register
 
@@ -144,7 +142,11 @@ class Layout:
         return (AxisType.Auto,) * len(self.axes)
 
     def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
-        """The mesh over these devices (by default all, of every host)."""
+        """The mesh over these devices (by default all, of every host).
+
+        Slices of TPUs and machines with GPUs are connected by a slower network. `data` goes across it,
+        then `fsdp`; raises `LayoutError` if the other sizes would have to.
+        """
         devices = jax.devices() if devices is None else devices
         sizes = self.resolved(len(devices))
         hosts = len({device.process_index for device in devices})
@@ -154,7 +156,11 @@ class Layout:
                 f"{hosts} hosts cannot share {parts} parts of a batch: each reads rows of its own, so "
                 "tensor and context must stay within one; make data or fsdp larger"
             )
+        slices = slices_of(devices)
         try:
+            if slices > 1:
+                placed = _over_slices(sizes, slices, devices)
+                return Mesh(placed, self.axes, axis_types=self._types)
             return jax.make_mesh(sizes, self.axes, axis_types=self._types, devices=devices)
         except NotImplementedError:
             # JAX maps each mesh axis to whole axes of the TPU's torus. If that is not possible, as for a
@@ -165,6 +171,21 @@ class Layout:
     def outline(self, devices: int) -> Any:
         """An abstract mesh over a number of devices that need not exist, for shapes and shardings."""
         return AbstractMesh(self.resolved(devices), self.axes, axis_types=self._types)
+
+
+def _over_slices(sizes: tuple[int, ...], slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """The devices of several slices in the order of a mesh: `data` across slices first, then `fsdp`."""
+    data, fsdp, *rest = sizes
+    across = math.gcd(data, slices), slices // math.gcd(data, slices)
+    if fsdp % across[1]:
+        raise LayoutError(
+            f"data={data} x fsdp={fsdp} cannot be split over {slices} slices, and what else "
+            "shares a replica must be of one slice; make data a multiple of the slices"
+        )
+    within = data // across[0], fsdp // across[1], *rest
+    return mesh_utils.create_hybrid_device_mesh(
+        within, (*across, *[1] * len(rest)), devices, allow_split_physical_axes=True
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -435,30 +456,6 @@ def _end_after_errors() -> None:
     sys.excepthook = hook
     # Functions registered last run first: after all that the script registers, and before JAX's
     atexit.register(end)
-
-
-def keep_programs(default: Path, requested: str = "") -> Path | None:
-    """Store compiled programs in a folder, so that a resumed run does not compile them again.
-
-    `requested` is a folder or "none"; if it is empty, the folder is JAX's own setting
-    (`JAX_COMPILATION_CACHE_DIR`), or else `default`. Returns the folder, or None if no programs are
-    stored. Several processes on CPUs store none: they crash when they load such a program (JAX 0.10).
-    """
-    # JAX reads the settings at its first program only, unless its cache is reset
-    compilation_cache.reset_cache()
-    if requested == "none" or (jax.process_count() > 1 and jax.default_backend() == "cpu"):
-        jax.config.update("jax_enable_compilation_cache", False)
-        return None
-    configured = getattr(jax.config, "jax_compilation_cache_dir", None)
-    if not requested and configured:
-        return Path(configured)
-    folder = Path(requested) if requested else default
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    # By default JAX stores only programs that took a second or more to compile. A plan of small models
-    # has none of these, but fifty others.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return folder
 
 
 def self_test() -> int:

@@ -70,6 +70,12 @@ TABLE = """
 @ the strongest change is advised | forecast/memory.py | speed | cheapest_change
 - low, high = (low, middle) if fits(middle) else (middle + 1, high)
 + low = high
+@ what shares a replica goes over slices first | parallel.py | dryrun | over_slices_first
+- across = math.gcd(data, slices), slices // math.gcd(data, slices)
++ across = slices // math.gcd(fsdp, slices), math.gcd(fsdp, slices)
+@ several slices are one | forecast/pod.py | dryrun | slices_have_names
+- return shape.slices * shape.chips
++ return shape.chips
 @ the layout's choice of what is kept is dropped | parallel.py | speed | layout_says
 - return stacked.remembering(model, remat, layout.unroll, layout.offload)
 + return stacked.remembering(model, None, layout.unroll, layout.offload)

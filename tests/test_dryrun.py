@@ -190,6 +190,51 @@ def test_slices_have_names():
         with pytest.raises(LayoutError, match="v5e:4x4 .16 GiB a chip., v5p:4x4x4 .95 GiB"):
             chips(wrong)
     assert set(GENERATIONS) == {"v5e", "v5p", "v6e"}
+    assert [chips(t) for t in ("2xv5e:4x4", "12xv5p:2x2x4")] == [32, 192]
+    for wrong in ("0xv5e:4x4", "v5e:4x4x2", "2x", "2xv5e", "-2xv5e:4x4", "2 x v5e:4x4"):
+        with pytest.raises(LayoutError, match="or several slices, such as 2xv5e:4x4; got"):
+            chips(wrong)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh reads of a device; a slice is one host."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "chip"
+
+    @property
+    def process_index(self) -> int:
+        return self.slice_index
+
+
+@pytest.mark.parametrize(
+    ("layout", "slices", "of"),
+    [
+        # Replicas go across the slow network, what they share does not
+        (Layout(fsdp=4), 2, [[0] * 4, [1] * 4]),
+        (Layout(fsdp=2), 2, [[0] * 2, [0] * 2, [1] * 2, [1] * 2]),
+        (Layout(fsdp=2, tensor=2), 2, [[0] * 4, [1] * 4]),
+        # One replica is larger than a slice
+        (Layout(fsdp=8), 2, [[0] * 4 + [1] * 4]),
+        (Layout(fsdp=4), 4, [[0] * 2 + [1] * 2, [2] * 2 + [3] * 2]),
+    ],
+)
+def test_replicas_are_spread_over_slices_first(layout, slices, of):
+    devices = [Chip(n, n * slices // 8) for n in range(8)]
+    mesh = layout.mesh(devices[::-1])  # in whatever order they come
+    assert [d.id for d in mesh.devices.flat] == list(range(8))
+    assert [[d.slice_index for d in row.flat] for row in mesh.devices] == of
+
+
+def test_experts_and_heads_stay_within_a_slice():
+    devices = [Chip(n, n // 4) for n in range(8)]
+    with pytest.raises(
+        LayoutError, match="data=1 x fsdp=1 cannot be split over 2 slices.*multiple"
+    ):
+        Layout(experts=8).mesh(devices)
 
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from growjax.parallel import keep_programs
+from growjax.programs.cache import keep_programs
 
 
 NAMES = (

@@ -28,8 +28,9 @@ def prepare_process(
     `programs` is the option of the commands; by default the folder is in the cache of `folder`.
     """
     allow_packages(allow)
-    from growjax import parallel
+    from growjax.parallel import connect
+    from growjax.programs.cache import keep_programs
 
     if hosts:
-        parallel.connect()
-    parallel.keep_programs(folder / "cache" / "programs", programs)
+        connect()
+    keep_programs(folder / "cache" / "programs", programs)

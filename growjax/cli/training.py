@@ -224,7 +224,8 @@ def plan(
     Args:
         plan: A JSON file, or a Python file that defines `plan`.
         change: Fields of the plan to change, such as batch=16 or layout.fsdp=8.
-        target: A TPU slice such as v5e:4x4 to compile every program for, with the real TPU compiler.
+        target: TPUs to compile every program for, with their real compiler: a slice such as v5e:4x4, or
+            several such as 2xv5e:4x4.
         devices: The number of devices to lay the plan out on, without a target.
         kind: A kind of device, such as v5p or h100, to print the least time that the plan takes there.
     """

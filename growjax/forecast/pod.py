@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -66,9 +66,11 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute
 _CALL = re.compile(rf"\b({'|'.join(COLLECTIVES)})(?:-start)?\(")
 # A reduce-scatter in a TPU program: an all-reduce in a fusion of its own, which returns a slice
 _FUSED = re.compile(r"^%all-reduce-scatter[\w.-]* \(", re.MULTILINE)
+# What a slice sends to others leaves through the hosts' network, by a runtime of this name
+_BETWEEN = re.compile(r"\bsend\(.*_xla_megascale")
 # Transfers to or from the host's memory, which the compiler's text calls memory space 5
 _HOST = re.compile(
-    r"\b(?:outfeed|infeed|send|recv)\(|_xla_buffer_placement=\"pinned_host\""
+    r"\b(?:outfeed|infeed|send|recv)\((?!.*_xla_megascale)|_xla_buffer_placement=\"pinned_host\""
     r"|S\(5\).* (?:copy|dynamic-slice|dynamic-update-slice)-start\("
 )
 # The compiler's errors for a program that does not fit: with its size, or that of its temporaries alone
@@ -88,6 +90,7 @@ class Compiled:
       `temporaries` and code. A program that does not fit is not compiled, and only `memory` is known.
     - `collectives`: the number of collectives of each kind in the program, the body of a scan counted
       once. A reduce-scatter that overlaps with the product before it is a loop of collective-permutes.
+    - `between_slices`: the number of arrays that it sends to other slices.
     - `to_host`: the number of transfers to or from the host's memory.
     - `flops`, `bytes_accessed`, `optimal_seconds`: the compiler's own estimates, the body of a scan
       counted once; None where it has none.
@@ -103,6 +106,7 @@ class Compiled:
     results: int | None = None
     temporaries: int | None = None
     collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+    between_slices: int = 0
     to_host: int = 0
     flops: float | None = None
     bytes_accessed: float | None = None
@@ -152,6 +156,8 @@ class Target:
             table.add_column(name, justify="right", no_wrap=True)
         for p in self.programs:
             counts = [f"{n} {kind}" for kind, n in p.collectives.items() if n]
+            if p.between_slices:
+                counts.append(f"{p.between_slices} between slices")
             estimate = "unknown" if p.optimal_seconds is None else f"{p.optimal_seconds:.3g}"
             table.add_row(
                 Text(f"{p.stage} {p.name}"),
@@ -168,25 +174,38 @@ class Target:
         return Group(table, pace_table(title, self.paces, self.names), *reasons)
 
 
-def chips(target: str) -> int:
-    """The number of chips of a slice such as "v5e:16x16"; raises `LayoutError` for an invalid name."""
-    name, _, shape = target.partition(":")
-    sizes = shape.split("x")
-    generation = GENERATIONS.get(name)
-    if (
-        generation is None
-        or len(sizes) != generation.dimensions
-        or not all(n.isdecimal() and int(n) for n in sizes)
-    ):
+class _Shape(NamedTuple):
+    """A target such as "2xv5e:4x4": slices, the generation's name, and the chips of one slice."""
+
+    slices: int
+    generation: str
+    one: str
+    chips: int
+
+
+def _shape(target: str) -> _Shape:
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+):([1-9]\d*(?:x[1-9]\d*)*)", target, re.ASCII)
+    generation = GENERATIONS.get(match[2]) if match else None
+    sizes = [int(n) for n in match[3].split("x")] if match else []
+    if match is None or generation is None or len(sizes) != generation.dimensions:
         examples = ", ".join(
             f"{name}:{'x'.join(['4'] * g.dimensions)} ({DEVICES[name].memory >> 30} GiB a chip)"
             for name, g in GENERATIONS.items()
         )
         raise LayoutError(
-            f"target: expected a generation and the shape of a slice, such as {examples}; "
-            f"got {target!r}"
+            f"target: expected a generation and the shape of a slice, such as {examples}, or several "
+            f"slices, such as 2xv5e:4x4; got {target!r}"
         )
-    return math.prod(map(int, sizes))
+    return _Shape(int(match[1] or 1), match[2], match[3], math.prod(sizes))
+
+
+def chips(target: str) -> int:
+    """The number of chips of a slice such as "v5e:16x16", or of several, such as "2xv5e:16x16".
+
+    Raises `LayoutError` for an invalid name.
+    """
+    shape = _shape(target)
+    return shape.slices * shape.chips
 
 
 def prepare(target: str) -> None:
@@ -195,7 +214,8 @@ def prepare(target: str) -> None:
     `compile_for` calls it. Call it before any other use of JAX, which would look for a TPU first. Raises
     `LayoutError` if the compiler is not installed.
     """
-    count, generation = chips(target), GENERATIONS[target.partition(":")[0]]
+    shape = _shape(target)
+    generation = GENERATIONS[shape.generation]
     if importlib.util.find_spec("libtpu") is None:
         raise LayoutError(
             f"target: compiling for {target} needs the TPU compiler; install growjax[tpu] on Linux. No "
@@ -205,7 +225,7 @@ def prepare(target: str) -> None:
         # Otherwise it asks Google Cloud's metadata server about this machine, and waits for an answer
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": f"{generation.accelerator}-{count * generation.per_chip}",
+        "TPU_ACCELERATOR_TYPE": f"{generation.accelerator}-{shape.chips * generation.per_chip}",
         # No TPU is opened, so other processes may load the library at the same time
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
@@ -219,15 +239,18 @@ def prepare(target: str) -> None:
 
 
 def topology(target: str) -> list[Any]:
-    """The devices of a slice, as descriptions: programs can be compiled for them, but not run.
+    """The devices of a slice or several, as descriptions: programs can be compiled for them, but not run.
 
     Raises `LayoutError` if the compiler is not installed or does not know the slice.
     """
     prepare(target)
     from jax.experimental import topologies
 
+    shape = _shape(target)
     try:
-        return topologies.get_topology_desc(target, platform="tpu").devices
+        return topologies.get_topology_desc(
+            f"{shape.generation}:{shape.one}", platform="tpu", num_slices=shape.slices
+        ).devices
     except Exception as error:
         # jaxlib raises a class of its own that has no public name
         raise LayoutError(
@@ -248,7 +271,8 @@ def compile_for(
 
     **Arguments**
 
-    - `target`: the slice, such as "v5e:16x16"; the generations are in `GENERATIONS`.
+    - `target`: the slice, such as "v5e:16x16", or several, such as "2xv5e:16x16"; the generations are in
+      `GENERATIONS`.
     - `layout`: instead of the plan's.
     - `stages`: the numbers of the stages to compile; by default all.
     - `reference`: the second model that a selector compares with, or its shapes; by default, the shapes
@@ -277,7 +301,7 @@ def compile_for(
         ],
     )
     programs = Programs.of(plan, mesh)
-    device = DEVICES[target.partition(":")[0]]
+    device = DEVICES[_shape(target).generation]
     indices = range(len(plan.spans)) if stages is None else stages
     requested = [need for i in indices for need in needs(plan.spans[i], first=False)]
     with _uncached(), concurrent.futures.ThreadPoolExecutor(workers, "compile") as pool:
@@ -364,6 +388,7 @@ def _compile(
         results=results,
         temporaries=temporaries,
         collectives=_collectives(text),
+        between_slices=len(_BETWEEN.findall(text)),
         to_host=len(_HOST.findall(text)),
         flops=_positive(costs, "flops"),
         bytes_accessed=_positive(costs, "bytes accessed"),

@@ -185,10 +185,11 @@ def _by_rows(x: Array) -> Array:
     """The residual stream as it is; on TPUs its rows are laid out one after the other.
 
     Queries and keys lie there as `[head_dim, T]` (`growjax.nn.splash`). By itself, the compiler lays out
-    the residual stream like them as well, and copies it for the feed-forward and for the gradient.
+    the residual stream like them as well, and copies it for the feed-forward and for the gradient. Over
+    several slices it would gather the rows of all chips where they are laid out, so there they are not.
     """
     place = current()
-    if place is None or place.platform != "tpu":
+    if place is None or place.platform != "tpu" or place.slices > 1:
         return x
     return with_layout_constraint(x, Layout(major_to_minor=(0, 1)))
 

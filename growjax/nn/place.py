@@ -6,7 +6,7 @@ JAX's caches of traced programs.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,16 @@ class Place(NamedTuple):
     def context(self) -> int:
         """The number of devices that one sequence is split over."""
         return 1 if self.mesh is None else self.mesh.shape.get(CONTEXT, 1)
+
+    @property
+    def slices(self) -> int:
+        """The number of slices of TPUs, or machines with GPUs, that a slower network connects."""
+        return 1 if self.mesh is None else slices_of(self.mesh.devices.flat)
+
+
+def slices_of(devices: Iterable[Any]) -> int:
+    """The number of slices that these devices are of."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 # Nothing will run: shapes and FLOPs are counted, and kernels need not be there

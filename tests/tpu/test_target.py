@@ -365,6 +365,18 @@ def test_slices_that_are_none_are_refused():
         compile_for(small, "v5e:16x16")
 
 
+def test_slices_send_each_other_gradients_and_no_activations():
+    """Of the evaluation, which has no gradients, the losses alone."""
+    two = compile_for(plan(steps(4, "small"), layout=Layout(fsdp=4)), "2xv5e:2x2")
+    assert (two.chips, two.refusals) == (8, ()) and all(p.fits for p in two.programs)
+    of = by_name(two)
+    # The losses of 16 sequences of 128 tokens, and their weights
+    assert of[0, "evaluation"].between_slices == 2 and of[0, "step"].between_slices >= MATRICES
+    console = Console(width=140, file=io.StringIO(), record=True)
+    console.print(two)
+    assert "2 between slices" in console.export_text()
+
+
 @sample
 def test_the_command_prints_both_tables():
     console = Console(width=140, file=io.StringIO(), record=True)
