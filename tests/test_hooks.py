@@ -153,6 +153,25 @@ def test_the_time_of_hooks_is_not_that_of_training(programs, monkeypatch):
     assert scored(records) == {0: {}, 1: {}, 2: {}}
 
 
+def test_the_time_before_the_first_step_is_not_that_of_training(programs, monkeypatch):
+    """The optimizer's check, and a tracker that starts after the first record."""
+    now, doing = [0.0], []
+
+    def slow(plan: Any) -> list[str]:
+        now[0] += 1000.0
+        doing.append(running.doing.now)
+        return []
+
+    monkeypatch.setattr(stopwatch, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("growjax.train.session.carry_faults", slow)
+    p = plan(steps(2))
+    running = train(p, feed(p), options=Options(held_out=4), cache=programs)
+    next(running)
+    now[0] += 1000.0
+    assert [r.seconds for r in running if isinstance(r, Step)] == [0.0, 0.0]
+    assert doing == ["checking the optimizer"]
+
+
 def broken(model: Any, step: Step) -> Any:
     raise KeyError("a word")
 

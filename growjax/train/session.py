@@ -87,7 +87,8 @@ class Session:
         if resumed is None:
             # Before the first step, and not after all those of the stages before a growth
             headline = f"plan {self.plan.name!r} cannot be trained to its end:"
-            raise_all(StateError, headline, list(carry_faults(self.plan)))
+            with self.doing("checking the optimizer"), self.stopwatch.apart("birth"):
+                raise_all(StateError, headline, list(carry_faults(self.plan)))
         if resumed is not None:
             self._continue(resumed)
         elif self.plan.fork is not None:
