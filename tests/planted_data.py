@@ -16,6 +16,9 @@ TABLE = """
 @ links in a circle are followed | data/files.py | files | not_in_circles
 - if real in around:
 + if len(around) > 30:
+@ json lines in a folder are text | data/sources.py | files | by_mistake
+- if lines and self.glob == "*" and ".jsonl" not in self.path:
++ if lines and self.glob == "" and ".jsonl" not in self.path:
 @ hidden files at URLs are read | data/files.py | files | a_folder_a_file_or_a_pattern
 - return [file for file in files.values() if not _hidden(file.name)]
 + return list(files.values())

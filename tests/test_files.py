@@ -127,6 +127,20 @@ def test_the_pattern_of_a_folder_may_have_folders(tree):
         contents(Text(str(tree / "*.csv")))
 
 
+def test_json_lines_are_not_read_as_text_by_mistake(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl.gz").write_bytes(packed(".gz", b'{"text": "two"}\n'))
+    folder = str(tmp_path)
+    with pytest.raises(
+        DataError, match=r"has JSON lines in it, such as .*b\.jsonl\.gz; give JSONL\("
+    ):
+        contents(Text(folder))
+    assert contents(Text(folder, "*.txt")) == {"a.txt": b"one"}
+    # Whoever names them has them
+    assert len(contents(Text(folder, "**/*"))) == 2
+    assert list(contents(Text(f"{folder}/*.jsonl.gz"))) == ["b.jsonl.gz"]
+
+
 def test_a_file_whose_name_looks_like_a_pattern(tmp_path, memory):
     (tmp_path / "a[1].txt").write_text("odd")
     (tmp_path / "a1.txt").write_text("even")

@@ -308,6 +308,15 @@ def test_a_prepared_folder_trains_without_its_text(books, tmp_path):
         prepare(Prepared("gs://bucket/folder"), BYTES, cache)
 
 
+def test_documents_in_memory_are_named_in_a_plan_by_what_was_prepared(tmp_path):
+    texts = [f"Story {n}. " * 9 for n in range(40)]
+    training, held_out = prepare(texts, ByteTokenizer(), tmp_path)
+    again, _ = prepare(training.prepared, ByteTokenizer(), tmp_path / "elsewhere")
+    assert again.digest == training.digest and held_out.prepared == training.prepared
+    with pytest.raises(DataError, match="in memory"):
+        assert Corpus.of(texts, ByteTokenizer()).prepared
+
+
 def test_a_source_that_is_gone_is_replaced_by_what_was_prepared(books, tmp_path):
     cache = tmp_path / "cache"
     source = Text(str(books))

@@ -63,7 +63,12 @@ WRONG = [
     ("name", None, "name: expected a text of at most 200 printable characters, got None"),
     ("name", ["a"], "name: expected a text of at most 200 printable characters, got ('a',)"),
     ("rate", None, "rate: expected a learning rate such as Schedule(2e-3), got None"),
-    ("data", 5, "data: expected a source such as Text('books') or a Blend or None, got 5"),
+    (
+        "data",
+        5,
+        "data: expected a source such as Text('books') or prepare(texts, ...)[0].prepared or a Blend or "
+        "None, got 5",
+    ),
     ("layout", "x", "layout: expected a Layout, got 'x'"),
     ("stages", "ab", "stages: expected a tuple of a Stage, got 'ab'"),
     ("stages", [], "stages: expected at least one"),

@@ -111,6 +111,21 @@ class Corpus:
         marks[self.starts[first:last] - start] = 1
         return np.cumsum(marks, dtype=np.int32)
 
+    @property
+    def prepared(self) -> "Prepared":
+        """What `prepare` wrote of this corpus, as a source that a plan can name.
+
+        Raises `DataError` for a corpus in memory.
+
+        **Example**
+
+            training, held_out = prepare(["one", "two"], ByteTokenizer(), "runs/cache")
+            Plan(..., data=training.prepared)
+        """
+        if self.path is None:
+            raise DataError("this corpus is in memory; `prepare` writes one that a plan can name")
+        return Prepared(str(self.path.parent.parent))  # FOLDER/training/tokens.bin
+
     def bits_per_byte(self, nats: float) -> float:
         """A loss in nats per token as bits per byte of text, which compares across tokenizers."""
         return bits_per_byte(self, nats)

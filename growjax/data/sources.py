@@ -49,7 +49,7 @@ class Document(NamedTuple):
     content: str | bytes | Int[np.ndarray, " n"]
 
 
-@base("a source such as Text('books')")
+@base("a source such as Text('books') or prepare(texts, ...)[0].prepared")
 class Source(Protocol):
     """The interface of a source: a frozen value, so that a plan can hold it."""
 
@@ -105,7 +105,7 @@ class Text(FileSource):
     - `path`: a file; a folder, which is searched with its subfolders; or a pattern of either, such as
       `books/*.txt`. On this machine, or at a URL that fsspec opens (`gs://`, `s3://`, `hf://`). Hidden
       files are left out.
-    - `glob`: the pattern of the files of a folder.
+    - `glob`: the pattern of the files of a folder; without one, a folder with `*.jsonl` is refused.
     - `split`: the text that separates the documents of a file; None for one document a file. The ends of
       lines in it stand for those of Unix, Windows and old Macs.
 
@@ -123,7 +123,16 @@ class Text(FileSource):
         check(self, DataError)
 
     def files(self) -> list[DataFile]:
-        return find(self.path, self.glob)
+        files = find(self.path, self.glob)
+        # Read as text, braces and field names would be learnt
+        lines = [file.path for file in files if ".jsonl" in Path(file.name).suffixes]
+        if lines and self.glob == "*" and ".jsonl" not in self.path:
+            raise DataError(
+                f"{self.path}: has JSON lines in it, such as {lines[0]}; give JSONL({self.path!r}) for "
+                "the texts in them, glob='*.txt' for the other files, a Blend for both, or glob='**/*' "
+                "if JSON itself is the text"
+            )
+        return files
 
     def _read(self) -> Iterator[Document | str]:
         for file in self.files():

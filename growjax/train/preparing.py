@@ -13,7 +13,6 @@ from growjax.data import (
     Blend,
     Blended,
     Corpus,
-    Prepared,
     Progress,
     load_tokenizer,
     prepare,
@@ -120,8 +119,6 @@ def _labelled(corpus: Corpus | Blended) -> Iterator[tuple[str, Corpus]]:
 def _prepared(source: Any, corpus: Corpus | Blended) -> Any:
     """The source that reads what was prepared."""
     if isinstance(corpus, Corpus):
-        assert corpus.path is not None
-        # FOLDER/training/tokens.bin
-        return Prepared(str(corpus.path.parent.parent))
+        return corpus.prepared
     parts = tuple(_prepared(None, part) for part in corpus.corpora)
     return Blend(parts, source.weights, source.labels)
