@@ -42,7 +42,7 @@ TABLE = """
 - if isinstance(cost, bool) or not isinstance(cost, int | np.integer) or cost < 0:
 + if cost < 0:
 @ a proposed command forgets what was allowed | report/compared.py | compared | is_named
-- f"{path}{allow_option()}` goes on with it"
+- f"{path}{allowed}` goes on with it"
 + f"{path}` goes on with it"
 @ a clock is calibrated on one batch of the data | forecast/calibration.py | calibration | in_turns
 - step.batch = from_host(rows, mesh)

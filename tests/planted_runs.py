@@ -27,6 +27,25 @@ TABLE = """
 @ a run begins though its state cannot follow | train/session.py | dryrun | cannot_follow
 - headline, list(carry_faults(self.plan))
 + headline, []
+@ checking the optimizer is training | train/session.py | hooks | before_the_first_step
+- with self.doing("checking the optimizer"), self.stopwatch.apart("birth"):
++ with self.doing("checking the optimizer"):
+@ a tracker that starts is training | train/loop.py | hooks | before_the_first_step
+- with session.stopwatch.apart("birth"):
+-     yield begin
++ yield begin
+@ a run trains among the checkpoints of another | runs/run.py | damage | inside_a_checkpoint
+- if place == run.checkpoints_folder and run.plan_file.exists():
++ if place == run.checkpoints_folder and not run.plan_file.exists():
+@ the next command cannot read the plan | values/names.py | progress | packages_of_the_plan
+- packages = sorted({*_allowed, *_packages(data)})
++ packages = sorted(_allowed)
+@ warnings are printed with lines of code | cli/__init__.py | commands | warning_is_a_message
+- warnings.showwarning = _warn
++ pass
+@ a plan is written without its changes | cli/training.py | commands | shown_before_it_runs
+- save_plan(read, out)
++ save_plan(read_plan(plan, ()), out)
 @ a resumed run forgets what was spent | train/session.py | train | bitwise_the_same
 - self.spent = self.span.spent + sum(self.span.costs[:done])
 + self.spent = self.span.spent

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -454,11 +455,31 @@ def test_a_plan_is_shown_before_it_runs(tmp_path, capsys):
     assert "stack and paths" in shown.stdout and "exact" in shown.stdout
     save_plan(dataclasses.replace(plan(steps(1)), name="tiny [v2]"), tmp_path / "names.json")
     # The rest in this process: another takes seconds to begin
-    app.cli(prog="growjax", args=["plan", str(tmp_path / "names.json")])
-    assert "tiny [v2]: " in capsys.readouterr().out
+    out = tmp_path / "written.json"
+    of = ["plan", str(tmp_path / "names.json"), "--change", "batch=4", "--out", str(out)]
+    app.cli(prog="growjax", args=of)
+    printed = capsys.readouterr().out
+    assert "tiny [v2]: " in printed and " 1 device: " in printed
+    assert load_plan(out).batch == 4 and load_plan(out).name == "tiny [v2]"
     changed = ["--devices", "4", "--change", "layout.fsdp=3"]
+    refused = tmp_path / "refused.json"
     with pytest.raises(GrowjaxError, match="4 devices"):
-        app.cli(prog="growjax", args=["plan", str(tmp_path / "plan.json"), *changed])
+        app.cli(
+            prog="growjax",
+            args=["plan", str(tmp_path / "plan.json"), *changed, "--out", str(refused)],
+        )
+    assert not refused.exists()
+
+
+def test_a_warning_is_a_message_without_a_line_of_code(monkeypatch, capsys):
+    def warned(**_: Any) -> None:
+        warnings.showwarning(UserWarning("books: is gone"), UserWarning, "a.py", 1)
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # and put it back
+    monkeypatch.setattr("growjax.cli.app", types.SimpleNamespace(cli=warned))
+    monkeypatch.setattr(sys, "argv", ["growjax", "train"])
+    main()
+    assert capsys.readouterr().err == "growjax: warning: books: is gone\n"
 
 
 def test_what_is_printed_is_what_is_saved(run):

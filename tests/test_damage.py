@@ -487,3 +487,9 @@ def test_nothing_trains_inside_a_checkpoint(copied, programs, inside):
     assert sorted(path.rglob("*")) == before
     with pytest.raises(CheckpointError, match="the run's folder is the one above"):
         next(train(of, feed(of), run=path.parent, cache=programs))
+    aside = path.parent / "another" / "run"
+    with pytest.raises(
+        CheckpointError, match="has its checkpoints in .*, and nothing else belongs"
+    ):
+        next(train(of, feed(of), run=aside, cache=programs))
+    assert not aside.exists()

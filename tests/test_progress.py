@@ -1,5 +1,6 @@
 """What a person sees of a run: on a terminal, in a narrow one, and where there is none."""
 
+import dataclasses
 import io
 import re
 import time
@@ -16,6 +17,7 @@ from growjax.runs import watch as watching
 from growjax.runs.doing import Doing
 from growjax.runs.journal import Rates
 from growjax.train import Begin, End, HeldOut, Options, Saved, Stage, Step, watch
+from growjax.values.names import allow_option
 from tests.runs import TOKENS, feed, plan, steps
 
 
@@ -227,8 +229,8 @@ def test_a_run_says_what_it_does_between_its_records(programs, tmp_path):
 # The last words -------------------------------------------------------------------------------------
 
 
-def ended(*records: Any) -> str:
-    of = plan(steps(4))
+def ended(*records: Any, of: Any = None) -> str:
+    of = plan(steps(4)) if of is None else of
     to, shown = console(200)
     with progress.Progress(of, to, "runs/first", None) as view:
         for record in records:
@@ -249,6 +251,32 @@ def test_the_next_command_allows_the_packages_that_this_one_allowed(monkeypatch)
     monkeypatch.setattr("growjax.values.names._allowed", {"my_pkg", "another"})
     text = ended(Begin(0, 0, None, 1), step(3), End(None, True, 1, 0.0, 0.0, step=4))
     assert "next: growjax report runs/first --allow another my_pkg" in text
+
+
+@gj.register
+@dataclasses.dataclass(frozen=True)
+class Mine:
+    """A source of somebody's own."""
+
+    def documents(self):
+        yield from ()
+
+    def fingerprint(self):
+        return "mine"
+
+
+def test_the_next_command_allows_the_packages_of_the_plan():
+    text = ended(End(None, True, 1, 0.0, 0.0, step=4), of=plan(steps(4), data=Mine()))
+    package = __name__.partition(".")[0]
+    assert f"next: growjax report runs/first --allow {package}\n" in text
+    function = {"is": "function", "name": "own.losses:focal"}
+    data = {
+        "is": "growjax:Plan",
+        "name": "a: b",
+        "stages": [{"loss": function}],
+        "rate": {"is": "b:R"},
+    }
+    assert allow_option(data) == " --allow b own"
 
 
 def test_a_finished_run_says_so():

@@ -43,7 +43,7 @@ def run(folder: Path, how: str, *names: str) -> tuple[int, list[str], str]:
     fake = folder / "gcloud"
     fake.write_text(GCLOUD)
     fake.chmod(0o755)
-    plans = [folder / f"{name}.json" for name in names or ("plan",)]
+    plans = [folder / (name if "." in name else f"{name}.json") for name in names or ("plan",)]
     for plan in plans:
         plan.write_text("{}")
     finished = subprocess.run(
@@ -69,6 +69,13 @@ def run(folder: Path, how: str, *names: str) -> tuple[int, list[str], str]:
 needs_tools = pytest.mark.skipif(
     not (shutil.which("bash") and shutil.which("git")), reason="needs bash and git"
 )
+
+
+@needs_tools
+def test_a_plan_in_python_is_refused_before_anything_is_rented(tmp_path):
+    (tmp_path / "calls").touch()
+    status, calls, output = run(tmp_path, "cut", "one", "two.py")
+    assert (status, calls) == (2, []) and "growjax plan" in output and "--out plan.json" in output
 
 
 @needs_tools

@@ -21,6 +21,13 @@ set -euo pipefail
 
 : "${1:?usage: BUCKET=my-bucket experiments/tpu/run.sh plan.json ...}"
 bucket=${BUCKET:?BUCKET must name a bucket for checkpoints, without gs://}
+for plan in "$@"; do
+  # The hosts have growjax, and not what a Python file imports
+  [ "${plan##*.}" = json ] || {
+    echo "$plan: expected a plan as JSON, which 'growjax plan $plan --out plan.json' writes" >&2
+    exit 2
+  }
+done
 name=${NAME:-growjax}
 zone=${ZONE:-us-west4-a}
 accelerator=${ACCELERATOR:-v5litepod-16}

@@ -5,6 +5,7 @@
 import os
 import re
 import sys
+import warnings
 
 from growjax import __version__
 from growjax.errors import GrowjaxError
@@ -37,6 +38,7 @@ def main() -> None:
         print(f"growjax {__version__}")
         return
     _reserve_threads()
+    warnings.showwarning = _warn
     try:
         status = app.cli(
             prog="growjax",
@@ -58,6 +60,11 @@ def main() -> None:
             sys.modules["jax"].distributed.shutdown()
     if status:
         _leave(status)
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    """Print a warning as a message, without the line of code that gave it."""
+    print(f"growjax: warning: {message}", file=sys.stderr)
 
 
 def _reserve_threads() -> None:

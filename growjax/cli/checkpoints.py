@@ -207,7 +207,7 @@ def evaluate(
 
     Args:
         checkpoint: The folder of a run, of one checkpoint, or of a Hugging Face model.
-        tasks: Names of tasks; `growjax eval --tasks` lists them. Any other name is one of lm-eval. \
+        tasks: Names of tasks; `growjax eval --tasks` lists them. Any other name is one of lm-eval.
             A number of examples to show may follow it, as in qa/nq_open@5.
         data: The folder with glue, superglue, squad, blimp and qa in it.
         text: Files of text for bpb.

@@ -217,6 +217,7 @@ def plan(
     target: str | None = None,
     devices: int | None = None,
     kind: str | None = None,
+    out: Path | None = None,
     allow: Allow = (),
 ) -> None:
     """Print the stages of a plan, their cost and memory, and all faults; nothing is computed.
@@ -228,6 +229,7 @@ def plan(
             several such as 2xv5e:4x4.
         devices: The number of devices to lay the plan out on, without a target.
         kind: A kind of device, such as v5p or h100, to print the least time that the plan takes there.
+        out: A file to write the plan to as JSON, changes included, for machines without the Python file.
     """
     allow_packages(allow)
     if target is not None:
@@ -238,11 +240,16 @@ def plan(
 
     from rich.console import Console
 
+    from growjax.plan.files import save_plan
     from growjax.train.commands import show_plan
     from growjax.train.planfile import read_plan
 
-    console = Console()
-    show_plan(read_plan(plan, change), target=target, devices=devices, kind=kind, console=console)
+    console, read = Console(), read_plan(plan, change)
+    show_plan(read, target=target, devices=devices, kind=kind, console=console)
+    if out is not None:
+        # Only a plan that can run
+        save_plan(read, out)
+        console.print(f"written to {out}", markup=False)
 
 
 def calibrate(

@@ -119,7 +119,7 @@ class DryRun:
         mesh = self.mesh and " x ".join(f"{name}={n}" for name, n in self.mesh.items())
         table = Table(
             title=Text(f"{self.plan}: {self.flops:.4g} FLOPs, {self.saved:.1%} saved"),
-            caption=f"{self.devices} devices: {mesh or 'cannot be laid out'}",
+            caption=f"{self.devices} device{'s' * (self.devices != 1)}: {mesh or 'cannot be laid out'}",
         )
         table.add_column("stage")
         for stage in self.stages:

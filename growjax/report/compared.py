@@ -100,9 +100,10 @@ def read_finished(folder: str | os.PathLike[str]) -> Trained:
     if not run.run.finished or not run.steps:
         done = run.last["step"] + 1 if run.steps else 0
         plan_file, path = shlex.quote(str(run.run.plan_file)), shlex.quote(str(folder))
+        allowed = allow_option(to_dict(run.plan))
         raise BudgetError(
             f"{folder}: it has done {done} of {run.plan.steps} steps; `growjax train {plan_file} --run "
-            f"{path}{allow_option()}` goes on with it"
+            f"{path}{allowed}` goes on with it"
         )
     return run
 

@@ -20,7 +20,7 @@ from rich.text import Text
 from growjax.plan.plan import Plan
 from growjax.runs.doing import Doing
 from growjax.runs.records import Begin, End, Ended, Growth, Record, Saved, Step
-from growjax.values import allow_option
+from growjax.values import allow_option, to_dict
 
 
 EVERY = 30.0  # seconds between two lines of loss, without a terminal
@@ -164,8 +164,8 @@ class Progress:
                 f"held-out loss {record.held_out.loss:.4f} over {record.held_out.windows:,} windows"
             )
         if self.run is not None:
-            run = shlex.quote(str(self.run))
-            self.say(f"the run is in {self.run}; next: growjax report {run}{allow_option()}")
+            run, allowed = shlex.quote(str(self.run)), allow_option(to_dict(self.plan))
+            self.say(f"the run is in {self.run}; next: growjax report {run}{allowed}")
 
     # The live display -----------------------------------------------------------------------
 

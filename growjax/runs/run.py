@@ -233,10 +233,14 @@ def refuse_pattern(path: Path) -> None:
 def refuse_folder(folder: Path) -> None:
     """Raise `CheckpointError` for a folder in which no run can be stored.
 
-    That is a checkpoint, a folder inside one or with checkpoints directly in it, and a path that Orbax
-    cannot write to.
+    That is a checkpoint, a folder inside one or inside the checkpoints of a run, one with checkpoints
+    directly in it, and a path that Orbax cannot write to.
     """
     refuse_pattern(folder)
+    if checkpoints_in(folder):
+        raise CheckpointError(
+            f"{folder} holds checkpoints themselves; the run's folder is the one above, {folder.parent}"
+        )
     for place in _with_parents(folder):
         inside = "" if place == folder.absolute() else f" is inside {place}, which"
         if (place / METADATA).exists():
@@ -244,10 +248,12 @@ def refuse_folder(folder: Path) -> None:
                 f"{folder}:{inside} is a checkpoint, and nothing trains in it; choose another folder for "
                 f"the run. To train on from it, give the plan start=Start({str(place)!r})"
             )
-    if checkpoints_in(folder):
-        raise CheckpointError(
-            f"{folder} holds checkpoints themselves; the run's folder is the one above, {folder.parent}"
-        )
+        run = Run(place.parent)
+        if place == run.checkpoints_folder and run.plan_file.exists():
+            raise CheckpointError(
+                f"{folder}: the run {run} has its checkpoints in {place}, and nothing else belongs "
+                "there; choose another folder"
+            )
 
 
 def _with_parents(folder: Path) -> Iterator[Path]:

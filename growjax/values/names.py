@@ -17,7 +17,7 @@ import functools
 import importlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import equinox as eqx
@@ -90,9 +90,26 @@ def allow(*packages: str) -> None:
     _allowed.update(packages)
 
 
-def allow_option() -> str:
-    """What a proposed command must end with to read the same files: " --allow my_pkg", or nothing."""
-    return f" --allow {' '.join(sorted(_allowed))}" if _allowed else ""
+def allow_option(data: Any = None) -> str:
+    """What a proposed command must end with to read the same files: " --allow my_pkg", or nothing.
+
+    `data`, a value as it is in a file (`to_dict`), adds the packages of its own classes and functions.
+    """
+    packages = sorted({*_allowed, *_packages(data)})
+    return f" --allow {' '.join(packages)}" if packages else ""
+
+
+def _packages(data: Any) -> Iterator[str]:
+    """The packages, besides growjax, of the classes and functions in a value as it is in a file."""
+    if isinstance(data, Mapping):
+        names = [data.get("is"), data.get("name") if data.get("is") == "function" else None]
+        for name in names:
+            package = name.partition(":")[0].partition(".")[0] if isinstance(name, str) else ""
+            if isinstance(name, str) and ":" in name and package != "growjax":
+                yield package
+    if isinstance(data, Mapping | list | tuple):
+        for item in data.values() if isinstance(data, Mapping) else data:
+            yield from _packages(item)
 
 
 def is_value(value: Any) -> bool:
