@@ -73,6 +73,12 @@ TABLE = """
 @ what shares a replica goes over slices first | parallel.py | dryrun | over_slices_first
 - across = math.gcd(data, slices), slices // math.gcd(data, slices)
 + across = slices // math.gcd(fsdp, slices), math.gcd(fsdp, slices)
+@ freed memory goes back to the system | programs/cache.py | programs_kept | used_again
+- return all([mallopt(-8, 1), mallopt(-3, 1 << 30), mallopt(-1, -1)])
++ return all([mallopt(-8, 1), mallopt(-3, 1 << 20), mallopt(-1, 0)])
+@ the user's allocator is set up again | programs/cache.py | programs_kept | set_up_stays
+- if any(name.startswith(("GLIBC_TUNABLES", "MALLOC_")) for name in os.environ):
++ if "GLIBC_TUNABLES" in os.environ:
 @ several slices are one | forecast/pod.py | dryrun | slices_have_names
 - return shape.slices * shape.chips
 + return shape.chips

@@ -1,13 +1,16 @@
-"""What `growjax train` compiles is there for the next session."""
+"""What `growjax train` compiles is there for the next session, and what it frees for the next step."""
 
+import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from growjax.programs.cache import keep_programs
+from growjax.programs.cache import keep_memory, keep_programs
 
 
 NAMES = (
@@ -66,3 +69,34 @@ def test_none_are_kept_where_that_is_asked_or_where_loading_them_fails(
     assert keep_programs(tmp_path / "default", requested) is None
     compile_one()
     assert before == [] and not list(tmp_path.iterdir())
+
+
+_FAULTS = """
+import json, resource, sys
+import numpy as np
+from growjax.programs.cache import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        np.ones(1 << 22)  # 32 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(json.dumps([faults(), keep_memory(), faults(), faults()]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_used_again(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True
+    )
+    before, kept, _, after = json.loads(done.stdout)
+    assert kept and after < before / 10
+
+
+@pytest.mark.parametrize("name", ["GLIBC_TUNABLES", "MALLOC_ARENA_MAX"])
+def test_an_allocator_that_was_set_up_stays(name, monkeypatch):
+    monkeypatch.setenv(name, "")
+    assert not keep_memory()

@@ -23,14 +23,15 @@ def allow_packages(packages: tuple[str, ...]) -> None:
 def prepare_process(
     allow: tuple[str, ...], folder: Path, programs: str, hosts: bool = False
 ) -> None:
-    """Prepare this process for training: packages, other hosts, and the folder for compiled programs.
+    """Prepare this process for training: packages, other hosts, compiled programs and memory.
 
     `programs` is the option of the commands; by default the folder is in the cache of `folder`.
     """
     allow_packages(allow)
     from growjax.parallel import connect
-    from growjax.programs.cache import keep_programs
+    from growjax.programs.cache import keep_memory, keep_programs
 
+    keep_memory()
     if hosts:
         connect()
     keep_programs(folder / "cache" / "programs", programs)

@@ -1,5 +1,8 @@
-"""The folder of compiled programs, so that a run that goes on does not compile them again."""
+"""What a process keeps for later: compiled programs in a folder, and memory that was freed."""
 
+import ctypes
+import os
+import sys
 from pathlib import Path
 
 import jax
@@ -28,3 +31,21 @@ def keep_programs(default: Path, requested: str = "") -> Path | None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder
+
+
+def keep_memory() -> bool:
+    """Keep freed memory for the next allocation, on Linux with glibc; returns whether it is kept.
+
+    XLA on CPUs allocates the temporaries of a program at every call. glibc returns blocks of that size to
+    the system when they are freed, which has to clear their pages again for the next step. Blocks of 1
+    GiB and more are still returned. Nothing changes where the environment has settings of the allocator
+    (`GLIBC_TUNABLES` or `MALLOC_...`).
+    """
+    if any(name.startswith(("GLIBC_TUNABLES", "MALLOC_")) for name in os.environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    # By their numbers in malloc.h: one arena for all threads (M_ARENA_MAX), blocks below 1 GiB from it
+    # (M_MMAP_THRESHOLD), and no end of it returned (M_TRIM_THRESHOLD, as large as can be)
+    return all([mallopt(-8, 1), mallopt(-3, 1 << 30), mallopt(-1, -1)])
