@@ -97,4 +97,13 @@ TABLE = """
 @ the roofline forgets that experts share rows | forecast/speed.py | speed | of_its_own_rows
 - ways = row_parts(mesh)
 + ways = mesh.shape["data"] * mesh.shape["fsdp"]
+@ each sequence keeps a dimension of its own | nn/linear.py | products | rows_of_one_matrix
+- y = _bind(*_matrices(x, weight, count), 1, dtype)
++ y = _plain(x, weight, dimension_numbers=(((x.ndim - count,), (0,)), ((), ())), dtype=dtype)
+@ the gradient of a wide weight is turned | nn/linear.py | products | gradients_are_those
+- total = apart(apart(gradient.T) @ rows).T
++ total = apart(apart(gradient.T) @ rows)
+@ every platform has the products of CPUs | nn/linear.py | products | for_a_tpu
+- if place is None or place.platform != "cpu" or place.mesh is not None or not on_one:
++ if place is None or place.mesh is not None or not on_one:
 """

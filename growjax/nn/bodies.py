@@ -212,6 +212,8 @@ def _backward_rule(tile, cap, residuals, gradient):
     def row(i, carry):
         mine = [_block(x, i, 2, tile) for x in (q, do, logs, mean)]
         block, d_out, log, average = mine
+        # Gradients of keys and values are summed as [head_dim, S]: no tile of scores is transposed
+        turned_block, turned_d_out = (jnp.moveaxis(x, 3, 1) for x in (block, d_out))
 
         def add(j, carry):
             dq, dk, dv, db = carry
@@ -227,8 +229,8 @@ def _backward_rule(tile, cap, residuals, gradient):
             d_scores = d_scores if slope is None else d_scores * slope
             d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
             dq = dq + product("kgts,ksd->kgtd", d_scores, k_block)
-            dk = _added(dk, product("kgts,kgtd->ksd", d_scores, block), j, tile)
-            dv = _added(dv, product("kgts,kgtd->ksd", weights, d_out), j, tile)
+            dk = _added(dk, product("kdgt,kgts->kds", turned_block, d_scores), j, tile)
+            dv = _added(dv, product("kdgt,kgts->kds", turned_d_out, weights), j, tile)
             return dq, dk, dv, db
 
         dq, dk, dv, db = carry
@@ -236,10 +238,13 @@ def _backward_rule(tile, cap, residuals, gradient):
         row_dq, dk, dv, db = jax.lax.fori_loop(*_reach(mask, i, tile, total), add, start)
         return _put(dq, row_dq, i, tile), dk, dv, db
 
-    start = (*(jnp.zeros(x.shape, wide) for x in (q, k, v)), jax.tree.map(jnp.zeros_like, bias))
+    turned = (jnp.zeros((x.shape[0], x.shape[2], x.shape[1]), wide) for x in (k, v))
+    start = jnp.zeros(q.shape, wide), *turned, jax.tree.map(jnp.zeros_like, bias)
     dq, dk, dv, db = jax.lax.fori_loop(0, q.shape[2] // tile, row, start)
     dq = dq[:, :, : queries.shape[2]].astype(queries.dtype)
-    dk, dv = (x[:, :total].astype(y.dtype) for x, y in ((dk, keys), (dv, values)))
+    # With one tile, XLA would fold the transposes into the products that follow, which is slow on CPUs
+    dk, dv = jax.lax.optimization_barrier((dk, dv))
+    dk, dv = (x.mT[:, :total].astype(y.dtype) for x, y in ((dk, keys), (dv, values)))
     return dq, dk, dv, None, db
 
 
@@ -285,7 +290,7 @@ def _put(x, block, i, tile):
 
 
 def _added(x, block, j, tile):
-    return jax.lax.dynamic_update_slice_in_dim(x, _block(x, j, 1, tile) + block, j * tile, 1)
+    return jax.lax.dynamic_update_slice_in_dim(x, _block(x, j, 2, tile) + block, j * tile, 2)
 
 
 def _joined(x):

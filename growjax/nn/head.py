@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from growjax.errors import AxisError, raise_all
 from growjax.gates import Gate
+from growjax.nn.linear import product
 from growjax.nn.place import CONTEXT, Place, current
 from growjax.nn.split import odd_lengths
 
@@ -97,7 +98,7 @@ class Readout(eqx.Module):
         equation = "te,ve->tv" if self.tied else "te,ev->tv"
         wide = jnp.promote_types(x.dtype, jnp.float32)
         weight = self.weight.astype(x.dtype)
-        scores = jnp.einsum(equation, x, weight, preferred_element_type=wide)
+        scores = product(equation, x, weight, wide)
         scores = scores if self.bias is None else scores + self.bias
         scores = scores if self.cap is None else self.cap * jnp.tanh(scores / self.cap)
         if self.gate is None:
