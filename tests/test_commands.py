@@ -456,11 +456,11 @@ def test_a_plan_is_shown_before_it_runs(tmp_path, capsys):
     save_plan(dataclasses.replace(plan(steps(1)), name="tiny [v2]"), tmp_path / "names.json")
     # The rest in this process: another takes seconds to begin
     out = tmp_path / "written.json"
-    of = ["plan", str(tmp_path / "names.json"), "--change", "batch=4", "--out", str(out)]
+    of = ["plan", str(tmp_path / "names.json"), "--change", "seed=7", "--out", str(out)]
     app.cli(prog="growjax", args=of)
     printed = capsys.readouterr().out
     assert "tiny [v2]: " in printed and " 1 device: " in printed
-    assert load_plan(out).batch == 4 and load_plan(out).name == "tiny [v2]"
+    assert load_plan(out).seed == 7 and load_plan(out).name == "tiny [v2]"
     changed = ["--devices", "4", "--change", "layout.fsdp=3"]
     refused = tmp_path / "refused.json"
     with pytest.raises(GrowjaxError, match="4 devices"):
