@@ -390,7 +390,7 @@ def _check_gates(move: AxisMap, table: Axes) -> None:
     if not mine:
         raise GateError(
             f"this model declares no gate on axis {move.axis!r}, so new coordinates cannot be hidden; "
-            "use gj.copy or gj.zeros, or declare one with gj.gate (gj.annotate(gates=[...]))"
+            "use gj.copy or gj.zeros, or declare one with gj.gate (gj.annotate and gj.infer: gates=[...])"
         )
     raise_all(
         GateError,

@@ -41,6 +41,9 @@ TABLE = """
 @ outputs are gated all the same | annotation/gating.py | annotation | cannot_be_gated
 - elif not any(slot.positions(axis, "consumed") for slot in slots):
 + elif False:
+@ an inferred model gets no gates | inference/inferred.py | inference | gates_that_are_asked_for
+- gates=gates,
++ gates=(),
 @ sums that nobody claims pass for norms | inference/inferred.py | inference | nothing_can_declare
 - self.refused[atom] = f"a norm that has no parameters averages over it (near {near})"
 + pass

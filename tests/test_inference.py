@@ -199,6 +199,17 @@ def test_a_model_that_nobody_annotated_grows_exactly(name, inferred):
         assert len(big.blocks) == 2 * len(small.model.blocks)
 
 
+def test_an_inferred_model_has_the_gates_that_are_asked_for(inferred):
+    make, batch, *_ = ZOO["tower"]
+    small = gj.infer(zoo.build(make), batch, gates=["mlp", "layers"])
+    assert list(small.gates) == ["mlp", "layers"] and "gates=[" in str(small)
+    assert small.specs == inferred["tower"].specs and small.notes == inferred["tower"].notes
+    big = gj.grow(gj.msg(mlp=9, layers=3), small, key=jax.random.key(0))
+    np.testing.assert_allclose(jax.vmap(big)(batch), jax.vmap(small)(batch), rtol=1e-11, atol=1e-11)
+    with pytest.raises(AxisError, match="gates: .*'width'"):
+        gj.infer(zoo.build(make), batch, gates=["width"])
+
+
 def test_blocks_that_do_not_act_through_the_stream_are_said_to_stay_open(inferred):
     """Mixing tokens ends in no array that produces the stream, so zeros there do not close it."""
     (note,) = [note for note in inferred["mixer"].notes if "branch='zero'" in note]

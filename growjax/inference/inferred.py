@@ -3,13 +3,13 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
 
 from growjax.annotation import Annotated
-from growjax.annotation.annotated import annotated_by, with_state
+from growjax.annotation.annotated import annotate, annotated_by, with_state
 from growjax.annotation.closing import Closings, closings
 from growjax.annotation.packing import unlike, unpack, walk
 from growjax.annotation.traced import Traced, call, stack_places
@@ -30,6 +30,7 @@ def infer(
     forward: Callable[[Any, Any], Any] | None = None,
     state: eqx.nn.State | None = None,
     certified: bool = False,
+    gates: Sequence[str] = (),
 ) -> Annotated:
     """Annotate a model by tracing it; `print` shows the call of `gj.annotate` to paste.
 
@@ -46,8 +47,10 @@ def infer(
     - `state`: the `eqx.nn.State` of the model.
     - `certified`: also grow every axis by copies and compare the outputs with the model's in float64
       (`gj.certify`), which compiles; an axis that fails becomes a number.
+    - `gates`: axes that `gj.msg` may grow, by the names that are inferred; see `gj.annotate`.
 
-    Exceptions that the model raises on `batch` pass through.
+    Exceptions that the model raises on `batch` pass through. Raises `AxisError` for gates that the model
+    cannot have.
 
     **Example**
 
@@ -60,11 +63,26 @@ def infer(
     while certified:
         broken = _broken(annotated, batch, forward)
         if not broken:
-            return annotated
+            break
         for axis, why in broken.items():
             inference.refuse(axis, why)
         annotated = inference.annotated()
-    return annotated
+    if not gates:
+        return annotated
+    gated = annotate(
+        model,
+        dict(annotated.specs),
+        ignore=annotated.ignore,
+        statics=dict(annotated.statics),
+        stacks=dict(annotated.stacks),
+        state=state,
+        gates=gates,
+        residual=annotated.residual,
+        stream=annotated.stream,
+        example=batch,
+        forward=forward,
+    )
+    return dataclasses.replace(gated, notes=annotated.notes)
 
 
 def _broken(annotated: Annotated, batch: Any, forward: Callable | None) -> dict[str, str]:
