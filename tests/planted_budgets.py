@@ -35,6 +35,12 @@ TABLE = """
 @ uneven steps are not told | budget/clock.py | calibration | uneven
 - uneven, at_most = timing.mean / timing.median,
 + uneven, at_most = timing.median / timing.mean,
+@ figures are too wide for a phone | report/figures.py | demo | width_of_a_phone
+- width = 8.0 if kwargs.get("ncols", 1) > 2 else 6.0
++ width = 8.0
+@ figures scroll sideways on a phone | report/page.py | demo | width_of_a_phone
+- "@media(max-width:50rem){"
++ "@media(max-width:50rem){svg{min-width:38rem}"
 @ every unit but FLOPs is called seconds | report/figures.py | compared | own_unit
 - return 1.0, "reference seconds" if unit == "seconds" else plain(unit)
 + return 1.0, "reference seconds"

@@ -29,7 +29,7 @@ from growjax.report import (
     write_page,
 )
 from growjax.report.comparisons import own_cost
-from growjax.report.figures import ends_figure
+from growjax.report.figures import Bar, differences_figure, ends_figure
 from growjax.report.runs import arm_of, read_run
 
 
@@ -281,6 +281,18 @@ def test_the_cost_of_a_step_is_that_of_the_plan():
     flops = plans[0].flops / plans[0].steps
     assert np.asarray(line.get_ydata()) * 1e6 == pytest.approx([flops, flops])
     assert np.asarray(line.get_xdata()).tolist() == [0, plans[0].steps]
+
+
+def test_the_words_of_a_figure_fit_into_it_at_the_width_of_a_phone(tmp_path):
+    row = Bar("gpt, 1x", "msg, matched, copies", 0.4, (0.3, 0.5), [0.3, 0.5], "worse")
+    figure = differences_figure([row], "the best fixed size at its cost")
+    figure.draw_without_rendering()
+    box = figure.get_tightbbox()
+    assert 0 <= box.x0 and box.x1 <= figure.get_figwidth()
+    # Between the margins of a phone's page are 358 pixels: letters of 8 pixels or more
+    assert 10 / 72 * 358 / figure.get_figwidth() > 8
+    text = write_page(tmp_path / "page.html", "Phone", [Plot("x", figure, "y")]).read_text()
+    assert "svg{display:block;width:100%;height:auto}" in text and "min-width" not in text
 
 
 def test_a_page_escapes_what_it_is_given(tmp_path):

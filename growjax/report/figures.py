@@ -44,7 +44,7 @@ def style() -> Iterator[None]:
         {
             "svg.fonttype": "none",
             "svg.hashsalt": "growjax",
-            "font.size": 9.5,
+            "font.size": 10,
             "text.color": ink,
             "axes.labelcolor": soft,
             "axes.edgecolor": line,
@@ -71,7 +71,9 @@ def style() -> Iterator[None]:
 
 def canvas(height: float = 3.6, **kwargs: Any) -> tuple[Figure, Any]:
     """A figure as wide as the page, with the axes that `plt.subplots` would make."""
-    figure = Figure(figsize=(8.0, height), layout="constrained")
+    # At a phone's width letters are 8 pixels high, and 6 where three figures stand in a row
+    width = 8.0 if kwargs.get("ncols", 1) > 2 else 6.0
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(**kwargs)
 
 
@@ -156,7 +158,7 @@ def _strip(axes: Axes, arms: Sequence[Arm], looks: Looks, divisor: float) -> Non
                 xytext=(5, 0),
                 textcoords="offset points",
                 va="center_baseline",
-                fontsize=8,
+                fontsize=9,
             )
     axes.set_yticks(range(len(arms)), [plain(arm.name) for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
@@ -238,7 +240,7 @@ def differences_figure(
     colours = {"better": COLOURS["series3"][0], "worse": COLOURS["series1"][0]}
     rows = len(bars) + len(groups)
     with style():
-        figure, axes = canvas(0.9 + 0.23 * rows)
+        figure, axes = canvas(1.1 + 0.23 * rows)
         ticks: list[tuple[int, str]] = []
         headings: list[int] = []
         place = 0
@@ -269,7 +271,7 @@ def differences_figure(
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(f"{quantity} minus that of {plain(zero)}{unit}: {better} is better")
+        axes.set_xlabel(f"{quantity} minus that of {plain(zero)}{unit}\n{better} is better")
     return figure
 
 
@@ -338,7 +340,7 @@ def legend(figure: Figure, ends: Sequence[tuple[float, Any]], title: str) -> Non
     """A legend next to a figure, in the order of the lines' ends from the top."""
     lines = [line for _, line in sorted(ends, key=lambda end: end[0], reverse=True)]
     figure.legend(
-        handles=lines, loc="outside right upper", title=title, alignment="left", fontsize=8
+        handles=lines, loc="outside right upper", title=title, alignment="left", fontsize=9
     )
 
 

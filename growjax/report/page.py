@@ -169,7 +169,7 @@ def _css() -> str:
         "h1{font-size:1.6rem;line-height:1.25}h2{font-size:1.35rem;margin:2.8rem 0 .6rem;"
         "border-top:1px solid var(--line);padding-top:1.2rem}h3{font-size:1.05rem;margin:1.8rem 0 .5rem}"
         "p,figcaption,li{color:var(--soft);font-size:.92rem;max-width:54rem}"
-        ".answer{color:var(--ink);font-size:1.08rem}figure{margin:0;max-width:54rem}"
+        ".answer{color:var(--ink);font-size:1.08rem}figure{margin:0;max-width:44rem}"
         "summary{cursor:pointer;font-weight:600;margin:1rem 0;font-size:1.05rem}"
         "svg{display:block;width:100%;height:auto}"
         "svg text{font-family:system-ui,-apple-system,'Segoe UI',sans-serif!important}"
@@ -178,8 +178,8 @@ def _css() -> str:
         "font-variant-numeric:tabular-nums;vertical-align:baseline;overflow-wrap:break-word}"
         "th{font-weight:600;vertical-align:bottom;overflow-wrap:normal}"
         "th:first-child,td:first-child{text-align:left;padding-left:0}td:first-child{font-weight:600}"
-        # On a narrow screen: cards instead of columns, and figures that scroll instead of tiny letters
-        "@media(max-width:50rem){figure div{overflow-x:auto}svg{min-width:38rem}"
+        # On a narrow screen: cards instead of columns
+        "@media(max-width:50rem){"
         "thead{display:none}table,tbody,tr,td{display:block}"
         "tr{border-bottom:1px solid var(--line);padding:.5rem 0}"
         "td{display:flex;justify-content:space-between;gap:1rem;border:0;padding:.1rem 0}"
