@@ -15,12 +15,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if not DEEP:
     # Halves the time of thousands of tiny compilations; the deep profile runs what users run.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    flags = [os.environ.get("XLA_FLAGS", "")]
+    flags = os.environ.get("XLA_FLAGS", "").split()
     # Every core has a worker of its own, so nothing is won by splitting a small program into 32 parts
-    flags.append("--xla_cpu_parallel_codegen_split_count=1")
+    wanted = ["--xla_cpu_parallel_codegen_split_count=1"]
     if version("jaxlib").startswith("0.10."):
         # Its older code generator takes a quarter of the time; later ones abort on an unknown flag
-        flags.append("--xla_cpu_use_fusion_emitters=false")
+        wanted.append("--xla_cpu_use_fusion_emitters=false")
+    # Once each: workers inherit them, and the cache finds no program under a flag that stands twice
+    flags += [flag for flag in wanted if flag not in flags]
     os.environ["XLA_FLAGS"] = " ".join(flags)
 
 # What one process compiled, the others load: workers, the processes that tests start, the next run.

@@ -1,5 +1,6 @@
 """Runs for tests: a plan through every kind of stage that takes a second once it is compiled."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from growjax.train import (
     save_plan,
 )
 
+
+# As tests/conftest.py does, for the processes that tests start: a fifth of their time
+gc.set_threshold(200_000, 20, 100)
 
 # Without biases, which would double the arrays and so the time that every program takes to compile
 SMALL = GPTConfig(

@@ -87,6 +87,10 @@ def _fill(offset, spread) -> Callable:
 _FILLS = {"zeros": (0.0, 0.0), "scattered": (0.0, 1.0), "42": (42.0, 0.0), "1000": (1000.0, 0.0)}
 
 
+# A model is traced once, however many programs compute its outputs
+_outputs = eqx.filter_jit(call)
+
+
 @eqx.filter_jit
 def _observe(op, model, batch, shown, offset, spread, opened, gradients) -> _Observation:
     """The observation of a model after `op` (None: as it is), with or without gradients."""
@@ -104,19 +108,16 @@ def _observe(op, model, batch, shown, offset, spread, opened, gradients) -> _Obs
 
     if not gradients:  # half the program, for assertions about outputs alone
         grown = eqx.combine(*grow(trained))
-        return _Observation(grown, call(grown, batch), None, None)
+        return _Observation(grown, _outputs(grown, batch), None, None)
 
     grown, transpose, others = jax.vjp(grow, trained, has_aux=True)
 
     def objective(grown):
-        outputs = call(eqx.combine(grown, others), batch)
+        outputs = _outputs(eqx.combine(grown, others), batch)
         return probe(outputs, shown), outputs
 
     gradient, outputs = jax.grad(objective, has_aux=True)(grown)
     return _Observation(eqx.combine(grown, others), outputs, gradient, transpose(gradient)[0])
-
-
-_outputs = eqx.filter_jit(call)
 
 
 class _Study:
@@ -126,7 +127,7 @@ class _Study:
         self.op, self.model, self.batch, self._gradients = op, model, batch, gradients
         with jax.enable_x64(True):
             models = model, shapes(op, model)
-            self._shown = shown_outputs(*(eqx.filter_eval_shape(call, m, batch) for m in models))
+            self._shown = shown_outputs(*(eqx.filter_eval_shape(_outputs, m, batch) for m in models))
         self._observations: dict[tuple, _Observation] = {}
 
     @property
