@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -307,9 +308,14 @@ def update(optimizer: Any, gradient: Any, later: Any, state: Any, model: Any) ->
 
 def run(optimizer: Any, along: Path) -> Any:
     """The state at the end of a path."""
+
+    @eqx.filter_jit  # one program: eagerly, every operation on every shape would be one
+    def step(gradient, later, state, model):
+        return update(optimizer, gradient, later, state, model)
+
     state = optimizer.init(along.models[0])
     for n, (model, gradient) in enumerate(zip(along.models, along.gradients, strict=True)):
-        state = update(optimizer, gradient, along.gradients[(n + 1) % STEPS], state, model)
+        state = step(gradient, along.gradients[(n + 1) % STEPS], state, model)
     return state
 
 
