@@ -127,7 +127,9 @@ class _Study:
         self.op, self.model, self.batch, self._gradients = op, model, batch, gradients
         with jax.enable_x64(True):
             models = model, shapes(op, model)
-            self._shown = shown_outputs(*(eqx.filter_eval_shape(_outputs, m, batch) for m in models))
+            self._shown = shown_outputs(
+                *(eqx.filter_eval_shape(_outputs, m, batch) for m in models)
+            )
         self._observations: dict[tuple, _Observation] = {}
 
     @property
