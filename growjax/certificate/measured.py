@@ -215,7 +215,9 @@ def _pulled_back(op, model, key, gradient):
 
 def call(model, batch):
     """The model under `vmap` on a batch: an array, or a tuple of several inputs."""
-    return jax.vmap(model)(*batch) if isinstance(batch, tuple) else jax.vmap(model)(batch)
+    inputs = batch if isinstance(batch, tuple) else (batch,)
+    # JAX would print the whole model for the name of its function
+    return jax.vmap(lambda *inputs: model(*inputs))(*inputs)
 
 
 # For each output the shape that a loss uses, or None for an output that it ignores
