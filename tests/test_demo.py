@@ -285,7 +285,7 @@ def test_the_cost_of_a_step_is_that_of_the_plan():
 
 def test_the_words_of_a_figure_fit_into_it_at_the_width_of_a_phone(tmp_path):
     row = Bar("gpt, 1x", "msg, matched, copies", 0.4, (0.3, 0.5), [0.3, 0.5], "worse")
-    figure = differences_figure([row], "the best fixed size at its cost")
+    figure = differences_figure([row], "the best fixed size (fixed-2x32) at its cost")
     figure.draw_without_rendering()
     box = figure.get_tightbbox()
     assert 0 <= box.x0 and box.x1 <= figure.get_figwidth()

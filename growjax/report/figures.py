@@ -5,6 +5,7 @@ light and in a dark browser.
 """
 
 import contextlib
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -271,7 +272,8 @@ def differences_figure(
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(f"{quantity} minus that of {plain(zero)}{unit}\n{better} is better")
+        label = f"{quantity} minus that of {plain(zero)}{unit}: {better} is better"
+        axes.set_xlabel(textwrap.fill(label, 50, break_on_hyphens=False))
     return figure
 
 
