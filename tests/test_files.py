@@ -71,10 +71,11 @@ def test_files_are_unpacked_while_they_are_read(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES[1:])
-@pytest.mark.parametrize("damage", ["cut short", "not packed"])
+@pytest.mark.parametrize("damage", ["cut short", "not packed", "empty"])
 def test_a_packed_file_that_is_not_whole_is_named(tmp_path, suffix, damage):
     whole = packed(suffix, bytes(range(128)) * 99)
-    data = whole[:-9] if damage == "cut short" else b"not packed at all"
+    data = {"cut short": whole[:-9], "not packed": b"not packed at all", "empty": b""}[damage]
+    (tmp_path / "b.txt").write_bytes(b"whole")
     (tmp_path / f"a.txt{suffix}").write_bytes(data)
     with pytest.raises(DataError, match=re.escape(f"a.txt{suffix}: ")):
         contents(Text(str(tmp_path)))
@@ -411,6 +412,8 @@ def test_half_of_a_character_is_a_fault_with_its_line(tmp_path):
 def test_an_empty_separator_is_refused_when_it_is_made():
     with pytest.raises(DataError, match="split: expected the text between two documents"):
         Text("books", split="")
+    with pytest.raises(DataError, match="split: expected the text between two documents"):
+        Text("books", split="\ud800")
 
 
 def test_the_split_of_a_saved_data_set_is_looked_at(tmp_path):

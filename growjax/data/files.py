@@ -73,6 +73,8 @@ class DataFile:
                 stream: Any = io.BufferedReader(_Counted(raw), _CHUNK)
                 suffix = Path(self.name).suffix
                 if decompress and suffix in COMPRESSED:
+                    if not stream.peek(1):
+                        raise EOFError("an empty file, and not one that was compressed")
                     stream = stack.enter_context(_decompressed(stream, suffix))
                 yield stream
         except Exception as error:

@@ -39,6 +39,11 @@ def _is_pattern(glob: str) -> bool:
     return bool(glob) and not Path(glob).is_absolute() and ".." not in Path(glob).parts
 
 
+def _is_text(text: str) -> bool:
+    """Whether this may stand in a file: it is not empty, and has no half of a character."""
+    return bool(text) and text_fault(text) is None
+
+
 class Document(NamedTuple):
     """One document: text, its UTF-8 bytes, or tokens that are used as they are.
 
@@ -117,7 +122,7 @@ class Text(FileSource):
 
     path: File
     glob: Annotated[str, Range("a pattern such as *.txt", _is_pattern)] = "*"
-    split: Annotated[str, Range("the text between two documents", bool)] | None = None
+    split: Annotated[str, Range("the text between two documents", _is_text)] | None = None
 
     def __post_init__(self):
         check(self, DataError)
