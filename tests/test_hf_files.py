@@ -366,3 +366,10 @@ def test_a_folder_that_cannot_be_made_is_named():
         written_whole("/dev/null/a"),
     ):
         pass
+
+
+def test_a_full_disk_is_a_typed_error_that_leaves_nothing(tmp_path):
+    with pytest.raises(HuggingFaceError, match="grown: cannot be made: No space left"):
+        with written_whole(tmp_path / "grown"):
+            raise OSError(28, "No space left on device")
+    assert not any(tmp_path.iterdir())

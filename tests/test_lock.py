@@ -239,3 +239,14 @@ def test_a_folder_that_cannot_be_written_to_is_a_typed_error(programs, tmp_path,
     monkeypatch.setattr(Path, "write_text", refuse)
     with pytest.raises(CheckpointError, match="Permission denied; choose one that can be written"):
         next(train(of, feed(of), run=tmp_path, cache=programs))
+
+
+def test_a_full_disk_leaves_no_file_of_a_lock(tmp_path, monkeypatch):
+    def full(self: Path, *_: Any, **__: Any) -> None:
+        self.touch()
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match="No space left on device"), Run(tmp_path).lock():
+        pass
+    assert not any(tmp_path.iterdir())

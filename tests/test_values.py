@@ -4,9 +4,11 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import sys
 import time
 import tracemalloc
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import hypothesis.strategies as st
@@ -26,6 +28,7 @@ from growjax.plan.plan import Plan
 from growjax.plan.schedule import Rate, Schedule
 from growjax.plan.stages import Stage
 from growjax.values import from_dict, names, to_dict
+from growjax.values.codec import write_text
 from tests import own
 
 
@@ -455,3 +458,30 @@ def test_reading_takes_memory_in_proportion():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 60 * len(text)
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "new" / "page.html"
+    write_text(file, "before")
+
+    def full(self: Path, *_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(PlanError, match="page.html: could not be written: No space left on device"):
+        write_text(file, "after", error=PlanError)
+    assert file.read_text() == "before" and list(file.parent.iterdir()) == [file]
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        write_text(pipe, "text")
+        assert pipe.is_fifo() and os.read(reader, 9) == b"text"
+    finally:
+        os.close(reader)

@@ -19,6 +19,7 @@ from growjax.evals.metrics import Scores
 from growjax.evals.tasks import HARNESS, TASKS, Settings, Task, evaluate
 from growjax.hf.files import located
 from growjax.runs.lineage import load_model, pretrained_folder
+from growjax.values.codec import write_text
 
 
 def eval_checkpoint(
@@ -54,10 +55,10 @@ def eval_checkpoint(
         "settings": dataclasses.asdict(settings),
         "results": results,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Settings hold paths, which `str` writes
-    out.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    # Before the file, which may meet a full disk
     console.print(table_of(results))
+    # Settings hold paths, which `str` writes
+    write_text(out, json.dumps(record, indent=1, default=str) + "\n", error=EvalError)
     console.print(f"written to {out}", markup=False)
     return results
 

@@ -394,11 +394,10 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     partial = path.absolute().with_name(f".{path.absolute().name}.{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
-    except OSError as error:
-        raise HuggingFaceError(f"{path}: cannot be made: {error.strerror}") from error
-    try:
         yield partial
         partial.replace(path)
+    except OSError as error:
+        raise HuggingFaceError(f"{path}: cannot be made: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from growjax.report.figures import COLOURS, style
+from growjax.values.codec import write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +79,15 @@ def write_page(
     if notes:
         items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
         body.append(_fold("How each number was made", f"<ul>{items}</ul>"))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
+    write_text(
+        path,
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{html.escape(title)}</title><style>{_css()}</style></head>"
         f"<body><main>{''.join(body)}</main></body></html>\n",
-        encoding="utf-8",
     )
-    return path
+    return Path(path)
 
 
 # A table of more rows is folded

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from growjax.errors import DataError
+from growjax.values.codec import write_text
 
 
 Interval = tuple[float | None, float | None]
@@ -191,7 +192,7 @@ def write_summary(path: str | Path, rows: Sequence[Row]) -> None:
     lines = [
         json.dumps({"kind": row.kind, **dataclasses.asdict(row)}, allow_nan=False) for row in rows
     ]
-    Path(path).write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def read_summary(path: str | Path) -> list[Row]:

@@ -118,8 +118,8 @@ class Lock:
         text = json.dumps(dataclasses.asdict(self.owner))
         # Written under a name of its own and then linked, so that the lock is never seen half written
         mine = self.file.with_name(f"{self.file.name}.{self.owner.token}")
-        mine.write_text(text + "\n", encoding="utf-8")
         try:
+            mine.write_text(text + "\n", encoding="utf-8")
             try:
                 _create(mine, self.file)
                 return

@@ -11,6 +11,7 @@ fault with its path in the data, and takes time and memory in proportion to the 
 """
 
 import collections
+import contextlib
 import hashlib
 import json
 import numbers
@@ -296,11 +297,29 @@ def write(
     path, saved = Path(path), to_dict(value, error=error)
     if sealed:
         saved = {**saved, _SEAL: seal_of(saved)}
-    text = json.dumps(saved, indent=1) + "\n"
+    write_text(path, json.dumps(saved, indent=1) + "\n", error=error)
+
+
+def write_text(path: str | Path, text: str, *, error: type[GrowjaxError] = FormatError) -> None:
+    """Write a file in one step, so that it is never seen half written, and make its folder.
+
+    Raises `error` if it cannot be written; a file that was there before stays as it was.
+    """
+    path = Path(path)
     # Written under another name and then renamed; the process number keeps two writers apart
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            # Such as /dev/stdout, which nothing may take the place of
+            path.write_text(text, encoding="utf-8")
+            return
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as fault:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise error(f"{path}: could not be written: {fault.strerror or fault}") from fault
 
 
 def read(
