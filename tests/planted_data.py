@@ -122,4 +122,46 @@ TABLE = """
 @ the text that is trained on is held out | data/preparation.py | prepare | no_validation_set
 - if training.digest == validating.digest:
 + if training is validating:
+@ a packed file of no bytes is an empty text | data/files.py | files | not_whole_is_named
+- if not stream.peek(1):
++ if stream.closed:
+@ a separator may be half of a character | data/sources.py | files | separator_is_refused
+- return bool(text) and text_fault(text) is None
++ return bool(text)
+@ a file that cannot be written is lost | values/codec.py | values | stays_as_it_was
+- partial.write_text(text, encoding="utf-8")
++ path.write_text(text, encoding="utf-8"), partial.write_text(text)
+@ a pipe is replaced by a file | values/codec.py | values | not_replaced
+- if path.exists() and not path.is_file():
++ if not path.parent:
+@ half of a grown checkpoint stays | runs/checkpoint.py | faults | grown_checkpoint
+- shutil.rmtree(partial, ignore_errors=True)
++ partial.exists()
+@ a full disk keeps the file of a lock | runs/lock.py | lock | full_disk
+- mine.unlink(missing_ok=True)
++ pass
+@ TensorBoard shows repeated steps twice | runs/watch.py | progress | every_step_once
+- self._add(step, session_log=log(status=log.START))
++ log(status=log.START)
+@ TensorBoard lacks what a kill lost | runs/watch.py | progress | every_step_once
+- self.has = last_closed(run) if self.folder.exists() else 0
++ self.has = 10**9 if self.folder.exists() else 0
+@ a killed session counts as written | runs/journal.py | progress | every_step_once
+- closed = min(closed, row["step"])
++ closed = row["step"]
+@ a tracker that begins later lacks the beginning | runs/watch.py | progress | begins_later
+- self.has = last_closed(run) if self.folder.exists() else 0
++ self.has = last_closed(run)
++         self.has = 2
+@ the error of a tracker is anything | runs/watch.py | progress | error_of_a_tracker
+- raise TrainingError(
+-                 f"tracker {self.name}
++ raise RuntimeError(
++                 f"tracker {self.name}
+@ Weights & Biases lacks what a kill lost | runs/watch.py | progress | server_lacks
+- self.has = self.run.step
++ self.has = 10**9
+@ an id of a tracker has any character | runs/watch.py | hooks | runs_of_one_name
+- _NOT_IN_IDS.sub('-', run.name)
++ run.name
 """

@@ -336,8 +336,8 @@ TABLE = """
 - fields["layout"] = {"own_paths": plan.layout.own_paths}
 + del fields["layout"]
 @ runs of one name are one run of a tracker | runs/watch.py | hooks | runs_of_one_name
-- options["id"] = f"{run.name}-{place}"
-+ options["id"] = f"{run.name}-{len(place)}"
+- options["id"] = f"{_NOT_IN_IDS.sub('-', run.name)}-{place}"
++ options["id"] = f"{_NOT_IN_IDS.sub('-', run.name)}-{len(place)}"
 @ a fork takes the end of a name for a step | train/commands.py | forks | may_end_as_a_step
 - if not at or not step.isdigit() or Run(text).plan_file.exists():
 + if not at or not step.isdigit():
@@ -437,9 +437,6 @@ TABLE = """
 @ the seal of a value is not compared | values/codec.py | damage | digits_that_changed
 - if seal != seal_of(saved):
 + if not seal:
-@ TensorBoard shows repeated steps twice | runs/watch.py | commands | repeats_in_tensorboard
-- self.writer = self.library.SummaryWriter(self.folder, purge_step=step)
-+ self.writer = self.library.SummaryWriter(self.folder, purge_step=0)
 @ an axis of one value has no extent | report/figures.py | demo | evaluated_once
 - margin = max(late) - min(late) or 1.0
 + margin = max(late) - min(late)
@@ -452,4 +449,31 @@ TABLE = """
 @ lines of a log are wrapped | runs/progress.py | progress | not_wrapped
 - soft_wrap=not self.console.is_terminal
 + soft_wrap=False
+@ a run ends with its display | runs/progress.py | progress | with_its_display
+- except (OSError, SystemExit):
++ except ZeroDivisionError:
+@ a closed terminal kills the run | train/stop.py | faults | terminal_that_is_closed
+- *([_HANGUP] if _HANGUP else [])
++ *[]
+@ a terminal that hangs up twice kills the run | train/stop.py | faults | terminal_that_is_closed
+- signal.SIG_IGN if other == _HANGUP else second
++ second
+@ an exit status depends on who reads | cli/__init__.py | commands | who_reads
+- except OSError:
++ except ZeroDivisionError:
+@ Ctrl-C is lost in Orbax | runs/checkpoint.py | faults | ctrl_c_while
+- signal.signal(signal.SIGINT, press)
++ pass
+@ Ctrl-C in Orbax is forgotten | runs/checkpoint.py | faults | ctrl_c_while
+- if pressed:
++ if not pressed:
+@ a renamed checkpoint is taken for another | runs/checkpoint.py | forks | was_renamed
+- if step_of(path) != (step, stage):
++ if not step_of(path):
+@ a copied line of a journal is two steps | runs/journal.py | commands | was_copied
+- or latest[row["step"]] is row
++ or latest
+@ a run whose plan was lost takes another rate | runs/saves.py | faults | plan_was_lost
+- if lineage.get("fixed", _digest(self.plan)) != _digest(self.plan):
++ if not lineage.get("fixed", _digest(self.plan)):
 """

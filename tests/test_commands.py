@@ -34,12 +34,11 @@ from growjax.errors import (
 )
 from growjax.report.runs import write_report
 from growjax.runs.checkpoint import read_lineage
-from growjax.runs.journal import peak_flops
+from growjax.runs.journal import Journal, peak_flops
 from growjax.runs.lineage import load_model
-from growjax.runs.watch import TensorBoard
 from growjax.select import RhoLoss
 from growjax.train import CorpusFeed, Options, Run, Step, load_plan, read_journal, save_plan, watch
-from growjax.train.commands import STOPPED, describe, grow_checkpoint, operator_of
+from growjax.train.commands import INTERRUPTED, STOPPED, describe, grow_checkpoint, operator_of
 from growjax.train.planfile import read_plan
 from growjax.values import to_dict
 from tests.runs import every_kind, feed, plan, steps
@@ -95,6 +94,15 @@ def test_a_line_that_was_cut_off_is_not_a_record(run, tmp_path):
         read_journal(tmp_path / "nowhere")
 
 
+def test_a_line_that_was_copied_is_one_step(run, tmp_path):
+    rows = read_journal(run[1])
+    with Journal(tmp_path) as journal:
+        for row in rows:
+            for _ in range(1 + (row["kind"] == "step")):
+                journal.add(row)
+    assert read_journal(tmp_path) == rows
+
+
 def test_progress_says_what_happens(run):
     _, folder, shown = run
     shown = re.sub(r"\s+", " ", shown)
@@ -117,6 +125,8 @@ def test_trackers_get_the_numbers_of_every_step(programs, monkeypatch, tmp_path)
     seen: list[Any] = []
 
     class Fake:
+        has = 0
+
         def __init__(self, run, plan):
             seen.append(("open", plan.name))
 
@@ -149,29 +159,19 @@ def test_hosts_that_were_asked_to_stop_leave_together(monkeypatch, hosts):
     assert done == ["together"] * hosts + [STOPPED]
 
 
-def test_a_resumed_run_replaces_what_it_repeats_in_tensorboard(monkeypatch, tmp_path):
-    seen: list[Any] = []
-
-    class SummaryWriter:
-        def __init__(self, folder: str, purge_step: int):
-            seen.append((folder, purge_step))
-
-        def add_scalar(self, *numbers: Any) -> None:
-            seen.append(numbers)
-
-        def close(self) -> None:
-            seen.append("closed")
-
-    monkeypatch.setitem(
-        sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter)
-    )
-    for steps_done in ((3, 4), ()):
-        tracker = TensorBoard(tmp_path, plan(steps(2)))
-        for step in steps_done:
-            tracker.write(step, {"loss": 1.5})
-        tracker.close()
-    folder = str(tmp_path / "tensorboard")
-    assert seen == [(folder, 3), ("loss", 1.5, 3), ("loss", 1.5, 4), "closed"]
+def test_an_exit_status_does_not_depend_on_who_reads(monkeypatch):
+    """As of `growjax train | tee log`, where Ctrl-C ends `tee` first."""
+    done: list[int] = []
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as nobody:
+        nobody.write("stopped")
+        monkeypatch.setattr(sys, "argv", ["growjax", "train"])
+        monkeypatch.setattr(sys, "stdout", nobody)
+        monkeypatch.setattr(app, "cli", lambda **_: INTERRUPTED)
+        monkeypatch.setattr(os, "_exit", done.append)
+        main()
+        assert done == [INTERRUPTED]
 
 
 # Plans from files --------------------------------------------------------------------------------

@@ -25,11 +25,13 @@ from growjax import train as trainer
 from growjax.data import Text, batches
 from growjax.errors import CheckpointError, DataError, TrainingError
 from growjax.programs.ahead import Ahead
+from growjax.runs import checkpoint
 from growjax.train import (
     Begin,
     Fork,
     Options,
     Plan,
+    Run,
     Saved,
     Step,
     cross_entropy,
@@ -38,6 +40,7 @@ from growjax.train import (
     transition,
     watch,
 )
+from growjax.train.stop import Stop
 from tests.runs import every_kind, feed, losses, plan, same, steps
 
 
@@ -182,6 +185,22 @@ def test_a_full_disk_is_an_error_that_loses_nothing(run, programs, monkeypatch, 
     monkeypatch.undo()
     records = list(train(whole, feed(whole), run=tmp_path, options=options, cache=programs))
     assert records[0].step == 4 and same(records, run[1])
+
+
+def test_a_full_disk_leaves_nothing_of_a_grown_checkpoint(monkeypatch, tmp_path):
+    """As TensorStore says it, once the folder is there."""
+
+    def full() -> None:
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    def save_async(path: str, *_: Any, **__: Any) -> Any:
+        Path(f"{path}.orbax-checkpoint-tmp").mkdir()
+        return types.SimpleNamespace(result=full)
+
+    monkeypatch.setattr(checkpoint.ocp, "save_async", save_async)
+    with pytest.raises(CheckpointError, match="grown could not be written: RESOURCE_EXHAUSTED"):
+        checkpoint.write_whole(tmp_path / "grown", {}, {})
+    assert not any(tmp_path.iterdir())
 
 
 def test_another_plan_or_other_data_are_refused(run, programs, tmp_path):
@@ -331,6 +350,11 @@ def test_a_run_whose_plan_was_lost_is_not_taken_for_another(run, programs, tmp_p
     with pytest.raises(CheckpointError, match=r"another plan(.|\n)*seed: was 0, is 7") as error:
         list(train(other, feed(other), run=folder, cache=programs))
     assert "plan.optimizer.b2: was" in str(error.value) and not (folder / "plan.json").exists()
+    faster = every_kind(rate=trainer.Schedule(2e-2))
+    with pytest.raises(
+        CheckpointError, match="plan.json was lost, and this is not the plan that it"
+    ):
+        next(train(faster, feed(faster), run=folder, cache=programs))
     records = train(whole, feed(whole), run=folder, cache=programs)
     assert next(records).step == 18 and trainer.load_plan(folder / "plan.json") == whole
     records.close()
@@ -411,6 +435,39 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(run, programs, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and 5 <= last <= 7
     records = list(train(whole, feed(whole), run=tmp_path, cache=programs))
     assert records[0].step == last and same(records, run[1])
+
+
+def test_ctrl_c_while_a_checkpoint_is_read_is_not_lost(run, monkeypatch):
+    """Orbax's event loop prints whatever its callbacks raise, and goes on."""
+    path, real = Run(run[2]).checkpoint(), checkpoint.ocp.metadata
+
+    def metadata(*args: Any) -> Any:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # the handler runs
+        return real(*args)
+
+    monkeypatch.setattr(checkpoint.ocp, "metadata", metadata)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.read_lineage(path)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_terminal_that_is_closed_asks_once_however_often():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with Stop(enabled=True) as stop:
+            assert not stop.before(1)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.before(1) and stop.signal == "SIGHUP"
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_step_is_evaluated_though_the_run_is_asked_to_stop(run, programs, tmp_path, monkeypatch):

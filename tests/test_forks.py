@@ -19,6 +19,7 @@ from growjax.errors import CheckpointError, DamagedError, PlanError
 from growjax.parallel import Layout
 from growjax.plan.prefix import fork_changes
 from growjax.runs.checkpoint import read_lineage
+from growjax.runs.fork import find_trunk
 from growjax.runs.run import Run
 from growjax.train import (
     Fork,
@@ -234,6 +235,19 @@ def test_a_fork_that_fails_leaves_a_folder_that_the_corrected_one_takes(trunk, p
     (tmp_path / "run" / "plan.json").write_bytes(Run(trunk[0]).plan_file.read_bytes())
     with pytest.raises(CheckpointError, match="a run without a whole checkpoint"):
         next(iter(train(itself, feed(itself))))
+
+
+def test_a_checkpoint_that_was_renamed_is_not_taken_for_another(trunk, programs, tmp_path):
+    """By a fork of its run, or by the run itself."""
+    shutil.copytree(trunk[0], tmp_path / "run")
+    folder = Run(tmp_path / "run").checkpoints_folder
+    (folder / "00000002-00").rename(folder / "00000004-01")
+    forked = dataclasses.replace(trunk_plan(), fork=Fork(str(tmp_path / "run"), 4))
+    with pytest.raises(CheckpointError, match="04-01 was renamed: .* call it 00000002-00 again"):
+        find_trunk(forked)
+    (folder / "00000008-01").rename(folder / "00000007-01")
+    with pytest.raises(CheckpointError, match="07-01 was renamed: it is of stage 1 before step 8"):
+        run_of(trunk_plan(), tmp_path / "run", programs)
 
 
 def test_a_checkpoint_that_its_run_removes_is_not_called_damaged(trunk, tmp_path, monkeypatch):

@@ -58,6 +58,8 @@ def asked(run, programs, tmp_path_factory):
     whole, folder, told = run[0], tmp_path_factory.mktemp("hooks") / "run", []
 
     class Tracker:
+        has = 0
+
         def __init__(self, *_: Any):
             pass
 
@@ -194,9 +196,12 @@ def test_a_hook_that_fails_is_named_and_loses_nothing(programs, message, tmp_pat
 
 def test_runs_of_one_name_in_two_folders_are_two_runs_of_a_tracker(tmp_path, monkeypatch):
     told: list[dict[str, Any]] = []
-    library = types.SimpleNamespace(init=lambda **options: told.append(options))
+    wandb_run = types.SimpleNamespace(step=0)
+    library = types.SimpleNamespace(init=lambda **options: told.append(options) or wandb_run)
     monkeypatch.setattr(watching, "_library", lambda _: library)
-    for folder in ("a", "b", "a"):
-        watching.WandB(tmp_path / folder / "run", plan(steps(1)))
-    first, second, again = (options["id"] for options in told)
+    for folder in ("a/run", "b/run", "a/run", "lr:1,wd#2"):
+        watching.WandB(tmp_path / folder, plan(steps(1)))
+    first, second, again, odd = (options["id"] for options in told)
     assert first == again != second and first.startswith("run-")
+    # W&B refuses some characters
+    assert odd.startswith("lr-1-wd-2-")

@@ -4,6 +4,8 @@ import dataclasses
 import io
 import re
 import time
+import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from rich.console import Console
 
 import growjax as gj
 from growjax import train as trainer
+from growjax.errors import TrainingError
 from growjax.runs import progress
 from growjax.runs import watch as watching
 from growjax.runs.doing import Doing
@@ -298,9 +301,137 @@ def test_notes_are_said():
     assert text == "note: took over [from] x\n"
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), SystemExit(1)])
+def test_a_run_does_not_end_with_its_display(error):
+    """The error of a terminal that was closed, and that of Rich where the reader of a pipe is gone."""
+    to, shown = console(terminal=True)
+
+    def gone(text: str) -> int:
+        raise error
+
+    with progress.Progress(plan(steps(4)), to, None, None) as view:
+        shown.write = gone
+        view.show(Begin(0, 2, "runs/first/checkpoints/00000002-00", 1), {})
+        view.show(step(3), {})
+    assert to.quiet
+
+
 def test_an_empty_name_has_a_number():
     of = plan(Stage(tokens=TOKENS))
     to, _ = console(terminal=True)
     with to.capture() as capture:
         to.print(progress.Progress(of, to, None, None))
     assert "stage 0" in capture.get()
+
+
+# Trackers ----------------------------------------------------------------------------------------
+
+
+class EventsWriter:
+    """That of `tensorboardX`: its events are in the file once it is closed."""
+
+    files: list[list[Any]] = []
+
+    def __init__(self, path: str, suffix: str):
+        self.events: list[Any] = []
+
+    def write_event(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        self.files.append(self.events)
+
+
+@pytest.fixture
+def tensorboard(monkeypatch):
+    """The files that TensorBoard reads, and a session of a run that writes to it."""
+    modules = {
+        "tensorboardX.event_file_writer": types.SimpleNamespace(EventsWriter=EventsWriter),
+        "tensorboardX.summary": types.SimpleNamespace(scalar=lambda *scalar: scalar),
+        "tensorboardX.proto.event_pb2": types.SimpleNamespace(Event=dict, SessionLog=SessionLog),
+    }
+    monkeypatch.setattr(watching, "_library", modules.__getitem__)
+    monkeypatch.setattr(EventsWriter, "files", [])
+
+    def session(run: Path, first: int, stop: int, *end: End) -> None:
+        begin = Begin(0, first, "runs/first" if first else None, 1)
+        records = [begin, *(step(n, loss=float(n)) for n in range(first, stop)), *end]
+        list(watch(records, plan(steps(9)), run=run, trackers=["tensorboard"]))
+
+    return EventsWriter.files, session
+
+
+class SessionLog(dict[str, Any]):
+    START = 1
+
+
+def displayed(files: list[list[Any]]) -> list[int]:
+    """The steps that TensorBoard shows: a session replaces those from its first one on."""
+    shown: list[int] = []
+    for events in files:
+        for event in events:
+            if "session_log" in event:
+                shown = [n for n in shown if n < event["step"]]
+            elif event["summary"][0] == "loss":
+                assert event["summary"][1] == event["step"]
+                shown.append(event["step"])
+    return shown
+
+
+def test_tensorboard_has_every_step_once_though_the_run_was_killed(tensorboard, tmp_path):
+    files, session = tensorboard
+    stopped, finished = End(None, False, 1, 0.0, 0.0, step=3), End(None, True, 1, 0.0, 0.0, step=9)
+    session(tmp_path, 0, 3, stopped)
+    for first, stop in ((3, 6), (5, 8)):
+        session(tmp_path, first, stop)
+        # It was killed, and its numbers with it
+        files.pop()
+    assert displayed(files) == [0, 1, 2]
+    session(tmp_path, 6, 9, finished)
+    assert displayed(files) == list(range(9))
+    # Only what may be missing is written again
+    assert files[-1][0]["step"] == 3
+    session(tmp_path, 9, 9, finished)
+    assert len(files) == 2
+
+
+def test_a_tracker_that_begins_later_gets_what_was_before(tensorboard, tmp_path):
+    files, session = tensorboard
+    list(watch([Begin(0, 0, None, 1), step(0), step(1)], plan(steps(9)), run=tmp_path))
+    session(tmp_path, 2, 4, End(None, False, 1, 0.0, 0.0, step=4))
+    assert files[0][0]["step"] == 0 and [e["step"] for e in files[0] if "summary" in e][-1] == 3
+
+
+def test_the_error_of_a_tracker_names_it(tensorboard, tmp_path, monkeypatch):
+    """As of a disk that is full, on which closing it fails too."""
+    _, session = tensorboard
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(EventsWriter, "write_event", full)
+    monkeypatch.setattr(EventsWriter, "close", full)
+    with pytest.raises(TrainingError, match="tracker tensorboard: .*No space left on device"):
+        session(tmp_path, 0, 2)
+
+
+def test_weights_and_biases_gets_what_its_server_lacks(tmp_path, monkeypatch):
+    logged: list[int] = []
+
+    class Run(types.SimpleNamespace):
+        def log(self, numbers: dict[str, float], step: int) -> None:
+            logged.append(step)
+
+        def finish(self) -> None:
+            pass
+
+    server = Run(step=2)
+    library = types.SimpleNamespace(init=lambda **_: server)
+    monkeypatch.setattr(watching, "_library", lambda _: library)
+    list(watch([Begin(0, 0, None, 1), step(0), step(1), step(2)], plan(steps(9)), run=tmp_path))
+    for has, steps_sent in ((2, [2, 3, 4]), (5, [])):
+        server.step = has
+        records = [Begin(0, 3, "runs/first", 1), step(3), step(4)]
+        logged.clear()
+        list(watch(records, plan(steps(9)), run=tmp_path, trackers=["wandb"]))
+        assert logged == steps_sent

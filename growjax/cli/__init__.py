@@ -58,8 +58,10 @@ def main() -> None:
             # All were asked to stop, and have saved. Process 0 serves the others: JAX ends those that are
             # still there when it leaves.
             sys.modules["jax"].distributed.shutdown()
+    _flush()
     if status:
-        _leave(status)
+        # At once, without waiting for other hosts, or for threads that still compile a program
+        os._exit(status)
 
 
 def _warn(message: Warning | str, *_: object) -> None:
@@ -87,9 +89,11 @@ def _has_other_hosts() -> bool:
     return jax is not None and jax.distributed.is_initialized()
 
 
-def _leave(status: int) -> None:
-    """Exit at once, without waiting for other hosts, or for threads that still compile a program."""
-    # `os._exit` does not flush
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+def _flush() -> None:
+    """Write what is buffered; the exit status does not depend on a reader or terminal that is gone."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # Python would try again at its end, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

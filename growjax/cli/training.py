@@ -52,8 +52,9 @@ def train(
 ) -> int:
     """Run a plan, or resume it: the same command goes on from the last checkpoint.
 
-    On Ctrl-C or SIGTERM the run finishes its step, saves and ends; on a second one it ends at once. Exit
-    statuses: 0 the plan ended, 75 SIGTERM stopped it (the same command goes on), 130 Ctrl-C, 1 an error.
+    On Ctrl-C, on SIGTERM and when its terminal is closed, the run finishes its step, saves and ends; on a
+    second signal it ends at once. Exit statuses: 0 the plan ended, 75 it was stopped (the same command
+    goes on), 130 by Ctrl-C, 1 an error.
 
     Args:
         plans: A JSON file, or a Python file that defines `plan`. Several are trained as a tree, one after

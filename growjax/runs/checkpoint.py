@@ -14,6 +14,8 @@ import json
 import logging
 import math
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,7 @@ class Checkpoints:
         """
         self.wait()
         path = self.path(step, stage)
-        with _quiet():
+        with _in_orbax():
             self._writing = path, write(path, state, lineage)
         return path
 
@@ -91,7 +93,7 @@ class Checkpoints:
         if self._writing is None:
             return
         (path, writing), self._writing = self._writing, None
-        with _clear(f"{path} could not be written"), _quiet():
+        with _clear(f"{path} could not be written"), _in_orbax():
             writing.result()
         if jax.process_index() == 0:
             for old in self._superseded():
@@ -157,6 +159,19 @@ def write(path: Path, state: Any, lineage: Mapping[str, Any]) -> Any:
         return ocp.save_async(str(path.absolute()), arrays, custom_metadata=metadata)
 
 
+def write_whole(path: Path, state: Any, lineage: Mapping[str, Any]) -> None:
+    """Write one checkpoint that is of no run, and wait for it; nothing of it stays if that fails."""
+    try:
+        with _in_orbax():
+            writing = write(path, state, lineage)
+            with _clear(f"{path} could not be written"):
+                writing.result()
+    except CheckpointError:
+        for partial in path.parent.glob(f"{path.name}.{_PARTIAL}*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def read_lineage(path: str | Path) -> dict[str, Any]:
     """The lineage of a checkpoint.
 
@@ -166,7 +181,7 @@ def read_lineage(path: str | Path) -> dict[str, Any]:
     path = Path(path).absolute()
     if not path.is_dir():
         raise CheckpointError(f"{path}: expected a checkpoint, and there is no such folder")
-    with _damage(path), _quiet():
+    with _damage(path), _in_orbax():
         metadata = ocp.metadata(str(path)).custom_metadata
     sealed_lineage = metadata.get(_KEY) if isinstance(metadata, dict) else None
     if not isinstance(sealed_lineage, dict) or "seal" not in sealed_lineage:
@@ -187,6 +202,16 @@ def read_lineage(path: str | Path) -> dict[str, Any]:
     if faults:
         raise damaged(path, "its lineage is not valid", faults)
     return lineage
+
+
+def refuse_renamed(path: Path, lineage: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for a checkpoint of a run whose name is not that of its step and stage."""
+    step, stage = lineage["step"], lineage["stage"]
+    if step_of(path) != (step, stage):
+        raise CheckpointError(
+            f"{path} was renamed: it is of stage {stage} before step {step}, and would be taken for "
+            f"another; call it {step:08d}-{stage:02d} again"
+        )
 
 
 def _alone(do: Callable[[], Any]) -> Any:
@@ -215,7 +240,7 @@ def load(
     path, leaves = Path(path).absolute(), named(shapes)
     expected = {name: leaf for name, leaf in leaves.items() if leaf.size}
     lineage = read_lineage(path)
-    with _damage(path), _quiet():
+    with _damage(path), _in_orbax():
         metadata: Any = ocp.metadata(str(path), "state").metadata
         if metadata is None:
             raise ValueError("the list of its arrays cannot be read")
@@ -241,7 +266,7 @@ def load(
     context.pytree.loading.partial_load = bool(only)
 
     def read() -> dict[str, Any]:
-        with _damage(path), _quiet(), context:
+        with _damage(path), _in_orbax(), context:
             arrays: Any = ocp.load(str(path), expected, checkpointable_name="state")
             return {name: arrays[name] for name in expected}
 
@@ -377,6 +402,7 @@ _FIELDS: dict[str, tuple[str, _Check]] = {
 _LATER: dict[str, tuple[str, _Check]] = {
     "loss": ("the name of a loss or nothing", _is(str, type(None))),
     "losses": ("the latest losses", lambda x: isinstance(x, list) and all(map(_is(float), x))),
+    "fixed": ("a digest", _is(str)),
     "ended": (
         "pairs of a stage and its steps",
         lambda x: isinstance(x, list) and all(map(_pair, x)),
@@ -425,12 +451,44 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Orbax: it logs its ordinary work as warnings, and as errors what it raises as well."""
+def _in_orbax() -> Iterator[None]:
+    """Silence Orbax, and keep Ctrl-C out of it.
+
+    Orbax logs its ordinary work as warnings, and as errors what it raises as well.
+    """
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with _uninterrupted():
+            yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Raise the `KeyboardInterrupt` of Ctrl-C at the end of the `with`; a second one ends the process.
+
+    Python raises it wherever it is. In a callback of Orbax's event loop it is printed and lost, with the
+    callback, and the program goes on or waits for ever.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        # Nothing is raised: signals are handled otherwise, as by `growjax.train`
+        yield
+        return
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if pressed:
+            raise KeyboardInterrupt

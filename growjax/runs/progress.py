@@ -4,8 +4,10 @@ Names come from plans and paths, and may hold brackets, which Rich reads as mark
 as `Text`, without markup.
 """
 
+import contextlib
 import shlex
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,8 @@ class Progress:
             self.doing.listeners.remove(self._busy)
         self._busy("")
         if self._live is not None:
-            self._live.stop()
+            with self._drawing():
+                self._live.stop()
 
     # Printed lines --------------------------------------------------------------------------
 
@@ -111,7 +114,20 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line; on a terminal, above the bars. Elsewhere lines are searched, and not wrapped."""
-        self.console.print(Text(text), highlight=False, soft_wrap=not self.console.is_terminal)
+        with self._drawing():
+            self.console.print(Text(text), highlight=False, soft_wrap=not self.console.is_terminal)
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Show nothing from now on if the terminal, or the reader of a pipe, is gone.
+
+        A run does not end with its display: Ctrl-C ends the `tee` of `growjax train | tee log` first.
+        """
+        try:
+            yield
+        except (OSError, SystemExit):
+            # Rich asks the process to exit where a pipe was closed
+            self.console.quiet = True
 
     def _begin(self, record: Begin) -> None:
         for note in record.notes:

@@ -16,12 +16,20 @@ from growjax.plan.plan import Plan
 from growjax.plan.stages import Span
 from growjax.programs.step import Programs, State
 from growjax.runs import hosts
-from growjax.runs.checkpoint import Checkpoints, load, numbered, read_lineage, set_aside
+from growjax.runs.checkpoint import (
+    Checkpoints,
+    load,
+    numbered,
+    read_lineage,
+    refuse_renamed,
+    set_aside,
+)
 from growjax.runs.lineage import digest_of
 from growjax.runs.lock import Lock
 from growjax.runs.records import Crossing
 from growjax.runs.run import Run, refuse_folder
 from growjax.values import from_dict, to_dict
+from growjax.values.codec import seal_of
 
 
 class Resumed(NamedTuple):
@@ -125,7 +133,14 @@ class Saves:
         if not self.run.plan_file.exists():
             if names:
                 # The file of the plan was lost, but the lineage identifies the plan
-                self._check_plan(self.run.checkpoints()[-1])
+                path = self.run.checkpoints()[-1]
+                lineage = self._check_plan(path)
+                if lineage.get("fixed", _digest(self.plan)) != _digest(self.plan):
+                    raise CheckpointError(
+                        f"{self.run}: its plan.json was lost, and this is not the plan that it began "
+                        "with (a batch, a length, a rate or another field differs); go on with that "
+                        f"plan, or train in another folder, with start=Start({str(path)!r})"
+                    )
             elif self.plan.fork is not None:
                 from growjax.runs.fork import find_trunk
 
@@ -206,6 +221,7 @@ class Saves:
                 f"{path} is of the run of another plan: it is before step {lineage['step']}, and stage "
                 f"{span.index} has steps {span.start} to {span.start + span.steps}"
             )
+        refuse_renamed(path, lineage)
         state = load(path, programs.shapes(span.model), together=hosts.together)
         self.parent, self.start, self.fork = path.name, lineage["start"], lineage.get("fork")
         return Resumed(
@@ -257,6 +273,7 @@ class Saves:
             "data": data,
             "reference": self.reference,
             "loss": self.loss,
+            "fixed": _digest(self.plan),
             "parent": self.parent,
             "start": self.start,
             "fork": self.fork,
@@ -329,3 +346,11 @@ def _fixed(plan: Plan) -> dict[str, Any]:
         if fields[name] is not None:
             fields[name] = dataclasses.replace(fields[name], **{where: "it was read at the start"})
     return to_dict(fields)
+
+
+def _digest(plan: Plan) -> str:
+    """Identifies the fields of a plan that may not change, without the ends of its stages by triggers."""
+    fields = _fixed(plan)
+    for stage in fields["stages"]:
+        stage.pop("ended", None)
+    return seal_of(fields)

@@ -42,7 +42,7 @@ from growjax.plan.probe import Probe
 from growjax.plan.stages import Fork
 from growjax.plan.worked import purpose_key
 from growjax.programs.step import Programs, checksums
-from growjax.runs.checkpoint import load, numbered, read_lineage, write
+from growjax.runs.checkpoint import load, numbered, read_lineage, write_whole
 from growjax.runs.feed import CorpusFeed
 from growjax.runs.lineage import births_of, load_model, model_of, operators_of, optimizer_of
 from growjax.runs.records import End
@@ -369,7 +369,7 @@ def grow_checkpoint(
         "checksums": numbered(grown, jax.jit(checksums)),
         "certificate": certificate.to_dict(),
     }
-    write(out, grown, after).result()
+    write_whole(out, grown, after)
     return certificate
 
 

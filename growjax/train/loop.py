@@ -65,11 +65,11 @@ def train(
     - `cache`: a dict through which runs that follow each other share compiled programs.
     - `devices`: the devices of the mesh (all, by default).
 
-    On SIGTERM or SIGINT a run with a folder finishes its step, saves and ends; on a second one it ends
-    at once. Raises `TrainingError` at the first loss or gradient that is not finite, and for a growth
-    that breaks its promise; `CheckpointError` if the folder holds another run, is locked by another
-    process, or cannot be written to; `DamagedError` if its last checkpoint is not whole; `DataError` for
-    missing or damaged data.
+    On SIGTERM, SIGINT or SIGHUP a run with a folder finishes its step, saves and ends; on a second one
+    it ends at once. Raises `TrainingError` at the first loss or gradient that is not finite, and for a
+    growth that breaks its promise; `CheckpointError` if the folder holds another run, is locked by
+    another process, or cannot be written to; `DamagedError` if its last checkpoint is not whole;
+    `DataError` for missing or damaged data.
 
     **Example**
 

@@ -1,4 +1,4 @@
-"""Requests to stop a run: SIGTERM, Ctrl-C, or the notice that a machine will be preempted."""
+"""Requests to stop a run: Ctrl-C, SIGTERM, a closed terminal, or the notice of a preemption."""
 
 import os
 import signal
@@ -11,7 +11,9 @@ import jax
 from jax.experimental import multihost_utils
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Of a terminal that was closed, or a connection that broke; None on Windows
+_HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, *([_HANGUP] if _HANGUP else []))
 
 
 class Stopped(Exception):
@@ -25,10 +27,11 @@ class Stop:
 
     - `enabled`: False leaves signals alone (a run that saves nothing has nothing to finish).
 
-    The first SIGTERM or SIGINT is recorded in `signal`; a second one ends the process, as it would
-    without this class. With many hosts, JAX's preemption service listens for SIGTERM and chooses the
-    step before which all of them stop; SIGINT is passed on to it. Python can catch signals in the main
-    thread only, so in another thread nothing is caught.
+    The first SIGTERM, SIGINT or SIGHUP is recorded in `signal`; a second one ends the process, as it
+    would without this class. Only a second SIGHUP is ignored: a terminal that is closed sends several.
+    With many hosts, JAX's preemption service listens for SIGTERM and chooses the step before which all of
+    them stop; the others are passed on to it. Python can catch signals in the main thread only, so in
+    another thread nothing is caught.
     """
 
     def __init__(self, enabled: bool):
@@ -61,9 +64,11 @@ class Stop:
             # Python's own handler of Ctrl-C runs between two bytecodes, which may be a whole step away.
             # The system's ends the process at once; an interactive session keeps Python's.
             at_once = earlier is signal.default_int_handler and not hasattr(sys, "ps1")
-            signal.signal(other, signal.SIG_DFL if at_once else earlier)
-        # Only SIGINT differs from its handler before, and is restored at the end
-        self._earlier = {n: h for n, h in self._earlier.items() if n == signal.SIGINT}
+            second = signal.SIG_DFL if at_once else earlier
+            signal.signal(other, signal.SIG_IGN if other == _HANGUP else second)
+        # These differ from their handlers before, and are restored at the end
+        changed = (signal.SIGINT, _HANGUP)
+        self._earlier = {n: h for n, h in self._earlier.items() if n in changed}
         if self.many_hosts:
             os.kill(os.getpid(), signal.SIGTERM)
 
