@@ -164,4 +164,7 @@ TABLE = """
 @ an id of a tracker has any character | runs/watch.py | hooks | runs_of_one_name
 - _NOT_IN_IDS.sub('-', run.name)
 + run.name
+@ one document in two and a half is held out | data/preparation.py | data | always_held_out
+- if not isinstance(held_out, int) or held_out < 2:
++ if int(held_out) < 2:
 """

@@ -394,8 +394,9 @@ def test_something_is_always_held_out(tmp_path):
     (tmp_path / "a/0.txt").write_text("o")
     with pytest.raises(DataError, match="one to hold out, got 1 in all"):
         prepare(Text(str(tmp_path / "a")), BYTES, tmp_path / "c")
-    with pytest.raises(DataError, match="held_out: expected 2 or more"):
-        prepare(Text(str(tmp_path / "a")), BYTES, tmp_path / "c", held_out=1)
+    for wrong in (1, 2.5, "5"):
+        with pytest.raises(DataError, match="held_out: expected a whole number of 2 or more"):
+            prepare(Text(str(tmp_path / "a")), BYTES, tmp_path / "c", held_out=wrong)  # type: ignore
 
 
 def test_a_source_with_a_fault_leaves_no_cache(books, tmp_path):

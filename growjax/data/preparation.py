@@ -155,9 +155,10 @@ def prepare(
         training, held_out = prepare(StandardLibrary(), ByteTokenizer(), "runs/cache")
         training, held_out = prepare("books", ByteTokenizer(), "runs/cache", validation="new.txt")
     """
-    if held_out < 2:
+    if not isinstance(held_out, int) or held_out < 2:
         raise DataError(
-            f"held_out: expected 2 or more, for one document in so many, got {held_out}"
+            "held_out: expected a whole number of 2 or more, for one document in so many, got "
+            f"{held_out!r}"
         )
     job = _Job(tokenizer, Path(cache), verify, progress)
     if validation is not None:
