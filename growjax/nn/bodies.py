@@ -205,7 +205,7 @@ def _backward_rule(tile, cap, residuals, gradient):
     """Gradients by the rule of the softmax: of a score, `weight * (d weight - sum of out * d out)`."""
     queries, keys, values, mask, bias, out, logs = residuals
     total, wide = keys.shape[1], _wide(queries)
-    mean = jnp.sum(gradient.astype(wide) * out.astype(wide), -1)
+    mean = jnp.einsum("kgtd,kgtd->kgt", gradient, out, preferred_element_type=wide)
     q, do = _padded(queries, 2, tile), _padded(gradient, 2, tile)
     logs, mean = _padded(logs, 2, tile), _padded(mean, 2, tile)
     k, v = _padded(keys, 1, tile), _padded(values, 1, tile)
