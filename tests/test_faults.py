@@ -458,14 +458,18 @@ def test_ctrl_c_while_a_checkpoint_is_read_is_not_lost(run, monkeypatch):
 
 
 def test_a_terminal_that_is_closed_asks_once_however_often():
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    def ends(*_: Any) -> None:
+        raise AssertionError("the terminal has ended the run")
+
+    before = signal.signal(signal.SIGHUP, ends)
     try:
         with Stop(enabled=True) as stop:
             assert not stop.before(1)
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGHUP)
             assert stop.before(1) and stop.signal == "SIGHUP"
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is ends
     finally:
         signal.signal(signal.SIGHUP, before)
 
