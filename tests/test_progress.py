@@ -382,17 +382,17 @@ def test_tensorboard_has_every_step_once_though_the_run_was_killed(tensorboard, 
     files, session = tensorboard
     stopped, finished = End(None, False, 1, 0.0, 0.0, step=3), End(None, True, 1, 0.0, 0.0, step=9)
     session(tmp_path, 0, 3, stopped)
-    for first, stop in ((3, 6), (5, 8)):
-        session(tmp_path, first, stop)
-        # It was killed, and its numbers with it
-        files.pop()
-    assert displayed(files) == [0, 1, 2]
+    # Two that were killed: the numbers of one were written, those of the other were not
+    session(tmp_path, 3, 6)
+    session(tmp_path, 5, 8)
+    files.pop()
+    assert displayed(files) == [0, 1, 2, 3, 4, 5]
     session(tmp_path, 6, 9, finished)
     assert displayed(files) == list(range(9))
     # Only what may be missing is written again
     assert files[-1][0]["step"] == 3
     session(tmp_path, 9, 9, finished)
-    assert len(files) == 2
+    assert len(files) == 3
 
 
 def test_a_tracker_that_begins_later_gets_what_was_before(tensorboard, tmp_path):
