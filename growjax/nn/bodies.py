@@ -135,9 +135,11 @@ def _einsum(queries, keys, values, mask, bias, cap=None):
 
 def _tiles(queries, keys, values, mask, bias, cap):
     place, side = current(), TILE
-    # Short sequences come several at a time, and a CPU's caches hold one tile of each
-    if place is not None and place.platform == "cpu" and queries.shape[2] <= 4 * TILE:
-        side = TILE // 2
+    if place is not None and place.platform == "cpu":
+        # Short sequences come several at a time, and a CPU's caches hold one tile of each; long ones come
+        # alone, and the products of a tile keep all cores busy only if it is large
+        length = queries.shape[2]
+        side = TILE // 2 if length <= 4 * TILE else TILE if length <= 8 * TILE else 2 * TILE
     return blockwise_attention(queries, keys, values, mask, bias, side, cap)
 
 
