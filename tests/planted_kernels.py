@@ -79,6 +79,9 @@ TABLE = """
 @ the user's allocator is set up again | programs/cache.py | programs_kept | set_up_stays
 - if any(name.startswith(("GLIBC_TUNABLES", "MALLOC_")) for name in os.environ):
 + if "GLIBC_TUNABLES" in os.environ:
+@ an estimate denies what was compiled | forecast/pod.py | dryrun | denied_by_an_estimate
+- if proven and not estimated.startswith("any of these"):
++ if proven and not estimated:
 @ several slices are one | forecast/pod.py | dryrun | slices_have_names
 - return shape.slices * shape.chips
 + return shape.chips

@@ -15,6 +15,7 @@ from growjax.cost import parameters
 from growjax.data import MLM, UL2, Causal
 from growjax.errors import LayoutError, PlanError, StateError
 from growjax.forecast import dryrun as module
+from growjax.forecast import pod
 from growjax.forecast.dryrun import amount, dry_run
 from growjax.forecast.memory import remedies, residual_bytes, usage
 from growjax.forecast.pod import GENERATIONS, chips, compile_for
@@ -235,6 +236,24 @@ def test_experts_and_heads_stay_within_a_slice():
         LayoutError, match="data=1 x fsdp=1 cannot be split over 2 slices.*multiple"
     ):
         Layout(experts=8).mesh(devices)
+
+
+@pytest.mark.parametrize(
+    ("proven", "estimated", "advice"),
+    [
+        ("accumulate=4 fits", "not even accumulate=8 would be enough", "accumulate=4 fits"),
+        ("accumulate=4 fits", "any of these would do: a", "accumulate=4 fits. By estimate, any"),
+        (None, "not even accumulate=8", "no single change makes it fit. By estimate, not even"),
+    ],
+)
+def test_what_was_compiled_is_not_denied_by_an_estimate(proven, estimated, advice, monkeypatch):
+    monkeypatch.setattr(pod, "cheapest", lambda *_: proven)
+    monkeypatch.setattr(pod, "remedies", lambda *_: estimated)
+    full = pod.Compiled(0, "step", 99 << 30, fits=False)
+    of, device = plan(steps(1)), pod.DEVICES["v5e"]
+    (reason,) = pod._refusals(of, "v5e:4x4", device, [("step", 0, None)], [full], None)
+    assert f"needs 99.00 GiB of 16.00 GiB a chip; {advice}" in reason
+    assert ("By estimate" in reason) == ("By estimate" in advice)
 
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):

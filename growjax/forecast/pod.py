@@ -476,4 +476,8 @@ def _refusals(
             used, compile_it = program.memory, functools.partial(measure, need)
             proven = cheapest(plan, need, devices, used, memory, compile_it)
             estimated = remedies(plan, need, devices, used, memory)
-            yield f"{needed}; {proven or 'no single change makes it fit'}. By estimate, {estimated}"
+            if proven and not estimated.startswith("any of these"):
+                # The estimate finds nothing, and the compiler knows better
+                yield f"{needed}; {proven}"
+            else:
+                yield f"{needed}; {proven or 'no single change makes it fit'}. By estimate, {estimated}"
