@@ -157,10 +157,10 @@ class Layout:
                 "tensor and context must stay within one; make data or fsdp larger"
             )
         slices = slices_of(devices)
+        if slices > 1:
+            placed = _over_slices(sizes, slices, devices)
+            return Mesh(placed, self.axes, axis_types=self._types)
         try:
-            if slices > 1:
-                placed = _over_slices(sizes, slices, devices)
-                return Mesh(placed, self.axes, axis_types=self._types)
             return jax.make_mesh(sizes, self.axes, axis_types=self._types, devices=devices)
         except NotImplementedError:
             # JAX maps each mesh axis to whole axes of the TPU's torus. If that is not possible, as for a

@@ -82,6 +82,12 @@ TABLE = """
 @ an estimate denies what was compiled | forecast/pod.py | dryrun | denied_by_an_estimate
 - if proven and not estimated.startswith("any of these"):
 + if proven and not estimated:
+@ every length has the tiles of a batch | nn/bodies.py | attend | grow_with_the_length
+- side = TILE // 2 if length <= 4 * TILE else TILE if length <= 8 * TILE else 2 * TILE
++ side = TILE // 2
+@ commands that train give memory back | cli/allowed.py | programs_kept | trains_keeps_memory
+- keep_memory()
++ pass
 @ several slices are one | forecast/pod.py | dryrun | slices_have_names
 - return shape.slices * shape.chips
 + return shape.chips

@@ -15,6 +15,7 @@ import growjax as gj
 from growjax.cost import flops
 from growjax.errors import AxisError
 from growjax.nn import Attention, Mask, RelativeBias, attend
+from growjax.nn.place import Place, running_on
 
 
 TILE = 8
@@ -229,3 +230,20 @@ def test_long_sequences_take_tiles(monkeypatch):
         x = draw(1, 1, 1, length, 4)
         attend(x, x[0], x[0])
     assert calls == [(1, 1, 20, 4)]
+
+
+@pytest.mark.parametrize(
+    ("platform", "sides"), [("cpu", [4, 4, 8, 8, 16, 16]), ("shapes", [8] * 6)]
+)
+def test_on_cpus_tiles_grow_with_the_length(platform, sides, monkeypatch):
+    """From half of `TILE` up to four tiles, to twice of it above eight."""
+    taken = []
+    monkeypatch.setattr("growjax.nn.bodies.LONG", 0)
+    monkeypatch.setattr(
+        "growjax.nn.bodies.blockwise_attention", lambda q, *args: taken.append(args[4]) or q
+    )
+    for length in (TILE, 4 * TILE, 4 * TILE + 1, 8 * TILE, 8 * TILE + 1, 64 * TILE):
+        x = jnp.zeros((1, 1, length, 4))
+        with running_on(Place(platform)):
+            attend(x, x[0], x[0])
+    assert taken == sides

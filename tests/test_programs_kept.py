@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from growjax.cli.allowed import prepare_process
 from growjax.programs.cache import keep_memory, keep_programs
 
 
@@ -100,3 +101,10 @@ def test_freed_memory_is_used_again(monkeypatch):
 def test_an_allocator_that_was_set_up_stays(name, monkeypatch):
     monkeypatch.setenv(name, "")
     assert not keep_memory()
+
+
+def test_every_command_that_trains_keeps_memory(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("growjax.programs.cache.keep_memory", lambda: calls.append("kept"))
+    prepare_process((), tmp_path, "none")
+    assert calls == ["kept"]
