@@ -440,6 +440,14 @@ TABLE = """
 @ an axis of one value has no extent | report/figures.py | demo | evaluated_once
 - margin = max(late) - min(late) or 1.0
 + margin = max(late) - min(late)
+@ signals are caught after the first record | train/loop.py | faults | at_the_first_record
+- with stop:
+-         try:
+-             # A tracker
++ yield begin
++     with stop:
++         try:
++             # A tracker
 @ hosts that were asked to stop leave one by one | cli/__init__.py | commands | leave_together
 - sys.modules["jax"].distributed.shutdown()
 + pass

@@ -437,6 +437,18 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(run, programs, tmp_path):
     assert records[0].step == last and same(records, run[1])
 
 
+def test_a_signal_at_the_first_record_is_caught(run, programs, tmp_path):
+    """While whoever reads the records still opens its trackers."""
+    whole, seen = run[0], []
+    for record in train(whole, feed(whole), run=tmp_path, cache=programs):
+        seen.append(record)
+        if isinstance(record, Begin):
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert not seen[-1].finished and seen[-1].signal == "SIGTERM"
+    assert not any(isinstance(record, Step) for record in seen)
+
+
 def test_ctrl_c_while_a_checkpoint_is_read_is_not_lost(run, monkeypatch):
     """Orbax's event loop prints whatever its callbacks raise, and goes on."""
     path, real = Run(run[2]).checkpoint(), checkpoint.ocp.metadata

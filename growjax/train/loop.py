@@ -137,13 +137,13 @@ def _name_of(loss: Loss) -> str:
 def _run(session: Session) -> Iterator[Record]:
     """A session from its beginning to its end, or until it is asked to stop."""
     begin = session.begin()
-    # A tracker that starts takes seconds, and no step is running yet
-    with session.stopwatch.apart("birth"):
-        yield begin
     plan, saves, stop = session.plan, session.saves, session.stop
     # Signals are caught from here on; before the first record, a stopped run loses nothing
     with stop:
         try:
+            # A tracker that starts takes seconds, and no step is running yet
+            with session.stopwatch.apart("birth"):
+                yield begin
             born = not session.resumed
             if session.forked:
                 # From here on the run needs nothing of the one that it was forked from
