@@ -109,6 +109,7 @@ class Doom:
         self.place, _, count = where.removeprefix("twice ").partition(":")
         self.count = float(count or 1)
         self.inside: list[str] = []  # the functions of `around` that are running
+        self.alive = threading.Lock()  # held while it strikes, and from the end of the training on
 
     def at(self, place: str) -> None:
         """Die, if this is the place and the time."""
@@ -120,9 +121,10 @@ class Doom:
 
     def strike(self) -> None:
         """Send the signal, now."""
-        say(f"in {' '.join(self.inside)}")
-        for _ in range(self.times):
-            os.kill(os.getpid(), self.signal)
+        with self.alive:
+            say(f"in {' '.join(self.inside)}")
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.signal)
 
     def begin(self, place: str) -> None:
         """Set the time of a doom that comes some seconds after this place."""
@@ -179,6 +181,8 @@ def session(folder: Path, said: str, runs: list[Branch]) -> int:
         status = trained(of, folder / run, save_at, doom)
         if status:
             break
+    # A signal that comes once all is trained and closed ends a process that has nothing left to do
+    doom.alive.acquire()
     return status
 
 

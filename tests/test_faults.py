@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import time
 import types
 from collections.abc import Iterator
@@ -24,15 +23,12 @@ import growjax as gj
 from growjax import train as trainer
 from growjax.data import Text, batches
 from growjax.errors import CheckpointError, DataError, TrainingError
-from growjax.programs.ahead import Ahead
 from growjax.runs import checkpoint
 from growjax.train import (
     Begin,
     Fork,
     Options,
     Plan,
-    Run,
-    Saved,
     Step,
     cross_entropy,
     read_journal,
@@ -40,7 +36,6 @@ from growjax.train import (
     transition,
     watch,
 )
-from growjax.train.stop import Stop
 from tests.runs import every_kind, feed, losses, plan, same, steps
 
 
@@ -422,85 +417,3 @@ def test_no_activity_takes_less_than_no_time(monkeypatch):
     with watch.apart("save"):
         pass
     assert watch.spent["save"] == 0
-
-
-def test_a_signal_saves_and_ends_and_the_run_goes_on(run, programs, tmp_path):
-    whole, seen = run[0], []
-    for record in train(whole, feed(whole), run=tmp_path, cache=programs):
-        seen.append(record)
-        if isinstance(record, Step) and record.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert not seen[-1].finished and isinstance(seen[-2], Saved)
-    last = seen[-2].step
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and 5 <= last <= 7
-    records = list(train(whole, feed(whole), run=tmp_path, cache=programs))
-    assert records[0].step == last and same(records, run[1])
-
-
-def test_a_signal_at_the_first_record_is_caught(run, programs, tmp_path):
-    """While whoever reads the records still opens its trackers."""
-    whole, seen = run[0], []
-    for record in train(whole, feed(whole), run=tmp_path, cache=programs):
-        seen.append(record)
-        if isinstance(record, Begin):
-            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert not seen[-1].finished and seen[-1].signal == "SIGTERM"
-    assert not any(isinstance(record, Step) for record in seen)
-
-
-def test_ctrl_c_while_a_checkpoint_is_read_is_not_lost(run, monkeypatch):
-    """Orbax's event loop prints whatever its callbacks raise, and goes on."""
-    path, real = Run(run[2]).checkpoint(), checkpoint.ocp.metadata
-
-    def metadata(*args: Any) -> Any:
-        with contextlib.suppress(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)  # the handler runs
-        return real(*args)
-
-    monkeypatch.setattr(checkpoint.ocp, "metadata", metadata)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            checkpoint.read_lineage(path)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_a_terminal_that_is_closed_asks_once_however_often():
-
-    def ends(*_: Any) -> None:
-        raise AssertionError("the terminal has ended the run")
-
-    before = signal.signal(signal.SIGHUP, ends)
-    try:
-        with Stop(enabled=True) as stop:
-            assert not stop.before(1)
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.before(1) and stop.signal == "SIGHUP"
-        assert signal.getsignal(signal.SIGHUP) is ends
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_a_step_is_evaluated_though_the_run_is_asked_to_stop(run, programs, tmp_path, monkeypatch):
-    """While the evaluation is compiled: a run that goes on does not come back to the step."""
-    whole, get = run[0], Ahead.get
-
-    def stopped(self: Ahead, need: Any, meanwhile: Any = None) -> Any:
-        if need[0] == "evaluate":
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)  # the handler runs
-        return get(self, need, meanwhile)
-
-    monkeypatch.setattr(Ahead, "get", stopped)
-    options = Options(evaluate_at=(1,), held_out=6, background=False)
-    first = list(train(whole, feed(whole), run=tmp_path, options=options, cache=programs))
-    (last,) = [r for r in first if isinstance(r, Step) and r.held_out is not None]
-    assert not first[-1].finished and first[-1].step == last.step + 1
-    monkeypatch.undo()
-    records = list(train(whole, feed(whole), run=tmp_path, options=options, cache=programs))
-    assert records[0].step == last.step + 1 and same([*first[:-1], *records], run[1])

@@ -20,7 +20,7 @@ from growjax.runs.records import Record
 from growjax.runs.run import Run, settled
 from growjax.train.options import Options
 from growjax.train.session import Session
-from growjax.train.stop import Stopped
+from growjax.train.stop import Stop, Stopped
 
 
 class Training(Iterator[Record]):
@@ -84,6 +84,9 @@ def train(
             doing.detail = str(progress)
 
         with _runtime_errors(plan), contextlib.ExitStack() as stack:
+            # Signals are given back last: a run that is over stays so while its programs and its lock
+            # are closed. A run that saves nothing has nothing to finish, and leaves them alone.
+            stop = stack.enter_context(Stop(enabled=run is not None))
             programs = Programs.of(plan, plan.layout.mesh(devices), loss)
             current = plan
             if run is not None and plan.fork is not None:
@@ -123,7 +126,7 @@ def train(
                 data = feed or CorpusFeed.of(current, folder, detail)
             if current.ends and isinstance(data, CorpusFeed):
                 data = dataclasses.replace(data, plan=current)
-            yield from _run(Session(ahead, data, saves, options, doing))
+            yield from _run(Session(ahead, data, saves, options, doing, stop))
 
     return Training(records)
 
@@ -138,44 +141,44 @@ def _run(session: Session) -> Iterator[Record]:
     """A session from its beginning to its end, or until it is asked to stop."""
     begin = session.begin()
     plan, saves, stop = session.plan, session.saves, session.stop
-    # Signals are caught from here on; before the first record, a stopped run loses nothing
-    with stop:
-        try:
-            # A tracker that starts takes seconds, and no step is running yet
-            with session.stopwatch.apart("birth"):
-                yield begin
-            born = not session.resumed
-            if session.forked:
-                # From here on the run needs nothing of the one that it was forked from
-                yield from session.save()
-            if born and plan.start is not None and plan.stages[0].grow is None:
-                # The trained model, as the run's first checkpoint. A stage that grows saves after it.
-                yield from session.save()
-            # A trigger may change the plan on the way
-            for index in range(session.span.index, len(plan.stages)):
-                span = session.plan.spans[index]
-                entered = index == session.span.index
-                # The first stage of a new run may grow as well
-                if not entered or (born and span.index == 0 and span.stage.grow is not None):
-                    yield from session.enter(span)
-                first = session.step - span.start
-                with session.feed.stream(span, first) as stream:
-                    for i in range(first, span.steps):
-                        if session.over(i):
-                            yield from session.end_stage(i)
-                            break
-                        if stop.before(span.start + i):
-                            raise Stopped
-                        if saves is not None:
-                            saves.check()
-                        yield from session.train(i, stream)
-                yield from session.flush()
-                yield from session.ended()
-                yield from session.save()
-            end = session.end(finished=True)
-        except Stopped:
-            yield from session.stopped()
-            return
+    # Before the first record, a run that is ended by a signal loses nothing
+    stop.catch()
+    try:
+        # A tracker that starts takes seconds, and no step is running yet
+        with session.stopwatch.apart("birth"):
+            yield begin
+        born = not session.resumed
+        if session.forked:
+            # From here on the run needs nothing of the one that it was forked from
+            yield from session.save()
+        if born and plan.start is not None and plan.stages[0].grow is None:
+            # The trained model, as the run's first checkpoint. A stage that grows saves after it.
+            yield from session.save()
+        # A trigger may change the plan on the way
+        for index in range(session.span.index, len(plan.stages)):
+            span = session.plan.spans[index]
+            entered = index == session.span.index
+            # The first stage of a new run may grow as well
+            if not entered or (born and span.index == 0 and span.stage.grow is not None):
+                yield from session.enter(span)
+            first = session.step - span.start
+            with session.feed.stream(span, first) as stream:
+                for i in range(first, span.steps):
+                    if session.over(i):
+                        yield from session.end_stage(i)
+                        break
+                    if stop.before(span.start + i):
+                        raise Stopped
+                    if saves is not None:
+                        saves.check()
+                    yield from session.train(i, stream)
+            yield from session.flush()
+            yield from session.ended()
+            yield from session.save()
+        end = session.end(finished=True)
+    except Stopped:
+        yield from session.stopped()
+        return
     yield end
 
 

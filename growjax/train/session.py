@@ -51,16 +51,18 @@ class Session:
 
     - `ahead`: the plan and its programs.
     - `saves`: the checkpoints of the run (`growjax.runs.saves.Saves`); None saves nothing.
+    - `stop`: it is asked between steps whether to stop.
 
     `span` and `step` are the stage of the state, and the next step. `spent` (in the smallest unit of the
     plan's clock) and `flops` are the totals of the run so far.
     """
 
-    def __init__(self, ahead: Ahead, feed: Feed, saves: Any, options: Options, doing: Doing):
+    def __init__(
+        self, ahead: Ahead, feed: Feed, saves: Any, options: Options, doing: Doing, stop: Stop
+    ):
         self.ahead, self.feed, self.saves, self.options = ahead, feed, saves, options
         self.plan, self.programs, self.doing = ahead.plan, ahead.programs, doing
-        # A run that saves nothing has nothing to finish
-        self.stopwatch, self.stop = Stopwatch(), Stop(enabled=saves is not None)
+        self.stopwatch, self.stop = Stopwatch(), stop
         self.judge = Judge(self.plan, feed, self.programs.mesh, options.hooks)
         self.span, self.step = self.plan.spans[0], 0
         self.spent, self.flops = self.span.spent, 0

@@ -21,7 +21,7 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Catches the signals that ask a run to stop; use it in a `with`.
+    """Catches the signals that ask a run to stop, from `catch` until its `with` ends.
 
     **Arguments**
 
@@ -42,6 +42,10 @@ class Stop:
         self._earlier: dict[int, Any] = {}  # signal -> its handler before, to be restored
 
     def __enter__(self) -> "Stop":
+        return self
+
+    def catch(self) -> None:
+        """Catch signals from now on."""
         for number in _SIGNALS if self.enabled else ():
             if self.many_hosts and number == signal.SIGTERM:
                 continue
@@ -50,7 +54,6 @@ class Stop:
             if earlier not in (signal.SIG_IGN, None):
                 self._earlier[number] = earlier
                 signal.signal(number, self._first)
-        return self
 
     def __exit__(self, *_: object) -> None:
         for number, earlier in self._earlier.items():
