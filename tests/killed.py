@@ -109,7 +109,8 @@ class Doom:
         self.place, _, count = where.removeprefix("twice ").partition(":")
         self.count = float(count or 1)
         self.inside: list[str] = []  # the functions of `around` that are running
-        self.alive = threading.Lock()  # held while it strikes, and from the end of the training on
+        self.over = False  # nobody asks a run to stop that has come to its end
+        self.lock = threading.Lock()  # so that none comes to its end while it is asked
 
     def at(self, place: str) -> None:
         """Die, if this is the place and the time."""
@@ -121,7 +122,9 @@ class Doom:
 
     def strike(self) -> None:
         """Send the signal, now."""
-        with self.alive:
+        with self.lock:
+            if self.over and self.signal != signal.SIGKILL:
+                return
             say(f"in {' '.join(self.inside)}")
             for _ in range(self.times):
                 os.kill(os.getpid(), self.signal)
@@ -181,8 +184,6 @@ def session(folder: Path, said: str, runs: list[Branch]) -> int:
         status = trained(of, folder / run, save_at, doom)
         if status:
             break
-    # A signal that comes once all is trained and closed ends a process that has nothing left to do
-    doom.alive.acquire()
     return status
 
 
@@ -192,8 +193,11 @@ def trained(of: Plan, run: Path, save_at: tuple[int, ...], doom: Doom) -> int:
     options = Options(held_out=4, save_every=2, save_at=save_at)
     for record in train(of, blended(of), run=run, options=options):
         if isinstance(record, Begin):
+            doom.over = False
             doom.begin("after")
         if isinstance(record, End):
+            with doom.lock:
+                doom.over = True
             asked = INTERRUPTED if record.signal == "SIGINT" else STOPPED
             status = 0 if record.finished else asked
         if isinstance(record, Growth):
