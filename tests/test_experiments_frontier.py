@@ -1,6 +1,7 @@
 """The study of the frontier: its ledger, its trees of plans, and what its lines are turned into."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from experiments.frontier.design import (
     pilot_name,
 )
 from experiments.frontier.report import page
+from experiments.frontier.run import run
 from experiments.frontier.summary import PRIMARY, summarise
 from experiments.frontier.tree import Member, Shared, budget_name, members, pilots
 from experiments.frontier.tuning import losses_of, neighbours, search, settled, trial_name
@@ -349,6 +351,25 @@ def test_the_held_out_arms_are_the_best_forecasts_once_all_runs_are_there():
     interval = picked[0].interval(8)
     assert interval is not None and interval[0] < picked[0].loss < interval[1]
     assert len(forecasts(SMALL, Index(fixed))) == len(SMALL.shapes)
+
+
+def test_held_out_runs_are_of_the_seeds_that_are_asked_for(tmp_path, monkeypatch):
+    """So that several processes share them, and no tree is ever born of a fresh seed."""
+    done: list[Any] = []
+    monkeypatch.setattr(study, "run", lambda cells, *_: done.extend(c.key for c in cells))
+    monkeypatch.setattr("experiments.frontier.run.load_texts", lambda *_: None)
+    monkeypatch.setattr("experiments.frontier.run.report", lambda *_: [])
+    monkeypatch.setattr("jax.config.update", lambda *_: None)
+    ledger = [
+        trial(s, x, 2.0) for s in SMALL.shapes for x in (SMALL.start, *neighbours(SMALL.start))
+    ]
+    lines = [*ledger, *fixed_lines(), *pilot_lines(0.02)]
+    (tmp_path / "small.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run("small", out=tmp_path, piece=("trunks", "held-out"), seed=(103, 101))
+    assert [key[3] for key in done] == 4 * [101] + 4 * [103]
+    assert {key[1] for key in done} == {"64x"}
+    with pytest.raises(SystemExit, match=r"expected some of \[0, 1, 2\] or .* got \[99\]"):
+        run("small", out=tmp_path, seed=(0, 99))
 
 
 @pytest.mark.parametrize("gain, message", [(0.3, "yes"), (-0.3, "no"), (None, "not run yet")])

@@ -73,7 +73,7 @@ def trees(
             tidy(shared, every)
 
 
-def held_out(shared: Shared, results: Path, console: Console) -> None:
+def held_out(shared: Shared, results: Path, console: Console, seeds: Sequence[int]) -> None:
     """Run the arms of the held-out budget on fresh seeds, once everything that chooses them is there."""
     design, lines = shared.design, read(results)
     picked = chosen(design, Index(lines))
@@ -81,7 +81,7 @@ def held_out(shared: Shared, results: Path, console: Console) -> None:
         console.print("held-out: waits for every trunk and every pilot")
         return
     settings, budget = settled(design, lines), budget_name(design.held_out)
-    for seed in design.fresh:
+    for seed in seeds:
         runs: list[Member] = []
         for f in picked:
             if f.growing is None:
@@ -124,13 +124,19 @@ def run(
         text: a folder with train.txt and valid.txt; Python's standard library if there is none.
         out: where results, summary and page go, and the folders of the runs.
         piece: the pieces to run, in this order.
-        seed: the seeds of trunks, pilots and families; all if there is none.
+        seed: the seeds to run, of trunks, pilots and families or of the held-out runs; all if there is
+            none. The ledger has one seed.
         only: the sizes to run, such as 2x32: those of the ledger, and those that trees are born as.
         budget: the budgets of trees to run, such as 2x; all if there is none.
         report_only: run nothing; report on what is there.
     """
     design, console = DESIGNS[size], Console()
     results = out / f"{size}.jsonl"
+    unknown = sorted({*seed} - {*design.seeds, *design.fresh})
+    if unknown:
+        raise SystemExit(
+            f"--seed: expected some of {[*design.seeds]} or {[*design.fresh]} (held-out), got {unknown}"
+        )
     if not report_only:
         jax.config.update("jax_compilation_cache_dir", str((out / "cache" / "programs").absolute()))
         texts = load_texts(text, out / "cache")
@@ -139,9 +145,10 @@ def run(
             if name == "ledger":
                 ledger(shared, results, console, only)
             elif name == "held-out":
-                held_out(shared, results, console)
+                seeds = [s for s in design.fresh if s in seed or not seed]
+                held_out(shared, results, console, seeds)
             else:
-                seeds = seed or design.seeds
+                seeds = [s for s in design.seeds if s in seed or not seed]
                 trees(shared, results, console, names, seeds=seeds, sizes=only, budgets=budget)
     for row in report(results, design):
         estimate = "-" if row.estimate is None else format(row.estimate, "+.4f")
