@@ -1,5 +1,6 @@
 """What the READMEs claim of the studies is what their committed summaries say, number by number."""
 
+import dataclasses
 import re
 import statistics
 from collections.abc import Iterator
@@ -51,6 +52,30 @@ CLAIMS = [
     ("no_train_no_gain", "bert", "1x", SPEED.format("stacking", "AdamW"), False),
     ("no_train_no_gain", "bert", "2x", SPEED.format("muon", "AdamW"), False),
 ]
+
+
+def as_committed(again: Any, committed: Any) -> bool:
+    """Whether a value, or the rows of a summary but for their commands, is what was committed.
+
+    Numbers are compared to seven digits: in what order a library adds depends on the machine.
+    """
+    if dataclasses.is_dataclass(again):
+        names = [field.name for field in dataclasses.fields(again) if field.name != "command"]
+        values = [[getattr(row, name, None) for name in names] for row in (again, committed)]
+        return type(again) is type(committed) and as_committed(*values)
+    if isinstance(again, (list, tuple)):
+        return len(again) == len(committed) and all(map(as_committed, again, committed))
+    if isinstance(again, float) and isinstance(committed, float):
+        return committed == pytest.approx(again, rel=1e-7, abs=1e-9, nan_ok=True)
+    return again == committed
+
+
+def test_a_number_that_differs_is_not_as_committed():
+    row = next(row for row in summary("msg") if isinstance(row.estimate, float) and row.estimate)
+    other: Any = dataclasses.replace(row, command="another")
+    assert as_committed([row], [other]) and not as_committed([row], [])
+    assert not as_committed(row, dataclasses.replace(other, estimate=row.estimate * (1 + 1e-6)))
+    assert not as_committed(row, dataclasses.replace(other, budget="another"))
 
 
 def summary(study: str) -> list[Row]:
@@ -200,3 +225,14 @@ def test_every_loss_in_a_table_is_the_mean_of_an_arms_seeds(study):
             assert loss in means[arm], f"{arm}: {loss} is none of {means[arm]}"
             checked += 1
     assert checked >= 20
+
+
+def test_the_calibration_of_advice_is_what_the_frontier_says():
+    rows: Any = read_summary(ROOT / "experiments/frontier/results/summary.json")
+    (row,) = (row for row in rows if row.question.startswith("share of ends inside"))
+    held = row.verdict.partition(":")[0]
+    for path, words in (
+        ("experiments/frontier/README.md", f"{held} are inside its 90% intervals"),
+        ("docs/comparing.md", f"{held} ends of fixed sizes were inside the 90% intervals"),
+    ):
+        assert words in " ".join((ROOT / path).read_text().split()), path

@@ -35,7 +35,7 @@ from growjax.cost import parameters
 from growjax.data import ByteTokenizer, Corpus
 from growjax.report.rows import AgainstFrontier, Answer, EqualCost, Row, read_summary, select
 from tests.runs import TEXT
-from tests.test_experiments_claims import claims_in, is_of
+from tests.test_experiments_claims import as_committed, claims_in, is_of
 
 
 SMALL, SMOKE = DESIGNS["small"], DESIGNS["smoke"]
@@ -264,20 +264,16 @@ def test_the_page_answers_first():
 # What is committed --------------------------------------------------------------------------------
 
 
-def without_commands(rows: list[Row]) -> list[Row]:
-    return [dataclasses.replace(row, command="") for row in rows]
-
-
 def test_the_committed_answers_are_those_of_the_committed_lines():
     committed = select(read_summary(FOLDER / "results" / "summary.json"), Answer)
     again = summarise(RESULTS, read(RESULTS), compared=False)
-    assert without_commands([*committed]) == again and len(again) > 200
+    assert as_committed(again, committed) and len(again) > 200
 
 
 @pytest.mark.slow
 def test_the_committed_summary_is_that_of_the_committed_lines():
     committed = read_summary(FOLDER / "results" / "summary.json")
-    assert without_commands(committed) == summarise(RESULTS, read(RESULTS))
+    assert as_committed(summarise(RESULTS, read(RESULTS)), committed)
 
 
 def test_the_committed_lines_are_all_of_them_and_each_has_its_windows():

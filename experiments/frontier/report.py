@@ -5,7 +5,9 @@ from pathlib import Path
 
 from experiments.frontier.design import DESIGNS, Design
 from experiments.frontier.summary import (
+    CALIBRATION,
     FAMILY,
+    PICKED,
     PIECES,
     PRIMARY,
 )
@@ -24,8 +26,7 @@ _NOTES = (
     "those on the way are of 256.",
     "Every rate is constant after its warm-up and falls over the last fifth of the cost. Runs of one "
     "size and seed share their first steps.",
-    "Intervals are Student's t over seeds, but for those against the frontier at the budgets of 32x and "
-    "more, which are over seeds and windows.",
+    "Intervals are Student's t over seeds; those against the frontier say what they are over.",
 )
 
 
@@ -56,6 +57,8 @@ def page(
         ("Token retention", "token retention"),
         ("The family", FAMILY[:18]),
         ("Forecasts at the held-out budget", "forecast"),
+        ("The calibration of growjax.advise", CALIBRATION),
+        ("The size that growjax.advise picks", PICKED),
         ("All ends", "held-out nats"),
     ):
         table = _table(answers, "", start)

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from experiments.frontier.analysis import (
+    BEYOND,
     Forecast,
     Index,
     Retention,
+    checks,
     chosen,
     family_share,
     forecasts,
@@ -43,6 +45,8 @@ NET = "token retention of {}, with the tokens of recovery charged"
 FAMILY = "cost of the family in one trunk, as a share of three runs of equal losses"
 FORECAST = "forecast of {}"
 PRIMARY = "does a grown plan beat the best fixed size at equal cost?"
+CALIBRATION = "share of ends inside the 90% intervals of growjax.advise"
+PICKED = "end of the size that growjax.advise picks, minus the lowest"
 PIECES = "runs of {} that are there"
 
 
@@ -59,6 +63,7 @@ def summarise(results: Path, lines: Sequence[Line], design: Design | None = None
     rows += _retentions(design, index)
     rows += _family(design, index)
     rows += _forecasts(design, index)
+    rows += _calibration(design, index)
     rows += _primary(design, index, arms)
     return rows
 
@@ -228,6 +233,37 @@ def _seen(
         return f"{seen:.4f} was seen"
     inside = interval[0] <= seen <= interval[1]
     return f"{seen:.4f} was seen, {'inside' if inside else 'outside'} the 90% interval"
+
+
+def _calibration(design: Design, index: Index) -> Iterator[Answer]:
+    """How `growjax.advise` does beyond its pilots, on seeds that it has not seen.
+
+    Pairs of seeds share ends, so that there is no interval.
+    """
+    checked = checks(design, index)
+    if not checked:
+        return
+    target, pilots = design.budgets[-1], {check.pilots for check in checked}
+    inside = sum(low <= check.seen <= high for check in checked for low, high in [check.interval])
+    words = f"pilots of one seed up to {budget_name(target / BEYOND)}, ends of the others"
+    yield _answer(
+        CALIBRATION,
+        inside / len(checked),
+        len(pilots),
+        f"{inside} of {len(checked)}: {words}",
+        budget_name(target),
+    )
+    above, names = [], []
+    for pair in dict.fromkeys((check.pilots, check.seed) for check in checked):
+        ends = [check for check in checked if (check.pilots, check.seed) == pair]
+        if len(ends) == len(design.shapes):
+            pick = min(ends, key=lambda check: check.forecast)
+            above.append(pick.seen - min(check.seen for check in ends))
+            names.append(str(pick.shape))
+    if above:
+        picks = ", ".join(f"{name} {names.count(name)} times" for name in dict.fromkeys(names))
+        verdict = f"{picks} of {len(names)}: {words}"
+        yield _answer(PICKED, statistics.fmean(above), len(pilots), verdict, budget_name(target))
 
 
 def _primary(design: Design, index: Index, arms: Sequence[Arm]) -> Iterator[Answer]:
