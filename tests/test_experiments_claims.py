@@ -71,7 +71,7 @@ def as_committed(again: Any, committed: Any) -> bool:
 
 
 def test_a_number_that_differs_is_not_as_committed():
-    row = next(row for row in summary("msg") if isinstance(row.estimate, float) and row.estimate)
+    row: Any = next(row for row in summary("msg") if isinstance(row.estimate, float))
     other: Any = dataclasses.replace(row, command="another")
     assert as_committed([row], [other]) and not as_committed([row], [])
     assert not as_committed(row, dataclasses.replace(other, estimate=row.estimate * (1 + 1e-6)))
