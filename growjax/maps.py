@@ -272,21 +272,16 @@ def _gather(source: np.ndarray, x: Array, dim: int, fresh: Any) -> Array:
 
 def _gather_traced(move: AxisMap, slot: Slot, x: Array, where: list[int]) -> Array:
     """Gather at run time; sub-networks list distinct coordinates in ascending order."""
-
-    def take(array, source, axis):
-        return jnp.take(
-            array, source, axis=axis, mode="clip", unique_indices=True, indices_are_sorted=True
-        )
-
+    take = functools.partial(jnp.take, mode="clip", unique_indices=True, indices_are_sorted=True)
     (dim,) = where
     if move.source.ndim == 1:
-        return take(x, move.source, dim)
+        return take(x, move.source, axis=dim)
     if slot.dims[0].role != "stack":
         raise SubnetError(
             f"{slot.path}: coordinates of {move.axis!r} differ layer by layer, but this leaf is shared "
             "by all layers; choose the same ones for every layer"
         )
-    return jax.vmap(lambda array, source: take(array, source, dim - 1))(x, move.source)
+    return jax.vmap(lambda array, source: take(array, source, axis=dim - 1))(x, move.source)
 
 
 # Fresh coordinates ---------------------------------------------------------------------------
@@ -315,7 +310,7 @@ class _Fresh(NamedTuple):
             return jnp.pad(x, more, constant_values=self.slot.start)
         if self.slot.kind == "buffer":
             return jnp.take(x, ids % x.shape[dim], axis=dim)
-        draws = jax.vmap(self._draw(x, [dim]))(jnp.asarray(ids))
+        draws = self._each(self._draw(x, [dim]), jnp.asarray(ids))
         return jnp.moveaxis(draws, 0, dim)
 
     def cells(self, x: Array, dims: list[int]) -> Array:
@@ -323,19 +318,24 @@ class _Fresh(NamedTuple):
 
         A slice along one of them would depend on the number of hops.
         """
-        index = jnp.arange(self.move.length)
-        draw = self._draw(x, dims)
-        draws = jax.vmap(lambda i: jax.vmap(lambda j: draw(i, j))(index))(index)
+        index, draw = jnp.arange(self.move.length), self._draw(x, dims)
+        draws = self._each(lambda i: jax.vmap(lambda j: draw(i, j))(index), index)
         return jnp.moveaxis(draws, (0, 1), dims)
+
+    def _each(self, draw: Callable, ids: Array) -> Array:
+        """The slices of some indices, in a loop: compilers are slow at draws that they fuse."""
+        return jax.vmap(draw)(ids) if self._is_constant else jax.lax.map(draw, ids)
+
+    @property
+    def _is_constant(self) -> bool:
+        born = self.move.init in ("born", "normal") and self.slot.init != "normal"
+        return born or self.move.init == "zeros"
 
     def _draw(self, x: Array, dims: list[int]) -> Callable:
         shape = tuple(n for i, n in enumerate(x.shape) if i not in dims)
         sizes = [self.move.length if i in dims else n for i, n in enumerate(x.shape)]
         init = _initialiser(self.move.init, self.slot, x, dims, sizes)
-        constant = self.move.init == "zeros" or (
-            self.move.init in ("born", "normal") and self.slot.init != "normal"
-        )
-        if constant:
+        if self._is_constant:
             return lambda *index: init(None, shape, x.dtype)
         if self.key is None:
             raise GrowthError("this operator draws new coordinates: pass key=jax.random.key(...)")

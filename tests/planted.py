@@ -59,8 +59,8 @@ TABLE = """
 - key = jax.random.fold_in(key, i)
 + key = jax.random.fold_in(key, 0)
 @ draws by position among the new | maps.py | maps | draw_depends
-- draws = jax.vmap(self._draw(x, [dim]))(jnp.asarray(ids))
-+ draws = jax.vmap(self._draw(x, [dim]))(jnp.arange(len(ids)))
+- draws = self._each(self._draw(x, [dim]), jnp.asarray(ids))
++ draws = self._each(self._draw(x, [dim]), jnp.arange(len(ids)))
 @ RoPE frequencies drawn | maps.py | growth | rotary_pairs and msg
 - if self.slot.kind == "buffer":
 + if self.slot.kind == "gate":

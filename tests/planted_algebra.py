@@ -302,4 +302,10 @@ TABLE = """
 @ shares beyond numbers are shares | plan/timing.py | probe | proportional_shares
 - if not np.all(shares > 0):
 + if np.any(shares < 0):
+@ draws of all slices at once | maps.py | draws | slice_at_a_time
+- return jax.vmap(draw)(ids) if self._is_constant else jax.lax.map(draw, ids)
++ return jax.vmap(draw)(ids)
+@ constants are drawn in a loop | maps.py | draws | slice_at_a_time
+- return jax.vmap(draw)(ids) if self._is_constant else jax.lax.map(draw, ids)
++ return jax.lax.map(draw, ids)
 """
