@@ -74,8 +74,11 @@ TABLE = """
 - across = math.gcd(data, slices), slices // math.gcd(data, slices)
 + across = slices // math.gcd(fsdp, slices), math.gcd(fsdp, slices)
 @ freed memory goes back to the system | programs/cache.py | programs_kept | used_again
-- return all([mallopt(-8, 1), mallopt(-3, 1 << 30), mallopt(-1, -1)])
-+ return all([mallopt(-8, 1), mallopt(-3, 1 << 20), mallopt(-1, 0)])
+- threshold and mallopt(-8, 1) and mallopt(-1, -1)
++ mallopt(-3, 1 << 20) and mallopt(-8, 1) and mallopt(-1, 0)
+@ half of the allocator's settings are made | programs/cache.py | programs_kept | half_of_the_settings
+- threshold and mallopt(-8, 1) and mallopt(-1, -1)
++ mallopt(-8, 1) and mallopt(-1, -1) and threshold
 @ the user's allocator is set up again | programs/cache.py | programs_kept | set_up_stays
 - if any(name.startswith(("GLIBC_TUNABLES", "MALLOC_")) for name in os.environ):
 + if "GLIBC_TUNABLES" in os.environ:

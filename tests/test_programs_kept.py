@@ -1,9 +1,11 @@
 """What `growjax train` compiles is there for the next session, and what it frees for the next step."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +97,25 @@ def test_freed_memory_is_used_again(monkeypatch):
     )
     before, kept, _, after = json.loads(done.stdout)
     assert kept and after < before / 10
+
+
+@pytest.mark.parametrize("most, kept", [(1 << 30, True), (1 << 25, True), (1 << 20, False)])
+def test_a_threshold_that_is_refused_leaves_no_half_of_the_settings(most, kept, monkeypatch):
+    """As by an older glibc, where the others would fix it at 128 KiB."""
+    made: list[int] = []
+
+    def mallopt(number: int, value: int) -> int:
+        taken = number != -3 or value <= most
+        made.extend([number] if taken else [])
+        return int(taken)
+
+    for name in [n for n in os.environ if n.startswith(("GLIBC_TUNABLES", "MALLOC_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(
+        "growjax.programs.cache.ctypes.CDLL", lambda _: types.SimpleNamespace(mallopt=mallopt)
+    )
+    assert keep_memory() == kept and made == ([-3, -8, -1] if kept else [])
 
 
 @pytest.mark.parametrize("name", ["GLIBC_TUNABLES", "MALLOC_ARENA_MAX"])

@@ -47,5 +47,8 @@ def keep_memory() -> bool:
     if mallopt is None:
         return False
     # By their numbers in malloc.h: one arena for all threads (M_ARENA_MAX), blocks below 1 GiB from it
-    # (M_MMAP_THRESHOLD), and no end of it returned (M_TRIM_THRESHOLD, as large as can be)
-    return all([mallopt(-8, 1), mallopt(-3, 1 << 30), mallopt(-1, -1)])
+    # (M_MMAP_THRESHOLD), and no end of it returned (M_TRIM_THRESHOLD, as large as can be). Before 2.35,
+    # glibc refuses a threshold above 32 MiB. Without one, the other two would fix it at 128 KiB, by which
+    # more pages are cleared than without any setting.
+    threshold = mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)
+    return bool(threshold and mallopt(-8, 1) and mallopt(-1, -1))
