@@ -382,10 +382,12 @@ def test_tensorboard_has_every_step_once_though_the_run_was_killed(tensorboard, 
     files, session = tensorboard
     stopped, finished = End(None, False, 1, 0.0, 0.0, step=3), End(None, True, 1, 0.0, 0.0, step=9)
     session(tmp_path, 0, 3, stopped)
+    closed = (tmp_path / "tensorboard" / "steps").read_text()
     # Two that were killed: the numbers of one were written, those of the other were not
     session(tmp_path, 3, 6)
     session(tmp_path, 5, 8)
     files.pop()
+    (tmp_path / "tensorboard" / "steps").write_text(closed)
     assert displayed(files) == [0, 1, 2, 3, 4, 5]
     session(tmp_path, 6, 9, finished)
     assert displayed(files) == list(range(9))
@@ -400,6 +402,17 @@ def test_a_tracker_that_begins_later_gets_what_was_before(tensorboard, tmp_path)
     list(watch([Begin(0, 0, None, 1), step(0), step(1)], plan(steps(9)), run=tmp_path))
     session(tmp_path, 2, 4, End(None, False, 1, 0.0, 0.0, step=4))
     assert files[0][0]["step"] == 0 and [e["step"] for e in files[0] if "summary" in e][-1] == 3
+
+
+def test_a_session_without_a_tracker_is_caught_up(tensorboard, tmp_path):
+    """Though it came to its end, and after one that had the tracker."""
+    files, session = tensorboard
+    ends = [End(None, False, 1, 0.0, 0.0, step=n) for n in range(10)]
+    session(tmp_path, 0, 3, ends[3])
+    without = [Begin(0, 3, "runs/first", 1), step(3, loss=3.0), step(4, loss=4.0), ends[5]]
+    list(watch(without, plan(steps(9)), run=tmp_path))
+    session(tmp_path, 5, 9, ends[9])
+    assert displayed(files) == list(range(9)) and files[-1][0]["step"] == 3
 
 
 def test_the_error_of_a_tracker_names_it(tensorboard, tmp_path, monkeypatch):

@@ -280,27 +280,14 @@ def read_journal(run: str | Path) -> list[dict[str, Any]]:
             # A session repeats everything from its first step on
             step, stage = row["step"], row["stage"]
             rows = [r for r in rows if r["kind"] == "end" or _stays(r, step, stage)]
-        if row["kind"] == "ended":
-            # A session that goes on from the last step of a stage may yield its end again
-            rows = [r for r in rows if r["kind"] != "ended" or r["stage"] != row["stage"]]
+        if row["kind"] in ("ended", "growth"):
+            # A session that goes on from the last step of a stage may yield its end again, and a line may
+            # have been copied
+            kind, stage = row["kind"], row["stage"]
+            rows = [r for r in rows if r["kind"] != kind or r["stage"] != stage]
         rows.append(row)
-    # A line may have been copied as well
     latest = {row["step"]: row for row in rows if row["kind"] == "step"}
     return [row for row in rows if row["kind"] != "step" or latest[row["step"]] is row]
-
-
-def last_closed(run: Path) -> int:
-    """The number of steps of a run up to which all sessions came to their ends, or stopped when asked.
-
-    0 without a journal. What a session that was killed had not written elsewhere may be lost.
-    """
-    closed = 0
-    for row in lines_of(run / NAME) if (run / NAME).exists() else ():
-        if row["kind"] == "begin" and "inherited" not in row:
-            closed = min(closed, row["step"])
-        if row["kind"] == "end":
-            closed = row["step"]
-    return closed
 
 
 def _stays(row: dict[str, Any], step: int, stage: int) -> bool:

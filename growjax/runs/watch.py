@@ -14,7 +14,7 @@ from rich.console import Console
 
 from growjax.errors import GrowjaxError, TrainingError
 from growjax.plan.plan import Plan
-from growjax.runs.journal import Journal, Rates, as_row, last_closed, read_journal
+from growjax.runs.journal import Journal, Rates, as_row, read_journal
 from growjax.runs.progress import Progress
 from growjax.runs.records import Begin, End, Ended, Record, Step
 from growjax.values import to_dict
@@ -55,9 +55,12 @@ class TensorBoard:
         self.summary = _library("tensorboardX.summary")
         self.messages = _library("tensorboardX.proto.event_pb2")
         self.writer: Any = None
+        self.steps = 0  # the last one written, and one
         self.flushed = time.monotonic()
-        # An earlier session that came to its end has closed its file
-        self.has = last_closed(run) if self.folder.exists() else 0
+        # Written when a session closes its file, after which nothing of it can be lost. The journal does
+        # not tell: sessions that had no tracker, or another one, are in it as well.
+        self.closed = self.folder / "steps"
+        self.has = _number_in(self.closed)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         if self.writer is None:
@@ -67,6 +70,7 @@ class TensorBoard:
             # From here on, this session repeats what an earlier one may have written
             log = self.messages.SessionLog
             self._add(step, session_log=log(status=log.START))
+        self.steps = step + 1
         for name, value in numbers.items():
             self._add(step, summary=self.summary.scalar(name, value))
         if time.monotonic() - self.flushed > _FLUSH:
@@ -79,6 +83,13 @@ class TensorBoard:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+            self.closed.write_text(f"{self.steps}\n")
+
+
+def _number_in(file: Path) -> int:
+    """The number that a file holds; 0 without the file, and for one that was cut off."""
+    text = file.read_text(errors="replace").strip() if file.is_file() else ""
+    return int(text) if text.isdecimal() else 0
 
 
 # What an id of W&B may not have
