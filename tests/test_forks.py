@@ -371,11 +371,11 @@ def test_the_command_line_forks_and_trains_trees(trunk, tmp_path, monkeypatch):
     folder, _ = trunk
     asked: list[tuple[Plan, Path, Options]] = []
 
-    def train_plan(of: Plan, run: Path, options: Options, **_: Any) -> int:
+    def trained(of: Plan, run: Path, options: Options, *_: Any) -> tuple[bool, str | None]:
         asked.append((of, run, options))
-        return 75 if of.name == "short" else 0
+        return (False, "SIGTERM") if of.name == "short" else (True, None)
 
-    monkeypatch.setattr(commands, "train_plan", train_plan)
+    monkeypatch.setattr(commands, "_trained", trained)
     console = Console(file=io.StringIO())
     options, named = Options(save_at=(1,)), f"{folder}@5"
     assert commands.train_plans([trunk_plan()], "r", options, fork=named, console=console) == 0

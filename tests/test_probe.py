@@ -1,26 +1,34 @@
 """When and how much to grow: laws, triggers, charges, and probes that choose among stages."""
 
 import dataclasses
+import io
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import growjax as gj
 from growjax import values
 from growjax.errors import PlanError, TrainingError
 from growjax.plan import mixing, plateau, proportional_shares, stacking_tokens
 from growjax.train import (
+    Begin,
     Decision,
     Options,
     Plan,
     Probe,
+    Saved,
     Schedule,
     Stage,
     Warmup,
     choose,
+    choosing,
+    commands,
     read_journal,
     train,
     watch,
@@ -229,6 +237,28 @@ def test_a_candidate_without_a_finite_loss_is_not_chosen(tmp_path):
     assert choose(PROBE, tmp_path / "one", nothing, options=OPTIONS) == decision
     with pytest.raises(TrainingError, match="of no candidate is finite"):
         choose(PROBE, tmp_path / "none", nothing, options=OPTIONS)
+
+
+@pytest.mark.parametrize("at", [Begin, Saved], ids=["as it begins", "as it ends"])
+def test_a_signal_stops_a_probe_with_the_status_of_a_run(tmp_path, cache, monkeypatch, at):
+    """Also one that comes when the trial is over, and nothing of it is left to stop."""
+    watched = choosing.watch
+
+    def signalled(*args: Any, **more: Any) -> Any:
+        for record in watched(*args, **more):
+            if isinstance(record, at) and record.step in (0, 5):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield record
+
+    monkeypatch.setattr(choosing, "watch", signalled)
+    monkeypatch.setattr(
+        commands, "choose", lambda probe, run, **more: choose(probe, run, feed, **more)
+    )
+    shown = io.StringIO()
+    to = Console(file=shown, width=200)
+    assert commands.choose_and_train(PROBE, tmp_path, OPTIONS, console=to) == commands.STOPPED
+    assert "stopped by SIGTERM during the trials" in shown.getvalue()
+    assert not (tmp_path / "1").exists() and not (tmp_path / "decision.json").exists()
 
 
 def test_a_trial_that_was_interrupted_goes_on_to_the_same_decision(tmp_path, decided, cache):

@@ -1,19 +1,22 @@
 """A run that is asked to stop saves and ends, whenever that is: Ctrl-C, SIGTERM, a closed terminal."""
 
 import contextlib
+import dataclasses
+import io
 import os
 import signal
 import time
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from growjax import train as trainer
 from growjax.programs.ahead import Ahead
 from growjax.runs import checkpoint
-from growjax.train import Begin, Options, Run, Saved, Step
+from growjax.train import Begin, End, Options, Plan, Run, Saved, Step, commands
 from growjax.train.stop import Stop
-from tests.runs import feed, same
+from tests.runs import feed, plan, same, steps
 
 
 train: Any = trainer.train  # tests know which record comes where; the checker does not
@@ -54,8 +57,30 @@ def test_a_run_that_is_over_stays_over(run, programs, tmp_path, monkeypatch):
         close(self)
 
     monkeypatch.setattr(Ahead, "close", closed)
-    *_, end = train(whole, feed(whole), run=tmp_path, cache=programs)
-    assert end.finished and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    records = train(whole, feed(whole), run=tmp_path, cache=programs)
+    *_, end = records
+    assert end.finished and records.signal == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_while_a_run_closes_keeps_the_next_from_starting(monkeypatch, tmp_path):
+    """In a tree of plans, where a run that is over is not all that there is to do."""
+    started: list[str] = []
+
+    class Over(list[End]):
+        signal = "SIGTERM"
+
+    def over(of: Plan, **_: Any) -> Over:
+        started.append(of.name)
+        return Over([End(None, True, 0, 0.0, 0.0)])
+
+    monkeypatch.setattr(commands, "train", over)
+    options, console = Options(), Console(file=io.StringIO())
+    plans = [dataclasses.replace(plan(steps(n)), name=str(n)) for n in (2, 3)]
+    assert commands.train_plans(plans, tmp_path, options, console=console) == commands.STOPPED
+    assert started == ["2"]
+    # After the last one there is nothing left
+    assert commands.train_plans(plans[:1], tmp_path, options, console=console) == 0
 
 
 def test_ctrl_c_while_a_checkpoint_is_read_is_not_lost(run, monkeypatch):

@@ -23,6 +23,17 @@ from growjax.train.options import Options
 from growjax.values import read, write
 
 
+class TrialStopped(TrainingError):
+    """A signal asked a trial to stop; the same call goes on.
+
+    - `signal`: its name, such as "SIGTERM"; None if the trial ended before its steps for another reason.
+    """
+
+    def __init__(self, message: str, signal: str | None):
+        super().__init__(message)
+        self.signal = signal
+
+
 def choose(
     probe: Probe,
     run: str | Path,
@@ -55,8 +66,8 @@ def choose(
     - `console`: where the progress of the trials is shown; None for no display.
     - `allow`: packages whose classes a decision that is read may use.
 
-    Raises `PlanError` if `run` holds the decision of another probe, `TrainingError` if a signal stops a
-    trial, and whatever training raises.
+    Raises `PlanError` if `run` holds the decision of another probe, `TrialStopped` if a signal stops a
+    trial or comes while one ends, and whatever training raises.
     """
     options, folder = options or Options(), Path(run)
     file = folder / "decision.json"
@@ -71,12 +82,18 @@ def choose(
         plan, trial = probe.trial(number, folder), Run(folder / str(number))
         if hosts.from_first(lambda trial=trial: _loss_after(trial, end)) is None:
             data = None if feed is None else feed(plan)
-            _train(plan, trial, data, end, _of_trial(options, probe.start, end), console, more)
-        loss = hosts.from_first(lambda trial=trial: _loss_after(trial, end))
-        if loss is None:
-            raise TrainingError(
-                f"{trial}: the trial was stopped before step {end}; the same call goes on"
+            signal = _train(
+                plan, trial, data, end, _of_trial(options, probe.start, end), console, more
             )
+            if signal is not None or hosts.from_first(
+                lambda trial=trial: _loss_after(trial, end) is None
+            ):
+                raise TrialStopped(
+                    f"{trial}: stopped by {signal or 'request'} during the trials; the same call goes on",
+                    signal,
+                )
+        loss = hosts.from_first(lambda trial=trial: _loss_after(trial, end))
+        assert loss is not None
         losses.append(loss if math.isfinite(loss) else None)
     chosen = lowest(losses)
     if chosen is None:
@@ -107,14 +124,16 @@ def _train(
     options: Options,
     console: Console | None,
     more: dict[str, Any],
-) -> None:
-    """Train a candidate up to the end of its trial, and save it there."""
+) -> str | None:
+    """Train a candidate up to the end of its trial, and save it there; returns the signal that came."""
     training = train(plan, feed, run=run.folder, options=options, **more)
     # Closing waits for the checkpoint that is being written
     with contextlib.closing(training):
         for record in watch(training, plan, run=run.folder, console=console):
             if isinstance(record, Saved) and record.step == end:
-                return
+                break
+    # One that came while the trial ended asks as much; all hosts go on, or none does
+    return hosts.from_first(lambda: training.signal)
 
 
 def _loss_after(run: Run, step: int) -> float | None:

@@ -18,12 +18,7 @@ from growjax.axes import axes_of, sizes
 from growjax.budget import MeasuredClock, Op, Timing, save_clock
 from growjax.certificate import Certificate, certify
 from growjax.cost import parameters
-from growjax.errors import (
-    BudgetError,
-    CheckpointError,
-    GrowthError,
-    PlanError,
-)
+from growjax.errors import BudgetError, CheckpointError, GrowthError, PlanError
 from growjax.forecast.calibration import calibrate
 from growjax.forecast.dryrun import dry_run
 from growjax.forecast.pod import chips, compile_for
@@ -42,13 +37,14 @@ from growjax.plan.probe import Probe
 from growjax.plan.stages import Fork
 from growjax.plan.worked import purpose_key
 from growjax.programs.step import Programs, checksums
+from growjax.runs import hosts
 from growjax.runs.checkpoint import load, numbered, read_lineage, write_whole
 from growjax.runs.feed import CorpusFeed
 from growjax.runs.lineage import births_of, load_model, model_of, operators_of, optimizer_of
 from growjax.runs.records import End
 from growjax.runs.run import Run, checkpoint_in
 from growjax.runs.watch import watch
-from growjax.train.choosing import choose
+from growjax.train.choosing import TrialStopped, choose
 from growjax.train.loop import train
 from growjax.train.options import Options
 from growjax.train.planfile import read_plan
@@ -148,10 +144,11 @@ def train_tree(
 ) -> int:
     """Train the plans of a tree in order; returns the exit status of the first that did not finish.
 
-    They share compiled programs.
+    They share compiled programs. A signal that comes while one of them closes, when it is finished,
+    keeps the next one from starting.
     """
     programs: dict[str, Any] = {}
-    for branch in tree:
+    for n, branch in enumerate(tree):
         if len(tree) > 1:
             console.print(f"plan {branch.plan.name}, into {branch.run}", markup=False)
         branch_options = dataclasses.replace(
@@ -159,17 +156,17 @@ def train_tree(
             evaluate_every=branch.plan.cost / max(evaluations, 1),
             save_at=(*options.save_at, *branch.save_at),
         )
-        status = train_plan(
-            branch.plan,
-            branch.run,
-            branch_options,
-            reference=reference,
-            trackers=trackers,
-            console=console,
-            programs=programs,
+        finished, signal = _trained(
+            branch.plan, branch.run, branch_options, reference, trackers, console, programs
         )
-        if status:
-            return status
+        if not finished:
+            return _status(signal)
+        # All hosts go on, or none does
+        if n + 1 < len(tree) and hosts.from_first(lambda signal=signal: signal):
+            console.print(
+                f"stopped by {signal or 'request'}. The same command goes on", markup=False
+            )
+            return _status(signal)
     return 0
 
 
@@ -188,7 +185,11 @@ def choose_and_train(
     """
     programs: dict[str, Any] = {}
     options = dataclasses.replace(options, evaluate_every=probe.plans[0].cost / max(evaluations, 1))
-    decision = choose(probe, run, options=options, console=console, cache=programs)
+    try:
+        decision = choose(probe, run, options=options, console=console, cache=programs)
+    except TrialStopped as stopped:
+        console.print(str(stopped), markup=False)
+        return _status(stopped.signal)
     unit = probe.plan.clock
     for n, (stage, loss, cost) in enumerate(
         zip(probe.candidates, decision.losses, probe.costs, strict=True)
@@ -232,14 +233,31 @@ def train_plan(
       the same command goes on.
     - `INTERRUPTED` (130): Ctrl-C. It is saved too, but a script should not start it again.
     """
+    finished, signal = _trained(plan, run, options, reference, trackers, console, programs)
+    return 0 if finished else _status(signal)
+
+
+def _trained(
+    plan: Plan,
+    run: str | Path,
+    options: Options,
+    reference: Any,
+    trackers: Sequence[str],
+    console: Console,
+    programs: dict[str, Any] | None,
+) -> tuple[bool, str | None]:
+    """Run a plan as `train_plan` does: whether it is finished, and the signal that asked it to stop."""
     records = train(plan, run=run, options=options, reference=reference, cache=programs)
     end = None
     for record in watch(records, plan, run=run, console=console, trackers=trackers):
         if isinstance(record, End):
             end = record
-    if end is None or end.finished:
-        return 0
-    return INTERRUPTED if end.signal == "SIGINT" else STOPPED
+    return end is None or end.finished, records.signal
+
+
+def _status(signal: str | None) -> int:
+    """The exit status of a run that a signal has stopped."""
+    return INTERRUPTED if signal == "SIGINT" else STOPPED
 
 
 def calibrate_plans(

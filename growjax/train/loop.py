@@ -29,9 +29,18 @@ class Training(Iterator[Record]):
     Closing it (or deleting it) ends the session, after a checkpoint that is being written is whole.
     """
 
-    def __init__(self, records: Callable[[Doing], Iterator[Record]]):
+    def __init__(self, records: Callable[["Training"], Iterator[Record]]):
         self.doing = Doing()
-        self._records: Any = records(self.doing)
+        self.stop: Stop | None = None  # from the first record on
+        self._records: Any = records(self)
+
+    @property
+    def signal(self) -> str | None:
+        """The name of the signal that asked this run to stop, or None.
+
+        It may have come when nothing was left to do. Whoever has more to do after this run stops then.
+        """
+        return None if self.stop is None else self.stop.signal
 
     def __next__(self) -> Record:
         return next(self._records)
@@ -79,7 +88,9 @@ def train(
 
     options = Options() if options is None else options
 
-    def records(doing: Doing) -> Iterator[Record]:
+    def records(training: Training) -> Iterator[Record]:
+        doing = training.doing
+
         def detail(progress: Progress) -> None:
             doing.detail = str(progress)
 
@@ -87,6 +98,7 @@ def train(
             # Signals are given back last: a run that is over stays so while its programs and its lock
             # are closed. A run that saves nothing has nothing to finish, and leaves them alone.
             stop = stack.enter_context(Stop(enabled=run is not None))
+            training.stop = stop
             programs = Programs.of(plan, plan.layout.mesh(devices), loss)
             current = plan
             if run is not None and plan.fork is not None:
