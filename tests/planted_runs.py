@@ -411,8 +411,8 @@ TABLE = """
 - self.recorded = set(resumed.ended)
 + self.recorded = {stage for stage, _ in self.plan.ends}
 @ the end of a stage is in the journal twice | runs/journal.py | triggers | session_after
-- if row["kind"] == "ended":
-+ if row["kind"] == "":
+- if row["kind"] in ("ended", "growth"):
++ if row["kind"] == "growth":
 @ a run that stops at its end forgets the end | train/session.py | triggers | stops_at_the_end
 - if self.step == self.span.start + self.span.steps:
 + if False:
@@ -466,7 +466,7 @@ TABLE = """
 @ a terminal that hangs up twice kills the run | train/stop.py | stop | terminal_that_is_closed
 - signal.SIG_IGN if other == _HANGUP else second
 + second
-@ an exit status depends on who reads | cli/__init__.py | commands | who_reads
+@ an exit status depends on who reads | cli/__init__.py | output | who_reads
 - except OSError:
 + except ZeroDivisionError:
 @ Ctrl-C is lost in Orbax | runs/checkpoint.py | stop | ctrl_c_while

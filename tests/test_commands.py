@@ -38,7 +38,7 @@ from growjax.runs.journal import Journal, peak_flops
 from growjax.runs.lineage import load_model
 from growjax.select import RhoLoss
 from growjax.train import CorpusFeed, Options, Run, Step, load_plan, read_journal, save_plan, watch
-from growjax.train.commands import INTERRUPTED, STOPPED, describe, grow_checkpoint, operator_of
+from growjax.train.commands import STOPPED, describe, grow_checkpoint, operator_of
 from growjax.train.planfile import read_plan
 from growjax.values import to_dict
 from tests.runs import every_kind, feed, plan, steps
@@ -78,6 +78,15 @@ def test_a_journal_has_every_step_once_whatever_happened(run):
     for row in steps:
         assert row["tokens_per_second"] > 0 and row["flops_per_second"] > 0
         assert "mfu" not in row  # nobody knows the peak of this machine
+
+
+def test_a_line_that_was_copied_counts_once(run, tmp_path):
+    lines = (run[1] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    rows = [row for row in read_journal(run[1]) if row["kind"] in ("step", "growth")]
+    for kind in ("step", "growth"):
+        doubled = [line * (2 if f'"kind": "{kind}"' in line else 1) for line in lines]
+        (tmp_path / "metrics.jsonl").write_text("".join(doubled))
+        assert [r for r in read_journal(tmp_path) if r["kind"] in ("step", "growth")] == rows
 
 
 def test_a_line_that_was_cut_off_is_not_a_record(run, tmp_path):
@@ -157,21 +166,6 @@ def test_hosts_that_were_asked_to_stop_leave_together(monkeypatch, hosts):
     monkeypatch.setattr(os, "_exit", done.append)
     main()
     assert done == ["together"] * hosts + [STOPPED]
-
-
-def test_an_exit_status_does_not_depend_on_who_reads(monkeypatch):
-    """As of `growjax train | tee log`, where Ctrl-C ends `tee` first."""
-    done: list[int] = []
-    reading, writing = os.pipe()
-    os.close(reading)
-    with open(writing, "w") as nobody:
-        nobody.write("stopped")
-        monkeypatch.setattr(sys, "argv", ["growjax", "train"])
-        monkeypatch.setattr(sys, "stdout", nobody)
-        monkeypatch.setattr(app, "cli", lambda **_: INTERRUPTED)
-        monkeypatch.setattr(os, "_exit", done.append)
-        main()
-        assert done == [INTERRUPTED]
 
 
 # Plans from files --------------------------------------------------------------------------------

@@ -2,10 +2,15 @@
 
 # ruff: noqa: E402 - `require` must run before the imports below, to name a package that is missing
 
+import _thread
+import contextlib
+import errno
 import os
 import re
 import sys
+import threading
 import warnings
+from typing import Any
 
 from growjax import __version__
 from growjax.errors import GrowjaxError
@@ -20,6 +25,9 @@ from growjax.cli.checkpoints import certify, evaluate, export, families, grow, i
 from growjax.cli.results import advise, compare, report
 from growjax.cli.training import calibrate, choose, demo, plan, prepare, sweep, train
 
+
+# The errors of a disk that is full, a terminal that was closed, and a reader that is gone
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EIO, errno.EPIPE)
 
 app = tyro.extras.SubcommandApp()
 # In the order of `growjax --help`
@@ -39,19 +47,25 @@ def main() -> None:
         return
     _reserve_threads()
     warnings.showwarning = _warn
+    sys.unraisablehook = _unraisable
     try:
         status = app.cli(
             prog="growjax",
             description="Grow Transformers while they train. `growjax --version` prints the version.",
         )
     except GrowjaxError as error:
-        message = f"growjax: {error}"
         if not _has_other_hosts():
-            sys.exit(message)
-        print(message, file=sys.stderr)
+            sys.exit(f"growjax: {error}")
+        _say(str(error))
+        status = 1
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        # Of the output itself, as in `growjax inspect RUN > FILE`: files that commands write are named
+        _say(f"{error.filename or 'the output'}: could not be written: {error.strerror}")
         status = 1
     except KeyboardInterrupt:
-        print("growjax: interrupted; all that was saved remains", file=sys.stderr)
+        _say("interrupted; all that was saved remains")
         status = 130
     else:
         if status and _has_other_hosts():
@@ -66,7 +80,26 @@ def main() -> None:
 
 def _warn(message: Warning | str, *_: object) -> None:
     """Print a warning as a message, without the line of code that gave it."""
-    print(f"growjax: warning: {message}", file=sys.stderr)
+    _say(f"warning: {message}")
+
+
+def _say(text: str) -> None:
+    """Print a message to where errors go; nobody may be there, as in `growjax train 2>&1 | head`."""
+    with contextlib.suppress(OSError):
+        print(f"growjax: {text}", file=sys.stderr, flush=True)
+
+
+def _unraisable(lost: Any) -> None:
+    """Press Ctrl-C again if it was lost: Python prints what a callback raises, and goes on.
+
+    JAX has a callback at every collection of garbage, and the first line of Python that runs after a
+    long call is often in it.
+    """
+    if lost.exc_type is KeyboardInterrupt:
+        # Later: what is raised before this returns is lost as well
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _reserve_threads() -> None:
@@ -92,6 +125,8 @@ def _has_other_hosts() -> bool:
 def _flush() -> None:
     """Write what is buffered; the exit status does not depend on a reader or terminal that is gone."""
     for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue  # closed from the start, as in `growjax train >&-`
         try:
             stream.flush()
         except OSError:
