@@ -315,18 +315,20 @@ def test_an_odd_lineage_is_a_typed_error_however_it_is_sealed(short, tmp_path_fa
     assert len(refused) > PLACES // 2 and any("it is missing" in text for text in refused)
 
 
+# The value of a field, the checkpoint's name with it, and what the run says
 OTHER = {
-    "stage": (7, "it is of stage 7, and the plan has 1"),
-    "step": (999, "it is before step 999, and stage 0 has steps 0 to 4"),
-    "seed": (5, "seed: was 5, is 0"),
+    "stage": (7, "00000004-07", "it is of stage 7, and the plan has 1"),
+    "step": (999, "00000999-00", "it is before step 999, and stage 0 has steps 0 to 4"),
+    "seed": (5, "00000004-00", "seed: was 5, is 0"),
 }
 
 
 @pytest.mark.parametrize("field", OTHER)
 def test_a_lineage_that_does_not_fit_the_plan_is_refused_by_the_run(copied, programs, field):
     of, folder, path = copied
-    value, words = OTHER[field]
+    value, name, words = OTHER[field]
     rewritten(path, lambda lineage: lineage.update({field: value}))
+    path.rename(path.with_name(name))
     with pytest.raises(CheckpointError, match=f"is of the run of another plan(.|\n)*{words}"):
         next(train(of, feed(of), run=folder, cache=programs))
 

@@ -20,6 +20,7 @@ from growjax.parallel import Layout
 from growjax.plan.prefix import fork_changes
 from growjax.runs.checkpoint import read_lineage
 from growjax.runs.fork import find_trunk
+from growjax.runs.lineage import load_model
 from growjax.runs.run import Run
 from growjax.train import (
     Fork,
@@ -238,7 +239,7 @@ def test_a_fork_that_fails_leaves_a_folder_that_the_corrected_one_takes(trunk, p
 
 
 def test_a_checkpoint_that_was_renamed_is_not_taken_for_another(trunk, programs, tmp_path):
-    """By a fork of its run, or by the run itself."""
+    """By a fork of its run, by the run itself, or by whoever reads its newest model."""
     shutil.copytree(trunk[0], tmp_path / "run")
     folder = Run(tmp_path / "run").checkpoints_folder
     (folder / "00000002-00").rename(folder / "00000004-01")
@@ -246,8 +247,14 @@ def test_a_checkpoint_that_was_renamed_is_not_taken_for_another(trunk, programs,
     with pytest.raises(CheckpointError, match="04-01 was renamed: .* call it 00000002-00 again"):
         find_trunk(forked)
     (folder / "00000008-01").rename(folder / "00000007-01")
-    with pytest.raises(CheckpointError, match="07-01 was renamed: it is of stage 1 before step 8"):
+    newest = "07-01 was renamed: it is of stage 1 before step 8"
+    with pytest.raises(CheckpointError, match=newest):
         run_of(trunk_plan(), tmp_path / "run", programs)
+    with pytest.raises(CheckpointError, match=newest):
+        load_model(tmp_path / "run")
+    # Outside of a run, a name says nothing
+    shutil.copytree(folder / "00000007-01", tmp_path / "00000001-00")
+    load_model(tmp_path / "00000001-00")
 
 
 def test_a_checkpoint_that_its_run_removes_is_not_called_damaged(trunk, tmp_path, monkeypatch):

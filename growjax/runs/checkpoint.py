@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 
 from growjax.errors import CheckpointError, DamagedError, raise_all
 from growjax.programs.step import checksums
-from growjax.runs.run import checkpoints_in, refuse_pattern, step_of
+from growjax.runs.run import Run, checkpoints_in, refuse_pattern, step_of
 from growjax.values.codec import seal_of
 
 
@@ -175,8 +175,8 @@ def write_whole(path: Path, state: Any, lineage: Mapping[str, Any]) -> None:
 def read_lineage(path: str | Path) -> dict[str, Any]:
     """The lineage of a checkpoint.
 
-    Raises `CheckpointError` if the folder is missing, and `DamagedError` if the checkpoint is not whole
-    or its lineage was edited.
+    Raises `CheckpointError` if the folder is missing, or has the name of another checkpoint of its run;
+    `DamagedError` if the checkpoint is not whole or its lineage was edited.
     """
     path = Path(path).absolute()
     if not path.is_dir():
@@ -201,17 +201,14 @@ def read_lineage(path: str | Path) -> dict[str, Any]:
     faults = list(lineage_faults(lineage))
     if faults:
         raise damaged(path, "its lineage is not valid", faults)
+    if path in Run(path.parent.parent).checkpoints():
+        step, stage = lineage["step"], lineage["stage"]
+        if step_of(path) != (step, stage):
+            raise CheckpointError(
+                f"{path} was renamed: it is of stage {stage} before step {step}, and would be taken for "
+                f"another; call it {step:08d}-{stage:02d} again"
+            )
     return lineage
-
-
-def refuse_renamed(path: Path, lineage: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` for a checkpoint of a run whose name is not that of its step and stage."""
-    step, stage = lineage["step"], lineage["stage"]
-    if step_of(path) != (step, stage):
-        raise CheckpointError(
-            f"{path} was renamed: it is of stage {stage} before step {step}, and would be taken for "
-            f"another; call it {step:08d}-{stage:02d} again"
-        )
 
 
 def _alone(do: Callable[[], Any]) -> Any:

@@ -12,7 +12,7 @@ from growjax.plan.prefix import fork_changes, fork_faults
 from growjax.plan.stages import Fork
 from growjax.programs.step import Programs
 from growjax.runs import hosts
-from growjax.runs.checkpoint import load, read_lineage, refuse_renamed
+from growjax.runs.checkpoint import load, read_lineage
 from growjax.runs.run import Run, step_of
 from growjax.runs.saves import Resumed
 
@@ -95,7 +95,6 @@ def find_trunk(plan: Plan) -> Trunk:
         faults = list(fork_faults(trunk, plan, *step_of(path)))
         if not faults:
             lineage = read_lineage(path)
-            refuse_renamed(path, lineage)
             return Trunk(path, lineage, tuple(fork_changes(trunk, plan, step_of(path)[0])))
         errors += [f"{path.name}: {fault}" for fault in faults]
     listed = "".join(f"\n  - {error}" for error in errors)

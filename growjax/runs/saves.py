@@ -21,7 +21,6 @@ from growjax.runs.checkpoint import (
     load,
     numbered,
     read_lineage,
-    refuse_renamed,
     set_aside,
 )
 from growjax.runs.lineage import digest_of
@@ -221,7 +220,6 @@ class Saves:
                 f"{path} is of the run of another plan: it is before step {lineage['step']}, and stage "
                 f"{span.index} has steps {span.start} to {span.start + span.steps}"
             )
-        refuse_renamed(path, lineage)
         state = load(path, programs.shapes(span.model), together=hosts.together)
         self.parent, self.start, self.fork = path.name, lineage["start"], lineage.get("fork")
         return Resumed(
