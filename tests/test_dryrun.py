@@ -17,8 +17,9 @@ from growjax.errors import LayoutError, PlanError, StateError
 from growjax.forecast import dryrun as module
 from growjax.forecast import pod
 from growjax.forecast.dryrun import amount, dry_run
-from growjax.forecast.memory import remedies, residual_bytes, usage
+from growjax.forecast.memory import remedies, usage
 from growjax.forecast.pod import GENERATIONS, chips, compile_for
+from growjax.forecast.residuals import residual_bytes
 from growjax.forecast.xla import xla_training_flops
 from growjax.models import BERTConfig, LlamaConfig, T5Config
 from growjax.plan.steps import step_flops

@@ -1,6 +1,7 @@
 """What a layout keeps for the gradient, and which named tensors of that in the host's memory."""
 
 import dataclasses
+import io
 from typing import Any
 
 import equinox as eqx
@@ -8,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import growjax as gj
 from growjax.errors import LayoutError
-from growjax.forecast.memory import cheapest, residual_bytes
+from growjax.forecast.dryrun import dry_run
+from growjax.forecast.memory import cheapest, usage
+from growjax.forecast.residuals import residual_bytes
 from growjax.models import GPT
 from growjax.parallel import Layout, remembering
 from growjax.plan.stages import Work
@@ -78,6 +82,28 @@ def test_each_name_sends_its_tensors_to_the_host():
     # Of attention, queries, keys and values; and its output with the logarithms of its sums
     assert counts == dict(zip(NAMES, (1, 3, 2, 1), strict=True))
     assert (sent(), sent(*NAMES)) == (0, 7)
+
+
+def test_what_the_host_keeps_is_not_counted_on_the_device():
+    """Per device: the inputs of layers, and then their queries, keys and values as well."""
+    of = {}
+    for offload in ((), ("layer inputs",), ("layer inputs", "attention inputs")):
+        layout = Layout(data=2, remat="attention", offload=offload)  # type: ignore[arg-type]
+        of[len(offload)] = plan(steps(1), layout=layout)
+    uses = {n: usage(run, 0, None, 2, training=True) for n, run in of.items()}
+    span = of[0].spans[0]
+    layers, embed = span.sizes["layers"], span.sizes["embed"]
+    tokens = span.batch // 2 * span.objective.length
+    one = 4 * layers * tokens * embed
+    heads = 4 * layers * tokens * SMALL.heads * SMALL.head_dim
+    assert [use.host for use in uses.values()] == [0, one, one + 3 * heads]
+    assert {use.residuals + use.host for use in uses.values()} == {uses[0].residuals}
+    (facts,) = dry_run(of[2], devices=2).stages
+    assert (facts.kept_bytes, facts.host_bytes) == (uses[2].residuals, uses[2].host)
+    assert dry_run(of[0], devices=2).stages[0].host_bytes is None
+    console = Console(width=100, file=io.StringIO())
+    console.print(dry_run(of[2], devices=2))
+    assert "in the host's memory" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_names_that_are_none_are_refused():

@@ -18,7 +18,7 @@ import pytest
 from growjax.cost import flops
 from growjax.data import Causal
 from growjax.errors import AxisError
-from growjax.forecast.memory import residual_bytes
+from growjax.forecast.residuals import residual_bytes
 from growjax.models import GPTConfig
 from growjax.nn import Attention, Mask, RelativeBias, attend
 from growjax.nn.place import Place, current, place_of, running_on

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from growjax.cost import parameters
 from growjax.errors import LayoutError, PlanError, raise_all
+from growjax.forecast.residuals import stored
 from growjax.forecast.xla import xla_training_flops
 from growjax.optim import Parts
 from growjax.parallel import per_device_bytes, row_axes, row_parts, unsplit
@@ -44,6 +45,8 @@ class StageFacts:
     - `rate`: the learning rates of its first and last step.
     - `parameter_bytes`, `optimizer_bytes`: bytes on the fullest device; None if the layout makes no mesh.
     - `growing_bytes`: bytes of the states before and after its growth, both in memory for a moment.
+    - `kept_bytes`, `host_bytes`: bytes that a step stores for the gradient, for one device: on it, and in
+      the host's memory; None unless the layout uses that memory.
     - `unsplit`: the parameters that every device holds whole although the layout splits parameters.
     - `fit_flops`, `fit_tokens`: those of the fit of its growth, which is part of `cost`, but not of
       `flops` and `tokens`.
@@ -74,6 +77,8 @@ class StageFacts:
     fit_flops: int = 0
     fit_tokens: int = 0
     until: str | None = None
+    kept_bytes: int | None = None
+    host_bytes: int | None = None
 
     @property
     def xla_ratio(self) -> float:
@@ -194,8 +199,11 @@ def _facts(plan: Plan, span: Span, full: int, mesh: Any) -> StageFacts:
     # The cost spent in the middle of the first and of the last step, where training takes their rates
     end = span.spent + sum(span.costs)
     first, last = span.spent + span.costs[0] / 2, end - span.costs[-1] / 2
-    state = growing = None
+    state = growing = kept = None
     if mesh is not None:
+        if plan.layout.uses_host:
+            works = dict.fromkeys(work for _, work in span.programs)
+            kept = [stored(plan, span, work.part, mesh) for work in works]
         state = _state_bytes(plan, span.model, mesh)
         if grow is not None:
             growing = sum(state) + sum(_state_bytes(plan, plan.model_before(span.index), mesh))
@@ -224,6 +232,8 @@ def _facts(plan: Plan, span: Span, full: int, mesh: Any) -> StageFacts:
         fit_flops=span.fit_flops,
         fit_tokens=span.fit_tokens,
         until=None if span.stage.until is None or span.stage.ended else str(span.stage.until),
+        kept_bytes=kept and max(use.device for use in kept),
+        host_bytes=kept and max(use.host for use in kept),
     )
 
 
@@ -320,6 +330,9 @@ def _rows(stages: Sequence[StageFacts], unit: str) -> Iterator[tuple[str, list[s
         yield row("model / device", lambda s: amount(s.parameter_bytes))
         yield row("optimizer / device", lambda s: amount(s.optimizer_bytes))
         yield row("while growing", lambda s: amount(s.growing_bytes))
+    if any(stage.host_bytes is not None for stage in stages):
+        yield row("for the gradient / device", lambda s: amount(s.kept_bytes))
+        yield row("  in the host's memory", lambda s: amount(s.host_bytes))
 
 
 def work_label(work: Work) -> str:

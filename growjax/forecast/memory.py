@@ -6,23 +6,15 @@ uses is assumed to stay the same.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import equinox as eqx
-import jax
-
-from growjax.axes import partition
-from growjax.data.objectives import batch_shapes
 from growjax.errors import GrowjaxError
 from growjax.forecast.dryrun import amount
+from growjax.forecast.residuals import stored
 from growjax.models import Model
-from growjax.nn.place import SHAPES, running_on
-from growjax.parallel import Layout, per_device_bytes, remembering, row_parts
-from growjax.plan.losses import Loss, cross_entropy
+from growjax.parallel import per_device_bytes, row_parts
 from growjax.plan.plan import Plan
-from growjax.plan.stages import Span
 from growjax.programs.ahead import Need
 from growjax.programs.step import Programs
 from growjax.subnet import Subnet
@@ -32,15 +24,17 @@ from growjax.subnet import Subnet
 # the state costs its communication, recomputation a third of the time; the others train another model
 _COSTS = ("accumulate", "fsdp", "model.remat", "layout.remat", "model.dtype", "batch")
 
-_PLAIN = Layout()
-
 
 class Use(NamedTuple):
-    """Bytes of one device: its state, the sums of gradients if they accumulate, and the residuals."""
+    """Bytes of one device: its state, the sums of gradients if they accumulate, and the residuals.
+
+    `host` are those of its residuals that are in the host's memory instead.
+    """
 
     state: int
     sums: int
     residuals: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -186,40 +180,7 @@ def usage(plan: Plan, index: int, part: Subnet | None, devices: int, *, training
     if not training:
         return Use(state, 0, 0)
     sums = per_device_bytes(shapes.trained, where.trained) if plan.accumulate > 1 else 0
-    rows = math.ceil(span.batch / plan.accumulate / row_parts(mesh))  # on one device, at a time
-    residuals = rows * residual_bytes(span, part, plan.loss, plan.layout)
-    return Use(state, sums, residuals // plan.layout.context)
-
-
-def residual_bytes(
-    span: Span, part: Subnet | None, loss: Loss = cross_entropy, layout: Layout = _PLAIN
-) -> int:
-    """Bytes that the forward pass of one sequence stores for the backward pass, without parameters.
-
-    Those that `layout` has in the host's memory are among them.
-    """
-    trained, rest = partition(span.model)
-    rows = batch_shapes(span.objective, 1)
-    stored_on_device = dataclasses.replace(layout, offload=())
-
-    def residuals(trained, rest, rows):
-        def loss_of(trained, rows):
-            model = eqx.combine(trained, rest)
-            model = model if part is None else part(model, key=jax.random.key(0), step=0)
-            model = remembering(model, stored_on_device)
-            losses, *_ = jax.vmap(lambda row: loss(model, row))(rows)
-            return losses.sum()
-
-        # The leaves of the pullback function are the residuals
-        return jax.vjp(loss_of, trained, rows)[1]
-
-    def nbytes(tree):
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-    with running_on(SHAPES):
-        stored = jax.eval_shape(residuals, trained, rest, rows)
-    # The parameters are among them, and part of the state
-    return max(nbytes(stored) - nbytes(trained), 0)
+    return Use(state, sums, *stored(plan, span, part, mesh))
 
 
 def _estimate(used: int, before: Use, after: Use) -> int:

@@ -91,7 +91,7 @@ class Compiled:
     - `collectives`: the number of collectives of each kind in the program, the body of a scan counted
       once. A reduce-scatter that overlaps with the product before it is a loop of collective-permutes.
     - `between_slices`: the number of arrays that it sends to other slices.
-    - `to_host`: the number of transfers to or from the host's memory.
+    - `to_host`: the number of transfers to or from the host's memory, of which it needs `host_memory` bytes.
     - `flops`, `bytes_accessed`, `optimal_seconds`: the compiler's own estimates, the body of a scan
       counted once; None where it has none.
     - `cycles`: by `growjax.forecast.cycles`, all iterations of a scan counted; None where it cannot.
@@ -108,6 +108,7 @@ class Compiled:
     collectives: dict[str, int] = dataclasses.field(default_factory=dict)
     between_slices: int = 0
     to_host: int = 0
+    host_memory: int = 0
     flops: float | None = None
     bytes_accessed: float | None = None
     optimal_seconds: float | None = None
@@ -390,6 +391,7 @@ def _compile(
         collectives=_collectives(text),
         between_slices=len(_BETWEEN.findall(text)),
         to_host=len(_HOST.findall(text)),
+        host_memory=sizes.host_temp_size_in_bytes,
         flops=_positive(costs, "flops"),
         bytes_accessed=_positive(costs, "bytes accessed"),
         optimal_seconds=_positive(costs, "optimal_seconds"),

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from growjax.errors import LayoutError
-from growjax.forecast.memory import residual_bytes
+from growjax.forecast.residuals import residual_bytes
 from growjax.parallel import per_device_bytes, row_parts
 from growjax.plan.plan import Plan
 from growjax.plan.stages import Span, Work

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from growjax.data import MLM, UL2, Causal, PrefixLM
+from growjax.forecast.dryrun import dry_run
 from growjax.forecast.pod import Compiled, compile_for
 from growjax.forecast.speed import Pace
 from growjax.models import BERTConfig, GPTConfig, LlamaConfig, T5Config
@@ -174,6 +175,20 @@ def test_what_is_kept_in_the_host_s_memory():
     # 16 sequences a chip of 4 layers: their inputs, and three times as much of queries, keys and values
     stream = 4 * 16 * 512 * 128 * 2
     assert memory["device"] - memory["tensors"] > 3 * stream, memory
+
+
+def test_the_estimate_of_what_the_host_keeps_is_the_compiler_s():
+    """Bytes of one chip, of a part of the names and of all."""
+    model = dataclasses.replace(GPT, layers=4)
+    # 16 sequences on a chip: of each of 4 layers its input, and its queries, keys and values
+    stream = 4 * 16 * 512 * 128 * 2
+    for count, names in ((1, ("layer inputs",)), (7, ("layer inputs", "attention inputs"))):
+        fields: dict[str, Any] = {"batch": 64, "objective": Causal(512), "model": model}
+        fields["layout"] = Layout(remat="attention", offload=names)  # type: ignore[arg-type]
+        step, _ = compiled("v5e:2x2", **fields)
+        of = Plan("offload", rate=Schedule(1e-3), stages=(Stage("only", tokens=1),), **fields)
+        (facts,) = dry_run(of, devices=4).stages
+        assert facts.host_bytes == step.host_memory == count * stream
 
 
 # Of the sizes that people train ----------------------------------------------------------------------
