@@ -118,10 +118,10 @@ TABLE = """
 @ every platform has the products of CPUs | nn/linear.py | products | for_a_tpu
 - if place is None or place.platform != "cpu" or place.mesh is not None or not on_one:
 + if place is None or place.mesh is not None or not on_one:
-@ what the host keeps is counted on the device | forecast/residuals.py | host_memory | not_counted_on_the_device
+@ the host's part is counted on the device | forecast/residuals.py | host_memory | host_keeps
 - device = nbytes(stored) - host - nbytes(
 + device = nbytes(stored) - nbytes(
-@ the host keeps what one sequence needs | forecast/residuals.py | host_memory | not_counted_on_the_device
+@ the host keeps what one sequence needs | forecast/residuals.py | host_memory | host_keeps
 - Residuals(*(rows * n // plan.layout.context for n in one))
 + Residuals(rows * one.device // plan.layout.context, one.host)
 """

@@ -84,7 +84,7 @@ def test_each_name_sends_its_tensors_to_the_host():
     assert (sent(), sent(*NAMES)) == (0, 7)
 
 
-def test_what_the_host_keeps_is_not_counted_on_the_device():
+def test_what_the_host_keeps_is_not_on_the_device():
     """Per device: the inputs of layers, and then their queries, keys and values as well."""
     of = {}
     for offload in ((), ("layer inputs",), ("layer inputs", "attention inputs")):

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from growjax.cost import parameters
 from growjax.errors import LayoutError, PlanError, raise_all
-from growjax.forecast.residuals import stored
+from growjax.forecast.residuals import Residuals, stored
 from growjax.forecast.xla import xla_training_flops
 from growjax.optim import Parts
 from growjax.parallel import per_device_bytes, row_axes, row_parts, unsplit
@@ -199,7 +199,8 @@ def _facts(plan: Plan, span: Span, full: int, mesh: Any) -> StageFacts:
     # The cost spent in the middle of the first and of the last step, where training takes their rates
     end = span.spent + sum(span.costs)
     first, last = span.spent + span.costs[0] / 2, end - span.costs[-1] / 2
-    state = growing = kept = None
+    state = growing = None
+    kept: list[Residuals] = []
     if mesh is not None:
         if plan.layout.uses_host:
             works = dict.fromkeys(work for _, work in span.programs)
@@ -232,8 +233,8 @@ def _facts(plan: Plan, span: Span, full: int, mesh: Any) -> StageFacts:
         fit_flops=span.fit_flops,
         fit_tokens=span.fit_tokens,
         until=None if span.stage.until is None or span.stage.ended else str(span.stage.until),
-        kept_bytes=kept and max(use.device for use in kept),
-        host_bytes=kept and max(use.host for use in kept),
+        kept_bytes=max((use.device for use in kept), default=None),
+        host_bytes=max((use.host for use in kept), default=None),
     )
 
 

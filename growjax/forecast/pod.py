@@ -91,7 +91,8 @@ class Compiled:
     - `collectives`: the number of collectives of each kind in the program, the body of a scan counted
       once. A reduce-scatter that overlaps with the product before it is a loop of collective-permutes.
     - `between_slices`: the number of arrays that it sends to other slices.
-    - `to_host`: the number of transfers to or from the host's memory, of which it needs `host_memory` bytes.
+    - `to_host`: the number of transfers to or from the host's memory.
+    - `host_memory`: the bytes of the host's memory that it needs.
     - `flops`, `bytes_accessed`, `optimal_seconds`: the compiler's own estimates, the body of a scan
       counted once; None where it has none.
     - `cycles`: by `growjax.forecast.cycles`, all iterations of a scan counted; None where it cannot.
