@@ -378,7 +378,8 @@ def advise(
     - `sizes`: those that a plan may have. Those far from the sizes of the ends are extrapolated.
     - `budget`: in the unit of the sizes' `token_cost`.
     - `retention`: rho of each pilot that grew; their mean is used for the search, and one is drawn for
-      every draw of the law. Without pilots it is 0: the loss is the state.
+      every draw of the law. Without pilots it is 0: the loss is the state. A growth whose pilots kept
+      less than nothing ends higher than any forecast: leave it out (`growable`).
     - `latest`, `factor`: the last share of the cost at which a plan may grow, and the most times by which
       its parameters may: give those of the pilots that measured rho, which says nothing of others.
     - `growable`: of two sizes, whether the first can grow into the second; all can by default.

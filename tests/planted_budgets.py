@@ -179,4 +179,10 @@ TABLE = """
 @ fits of candidates are free | plan/probe.py | fits | candidate_is_part
 - span.fit_cost + sum(span.costs[: self.steps])
 + sum(span.costs[: self.steps])
+@ a growth that lost everything is advised | report/pilots.py | pilots | more_than_all
+- growths.keys() - left_out
++ growths.keys()
+@ its pilots count for other growths | report/pilots.py | pilots | more_than_all
+- if mean < LOST}
++ if mean < 100 * LOST}
 """

@@ -13,7 +13,6 @@ from experiments import study
 from experiments.frontier.analysis import (
     Index,
     Parabola,
-    checks,
     chosen,
     family_share,
     first_below,
@@ -21,6 +20,7 @@ from experiments.frontier.analysis import (
     retention,
     rho,
 )
+from experiments.frontier.calibration import Calibration
 from experiments.frontier.design import (
     DECAY,
     DESIGNS,
@@ -34,7 +34,7 @@ from experiments.frontier.design import (
 )
 from experiments.frontier.report import page
 from experiments.frontier.run import run
-from experiments.frontier.summary import CALIBRATION, PICKED, PRIMARY, summarise
+from experiments.frontier.summary import PRIMARY, summarise
 from experiments.frontier.tree import Member, Shared, budget_name, members, pilots
 from experiments.frontier.tuning import losses_of, neighbours, search, settled, trial_name
 from experiments.study import Line, read
@@ -373,38 +373,11 @@ def test_held_out_runs_are_of_the_seeds_that_are_asked_for(tmp_path, monkeypatch
         run("small", out=tmp_path, seed=(0, 99))
 
 
-@pytest.mark.parametrize("shift, least, most", [(0.0, 27, 36), (0.5, 0, 0)])
-def test_advice_is_checked_at_four_times_its_pilots_on_other_seeds(shift, least, most, monkeypatch):
-    """Against ends of a law with an error of each run; `shift` is that of ends at the largest budget."""
-    monkeypatch.setattr("experiments.frontier.analysis.DRAWS", 20)
-    rng = np.random.default_rng(0)
-
-    def end(shape: Shape, budget: float, seed: int) -> Line:
-        tokens = SMALL.tokens(shape, budget)
-        loss = 1.2 + 40 / SMALL.parameters(shape) ** 0.4 + 90 / tokens**0.35
-        # Pilots are of 8x at most, so that nothing may depend on the ends at 16x
-        loss += 3.0 * (budget == 16) + shift * (budget == 32) + 0.004 * rng.normal()
-        return run_line(fixed_name(shape), budget, seed, loss, tokens)
-
-    lines = [
-        end(s, b, seed) for s in SMALL.shapes for b in SMALL.budgets_of(s) for seed in range(3)
-    ]
-    checked = checks(SMALL, Index(lines))
-    assert len(checked) == 36 and all(check.pilots != check.seed for check in checked)
-    assert all(abs(check.seen - shift - check.forecast) < 0.06 for check in checked)
-    held = sum(low <= c.seen <= high for c in checked for low, high in [c.interval])
-    assert least <= held <= most
-    rows = select(summarise(Path("nowhere/small.jsonl"), lines), Answer)
-    (row,) = (row for row in rows if row.question == CALIBRATION)
-    assert row.estimate == held / 36 and row.verdict.startswith(f"{held} of 36: pilots of one seed")
-    (row,) = (row for row in rows if row.question == PICKED)
-    assert row.estimate is not None and 0 <= row.estimate < 0.02 and "times of 6" in row.verdict
-    assert not checks(SMALL, Index(lines[:5]))
-
-
 @pytest.mark.parametrize("gain, message", [(0.3, "yes"), (-0.3, "no"), (None, "not run yet")])
 def test_the_primary_question_is_answered_on_fresh_seeds(tmp_path, gain, message, monkeypatch):
-    monkeypatch.setattr("experiments.frontier.summary.checks", lambda *_: [])  # takes seconds
+    monkeypatch.setattr(
+        "experiments.frontier.summary.calibration", lambda *_: Calibration([], [], [])
+    )
     lines = [*fixed_lines(), *pilot_lines(0.02)]
     rng = np.random.default_rng(0)
     file = WindowFile(tmp_path / "small.jsonl")

@@ -16,7 +16,7 @@ from growjax.cost import parameters
 from growjax.errors import BudgetError
 from growjax.plan.files import load_plan, save_plan
 from growjax.report import advised as page
-from growjax.report.pilots import Family, Pilot, family, pilots, read_advice
+from growjax.report.pilots import Advised, Family, Pilot, family, pilots, read_advice
 from growjax.report.runs import read_run
 from growjax.train import Options
 from tests.runs import SMALL, plan, plan_file, steps
@@ -129,6 +129,35 @@ def test_pilots_say_what_their_ends_do(file, tmp_path):
         predicted(law, whole.legs, 1.0), rel=1e-3
     )
     assert whole.legs[0].share <= 0.6
+
+
+def test_a_growth_that_loses_more_than_all_tokens_is_in_no_plan(file, tmp_path):
+    """It ends above what is forecast of a retention of 0, by as much as nothing measures."""
+    of = family(file, ["model.layers=1,2,4"])
+    four = "model.layers=4"
+    budget = cost(file, 10**4)
+    made = pilots(of, [budget / n for n in (16, 8, 4)], [0.5], [0, 1])
+    law = Law(1.2, 3000.0, 0.9, 400.0, 0.45)
+
+    def answer(first: float, second: float) -> Advised:
+        kept = {(ONE, TWO): first, (TWO, four): second}
+        runs = [Ended(pilot, law, of, kept.get(pilot.sizes, 0.0)) for pilot in made]  # type: ignore[call-overload]
+        return read_advice(of, made, runs, budget, draws=5)  # type: ignore[arg-type]
+
+    def names(advised: Advised) -> list[str]:
+        return [leg.size.name for leg in advised.advice.legs]
+
+    assert names(answer(0.9, 0.9))[:2] == [ONE, TWO] and not answer(0.9, 0.9).left_out
+    lost = answer(-0.3, 0.9)
+    assert lost.left_out == {(ONE, TWO): pytest.approx(-0.3, abs=0.05)}
+    # Its pilots say nothing of the other growth
+    assert lost.retention == pytest.approx((0.9, 0.9), abs=0.05) and names(lost) == [TWO, four]
+    sentences = page._answer(lost, "FLOPs", tmp_path)
+    assert "lost more than all tokens" in sentences[1] and "kept -0.3" in sentences[1]
+    assert "kept 0.9" in sentences[2] and "in 2 of 2 pilots" in sentences[2]
+    none = answer(-0.3, -0.3)
+    assert len(none.left_out) == 2 and none.retention == (0.0,) and len(names(none)) == 1
+    assert not any("0 was assumed" in text for text in page._answer(none, "FLOPs", tmp_path))
 
 
 class Ended:

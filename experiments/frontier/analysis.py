@@ -22,7 +22,6 @@ from experiments.frontier.design import (
 )
 from experiments.frontier.tree import budget_name
 from experiments.study import Line
-from growjax.advise import Ending, drawn, fit
 
 
 Curve = list[tuple[float, float]]
@@ -306,57 +305,3 @@ def chosen(design: Design, index: Index) -> list[Forecast] | None:
     # At an edge there is one neighbour, and the next one after it
     first = min(max(best - 1, 0), max(len(order) - 3, 0))
     return [*(fixed[shape] for shape in order[first : first + 3]), min(grown, key=lambda f: f.loss)]
-
-
-# Calibration of advice ----------------------------------------------------------------------------
-
-# How far beyond the largest budget of its pilots advice is asked for, and from how many drawn laws
-BEYOND, DRAWS = 4, 100
-
-
-class Check(NamedTuple):
-    """The decayed end of a size, and what `growjax.advise` forecast for it (a 90% interval, and a loss).
-
-    `pilots` is the seed of the pilots, `seed` that of the end.
-    """
-
-    shape: Shape
-    pilots: int
-    seed: int
-    interval: tuple[float, float]
-    forecast: float
-    seen: float
-
-
-def checks(design: Design, index: Index) -> list[Check]:
-    """Every fixed size at the largest budget, forecast from one seed's ends at a fourth of it or less.
-
-    Each seed's ends are the pilots for the other seeds, which the forecast has not seen.
-    """
-    target, checked = design.budgets[-1], list[Check]()
-    for pilots in design.seeds:
-        ends = [
-            (shape, index.line(fixed_name(shape), budget, pilots))
-            for shape in design.shapes
-            for budget in design.budgets_of(shape)
-            if BEYOND * budget <= target
-        ]
-        endings = [
-            Ending(design.parameters(shape), line["tokens"], line["score"], pilots)
-            for shape, line in ends
-            if line is not None
-        ]
-        if len(endings) < len(ends) or len({e.tokens for e in endings}) < 3:
-            continue
-        law = fit(endings)
-        laws = [law, *drawn(endings, law, DRAWS)]
-        for shape in design.shapes:
-            place = design.parameters(shape), design.tokens(shape, target)
-            first, *losses = (float(each.loss(*place)) for each in laws)
-            low, high = np.quantile(losses, [0.05, 0.95]).tolist()
-            for seed in design.seeds:
-                line = index.line(fixed_name(shape), target, seed)
-                if line is not None and seed != pilots:
-                    seen = line["score"]
-                    checked.append(Check(shape, pilots, seed, (low, high), first, seen))
-    return checked

@@ -7,6 +7,8 @@ from experiments.frontier.design import DESIGNS, Design
 from experiments.frontier.summary import (
     CALIBRATION,
     FAMILY,
+    GROWN,
+    LEFT,
     PICKED,
     PIECES,
     PRIMARY,
@@ -58,6 +60,8 @@ def page(
         ("The family", FAMILY[:18]),
         ("Forecasts at the held-out budget", "forecast"),
         ("The calibration of growjax.advise", CALIBRATION),
+        ("The calibration of growjax.advise for plans that grow", GROWN),
+        ("The growths that growjax.advise leaves out", LEFT),
         ("The size that growjax.advise picks", PICKED),
         ("All ends", "held-out nats"),
     ):

@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from experiments.frontier.analysis import (
-    BEYOND,
     Forecast,
     Index,
     Retention,
-    checks,
     chosen,
     family_share,
     forecasts,
     retention,
     rho,
 )
+from experiments.frontier.calibration import BEYOND, Check, calibration
 from experiments.frontier.design import (
     DESIGNS,
     WORKLOAD,
@@ -46,6 +45,10 @@ FAMILY = "cost of the family in one trunk, as a share of three runs of equal los
 FORECAST = "forecast of {}"
 PRIMARY = "does a grown plan beat the best fixed size at equal cost?"
 CALIBRATION = "share of ends inside the 90% intervals of growjax.advise"
+GROWN = "share of ends of plans that grow inside the 90% intervals of growjax.advise"
+LEFT = (
+    "end of the lowest of the growths that growjax.advise leaves out, minus the lowest fixed size"
+)
 PICKED = "end of the size that growjax.advise picks, minus the lowest"
 PIECES = "runs of {} that are there"
 
@@ -240,30 +243,68 @@ def _calibration(design: Design, index: Index) -> Iterator[Answer]:
 
     Pairs of seeds share ends, so that there is no interval.
     """
-    checked = checks(design, index)
-    if not checked:
-        return
-    target, pilots = design.budgets[-1], {check.pilots for check in checked}
-    inside = sum(low <= check.seen <= high for check in checked for low, high in [check.interval])
+    fixed, grown, left_out = calibration(design, index)
+    target = design.budgets[-1]
     words = f"pilots of one seed up to {budget_name(target / BEYOND)}, ends of the others"
-    yield _answer(
-        CALIBRATION,
-        inside / len(checked),
-        len(pilots),
-        f"{inside} of {len(checked)}: {words}",
-        budget_name(target),
-    )
+    for question, checked in ((CALIBRATION, fixed), (GROWN, grown)):
+        if checked:
+            inside = sum(
+                low <= check.seen <= high for check in checked for low, high in [check.interval]
+            )
+            verdict = f"{inside} of {len(checked)}: {words}"
+            yield _of(question, inside / len(checked), checked, verdict, target)
     above, names = [], []
-    for pair in dict.fromkeys((check.pilots, check.seed) for check in checked):
-        ends = [check for check in checked if (check.pilots, check.seed) == pair]
+    for pair in dict.fromkeys((check.pilots, check.seed) for check in fixed):
+        ends = [check for check in fixed if (check.pilots, check.seed) == pair]
         if len(ends) == len(design.shapes):
             pick = min(ends, key=lambda check: check.forecast)
             above.append(pick.seen - min(check.seen for check in ends))
-            names.append(str(pick.shape))
+            names.append(pick.arm.removeprefix("fixed-"))
     if above:
         picks = ", ".join(f"{name} {names.count(name)} times" for name in dict.fromkeys(names))
         verdict = f"{picks} of {len(names)}: {words}"
-        yield _answer(PICKED, statistics.fmean(above), len(pilots), verdict, budget_name(target))
+        yield _of(PICKED, statistics.fmean(above), fixed, verdict, target)
+    if left_out:
+        yield from _left_out(design, index, left_out)
+
+
+def _of(
+    question: str, estimate: float, checked: Sequence[Check], verdict: str, budget: float
+) -> Answer:
+    seeds = len({check.pilots for check in checked})
+    return _answer(question, estimate, seeds, verdict, budget_name(budget))
+
+
+def _left_out(design: Design, index: Index, growths: Sequence[str]) -> Iterator[Answer]:
+    """Whether leaving out such growths lost anything: where they end, of every seed that has run them."""
+    target = design.budgets[-1]
+    above = [
+        line["score"] - min(fixed)
+        for growing in design.growings
+        if str(growing) in growths
+        for time in design.times
+        for seed in design.seeds
+        for line in [index.line(pilot_name(growing, time), target, seed)]
+        for fixed in [_fixed_ends(design, index, target, seed)]
+        if line is not None and len(fixed) == len(design.shapes)
+    ]
+    if above:
+        names = ", ".join(
+            f"{name} by the pilots of {growths.count(name)} seeds"
+            for name in dict.fromkeys(growths)
+        )
+        yield _answer(
+            LEFT,
+            min(above),
+            len(design.seeds),
+            f"{len(above)} ends, {sum(x > 0 for x in above)} above the lowest fixed size: {names}",
+            budget_name(target),
+        )
+
+
+def _fixed_ends(design: Design, index: Index, budget: float, seed: int) -> list[float]:
+    lines = [index.line(fixed_name(shape), budget, seed) for shape in design.shapes]
+    return [line["score"] for line in lines if line is not None]
 
 
 def _primary(design: Design, index: Index, arms: Sequence[Arm]) -> Iterator[Answer]:

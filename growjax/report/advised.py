@@ -128,21 +128,31 @@ _CAPTION = (
 def _answer(advised: Advised, unit: str, plan: Path) -> list[str]:
     """The advice, the retentions and cost it rests on, and the command that trains the plan."""
     advice = advised.advice
-    every = [rho for growth in advised.growths for rho in growth.retentions]
+    every = [
+        rho
+        for growth in advised.growths
+        if (growth.small, growth.large) not in advised.left_out
+        for rho in growth.retentions
+    ]
     known = [rho for rho in every if rho is not None]
+    retained = [
+        f"Growing {small} into {large} lost more than all tokens of the smaller size in its pilots "
+        f"(it kept {mean:.2f} of them on average), and no plan has it."
+        for (small, large), mean in advised.left_out.items()
+    ]
     if known:
-        retained = (
+        retained.append(
             f"Pilots that grew kept {statistics.fmean(advised.retention):.2f} of the tokens of their "
             f"smaller size ({min(known):.2f} to {max(known):.2f} in {len(known)} of {len(every)} pilots)."
         )
-    else:
-        retained = (
+    elif every:
+        retained.append(
             f"Token retention is unknown of all {len(every)} pilots that grew, and 0 was assumed."
         )
     share = advised.cost / advice.budget
     return [
         f"{advice}.",
-        retained,
+        *retained,
         f"The pilots cost {advised.cost:.4g} {unit}, {share:.2f} of the budget of {advice.budget:.4g}.",
         f"To train it: growjax train {shlex.quote(str(plan))} --run RUN{allow_option()}",
     ]
@@ -178,7 +188,7 @@ def _tables(advised: Advised) -> list[Table]:
     columns = ("growth", "at", "loss (nats)", "the large size alone", "token retention")
     caption = (
         "All cost the same, and grow at a share of it. Token retention is given for each seed; what is "
-        "outside of 0 to 1 is taken as 0 or 1."
+        "outside of 0 to 1 is taken as 0 or 1, and a growth that is below 0 on average is left out."
     )
     tables = [fixed, Table("Pilots that grow", columns, cells, caption)]
     if len(advised.advice.legs) > 1:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,11 @@ from growjax.report.arms import fixed_size
 from growjax.report.runs import Trained
 from growjax.report.sweep import combinations
 from growjax.train.commands import operator_of
+
+
+# A growth whose pilots keep less than this on average lost more than the tokens of its smaller size: it
+# did worse than the loss that it grew at. What is a little below 0 is noise.
+LOST = -0.05
 
 
 class Pilot(NamedTuple):
@@ -166,8 +172,11 @@ class Advised:
 
     - `advice`, `law`, `sizes`: see `growjax.advise`.
     - `ends`: the decayed ends by size.
-    - `growths`: the pilots that grew; `retention`: their known retentions, clipped to 0 to 1, or a single
-      0 if none is known.
+    - `growths`: the pilots that grew.
+    - `left_out`: the mean retention of each growth whose pilots lost more than all tokens of the smaller
+      size, by the names of its sizes. No law forecasts where such a growth ends, so no plan has it.
+    - `retention`: the known retentions of the other growths, at least 0 and at most 1; a single 0 if none
+      is known.
     - `cost`: the cost of all pilots together, in the clock's unit.
     """
 
@@ -176,6 +185,7 @@ class Advised:
     sizes: tuple[Size, ...]
     ends: Mapping[str, tuple[Ending, ...]]
     growths: tuple[Growth, ...]
+    left_out: Mapping[tuple[str, str], float]
     retention: tuple[float, ...]
     cost: float
 
@@ -218,9 +228,14 @@ def read_advice(
         )
         for (small, large, time), results in grown.items()
     )
-    known = [rho for growth in growths for rho in growth.retentions if rho is not None]
-    # Beyond 0 and 1 a measured retention is noise
-    retention = tuple(min(max(rho, 0.0), 1.0) for rho in known) or (0.0,)
+    kept: dict[tuple[str, str], list[float]] = {}
+    for growth in growths:
+        known = [rho for rho in growth.retentions if rho is not None]
+        kept.setdefault((growth.small, growth.large), []).extend(known)
+    means = {pair: statistics.fmean(some) for pair, some in kept.items() if some}
+    left_out = {pair: mean for pair, mean in means.items() if mean < LOST}
+    measured = {pair: some for pair, some in kept.items() if pair not in left_out}
+    retention = plausible([rho for some in measured.values() for rho in some])
     every = tuple(choices.size(name) for name in choices.fixed)
     advice = advise_from(
         endings,
@@ -228,13 +243,21 @@ def read_advice(
         budget,
         retention=retention,
         latest=max(growth.time for growth in growths),
-        factor=max(choices.parameters(g.large) / choices.parameters(g.small) for g in growths),
-        growable=lambda small, large: (small.name, large.name) in choices.growths,
+        factor=max(
+            (choices.parameters(large) / choices.parameters(small) for small, large in measured),
+            default=1.0,
+        ),
+        growable=lambda small, large: (small.name, large.name) in choices.growths.keys() - left_out,
         margin=margin,
         draws=draws,
     )
     by_size = {name: tuple(some) for name, some in ends.items()}
-    return Advised(advice, law, every, by_size, growths, retention, cost)
+    return Advised(advice, law, every, by_size, growths, left_out, retention, cost)
+
+
+def plausible(known: Sequence[float]) -> tuple[float, ...]:
+    """Retentions for `growjax.advise`: beyond 0 and 1 they are noise. A single 0 if none is known."""
+    return tuple(min(max(rho, 0.0), 1.0) for rho in known) or (0.0,)
 
 
 def _legs(choices: Family, plan: Plan) -> list[Leg]:
