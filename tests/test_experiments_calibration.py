@@ -8,15 +8,19 @@ import pytest
 
 from experiments.frontier.analysis import Index
 from experiments.frontier.calibration import calibration
-from experiments.frontier.design import DESIGNS, Shape, fixed_name, pilot_name
-from experiments.frontier.summary import CALIBRATION, GROWN, LEFT, PICKED, summarise
-from experiments.study import Line
+from experiments.frontier.design import DESIGNS, Design, Shape, fixed_name, pilot_name
+from experiments.frontier.report import page
+from experiments.frontier.run import run
+from experiments.frontier.summary import CALIBRATION, GROWN, LEFT, PICKED, PRIMARY, summarise
+from experiments.frontier.tuning import settled
+from experiments.study import Line, read
 from growjax.advise import Law, Leg, Size, predicted
 from growjax.report.rows import Answer, select
 from tests.test_experiments_frontier import run_line
 
 
-SMALL = DESIGNS["small"]
+SMALL, ELSEWHERE = DESIGNS["small"], DESIGNS["elsewhere"]
+RESULTS = Path(__file__).parents[1] / "experiments" / "frontier" / "results"
 
 
 @pytest.fixture(autouse=True)
@@ -77,13 +81,13 @@ def grown_lines(rho: dict[str, float]) -> Iterator[Line]:
                     yield run_line(name, budget, seed, end, 1.0, fixed=False, piece="pilots")
 
 
-def fixed_lines() -> Iterator[Line]:
+def fixed_lines(design: Design = SMALL) -> Iterator[Line]:
     rng = np.random.default_rng(2)
-    for shape in SMALL.shapes:
-        for budget in SMALL.budgets_of(shape):
-            tokens = SMALL.tokens(shape, budget)
-            loss = float(LAW.loss(SMALL.parameters(shape), tokens))
-            for seed in SMALL.seeds:
+    for shape in design.shapes:
+        for budget in design.budgets_of(shape):
+            tokens = design.tokens(shape, budget)
+            loss = float(LAW.loss(design.parameters(shape), tokens))
+            for seed in design.seeds:
                 yield run_line(fixed_name(shape), budget, seed, loss + 0.002 * rng.normal(), tokens)
 
 
@@ -114,3 +118,34 @@ def test_plans_that_grow_are_forecast_by_the_retention_of_their_pilots():
     count = sum(x > 0 for x in above)
     assert row.verdict.startswith(f"{len(ends)} ends, {count} above the lowest fixed size: msg")
     assert "by the pilots of 3 seeds" in row.verdict
+
+
+# Another text -------------------------------------------------------------------------------------
+
+
+def test_the_settings_on_another_text_are_those_of_the_ledger():
+    tuned = settled(SMALL, read(RESULTS / "small.jsonl"))
+    given = settled(ELSEWHERE, [])
+    assert given == {shape: tuned[shape] for shape in ELSEWHERE.shapes}
+
+
+def test_another_text_has_no_ledger_and_no_primary_question(tmp_path, monkeypatch):
+    ran: list[str] = []
+    monkeypatch.setattr("experiments.frontier.run.load_texts", lambda *_: None)
+    monkeypatch.setattr("experiments.frontier.run.report", lambda *_: [])
+    monkeypatch.setattr(
+        "experiments.study.run", lambda runs, *_: ran.extend(r.key[1] for r in runs)
+    )
+    run("elsewhere", out=tmp_path, seed=(0,))
+    assert sorted(ran) == sorted(4 * ["1x", "4x", "16x"])
+    lines = [*fixed_lines(ELSEWHERE)]
+    rows = summarise(Path("nowhere/elsewhere.jsonl"), lines)
+    asked = {row.question for row in select(rows, Answer)}
+    assert {CALIBRATION, PICKED} < asked and PRIMARY not in asked
+    answer = page(Path("nowhere/elsewhere.jsonl"), lines, rows).answer
+    assert "of 24: pilots of one seed up to 4x, ends of the others" in answer[0]
+    assert answer[-1] == "What is there: trunks: 36 of 36."
+    (empty,) = page(
+        Path("nowhere/elsewhere.jsonl"), [], summarise(Path("elsewhere.jsonl"), [])
+    ).answer
+    assert empty == "What is there: trunks: 0 of 36."

@@ -293,12 +293,17 @@ def _complete(design: Design, index: Index, shape: Shape) -> bool:
 def chosen(design: Design, index: Index) -> list[Forecast] | None:
     """The arms of the held-out budget: the best fixed size, its neighbours, and the best grown arm.
 
-    None until every trunk and every pilot is there, so that nothing is chosen from a part of them.
+    None until every trunk and every pilot is there, so that nothing is chosen from a part of them, and
+    for a design without fresh seeds.
     """
     predicted = forecasts(design, index)
     fixed = {f.shape: f for f in predicted if f.growing is None}
     grown = [f for f in predicted if f.growing is not None]
-    if len(fixed) < len(design.shapes) or len(grown) < len(design.growings) * len(design.times):
+    if (
+        not design.fresh
+        or len(fixed) < len(design.shapes)
+        or len(grown) < len(design.growings) * len(design.times)
+    ):
         return None
     order = sorted(design.shapes, key=design.parameters)
     best = min(range(len(order)), key=lambda n: fixed[order[n]].loss)

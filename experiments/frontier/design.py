@@ -71,6 +71,7 @@ class Design:
 
     **Fields**
 
+    - `size`: how models are computed, see `COMPUTE`.
     - `shapes`: the fixed sizes.
     - `unit`: FLOPs of a budget of 1x; `budgets` are multiples of it, at which trunks are decayed.
     - `growings`: the growths of the pilots, at each of `times` (shares of the cost) and `pilots_at`.
@@ -82,6 +83,7 @@ class Design:
     - `windows`: of held-out text on the way and at the end.
     - `ramp`: steps over which the gates of `msg` open.
     - `start`: the setting that the searches of the ledger begin with.
+    - `given`: settings that were found elsewhere; such a design has no ledger.
     """
 
     size: str
@@ -104,6 +106,7 @@ class Design:
     windows: tuple[int, int] = (256, 4096)
     ramp: int = 50
     start: Setting = Setting(3e-3, 16, 0.1)
+    given: tuple[tuple[Shape, Setting], ...] = ()
 
     # Models ---------------------------------------------------------------------------------
 
@@ -278,5 +281,24 @@ DESIGNS = {
             Growing("msg", THIN, MIDDLE),
         ),
         family=(LOW, MIDDLE, DEEP),
+    ),
+    # Whether advice holds on a text that the settings were not tuned on, at four times its pilots
+    "elsewhere": Design(
+        "small",
+        shapes=(SMALLEST, THIN, LOW, MIDDLE),
+        head_dim=16,
+        vocab=384,
+        length=64,
+        unit=3e11,
+        growings=(),
+        family=None,
+        budgets=(1, 4, 16),
+        fresh=(),
+        given=(
+            (SMALLEST, Setting(0.006, 2, 0.1)),
+            (THIN, Setting(0.006, 4, 0.1)),
+            (LOW, Setting(0.0015, 2, 0.2)),
+            (MIDDLE, Setting(0.0015, 2, 0.2)),
+        ),
     ),
 }

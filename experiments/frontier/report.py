@@ -72,17 +72,22 @@ def page(
 
 
 def _answer(rows: Sequence[Answer]) -> list[str]:
-    """The primary question, and how much there is to answer it by."""
-    (primary,) = (row for row in rows if row.question == PRIMARY)
-    answers = [row for row in rows if row.question.startswith(PIECES[:8])]
-    counts = "; ".join(f"{row.question[8:-15]}: {row.verdict}" for row in answers)
-    number = (
-        ""
-        if primary.estimate is None
-        else f" ({interval_text(primary.estimate, primary.interval)})"
-    )
-    question = PRIMARY[0].upper() + PRIMARY[1:]
-    return [f"{question} {primary.verdict.capitalize()}{number}.", f"What is there: {counts}."]
+    """The primary question, or the calibration where none is asked, and how much is there."""
+    counts = [row for row in rows if row.question.startswith(PIECES[:8])]
+    there = "; ".join(f"{row.question[8:-15]}: {row.verdict}" for row in counts)
+    asked = [row for row in rows if row.question == PRIMARY] or [
+        row for row in rows if row.question in (CALIBRATION, PICKED)
+    ]
+    answers = []
+    for row in asked:
+        # A question ends in its mark, and what was measured is a title
+        question = (
+            row.question[0].upper() + row.question[1:] + ("" if row.question == PRIMARY else ":")
+        )
+        known = row.question == PRIMARY and row.estimate is not None
+        number = f" ({interval_text(row.estimate, row.interval)})" if known else ""
+        answers.append(f"{question} {row.verdict.capitalize()}{number}.")
+    return [*answers, f"What is there: {there}."]
 
 
 def _steps(fixed: Sequence) -> list[tuple[float, float]]:

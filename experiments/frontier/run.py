@@ -33,7 +33,7 @@ TREES: tuple[Piece, ...] = ("trunks", "pilots", "family")
 def ledger(shared: Shared, results: Path, console: Console, sizes: Sequence[str] = ()) -> None:
     """Run the trials that are missing until the search of each size is over, smallest size first."""
     design = shared.design
-    for shape in design.shapes:
+    for shape in () if design.given else design.shapes:
         if sizes and str(shape) not in sizes:
             continue
         while True:
@@ -108,7 +108,7 @@ def report(results: Path, design: Design) -> list[Row]:
 
 
 def run(
-    size: Literal["smoke", "small"] = "smoke",
+    size: Literal["smoke", "small", "elsewhere"] = "smoke",
     text: Path | None = None,
     out: Path = Path("runs/frontier"),
     piece: tuple[Piece, ...] = PIECES,
@@ -120,7 +120,8 @@ def run(
     """Run what has no line yet, and report on all that does.
 
     Args:
-        size: smoke (shows that all of it runs) or small (hours; it goes on where it was stopped).
+        size: smoke (shows that all of it runs), small (hours; it goes on where it was stopped), or
+            elsewhere (whether advice holds on another text; an hour).
         text: a folder with train.txt and valid.txt; Python's standard library if there is none.
         out: where results, summary and page go, and the folders of the runs.
         piece: the pieces to run, in this order.

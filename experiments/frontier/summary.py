@@ -65,9 +65,11 @@ def summarise(results: Path, lines: Sequence[Line], design: Design | None = None
     rows += against_frontier(_comparable(arms))
     rows += _retentions(design, index)
     rows += _family(design, index)
-    rows += _forecasts(design, index)
+    if design.fresh:
+        rows += _forecasts(design, index)
     rows += _calibration(design, index)
-    rows += _primary(design, index, arms)
+    if design.fresh:
+        rows += _primary(design, index, arms)
     return rows
 
 
@@ -89,13 +91,16 @@ def wanted(design: Design) -> dict[str, int]:
 def _pieces(design: Design, lines: Sequence[Line]) -> Iterator[Answer]:
     losses = losses_of(lines)
     over = [shape for shape in design.shapes if search(design, shape, losses)[1] is None]
-    yield _answer(
-        PIECES.format("the ledger"),
-        len(losses),
-        1 if losses else 0,
-        f"the search of {len(over)} of {len(design.shapes)} sizes is over",
-    )
+    if not design.given:
+        yield _answer(
+            PIECES.format("the ledger"),
+            len(losses),
+            1 if losses else 0,
+            f"the search of {len(over)} of {len(design.shapes)} sizes is over",
+        )
     for piece, count in wanted(design).items():
+        if not count:
+            continue
         matching = [line for line in lines if line.get("piece") == piece]
         seeds = len({line["seed"] for line in matching})
         yield _answer(PIECES.format(piece), len(matching), seeds, f"{len(matching)} of {count}")

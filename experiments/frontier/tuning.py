@@ -67,7 +67,9 @@ def search(
 
 
 def settled(design: Design, lines: Iterable[Line]) -> Settings:
-    """The tuned setting of each shape whose search is over."""
+    """The tuned setting of each shape whose search is over, or those that the design was given."""
+    if design.given:
+        return dict(design.given)
     losses = losses_of(lines)
     searches = {shape: search(design, shape, losses) for shape in design.shapes}
     return {shape: best for shape, (best, missing) in searches.items() if missing is None}
