@@ -150,8 +150,8 @@ TABLE = """
 - return run.last["spent"] - (shared[-1] if shared else 0.0)
 + return run.last["spent"]
 @ retention beyond all tokens is believed | report/pilots.py | pilots | ends_do
-- retention = tuple(min(max(rho, 0.0), 1.0) for rho in known)
-+ retention = tuple(min(max(rho, 0.0), 9.0) for rho in known)
+- return tuple(min(max(rho, 0.0), 1.0) for rho in known)
++ return tuple(min(max(rho, 0.0), 9.0) for rho in known)
 @ pilots grow into any larger size | report/pilots.py | pilots | into_what
 - nearest.setdefault(small, (small, large))
 + nearest[small] = (small, large)

@@ -484,4 +484,7 @@ TABLE = """
 @ a run whose plan was lost takes another rate | runs/saves.py | faults | plan_was_lost
 - if lineage.get("fixed", _digest(self.plan)) != _digest(self.plan):
 + if not lineage.get("fixed", _digest(self.plan)):
+@ an iterator that is left keeps its run | train/loop.py | stop | loop_that_is_left
+- self._records: Any = records(self.doing, stop)
++ self._records: Any = (record for record in records(self.doing, stop) if self)
 """

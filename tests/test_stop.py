@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import io
 import os
 import signal
@@ -61,6 +62,22 @@ def test_a_run_that_is_over_stays_over(run, programs, tmp_path, monkeypatch):
     *_, end = records
     assert end.finished and records.signal == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_loop_that_is_left_gives_back_signals_and_folder_at_once(run, programs, tmp_path):
+    """With nothing left that holds the records, whenever garbage is collected next."""
+    whole = run[0]
+    before = signal.getsignal(signal.SIGTERM)
+    gc.collect()
+    gc.disable()
+    try:
+        for record in train(whole, feed(whole), run=tmp_path, cache=programs):
+            if isinstance(record, Step):
+                break
+        assert signal.getsignal(signal.SIGTERM) == before
+        assert not (tmp_path / "lock").exists()
+    finally:
+        gc.enable()
 
 
 def test_a_signal_while_a_run_closes_keeps_the_next_from_starting(monkeypatch, tmp_path):

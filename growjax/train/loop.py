@@ -29,10 +29,11 @@ class Training(Iterator[Record]):
     Closing it (or deleting it) ends the session, after a checkpoint that is being written is whole.
     """
 
-    def __init__(self, records: Callable[["Training"], Iterator[Record]]):
-        self.doing = Doing()
-        self.stop: Stop | None = None  # from the first record on
-        self._records: Any = records(self)
+    def __init__(self, records: Callable[[Doing, Stop], Iterator[Record]], stop: Stop):
+        # The generator has these and not the iterator: in a cycle with it, a loop that was left would
+        # keep its lock and its signals until garbage is collected
+        self.doing, self._stop = Doing(), stop
+        self._records: Any = records(self.doing, stop)
 
     @property
     def signal(self) -> str | None:
@@ -40,7 +41,7 @@ class Training(Iterator[Record]):
 
         It may have come when nothing was left to do. Whoever has more to do after this run stops then.
         """
-        return None if self.stop is None else self.stop.signal
+        return self._stop.signal
 
     def __next__(self) -> Record:
         return next(self._records)
@@ -88,17 +89,14 @@ def train(
 
     options = Options() if options is None else options
 
-    def records(training: Training) -> Iterator[Record]:
-        doing = training.doing
-
+    def records(doing: Doing, stop: Stop) -> Iterator[Record]:
         def detail(progress: Progress) -> None:
             doing.detail = str(progress)
 
         with _runtime_errors(plan), contextlib.ExitStack() as stack:
             # Signals are given back last: a run that is over stays so while its programs and its lock
             # are closed. A run that saves nothing has nothing to finish, and leaves them alone.
-            stop = stack.enter_context(Stop(enabled=run is not None))
-            training.stop = stop
+            stack.enter_context(stop)
             programs = Programs.of(plan, plan.layout.mesh(devices), loss)
             current = plan
             if run is not None and plan.fork is not None:
@@ -140,7 +138,7 @@ def train(
                 data = dataclasses.replace(data, plan=current)
             yield from _run(Session(ahead, data, saves, options, doing, stop))
 
-    return Training(records)
+    return Training(records, Stop(enabled=run is not None))
 
 
 def _name_of(loss: Loss) -> str:

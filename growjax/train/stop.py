@@ -35,13 +35,14 @@ class Stop:
     """
 
     def __init__(self, enabled: bool):
-        self.many_hosts = jax.process_count() > 1
+        self.enabled, self.many_hosts = enabled, False
         self.signal: str | None = None  # the name of the signal that came, such as "SIGTERM"
-        main = threading.current_thread() is threading.main_thread()
-        self.enabled = enabled and main
         self._earlier: dict[int, Any] = {}  # signal -> its handler before, to be restored
 
     def __enter__(self) -> "Stop":
+        # Of the thread that trains, which need not be the one that made this
+        main = threading.current_thread() is threading.main_thread()
+        self.enabled, self.many_hosts = self.enabled and main, jax.process_count() > 1
         return self
 
     def catch(self) -> None:
