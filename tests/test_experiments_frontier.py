@@ -408,6 +408,23 @@ def test_the_primary_question_is_answered_on_fresh_seeds(tmp_path, gain, message
     assert message in shown.answer[0].lower() and "ends" in shown.pictures
 
 
+def test_the_page_says_whether_a_larger_size_is_missing(monkeypatch):
+    monkeypatch.setattr(
+        "experiments.frontier.summary.calibration", lambda *_: Calibration([], [], [])
+    )
+    lines, path = [*fixed_lines(), *pilot_lines(0.02)], Path("nowhere/small.jsonl")
+    largest = max(SMALL.shapes, key=SMALL.parameters)
+    missing = f"The largest size, {largest}, is forecast best, so that a larger one is missing."
+    said = []
+    for below in (-1.0, 1.0):
+        moved = [
+            line | {"score": line["score"] + below} if line["arm"] == fixed_name(largest) else line
+            for line in lines
+        ]
+        said.append(missing in page(path, moved, summarise(path, moved)).answer)
+    assert said == [True, False]
+
+
 def test_a_summary_of_no_lines_says_that_nothing_was_run():
     rows = summarise(Path("nowhere/small.jsonl"), [])
     (row,) = (row for row in rows if row.question == PRIMARY)

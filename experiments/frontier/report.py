@@ -1,12 +1,13 @@
 """The page of the study: what is there, the frontier, growths, token retention and forecasts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiments.frontier.design import DESIGNS, Design
+from experiments.frontier.design import DESIGNS, Design, fixed_name
 from experiments.frontier.summary import (
     CALIBRATION,
     FAMILY,
+    FORECAST,
     GROWN,
     LEFT,
     PICKED,
@@ -68,7 +69,8 @@ def page(
         table = _table(answers, "", start)
         if table.rows:
             sections.append(Section(title, [table]))
-    return Page(TITLE, _answer(answers), plots, sections, _NOTES, pictures)
+    answer = [*_answer(answers), *_beyond(answers, design)]
+    return Page(TITLE, answer, plots, sections, _NOTES, pictures)
 
 
 def _answer(rows: Sequence[Answer]) -> list[str]:
@@ -88,6 +90,19 @@ def _answer(rows: Sequence[Answer]) -> list[str]:
         number = f" ({interval_text(row.estimate, row.interval)})" if known else ""
         answers.append(f"{question} {row.verdict.capitalize()}{number}.")
     return [*answers, f"What is there: {there}."]
+
+
+def _beyond(rows: Sequence[Answer], design: Design) -> Iterator[str]:
+    """That a larger size is missing, where the largest is forecast best at the held-out budget."""
+    losses = {row.question: row.estimate for row in rows}
+    fixed = [
+        (loss, shape)
+        for shape in design.shapes
+        if (loss := losses.get(FORECAST.format(fixed_name(shape)))) is not None
+    ]
+    largest = max(design.shapes, key=design.parameters)
+    if len(fixed) == len(design.shapes) and min(fixed)[1] == largest:
+        yield f"The largest size, {largest}, is forecast best, so that a larger one is missing."
 
 
 def _steps(fixed: Sequence) -> list[tuple[float, float]]:
