@@ -48,16 +48,16 @@ class Calibration(NamedTuple):
 
 def calibration(design: Design, index: Index) -> Calibration:
     """Every arm at the largest budget, forecast from one seed's runs at a fourth of it or less."""
-    target, found = design.budgets[-1], Calibration([], [], [])
+    target, result = design.budgets[-1], Calibration([], [], [])
     for pilots, laws in _laws(design, index):
         for shape in design.shapes:
             legs = _legs(design, [(shape, 1.0)], target)
             losses = [predicted(law, legs, 0.0) for law in laws]
-            found.fixed.extend(_checks(design, index, fixed_name(shape), pilots, losses))
+            result.fixed.extend(_checks(design, index, fixed_name(shape), pilots, losses))
         for growing in design.growings:
             known = list(_retentions(design, index, growing, pilots, laws[0]))
             if known and np.mean(known) < LOST:
-                found.left_out.append(str(growing))
+                result.left_out.append(str(growing))
             if not known or np.mean(known) < LOST:
                 continue
             rng, retention = np.random.default_rng(1), plausible(known)
@@ -65,10 +65,10 @@ def calibration(design: Design, index: Index) -> Calibration:
                 legs = _legs(design, _stages(growing, time), target)
                 losses = [predicted(laws[0], legs, float(np.mean(retention)))]
                 losses += [predicted(law, legs, float(rng.choice(retention))) for law in laws[1:]]
-                found.grown.extend(
+                result.grown.extend(
                     _checks(design, index, pilot_name(growing, time), pilots, losses)
                 )
-    return found
+    return result
 
 
 def _laws(design: Design, index: Index) -> Iterator[tuple[int, list[Law]]]:

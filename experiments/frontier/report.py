@@ -75,8 +75,8 @@ def page(
 
 def _answer(rows: Sequence[Answer]) -> list[str]:
     """The primary question, or the calibration where none is asked, and how much is there."""
-    counts = [row for row in rows if row.question.startswith(PIECES[:8])]
-    there = "; ".join(f"{row.question[8:-15]}: {row.verdict}" for row in counts)
+    pieces = [row for row in rows if row.question.startswith(PIECES[:8])]
+    counts = "; ".join(f"{row.question[8:-15]}: {row.verdict}" for row in pieces)
     asked = [row for row in rows if row.question == PRIMARY] or [
         row for row in rows if row.question in (CALIBRATION, PICKED)
     ]
@@ -89,7 +89,7 @@ def _answer(rows: Sequence[Answer]) -> list[str]:
         known = row.question == PRIMARY and row.estimate is not None
         number = f" ({interval_text(row.estimate, row.interval)})" if known else ""
         answers.append(f"{question} {row.verdict.capitalize()}{number}.")
-    return [*answers, f"What is there: {there}."]
+    return [*answers, f"What is there: {counts}."]
 
 
 def _beyond(rows: Sequence[Answer], design: Design) -> Iterator[str]:
